@@ -1,0 +1,410 @@
+"""Every setting of a run: one YAML file, six sections, unknown keys are errors.
+
+A section may be written in place or be the path of a file (relative to the config) that holds it:
+`model: ../model/deepseekmoe-tiny.yaml`. On the command line `section.key=value` overrides, with the value read
+as YAML. The resolved config is what a run folder and a checkpoint keep.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe_lm.errors import UsageError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The shape of a model, in the names of the field's model configs (Hugging Face, DeepSeek).
+
+    The defaults are the DeepSeekMoE form: RMSNorm, rotary positions, QK-norm, SwiGLU, sigmoid router.
+    `n_routed_experts: 0` makes every layer dense; `num_experts_per_tok` equal to `n_routed_experts` weights
+    every expert; `capacity_factor` makes a layer drop tokens as Switch and GShard do.
+    """
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0, description="None: as many as attention heads")
+    head_dim: int | None = Field(default=None, gt=0, description="None: hidden_size / num_attention_heads")
+    intermediate_size: int = Field(gt=0, description="width of a dense feed-forward layer")
+    max_position_embeddings: int = Field(default=4096, gt=0)
+
+    moe_intermediate_size: int | None = Field(default=None, gt=0, description="width of one expert")
+    n_routed_experts: int = Field(default=0, ge=0)
+    num_experts_per_tok: int = Field(default=2, gt=0)
+    n_shared_experts: int = Field(default=1, ge=0)
+    first_k_dense_replace: int = Field(default=0, ge=0, description="this many first layers stay dense")
+    moe_layer_freq: int = Field(default=1, gt=0, description="every n-th layer is MoE, counted as DeepSeek does")
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = Field(default=1, gt=0)
+    topk_group: int = Field(default=1, gt=0)
+    capacity_factor: float | None = Field(default=None, gt=0, description="None: dropless")
+
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    hidden_act: Literal["silu", "relu", "gelu"] = "silu"
+    mlp_gated: bool = Field(default=True, description="gated feed-forward (SwiGLU when hidden_act is silu)")
+    position_embedding: Literal["rope", "learned", "sinusoidal"] = "rope"
+    rope_theta: float = Field(default=10000.0, gt=0)
+    use_qk_norm: bool = True
+    attention_bias: bool = Field(default=False, description="bias on the query, key and value projections")
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size or self.intermediate_size
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` (counted from 0) has routed experts."""
+        routed = self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+        return routed and layer % self.moe_layer_freq == 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                f"{self.num_attention_heads}; choose a divisor or set head_dim"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.kv_heads} does not divide num_attention_heads="
+                f"{self.num_attention_heads}; choose a divisor"
+            )
+        if self.position_embedding == "rope" and self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even head size")
+        if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size={self.hidden_size} is odd; sinusoidal positions need an even size")
+        if self.n_routed_experts:
+            self._check_routing()
+        return self
+
+    def _check_routing(self) -> None:
+        experts, per_token = self.n_routed_experts, self.num_experts_per_tok
+        if per_token > experts:
+            raise ValueError(
+                f"num_experts_per_tok={per_token} is more than n_routed_experts={experts}; choose at most {experts}"
+            )
+        if experts % self.n_group:
+            raise ValueError(f"n_group={self.n_group} does not divide n_routed_experts={experts}; choose a divisor")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
+        reachable = self.topk_group * (experts // self.n_group)
+        if per_token > reachable:
+            raise ValueError(
+                f"num_experts_per_tok={per_token} is more than the {reachable} experts that topk_group="
+                f"{self.topk_group} of n_group={self.n_group} leave; choose at most {reachable}"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} is more than num_hidden_layers="
+                f"{self.num_hidden_layers}"
+            )
+
+
+class SourceConfig(Section):
+    """Documents: local files (`path`, globs allowed), a `datasets` data set (`dataset`), or a Python library."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    path: str | None = Field(default=None, description="file, folder or glob: .txt .md .py .jsonl .json .parquet")
+    dataset: str | None = Field(default=None, description="anything `datasets.load_dataset` takes")
+    subset: str | None = Field(default=None, description="the data set's configuration name")
+    split: str = "train"
+    text_field: str = "text"
+    stdlib: bool = Field(default=False, description="the source of the running Python's standard library")
+    weight: float = Field(default=1.0, gt=0, description="share of the training sequences, relative to the others")
+    max_bytes: int | None = Field(default=None, gt=0, description="stop after this much text")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum([self.path is not None, self.dataset is not None, self.stdlib]) != 1:
+            raise ValueError(f"source {self.name!r} needs exactly one of path, dataset, stdlib")
+        return self
+
+
+class DataConfig(Section):
+    """What `prepare` turns into token shards and what pretraining reads from them."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: Path
+    shards: Path = Field(description="folder of token shards, one subfolder a source")
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
+    sequence_length: int = Field(default=512, gt=1)
+    separate_documents: bool = Field(default=True, description="no attention across documents in a packed row")
+    workers: int | None = Field(default=None, gt=0, description="processes for `prepare`; None: one a core")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, got {names}")
+        return self
+
+
+class ChatDataConfig(Section):
+    """Conversations for supervised fine-tuning: JSON or JSONL, `messages` or `instruction/input/output`."""
+
+    train: tuple[Path, ...] = Field(min_length=1)
+    validation: tuple[Path, ...] = ()
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="held out of `train`, by hash")
+    sequence_length: int = Field(default=512, gt=1)
+    separate_documents: bool = Field(default=True, description="no attention across conversations in a packed row")
+
+
+class BalanceConfig(Section):
+    """How expert load is kept even. The bias moves by a fixed rate; the losses are added to the training loss."""
+
+    bias_update_rate: float = Field(default=1e-3, ge=0, description="DeepSeek-V3's gamma; 0 turns the bias off")
+    sequence_loss: float = Field(default=1e-4, ge=0, description="DeepSeek-V3's sequence-wise alpha")
+    batch_loss: float = Field(default=0.0, ge=0, description="auxiliary loss over the global batch (Switch, GShard)")
+    z_loss: float = Field(default=0.0, ge=0, description="ST-MoE's router z-loss")
+
+
+class OptimizerConfig(Section):
+    """AdamW everywhere, or Muon for the hidden matrices and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, description="AdamW's peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled, on matrices only")
+    muon_lr: float = Field(default=0.02, gt=0, description="Muon's peak learning rate, per unit of RMS update")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then a shape over the remaining steps."""
+
+    name: Literal["cosine", "wsd", "multistep", "constant"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last share of steps, linear decay")
+    milestones: tuple[float, ...] = Field(default=(0.8, 0.9), description="multistep: shares of all steps")
+    factor: float = Field(default=0.316, gt=0, lt=1, description="multistep: the rate is multiplied at a milestone")
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="final rate over peak rate (cosine, wsd)")
+
+
+class TrainConfig(Section):
+    """The optimisation: how many steps of how many sequences, with what rates."""
+
+    steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, description="sequences a step, over all devices")
+    micro_batch_size: int | None = Field(default=None, gt=0, description="sequences a forward pass; None: no split")
+    seed: int = Field(default=1234, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    balance: BalanceConfig = BalanceConfig()
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_batches: int | None = Field(default=None, gt=0, description="global batches an evaluation; None: all")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.global_batch_size % micro:
+            raise ValueError(
+                f"micro_batch_size={micro} does not divide global_batch_size={self.global_batch_size}; choose a divisor"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """Where the run computes."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
+    keep: int = Field(default=2, gt=0, description="the newest checkpoints that stay")
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every: int = Field(default=10, gt=0, description="steps between lines in train.log")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = "moe-lm"
+
+
+class PretrainConfig(Section):
+    """One pretraining run."""
+
+    run_dir: Path
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        _check_positions(self.model, self.data.sequence_length)
+        return self
+
+
+class FinetuneConfig(Section):
+    """One fine-tuning run; the model's shape and the tokenizer come with `start_from`."""
+
+    run_dir: Path
+    start_from: Path = Field(description="a run folder or a checkpoint in it")
+    data: ChatDataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+RunConfig = PretrainConfig | FinetuneConfig
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply `section.key=value` overrides and check everything.
+
+    Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
+    """
+    values = _read_yaml(path)
+    for key, value in values.items():
+        if isinstance(value, str) and _section_type(kind, key) is not None:
+            values[key] = _read_yaml(path.parent / value)
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(kind, values, origin=str(path))
+
+
+def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
+    """Check `values` against a config class; `origin` names the file in error messages."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
+
+
+def dump_config(config: Section) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
+    """Raise UsageError when the tokenizer has ids that the model has no embedding for."""
+    if model.vocab_size < tokenizer_size:
+        raise UsageError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
+            f"set model.vocab_size to at least {tokenizer_size}"
+        )
+
+
+def _check_positions(model: ModelConfig, sequence_length: int) -> None:
+    if sequence_length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length={sequence_length} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; shorten the one or raise the other"
+        )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds {type(values).__name__}, expected `key: value` lines")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override {override!r} is not of the form section.key=value, like train.steps=100")
+    *parents, leaf = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"override {override!r}: {parent} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
+    location = [part for part in item["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = _nearest(kind, location)
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
+    if item["type"] == "missing":
+        return f"{key} is missing; set it"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
+    """The known key most like an unknown one: first among its siblings, then in the whole config."""
+    section: type[BaseModel] = kind
+    for part in location[:-1]:
+        section = _section_type(section, part) or section
+    siblings = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.6)
+    if siblings:
+        return ".".join([*location[:-1], siblings[0]])
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in _all_keys(kind)}
+    found = difflib.get_close_matches(location[-1], everywhere, n=1, cutoff=0.6)
+    return everywhere[found[0]] if found else None
+
+
+def _section_type(kind: type[BaseModel], key: str) -> type[BaseModel] | None:
+    field = kind.model_fields.get(key)
+    if field is None:
+        return None
+    candidates = [field.annotation, *get_args(field.annotation)]
+    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+    return sections[0] if sections else None
+
+
+def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name in kind.model_fields:
+        yield prefix + name
+        section = _section_type(kind, name)
+        if section is not None:
+            yield from _all_keys(section, f"{prefix}{name}.")

@@ -1,0 +1,13 @@
+"""The errors a user can meet: one sentence with the thing, its value, what was expected and what to do."""
+
+
+class MoeLmError(Exception):
+    """Something failed (exit code 1). The message is written for the user and is complete."""
+
+    exit_code = 1
+
+
+class UsageError(MoeLmError):
+    """The command, configuration or input was wrong before any work began (exit code 2)."""
+
+    exit_code = 2
