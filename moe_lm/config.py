@@ -152,6 +152,15 @@ class SourceConfig(Section):
         return self
 
 
+class TokenizerRecipe(Section):
+    """What `tokenizer train` builds a byte-level BPE from."""
+
+    output: Path = Field(description="folder for tokenizer.json, tokenizer_config.json and the chat template")
+    vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes, merges")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    max_token_bytes: int = Field(default=16, gt=0, description="longest token, in bytes")
+
+
 class DataConfig(Section):
     """What `prepare` turns into token shards and what pretraining reads from them."""
 
