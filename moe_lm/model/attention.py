@@ -1,0 +1,246 @@
+"""Grouped-query attention with QK-norm; what a query may see is decided by an `Attend` given from outside.
+
+Training packs documents into rows and attends within segments (`PackedAttention`); generation fills a KV cache
+from packed prompts (`PrefillAttention`) and then reads it, one token a row (`CachedAttention`). The layer is the
+same in all three.
+
+Shapes: B rows, S positions, T = B*S flattened tokens, D hidden_size, H query heads, K key-value heads, N head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.config import ModelConfig
+from moe_lm.model.layers import RMSNorm, rotate
+
+
+class Attend(Protocol):
+    """Causal attention of `q [B, S, H, N]` over `k, v [B, S, K, N]` and whatever came before; `[B, S, H, N]`."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245), queries and keys RMS-normed per head when `use_qk_norm`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        hidden, size, bias = config.hidden_size, config.head_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=config.attention_out_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        q = self.q_norm(self.q_proj(x_BSD).unflatten(-1, (-1, self.head_size)))
+        k = self.k_norm(self.k_proj(x_BSD).unflatten(-1, (-1, self.head_size)))
+        v = self.v_proj(x_BSD).unflatten(-1, (-1, self.head_size))
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Causal attention within segments of the flattened tokens, for training and scoring.
+
+    `cu_seqlens [segments + 1]` int32 are the segments' boundaries in `0..B*S`; `max_seqlen` is the longest.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.cu_seqlens, self.max_seqlen)
+        return flat.view_as(q)
+
+
+class KVCache:
+    """Keys and values of every layer, `[layers, rows, K, capacity, N]`, and how many positions each row holds."""
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, rows, config.kv_heads, capacity, config.head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class PrefillAttention:
+    """Attention over packed prompts `[1, T]`, one segment a cache row, that also fills the cache.
+
+    The caller sets `cache.lengths` once all layers have run.
+    """
+
+    cache: KVCache
+    lengths: list[int]
+    cu_seqlens: Tensor
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = zip(k[0].split(self.lengths), v[0].split(self.lengths), strict=True)
+        for row, (keys, values) in enumerate(pieces):
+            self.cache.keys[layer, row, :, : len(keys)] = keys.transpose(0, 1)
+            self.cache.values[layer, row, :, : len(values)] = values.transpose(0, 1)
+        return PackedAttention(self.cu_seqlens, max(self.lengths))(layer, q, k, v)
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """Attention of new tokens `[rows, S]` over each row's cache, which they are appended to.
+
+    The caller advances `cache.lengths` by S once all layers have run.
+    """
+
+    cache: KVCache
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, new = q.shape[:2]
+        positions = self.cache.lengths[:, None] + torch.arange(new, device=q.device)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        row_index = torch.arange(rows, device=q.device)[:, None]
+        keys[row_index, :, positions] = k.to(keys.dtype)
+        values[row_index, :, positions] = v.to(values.dtype)
+        longest = int(self.cache.lengths.max()) + new
+        visible = torch.arange(longest, device=q.device) <= positions[:, None, :, None]
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys[:, :, :longest].to(q.dtype),
+            values[:, :, :longest].to(q.dtype),
+            attn_mask=visible,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Causal attention within segments: `q [T, H, N]`, `k, v [T, K, N]` -> `[T, H, N]`.
+
+    flash-attn serves CUDA when it is installed and the data type is one it takes, PyTorch's varlen flash attention
+    when it is not; every other device attends segment by segment with PyTorch's fused attention.
+    """
+    if q.dtype != v.dtype:  # a float32 norm weight under autocast
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return _cuda_attention()(q, k, v, cu_seqlens, max_seqlen)
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if q.device.type == "cpu":
+        return _segment_attention(q, k, v, cu_seqlens)[0]
+    return _portable_attention(q, k, v, cu_seqlens)
+
+
+def _cuda_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    if importlib.util.find_spec("flash_attn") is not None:
+        return _flash_attn
+    return _torch_varlen
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+
+
+def _portable_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    pieces = []
+    for start, stop in _segments(cu_seqlens):
+        heads_first = (x[None, start:stop].transpose(1, 2) for x in (q, k, v))
+        pieces.append(F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)[0])
+    return torch.cat(pieces)
+
+
+# On a CPU the loop over segments is one opaque operator: `torch.compile` neither unrolls it nor recompiles when the
+# number of documents in a batch changes, and no work is spent on pairs that a dense mask would throw away.
+
+
+@torch.library.custom_op("moe_lm::segment_attention", mutates_args=())
+def _segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `[T, H, N]` and log-sum-exp `[T, H]` of causal attention within segments."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    log_sum_exp = torch.empty(q.shape[:2], dtype=torch.float32)
+    for start, stop, rows in _equal_runs(cu_seqlens):
+        views = (_rows_of(x, start, stop, rows) for x in (q, k, v))
+        piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, True)
+        _rows_of(out, start, stop, rows).copy_(piece)
+        _rows_of(log_sum_exp, start, stop, rows).copy_(lse)
+    return out, log_sum_exp
+
+
+@_segment_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("moe_lm::segment_attention_backward", mutates_args=())
+def _segment_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+    for start, stop, rows in _equal_runs(cu_seqlens):
+        views = [_rows_of(x, start, stop, rows) for x in (grad, q, k, v, out, log_sum_exp)]
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*views, 0.0, True)
+        for whole, piece in zip(grads, pieces, strict=True):
+            _rows_of(whole, start, stop, rows).copy_(piece)
+    return grads[0], grads[1], grads[2]
+
+
+@_segment_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
+    return *_segment_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens), None
+
+
+_segment_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _rows_of(x: Tensor, start: int, stop: int, rows: int) -> Tensor:
+    """`[T, H, ...]` -> `[rows, H, length, ...]`, a view of equally long neighbouring segments."""
+    return x[start:stop].unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens.tolist()
+    return [(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
+
+
+def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
+    """Neighbouring segments of the same length as one (start, stop, number of segments)."""
+    runs: list[tuple[int, int, int]] = []
+    for start, stop in _segments(cu_seqlens):
+        if runs and (runs[-1][1] - runs[-1][0]) // runs[-1][2] == stop - start:
+            runs[-1] = (runs[-1][0], stop, runs[-1][2] + 1)
+        else:
+            runs.append((start, stop, 1))
+    return runs

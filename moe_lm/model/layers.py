@@ -1,0 +1,76 @@
+"""Norms, feed-forward layers and positions.
+
+Shapes: B rows, S positions, D hidden_size, F width of a feed-forward layer, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm of the residual stream that `config` asks for."""
+    if config.norm_type == "layernorm":
+        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MLP(nn.Module):
+    """Feed-forward layer: `down(act(gate(x)) * up(x))` when gated (SwiGLU, arXiv 2002.05202), else `down(act(up(x)))`."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        bias = config.mlp_bias
+        if config.mlp_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.gated = config.mlp_gated
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        up = self.up_proj(x_BSD)
+        hidden = self.activation(self.gate_proj(x_BSD)) * up if self.gated else self.activation(up)
+        return self.down_proj(hidden)
+
+
+def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, `[B, S, 1, N/2]` float32, of the rotary embedding (arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
+    angles = position_ids[..., None].float() / theta**exponents
+    return angles.cos()[..., None, :], angles.sin()[..., None, :]
+
+
+def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys; halves are paired as in Hugging Face's layout, not interleaved."""
+    first, second = x_BSHN.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHN.dtype)
+
+
+def sinusoidal_positions(position_ids: Tensor, size: int) -> Tensor:
+    """Fixed position vectors `[B, S, D]` (arXiv 1706.03762, section 3.5): sine on even, cosine on odd entries."""
+    exponents = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size
+    angles = position_ids[..., None].float() / 10000.0**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)

@@ -1,0 +1,226 @@
+"""The Mixture-of-Experts layer: router, shared and routed experts, balance losses, load statistics.
+
+DeepSeekMoE (arXiv 2401.06066) with DeepSeek-V3's bias balance (arXiv 2412.19437); by config alone also a softmax
+over every expert, Switch (arXiv 2101.03961) and GShard (arXiv 2006.16668).
+
+Shapes: T = B*S tokens, D hidden_size, E n_routed_experts, k num_experts_per_tok, F expert width, R = T*k token slots.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.config import ModelConfig
+from moe_lm.model.layers import ACTIVATIONS, MLP
+
+
+class Routing(NamedTuple):
+    """What a router decided. `experts` are chosen by biased scores, `weights` come from the unbiased ones."""
+
+    logits: Tensor  # [T, E] float32
+    scores: Tensor  # [T, E] float32, after the scoring function
+    experts: Tensor  # [T, k] int64
+    weights: Tensor  # [T, k] float32
+
+
+class Dispatcher(Protocol):
+    """Carries tokens to their experts and back. Expert parallelism puts another one in its place."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
+
+
+class MoE(nn.Module):
+    """Shared experts on every token plus the routed experts that the router chose."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            MLP(config, config.n_shared_experts * config.expert_size) if config.n_shared_experts else None
+        )
+        self.dispatcher: Dispatcher = dispatch_locally
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.gate(x_BSD)
+        routed = self.dispatcher(x_BSD.flatten(0, 1), routing, self.experts).view_as(x_BSD)
+        if self.shared_experts is not None:
+            routed = routed + self.shared_experts(x_BSD)
+        return routed, routing
+
+
+class Router(nn.Module):
+    """Scores every expert in float32 and chooses; `e_score_correction_bias` is moved by the trainer, not by gradients."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x_BSD: Tensor) -> Routing:
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_BSE = F.linear(x_BSD.float(), self.weight.float())
+        routing = route(logits_BSE.flatten(0, 1), self.e_score_correction_bias, self.config)
+        if self.config.capacity_factor is None:
+            return routing
+        kept = within_capacity(routing.experts.unflatten(0, x_BSD.shape[:2]), self.config)
+        # The overflow is computed and thrown away: capacity is here to compare its quality, not to save time.
+        return routing._replace(weights=routing.weights * kept.flatten(0, 1))
+
+
+def route(logits_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
+    """Choose `k` experts a token: DeepSeek-V3, equations 12 to 16; without a bias and groups any classical top-k.
+
+    A group's score is the sum of its two best biased scores with sigmoid (DeepSeek-V3), its best one with softmax
+    (DeepSeek-V2).
+    """
+    scores = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+    choice = scores.detach() + bias_E
+    if config.n_group > 1:
+        grouped = choice.unflatten(-1, (config.n_group, -1))
+        best = min(2, grouped.shape[-1]) if config.scoring_func == "sigmoid" else 1
+        group_scores = grouped.topk(best, dim=-1).values.sum(-1)
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool)
+        allowed.scatter_(-1, group_scores.topk(config.topk_group, dim=-1).indices, True)
+        choice = grouped.masked_fill(~allowed[..., None], -math.inf).flatten(-2)
+    experts = choice.topk(config.num_experts_per_tok, dim=-1).indices
+    weights = scores.gather(-1, experts)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(logits_TE, scores, experts, weights * config.routed_scaling_factor)
+
+
+def within_capacity(experts_BSk: Tensor, config: ModelConfig) -> Tensor:
+    """Which choices, `[B, S, k]` bool, find room when an expert takes `ceil(factor * k * S / E)` tokens of a row.
+
+    First choices go before second ones, earlier positions before later ones (GShard, algorithm 1, with a row as its
+    group: the result does not depend on how rows are spread over devices).
+    """
+    assert config.capacity_factor is not None
+    _, positions, per_token = experts_BSk.shape
+    capacity = math.ceil(config.capacity_factor * per_token * positions / config.n_routed_experts)
+    in_order = F.one_hot(experts_BSk.transpose(1, 2).flatten(1), config.n_routed_experts)  # [B, k*S, E]
+    place = (in_order.cumsum(1) * in_order).sum(-1)
+    return (place <= capacity).unflatten(1, (per_token, positions)).transpose(1, 2)
+
+
+class Experts(nn.Module):
+    """Routed experts as stacked weights `[E, in, out]`, multiplied group by group."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.expert_size
+        if config.mlp_gated:
+            self.gate_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.gated = config.mlp_gated
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert."""
+        dtype = compute_dtype(x_RD)
+        x_RD = x_RD.to(dtype)
+        up = grouped_mm(x_RD, self.up_proj.to(dtype), ends_E)
+        if self.gated:
+            hidden = self.activation(grouped_mm(x_RD, self.gate_proj.to(dtype), ends_E)) * up
+        else:
+            hidden = self.activation(up)
+        return grouped_mm(hidden, self.down_proj.to(dtype), ends_E)
+
+
+def dispatch_locally(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
+    per_token = routing.experts.shape[1]
+    slots = routing.experts.flatten()
+    order_R = slots.argsort(stable=True)
+    place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    ends_E = expert_counts(routing.experts, routing.scores.shape[1]).cumsum(0).to(torch.int32)
+    out_RD = experts(_Gather.apply(x_TD, order_R, place_R, per_token), ends_E)
+    out_TkD = _Gather.apply(out_RD, place_R, order_R, 1).unflatten(0, (-1, per_token))
+    return (out_TkD * routing.weights[..., None].to(out_TkD.dtype)).sum(1)
+
+
+class _Gather(torch.autograd.Function):
+    """Row `order[i] // copies` of x at place i. The gradient is a gather as well: deterministic, and no scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x.index_select(0, order // copies if copies > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        back = grad.index_select(0, inverse)
+        return back.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else back, None, None, None
+
+
+def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
+    return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The data type that matrix products run in here: autocast's when it is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def expert_counts(experts_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:
+    """Tokens an expert, `[E]` int64; `counted [T]` leaves padding out."""
+    chosen = torch.ones_like(experts_Tk) if counted_T is None else counted_T[:, None].expand_as(experts_Tk).long()
+    zeros = torch.zeros(num_experts, dtype=torch.int64, device=experts_Tk.device)
+    return zeros.scatter_add(0, experts_Tk.flatten(), chosen.flatten())
+
+
+def sequence_balance_loss(routing: Routing, counted_BS: Tensor) -> Tensor:
+    """DeepSeek-V3's sequence-wise loss without its factor (equations 17 to 20), summed over the rows.
+
+    Scores are normalised over the experts; positions that are not counted (padding) take no part.
+    """
+    rows, positions = counted_BS.shape
+    experts = routing.scores.shape[1]
+    per_token = routing.experts.shape[1]
+    counted = counted_BS[..., None].float()
+    tokens_B = counted.sum(1).clamp(min=1)
+    shares_BSE = (routing.scores / routing.scores.sum(-1, keepdim=True)).unflatten(0, (rows, positions))
+    probability_BE = (shares_BSE * counted).sum(1) / tokens_B
+    chosen_BSk = routing.experts.unflatten(0, (rows, positions))
+    fraction_BE = torch.zeros(rows, experts, device=counted.device).scatter_add(
+        1, chosen_BSk.flatten(1), counted.expand(-1, -1, per_token).flatten(1)
+    )
+    fraction_BE = fraction_BE * experts / (per_token * tokens_B)
+    return (fraction_BE * probability_BE).sum()
+
+
+def batch_balance_loss(routing: Routing, counted_T: Tensor, load_E: Tensor) -> Tensor:
+    """The classical auxiliary loss `E * sum_e f_e * P_e` (Switch, equation 4), summed over this part of the batch.
+
+    `load [E]` are the counts of the whole global batch, so f means the same in every layout; P is summed over the
+    counted tokens, to be divided by their global number.
+    """
+    experts = routing.scores.shape[1]
+    fraction_E = load_E.float() / load_E.sum().clamp(min=1)
+    shares_TE = routing.scores / routing.scores.sum(-1, keepdim=True)
+    return experts * (fraction_E * (shares_TE * counted_T[:, None]).sum(0)).sum()
+
+
+def router_z_loss(routing: Routing, counted_T: Tensor) -> Tensor:
+    """ST-MoE's z-loss (arXiv 2202.08906, equation 5), summed over the counted tokens."""
+    return (routing.logits.logsumexp(-1).square() * counted_T).sum()
+
+
+def router_entropy(routing: Routing) -> Tensor:
+    """Mean entropy, in nats, of the router's scores normalised over the experts."""
+    shares = routing.scores / routing.scores.sum(-1, keepdim=True)
+    return -(shares * shares.clamp(min=1e-20).log()).sum(-1).mean()

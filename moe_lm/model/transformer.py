@@ -1,0 +1,131 @@
+"""The decoder-only language model: embedding, blocks, head, initialisation. One device; nothing here is parallel.
+
+Shapes: B rows, S positions, D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_lm.config import ModelConfig
+from moe_lm.model.attention import Attend, Attention
+from moe_lm.model.layers import MLP, build_norm, rotary_angles, sinusoidal_positions
+from moe_lm.model.moe import MoE, Routing
+
+
+class ModelOutput(NamedTuple):
+    """Logits `[B, S, V]` and what the router of every MoE layer decided, in layer order."""
+
+    logits: Tensor
+    routings: list[Routing]
+
+
+class LanguageModel(nn.Module):
+    """Token ids in, next-token logits out. Parameters are named as in Hugging Face's `dots1`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:
+        hidden_BSD, routings = self.model(input_ids_BS, position_ids_BS, attend)
+        return ModelOutput(self.lm_head(hidden_BSD), routings)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter and buffer; see `initialise_tensor` for what each gets."""
+        with torch.no_grad():
+            for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+                initialise_tensor(name, tensor, self.config, seed)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.activation_checkpointing = False
+
+    def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> tuple[Tensor, list[Routing]]:
+        x_BSD = self.embed_tokens(input_ids_BS)
+        angles = None
+        if self.config.position_embedding == "rope":
+            angles = rotary_angles(position_ids_BS, self.config.head_size, self.config.rope_theta)
+        elif self.config.position_embedding == "learned":
+            x_BSD = x_BSD + self.embed_positions(position_ids_BS)
+        else:
+            x_BSD = x_BSD + sinusoidal_positions(position_ids_BS, self.config.hidden_size).to(x_BSD.dtype)
+        routings = []
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BSD, routing = checkpoint(layer, x_BSD, angles, attend, use_reentrant=False)
+            else:
+                x_BSD, routing = layer(x_BSD, angles, attend)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x_BSD), routings
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then a dense feed-forward layer or a Mixture of Experts."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.intermediate_size)
+
+    def forward(
+        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend
+    ) -> tuple[Tensor, Routing | None]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, attend)
+        normed = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoE):
+            out, routing = self.mlp(normed)
+            return x_BSD + out, routing
+        return x_BSD + self.mlp(normed), None
+
+
+# What a tensor starts as, by its name:
+#   *norm.weight              ones
+#   *.bias, *correction_bias  zeros
+#   everything else           normal, mean 0, standard deviation `initializer_range`, from a generator seeded by
+#                             (seed, name), and for stacked experts by (seed, name, expert): whatever part of the
+#                             model a rank holds, it holds the same numbers.
+
+
+def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
+    """Fill one tensor; `first_expert` is the global index of the first expert that a sliced stack holds."""
+    if name.endswith("norm.weight"):
+        tensor.fill_(1.0)
+    elif name.endswith("bias"):
+        tensor.zero_()
+    elif ".experts." in name:
+        for index, expert in enumerate(tensor):
+            _fill_normal(expert, config.initializer_range, f"{seed}/{name}/{first_expert + index}")
+    else:
+        _fill_normal(tensor, config.initializer_range, f"{seed}/{name}")
+
+
+def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    # Drawn on the CPU in float32, so that every device and data type starts from the same numbers.
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
