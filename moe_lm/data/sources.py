@@ -1,0 +1,257 @@
+"""Documents out of text files, JSON rows, Parquet, `datasets` data sets and the Python standard library.
+
+One bad document never stops a corpus: what cannot be used is counted in a `Report` by reason, with the first place
+where it was met. Memory is bounded whatever the size of a file. The order is the same on every run.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from moe_lm.config import SourceConfig
+from moe_lm.data.files import (
+    COMPRESSED_SUFFIXES,
+    MAX_LINE_BYTES,
+    UNREADABLE,
+    Report,
+    kind_of,
+    open_decompressed,
+    read_lines,
+    read_rows,
+)
+from moe_lm.errors import MoeLmError, UsageError
+
+PIECE_BYTES = 64 << 10  # a longer text file comes in pieces of about this size, so that some of it can be held out
+
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".yaml", ".toml", ".sql", ".sh"}
+    | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".js", ".ts", ".rs"}
+)
+ROW_SUFFIXES = frozenset({".jsonl", ".json", ".parquet"})
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `id` is stable across runs: the path in its folder, or for rows a hash of the text."""
+
+    id: str
+    text: str
+
+
+def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
+    """The documents of a source in a fixed order, up to `source.max_bytes` of text.
+
+    Raises UsageError when the source does not exist, or when nothing in it can be used.
+    """
+    before = report.documents
+    budget = report.text_bytes + source.max_bytes if source.max_bytes is not None else None
+    for document, where in _candidates(source, report):
+        size = _usable_bytes(document.text, where, report)
+        if size is None:
+            continue
+        report.documents += 1
+        report.text_bytes += size
+        yield document
+        if budget is not None and report.text_bytes >= budget:
+            return
+    if report.documents == before:
+        reasons = "; ".join(report.skipped_lines()) or "it is empty"
+        raise UsageError(f"source {source.name!r} ({origin(source)}) has no usable document: {reasons}")
+
+
+def source_files(source: SourceConfig, report: Report | None = None) -> list[tuple[str, Path]]:
+    """The files of a `path` or `stdlib` source, sorted, each with its name: the posix path relative to the root."""
+    if source.stdlib:
+        return _stdlib_files()
+    path = Path(source.path or "").expanduser()
+    if path.is_dir():
+        files = _folder_files(path, report or Report())
+    elif path.is_file():
+        files = [(path.name, path)]
+    elif glob.has_magic(str(path)):
+        files = _glob_files(str(path))
+    else:
+        raise UsageError(f"source {source.name!r}: path {source.path} does not exist; correct the path")
+    if not files:
+        raise UsageError(
+            f"source {source.name!r}: path {source.path} matches no file to read; "
+            f"expected text, .jsonl, .json or .parquet, each also .gz, .xz or .zst"
+        )
+    return files
+
+
+def origin(source: SourceConfig) -> str:
+    """What a source reads, in words for messages."""
+    return source.path or source.dataset or "the Python standard library"
+
+
+def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+    """Every document with its place (`file:line`), before the checks that any text must pass."""
+    if source.dataset is not None:
+        yield from _dataset_documents(source, report)
+        return
+    for name, path in source_files(source, report):
+        kind = kind_of(path)
+        if kind not in ROW_SUFFIXES:
+            # A module of the standard library stays whole, so that it is held out whole.
+            yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else PIECE_BYTES, report)
+        elif kind == ".parquet":
+            yield from _parquet_documents(path, name, source.text_field, report)
+        else:
+            for where, row in read_rows(path, name, report):
+                yield from _row_document(row, source.text_field, where, report)
+
+
+def _usable_bytes(text: str, where: str, report: Report) -> int | None:
+    """The text's size in UTF-8, or None (counted) when it must not reach the tokenizer."""
+    if not text.strip():
+        report.skip("empty document", where)
+    elif "\0" in text:
+        report.skip("NUL byte", where)
+    else:
+        try:
+            return len(text.encode("utf-8"))
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            report.skip("invalid UTF-8", where)
+    return None
+
+
+def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[Document, str]]:
+    try:
+        with open_decompressed(path) as file:
+            for index, (line, piece) in enumerate(_pieces(file, name, piece_bytes, report)):
+                where = f"{name}:{line}"
+                try:
+                    text = piece.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    line += piece.count(b"\n", 0, error.start)
+                    report.skip("invalid UTF-8", f"{name}:{line}")
+                    continue
+                yield Document(f"{name}#{index}" if index else name, text), where
+    except UNREADABLE as error:
+        report.skip("unreadable file", f"{name}: {error}")
+
+
+def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[int, bytes]]:
+    """A file cut at blank lines into pieces of about `piece_bytes`, each with the number of its first line."""
+    lines: list[bytes] = []
+    size = first = 0
+    for number, line in read_lines(file, name, report):
+        first = first or number
+        lines.append(line)
+        size += len(line)
+        if size >= piece_bytes and (not line.strip() or size >= 4 * piece_bytes):
+            yield first, b"".join(lines)
+            lines, size, first = [], 0, 0
+    if lines or not first:
+        yield max(first, 1), b"".join(lines)
+
+
+def _row_document(row: dict[str, Any], text_field: str, where: str, report: Report) -> Iterator[tuple[Document, str]]:
+    text = row.get(text_field)
+    if isinstance(text, str):
+        yield _row(text), where
+    elif text_field in row:
+        report.skip(f"field {text_field!r} is not text", where)
+    else:
+        report.skip(f"no field {text_field!r}", f"{where}, which has {', '.join(map(repr, list(row)[:8])) or 'none'}")
+
+
+def _row(text: str) -> Document:
+    """A row's place in its file is no name for it; equal texts are one document, on one side of the split."""
+    return Document(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), text)
+
+
+def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -> Iterator[tuple[Document, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open_decompressed(path) as stream, tempfile.TemporaryFile() as seekable:
+            file: BinaryIO = stream
+            if path.suffix.lower() in COMPRESSED_SUFFIXES:  # Parquet begins with its end
+                shutil.copyfileobj(stream, seekable)
+                file = cast(BinaryIO, seekable)
+            table = pyarrow.parquet.ParquetFile(file)
+            if text_field not in table.schema_arrow.names:
+                report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(table.schema_arrow.names)}")
+                return
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                # As bytes: pyarrow raises for a whole column when one string is not UTF-8.
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    row += 1
+                    where = f"{name}:{row}"
+                    if value is None:
+                        report.skip(f"field {text_field!r} is not text", where)
+                        continue
+                    try:
+                        yield _row(value.decode("utf-8")), where
+                    except UnicodeDecodeError:
+                        report.skip("invalid UTF-8", where)
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
+        report.skip("unreadable file", f"{name}: {error}")
+
+
+def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+    import datasets
+
+    name = f"data set {source.dataset} (subset {source.subset}, split {source.split})"
+    try:
+        rows = iter(datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True))
+        for number, row in enumerate(rows, 1):
+            yield from _row_document(row, source.text_field, f"{source.dataset}:{number}", report)
+    except Exception as error:  # whatever the library, the network or the file formats under it raise
+        message = " ".join(str(error).split())
+        raise MoeLmError(f"source {source.name!r}: {name} cannot be read: {message}") from error
+
+
+def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:
+    """Files of a known kind under a folder; hidden ones are not looked at."""
+    files: list[tuple[str, Path]] = []
+    for name, path in _walk(root, left_out=frozenset()):
+        if kind_of(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
+            files.append((name, path))
+        else:
+            report.skip("unknown kind of file", name)
+    return files
+
+
+def _glob_files(pattern: str) -> list[tuple[str, Path]]:
+    parts = Path(pattern).parts
+    plain = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:plain])
+    found = (Path(name) for name in glob.glob(pattern, recursive=True))
+    return sorted((_name(path, root), path) for path in found if path.is_file())
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [(name, path) for name, path in _walk(root, STDLIB_LEFT_OUT) if path.suffix == ".py"]
+    if not files:
+        raise UsageError(f"this Python has no library source in {root}; set path to a folder of text instead")
+    return files
+
+
+def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[str, Path]]:
+    found: list[tuple[str, Path]] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in left_out and not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [(_name(path, root), path) for path in paths if path.is_file()]
+    return sorted(found)
+
+
+def _name(path: Path, root: Path) -> str:
+    """The path below the root as printable text, also where the file system holds bytes that are not UTF-8."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
