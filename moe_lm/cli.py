@@ -1,0 +1,249 @@
+"""The command line: one verb a stage of the walk, each imported when it runs, so that `--help` needs no torch and a
+wrong config is refused at once.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. An error is one sentence on stderr; `--debug`, before or
+after the verb, adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_lm import __version__
+from moe_lm.errors import MoeLmError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class Walk(typer.core.TyperGroup):
+    """Lists the verbs in the order of the walk; Typer would put the group `tokenizer` last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda verb: verb not in ("quickstart", "doctor", "tokenizer"))
+
+
+app = typer.Typer(
+    cls=Walk,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    tokenizer_app, name="tokenizer", help="Train a byte-level BPE tokenizer, or measure one.", rich_help_panel="Build"
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moe-lm {__version__}")
+        raise typer.Exit
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, like train.steps=100."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 more likely, above 1 more varied; 0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")]
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens that hold this probability.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
+
+
+def main() -> None:
+    """Run the verb that `sys.argv` names and exit with its code."""
+    debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
+    arguments = [item for item in sys.argv[1:] if item != "--debug"]
+    try:
+        typer.main.get_command(app)(arguments, prog_name="moe-lm")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        _flush_quietly()
+        raise
+    except MoeLmError as error:
+        _stop(f"error: {error}", error.exit_code, debug)
+    except Exception as error:
+        hint = "" if debug else "; run again with --debug for the traceback"
+        _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug)
+
+
+def _stop(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _flush_quietly() -> None:
+    """A reader that went away (`moe-lm ... | head`) is no error; without this Python complains when it exits."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.callback()
+def moe_lm(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; after the verb too.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version)] = False,
+) -> None:
+    """Mixture-of-Experts language models: from a tokenizer to samples, from a laptop to a cluster."""
+
+
+@app.command(rich_help_panel="Start here")
+def quickstart(
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Time for the whole walk.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Your own text instead of Python's standard library.")] = None,
+    run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+) -> None:
+    """The whole walk in minutes: tokenizer, shards, pretraining, fine-tuning, samples, evaluation."""
+    from moe_lm import quickstart
+
+    quickstart.run(minutes=minutes, corpus=corpus, run_dir=run_dir)
+
+
+@app.command(rich_help_panel="Start here")
+def doctor() -> None:
+    """What this machine has, what is missing and how to install it."""
+    from moe_lm import doctor
+
+    raise typer.Exit(doctor.run())
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the recipe.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a tokenizer and write it to the recipe's output folder."""
+    from moe_lm.config import TokenizerRecipe, load_config
+
+    settings = load_config(TokenizerRecipe, recipe, overrides or ())
+
+    from moe_lm.tokenization import train_tokenizer
+
+    train_tokenizer(settings).save(settings.output)
+    print(f"wrote {settings.output}; see it with: moe-lm tokenizer inspect {settings.output}")
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the tokenizer.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to measure it on.")] = None,
+) -> None:
+    """Report vocabulary, bytes per token and round-trip exactness."""
+    from moe_lm.tokenization import inspect
+
+    print(inspect(path, files or ()))
+
+
+@app.command(rich_help_panel="Build")
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Turn documents into token shards, in parallel; goes on where it was stopped."""
+    from moe_lm.config import PretrainConfig, load_config
+
+    settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.data.shards import prepare
+
+    print(prepare(settings.data))
+
+
+@app.command(rich_help_panel="Build")
+def pretrain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")] = False,
+) -> None:
+    """Train a model; resumes by itself when the run folder has a checkpoint."""
+    from moe_lm.config import PretrainConfig, load_config
+
+    settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.train import pretrain
+
+    if dry_run:
+        print(pretrain.describe(settings))
+    else:
+        pretrain.run(settings)
+
+
+@app.command(rich_help_panel="Build")
+def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Fine-tune a run on conversations; resumes like pretrain."""
+    from moe_lm.config import FinetuneConfig, load_config
+
+    settings = load_config(FinetuneConfig, config, overrides or ())
+
+    from moe_lm.train import finetune
+
+    finetune.run(settings)
+
+
+@app.command(rich_help_panel="Use")
+def sample(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+) -> None:
+    """Continue a prompt, streaming to the terminal."""
+    from moe_lm.generate import commands
+
+    commands.sample(
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+    )
+
+
+@app.command(rich_help_panel="Use")
+def chat(
+    run: RunPath,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+) -> None:
+    """Talk to a fine-tuned run."""
+    from moe_lm.generate import commands
+
+    commands.chat(run, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+
+@app.command("eval", rich_help_panel="Use")
+def evaluate(
+    run: RunPath,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to score; without, the run's held-out text.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens a window moves; without, windows touch.")] = None,
+) -> None:
+    """Perplexity and bits per byte."""
+    from moe_lm.evaluate import perplexity
+
+    print(perplexity.evaluate(run, files or (), stride=stride))
