@@ -1,0 +1,242 @@
+"""The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
+
+The token stream of a source is cut into consecutive windows of `sequence_length`. Sequence g of the run takes its
+source from a shuffled block of exact shares, and its window from a shuffle of the source's windows, a new one each
+epoch. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_lm.data.shards import TokenShards, TokenStream
+from moe_lm.data.shuffle import shuffle_key, shuffled
+from moe_lm.errors import UsageError
+
+IGNORE = -100  # the target of a position that is not trained
+MIX_BLOCK = 4096  # sequences in which the sources have their exact shares
+PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed tokens, as the model takes them.
+
+    input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
+    cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
+    ends of rows are always among them. max_seqlen: tokens in the longest segment.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that are trained on."""
+        return int((self.targets != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = (self.input_ids, self.targets, self.position_ids, self.cu_seqlens)
+        input_ids, targets, position_ids, cu_seqlens = (item.to(device, non_blocking=True) for item in tensors)
+        return Batch(input_ids, targets, position_ids, cu_seqlens, self.max_seqlen)
+
+
+class BatchSource(Protocol):
+    """What the training loop reads."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def batch(self, step: int, rows: range) -> Batch:
+        """The rows `rows` of the global batch of step `step`."""
+        ...
+
+
+class PackedBatches:
+    """Training batches out of the shards of one or several sources, mixed by weight (relative shares of sequences).
+
+    With `separate_documents` a document attends to itself alone, its positions begin at 0, and its last token has
+    no target. Raises UsageError when a source has no whole window.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TokenShards],
+        weights: Sequence[float],
+        sequence_length: int,
+        global_batch_size: int,
+        seed: int,
+        separate_documents: bool,
+    ) -> None:
+        self._length = sequence_length
+        self._batch_size = global_batch_size
+        self._seed = seed
+        self._windows = [_num_windows(item, sequence_length) for item in shards]
+        self._stream = TokenStream([tokens for item in shards for tokens in item.files])
+        self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
+        self._document_starts = (
+            np.concatenate(
+                [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
+            )
+            if separate_documents
+            else None
+        )
+        self._shares = _block_shares(weights)
+        self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
+        self._plan: tuple[int, _Windows] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that hold as many sequences as the sources have windows together, rounded up."""
+        return -(-sum(self._windows) // self._batch_size)
+
+    def batch(self, step: int, rows: range) -> Batch:
+        number, offset = divmod(step, self._plan_steps)
+        plan = self._plan
+        if plan is None or plan[0] != number:
+            plan = self._plan = number, self._plan_windows(number)
+        first = offset * self._batch_size
+        return plan[1].batch(slice(first + rows.start, first + rows.stop, rows.step))
+
+    def _plan_windows(self, number: int) -> _Windows:
+        size = self._plan_steps * self._batch_size
+        starts = self._window_starts(np.arange(number * size, (number + 1) * size))
+        return _Windows(self._stream, starts, self._length, self._document_starts)
+
+    def _window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the stream the windows of these sequences (counted over the whole run) begin. [n] -> [n]"""
+        if len(self._windows) == 1:
+            return self._visit(0, sequences) * self._length
+        block, place = np.divmod(sequences, MIX_BLOCK)
+        place = shuffled(place, MIX_BLOCK, shuffle_key(self._seed, 0, block))
+        bounds = np.cumsum(self._shares)
+        source = np.searchsorted(bounds, place, side="right")
+        starts = np.empty_like(sequences)
+        for index, share in enumerate(self._shares):
+            mine = source == index
+            # The block's places of a source are numbered through, block after block: its visits, each once.
+            visit = block[mine] * share + place[mine] - (bounds[index] - share)
+            starts[mine] = self._first_token[index] + self._visit(index, visit) * self._length
+        return starts
+
+    def _visit(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The window of a source's visit number `visits` [n]: every window once an epoch."""
+        epoch, place = np.divmod(visits, self._windows[source])
+        return shuffled(place, self._windows[source], shuffle_key(self._seed, 1 + source, epoch))
+
+
+class EvaluationBatches:
+    """Every token of a split once and in order, in batches of one shape; the last one is filled up with padding.
+
+    Padding is token 0 without targets, in attention segments of its own.
+    """
+
+    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, separate_documents: bool) -> None:
+        self._length = sequence_length
+        self._batch_size = batch_size
+        self._num_tokens = shards.num_tokens
+        self.steps_per_epoch = -(-max(0, shards.num_tokens - 1) // (sequence_length * batch_size))
+        padding = np.zeros(sequence_length * batch_size + 1, np.uint16)
+        self._stream = TokenStream([*shards.files, padding])
+        documents = shards.document_starts if separate_documents else shards.document_starts[:0]
+        self._starts = np.append(documents, shards.num_tokens)
+
+    def batch(self, step: int, rows: range) -> Batch:
+        sequences = step * self._batch_size + np.arange(rows.start, rows.stop, rows.step)
+        starts = sequences * self._length
+        batch = _Windows(self._stream, starts, self._length, self._starts).batch(slice(None))
+        last = torch.from_numpy(self._num_tokens - 1 - starts)
+        batch.targets[torch.arange(self._length) >= last[:, None]] = IGNORE
+        return batch
+
+
+def evaluation_batches(
+    shards: TokenShards, sequence_length: int, batch_size: int, separate_documents: bool
+) -> Iterator[Batch]:
+    """The batches of EvaluationBatches, one after the other."""
+    batches = EvaluationBatches(shards, sequence_length, batch_size, separate_documents)
+    for step in range(batches.steps_per_epoch):
+        yield batches.batch(step, range(batch_size))
+
+
+class _Windows:
+    """Windows of one length in a token stream, cut at the starts of documents when those are given."""
+
+    def __init__(
+        self, stream: TokenStream, starts: NDArray[np.int64], length: int, document_starts: NDArray[np.int64] | None
+    ) -> None:
+        self._stream = stream
+        self._starts = starts
+        self._length = length
+        self._document_starts = document_starts
+        if document_starts is not None:
+            # Documents that begin after the window's first token, up to the token that is only a target.
+            # Looked up in sorted order, which is several times faster: neighbours share the cached part of the list.
+            order = np.argsort(starts)
+            self._first, self._last = np.empty_like(starts), np.empty_like(starts)
+            self._first[order] = np.searchsorted(document_starts, starts[order], side="right")
+            self._last[order] = np.searchsorted(document_starts, starts[order] + length, side="right")
+
+    def batch(self, selection: slice) -> Batch:
+        """The selected windows as the rows of a batch."""
+        starts = self._starts[selection]
+        tokens = self._stream.windows(starts, self._length + 1)
+        targets = tokens[:, 1:].astype(np.int64)
+        bounds = np.arange(0, targets.size + 1, self._length)
+        if self._document_starts is not None:
+            begins = self._document_begins(selection, starts)
+            targets.reshape(-1)[begins - 1] = IGNORE
+            bounds = np.sort(np.concatenate([bounds, begins[begins % self._length != 0]]))
+        return pack(tokens[:, :-1].astype(np.int64), targets, bounds)
+
+    def _document_begins(self, selection: slice, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where documents begin in the flattened batch; one that begins with the next row's place counts too."""
+        assert self._document_starts is not None
+        first = self._first[selection]
+        counts = self._last[selection] - first
+        row = np.repeat(np.arange(len(starts)), counts)
+        within_row = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+        return self._document_starts[first[row] + within_row] - starts[row] + row * self._length
+
+
+def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArray[np.int64]) -> Batch:
+    """A batch out of [rows, sequence] tokens and the sorted bounds of its attention segments (from 0 to all)."""
+    lengths = np.diff(bounds)
+    position_ids = np.arange(input_ids.size) - np.repeat(bounds[:-1], lengths)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(position_ids.reshape(input_ids.shape)),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def _num_windows(shards: TokenShards, sequence_length: int) -> int:
+    windows = (shards.num_tokens - 1) // sequence_length
+    if windows < 1:
+        raise UsageError(
+            f"{shards.folder} has {shards.num_tokens} {shards.split} tokens, sequence_length={sequence_length} needs "
+            f"at least {sequence_length + 1}; add text or shorten data.sequence_length"
+        )
+    return windows
+
+
+def _block_shares(weights: Sequence[float]) -> list[int]:
+    """How many of MIX_BLOCK sequences each source gets: by largest remainder, at least one."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * MIX_BLOCK
+    shares = np.maximum(1, np.floor(exact)).astype(int)
+    while (missing := MIX_BLOCK - int(shares.sum())) != 0:
+        place = np.argmax(exact - shares) if missing > 0 else np.argmax(shares)
+        shares[place] += np.sign(missing)
+    return [int(share) for share in shares]

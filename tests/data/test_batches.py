@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches, evaluation_batches
+from moe_lm.data.shards import TokenShards, TokenStream
+from moe_lm.errors import UsageError
+
+LENGTH = 8
+
+
+def numbered(make_shards, tokens: int, first: int = 0) -> TokenShards:
+    """One document whose tokens count up, so that a window shows where it came from."""
+    return make_shards([list(range(first, first + tokens))])
+
+
+def train(shards: list[TokenShards], batch_size: int = 4, weights=None, separate: bool = True, seed: int = 1):
+    return PackedBatches(shards, weights or [1.0] * len(shards), LENGTH, batch_size, seed, separate)
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    for name in ("input_ids", "targets", "position_ids", "cu_seqlens"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert left.max_seqlen == right.max_seqlen
+
+
+DOCUMENTS = [[0, 10, 11, 1], [0, 20, 21, 22, 23, 24, 25, 1], [0, 30, 31, 1], [0, 40, 41, 42, 43, 44, 45, 46, 1]]
+
+
+def test_packing_by_hand_without_attention_across_documents(make_shards) -> None:
+    """Three windows of 8 over documents of 4, 8, 4 and 9 tokens; 25 tokens, so that the last is a target only."""
+    [batch] = evaluation_batches(make_shards(DOCUMENTS), LENGTH, 3, separate_documents=True)
+    assert batch.input_ids.tolist() == [
+        [0, 10, 11, 1, 0, 20, 21, 22],
+        [23, 24, 25, 1, 0, 30, 31, 1],
+        [0, 40, 41, 42, 43, 44, 45, 46],
+    ]
+    assert batch.targets.tolist() == [
+        [10, 11, 1, IGNORE, 20, 21, 22, 23],
+        [24, 25, 1, IGNORE, 30, 31, 1, IGNORE],
+        [40, 41, 42, 43, 44, 45, 46, 1],
+    ]
+    assert batch.position_ids.tolist() == [
+        [0, 1, 2, 3, 0, 1, 2, 3],
+        [0, 1, 2, 3, 0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+    ]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12, 16, 24]
+    assert batch.max_seqlen == 8
+    assert batch.num_targets == 21
+
+
+def test_packing_by_hand_with_attention_across_documents(make_shards) -> None:
+    [batch] = evaluation_batches(make_shards(DOCUMENTS), LENGTH, 3, separate_documents=False)
+    assert batch.targets[0].tolist() == [10, 11, 1, 0, 20, 21, 22, 23]
+    assert batch.position_ids.tolist() == [list(range(8))] * 3
+    assert batch.cu_seqlens.tolist() == [0, 8, 16, 24]
+    assert batch.num_targets == 24
+
+
+def test_types_are_those_the_model_takes(make_shards) -> None:
+    batch = train([numbered(make_shards, 100)]).batch(0, range(4))
+    assert batch.input_ids.dtype == batch.targets.dtype == batch.position_ids.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.input_ids.is_contiguous()
+    assert batch.targets.is_contiguous()
+
+
+@pytest.mark.parametrize("windows", [1, 4, 37])
+def test_every_window_is_seen_exactly_once_an_epoch(make_shards, windows: int) -> None:
+    batches = train([numbered(make_shards, windows * LENGTH + 3)], batch_size=1)
+    assert batches.steps_per_epoch == windows
+    orders = []
+    for epoch in range(3):
+        steps = range(epoch * windows, (epoch + 1) * windows)
+        first_tokens = [int(batches.batch(step, range(1)).input_ids[0, 0]) for step in steps]
+        assert sorted(first_tokens) == [window * LENGTH for window in range(windows)]
+        orders.append(first_tokens)
+    assert windows < 37 or orders[0] != orders[1] != orders[2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(ranks=st.sampled_from([1, 2, 4, 8]), step=st.integers(0, 10**6), separate=st.booleans(), mixed=st.booleans())
+def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int, step: int, separate: bool, mixed: bool) -> None:
+    rng = np.random.default_rng(0)
+    starts = np.sort(rng.choice(np.arange(1, 4000), 300, replace=False))
+    starts[0] = 0
+    one = TokenShards("a", "train", (rng.integers(0, 60000, 4000, np.uint16),), starts, starts)
+    batches = train([one, one] if mixed else [one], batch_size=8, separate=separate)
+    whole = batches.batch(step, range(8))
+    share = 8 // ranks
+    parts = [batches.batch(step, range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
+    for name in ("input_ids", "targets", "position_ids"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    bounds = [part.cu_seqlens[1:] + rank * share * LENGTH for rank, part in enumerate(parts)]
+    assert torch.equal(torch.cat(bounds), whole.cu_seqlens[1:])
+    assert max(part.max_seqlen for part in parts) == whole.max_seqlen
+
+
+def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for(make_shards) -> None:
+    shards = [numbered(make_shards, 5000), numbered(make_shards, 1000, first=10_000)]
+    steps = [9000, 3, 2048, 3, 0, 77, 4095, 0]
+    jumping = train(shards)
+    for step in steps:
+        assert_same(jumping.batch(step, range(4)), train(shards).batch(step, range(4)))
+
+
+def test_another_seed_is_another_order(make_shards) -> None:
+    shards = [numbered(make_shards, 5000)]
+    one, two = (train(shards, seed=seed).batch(0, range(4)).input_ids for seed in (1, 2))
+    assert not torch.equal(one, two)
+
+
+def test_targets_are_the_next_tokens(make_shards) -> None:
+    batch = train([numbered(make_shards, 1000)], batch_size=16).batch(2, range(16))
+    assert torch.equal(batch.targets, batch.input_ids + 1)
+
+
+def test_sources_are_mixed_by_weight(make_shards) -> None:
+    shards = [numbered(make_shards, 2000), numbered(make_shards, 2000, first=5000)]
+    batches = train(shards, batch_size=64, weights=[3, 1])
+    rows = torch.cat([batches.batch(step, range(64)).input_ids[:, 0] for step in range(64)])
+    assert int((rows < 5000).sum()) == 3072  # exactly three quarters of the block of 4096
+    early = int((rows[:256] < 5000).sum())
+    assert 160 < early < 224
+
+
+def test_a_mixed_source_too_is_seen_window_by_window(make_shards) -> None:
+    """Half of 4096 sequences from a source of 128 windows: 16 whole epochs of it."""
+    shards = [numbered(make_shards, 128 * LENGTH + 1), numbered(make_shards, 2000, first=5000)]
+    batches = train(shards, batch_size=64)
+    rows = torch.cat([batches.batch(step, range(64)).input_ids[:, 0] for step in range(64)])
+    counts = torch.bincount(rows[rows < 5000] // LENGTH)
+    assert counts.tolist() == [16] * 128
+
+
+def test_a_source_with_a_tiny_weight_is_not_forgotten(make_shards) -> None:
+    shards = [numbered(make_shards, 2000), numbered(make_shards, 100, first=5000)]
+    batches = train(shards, batch_size=4096, weights=[1.0, 1e-9])
+    assert int((batches.batch(0, range(4096)).input_ids[:, 0] >= 5000).sum()) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(size=st.integers(1, 40), length=st.integers(1, 12), starts=st.lists(st.integers(0, 80), max_size=8))
+def test_windows_are_the_same_however_the_stream_is_cut_into_files(size: int, length: int, starts: list[int]) -> None:
+    stream = np.arange(100, dtype=np.uint16)
+    cut = TokenStream([stream[first : first + size] for first in range(0, 100, size)])
+    expected = [stream[start : start + length].tolist() for start in starts]
+    assert cut.windows(np.array(starts, np.int64), length).tolist() == expected
+    assert [cut.tokens(start, start + length).tolist() for start in starts] == expected
+
+
+def test_windows_leave_no_document_boundary_out_when_files_are_cut(make_shards) -> None:
+    documents = [[0, *range(2, 2 + size), 1] for size in (3, 1, 17, 5, 9, 30, 2, 2, 2, 40)]
+    whole = train([make_shards(documents)]).batch(0, range(4))
+    cut = train([make_shards(documents, tokens_a_file=7)]).batch(0, range(4))
+    assert_same(whole, cut)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("tokens", [2, 8, 9, 10, 33, 49, 50])
+def test_evaluation_predicts_every_token_once_and_pads_the_rest(make_shards, tokens: int, separate: bool) -> None:
+    shards = numbered(make_shards, tokens, first=100)
+    batches = list(evaluation_batches(shards, LENGTH, 2, separate))
+    targets = torch.cat([batch.targets.flatten() for batch in batches])
+    assert targets[targets != IGNORE].tolist() == list(range(101, 100 + tokens))
+    assert all(batch.input_ids.shape == (2, LENGTH) for batch in batches)
+    padding = torch.cat([batch.input_ids.flatten() for batch in batches])[tokens:]
+    assert not padding.any()
+
+
+def test_padding_attends_to_itself_alone(make_shards) -> None:
+    [batch] = evaluation_batches(numbered(make_shards, 12, first=100), LENGTH, 3, separate_documents=False)
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16, 24]
+
+
+def test_ranks_slice_evaluation_batches_as_they_do_training_batches(make_shards) -> None:
+    batches = EvaluationBatches(make_shards(DOCUMENTS), LENGTH, 4, separate_documents=True)
+    whole = batches.batch(0, range(4))
+    parts = [batches.batch(0, range(row, row + 1)) for row in range(4)]
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+
+
+def test_an_empty_split_has_no_evaluation_batches(make_shards) -> None:
+    empty = TokenShards("a", "validation", (), np.empty(0, np.int64), np.empty(0, np.int64))
+    assert list(evaluation_batches(empty, LENGTH, 2, separate_documents=True)) == []
+
+
+def test_a_source_shorter_than_a_sequence_is_refused(make_shards) -> None:
+    with pytest.raises(UsageError, match="8 train tokens, sequence_length=8 needs at least 9"):
+        train([numbered(make_shards, 8)])
