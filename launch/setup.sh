@@ -27,7 +27,9 @@ if [ -z "$python" ]; then
     exit 2
 fi
 
-new_enough "$venv/bin/python" || "$python" -m venv --clear "$venv"
+if ! { new_enough "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
+    "$python" -m venv --clear "$venv"
+fi
 
 quiet=--quiet
 [ -t 1 ] && quiet=

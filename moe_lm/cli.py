@@ -157,7 +157,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.data.shards import prepare
+    from moe_lm.data.prepare import prepare
 
     print(prepare(settings.data))
 

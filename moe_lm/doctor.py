@@ -20,7 +20,7 @@ Status = Literal["ok", "missing", "optional", "warning"]
 
 GIB = 1 << 30
 LOW_DISK_GIB = 5  # a small run with its shards and two checkpoints
-INSTALL = 'pip install -e "."'
+INSTALL = "pip install -e ."
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def examine() -> Iterator[Finding]:
     yield _bf16_on_cpu()
     for name in ("deepspeed", "accelerate", "tokenizers", "datasets", "safetensors"):
         yield _package(name, INSTALL)
-    yield _package("flash-attn", 'pip install -e ".[flash]" (faster attention, CUDA only)', required=False)
+    yield _package("flash-attn", 'pip install --no-build-isolation -e ".[flash]" (CUDA only)', required=False)
     yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
