@@ -55,7 +55,7 @@ class MoE(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert in float32 and chooses; `e_score_correction_bias` is moved by the trainer, not by gradients."""
+    """Scores every expert in float32 and chooses; the trainer, not a gradient, moves `e_score_correction_bias`."""
 
     e_score_correction_bias: Tensor
 
@@ -195,9 +195,10 @@ def sequence_balance_loss(routing: Routing, counted_BS: Tensor) -> Tensor:
     tokens_B = counted.sum(1).clamp(min=1)
     shares_BSE = (routing.scores / routing.scores.sum(-1, keepdim=True)).unflatten(0, (rows, positions))
     probability_BE = (shares_BSE * counted).sum(1) / tokens_B
-    chosen_BSk = routing.experts.unflatten(0, (rows, positions))
+    # Equation 18 takes the best scores as they are, without the bias and the groups that decide in `route`.
+    best_BSk = routing.scores.topk(per_token, dim=-1).indices.unflatten(0, (rows, positions))
     fraction_BE = torch.zeros(rows, experts, device=counted.device).scatter_add(
-        1, chosen_BSk.flatten(1), counted.expand(-1, -1, per_token).flatten(1)
+        1, best_BSk.flatten(1), counted.expand(-1, -1, per_token).flatten(1)
     )
     fraction_BE = fraction_BE * experts / (per_token * tokens_B)
     return (fraction_BE * probability_BE).sum()
