@@ -10,6 +10,7 @@ Shapes: B rows, S positions, T = B*S flattened tokens, D hidden_size, H query he
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -159,14 +160,16 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
 
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
+    return out
 
 
 def _portable_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     pieces = []
     for start, stop in _segments(cu_seqlens):
-        heads_first = (x[None, start:stop].transpose(1, 2) for x in (q, k, v))
-        pieces.append(F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)[0])
+        q_part, k_part, v_part = (x[None, start:stop].transpose(1, 2) for x in (q, k, v))
+        pieces.append(F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True).transpose(1, 2)[0])
     return torch.cat(pieces)
 
 
@@ -232,7 +235,7 @@ def _rows_of(x: Tensor, start: int, stop: int, rows: int) -> Tensor:
 
 def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    return [(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
+    return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:

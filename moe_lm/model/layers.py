@@ -38,7 +38,7 @@ def build_norm(config: ModelConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """Feed-forward layer: `down(act(gate(x)) * up(x))` when gated (SwiGLU, arXiv 2002.05202), else `down(act(up(x)))`."""
+    """Feed-forward: `down(act(gate(x)) * up(x))` when gated (SwiGLU, arXiv 2002.05202), else `down(act(up(x)))`."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
