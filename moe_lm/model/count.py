@@ -1,0 +1,137 @@
+"""What a model costs, from its config alone: parameters, FLOPs per token, bytes. Imports no torch, builds nothing.
+
+"Active" is what one token passes through: everything but the routed experts, and `num_experts_per_tok` of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_lm.config import ModelConfig
+
+FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by what they are for, all layers together. With tied embeddings the shared matrix counts as `head`."""
+
+    embedding: int  # looked up, never multiplied: token and learned position tables
+    attention: int  # the four projections
+    dense: int  # feed-forward layers without experts
+    router: int
+    shared: int
+    routed: int
+    routed_active: int  # the part of `routed` that one token passes through
+    head: int
+    vectors: int  # norm weights and every bias
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.total_non_embedding
+
+    @property
+    def active(self) -> int:
+        return self.embedding + self.active_non_embedding
+
+    @property
+    def total_non_embedding(self) -> int:
+        return self.active_non_embedding - self.routed_active + self.routed
+
+    @property
+    def active_non_embedding(self) -> int:
+        return self.multiplied + self.vectors
+
+    @property
+    def multiplied(self) -> int:
+        """Entries of all matrices that one token is multiplied with."""
+        return self.attention + self.dense + self.router + self.shared + self.routed_active + self.head
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that training keeps when nothing is divided over devices."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Parameters of `LanguageModel(config)`, exact."""
+    layers, sparse = config.num_hidden_layers, len(config.moe_layers)
+    hidden, heads = config.hidden_size, config.num_attention_heads + config.kv_heads
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size
+    if config.position_embedding == "learned":
+        looked_up += config.max_position_embeddings
+    matrices = 3 if config.mlp_gated else 2
+    expert = matrices * hidden * config.expert_size
+    return Parameters(
+        embedding=looked_up * hidden,
+        attention=layers * 2 * hidden * config.head_size * heads,
+        dense=(layers - sparse) * matrices * hidden * config.intermediate_size,
+        router=sparse * config.n_routed_experts * hidden,
+        shared=sparse * config.n_shared_experts * expert,
+        routed=sparse * config.n_routed_experts * expert,
+        routed_active=sparse * config.num_experts_per_tok * expert,
+        head=config.vocab_size * hidden,
+        vectors=_norms(config) + _biases(config),
+    )
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, causal_half: bool) -> int:
+    """Floating-point operations to train on one token, forward and backward, in sequences of `sequence_length`.
+
+    6 for every weight that multiplies the token (attention projections, dense layers, router, shared experts, `k` of
+    the routed experts, head) plus the attention scores: 12 x layers x heads x head size x sequence length.
+    `causal_half` counts only the half of the scores that a causal mask leaves, as Megatron does; torchtitan and
+    OLMo-core count all of them. Embedding look-ups, norms, biases, recomputation and padding do not count.
+    """
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_size * sequence_length
+    return 6 * count_parameters(config).multiplied + (6 if causal_half else 12) * scores
+
+
+def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon"]) -> StateBytes:
+    """Bytes of float32 weights (with the router's balance biases), gradients and moments.
+
+    AdamW keeps two moments a parameter. Muon keeps one for the matrices that it moves (attention, feed-forward,
+    experts; not embedding, router and head), and AdamW has the rest.
+    """
+    count = count_parameters(config)
+    balance_biases = len(config.moe_layers) * config.n_routed_experts
+    moments = 2 * count.total
+    if optimizer == "muon":
+        moments -= count.attention + count.dense + count.shared + count.routed
+    return StateBytes(
+        weights=FLOAT32 * (count.total + balance_biases),
+        gradients=FLOAT32 * count.total,
+        optimizer=FLOAT32 * moments,
+    )
+
+
+def _norms(config: ModelConfig) -> int:
+    residual = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
+    heads = 2 * config.head_size if config.use_qk_norm else 0
+    return config.num_hidden_layers * (2 * residual + heads) + residual
+
+
+def _biases(config: ModelConfig) -> int:
+    """Routed experts have none, whatever `mlp_bias` says."""
+    layers, sparse = config.num_hidden_layers, len(config.moe_layers)
+    inward = 2 if config.mlp_gated else 1
+    shared_width = config.n_shared_experts * config.expert_size
+    count = config.vocab_size if config.lm_head_bias else 0
+    if config.attention_bias:
+        count += layers * config.head_size * (config.num_attention_heads + 2 * config.kv_heads)
+    if config.attention_out_bias:
+        count += layers * config.hidden_size
+    if config.mlp_bias:
+        count += (layers - sparse) * (inward * config.intermediate_size + config.hidden_size)
+        if shared_width:
+            count += sparse * (inward * shared_width + config.hidden_size)
+    return count
