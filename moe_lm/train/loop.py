@@ -1,0 +1,177 @@
+"""The loop: pretraining and fine-tuning both run it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from moe_lm.config import CheckpointConfig, TrainConfig
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.parallel.engine import Engine, StepResult
+from moe_lm.train import checkpoint
+from moe_lm.train.metrics import (
+    MetricsLog,
+    load_statistics,
+    memory_bytes,
+    model_flops_utilisation,
+    peak_flops,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a run of the loop needs, built by `pretrain` or `finetune`."""
+
+    engine: Engine
+    batches: BatchSource
+    validation: Sequence[Batch]
+    config: TrainConfig
+    checkpoint: CheckpointConfig
+    checkpoints: Path
+    log: MetricsLog
+    files: Mapping[str, str | Path]  # kept in every checkpoint
+    flops_per_token: float  # forward and backward
+
+
+@dataclass
+class TrainingResult:
+    """Where the loop ended. `stopped` when a signal ended it before the last step."""
+
+    step: int
+    stopped: bool = False
+    loss: float = math.nan
+    validation_loss: float | None = None  # nats a token
+    tokens_per_second: float = 0.0  # median over this run's steps
+    checkpoint: Path | None = None
+    load_history: list[list[float]] = field(default_factory=list)
+
+
+def train(parts: Training, start_step: int) -> TrainingResult:
+    """Train from `start_step` to the last step; evaluates, saves and logs on the way.
+
+    SIGTERM or SIGINT ends it after the running step with a checkpoint; a second signal ends the process at once.
+    """
+    config, engine = parts.config, parts.engine
+    result = TrainingResult(step=start_step)
+    speeds = []
+    with stop_signals() as signalled:
+        while result.step < config.steps and not result.stopped:
+            started = time.perf_counter()
+            step_result = engine.train_step(result.step, local_micro_batches(parts, result.step))
+            seconds = time.perf_counter() - started
+            result.step += 1
+            result.loss = step_result.loss
+            speeds.append(step_result.tokens / seconds)
+            record = step_record(parts, result.step, step_result, seconds)
+            last = result.step == config.steps
+            result.stopped = engine.any_rank(bool(signalled)) and not last
+            if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
+                record["val_loss"] = result.validation_loss = evaluate(parts)
+            parts.log.step(record)
+            if last or result.stopped or is_due(result.step, parts.checkpoint.every):
+                result.checkpoint = save(parts, result)
+    result.tokens_per_second = statistics.median(speeds) if speeds else 0.0
+    if result.stopped:
+        parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
+    return result
+
+
+def local_micro_batches(parts: Training, step: int) -> list[Batch]:
+    """This rank's rows of the global batch of `step`, cut into micro-batches."""
+    rows = parts.engine.topology.rows_of(parts.config.global_batch_size)
+    size = parts.config.micro_batch_size or len(rows)
+    starts = range(rows.start, rows.stop, size)
+    return [parts.batches.batch(step, range(start, min(start + size, rows.stop))) for start in starts]
+
+
+def evaluate(parts: Training) -> float:
+    """Mean negative log-likelihood of the held-out targets, in nats."""
+    nll, targets = parts.engine.evaluate(parts.validation)
+    return nll / max(1, targets)
+
+
+def save(parts: Training, result: TrainingResult) -> Path:
+    """Write a checkpoint and drop the oldest ones."""
+    counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
+    files = {**parts.files, "trainer.json": json.dumps(counters)}
+    folder = checkpoint.save(parts.checkpoints, result.step, parts.engine.state(), files)
+    if parts.engine.topology.is_main:
+        checkpoint.clean(parts.checkpoints, parts.checkpoint.keep)
+    return folder
+
+
+def resume(engine: Engine, checkpoints: Path) -> int:
+    """Load the newest complete checkpoint into the engine and return its step; 0 when there is none."""
+    folder = checkpoint.latest(checkpoints)
+    if folder is None:
+        return 0
+    state = engine.state()
+    checkpoint.load(folder, state)
+    engine.load_state(state)
+    return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
+
+
+def step_record(parts: Training, step: int, result: StepResult, seconds: float) -> dict[str, object]:
+    """One line of metrics.jsonl."""
+    tokens_per_second = result.tokens / seconds
+    record: dict[str, object] = {
+        "step": step,
+        "loss": result.loss,
+        "balance_loss": result.balance_loss,
+        "lr": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens": result.tokens,
+        "tokens_per_second": tokens_per_second,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes(parts.engine.device),
+        "skipped": result.skipped,
+    }
+    peak = peak_flops(parts.engine.device, parts.engine.dtype)
+    if peak is not None:
+        peak *= parts.engine.topology.world_size
+        record["mfu"] = model_flops_utilisation(tokens_per_second, parts.flops_per_token, peak)
+    if result.load.numel():
+        layers = load_statistics(result.load)
+        for layer, entropy, bias_range in zip(layers, result.entropy.tolist(), result.bias_range, strict=True):
+            layer |= {"router_entropy": entropy, "bias_range": bias_range}
+        record["experts"] = layers
+    return record
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted in the list that this yields; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def this_command() -> str:
+    """The command line that this process was started with, as a person would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["moe-lm" if program == "__main__.py" else program, *sys.argv[1:]])

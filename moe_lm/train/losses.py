@@ -1,0 +1,110 @@
+"""What training minimises: next-token cross-entropy plus the router's balance losses, in one module.
+
+Every term is a *part* of the step's loss: a sum over this micro-batch divided by counts of the whole global batch.
+Parts add up over micro-batches and ranks, so neither accumulation nor the layout changes the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.config import BalanceConfig
+from moe_lm.data.batches import IGNORE, Batch
+from moe_lm.model.attention import PackedAttention
+from moe_lm.model.moe import (
+    batch_balance_loss,
+    expert_counts,
+    router_entropy,
+    router_z_loss,
+    sequence_balance_loss,
+)
+from moe_lm.model.transformer import LanguageModel, ModelOutput
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Sizes of the whole global batch of a step, over all its micro-batches and ranks."""
+
+    targets: int
+    tokens: int  # without padding
+    rows: int
+    load: Tensor | None = None  # [layers, E]; given when the batch loss must know it ahead of several micro-batches
+
+
+class LossParts(NamedTuple):
+    """One micro-batch's part of a step; everything but `loss` is detached."""
+
+    loss: Tensor
+    nll_sum: Tensor  # nats, summed over the target tokens
+    balance: Tensor  # the part of `loss` that is not cross-entropy
+    load: Tensor  # [layers, E] int64, padding left out
+    entropy: Tensor  # [layers], the router's, nats, mean over the tokens
+
+
+class TrainingLoss(nn.Module):
+    """The model and its loss in one forward pass, so that what wraps it (DDP, DeepSpeed) sees one call."""
+
+    def __init__(self, model: LanguageModel, balance: BalanceConfig, pad_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.balance = balance
+        self.pad_id = pad_id
+        # Sums a tensor over the ranks; the engine puts its own here when there are several.
+        self.all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def forward(self, batch: Batch, counts: StepCounts) -> LossParts:
+        output = self.run_model(batch)
+        nll_sum = next_token_nll(output.logits, batch.targets)
+        load = self.load(batch, output)
+        balance = self._balance_loss(batch, output, counts, load)
+        entropies = [router_entropy(routing) for routing in output.routings]
+        return LossParts(
+            loss=nll_sum / counts.targets + balance,
+            nll_sum=nll_sum.detach(),
+            balance=balance.detach(),
+            load=load,
+            entropy=torch.stack(entropies) if entropies else nll_sum.new_zeros(0),
+        )
+
+    def run_model(self, batch: Batch) -> ModelOutput:
+        attend = PackedAttention(batch.cu_seqlens, batch.input_ids.shape[1])
+        return self.model(batch.input_ids, batch.position_ids, attend)
+
+    def load(self, batch: Batch, output: ModelOutput) -> Tensor:
+        """Tokens an expert of every MoE layer got from this micro-batch: `[layers, E]` int64."""
+        if not output.routings:
+            return torch.zeros(0, 0, dtype=torch.int64, device=batch.input_ids.device)
+        counted_T = (batch.input_ids != self.pad_id).flatten()
+        experts = self.model.config.n_routed_experts
+        return torch.stack([expert_counts(routing.experts, experts, counted_T) for routing in output.routings])
+
+    def _balance_loss(self, batch: Batch, output: ModelOutput, counts: StepCounts, load: Tensor) -> Tensor:
+        """The weighted balance terms, summed over the layers."""
+        weights = self.balance
+        counted_BS = batch.input_ids != self.pad_id
+        counted_T = counted_BS.flatten().float()
+        total = counted_T.new_zeros(())
+        if weights.sequence_loss:
+            terms = [sequence_balance_loss(routing, counted_BS) for routing in output.routings]
+            total = total + weights.sequence_loss * sum(terms) / counts.rows
+        if weights.batch_loss and output.routings:
+            load = self.all_reduce(load) if counts.load is None else counts.load
+            terms = [batch_balance_loss(r, counted_T, load[i]) for i, r in enumerate(output.routings)]
+            total = total + weights.batch_loss * sum(terms) / counts.tokens
+        if weights.z_loss:
+            terms = [router_z_loss(routing, counted_T) for routing in output.routings]
+            total = total + weights.z_loss * sum(terms) / counts.tokens
+        return total
+
+
+def next_token_nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Negative log-likelihood of the targets in nats, summed in float32; IGNORE targets count nothing."""
+    return F.cross_entropy(
+        logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
