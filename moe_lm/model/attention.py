@@ -131,14 +131,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     flash-attn serves CUDA when it is installed and the data type is one it takes, PyTorch's varlen flash attention
     when it is not; every other device attends segment by segment with PyTorch's fused attention.
     """
-    if q.dtype != v.dtype:  # a float32 norm weight under autocast
-        q, k = q.to(v.dtype), k.to(v.dtype)
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         return _cuda_attention()(q, k, v, cu_seqlens, max_seqlen)
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if q.device.type == "cpu":
+        # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return _segment_attention(q, k, v, cu_seqlens)[0]
     return _portable_attention(q, k, v, cu_seqlens)
 
