@@ -59,7 +59,8 @@ class MLP(nn.Module):
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine, `[B, S, 1, N/2]` float32, of the rotary embedding (arXiv 2104.09864)."""
     exponents = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angles = position_ids[..., None].float() / theta**exponents
+    # Times the inverse, as in Hugging Face: dividing rounds differently, which at position 4096 moves a cosine by 2e-4.
+    angles = position_ids[..., None].float() * (1.0 / theta**exponents)
     return angles.cos()[..., None, :], angles.sin()[..., None, :]
 
 

@@ -1,0 +1,115 @@
+"""Norms, feed-forward layers and positions against their formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_lm.config import ModelConfig
+from moe_lm.model.layers import MLP, RMSNorm, build_norm, rotary_angles, rotate, sinusoidal_positions
+
+
+def config_with(**changes: Any) -> ModelConfig:
+    values = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ModelConfig(**{**values, "intermediate_size": 12, **changes})
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def test_rms_norm_divides_by_the_root_mean_square() -> None:
+    norm = randomised(RMSNorm(8, 1e-3))
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    exact = x.double().numpy()
+    expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-3) * norm.weight.detach().double().numpy()
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_keeps_the_data_type_and_computes_in_float32() -> None:
+    norm = randomised(RMSNorm(8, 1e-6))
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = norm(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, norm(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize(("kind", "built"), [("rmsnorm", RMSNorm), ("layernorm", torch.nn.LayerNorm)])
+def test_the_residual_norm_is_the_one_asked_for(kind: str, built: type) -> None:
+    norm = build_norm(config_with(norm_type=kind, rms_norm_eps=0.25))
+    assert isinstance(norm, built)
+    assert norm.eps == 0.25
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["silu", "relu", "gelu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_feed_forward_is_its_formula(gated: bool, kind: str, bias: bool) -> None:
+    mlp = randomised(MLP(config_with(mlp_gated=gated, hidden_act=kind, mlp_bias=bias), 12))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    activations = {
+        "silu": lambda z: z / (1 + torch.exp(-z)),
+        "relu": lambda z: z.clamp(min=0),
+        "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+    }
+    up = x @ mlp.up_proj.weight.T + (mlp.up_proj.bias if bias else 0)
+    if gated:
+        hidden = activations[kind](x @ mlp.gate_proj.weight.T + (mlp.gate_proj.bias if bias else 0)) * up
+    else:
+        hidden = activations[kind](up)
+    expected = hidden @ mlp.down_proj.weight.T + (mlp.down_proj.bias if bias else 0)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_is_multiplication_by_a_unit_complex_number() -> None:
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 90, 2, 1]])
+    turned = rotate(x, *rotary_angles(positions, 8, 100.0))
+    first, second = x.double().chunk(2, dim=-1)
+    frequencies = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    unit = torch.polar(torch.ones(1, dtype=torch.float64), positions[..., None, None] * frequencies)
+    expected = torch.complex(first, second) * unit
+    torch.testing.assert_close(turned.double(), torch.cat((expected.real, expected.imag), -1), rtol=1e-4, atol=1e-5)
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+
+    def product(query_position: int, key_position: int) -> float:
+        at = [rotary_angles(torch.tensor([[position]]), 16, 10_000.0) for position in (query_position, key_position)]
+        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum().item()
+
+    assert product(9, 5) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(9, 5) != pytest.approx(product(9, 1), abs=1e-2)
+
+
+@pytest.mark.parametrize(("head_size", "theta"), [(64, 10_000.0), (128, 1_000_000.0)])
+def test_rotary_angles_are_transformers_angles_to_the_bit_at_any_position(head_size: int, theta: float) -> None:
+    from transformers import Dots1Config
+    from transformers.models.dots1.modeling_dots1 import Dots1RotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    config = Dots1Config(hidden_size=2 * head_size, num_attention_heads=2, head_dim=head_size, rope_parameters=rope)
+    positions = torch.tensor([[0, 1, 511, 4095, 131_071]])
+    expected_cos, expected_sin = Dots1RotaryEmbedding(config)(torch.zeros(1), positions)
+    cos, sin = rotary_angles(positions, head_size, theta)
+    assert torch.equal(cos[..., 0, :], expected_cos[..., : head_size // 2])
+    assert torch.equal(sin[..., 0, :], expected_sin[..., : head_size // 2])
+
+
+def test_sinusoidal_positions_are_those_of_the_paper() -> None:
+    """arXiv 1706.03762, section 3.5: sin(pos / 10000^(2i/D)) on entry 2i, the cosine on 2i + 1."""
+    vectors = sinusoidal_positions(torch.tensor([[0, 3, 50]]), 6)
+    for place, position in enumerate((0, 3, 50)):
+        for pair in range(3):
+            angle = position / 10_000 ** (2 * pair / 6)
+            assert vectors[0, place, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert vectors[0, place, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
