@@ -84,13 +84,8 @@ class PackedBatches:
         self._windows = [_num_windows(item, sequence_length) for item in shards]
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
-        self._document_starts = (
-            np.concatenate(
-                [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
-            )
-            if separate_documents
-            else None
-        )
+        starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
+        self._document_starts = np.concatenate(starts) if separate_documents else None
         self._shares = _block_shares(weights)
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None

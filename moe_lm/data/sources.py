@@ -183,8 +183,13 @@ def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -
                 shutil.copyfileobj(stream, seekable)
                 file = cast(BinaryIO, seekable)
             table = pyarrow.parquet.ParquetFile(file)
-            if text_field not in table.schema_arrow.names:
-                report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(table.schema_arrow.names)}")
+            schema = table.schema_arrow
+            if text_field not in schema.names:
+                report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(schema.names)}")
+                return
+            kind = schema.field(text_field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                report.skip(f"field {text_field!r} is not text", f"{name}, where it is {kind}")
                 return
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
