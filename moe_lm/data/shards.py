@@ -68,6 +68,11 @@ class Manifest(Section):
         return sum(shard.tokens for shard in self.train + self.validation)
 
 
+def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
+    """The smallest type that holds every id."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises UsageError when the folder has no manifest, or one that is damaged."""
     path = folder / MANIFEST

@@ -1,0 +1,160 @@
+"""Chunks: documents tokenized by several processes into numbered files.
+
+The documents of a source are cut into chunks by size alone. Each chunk's file is named after its number and a hash of
+its documents and appears under that name whole, so that a second run finds what the first one finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from moe_lm.data.shards import INDEX_DTYPE, token_dtype
+from moe_lm.data.sources import Document
+from moe_lm.errors import MoeLmError
+from moe_lm.tokenization import Tokenizer
+
+CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, so that there are not too many files
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk that is written. Its file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and `hashes`."""
+
+    path: Path
+    documents: int
+    text_bytes: int
+    tokens: int
+
+
+def write_chunks(
+    documents: Iterable[Document], tokenizer_path: Path, fingerprint: str, folder: Path, workers: Workers
+) -> Iterator[Chunk]:
+    """Tokenize documents into chunk files, in order; those that lie in the folder already are not made again."""
+    pending: deque[Future[Chunk]] = deque()
+    for number, part in enumerate(_cut(documents)):
+        path = folder / f"{number:06d}-{_chunk_hash(part)}.npz"
+        pending.append(workers.submit(_write_chunk, path, part, tokenizer_path, fingerprint))
+        if len(pending) > 2 * workers.count:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+class Workers:
+    """Processes that tokenize, started when the first chunk is there; with one worker this process does it all."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # Spawned, not forked: the tokenizers library has threads, and a forked lock of theirs may never open.
+        self._pool = ProcessPoolExecutor(count, get_context("spawn"), _begin_worker) if count > 1 else None
+
+    def submit(self, function: Callable[..., Chunk], *arguments: Any) -> Future[Chunk]:
+        if self._pool is not None:
+            return self._pool.submit(function, *arguments)
+        future: Future[Chunk] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise MoeLmError(
+                "a process of prepare was killed, perhaps for want of memory; run the same command again to go on, "
+                "with fewer data.workers if it happens again"
+            ) from error
+
+
+def document_hash(document_id: str) -> int:
+    """64 bits, evenly spread."""
+    return int.from_bytes(hashlib.sha256(document_id.encode("utf-8")).digest()[:8], "big")
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Any]:
+    """A binary file to write that appears under its name whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _cut(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = number = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= CHUNK_BYTES * min(16, 1 + number // 64):
+            yield chunk
+            chunk, size, number = [], 0, number + 1
+    if chunk:
+        yield chunk
+
+
+def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fingerprint: str) -> Chunk:
+    try:
+        with np.load(path) as file:
+            index = file["index"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # it is not there, or not what was written
+        tokenizer = _tokenizer(tokenizer_path, fingerprint)
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        dtype = token_dtype(tokenizer.vocab_size)
+        framed = [np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype) for ids in encoded]
+        sizes = [(len(ids), len(item.text.encode())) for ids, item in zip(framed, documents, strict=True)]
+        index = np.array(sizes, INDEX_DTYPE)
+        hashes = np.array([document_hash(document.id) for document in documents], np.uint64)
+        with appearing(path) as file:
+            np.savez(file, tokens=np.concatenate(framed), index=index, hashes=hashes)
+    tokens, text_bytes = index.sum(axis=0).tolist()
+    return Chunk(path, len(index), text_bytes, tokens)
+
+
+@cache
+def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != fingerprint:
+        raise MoeLmError(f"tokenizer {path} was replaced while prepare was running; run prepare again")
+    return tokenizer
+
+
+def _chunk_hash(documents: Sequence[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.id.encode("utf-8"), document.text.encode("utf-8")):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _begin_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # killed outright it could not tell its workers, who would wait for chunks forever

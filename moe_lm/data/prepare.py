@@ -1,0 +1,276 @@
+"""Documents -> token shards, tokenized by several processes; goes on where it was killed.
+
+The documents of a source become chunks (chunks.py). When all are there they are joined in order into shards, and the
+manifest, written last, says that the folder is whole. The bytes of the shards depend neither on the number of
+processes nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lm.config import DataConfig, SourceConfig
+from moe_lm.data.chunks import Workers, appearing, document_hash, write_chunks
+from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
+from moe_lm.data.sources import TEXT_SUFFIXES, Report, read_documents, source_files
+from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.tokenization import Tokenizer
+
+SHARD_TOKENS = 64 << 20
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """What is tokenized of a source so far; `total_bytes` is None where it shows only at the end."""
+
+    source: str
+    documents: int
+    text_bytes: int
+    tokens: int
+    total_bytes: int | None
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """The manifest of each source by name. As text: documents, bytes, tokens, and what was skipped and why."""
+
+    manifests: dict[str, Manifest]
+
+    def __str__(self) -> str:
+        return "\n".join(line for name, manifest in self.manifests.items() for line in _summary(name, manifest))
+
+
+def prepare(config: DataConfig, progress: Callable[[PrepareProgress], None] | None = None) -> PrepareReport:
+    """Write the shards of every source that has none yet.
+
+    Raises UsageError for a source that is missing or empty and for shards made from something else, MoeLmError
+    when the shards cannot be written.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    with Workers(config.workers or os.cpu_count() or 1) as workers:
+        job = _Job(config, tokenizer, workers, progress or (lambda progress: None))
+        return PrepareReport({source.name: _prepare_source(job, source) for source in config.sources})
+
+
+def held_out(document_id: str, validation_fraction: float) -> bool:
+    """Whether a document of this id belongs to the validation split: a matter of its id and the fraction alone.
+
+    One exception: where this holds out no document of a source, `prepare` holds out the one that comes nearest.
+    """
+    return document_hash(document_id) < _limit(validation_fraction)
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: DataConfig
+    tokenizer: Tokenizer
+    workers: Workers
+    progress: Callable[[PrepareProgress], None]
+
+
+def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
+    folder = job.config.shards / source.name
+    files = [] if source.dataset is not None else source_files(source)
+    made_from = _made_from(source, files, job)
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        _check_same(folder, manifest.made_from, made_from)
+        _remove_work(folder)
+        return manifest
+    try:
+        with _only_writer(folder):
+            work = _work_folder(folder, made_from)
+            report = Report()
+            chunks = _tokenize(job, source, work, report, _total_bytes(source, files))
+            shards = _join(chunks, folder, job.config.validation_fraction)
+            manifest = Manifest(
+                made_from=made_from,
+                tokenizer=job.tokenizer.fingerprint,
+                vocab_size=job.tokenizer.vocab_size,
+                dtype=token_dtype(job.tokenizer.vocab_size),
+                train=shards["train"],
+                validation=shards["validation"],
+                skipped=report.skipped,
+                examples=report.examples,
+            )
+            _write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
+            _remove_work(folder)
+    except OSError as error:
+        raise MoeLmError(
+            f"cannot write shards to {folder}: {error.strerror or error}; mend that and run prepare again, "
+            f"it goes on where it stopped"
+        ) from error
+    return manifest
+
+
+def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total_bytes: int | None) -> list[Path]:
+    """The chunk files of a source, in order."""
+    documents = read_documents(source, report)
+    paths: list[Path] = []
+    documents_done = bytes_done = tokens_done = 0
+    for chunk in write_chunks(documents, job.config.tokenizer, job.tokenizer.fingerprint, work, job.workers):
+        paths.append(chunk.path)
+        documents_done += chunk.documents
+        bytes_done += chunk.text_bytes
+        tokens_done += chunk.tokens
+        job.progress(PrepareProgress(source.name, documents_done, bytes_done, tokens_done, total_bytes))
+    return paths
+
+
+def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Job) -> dict[str, Any]:
+    """What the shards depend on. Of files their names and sizes, so that a corpus that grew is noticed."""
+    listing = hashlib.sha256("\n".join(f"{name} {path.stat().st_size}" for name, path in files).encode()).hexdigest()
+    origin = (
+        {"dataset": source.dataset, "subset": source.subset, "split": source.split}
+        if source.dataset is not None
+        else {"files": f"{len(files)} with names and sizes of sha256 {listing[:16]}"}
+    )
+    return origin | {
+        "text_field": source.text_field,
+        "max_bytes": source.max_bytes,
+        "validation_fraction": job.config.validation_fraction,
+        "tokenizer": job.tokenizer.fingerprint,
+    }
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in sorted(differing))
+        raise UsageError(f"{folder} was prepared from something else: {changes}; delete it or set another data.shards")
+
+
+def _total_bytes(source: SourceConfig, files: Sequence[tuple[str, Path]]) -> int | None:
+    if not files or any(path.suffix.lower() not in TEXT_SUFFIXES for _, path in files):
+        return None
+    total = sum(path.stat().st_size for _, path in files)
+    return total if source.max_bytes is None else min(total, source.max_bytes)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Holds the folder against a second `prepare`. The kernel lets go of it whatever way this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another process is preparing {folder}; wait for it, or stop it") from error
+        yield
+
+
+def _work_folder(folder: Path, made_from: dict[str, Any]) -> Path:
+    """Where the chunks lie; what an earlier run left that was made from something else is removed."""
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    work = folder / f".work-{key}"
+    _remove_work(folder, keep=work)
+    work.mkdir(exist_ok=True)
+    return work
+
+
+def _remove_work(folder: Path, keep: Path | None = None) -> None:
+    for leftover in folder.glob(".work-*"):
+        if leftover != keep:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _join(chunks: Sequence[Path], folder: Path, validation_fraction: float) -> dict[Split, tuple[Shard, ...]]:
+    for pattern in ("train-?????.*", "validation-?????.*", ".*.partial"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
+    limit = _validation_limit(chunks, validation_fraction)
+    writers: dict[Split, _ShardWriter] = {split: _ShardWriter(folder, split) for split in ("train", "validation")}
+    for path in chunks:
+        with np.load(path) as chunk:
+            tokens, index, held = chunk["tokens"], chunk["index"], chunk["hashes"] < limit
+        token_held = np.repeat(held, index[:, 0])
+        writers["validation"].add(tokens[token_held], index[held])
+        writers["train"].add(tokens[~token_held], index[~held])
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def _validation_limit(chunks: Sequence[Path], fraction: float) -> np.uint64:
+    """Documents whose hash is below this are held out: at least one, if any shall be and one is left to train on."""
+    hashes = []
+    for path in chunks:
+        with np.load(path) as chunk:
+            hashes.append(chunk["hashes"])
+    every = np.concatenate(hashes)
+    if fraction == 0 or len(every) == 1:
+        return np.uint64(0)
+    return np.uint64(max(_limit(fraction), int(every.min()) + 1))
+
+
+def _limit(fraction: float) -> int:
+    return int(fraction * 2**64)
+
+
+class _ShardWriter:
+    """Gathers documents and writes a shard whenever there are SHARD_TOKENS."""
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        self._folder = folder
+        self._split = split
+        self._shards: list[Shard] = []
+        self._clear()
+
+    def add(self, tokens: NDArray[Any], index: NDArray[np.int64]) -> None:
+        self._tokens.append(tokens)
+        self._index.append(index)
+        self._size += len(tokens)
+        if self._size >= SHARD_TOKENS:
+            self._flush()
+
+    def close(self) -> tuple[Shard, ...]:
+        if self._size:
+            self._flush()
+        return tuple(self._shards)
+
+    def _flush(self) -> None:
+        name = f"{self._split}-{len(self._shards):05d}"
+        tokens, index = np.concatenate(self._tokens), np.concatenate(self._index)
+        shard = Shard(
+            name=name,
+            tokens=len(tokens),
+            documents=len(index),
+            text_bytes=int(index[:, 1].sum()),
+            sha256=_write(self._folder / f"{name}.bin", tokens.data),
+            index_sha256=_write(self._folder / f"{name}.index", index.data),
+        )
+        self._shards.append(shard)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[NDArray[Any]] = []
+        self._index: list[NDArray[np.int64]] = []
+        self._size = 0
+
+
+def _write(path: Path, data: bytes | memoryview) -> str:
+    """Write a file that appears whole or not at all. Returns its sha256."""
+    with appearing(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _summary(name: str, manifest: Manifest) -> Iterator[str]:
+    yield (
+        f"{name}: {manifest.documents:,} documents, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
+        f"({manifest.text_bytes / manifest.tokens:.2f} bytes a token)"
+    )
+    documents, tokens = (sum(getattr(shard, unit) for shard in manifest.validation) for unit in ("documents", "tokens"))
+    yield f"  held out: {documents:,} documents, {tokens:,} tokens"
+    report = Report(skipped=manifest.skipped, examples=manifest.examples)
+    yield from (f"  {line}" for line in report.skipped_lines())
