@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,3 +49,19 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank raised its flag, so that all act alike."""
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())
+
+
+def on_rank_0(action: Callable[[], object], expected: tuple[type[Exception], ...]) -> None:
+    """Run `action` on rank 0; every rank waits for it, and raises what it raised of the `expected` kinds."""
+    error: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except expected as raised:
+            error = raised
+    if dist.is_initialized():
+        box = [error]
+        dist.broadcast_object_list(box)
+        error = box[0]
+    if error is not None:
+        raise error

@@ -1,0 +1,382 @@
+"""Checkpoints: a folder `step-00001000` is whole and checksummed, or it is not there.
+
+    model/          safetensors with the tensors named `model.*`: all that sampling reads
+    optimizer/      safetensors with every other tensor
+    ...             the files beside them: config, tokenizer, the trainer's counters
+    manifest.json   size and sha256 of every file above
+    COMPLETE        the manifest's sha256, written last
+
+`torch.distributed.checkpoint` writes the tensors: plain ones in one process, DTensors over any number of ranks,
+so that a checkpoint loads into any layout. Its safetensors storage is the one without a pickled `.metadata`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypedDict
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.parallel.topology import on_rank_0
+
+COMPLETE = "COMPLETE"
+MANIFEST = "manifest.json"
+MODEL, OPTIMIZER = "model", "optimizer"
+MODEL_PREFIX = "model."
+MAX_FILE_BYTES = 1 << 30  # a file is serialised in memory before it is written
+# `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step.
+STEP_NAME = re.compile(r"step-(\d{8,})(\.replaced|(?:\.replaced)?\.tmp)?")
+
+
+class Entry(TypedDict):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+def save(checkpoints: Path, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
+    """Write `checkpoints/step-<step>` with the tensors of `state` and return it; every rank calls this.
+
+    `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy.
+    A checkpoint of the same step is replaced. Raises MoeLmError with the path and the reason when writing fails;
+    the older checkpoints are untouched then.
+    """
+    folder = checkpoints / f"step-{step:08d}"
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    try:
+        on_rank_0(lambda: _make_empty(unfinished), (OSError,))
+        for part, tensors in _parts(state).items():
+            writer = HuggingFaceStorageWriter(
+                str(unfinished / part), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+            )
+            with _single_process_is_fine():
+                dcp.save(_storable(tensors), storage_writer=writer)
+        on_rank_0(lambda: _finish(unfinished, folder, files), (OSError,))
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise MoeLmError(
+            f"cannot write the checkpoint {folder}: {_reason(error)}; make room or mend the folder, the older "
+            "checkpoints are as they were"
+        ) from error
+    return folder
+
+
+def load(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Verify every file of a checkpoint, then fill the tensors of `state` in place, converted to their dtype.
+
+    Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as it was written
+    or the tensor that is missing or has another shape; no tensor has been touched then.
+    """
+    on_rank_0(lambda: verify(folder), (MoeLmError,))
+    _fill(folder, state)
+
+
+def load_model_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`load` for tensors named `model.*` alone: reads and verifies no optimizer state."""
+    others = [name for name in tensors if not name.startswith(MODEL_PREFIX)]
+    if others:
+        raise MoeLmError(f"{others[0]!r} is not a weight: names of weights in a checkpoint begin with {MODEL_PREFIX!r}")
+    on_rank_0(lambda: verify(folder, MODEL), (MoeLmError,))
+    _fill(folder, tensors)
+
+
+def read_text(folder: Path, name: str) -> str:
+    """The text of a file that `save` kept beside the tensors, verified."""
+    return verified_path(folder, name).read_text(encoding="utf-8")
+
+
+def verified_path(folder: Path, name: str) -> Path:
+    """The path of a file or folder that `save` kept beside the tensors, after verifying it."""
+    if not verify(folder, name):
+        raise MoeLmError(f"the checkpoint {folder} has no {name}; it was written by something else than training")
+    return folder / name
+
+
+def verify(folder: Path, part: str = "") -> list[str]:
+    """Read back size and checksum of every file, or of one file or subfolder; returns the names of these files.
+
+    Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the first file that is not as written.
+    """
+    manifest = _read_manifest(folder)
+    names = [name for name in manifest if part in ("", name) or name.startswith(f"{part}/")]
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda name: _verify_file(folder, name, manifest[name]), names))
+    for tensors in (MODEL, OPTIMIZER):
+        if part in ("", tensors):
+            present = {f"{tensors}/{path.name}" for path in (folder / tensors).glob("*.safetensors")}
+            for name in sorted(present.difference(manifest)):
+                raise _corrupt(folder, name, "is not in the manifest")
+    return names
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint of a folder of checkpoints."""
+    complete = _complete(checkpoints)
+    return complete[max(complete)] if complete else None
+
+
+def resolve(path: Path) -> Path:
+    """The complete checkpoint that a user means by a run folder or by a checkpoint in it, or UsageError."""
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}; give a run folder or a checkpoint in it")
+    if (path / COMPLETE).is_file():
+        return path
+    newest = latest(path / "checkpoints")
+    if newest is not None:
+        return newest
+    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        raise _incomplete(path)
+    raise UsageError(
+        f"{path} holds no complete checkpoint: expected {path}/checkpoints/step-*/{COMPLETE}; "
+        "train first, or give another run folder"
+    )
+
+
+def clean(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints, and what unfinished saves left behind.
+
+    What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is no leftover
+    of a save, so it stays too.
+    """
+    complete = _complete(checkpoints)
+    kept = {complete[step] for step in sorted(complete)[-keep:]}
+    for folder, _, suffix in _step_folders(checkpoints):
+        if folder not in kept and (suffix or folder in complete.values()):
+            _delete(folder)
+
+
+def _finish(unfinished: Path, folder: Path, files: Mapping[str, str | Path]) -> None:
+    """Put the files and the manifest beside the tensors, everything onto the disk, and the folder under its name."""
+    for name, content in files.items():
+        _put(unfinished / name, content)
+    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
+    manifest = json.dumps({name: _entry(unfinished / name) for name in names}, indent=1)
+    _put(unfinished / MANIFEST, manifest)
+    _sync_tree(unfinished)
+    _put(unfinished / COMPLETE, hashlib.sha256(manifest.encode()).hexdigest() + "\n")
+    _sync(unfinished / COMPLETE)
+    _sync(unfinished)
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    _sync(folder.parent)
+    if replaced.exists():
+        _delete(replaced)
+
+
+def _fill(folder: Path, state: Mapping[str, Tensor]) -> None:
+    parts = _parts(state)
+    for part, tensors in parts.items():
+        _check_tensors(folder, part, tensors)
+    for part, tensors in parts.items():
+        try:
+            with _single_process_is_fine():
+                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / part)))
+        except CheckpointException as error:
+            raise MoeLmError(f"cannot read {folder / part}: {_reason(error)}") from error
+
+
+def _check_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise MoeLmError unless the headers promise every tensor, whole and in its shape; weights, and no others."""
+    try:
+        headers = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
+        saved = {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
+    except FileNotFoundError:
+        saved = {}
+    except Exception as error:  # whatever a malformed header with a right checksum makes the libraries raise
+        raise MoeLmError(f"cannot read the tensors in {folder / part}: {error}") from error
+    for name, tensor in tensors.items():
+        if name not in saved:
+            raise MoeLmError(
+                f"the checkpoint {folder} has no tensor {name}; the model or optimizer settings differ from those it "
+                "was trained with"
+            )
+        shape = tuple(saved[name].size)
+        if shape != tuple(tensor.shape):
+            raise MoeLmError(
+                f"tensor {name} is {list(shape)} in the checkpoint {folder}, expected {list(tensor.shape)}; the model "
+                "settings differ from those it was trained with"
+            )
+        if sum(chunk.sizes.numel() for chunk in saved[name].chunks) != tensor.numel():
+            raise MoeLmError(f"the checkpoint {folder} holds only a part of tensor {name}")
+    unused = saved.keys() - tensors.keys()
+    if part == MODEL and unused:
+        raise MoeLmError(
+            f"the checkpoint {folder} has the tensor {min(unused)}, which this model lacks; the model settings differ "
+            "from those it was trained with"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Entry]:
+    if not (folder / COMPLETE).is_file():
+        raise _incomplete(folder)
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        expected = (folder / COMPLETE).read_bytes().strip().decode()
+        if hashlib.sha256(text).hexdigest() != expected:
+            raise _corrupt(folder, MANIFEST, f"does not have the sha256 that {COMPLETE} gives")
+        manifest: dict[str, Entry] = dict(json.loads(text))
+    except (OSError, ValueError, TypeError) as error:
+        raise _corrupt(folder, MANIFEST, _reason(error)) from error
+    return manifest
+
+
+def _verify_file(folder: Path, name: str, entry: Entry) -> None:
+    root = Path(os.path.realpath(folder))
+    path = root / name
+    try:
+        if not path.is_relative_to(root) or os.path.realpath(path) != str(path):
+            raise _corrupt(folder, name, "leads out of the checkpoint or through a symbolic link")
+        if not path.is_file():
+            raise _corrupt(folder, name, "is missing")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise _corrupt(folder, name, f"has {size} bytes, expected {entry['size']}")
+        if _entry(path) != entry:
+            raise _corrupt(folder, name, "does not have the sha256 that the manifest gives")
+    except (OSError, ValueError, TypeError, KeyError) as error:  # unreadable, or a manifest that no `save` wrote
+        raise _corrupt(folder, name, f"cannot be checked ({_reason(error)})") from error
+
+
+def _corrupt(folder: Path, name: str, what: str) -> MoeLmError:
+    older = {step: path for step, path in _complete(folder.parent).items() if path.name < folder.name}
+    advice = (
+        f"to go on from {older[max(older)]}, the previous complete checkpoint, delete {folder} and run again"
+        if older
+        else "no older complete checkpoint is beside it"
+    )
+    return MoeLmError(f"the checkpoint {folder} is damaged: {name} {what}; {advice}")
+
+
+def _incomplete(folder: Path) -> UsageError:
+    newest = latest(folder.parent)
+    advice = f"use {newest}" if newest else "no complete checkpoint is beside it"
+    return UsageError(f"{folder} has no {COMPLETE}, so it was never written to its end; {advice}")
+
+
+def _complete(checkpoints: Path) -> dict[int, Path]:
+    """The complete checkpoint of every step. One that is being replaced counts until its successor is there."""
+    found: dict[int, Path] = {}
+    for folder, step, suffix in sorted(_step_folders(checkpoints), key=lambda item: item[2], reverse=True):
+        if suffix in ("", ".replaced") and (folder / COMPLETE).is_file():
+            found[step] = folder
+    return found
+
+
+def _step_folders(checkpoints: Path) -> Iterator[tuple[Path, int, str]]:
+    """Every `step-*` folder with its step and the suffix of its name."""
+    if not checkpoints.is_dir():
+        return
+    for folder in list(checkpoints.iterdir()):
+        match = STEP_NAME.fullmatch(folder.name)
+        if match and folder.is_dir():
+            yield folder, int(match[1]), match[2] or ""
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder so that a kill half-way leaves a `.tmp`, never half a checkpoint under its name."""
+    doomed = folder if folder.suffix == ".tmp" else folder.with_name(f"{folder.name}.tmp")
+    with suppress(OSError):
+        if doomed != folder:
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors by the subfolder that holds them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        parts.setdefault(MODEL if name.startswith(MODEL_PREFIX) else OPTIMIZER, {})[name] = tensor
+    return parts
+
+
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that takes each tensor; a rank's share of a file stays below the limit."""
+    numbers, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > MAX_FILE_BYTES:
+            number, filled = number + 1, 0
+        filled += size
+        numbers[name] = number
+    return numbers
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, each in memory of its own: safetensors refuses tied weights, which are two names of one tensor."""
+    storable: dict[str, Tensor] = {}
+    addresses = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storable[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
+    return storable
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _put(path: Path, content: str | Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif content.is_dir():
+        shutil.copytree(content, path)
+    else:
+        shutil.copyfile(content, path)
+
+
+def _entry(path: Path) -> Entry:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Silence the warning that a checkpoint without a process group is one process's own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" ({error.filename})" if error.filename else "")
+    return str(error) or type(error).__name__
