@@ -1,0 +1,114 @@
+"""The folder of a run, `runs/<name>/`: made, writable, and in the hands of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from moe_lm.errors import MoeLmError, UsageError
+
+
+class RunFolder:
+    """Holds the run folder while the `with` block runs; the lock goes with the process, however it ends.
+
+    Raises UsageError when the folder cannot be written, MoeLmError telling who has it when another process does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        self._holder = path / ".lock-holder.json"  # not in the lock file itself, which a second job may truncate
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    def __enter__(self) -> Self:
+        for folder in (self.path, self.checkpoints):
+            _make_writable(folder)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise MoeLmError(
+                f"the run folder {self.path} is in use by {self._describe_holder()}; wait for it, stop it, or choose "
+                "another run_dir"
+            ) from error
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self._holder.write_text(json.dumps(holder), encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.unlink(missing_ok=True)
+        self._lock.release()
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The config that the run was started with; None when this is its first start."""
+        try:
+            saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"cannot read {self.config}: {error}; mend it or choose another run_dir") from error
+        if not isinstance(saved, dict):
+            raise UsageError(f"{self.config} holds no config; mend it or choose another run_dir")
+        return saved
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved config; a kill leaves the old file or the new one."""
+        unfinished = self.config.with_suffix(".yaml.tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.config)
+
+    def _describe_holder(self) -> str:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            holder = json.loads(self._holder.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        return "another process"
+
+
+def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line `section.key: old -> new` for every setting that differs, in the order of the new config."""
+    before, after = dict(_settings(old)), dict(_settings(new))
+    absent = "(absent)"
+    return [
+        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key, absent) != after.get(key, absent)
+    ]
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to the run folder {folder}: {error.strerror}; mend that or choose another run_dir"
+        ) from error
