@@ -1,0 +1,289 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_lm.config import DataConfig
+from moe_lm.data import chunks
+from moe_lm.data import prepare as prepare_module
+from moe_lm.data.chunks import Workers
+from moe_lm.data.prepare import PrepareProgress, held_out, prepare
+from moe_lm.data.shards import TokenShards, read_manifest, token_dtype
+from moe_lm.data.sources import Report, read_documents
+from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.tokenization import Tokenizer
+
+TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Two hundred rows and a folder of text, with some of each that cannot be used."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [
+        {"text": f"Row {number}: " + "the quick brown fox, 敏捷的棕色狐狸。 " * (number % 7)} for number in range(200)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").open("ab").write(b'{"text": "\xff"}\n{"text": ""}\n{broken\n')
+    (folder / "nul.txt").write_bytes(b"a\0b")
+    (folder / "letters.txt").write_text("a" * 300_000 + "\n\n<|end|> <|eos|>\r\n\ttabs")
+    return folder
+
+
+def config(corpus: Path, shards: Path, **settings: object) -> DataConfig:
+    source = {"name": "corpus", "path": str(corpus)}
+    values = {"sources": [source], "tokenizer": TOKENIZER, "shards": shards, "validation_fraction": 0.1, "workers": 1}
+    return DataConfig.model_validate(values | settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished folder of shards."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents_of(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
+    ends = [*shards.document_starts[1:].tolist(), shards.num_tokens]
+    texts = []
+    for start, end in zip(shards.document_starts.tolist(), ends, strict=True):
+        bos, *ids, eos = shards.tokens(start, end).tolist()
+        assert (bos, eos) == (tokenizer.bos_id, tokenizer.eos_id)
+        texts.append(tokenizer.decode(ids, skip_special=False))
+    return texts
+
+
+def test_what_is_kept_round_trips_and_what_is_not_is_reported(
+    corpus: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    settings = config(corpus, tmp_path / "shards")
+    report = prepare(settings)
+    train, validation = (TokenShards.open(tmp_path / "shards" / "corpus", split) for split in ("train", "validation"))
+    read = Report()
+    originals = list(read_documents(settings.sources[0], read))
+    assert documents_of(train, tiny_tokenizer) == [item.text for item in originals if not held_out(item.id, 0.1)]
+    assert documents_of(validation, tiny_tokenizer) == [item.text for item in originals if held_out(item.id, 0.1)]
+    assert train.num_documents + validation.num_documents == read.documents == 202
+    assert train.text_bytes + validation.text_bytes == read.text_bytes
+    assert train.document_bytes.tolist() == [
+        len(item.text.encode()) for item in originals if not held_out(item.id, 0.1)
+    ]
+    manifest = report.manifests["corpus"]
+    assert (manifest.documents, manifest.text_bytes) == (read.documents, read.text_bytes)
+    assert manifest.tokens == train.num_tokens + validation.num_tokens
+    assert manifest.skipped == {"NUL byte": 1, "invalid UTF-8": 1, "empty document": 1, "broken JSON": 1}
+    assert "1 skipped: invalid UTF-8 (first: rows.jsonl:201)" in str(report)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        prepare(config(corpus, tmp_path / str(workers), workers=workers))
+    assert contents(tmp_path / "1" / "corpus") == contents(tmp_path / "3" / "corpus")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_shards_of_another_size_hold_the_same_stream(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(config(corpus, tmp_path / "one"))
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 2000)
+    prepare(config(corpus, tmp_path / "many"))
+    one, many = (TokenShards.open(tmp_path / name / "corpus", "train") for name in ("one", "many"))
+    assert len(many.files) >= 5
+    assert np.array_equal(one.tokens(0, one.num_tokens), many.tokens(0, many.num_tokens))
+    assert np.array_equal(one.document_starts, many.document_starts)
+
+
+PREPARE_AND_DIE = textwrap.dedent("""
+    import os, signal, sys
+    from pathlib import Path
+    from moe_lm.config import DataConfig
+    from moe_lm.data import chunks, prepare
+
+    def die(countdown=[int(sys.argv[3])]):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    chunks.CHUNK_BYTES = 1000
+    config = DataConfig.model_validate_json(sys.argv[1])
+    if sys.argv[2] == "tokenizing":
+        prepare.prepare(config, lambda progress: die())
+    if sys.argv[2] == "joining":
+        write = prepare._write
+        def write_and_die(path, data):
+            Path(path.parent, "." + path.name + ".partial").write_bytes(bytes(data)[: len(data) // 2])
+            die()
+            return write(path, data)
+        prepare._write = write_and_die
+        prepare.prepare(config)
+""")
+
+
+def prepare_and_die(settings: DataConfig, where: str, countdown: int) -> None:
+    command = [sys.executable, "-c", PREPARE_AND_DIE, settings.model_dump_json(), where, str(countdown)]
+    # The workers hold the pipe too: that it ends within the timeout shows that none of them lives on.
+    process = subprocess.run(command, capture_output=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("where", "countdown"), [("tokenizing", 1), ("tokenizing", 9), ("joining", 2), ("joining", 5)])
+def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
+    corpus: Path, tmp_path: Path, where: str, countdown: int
+) -> None:
+    prepare(config(corpus, tmp_path / "undisturbed"))
+    killed = config(corpus, tmp_path / "killed", workers=2 if where == "tokenizing" else 1)
+    prepare_and_die(killed, where, countdown)
+    folder = tmp_path / "killed" / "corpus"
+    with pytest.raises(UsageError, match=r"no readable manifest\.json"):
+        TokenShards.open(folder, "train")
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob(".work-*/[0-9]*.npz")}
+    assert len(finished) >= countdown
+    joined: dict[Path, int] = {}
+    prepare(killed, lambda progress: joined.update((path, path.stat().st_mtime_ns) for path in finished))
+    assert joined == finished  # none was tokenized again
+    assert contents(folder) == contents(tmp_path / "undisturbed" / "corpus")
+
+
+def test_a_finished_folder_is_left_as_it_is(corpus: Path, tmp_path: Path) -> None:
+    first = prepare(config(corpus, tmp_path / "shards"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
+    progress: list[PrepareProgress] = []
+    second = prepare(config(corpus, tmp_path / "shards"), progress.append)
+    assert (second, progress) == (first, [])
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
+
+
+def test_another_weight_needs_no_other_shards_and_another_source_only_its_own(corpus: Path, tmp_path: Path) -> None:
+    prepare(config(corpus, tmp_path / "shards"))
+    one = {"name": "corpus", "path": str(corpus), "weight": 3.0}
+    two = {"name": "more", "path": str(corpus / "letters.txt")}
+    report = prepare(config(corpus, tmp_path / "shards", sources=[one, two]))
+    assert report.manifests.keys() == {"corpus", "more"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation_fraction": 0.2}, "validation_fraction was 0.1, is 0.2"),
+        ({"sources": [{"name": "corpus", "path": "CORPUS", "max_bytes": 9}]}, "max_bytes was None, is 9"),
+        ({"sources": [{"name": "corpus", "path": "CORPUS/rows.jsonl"}]}, "files was 3 .*, is 1"),
+    ],
+)
+def test_shards_made_from_something_else_are_refused_with_the_difference(
+    corpus: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    prepare(config(corpus, tmp_path / "shards"))
+    other = json.loads(json.dumps(change).replace("CORPUS", str(corpus)))
+    with pytest.raises(UsageError, match=f"prepared from something else: {message}"):
+        prepare(config(corpus, tmp_path / "shards", **other))
+
+
+def test_a_corpus_that_grew_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    prepare(config(corpus, tmp_path / "shards"))
+    (corpus / "letters.txt").open("a").write("more")
+    with pytest.raises(UsageError, match="files was 3 with names and sizes"):
+        prepare(config(corpus, tmp_path / "shards"))
+
+
+def test_what_an_interrupted_run_made_from_other_text_is_not_used(corpus: Path, tmp_path: Path) -> None:
+    """The text changes under the same name and size, between a kill and the second run."""
+    text = (corpus / "letters.txt").read_text()
+    prepare_and_die(config(corpus, tmp_path / "killed"), "tokenizing", 3)
+    (corpus / "letters.txt").write_text(text.replace("tabs", "bats"))
+    prepare(config(corpus, tmp_path / "killed"))
+    prepare(config(corpus, tmp_path / "fresh"))
+    shards = [TokenShards.open(tmp_path / name / "corpus", "train") for name in ("killed", "fresh")]
+    assert np.array_equal(*(item.tokens(0, item.num_tokens) for item in shards))
+
+
+def test_at_least_one_document_is_held_out_of_few(tmp_path: Path) -> None:
+    texts = ["one\n", "two\n", "three\n"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    prepare(config(tmp_path / "*.txt", tmp_path / "shards", validation_fraction=0.001))
+    assert TokenShards.open(tmp_path / "shards" / "corpus", "validation").num_documents == 1
+    assert TokenShards.open(tmp_path / "shards" / "corpus", "train").num_documents == 2
+
+
+@pytest.mark.parametrize(("documents", "fraction"), [(3, 0.0), (1, 0.5)])
+def test_nothing_is_held_out_when_nothing_shall_or_can_be(tmp_path: Path, documents: int, fraction: float) -> None:
+    for number in range(documents):
+        (tmp_path / f"{number}.txt").write_text("text")
+    prepare(config(tmp_path / "*.txt", tmp_path / "shards", validation_fraction=fraction))
+    validation = TokenShards.open(tmp_path / "shards" / "corpus", "validation")
+    assert (validation.num_tokens, validation.num_documents, validation.text_bytes) == (0, 0, 0)
+
+
+def test_the_split_is_stable_and_close_to_the_fraction() -> None:
+    first = {str(number) for number in range(20_000) if held_out(str(number), 0.05)}
+    assert 0.045 < len(first) / 20_000 < 0.055
+    assert first < {str(number) for number in range(20_000) if held_out(str(number), 0.06)}
+    digest = hashlib.sha256(b"a/b.py").hexdigest()
+    assert held_out("a/b.py", 0.5) == (digest[0] in "01234567")
+
+
+@pytest.mark.parametrize(("vocab_size", "bits"), [(65536, 16), (65537, 32)])
+def test_tokens_take_two_bytes_while_they_fit(vocab_size: int, bits: int) -> None:
+    assert np.dtype(token_dtype(vocab_size)).itemsize * 8 == bits
+
+
+def test_a_missing_source_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"source 'corpus': path .*nowhere does not exist"):
+        prepare(config(tmp_path / "nowhere", tmp_path / "shards"))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_second_prepare_at_the_same_time_is_refused(corpus: Path, tmp_path: Path) -> None:
+    settings = config(corpus, tmp_path / "shards")
+    refused = []
+
+    def prepare_again(progress: PrepareProgress) -> None:
+        with pytest.raises(UsageError, match="another process is preparing"):
+            prepare(settings)
+        refused.append(progress)
+
+    prepare(settings, prepare_again)
+    assert refused
+    assert read_manifest(tmp_path / "shards" / "corpus").documents == 202
+
+
+def test_a_worker_that_was_killed_ends_prepare_with_a_clear_sentence() -> None:
+    with pytest.raises(MoeLmError, match="run the same command again to go on"), Workers(2) as workers:
+        workers.submit(os._exit, 9).result()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")
+def test_a_folder_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir(mode=0o500)
+    with pytest.raises(MoeLmError, match=r"cannot write shards to .*Permission denied"):
+        prepare(config(corpus, tmp_path / "shards"))
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").touch()
+    with pytest.raises(MoeLmError, match=r"cannot write shards to .*shards/corpus"):
+        prepare(config(corpus, tmp_path / "shards"))
+
+
+def test_real_text_prepares_and_reads_back(shared_data: Path, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    source = {"name": "poems", "path": str(shared_data / "text" / "yuanqu-zh.jsonl.xz"), "max_bytes": 400_000}
+    settings = config(shared_data, tmp_path, sources=[source], workers=2)
+    prepare(settings)
+    originals = list(read_documents(settings.sources[0], Report()))
+    validation = TokenShards.open(tmp_path / "poems", "validation", tokenizer=tiny_tokenizer)
+    assert documents_of(validation, tiny_tokenizer) == [item.text for item in originals if held_out(item.id, 0.1)]
+    assert 0.05 < validation.num_documents / len(originals) < 0.15

@@ -1,0 +1,137 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_lm.config import DataConfig
+from moe_lm.data.prepare import prepare
+from moe_lm.data.shards import TokenShards
+from moe_lm.errors import UsageError
+from moe_lm.tokenization import Tokenizer
+
+TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
+GPT2 = Path("vectors", "gpt2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Shards of ten short documents."""
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"Document number {number}. " * (number + 1))
+    source = {"name": "corpus", "path": str(tmp_path / "*.txt")}
+    values = {"sources": [source], "tokenizer": TOKENIZER, "shards": tmp_path / "shards", "workers": 1}
+    prepare(DataConfig.model_validate(values))
+    return tmp_path / "shards" / "corpus"
+
+
+def change(path: Path, edit: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    edit(data)
+    path.write_bytes(data)
+
+
+def change_manifest(folder: Path, edit: Callable[[Any], object]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_split_opens_with_its_counts(folder: Path, tiny_tokenizer: Tokenizer) -> None:
+    shards = TokenShards.open(folder, "train", tokenizer=tiny_tokenizer)
+    assert shards.num_documents == len(shards.document_starts) == len(shards.document_bytes) == 9
+    starts = shards.document_starts.tolist()
+    assert (shards.tokens(0, shards.num_tokens)[starts] == tiny_tokenizer.bos_id).all()
+    assert shards.text_bytes == shards.document_bytes.sum()
+
+
+def test_the_tokenizer_must_be_the_one_that_made_the_shards(folder: Path, shared_data: Path) -> None:
+    with pytest.raises(UsageError, match=f"{folder} was made with tokenizer .* use that tokenizer"):
+        TokenShards.open(folder, "train", tokenizer=Tokenizer.load(shared_data / GPT2))
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.index"])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.__setitem__(11, data[11] ^ 1), "is corrupt: sha256"),
+        (lambda data: data.clear(), "has 0 bytes, expected"),
+        (lambda data: data.pop(), "has .* bytes, expected"),
+        (lambda data: data.append(0), "has .* bytes, expected"),
+    ],
+)
+def test_a_shard_that_was_altered_is_refused_by_name(
+    folder: Path, name: str, edit: Callable[[bytearray], object], message: str
+) -> None:
+    change(folder / name, edit)
+    with pytest.raises(UsageError, match=f"shard .*{name} {message}.*delete its folder and run moe-lm prepare"):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.index"])
+def test_a_missing_shard_is_refused_by_name(folder: Path, name: str, verify: bool) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=f"shard .*{name} is missing"):
+        TokenShards.open(folder, "train", verify=verify)
+
+
+def test_the_other_split_opens_all_the_same(folder: Path) -> None:
+    (folder / "train-00000.bin").unlink()
+    assert TokenShards.open(folder, "validation").num_documents == 1
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_file_and_offset(folder: Path) -> None:
+    """The checksum fits, so that whoever wrote the shard wrote the token."""
+    tokens = np.fromfile(folder / "train-00000.bin", "<u2")
+    tokens[17] = 5000
+    tokens.tofile(folder / "train-00000.bin")
+    new_sum = hashlib.sha256(tokens.tobytes()).hexdigest()
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(sha256=new_sum))
+    with pytest.raises(UsageError, match=r"train-00000.bin: token 5000 at offset 17 is outside the vocabulary of 1024"):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["../train-00000", "/etc/passwd", "train-00000/../x", "train-00000.bin", "train-0000"])
+def test_a_manifest_that_points_elsewhere_is_refused(folder: Path, name: str) -> None:
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(name=name))
+    with pytest.raises(UsageError, match=r"manifest.json is damaged: train.0.name"):
+        TokenShards.open(folder, "train")
+
+
+def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
+    (folder / "train-00000.bin").rename(folder / "elsewhere")
+    (folder / "train-00000.bin").symlink_to(folder / "elsewhere")
+    with pytest.raises(UsageError, match=r"train-00000.bin is a symbolic link"):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest.pop("train"),
+        lambda manifest: manifest.update(format=2),
+        lambda manifest: manifest.update(extra=1),
+        lambda manifest: manifest["train"][0].update(tokens=-1),
+        lambda manifest: manifest.update(dtype="O"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_by_name(folder: Path, edit: Callable[[Any], object]) -> None:
+    change_manifest(folder, edit)
+    with pytest.raises(UsageError, match=r"manifest.json is damaged"):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[]"])
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"manifest.json is damaged"):
+        TokenShards.open(folder, "train")
+
+
+def test_a_folder_without_shards_asks_for_prepare(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run moe-lm prepare"):
+        TokenShards.open(tmp_path / "nowhere", "train")
