@@ -158,7 +158,7 @@ class TokenizerRecipe(Section):
     output: Path = Field(description="folder for tokenizer.json, tokenizer_config.json and the chat template")
     vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes, merges")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    max_token_bytes: int = Field(default=16, gt=0, description="longest token, in bytes")
+    max_token_bytes: int = Field(default=16, gt=1, description="longest token, in bytes")
 
 
 class DataConfig(Section):

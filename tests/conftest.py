@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_lm.tokenization import Tokenizer
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -14,6 +16,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not here")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """1024 ids, trained on the Python standard library."""
+    return Tokenizer.load(Path(__file__).parents[1] / "tokenizer" / "tiny")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
