@@ -1,0 +1,326 @@
+"""Load statistics, utilisation, and the log of a run: each step once, and never in training's way (FAULTS row 35)."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lm.config import LogConfig
+from moe_lm.errors import UsageError
+from moe_lm.train.display import Status, format_seconds
+from moe_lm.train.metrics import (
+    LineFile,
+    MetricsLog,
+    load_statistics,
+    memory_bytes,
+    model_flops_utilisation,
+    peak_flops,
+)
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 4.0 - step / 100, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 1000.0, **more}
+
+
+def log(run_dir: Path, start_step: int = 0, **more: Any) -> MetricsLog:
+    return MetricsLog(run_dir, LogConfig(every=10), total_steps=100, title="pretrain", start_step=start_step, **more)
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# Load of the experts
+
+
+def test_load_statistics_of_counted_tokens() -> None:
+    even, skewed, collapsed = load_statistics(torch.tensor([[4, 4, 4, 4], [2, 6, 8, 0], [0, 16, 0, 0]]))
+    assert even == {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": pytest.approx(1.0), "dead_share": 0.0}
+    shares = [2 / 16, 6 / 16, 8 / 16]
+    assert skewed == {
+        "max_over_mean": pytest.approx(8 / 4),
+        "max_violation": pytest.approx(8 / 4 - 1),
+        "entropy": pytest.approx(-sum(share * math.log(share, 4) for share in shares)),
+        "dead_share": 0.25,
+    }
+    assert collapsed == {"max_over_mean": 4.0, "max_violation": 3.0, "entropy": 0.0, "dead_share": 0.75}
+
+
+def test_load_statistics_without_tokens_experts_or_layers() -> None:
+    nothing = {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": 0.0, "dead_share": 1.0}
+    assert load_statistics(torch.zeros(2, 4, dtype=torch.int64)) == [nothing, nothing]
+    assert load_statistics(torch.tensor([[7]]))[0]["entropy"] == 1.0
+    assert load_statistics(torch.zeros(0, 0, dtype=torch.int64)) == []
+
+
+def test_load_statistics_are_exact_for_counts_beyond_float32() -> None:
+    (layer,) = load_statistics(torch.tensor([[2**40 + 1, 2**40 - 1]]))
+    assert layer["max_violation"] == pytest.approx(2**-40)
+
+
+# Utilisation
+
+
+def test_model_flops_utilisation() -> None:
+    assert model_flops_utilisation(tokens_per_second=1e5, flops_per_token=2e9, peak=1e15) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA RTX A1000", None),
+        ("a device of next year", None),
+    ],
+)
+def test_peak_flops_goes_by_the_name(monkeypatch: pytest.MonkeyPatch, name: str, expected: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected
+
+
+def test_peak_flops_is_unknown_on_a_cpu_and_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_memory_counts_this_process_in_bytes() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    kept = torch.ones(before // 4)  # as much again: 4 bytes an element
+    assert memory_bytes(torch.device("cpu")) > before + kept.nbytes // 2
+
+
+# metrics.jsonl
+
+
+def test_every_step_is_a_line(tmp_path: Path) -> None:
+    records = [record(step, experts=[{"entropy": 0.5}]) for step in range(1, 6)]
+    with log(tmp_path, quiet=True) as metrics:
+        for item in records:
+            metrics.step(item)
+            assert logged(tmp_path)[-1] == item  # on its way to the disk at once
+    assert logged(tmp_path) == records
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    with log(tmp_path, quiet=True) as metrics:
+        for step in range(1, 16):
+            metrics.step(record(step, attempt=1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "lo')  # torn by a kill
+    with log(tmp_path, start_step=10, quiet=True) as metrics:
+        for step in range(11, 21):
+            metrics.step(record(step, attempt=2))
+    assert [(line["step"], line["attempt"]) for line in logged(tmp_path)] == [
+        *((step, 1) for step in range(1, 11)),
+        *((step, 2) for step in range(11, 21)),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
+
+
+def test_a_run_from_the_start_forgets_the_old_steps(tmp_path: Path) -> None:
+    for _ in range(2):
+        with log(tmp_path, quiet=True) as metrics:
+            metrics.step(record(1))
+    assert len(logged(tmp_path)) == 1
+
+
+def test_lines_that_are_no_steps_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\n[]\nnull\n{}\nnot json\n{"step": "x"}\n{"step": 2}\n')
+    with log(tmp_path, start_step=2, quiet=True):
+        pass
+    assert logged(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_not_a_number_becomes_null(tmp_path: Path) -> None:
+    with log(tmp_path, quiet=True) as metrics:
+        metrics.step(record(1, loss=math.nan, experts=[{"entropy": math.inf}]))
+    (line,) = logged(tmp_path)
+    assert line["loss"] is None
+    assert line["experts"] == [{"entropy": None}]
+
+
+# What a person sees
+
+
+def test_plain_lines_every_so_many_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log(tmp_path, start_step=3) as metrics:
+        for step in range(4, 101):
+            metrics.step(record(step, **({"val_loss": 3.5} if step == 25 else {})))
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [4, 10, 20, 25, *range(30, 101, 10)]
+    assert lines[0] == "pretrain 4/100  loss 3.9600  lr 3.00e-04  grad 0.50  1,000 tokens/s"
+    assert lines[-1] == "pretrain 100/100  loss 3.0000  val 3.5000  lr 3.00e-04  grad 0.50  1,000 tokens/s  0s left"
+    in_file = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in in_file] == [line.rsplit("\n", 1)[0] for line in lines]
+
+
+def test_a_message_goes_to_the_person_and_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log(tmp_path) as metrics:
+        metrics.message("evaluating [everything] 字")
+    assert capsys.readouterr().out == "evaluating [everything] 字\n"
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith("  evaluating [everything] 字\n")
+
+
+def test_train_log_grows_over_resumes(tmp_path: Path) -> None:
+    for start in (0, 1):
+        with log(tmp_path, start_step=start, quiet=True) as metrics:
+            metrics.message(f"from {start}")
+    assert [line.split("  ")[1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["from 0", "from 1"]
+
+
+def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log(tmp_path, quiet=True) as metrics:
+        metrics.step(record(1))
+        metrics.message("hello")
+    assert capsys.readouterr().out == ""
+    assert "hello" in (tmp_path / "train.log").read_text()
+
+
+def test_on_progress_gets_every_record(tmp_path: Path) -> None:
+    seen: list[Mapping[str, Any]] = []
+    with log(tmp_path, quiet=True, on_progress=seen.append) as metrics:
+        metrics.step(record(1))
+        metrics.step(record(2))
+    assert seen == [record(1), record(2)]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_gets_a_bar_with_messages_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log(tmp_path) as metrics:
+        assert "0/100" in capsys.readouterr().out  # there before the first step, which may have to compile
+        metrics.step(record(1))
+        metrics.step(record(100, val_loss=3.25))
+        metrics.message("saved [step] 100")
+    shown = capsys.readouterr().out
+    assert "━" in shown
+    assert "100/100" in shown
+    assert "loss 3.0000  val 3.2500  lr 3.00e-04  grad 0.50  1,000 tokens/s" in shown
+    assert shown.index("saved [step] 100") < shown.rindex("100/100")
+    plain = (tmp_path / "train.log").read_text()
+    assert "\x1b" not in plain
+    assert "━" not in plain
+
+
+def test_speed_and_time_left_follow_the_recent_steps() -> None:
+    status = Status("pretrain", total_steps=1000, start_step=0)
+    status.update(record(1, tokens_per_second=1.0), now=100.0)
+    assert status.time_left == ""
+    for step in range(2, 42):  # a slow start, then 2 seconds a step
+        status.update(record(step, tokens_per_second=500.0), now=1000.0 + 2 * step)
+    assert status.seconds_left == pytest.approx(2 * (1000 - 41))
+    assert "  500 tokens/s" in status.line()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (723, "12m03s"), (3600, "1h00m"), (200_000, "2d07h")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+# Training does not care
+
+
+class ClosedTerminal(io.StringIO):
+    """Standard output after its terminal went away."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    flush = write  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_closed_terminal_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, request: pytest.FixtureRequest
+) -> None:
+    if kind == "terminal":
+        request.getfixturevalue("terminal")
+    monkeypatch.setattr(sys, "stdout", ClosedTerminal())
+    with log(tmp_path) as metrics:
+        for step in range(1, 21):
+            metrics.step(record(step))
+        metrics.message("still here")
+    assert len(logged(tmp_path)) == 20
+    assert "still here" in (tmp_path / "train.log").read_text()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that takes no file above `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = LineFile(tmp_path / "lines")
+    file.write("one")
+    with largest_file(10), pytest.raises(OSError, match=r"No space left|File too large"):
+        file.write("much too long")
+    file.write("two")
+    file.close()
+    assert (tmp_path / "lines").read_text() == "one\ntwo\n"
+
+
+def test_a_full_disk_is_said_once_and_whole_lines_go_on_when_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with log(tmp_path, start_step=1) as metrics:
+        metrics.step(record(2))
+        with largest_file((tmp_path / "metrics.jsonl").stat().st_size + 5):
+            for step in range(3, 9):
+                metrics.step(record(step))
+        metrics.step(record(9))
+    assert [line["step"] for line in logged(tmp_path)] == [2, 9]
+    shown = capsys.readouterr().out
+    assert shown.count("warning: metrics.jsonl could not be written") == 1
+    assert "training goes on" in shown
+
+
+def test_a_full_log_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with log(tmp_path) as metrics:
+        for step in range(1, 31):
+            metrics.step(record(step))
+    assert capsys.readouterr().out.count("warning: train.log could not be written: [Errno 28]") == 1
+    assert len(logged(tmp_path)) == 30
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "train.log").mkdir()
+    with pytest.raises(UsageError, match=f"cannot write the logs in {tmp_path}"):
+        log(tmp_path).__enter__()
