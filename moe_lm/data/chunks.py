@@ -26,6 +26,7 @@ import numpy as np
 
 from moe_lm.data.shards import INDEX_DTYPE, token_dtype
 from moe_lm.data.sources import Document
+from moe_lm.data.split import document_hash
 from moe_lm.errors import MoeLmError
 from moe_lm.tokenization import Tokenizer
 
@@ -82,11 +83,6 @@ class Workers:
                 "a process of prepare was killed, perhaps for want of memory; run the same command again to go on, "
                 "with fewer data.workers if it happens again"
             ) from error
-
-
-def document_hash(document_id: str) -> int:
-    """64 bits, evenly spread."""
-    return int.from_bytes(hashlib.sha256(document_id.encode("utf-8")).digest()[:8], "big")
 
 
 @contextmanager

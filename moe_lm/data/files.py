@@ -83,6 +83,17 @@ def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict
         report.skip("unreadable file", f"{name}: {error}")
 
 
+def text_problem(text: str) -> str | None:
+    """Why a text must not reach the tokenizer, or None."""
+    if "\0" in text:
+        return "NUL byte"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return "invalid UTF-8"
+    return None
+
+
 def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int, bytes]]:
     """The lines of a file, counted from 1; one over MAX_LINE_BYTES is passed over without being held."""
     number = 0

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.config import DataConfig, SourceConfig
-from moe_lm.data.chunks import Workers, appearing, document_hash, write_chunks
+from moe_lm.data.chunks import Workers, appearing, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
 from moe_lm.data.sources import TEXT_SUFFIXES, Report, read_documents, source_files
+from moe_lm.data.split import held_out_of
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.tokenization import Tokenizer
 
@@ -62,14 +63,6 @@ def prepare(config: DataConfig, progress: Callable[[PrepareProgress], None] | No
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         job = _Job(config, tokenizer, workers, progress or (lambda progress: None))
         return PrepareReport({source.name: _prepare_source(job, source) for source in config.sources})
-
-
-def held_out(document_id: str, validation_fraction: float) -> bool:
-    """Whether a document of this id belongs to the validation split: a matter of its id and the fraction alone.
-
-    One exception: where this holds out no document of a source, `prepare` holds out the one that comes nearest.
-    """
-    return document_hash(document_id) < _limit(validation_fraction)
 
 
 @dataclass(frozen=True)
@@ -190,31 +183,21 @@ def _join(chunks: Sequence[Path], folder: Path, validation_fraction: float) -> d
     for pattern in ("train-?????.*", "validation-?????.*", ".*.partial"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
-    limit = _validation_limit(chunks, validation_fraction)
+    held_out = held_out_of(np.concatenate([_read(path, "hashes") for path in chunks]), validation_fraction)
     writers: dict[Split, _ShardWriter] = {split: _ShardWriter(folder, split) for split in ("train", "validation")}
     for path in chunks:
-        with np.load(path) as chunk:
-            tokens, index, held = chunk["tokens"], chunk["index"], chunk["hashes"] < limit
+        tokens, index = _read(path, "tokens"), _read(path, "index")
+        held, held_out = np.split(held_out, [len(index)])
         token_held = np.repeat(held, index[:, 0])
         writers["validation"].add(tokens[token_held], index[held])
         writers["train"].add(tokens[~token_held], index[~held])
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def _validation_limit(chunks: Sequence[Path], fraction: float) -> np.uint64:
-    """Documents whose hash is below this are held out: at least one, if any shall be and one is left to train on."""
-    hashes = []
-    for path in chunks:
-        with np.load(path) as chunk:
-            hashes.append(chunk["hashes"])
-    every = np.concatenate(hashes)
-    if fraction == 0 or len(every) == 1:
-        return np.uint64(0)
-    return np.uint64(max(_limit(fraction), int(every.min()) + 1))
-
-
-def _limit(fraction: float) -> int:
-    return int(fraction * 2**64)
+def _read(chunk: Path, name: str) -> NDArray[Any]:
+    with np.load(chunk) as file:
+        array: NDArray[Any] = file[name]
+        return array
 
 
 class _ShardWriter:

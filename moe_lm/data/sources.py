@@ -27,6 +27,7 @@ from moe_lm.data.files import (
     open_decompressed,
     read_lines,
     read_rows,
+    text_problem,
 )
 from moe_lm.errors import MoeLmError, UsageError
 
@@ -38,6 +39,8 @@ TEXT_SUFFIXES = frozenset(
 )
 ROW_SUFFIXES = frozenset({".jsonl", ".json", ".parquet"})
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+TOPICS = "pydoc_data/topics.py"  # the language's documentation: one large dictionary of texts
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
     before = report.documents
     budget = report.text_bytes + source.max_bytes if source.max_bytes is not None else None
     for document, where in _candidates(source, report):
-        size = _usable_bytes(document.text, where, report)
-        if size is None:
+        problem = text_problem(document.text) if document.text.strip() else "empty document"
+        if problem is not None:
+            report.skip(problem, where)
             continue
         report.documents += 1
-        report.text_bytes += size
+        report.text_bytes += len(document.text.encode("utf-8"))
         yield document
         if budget is not None and report.text_bytes >= budget:
             return
@@ -102,7 +106,9 @@ def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document
         return
     for name, path in source_files(source, report):
         kind = kind_of(path)
-        if kind not in ROW_SUFFIXES:
+        if source.stdlib and name == TOPICS:
+            yield from _topics()
+        elif kind not in ROW_SUFFIXES:
             # A module of the standard library stays whole, so that it is held out whole.
             yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else PIECE_BYTES, report)
         elif kind == ".parquet":
@@ -110,20 +116,6 @@ def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document
         else:
             for where, row in read_rows(path, name, report):
                 yield from _row_document(row, source.text_field, where, report)
-
-
-def _usable_bytes(text: str, where: str, report: Report) -> int | None:
-    """The text's size in UTF-8, or None (counted) when it must not reach the tokenizer."""
-    if not text.strip():
-        report.skip("empty document", where)
-    elif "\0" in text:
-        report.skip("NUL byte", where)
-    else:
-        try:
-            return len(text.encode("utf-8"))
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-            report.skip("invalid UTF-8", where)
-    return None
 
 
 def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[Document, str]]:
@@ -140,6 +132,14 @@ def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> 
                 yield Document(f"{name}#{index}" if index else name, text), where
     except UNREADABLE as error:
         report.skip("unreadable file", f"{name}: {error}")
+
+
+def _topics() -> Iterator[tuple[Document, str]]:
+    """The texts behind `help("TOPIC")`, a document each, as a reader sees them and not as their module quotes them."""
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"pydoc_data/topics/{name}", text), TOPICS
 
 
 def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[int, bytes]]:

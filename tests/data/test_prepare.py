@@ -14,9 +14,10 @@ from moe_lm.config import DataConfig
 from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.chunks import Workers
-from moe_lm.data.prepare import PrepareProgress, held_out, prepare
+from moe_lm.data.prepare import PrepareProgress, prepare
 from moe_lm.data.shards import TokenShards, read_manifest, token_dtype
 from moe_lm.data.sources import Report, read_documents
+from moe_lm.data.split import held_out
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.tokenization import Tokenizer
 
