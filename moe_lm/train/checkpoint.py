@@ -375,8 +375,11 @@ def _single_process_is_fine() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
+    """What to tell the user. An interrupt, which DCP wraps like a failure, goes on as one."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+        if not isinstance(error, Exception):
+            raise error
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
     return str(error) or type(error).__name__

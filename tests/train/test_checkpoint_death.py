@@ -72,6 +72,16 @@ def test_a_full_disk_says_so(checkpoints: Path, newest: Path) -> None:
     checkpoint.load(newest, state_of(0))
 
 
+def test_an_interrupted_save_is_an_interrupt(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(checkpoints, 1500, state_of(1), {})
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(MoeLmError, match=r"checkpoints/step-00000001: Not a directory"):
