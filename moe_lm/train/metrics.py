@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_lm.config import LogConfig
 from moe_lm.errors import UsageError
+from moe_lm.parallel.topology import current_topology
 from moe_lm.train.display import Display, Status
 from moe_lm.train.trackers import open_trackers
 
@@ -56,6 +57,7 @@ class MetricsLog:
     Steps after `start_step` that a killed process had logged are dropped first, so that the file has each step
     once. On a terminal there is a live bar, elsewhere a plain line every `config.every` steps; `quiet` shows
     nothing. `on_progress` gets every record. Once it runs, no failure to write stops the training: it is said once.
+    All of this is rank 0's; on the other ranks it does nothing.
     """
 
     def __init__(
@@ -74,9 +76,12 @@ class MetricsLog:
         self._quiet = quiet
         self._on_progress = on_progress
         self._status = Status(title, total_steps, start_step)
+        self._is_main = current_topology().is_main
         self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
+        if not self._is_main:
+            return self
         metrics = self._run_dir / "metrics.jsonl"
         try:
             drop_later_steps(metrics, self._start_step)
@@ -89,6 +94,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._is_main:
+            return
         self._display.close()
         for name, tracker in self._trackers.items():
             self._guard(name, tracker.close)
@@ -97,6 +104,8 @@ class MetricsLog:
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Keep and show the figures of one step, `record["step"]` counted from 1."""
+        if not self._is_main:
+            return
         self._status.update(record, time.monotonic())
         self._guard("metrics.jsonl", lambda: self._metrics.write(json.dumps(_json_safe(record))))
         scalars = dict(_scalars({key: value for key, value in record.items() if key != "step"}))
@@ -112,8 +121,9 @@ class MetricsLog:
 
     def message(self, text: str) -> None:
         """A line for the person and for `train.log`."""
-        self._write_log(text)
-        self._display.message(text)
+        if self._is_main:
+            self._write_log(text)
+            self._display.message(text)
 
     def _is_due(self, record: Mapping[str, Any]) -> bool:
         step = record["step"]

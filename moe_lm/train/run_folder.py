@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from filelock import FileLock, Timeout
 
 from moe_lm.errors import MoeLmError, UsageError
@@ -32,10 +31,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
 
     def __enter__(self) -> Self:
         for folder in (self.path, self.checkpoints):
@@ -59,23 +54,11 @@ class RunFolder:
         self._holder.unlink(missing_ok=True)
         self._lock.release()
 
-    def saved_config(self) -> dict[str, Any] | None:
-        """The config that the run was started with; None when this is its first start."""
-        try:
-            saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"cannot read {self.config}: {error}; mend it or choose another run_dir") from error
-        if not isinstance(saved, dict):
-            raise UsageError(f"{self.config} holds no config; mend it or choose another run_dir")
-        return saved
-
     def write_config(self, text: str) -> None:
         """Keep the resolved config; a kill leaves the old file or the new one."""
-        unfinished = self.config.with_suffix(".yaml.tmp")
+        unfinished = self.path / "config.yaml.tmp"
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.config)
+        unfinished.replace(self.path / "config.yaml")
 
     def _describe_holder(self) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -203,6 +203,17 @@ def test_on_progress_gets_every_record(tmp_path: Path) -> None:
     assert seen == [record(1), record(2)]
 
 
+def test_other_ranks_write_and_show_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with log(tmp_path / "not made") as metrics:
+        metrics.step(record(1))
+        metrics.message("hello")
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
