@@ -23,6 +23,7 @@ SEGMENTS = {
     "ragged": [5, 1, 9, 2],
     "single_tokens": [1, 1, 1, 4],
     "runs_and_gaps": [3, 3, 0, 3, 7, 0, 0, 7, 1],
+    "a_run_before_its_double": [3, 3, 6, 2],
     "longer_than_a_kernel_block": [70, 300, 33],
 }
 

@@ -1,0 +1,143 @@
+"""Cached against uncached decoding: packed prompts of unequal length fill the cache, then one token a row reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lm.config import ModelConfig
+from moe_lm.model.attention import CachedAttention, KVCache, PackedAttention, PrefillAttention
+from moe_lm.model.transformer import LanguageModel
+
+VOCABULARY = 64
+PROMPTS = [5, 1, 11, 8]
+MOE = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
+KINDS: dict[str, dict[str, Any]] = {
+    "multi_head": {},
+    "grouped_query": {"num_key_value_heads": 2},
+    "multi_query": {"num_key_value_heads": 1, "use_qk_norm": False},
+    "moe": {**MOE, "num_key_value_heads": 2, "first_k_dense_replace": 1},
+    "learned_positions": {"position_embedding": "learned", "norm_type": "layernorm", "attention_bias": True},
+    "sinusoidal_positions": {"position_embedding": "sinusoidal"},
+}
+
+
+def build(**changes: Any) -> LanguageModel:
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LanguageModel(ModelConfig(**{**shape, "intermediate_size": 48, "initializer_range": 0.2, **changes}))
+    model.initialise(0)
+    return model
+
+
+def random_prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in PROMPTS]
+
+
+def empty_cache(model: LanguageModel, rows: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(model.config, rows, 32, torch.device("cpu"), dtype)
+
+
+def uncached(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Logits `[S, V]` of one sequence, computed anew."""
+    attend = PackedAttention(torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+    return model(tokens[None], torch.arange(len(tokens))[None], attend).logits[0]
+
+
+def prefill(model: LanguageModel, prompts: list[Tensor], cache: KVCache) -> list[Tensor]:
+    """Logits of every prompt, which the cache keeps."""
+    lengths = [len(prompt) for prompt in prompts]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    attend = PrefillAttention(cache, lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+    logits = model(torch.cat(prompts)[None], positions[None], attend).logits[0]
+    cache.lengths = torch.tensor(lengths)
+    return list(logits.split(lengths))
+
+
+def extend(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Logits `[rows, S, V]` of new tokens `[rows, S]`, appended to each row of the cache."""
+    positions = cache.lengths[:, None] + torch.arange(tokens.shape[1])
+    logits = model(tokens, positions, CachedAttention(cache)).logits
+    cache.lengths = cache.lengths + tokens.shape[1]
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_decoding_equals_uncached(kind: str) -> None:
+    """Logits of every step within 1e-5 and the same greedy tokens, for prompts of unequal length in one batch."""
+    model, rows = build(**KINDS[kind]), random_prompts()
+    cache = empty_cache(model, len(rows))
+    last = torch.stack([logits[-1] for logits in prefill(model, rows, cache)])
+    for _ in range(10):
+        expected = torch.stack([uncached(model, row)[-1] for row in rows])
+        torch.testing.assert_close(last, expected, rtol=0, atol=1e-5)
+        chosen = last.argmax(-1)
+        assert torch.equal(chosen, expected.argmax(-1))
+        rows = [torch.cat((row, token[None])) for row, token in zip(rows, chosen, strict=True)]
+        last = extend(model, chosen[:, None], cache)[:, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["multi_head", "moe"])
+def test_prefilled_prompts_equal_each_prompt_alone(kind: str) -> None:
+    model, prompts = build(**KINDS[kind]), random_prompts()
+    for logits, prompt in zip(prefill(model, prompts, empty_cache(model, len(prompts))), prompts, strict=True):
+        torch.testing.assert_close(logits, uncached(model, prompt), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["grouped_query", "moe"])
+def test_several_new_tokens_at_once_see_each_other_causally(kind: str) -> None:
+    """A second turn of a conversation: a block of tokens appended to rows of unequal length."""
+    model, prompts = build(**KINDS[kind]), random_prompts()
+    cache = empty_cache(model, len(prompts))
+    prefill(model, prompts, cache)
+    turn = torch.randint(VOCABULARY, (len(prompts), 6), generator=torch.Generator().manual_seed(1))
+    logits = extend(model, turn, cache)
+    for row, prompt in enumerate(prompts):
+        expected = uncached(model, torch.cat((prompt, turn[row])))[len(prompt) :]
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_lies_behind_a_rows_length_is_never_read() -> None:
+    """A cache whose free places hold garbage, as after a shorter sequence took a longer one's row."""
+    model, prompts = build(**KINDS["grouped_query"]), random_prompts()
+    clean, dirty = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
+    dirty.keys.fill_(1e3)
+    dirty.values.fill_(1e3)
+    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
+    results = []
+    for cache in (clean, dirty):
+        prefill(model, prompts, cache)
+        results.append(extend(model, token, cache))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_a_bfloat16_cache_is_near_a_float32_one() -> None:
+    model, prompts = build(**KINDS["moe"]), random_prompts()
+    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = empty_cache(model, len(prompts), dtype)
+        prefill(model, prompts, cache)
+        results.append(extend(model, token, cache))
+    torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.1)
+
+
+@torch.no_grad()
+def test_cached_decoding_under_bfloat16_autocast_is_near_float32() -> None:
+    model, prompts = build(**KINDS["moe"]), random_prompts()
+    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
+    results = []
+    for autocast in (False, True):
+        cache = empty_cache(model, len(prompts), torch.bfloat16 if autocast else torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            prefill(model, prompts, cache)
+            results.append(extend(model, token, cache).float())
+    torch.testing.assert_close(results[1], results[0], rtol=0.1, atol=0.2)
