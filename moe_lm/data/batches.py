@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -207,7 +208,8 @@ class _Windows:
 def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArray[np.int64]) -> Batch:
     """A batch out of [rows, sequence] tokens and the sorted bounds of its attention segments (from 0 to all)."""
     lengths = np.diff(bounds)
-    position_ids = np.arange(input_ids.size) - np.repeat(bounds[:-1], lengths)
+    position_ids = np.repeat(-bounds[:-1], lengths)
+    position_ids += _count_up(input_ids.size)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
@@ -215,6 +217,11 @@ def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArr
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=int(lengths.max()),
     )
+
+
+@lru_cache(maxsize=8)
+def _count_up(size: int) -> NDArray[np.int64]:
+    return np.arange(size)
 
 
 def _num_windows(shards: TokenShards, sequence_length: int) -> int:

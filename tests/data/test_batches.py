@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,42 @@ def test_packing_by_hand_with_attention_across_documents(make_shards) -> None:
     assert batch.position_ids.tolist() == [list(range(8))] * 3
     assert batch.cu_seqlens.tolist() == [0, 8, 16, 24]
     assert batch.num_targets == 24
+
+
+def packed_one_by_one(stream: list[int], starts: set[int], length: int) -> tuple[list[list[int]], ...]:
+    """Every window of a stream, token by token: inputs, targets, positions, and how many segments came before."""
+    inputs, targets, positions, segments = [], [], [], []
+    segment = 0
+    for first in range(0, len(stream) - length, length):
+        position = 0
+        rows: tuple[list[int], ...] = ([], [], [], [])
+        for place in range(first, first + length):
+            if place == first or place in starts:
+                position, segment = 0, segment + 1
+            rows[0].append(stream[place])
+            rows[1].append(IGNORE if place + 1 in starts else stream[place + 1])
+            rows[2].append(position)
+            rows[3].append(segment)
+            position += 1
+        for whole, row in zip((inputs, targets, positions, segments), rows, strict=True):
+            whole.append(row)
+    return inputs, targets, positions, segments
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes=st.lists(st.integers(2, 20), min_size=1, max_size=30), length=st.integers(2, 12))
+def test_packing_is_that_of_a_token_by_token_reference(sizes: list[int], length: int) -> None:
+    stream = np.arange(sum(sizes), dtype=np.uint16)
+    starts = np.cumsum(sizes) - sizes
+    shards = TokenShards(Path("in-memory"), "train", (stream,), starts, starts)
+    expected = packed_one_by_one(stream.tolist(), set(starts.tolist()), length)
+    batches = EvaluationBatches(shards, length, 1, separate_documents=True)
+    for row, (inputs, targets, positions, segments) in enumerate(zip(*expected, strict=True)):
+        batch = batches.batch(row, range(1))
+        assert batch.input_ids.tolist() == [inputs]
+        assert batch.targets.tolist() == [targets]
+        assert batch.position_ids.tolist() == [positions]
+        assert np.diff(batch.cu_seqlens).tolist() == np.unique(segments, return_counts=True)[1].tolist()
 
 
 def test_types_are_those_the_model_takes(make_shards) -> None:
