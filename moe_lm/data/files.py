@@ -73,7 +73,7 @@ def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict
     """The objects of a .jsonl or .json file (compressed or not), each with its place, like `a.jsonl:7`."""
     try:
         with open_decompressed(path) as file:
-            rows = _json_array(file, name, report) if kind_of(path) == ".json" else _json_lines(file, name, report)
+            rows = _json_values(file, name, report) if kind_of(path) == ".json" else _json_lines(file, name, report)
             for where, row in rows:
                 if isinstance(row, dict):
                     yield where, row
@@ -113,8 +113,8 @@ def _json_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str
             yield from _json_value(line, f"{name}:{number}", report)
 
 
-def _json_array(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str, Any]]:
-    """The elements of one JSON array, placed as `file[index]`; files that hold lines instead are read as lines."""
+def _json_values(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str, Any]]:
+    """The elements of one JSON array, placed as `file[index]`, or one object; many .json files are really lines."""
     text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         report.skip(f".json file over {MAX_JSON_BYTES >> 20} MiB, convert it to .jsonl", name)
@@ -122,7 +122,10 @@ def _json_array(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str
         for _, rows in _json_value(text, name, report):
             yield from ((f"{name}[{index}]", row) for index, row in enumerate(rows))
     else:
-        yield from _json_lines(io.BytesIO(text), name, report)
+        try:
+            yield name, json.loads(text)
+        except (ValueError, RecursionError):
+            yield from _json_lines(io.BytesIO(text), name, report)
 
 
 def _json_value(line: bytes, where: str, report: Report) -> Iterator[tuple[str, Any]]:

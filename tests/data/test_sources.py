@@ -105,6 +105,38 @@ def test_rows_are_named_by_their_text(tmp_path: Path) -> None:
     assert one[0].id == one[2].id == two[1].id != one[1].id
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "one"}, {"text": "two"}]',
+        '\ufeff[\n  {"text": "one"},\n  {"text": "two"}\n]\n',
+        '{"text": "one"}\n{"text": "two"}\n',
+    ],
+)
+def test_a_json_file_may_be_an_array_or_lines(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    assert texts(tmp_path) == ["one", "two"]
+
+
+def test_a_json_file_may_be_one_object(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n  "title": "t",\n  "text": "one"\n}\n')
+    assert texts(tmp_path) == ["one"]
+
+
+def test_a_broken_json_array_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n {"text": "one"},\n {"text": "tw')
+    (tmp_path / "b.txt").write_text("good")
+    documents, report = read(tmp_path)
+    assert ([document.text for document in documents], report.skipped) == (["good"], {"broken JSON": 1})
+
+
+def test_a_json_file_too_large_to_parse_whole_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_lm.data.files.MAX_JSON_BYTES", 1 << 20)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * (1 << 20)}]))
+    with pytest.raises(UsageError, match=r"\.json file over 1 MiB, convert it to \.jsonl"):
+        read(tmp_path)
+
+
 BAD_ROWS = [
     (b'{"text": "broken"', "broken JSON"),
     (b"[" * 100_000, "broken JSON"),
