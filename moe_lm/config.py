@@ -158,6 +158,7 @@ class TokenizerRecipe(Section):
     output: Path = Field(description="folder for tokenizer.json, tokenizer_config.json and the chat template")
     vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes, merges")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    validation_fraction: float = Field(default=0, ge=0, lt=1, description="share of documents to leave out, by hash")
     max_token_bytes: int = Field(default=16, gt=1, description="longest token, in bytes")
 
 
@@ -283,7 +284,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        _check_positions(self.model, self.data.sequence_length)
+        check_positions(self.model, self.data.sequence_length)
         return self
 
 
@@ -330,20 +331,21 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def check_positions(model: ModelConfig, sequence_length: int) -> None:
+    """Raise UsageError when rows are longer than the positions that the model knows."""
+    if sequence_length > model.max_position_embeddings:
+        raise UsageError(
+            f"data.sequence_length={sequence_length} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; shorten the one or raise the other"
+        )
+
+
 def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
     """Raise UsageError when the tokenizer has ids that the model has no embedding for."""
     if model.vocab_size < tokenizer_size:
         raise UsageError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
             f"set model.vocab_size to at least {tokenizer_size}"
-        )
-
-
-def _check_positions(model: ModelConfig, sequence_length: int) -> None:
-    if sequence_length > model.max_position_embeddings:
-        raise ValueError(
-            f"data.sequence_length={sequence_length} is longer than model.max_position_embeddings="
-            f"{model.max_position_embeddings}; shorten the one or raise the other"
         )
 
 

@@ -25,6 +25,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from moe_lm.config import SourceConfig, TokenizerRecipe
 from moe_lm.data.sources import Report, read_documents
+from moe_lm.data.split import held_out
 from moe_lm.errors import MoeLmError, UsageError
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -227,7 +228,7 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
     )
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
-        _training_text(recipe.sources, progress or (lambda report: None)),
+        _training_text(recipe, progress or (lambda report: None)),
         trainers.BpeTrainer(
             vocab_size=recipe.vocab_size,
             min_frequency=2,  # a pair seen once is not worth an id
@@ -317,11 +318,12 @@ def split_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _training_text(sources: Sequence[SourceConfig], progress: Callable[[Report], None]) -> Iterator[str]:
+def _training_text(recipe: TokenizerRecipe, progress: Callable[[Report], None]) -> Iterator[str]:
     report = Report()
-    for source in sources:
+    for source in recipe.sources:
         for document in read_documents(source, report):
-            yield from split_text(document.text)
+            if not held_out(document.id, recipe.validation_fraction):
+                yield from split_text(document.text)
             progress(report)
     progress(report)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
+from moe_lm.model.device import pick_device, pick_dtype
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.engine import StepResult
 from moe_lm.parallel.topology import all_reduce_sum, any_rank, current_topology
@@ -71,7 +72,7 @@ class TorchEngine:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         max_norm = self.config.clip_norm or float("inf")
         grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
-        sums = all_reduce_sum(torch.stack([sum(p.nll_sum for p in parts), sum(p.balance for p in parts)]))
+        sums = all_reduce_sum(torch.stack([torch.stack((part.nll_sum, part.balance)) for part in parts]).sum(0))
         load = all_reduce_sum(torch.stack([part.load for part in parts]).sum(0))
         entropy = all_reduce_sum(torch.stack([part.entropy for part in parts]).mean(0)) / self.topology.world_size
         # The gradient was summed over the ranks: when it is not finite, every rank sees it and skips alike.
@@ -133,7 +134,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, tensors in optimizer.state.items():
                 state |= {f"{key}.{names[parameter]}": tensor for key, tensor in tensors.items()}
@@ -147,24 +148,3 @@ class TorchEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return any_rank(flag, self.device)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device to run on; `auto` prefers CUDA, then MPS, then the CPU. Raises UsageError when it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available[wanted]:
-        raise UsageError(f"parallel.device={wanted} is not available on this machine; choose auto or cpu")
-    return torch.device(wanted)
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device has instructions for it; elsewhere bfloat16 is slower than float32."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32

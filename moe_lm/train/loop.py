@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from moe_lm.config import CheckpointConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.errors import MoeLmError
 from moe_lm.parallel.engine import Engine, StepResult
 from moe_lm.train import checkpoint
 from moe_lm.train.metrics import (
@@ -42,6 +43,7 @@ class Training:
     log: MetricsLog
     files: Mapping[str, str | Path]  # kept in every checkpoint
     flops_per_token: float  # forward and backward
+    evaluate_first: bool = False  # also before the first step
 
 
 @dataclass
@@ -54,7 +56,6 @@ class TrainingResult:
     validation_loss: float | None = None  # nats a token
     tokens_per_second: float = 0.0  # median over this run's steps
     checkpoint: Path | None = None
-    load_history: list[list[float]] = field(default_factory=list)
 
 
 def train(parts: Training, start_step: int) -> TrainingResult:
@@ -66,9 +67,13 @@ def train(parts: Training, start_step: int) -> TrainingResult:
     result = TrainingResult(step=start_step)
     speeds = []
     with stop_signals() as signalled:
+        if parts.evaluate_first and parts.validation and start_step == 0:
+            parts.log.step({"step": 0, "val_loss": evaluate(parts)})
         while result.step < config.steps and not result.stopped:
             started = time.perf_counter()
-            step_result = engine.train_step(result.step, local_micro_batches(parts, result.step))
+            step_result = engine.train_step(
+                result.step, local_micro_batches(engine, parts.batches, config, result.step)
+            )
             seconds = time.perf_counter() - started
             result.step += 1
             result.loss = step_result.loss
@@ -79,20 +84,21 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
                 record["val_loss"] = result.validation_loss = evaluate(parts)
             parts.log.step(record)
-            if last or result.stopped or is_due(result.step, parts.checkpoint.every):
+            if last or result.stopped:
                 result.checkpoint = save(parts, result)
+            elif is_due(result.step, parts.checkpoint.every):
+                save_if_possible(parts, result)
     result.tokens_per_second = statistics.median(speeds) if speeds else 0.0
     if result.stopped:
         parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
 
 
-def local_micro_batches(parts: Training, step: int) -> list[Batch]:
+def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
-    rows = parts.engine.topology.rows_of(parts.config.global_batch_size)
-    size = parts.config.micro_batch_size or len(rows)
-    starts = range(rows.start, rows.stop, size)
-    return [parts.batches.batch(step, range(start, min(start + size, rows.stop))) for start in starts]
+    rows = engine.topology.rows_of(config.global_batch_size)
+    size = config.micro_batch_size or len(rows)
+    return [batches.batch(step, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def evaluate(parts: Training) -> float:
@@ -109,6 +115,14 @@ def save(parts: Training, result: TrainingResult) -> Path:
     if parts.engine.topology.is_main:
         checkpoint.clean(parts.checkpoints, parts.checkpoint.keep)
     return folder
+
+
+def save_if_possible(parts: Training, result: TrainingResult) -> None:
+    """A full disk must not end a run that still has steps to do; the checkpoints before stay."""
+    try:
+        result.checkpoint = save(parts, result)
+    except MoeLmError as error:
+        parts.log.message(f"warning: no checkpoint at step {result.step}: {error}; training goes on")
 
 
 def resume(engine: Engine, checkpoints: Path) -> int:

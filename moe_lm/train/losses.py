@@ -105,6 +105,4 @@ class TrainingLoss(nn.Module):
 
 def next_token_nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Negative log-likelihood of the targets in nats, summed in float32; IGNORE targets count nothing."""
-    return F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -20,7 +20,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     Weight decay is decoupled and acts on matrices only. Every state tensor exists from the start, so that a
     checkpoint can be loaded into an optimizer that has not stepped yet.
     """
-    muon, decayed, plain = [], [], []
+    muon: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if config.name == "muon" and is_hidden_matrix(name, parameter):
             muon.append(parameter)

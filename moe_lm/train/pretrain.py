@@ -1,0 +1,105 @@
+"""Pretraining: a model from nothing, on token shards. Builds the parts and calls the loop."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from moe_lm.config import PretrainConfig, check_vocabulary, dump_config
+from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
+from moe_lm.data.shards import Split, TokenShards
+from moe_lm.model.count import count_parameters, flops_per_token, state_bytes
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.torch_engine import TorchEngine
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train.loop import TrainingResult, local_micro_batches
+from moe_lm.train.run import Recipe, run_recipe
+
+WARM_UP_STEPS = 3  # the first ones compile
+
+
+def run(config: PretrainConfig, title: str = "pretrain") -> TrainingResult:
+    """Train, or go on from the newest checkpoint in `config.run_dir`.
+
+    Raises UsageError when config, tokenizer, shards and run folder do not fit together, before anything is built.
+    """
+    tokenizer = load_tokenizer(config)
+    recipe = Recipe(
+        title=title,
+        config=config,
+        model=config.model,
+        tokenizer=tokenizer,
+        batches=training_batches(config, tokenizer),
+        validation=validation_batches(config, tokenizer),
+    )
+    return run_recipe(recipe)
+
+
+def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
+    """How long a step takes here once everything is compiled: the median of a few that are thrown away."""
+    tokenizer = load_tokenizer(config)
+    model = LanguageModel(config.model)
+    model.initialise(config.train.seed)
+    engine = TorchEngine(model, config.train, config.parallel, tokenizer.pad_id)
+    batches = training_batches(config, tokenizer)
+    seconds = []
+    for step in range(WARM_UP_STEPS + steps):
+        micro_batches = local_micro_batches(engine, batches, config.train, step)
+        started = time.perf_counter()
+        engine.train_step(step, micro_batches)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP_STEPS:])
+
+
+def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The run's tokenizer. Raises UsageError when the model has too few embeddings for it."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    check_vocabulary(config.model, tokenizer.vocab_size)
+    return tokenizer
+
+
+def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatches:
+    """The training split of every source, mixed by weight."""
+    return PackedBatches(
+        _open_shards(config, "train", tokenizer),
+        [source.weight for source in config.data.sources],
+        config.data.sequence_length,
+        config.train.global_batch_size,
+        config.train.seed,
+        config.data.separate_documents,
+    )
+
+
+def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Batch]:
+    """The held-out split of every source, in order; at most `train.eval_batches` batches a source."""
+    data, size = config.data, config.train.micro_batch_size or config.train.global_batch_size
+    batches: list[Batch] = []
+    for shards in _open_shards(config, "validation", tokenizer):
+        if shards.num_tokens > 1:
+            held_out = EvaluationBatches(shards, data.sequence_length, size, data.separate_documents)
+            count = min(held_out.steps_per_epoch, config.train.eval_batches or held_out.steps_per_epoch)
+            batches += [held_out.batch(step, range(size)) for step in range(count)]
+    return batches
+
+
+def describe(config: PretrainConfig) -> str:
+    """What `--dry-run` prints: the resolved config, then what it costs. Nothing is built or read."""
+    data, train = config.data, config.train
+    parameters = count_parameters(config.model)
+    tokens_per_step = train.global_batch_size * data.sequence_length
+    flops = [flops_per_token(config.model, data.sequence_length, causal_half=half) for half in (True, False)]
+    memory = state_bytes(config.model, train.optimizer.name)
+    lines = [
+        f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
+        f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
+        f"memory          {memory.total / 2**20:,.0f} MiB for weights, gradients and optimizer on one device",
+        f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
+        f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
+        f"{train.steps * tokens_per_step * flops[0]:.3g} FLOPs",
+    ]
+    return dump_config(config) + "\n" + "\n".join(lines)
+
+
+def _open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer) -> list[TokenShards]:
+    folders = [config.data.shards / source.name for source in config.data.sources]
+    return [TokenShards.open(folder, split, tokenizer=tokenizer) for folder in folders]

@@ -1,0 +1,115 @@
+"""One training run on disk: takes the run folder, builds the engine, resumes, calls the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+from torch import Tensor
+
+from moe_lm.config import ModelConfig, RunConfig, dump_config
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.errors import UsageError
+from moe_lm.model.count import flops_per_token
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.torch_engine import TorchEngine
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import checkpoint
+from moe_lm.train.loop import Training, TrainingResult, resume, train
+from moe_lm.train.metrics import MetricsLog
+from moe_lm.train.run_folder import RunFolder, compare_config
+
+# Settings that say how a run is watched and kept, not what it computes: they may change when it goes on.
+MAY_CHANGE = ("log.", "checkpoint.", "parallel.", "train.eval_", "data.workers", "run_dir")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one stage trains, on what, from where."""
+
+    title: str
+    config: RunConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    batches: BatchSource
+    validation: Sequence[Batch]
+    start_from: Path | None = None  # a checkpoint whose weights are the start; None: fresh ones
+    notes: Sequence[str] = ()  # what the person should know of the data, said at the start
+
+
+def run_recipe(recipe: Recipe) -> TrainingResult:
+    """Train to the last step, from the newest checkpoint of the run folder when there is one.
+
+    Raises UsageError when the run folder was made with another config or tokenizer, MoeLmError when another process
+    trains in it.
+    """
+    config, is_main = recipe.config, current_topology().is_main
+    folder = RunFolder(config.run_dir)
+    with folder if is_main else nullcontext():
+        check_unchanged(recipe, folder.checkpoints)
+        if is_main:
+            checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
+            folder.write_config(dump_config(config))
+        engine = TorchEngine(fresh_model(recipe), config.train, config.parallel, recipe.tokenizer.pad_id)
+        step = resume(engine, folder.checkpoints)
+        with (
+            MetricsLog(config.run_dir, config.log, config.train.steps, recipe.title, step, quiet=not is_main) as log,
+            TemporaryDirectory() as scratch,
+        ):
+            for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
+                log.message(note)
+            recipe.tokenizer.save(Path(scratch) / "tokenizer")
+            parts = Training(
+                engine=engine,
+                batches=recipe.batches,
+                validation=recipe.validation,
+                config=config.train,
+                checkpoint=config.checkpoint,
+                checkpoints=folder.checkpoints,
+                log=log,
+                files={
+                    "config.yaml": dump_config(config),
+                    "model.yaml": dump_config(recipe.model),
+                    "tokenizer": Path(scratch) / "tokenizer",
+                },
+                evaluate_first=recipe.start_from is not None,
+                flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
+            )
+            return train(parts, step)
+
+
+def fresh_model(recipe: Recipe) -> LanguageModel:
+    """The model at step 0: initialised by the seed, or with the weights of `start_from`."""
+    model = LanguageModel(recipe.model)
+    if recipe.start_from is None:
+        model.initialise(recipe.config.train.seed)
+    else:
+        checkpoint.load_model_weights(recipe.start_from, model_tensors(model))
+    return model
+
+
+def model_tensors(model: LanguageModel) -> Mapping[str, Tensor]:
+    """Parameters and buffers under their names in a checkpoint."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def check_unchanged(recipe: Recipe, checkpoints: Path) -> None:
+    """Raise UsageError when the newest checkpoint belongs to other settings or another tokenizer."""
+    folder = checkpoint.latest(checkpoints)
+    if folder is None:
+        return
+    old = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
+    changes = compare_config(old, recipe.config.model_dump(mode="json"))
+    changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
+    if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != recipe.tokenizer.fingerprint:
+        changes.append("the tokenizer is another one")
+    if changes:
+        raise UsageError(
+            f"{recipe.config.run_dir} holds a run with other settings ({'; '.join(changes)}); "
+            "set run_dir to a new folder, or take the changes back"
+        )
