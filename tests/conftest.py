@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from moe_lm.config import dump_config
 from moe_lm.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from moe_lm.model.transformer import LanguageModel
+
+SaveRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +30,27 @@ def shared_data() -> Path:
 def tiny_tokenizer() -> Tokenizer:
     """1024 ids, trained on the Python standard library."""
     return Tokenizer.load(Path(__file__).parents[1] / "tokenizer" / "tiny")
+
+
+@pytest.fixture
+def save_run(tmp_path: Path, tiny_tokenizer: Tokenizer) -> SaveRun:
+    """Makes a run folder with one checkpoint of a model, as training leaves it."""
+    from moe_lm.train import checkpoint
+
+    def save(model: LanguageModel, config: str = "") -> Path:
+        run = tmp_path / "run"
+        tiny_tokenizer.save(tmp_path / "tokenizer")
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        files = {
+            "config.yaml": config,
+            "model.yaml": dump_config(model.config),
+            "trainer.json": "{}",
+            "tokenizer": tmp_path / "tokenizer",
+        }
+        checkpoint.save(run / "checkpoints", 1, state, files)
+        return run
+
+    return save
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

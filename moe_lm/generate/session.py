@@ -1,0 +1,86 @@
+"""Text in, text out: a checkpoint's model with its tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from moe_lm.config import ModelConfig, build_config, check_vocabulary
+from moe_lm.generate.completion import Completion
+from moe_lm.generate.decode import Settings, room, stream
+from moe_lm.model.device import pick_device
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.tokenization import Message, Tokenizer
+from moe_lm.train import checkpoint
+
+RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that is ready to write, in float32."""
+
+    checkpoint: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, run: Path, device: str = "auto") -> Session:
+        """Load the newest checkpoint of a run folder, or one checkpoint.
+
+        Raises UsageError when there is no complete one, or no such device, MoeLmError naming a file that is damaged.
+        """
+        folder = checkpoint.resolve(run)
+        target = pick_device(device)
+        tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
+        return cls(folder, load_model(folder, tokenizer, target), tokenizer)
+
+    def complete(self, prompt: str, settings: Settings, stop: Sequence[str] = ()) -> Completion:
+        """The text that follows `prompt`, which begins a document and may be empty."""
+        return self._completion([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], settings, stop)
+
+    def chat(self, messages: Sequence[Message], settings: Settings) -> Completion:
+        """The assistant's next message."""
+        return self._completion(self._chat_prompt(messages), settings)
+
+    def chat_room(self, messages: Sequence[Message]) -> int:
+        """Tokens that the assistant's next message can have; below 1 when the conversation is too long for any."""
+        return room(self.model.config, self._chat_prompt(messages))
+
+    def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+
+    def _completion(self, prompt: list[int], settings: Settings, stop: Sequence[str] = ()) -> Completion:
+        stop_ids = {self.tokenizer.eos_id, self.tokenizer.end_id}
+        tokens = stream(self.model, [prompt], settings, stop_ids, self.tokenizer.vocab_size)
+        return Completion((token for _, token in tokens), self.tokenizer.decode, stop)
+
+
+def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
+    """The model of a checkpoint. Experts take every token that chose them, also where training had a capacity:
+
+    what is dropped would depend on the texts beside it and, token by token, on those that are not written yet.
+    """
+    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
+    config = build_config(ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"))
+    check_vocabulary(config, tokenizer.vocab_size)
+    with device, _NoInitialValues():
+        model = LanguageModel(config)
+    checkpoint.load_model_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval()
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Spares new layers the random values that the checkpoint's replace; a meta device would import a compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func in RANDOM_VALUES else func(*args, **kwargs or {})
