@@ -241,7 +241,7 @@ def evaluate(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to score; without, the run's held-out text.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens a window moves; without, windows touch.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="New tokens a window scores; without, half of it.")] = None,
 ) -> None:
     """Perplexity and bits per byte."""
     from moe_lm.evaluate import perplexity
