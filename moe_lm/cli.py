@@ -8,6 +8,7 @@ after the verb, adds the traceback.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -129,7 +130,8 @@ def tokenizer_train(
     overrides: Overrides = None,
 ) -> None:
     """Train a tokenizer and write it to the recipe's output folder."""
-    from moe_lm.config import TokenizerRecipe, load_config
+    from moe_lm.config import TokenizerRecipe
+    from moe_lm.config_file import load_config
 
     settings = load_config(TokenizerRecipe, recipe, overrides or ())
 
@@ -145,15 +147,19 @@ def tokenizer_inspect(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to measure it on.")] = None,
 ) -> None:
     """Report vocabulary, bytes per token and round-trip exactness."""
-    from moe_lm.tokenization import inspect
+    from moe_lm.config import SourceConfig
+    from moe_lm.tokenization import Tokenizer, inspect
 
-    print(inspect(path, files or ()))
+    named = {re.sub(r"[^A-Za-z0-9._-]", "-", file.name).lstrip(".-_") or "text": file for file in files or ()}
+    sources = [SourceConfig(name=name, path=str(file)) for name, file in named.items()]
+    print(inspect(Tokenizer.load(path), sources))
 
 
 @app.command(rich_help_panel="Build")
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Turn documents into token shards, in parallel; goes on where it was stopped."""
-    from moe_lm.config import PretrainConfig, load_config
+    from moe_lm.config import PretrainConfig
+    from moe_lm.config_file import load_config
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
@@ -169,7 +175,8 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")] = False,
 ) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
-    from moe_lm.config import PretrainConfig, load_config
+    from moe_lm.config import PretrainConfig
+    from moe_lm.config_file import load_config
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
@@ -184,7 +191,8 @@ def pretrain(
 @app.command(rich_help_panel="Build")
 def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune a run on conversations; resumes like pretrain."""
-    from moe_lm.config import FinetuneConfig, load_config
+    from moe_lm.config import FinetuneConfig
+    from moe_lm.config_file import load_config
 
     settings = load_config(FinetuneConfig, config, overrides or ())
 

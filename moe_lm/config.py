@@ -1,19 +1,14 @@
 """Every setting of a run: one YAML file, six sections, unknown keys are errors.
 
-A section may be written in place or be the path of a file (relative to the config) that holds it:
-`model: ../model/deepseekmoe-tiny.yaml`. On the command line `section.key=value` overrides, with the value read
-as YAML. The resolved config is what a run folder and a checkpoint keep.
+`config_file.py` reads such a file. The resolved config is what a run folder and a checkpoint keep.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe_lm.errors import UsageError
 
@@ -63,7 +58,7 @@ class ModelConfig(Section):
     use_qk_norm: bool = True
     attention_bias: bool = Field(default=False, description="bias on the query, key and value projections")
     attention_out_bias: bool = False
-    mlp_bias: bool = False
+    mlp_bias: bool = Field(default=False, description="in dense and shared feed-forward layers; experts have none")
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0)
@@ -128,8 +123,11 @@ class ModelConfig(Section):
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace={self.first_k_dense_replace} is more than num_hidden_layers="
-                f"{self.num_hidden_layers}"
+                f"{self.num_hidden_layers}; choose at most {self.num_hidden_layers}"
             )
+        for name, size in (("hidden_size", self.hidden_size), ("moe_intermediate_size", self.expert_size)):
+            if size % 8:
+                raise ValueError(f"{name}={size} is not divisible by 8, which grouped products of experts need")
 
 
 class SourceConfig(Section):
@@ -304,33 +302,6 @@ RunConfig = PretrainConfig | FinetuneConfig
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, apply `section.key=value` overrides and check everything.
-
-    Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
-    """
-    values = _read_yaml(path)
-    for key, value in values.items():
-        if isinstance(value, str) and _section_type(kind, key) is not None:
-            values[key] = _read_yaml(path.parent / value)
-    for override in overrides:
-        _apply_override(values, override)
-    return build_config(kind, values, origin=str(path))
-
-
-def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
-    """Check `values` against a config class; `origin` names the file in error messages."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
-
-
-def dump_config(config: Section) -> str:
-    """The config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def check_positions(model: ModelConfig, sequence_length: int) -> None:
     """Raise UsageError when rows are longer than the positions that the model knows."""
     if sequence_length > model.max_position_embeddings:
@@ -347,75 +318,3 @@ def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
             f"set model.vocab_size to at least {tokenizer_size}"
         )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds {type(values).__name__}, expected `key: value` lines")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"override {override!r} is not of the form section.key=value, like train.steps=100")
-    *parents, leaf = key.split(".")
-    node: Any = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UsageError(f"override {override!r}: {parent} is not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {override!r}: the value is not valid YAML") from error
-
-
-def _explain(kind: type[BaseModel], item: Any) -> str:
-    location = [part for part in item["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        near = _nearest(kind, location)
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
-    if item["type"] == "missing":
-        return f"{key} is missing; set it"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
-    """The known key most like an unknown one: first among its siblings, then in the whole config."""
-    section: type[BaseModel] = kind
-    for part in location[:-1]:
-        section = _section_type(section, part) or section
-    siblings = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.6)
-    if siblings:
-        return ".".join([*location[:-1], siblings[0]])
-    everywhere = {name.rsplit(".", 1)[-1]: name for name in _all_keys(kind)}
-    found = difflib.get_close_matches(location[-1], everywhere, n=1, cutoff=0.6)
-    return everywhere[found[0]] if found else None
-
-
-def _section_type(kind: type[BaseModel], key: str) -> type[BaseModel] | None:
-    field = kind.model_fields.get(key)
-    if field is None:
-        return None
-    candidates = [field.annotation, *get_args(field.annotation)]
-    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-    return sections[0] if sections else None
-
-
-def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name in kind.model_fields:
-        yield prefix + name
-        section = _section_type(kind, name)
-        if section is not None:
-            yield from _all_keys(section, f"{prefix}{name}.")

@@ -7,7 +7,7 @@ class MoeLmError(Exception):
     exit_code = 1
 
 
-class UsageError(MoeLmError):
+class UsageError(MoeLmError, ValueError):
     """The command, configuration or input was wrong before any work began (exit code 2)."""
 
     exit_code = 2

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from moe_lm.config import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe, load_config
+from moe_lm.config import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
+from moe_lm.config_file import load_config
 from moe_lm.data.docstrings import docstring_pairs
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards

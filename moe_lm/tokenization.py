@@ -279,6 +279,18 @@ class TokenizerMeasure:
     longest_tokens: tuple[str, ...]  # longest first, by bytes
     unused_ids: int  # ids, special ones aside, that no document of the sources needed
 
+    def __str__(self) -> str:
+        lines = [f"vocabulary {self.vocab_size:,}, fingerprint {self.fingerprint[:12]}"]
+        for source in self.sources:
+            lines += [
+                f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, "
+                f"{source.bytes_per_token:.3f} bytes a token, {source.round_trip_failures} that do not round-trip",
+                *(f"  {line}" for line in source.read.skipped_lines()),
+            ]
+        if self.sources:
+            lines.append(f"ids that none of this text needs: {self.unused_ids:,}")
+        return "\n".join([*lines, "longest tokens: " + " ".join(map(repr, self.longest_tokens))])
+
 
 def inspect(tokenizer: Tokenizer, sources: Sequence[SourceConfig], longest: int = 20) -> TokenizerMeasure:
     """Measure compression and round trips on each source, document by document, and list the longest tokens."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from moe_lm.config import dump_config
+from moe_lm.config_file import dump_config
 from moe_lm.tokenization import Tokenizer
 
 if TYPE_CHECKING:

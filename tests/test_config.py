@@ -16,11 +16,9 @@ from moe_lm.config import (
     ModelConfig,
     PretrainConfig,
     SourceConfig,
-    build_config,
     check_vocabulary,
-    dump_config,
-    load_config,
 )
+from moe_lm.config_file import build_config, dump_config, load_config
 from moe_lm.errors import UsageError
 
 MODEL = {

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
 
-from moe_lm.config import SourceConfig, TokenizerRecipe, load_config
+from moe_lm.config import SourceConfig, TokenizerRecipe
+from moe_lm.config_file import load_config
 from moe_lm.data.sources import Report
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.tokenization import (

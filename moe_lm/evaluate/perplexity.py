@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
-from moe_lm.config import FinetuneConfig, PretrainConfig, RunConfig, SourceConfig, build_config
+from moe_lm.config import FinetuneConfig, PretrainConfig, RunConfig, SourceConfig
+from moe_lm.config_file import build_config
 from moe_lm.data.batches import IGNORE, Batch, pack
 from moe_lm.data.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.data.shards import TokenShards

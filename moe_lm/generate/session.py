@@ -12,7 +12,8 @@ import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.config import ModelConfig, build_config, check_vocabulary
+from moe_lm.config import ModelConfig, check_vocabulary
+from moe_lm.config_file import build_config
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings, room, stream
 from moe_lm.model.device import pick_device

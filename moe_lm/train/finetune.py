@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from moe_lm.config import FinetuneConfig, ModelConfig, build_config, check_positions
+from moe_lm.config import FinetuneConfig, ModelConfig, check_positions
+from moe_lm.config_file import build_config
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches, read_chat
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint

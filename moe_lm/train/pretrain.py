@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from moe_lm.config import PretrainConfig, check_vocabulary, dump_config
+from moe_lm.config import PretrainConfig, check_vocabulary
+from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.model.count import count_parameters, flops_per_token, state_bytes

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import yaml
 from torch import Tensor
 
-from moe_lm.config import ModelConfig, RunConfig, dump_config
+from moe_lm.config import ModelConfig, RunConfig
+from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import UsageError
 from moe_lm.model.count import flops_per_token

@@ -21,8 +21,8 @@ from moe_lm.config import (
     PretrainConfig,
     SourceConfig,
     TrainConfig,
-    dump_config,
 )
+from moe_lm.config_file import dump_config
 from moe_lm.data.prepare import prepare
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, score_documents, unigram_bits_per_byte

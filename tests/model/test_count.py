@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lm.config import ModelConfig, load_config
+from moe_lm.config import ModelConfig
+from moe_lm.config_file import load_config
 from moe_lm.model.count import count_parameters, flops_per_token, state_bytes
 from moe_lm.model.transformer import LanguageModel
 
