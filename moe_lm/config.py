@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -299,7 +299,6 @@ class FinetuneConfig(Section):
 
 
 RunConfig = PretrainConfig | FinetuneConfig
-ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def check_positions(model: ModelConfig, sequence_length: int) -> None:
