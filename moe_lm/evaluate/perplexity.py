@@ -30,6 +30,7 @@ from moe_lm.data.sources import ROW_SUFFIXES, read_documents
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
+from moe_lm.model.device import pick_dtype
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
@@ -78,13 +79,15 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None) -
 
     A text file is one document. Documents longer than the training's sequence length are scored in windows of that
     length; each window but the first scores `stride` new tokens, by default half of it. A smaller one gives every
-    token more context and takes longer. Raises UsageError for a run, file or stride that cannot be used.
+    token more context and takes longer. Products run in the precision of the training.
+    Raises UsageError for a run, file or stride that cannot be used.
     """
     session = Session.load(run)
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
     window = min(config.data.sequence_length, session.model.config.max_position_embeddings)
-    nll_sum, tokens = score_documents(session.model, text.documents, window, stride)
+    dtype = pick_dtype(config.train.precision, session.model.lm_head.weight.device)
+    nll_sum, tokens = score_documents(session.model, text.documents, window, stride, dtype=dtype)
     if not math.isfinite(nll_sum):
         raise MoeLmError(
             f"the loss of {session.checkpoint} is {nll_sum}; its weights are damaged or its training diverged, "

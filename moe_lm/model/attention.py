@@ -139,7 +139,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     if q.device.type == "cpu":
         # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        return _segment_attention(q, k, v, cu_seqlens)[0]
+        attend = _segment_attention if _needs_operator() else _attend_in_segments
+        return attend(q, k, v, cu_seqlens)[0]
     return _portable_attention(q, k, v, cu_seqlens)
 
 
@@ -173,12 +174,16 @@ def _portable_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return torch.cat(pieces)
 
 
+def _needs_operator() -> bool:
+    """Operators of our own are for gradients and compilation; their first call alone costs half a second."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 # On a CPU the loop over segments is one opaque operator: `torch.compile` neither unrolls it nor recompiles when the
 # number of documents in a batch changes, and no work is spent on pairs that a dense mask would throw away.
 
 
-@torch.library.custom_op("moe_lm::segment_attention", mutates_args=())
-def _segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Output `[T, H, N]` and log-sum-exp `[T, H]` of causal attention within segments."""
     out = torch.empty(q.shape, dtype=q.dtype)
     log_sum_exp = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -188,6 +193,9 @@ def _segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> t
         _rows_of(out, start, stop, rows).copy_(piece)
         _rows_of(log_sum_exp, start, stop, rows).copy_(lse)
     return out, log_sum_exp
+
+
+_segment_attention = torch.library.custom_op("moe_lm::segment_attention", _attend_in_segments, mutates_args=())
 
 
 @_segment_attention.register_fake

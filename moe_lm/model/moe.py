@@ -167,12 +167,12 @@ class _Gather(torch.autograd.Function):
 
 def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
-    if x_RD.device.type == "cpu":
+    if x_RD.device.type == "cpu" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return _cpu_grouped_mm(x_RD, weight_EDF, ends_E)
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
 
 
-# On a CPU it is an opaque operator, because `torch.compile` traces PyTorch's own in bfloat16 alone.
+# On a CPU it is an opaque operator in training, because `torch.compile` traces PyTorch's own in bfloat16 alone.
 
 
 @torch.library.custom_op("moe_lm::grouped_mm", mutates_args=())

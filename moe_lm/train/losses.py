@@ -73,6 +73,7 @@ class TrainingLoss(nn.Module):
         )
 
     def run_model(self, batch: Batch) -> ModelOutput:
+        # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.
         attend = PackedAttention(batch.cu_seqlens, batch.input_ids.shape[1])
         return self.model(batch.input_ids, batch.position_ids, attend)
 

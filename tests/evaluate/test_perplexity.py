@@ -156,7 +156,7 @@ def pretrain_config(tmp_path: Path, model: LanguageModel, **data: object) -> Pre
         run_dir=tmp_path / "run",
         model=model.config,
         data=DataConfig.model_validate(values | data),
-        train=TrainConfig(steps=1, global_batch_size=1),
+        train=TrainConfig(steps=1, global_batch_size=1, precision="float32"),
     )
 
 
@@ -262,7 +262,7 @@ def test_a_fine_tuned_run_scores_files_and_names_its_base(
         run_dir=tmp_path / "run",
         start_from=Path("runs/base"),
         data=ChatDataConfig(train=(Path("chat.jsonl"),), sequence_length=WINDOW),
-        train=TrainConfig(steps=1, global_batch_size=1),
+        train=TrainConfig(steps=1, global_batch_size=1, precision="float32"),
     )
     run = save_run(model, dump_config(config))
     (tmp_path / "text.txt").write_text("text")

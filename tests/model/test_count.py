@@ -44,14 +44,14 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     layers = draw(st.integers(1, 4))
     return ModelConfig(
         vocab_size=draw(st.integers(1, 64)),
-        hidden_size=2 * draw(st.integers(1, 16)),
+        hidden_size=8 * draw(st.integers(1, 4)),
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * repeats,
         num_key_value_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 8)),
         intermediate_size=draw(st.integers(1, 40)),
         max_position_embeddings=draw(st.integers(1, 32)),
-        moe_intermediate_size=draw(st.none() | st.integers(1, 24)),
+        moe_intermediate_size=8 * draw(st.integers(1, 3)),
         n_routed_experts=draw(st.sampled_from((0, groups * per_group))),
         num_experts_per_tok=draw(st.integers(1, topk_group * per_group)),
         n_shared_experts=draw(st.integers(0, 2)),
@@ -178,15 +178,15 @@ def test_flops_are_six_for_every_multiplied_weight_plus_the_scores(config: Model
 
 def test_flops_of_a_hand_counted_model() -> None:
     config = ModelConfig(
-        vocab_size=10, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=8, moe_intermediate_size=2, n_routed_experts=6, num_experts_per_tok=3, n_shared_experts=1,
+        vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=12, moe_intermediate_size=16, n_routed_experts=6, num_experts_per_tok=3, n_shared_experts=1,
         first_k_dense_replace=1,
     )  # fmt: skip
-    attention = 2 * (4 * 4 + 2 * 4 * 2 + 4 * 4)  # query; key and value of one head; output
-    dense = 3 * 4 * 8
-    experts = 6 * 4 + (3 + 1) * 3 * 4 * 2  # router; three routed and one shared expert
-    head = 4 * 10
-    scores = 2 * 2 * (2 * 4 * 5) * 3  # layers; q @ k and weights @ v; multiply and add x width x length; backward twice
+    attention = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8)  # query; key and value of one head; output
+    dense = 3 * 8 * 12
+    experts = 6 * 8 + (3 + 1) * 3 * 8 * 16  # router; three routed and one shared expert
+    head = 8 * 10
+    scores = 2 * 2 * (2 * 8 * 5) * 3  # layers; q @ k and weights @ v; multiply and add x width x length; backward twice
     expected = 6 * (attention + dense + experts + head)
     assert flops_per_token(config, 5, causal_half=False) == expected + scores
     assert flops_per_token(config, 5, causal_half=True) == expected + scores // 2
