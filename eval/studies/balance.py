@@ -1,0 +1,102 @@
+"""Does the bias keep the experts' load even? The quickstart's pretraining, with the bias balance and without any.
+
+    moe-lm quickstart
+    python eval/studies/balance.py runs/quickstart --steps 300 --out eval/results/balance
+
+Reads the tokenizer and shards of a quickstart, trains both models for the same steps in a folder of its own, and
+writes OUT.json and OUT.png. MaxVio is the largest load of a layer's experts over their mean, minus one
+(arXiv 2408.15664); a batch's is noisier than that of the whole held-out text, so both are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from moe_lm.config import BalanceConfig, PretrainConfig
+from moe_lm.config_file import load_config
+from moe_lm.data.batches import Batch
+from moe_lm.generate.session import Session
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import pretrain
+from moe_lm.train.losses import TrainingLoss
+from moe_lm.train.metrics import load_statistics
+
+NO_BALANCE = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "batch_loss": 0.0, "z_loss": 0.0}
+SMOOTH = 10  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, required=True, help="path of the results without a suffix")
+    arguments = parser.parse_args()
+    config = load_config(PretrainConfig, arguments.quickstart / "pretrain/config.yaml")
+    with TemporaryDirectory() as scratch:
+        runs = {
+            name: train(config, Path(scratch) / name, arguments.steps, balance)
+            for name, balance in (("with bias", config.train.balance), ("without", BalanceConfig(**NO_BALANCE)))
+        }
+    result = {"date": date.today().isoformat(), "steps": arguments.steps, **runs}
+    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(runs, arguments.out.with_suffix(".png"))
+    print(json.dumps({name: {key: run[key] for key in ("held_out", "loss")} for name, run in runs.items()}, indent=2))
+
+
+def train(config: PretrainConfig, run_dir: Path, steps: int, balance: BalanceConfig) -> dict[str, Any]:
+    """MaxVio by step, then of every layer on the held-out text."""
+    schedule = config.train.schedule.model_copy(update={"name": "constant"})
+    settings = config.train.model_copy(update={"steps": steps, "schedule": schedule, "balance": balance})
+    pretrain.run(config.model_copy(update={"run_dir": run_dir, "train": settings}))
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    validation = pretrain.validation_batches(
+        config.model_copy(update={"train": settings.model_copy(update={"eval_batches": None})}), tokenizer
+    )
+    return {
+        "loss": records[-1]["loss"],
+        "held_out": held_out_load(run_dir, validation, balance),
+        "max_violation_by_step": [[layer["max_violation"] for layer in record["experts"]] for record in records],
+        "dead_share_by_step": [max(layer["dead_share"] for layer in record["experts"]) for record in records],
+    }
+
+
+@torch.no_grad()
+def held_out_load(run_dir: Path, validation: Sequence[Batch], balance: BalanceConfig) -> list[dict[str, float]]:
+    """Load statistics of every MoE layer over the whole held-out text."""
+    session = Session.load(run_dir, device="cpu")
+    loss = TrainingLoss(session.model, balance, session.tokenizer.pad_id)
+    return load_statistics(torch.stack([loss.load(batch, loss.run_model(batch)) for batch in validation]).sum(0))
+
+
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for colour, (name, run) in zip(("tab:blue", "tab:red"), runs.items(), strict=True):
+        layers = torch.tensor(run["max_violation_by_step"]).T
+        for layer in layers:
+            axes.plot(smooth(layer), color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(smooth(layers.mean(0)), color=colour, label=f"{name}: mean of the layers")
+    axes.axhline(0.3, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="step", ylabel="MaxVio of the batch", ylim=(0, None))
+    axes.set_title(f"Largest expert load over the mean, minus one (mean of {SMOOTH} steps)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def smooth(values: torch.Tensor) -> torch.Tensor:
+    """The mean over the last SMOOTH steps."""
+    sums = torch.nn.functional.pad(values.double(), (SMOOTH, 0)).cumsum(0)
+    return (sums[SMOOTH:] - sums[:-SMOOTH]) / torch.arange(1, len(values) + 1).clamp(max=SMOOTH)
+
+
+if __name__ == "__main__":
+    main()
