@@ -138,7 +138,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 def update_router_biases(model: LanguageModel, load: Tensor, rate: float) -> None:
     """Move every expert's bias by `rate` towards an even load (DeepSeek-V3, section 2.1.2).
 
-    `load [layers, E]` are the integer counts of the whole global batch.
+    `load [layers, E]` are the integer counts of the whole global batch; compared with their mean in integers, so that
+    no device rounds its way to another sign.
     """
-    for layer, counts in zip(model.moe_layers, load.float(), strict=True):
-        layer.gate.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
+    for layer, counts in zip(model.moe_layers, load, strict=True):
+        layer.gate.e_score_correction_bias += rate * torch.sign(counts.sum() - counts * len(counts))
