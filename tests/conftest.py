@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from moe_lm.config_file import dump_config
+from moe_lm.config import PretrainConfig
+from moe_lm.config_file import dump_config, load_config
 from moe_lm.tokenization import Tokenizer
 
 if TYPE_CHECKING:
+    from moe_lm.data.batches import Batch, BatchSource
     from moe_lm.model.transformer import LanguageModel
 
 SaveRun = Callable[..., Path]
@@ -30,6 +33,69 @@ def shared_data() -> Path:
 def tiny_tokenizer() -> Tokenizer:
     """1024 ids, trained on the Python standard library."""
     return Tokenizer.load(Path(__file__).parents[1] / "tokenizer" / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pretrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of the golden run, its shards written; a test gives it a run_dir and fewer steps."""
+    from moe_lm.data.prepare import prepare
+
+    folder, golden = tmp_path_factory.mktemp("tiny"), Path(__file__).parent / "golden"
+    text = runpy.run_path(str(golden / "make.py"))["write_text"](folder / "text.jsonl")
+    overrides = [
+        f"data.tokenizer={golden.parents[1] / 'tokenizer' / 'tiny'}",
+        f"data.shards={folder / 'shards'}",
+        f"data.sources=[{{name: text, path: {text}}}]",
+    ]
+    config = load_config(PretrainConfig, golden / "tiny_moe.yaml", overrides)
+    prepare(config.data)
+    file = folder / "tiny.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much when the machine is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class RaggedBatches:
+    """A batch source of all that packing can come to: rows of 2 documents and padding, some with few targets or none.
+
+    Ids are 7 to 63, padding is 2.
+    """
+
+    steps_per_epoch = 10
+    length = 24
+
+    def batch(self, step: int, rows: range) -> Batch:
+        import numpy as np
+
+        from moe_lm.data.batches import IGNORE, pack
+
+        input_ids = np.full((len(rows), self.length), 2)
+        targets = np.full_like(input_ids, IGNORE)
+        bounds = {0, input_ids.size}
+        for place, row in enumerate(rows):
+            draw = np.random.default_rng([step, row])
+            used = self.length if row == 0 else int(draw.integers(4, self.length))
+            tokens = draw.integers(7, 64, used + 1)
+            trained = draw.random(used) < (0.0, 0.2, 0.9, 1.0)[(row + step + 2) % 4]
+            input_ids[place, :used] = tokens[:-1]
+            targets[place, :used] = np.where(trained, tokens[1:], IGNORE)
+            bounds |= {place * self.length + end for end in (0, used // 3, used)}
+        return pack(input_ids, targets, np.array(sorted(bounds)))
+
+
+@pytest.fixture
+def ragged() -> BatchSource:
+    return RaggedBatches()
 
 
 @pytest.fixture
