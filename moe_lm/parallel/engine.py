@@ -23,7 +23,7 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     tokens: int  # target tokens
-    skipped: bool  # the gradient was not finite: nothing was changed
+    skipped: bool  # the loss or the gradient was not finite: nothing was changed
     load: Tensor  # [layers, E] int64 on the CPU, tokens an expert
     entropy: Tensor  # [layers], the router's, nats
     bias_range: list[float]  # largest minus smallest router bias a layer

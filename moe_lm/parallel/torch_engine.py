@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -52,7 +54,9 @@ class TorchEngine:
         self.loss: TrainingLoss = TrainingLoss(model, train.balance, pad_id).to(self.device)
         self.loss.all_reduce = all_reduce_sum
         self.optimizers = build_optimizers(model, train.optimizer)
-        self.wrapped: nn.Module = self.accelerator.prepare(self.loss)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less
+            self.wrapped: nn.Module = self.accelerator.prepare(self.loss)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         micro_batches = [self._place(batch) for batch in micro_batches]
@@ -75,8 +79,8 @@ class TorchEngine:
         sums = all_reduce_sum(torch.stack([torch.stack((part.nll_sum, part.balance)) for part in parts]).sum(0))
         load = all_reduce_sum(torch.stack([part.load for part in parts]).sum(0))
         entropy = all_reduce_sum(torch.stack([part.entropy for part in parts]).mean(0)) / self.topology.world_size
-        # The gradient was summed over the ranks: when it is not finite, every rank sees it and skips alike.
-        skipped = not torch.isfinite(torch.tensor(grad_norm)).item()
+        # Loss and gradient were summed over the ranks: when one is not finite, every rank sees it and skips alike.
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(sums[0]))
         factor = schedule_factor(step, self.config.steps, self.config.schedule)
         if not skipped:
             set_learning_rate(self.optimizers, factor)

@@ -63,7 +63,8 @@ class TrainingLoss(nn.Module):
         nll_sum = next_token_nll(output.logits, batch.targets)
         load = self.load(batch, output)
         balance = self._balance_loss(batch, output, counts, load)
-        entropies = [router_entropy(routing) for routing in output.routings]
+        with torch.no_grad():
+            entropies = [router_entropy(routing) for routing in output.routings]
         return LossParts(
             loss=nll_sum / counts.targets + balance,
             nll_sum=nll_sum.detach(),

@@ -161,6 +161,13 @@ def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(rag
     assert float(found["lm_head.weight"].abs().max()) == 0
 
 
+def test_everything_but_the_loss_is_detached(ragged: BatchSource) -> None:
+    """A step keeps the parts of all its micro-batches; a graph in them would keep their activations."""
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    part = loss(batch, counts_of(batch))
+    assert [name for name, tensor in part._asdict().items() if tensor.requires_grad] == ["loss"]
+
+
 # Load
 
 
