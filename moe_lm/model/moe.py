@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config import ModelConfig
+from moe_lm.model.grouped_mm import grouped_mm
 from moe_lm.model.layers import ACTIVATIONS, MLP
 
 
@@ -163,44 +164,6 @@ class _Gather(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         back = grad.index_select(0, inverse)
         return back.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else back, None, None, None
-
-
-def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
-    if x_RD.device.type == "cpu" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        return _cpu_grouped_mm(x_RD, weight_EDF, ends_E)
-    return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
-
-
-# On a CPU it is an opaque operator in training, because `torch.compile` traces PyTorch's own in bfloat16 alone.
-
-
-@torch.library.custom_op("moe_lm::grouped_mm", mutates_args=())
-def _cpu_grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
-    """Groups are rows of `left [R, D]` for `right [E, D, F]`, or inner entries of `left [D, R]`, `right [R, F]`."""
-    return F.grouped_mm(left, right, offs=ends_E)
-
-
-@_cpu_grouped_mm.register_fake
-def _(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
-    groups = () if right.ndim == 3 else (len(ends_E),)
-    return left.new_empty(*groups, left.shape[0], right.shape[-1])
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_RD, weight_EDF, ends_E = ctx.saved_tensors
-    if 0 in grad_RF.stride():  # an expanded gradient, as `.sum()` gives, is refused
-        grad_RF = grad_RF.clone(memory_format=torch.contiguous_format)
-    x_grad = _cpu_grouped_mm(grad_RF, weight_EDF.mT, ends_E) if ctx.needs_input_grad[0] else None
-    weight_grad = _cpu_grouped_mm(x_RD.mT, grad_RF, ends_E) if ctx.needs_input_grad[1] else None
-    return x_grad, weight_grad, None
-
-
-_cpu_grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -53,6 +53,8 @@ class TorchEngine:
         self.device = self.accelerator.device
         self.loss: TrainingLoss = TrainingLoss(model, train.balance, pad_id).to(self.device)
         self.loss.all_reduce = all_reduce_sum
+        if train.compile:
+            self.loss.nll = torch.compile(next_token_nll)
         self.optimizers = build_optimizers(model, train.optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+
 import yaml
 
 from moe_lm.config import FinetuneConfig, ModelConfig, check_positions
 from moe_lm.config_file import build_config
-from moe_lm.data.chat import ChatBatches, chat_evaluation_batches, read_chat
+from moe_lm.data.batches import Batch
+from moe_lm.data.chat import ChatBatches, Conversation, chat_evaluation_batches, read_chat
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
-from moe_lm.train.loop import TrainingResult
+from moe_lm.train.loop import TrainingResult, rows_at_once
 from moe_lm.train.run import Recipe, run_recipe
 
 
@@ -32,16 +37,22 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
         model=model,
         tokenizer=tokenizer,
         batches=ChatBatches(conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id),
-        validation=list(
-            chat_evaluation_batches(
-                conversations.validation,
-                data.sequence_length,
-                train.micro_batch_size or train.global_batch_size,
-                data.separate_documents,
-                tokenizer.pad_id,
-            )
-        ),
+        validation=validation_batches(config, conversations.validation, tokenizer),
         start_from=start,
         notes=conversations.report.skipped_lines(),
     )
     return run_recipe(recipe)
+
+
+def validation_batches(
+    config: FinetuneConfig, conversations: Sequence[Conversation], tokenizer: Tokenizer
+) -> list[Batch]:
+    """The held-out conversations, in order; at most `train.eval_batches` global batches of them."""
+    data, train = config.data, config.train
+    size = rows_at_once(current_topology(), train)
+    batches = chat_evaluation_batches(
+        conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id
+    )
+    if train.eval_batches is not None:
+        batches = islice(batches, train.eval_batches * train.global_batch_size // size)
+    return list(batches)

@@ -9,17 +9,18 @@ import shlex
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from moe_lm.config import CheckpointConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError
 from moe_lm.parallel.engine import Engine, StepResult
+from moe_lm.parallel.topology import Topology
 from moe_lm.train import checkpoint
 from moe_lm.train.metrics import (
     MetricsLog,
@@ -28,6 +29,8 @@ from moe_lm.train.metrics import (
     model_flops_utilisation,
     peak_flops,
 )
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,19 @@ class TrainingResult:
 def train(parts: Training, start_step: int) -> TrainingResult:
     """Train from `start_step` to the last step; evaluates, saves and logs on the way.
 
-    SIGTERM or SIGINT ends it after the running step with a checkpoint; a second signal ends the process at once.
+    SIGTERM or SIGINT ends it after the running step or evaluation batch with a checkpoint, but lets the evaluation
+    after the last step finish; a second signal ends the process at once.
     """
     config, engine = parts.config, parts.engine
     result = TrainingResult(step=start_step)
     speeds = []
     with stop_signals() as signalled:
         if parts.evaluate_first and parts.validation and start_step == 0:
-            parts.log.step({"step": 0, "val_loss": evaluate(parts)})
+            before = evaluate(parts, signalled)
+            if before is None:
+                result.stopped = True
+            else:
+                parts.log.step({"step": 0, "val_loss": before})
         while result.step < config.steps and not result.stopped:
             started = time.perf_counter()
             step_result = engine.train_step(
@@ -82,12 +90,16 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
             if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
-                record["val_loss"] = result.validation_loss = evaluate(parts)
+                result.validation_loss = evaluate(parts, () if last else signalled)
+                if result.validation_loss is None:
+                    result.stopped = True
+                else:
+                    record["val_loss"] = result.validation_loss
             parts.log.step(record)
-            if last or result.stopped:
-                result.checkpoint = save(parts, result)
-            elif is_due(result.step, parts.checkpoint.every):
+            if not last and not result.stopped and is_due(result.step, parts.checkpoint.every):
                 save_if_possible(parts, result)
+        if result.stopped or result.step > start_step:
+            result.checkpoint = save(parts, result)
     result.tokens_per_second = statistics.median(speeds) if speeds else 0.0
     if result.stopped:
         parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
@@ -97,13 +109,25 @@ def train(parts: Training, start_step: int) -> TrainingResult:
 def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
     rows = engine.topology.rows_of(config.global_batch_size)
-    size = config.micro_batch_size or len(rows)
+    size = rows_at_once(engine.topology, config)
     return [batches.batch(step, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def evaluate(parts: Training) -> float:
-    """Mean negative log-likelihood of the held-out targets, in nats."""
-    nll, targets = parts.engine.evaluate(parts.validation)
+def rows_at_once(topology: Topology, config: TrainConfig) -> int:
+    """Rows of a forward pass."""
+    share = max(1, len(topology.rows_of(config.global_batch_size)))
+    return min(config.micro_batch_size or share, share)
+
+
+def evaluate(parts: Training, signalled: Sequence[int]) -> float | None:
+    """Mean negative log-likelihood of the held-out targets, in nats; None when a signal came before it was done."""
+    engine, at_once = parts.engine, parts.engine.topology.world_size
+    nll, targets = 0.0, 0
+    for start in range(0, len(parts.validation), at_once):
+        if engine.any_rank(bool(signalled)):
+            return None
+        more_nll, more_targets = engine.evaluate(parts.validation[start : start + at_once])
+        nll, targets = nll + more_nll, targets + more_targets
     return nll / max(1, targets)
 
 
@@ -168,21 +192,37 @@ def is_due(step: int, every: int) -> bool:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted in the list that this yields; a second one ends the process at once."""
+def stop_signals() -> Iterator[Sequence[int]]:
+    """SIGTERM and SIGINT are noted in the list that this yields; a second one ends the process at once.
+
+    A thread takes them, whatever the main thread waits for. The main thread blocks them, which the processes that it
+    starts inherit: Ctrl-C reaches every process of a terminal, and would kill the compilers of `torch.compile`.
+    """
     received: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def note(number: int, _: FrameType | None) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if received:
+                os._exit(128 + number[0])
+            received.append(number[0])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
 
 
 def this_command() -> str:

@@ -55,12 +55,13 @@ class TrainingLoss(nn.Module):
         self.model = model
         self.balance = balance
         self.pad_id = pad_id
-        # Sums a tensor over the ranks; the engine puts its own here when there are several.
+        # The engine puts its own here: a compiled one, and one that sums over the ranks.
+        self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
         self.all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def forward(self, batch: Batch, counts: StepCounts) -> LossParts:
         output = self.run_model(batch)
-        nll_sum = next_token_nll(output.logits, batch.targets)
+        nll_sum = self.nll(output.logits, batch.targets)
         load = self.load(batch, output)
         balance = self._balance_loss(batch, output, counts, load)
         with torch.no_grad():

@@ -55,9 +55,10 @@ class MetricsLog:
     """Keeps every step in `metrics.jsonl`, a line now and then in `train.log`, and shows the run to a person.
 
     Steps after `start_step` that a killed process had logged are dropped first, so that the file has each step
-    once. On a terminal there is a live bar, elsewhere a plain line every `config.every` steps; `quiet` shows
-    nothing. `on_progress` gets every record. Once it runs, no failure to write stops the training: it is said once.
-    All of this is rank 0's; on the other ranks it does nothing.
+    once; a run that begins anew drops all, the evaluation before its first step too. On a terminal there is a live
+    bar, elsewhere a plain line every `config.every` steps; `quiet` shows nothing. `on_progress` gets every record.
+    Once it runs, no failure to write stops the training: it is said once. All of this is rank 0's; on the other ranks
+    it does nothing.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class MetricsLog:
             return self
         metrics = self._run_dir / "metrics.jsonl"
         try:
-            drop_later_steps(metrics, self._start_step)
+            drop_later_steps(metrics, self._start_step or -1)
             self._trackers = open_trackers(self._config, self._run_dir, self._start_step)
             self._metrics = LineFile(metrics)
             self._log = LineFile(self._run_dir / "train.log")

@@ -11,9 +11,10 @@ from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.model.count import count_parameters, flops_per_token, state_bytes
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import current_topology
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train.loop import TrainingResult, local_micro_batches
+from moe_lm.train.loop import TrainingResult, local_micro_batches, rows_at_once
 from moe_lm.train.run import Recipe, run_recipe
 
 WARM_UP_STEPS = 3  # the first ones compile
@@ -72,14 +73,17 @@ def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatc
 
 
 def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Batch]:
-    """The held-out split of every source, in order; at most `train.eval_batches` batches a source."""
-    data, size = config.data, config.train.micro_batch_size or config.train.global_batch_size
+    """The held-out split of every source, in order; at most `train.eval_batches` global batches a source."""
+    data, train = config.data, config.train
+    size = rows_at_once(current_topology(), train)
     batches: list[Batch] = []
     for shards in _open_shards(config, "validation", tokenizer):
         if shards.num_tokens > 1:
             held_out = EvaluationBatches(shards, data.sequence_length, size, data.separate_documents)
-            count = min(held_out.steps_per_epoch, config.train.eval_batches or held_out.steps_per_epoch)
-            batches += [held_out.batch(step, range(size)) for step in range(count)]
+            steps = range(held_out.steps_per_epoch)
+            if train.eval_batches is not None:
+                steps = steps[: train.eval_batches * train.global_batch_size // size]
+            batches += [held_out.batch(step, range(size)) for step in steps]
     return batches
 
 

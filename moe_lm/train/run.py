@@ -25,8 +25,12 @@ from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
 from moe_lm.train.run_folder import RunFolder, compare_config
 
-# Settings that say how a run is watched and kept, not what it computes: they may change when it goes on.
-MAY_CHANGE = ("log.", "checkpoint.", "parallel.", "train.eval_", "data.workers", "run_dir")
+# Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
+# goes on.
+MAY_CHANGE = (
+    "log.", "checkpoint.", "parallel.", "train.eval_", "train.micro_batch_size", "train.activation_checkpointing",
+    "train.compile", "data.workers", "run_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

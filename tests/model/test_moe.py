@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.config import ModelConfig
-from moe_lm.model.moe import MoE, Routing, _cpu_grouped_mm, expert_counts, grouped_mm, route, within_capacity
+from moe_lm.model.moe import MoE, Routing, expert_counts, route, within_capacity
 
 ROWS, POSITIONS, HIDDEN, WIDTH = 3, 5, 8, 16
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -368,27 +368,6 @@ def test_experts_take_no_rows_at_all() -> None:
     for weight in layer.experts.parameters():
         assert weight.grad is not None
         assert not weight.grad.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_product_keeps_the_contract_of_custom_operators(dtype: torch.dtype) -> None:
-    """Schema, fake tensors, autograd registration and ahead-of-time tracing, in both data types."""
-    x, weight = torch.randn(12, 8, dtype=dtype, requires_grad=True), torch.randn(3, 8, 16, dtype=dtype)
-    ends = torch.tensor([5, 5, 12], dtype=torch.int32)
-    torch.library.opcheck(_cpu_grouped_mm, (x, weight.requires_grad_(), ends))
-    torch.library.opcheck(_cpu_grouped_mm, (x.detach().mT, torch.randn(12, 16, dtype=dtype), ends))
-
-
-def test_grouped_product_is_a_product_per_group_even_for_the_gradient_of_a_sum() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(3, 8, 16, generator=generator, requires_grad=True)
-    out = grouped_mm(x, weight, torch.tensor([5, 5, 12], dtype=torch.int32))
-    expected = torch.cat((x[:5] @ weight[0], x[5:] @ weight[2]))
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(out.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight))
-    )
 
 
 def test_the_router_stays_in_float32_under_autocast() -> None:

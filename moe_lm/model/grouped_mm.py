@@ -1,0 +1,87 @@
+"""Grouped matrix products: every expert's rows times its own weights.
+
+Shapes: R rows sorted by expert, E experts, D inputs, F outputs. `ends [E]` int32: expert e has rows ends[e-1]..ends[e].
+
+On CUDA this is PyTorch's own. On a CPU PyTorch's is a loop of matrix products whose sizes, the loads of the experts,
+are new in every step, and oneDNN generates code for every new size: three quarters of the time went there
+(eval/LOG.md). Here the sizes are rounded up to multiples of BUCKET, so that after a few steps none is new.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BUCKET = 64  # rows
+
+
+def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
+    if x_RD.device.type == "cpu" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return _rows_by_weights(x_RD, weight_EDF, ends_E)
+    return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
+
+
+@torch.library.custom_op("moe_lm::rows_by_weights", mutates_args=())
+def _rows_by_weights(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """`[R, F]`. A product takes rows of the next experts along; their own products, which follow, overwrite those."""
+    rows = len(x_RD)
+    out_RF = x_RD.new_empty(rows, weight_EDF.shape[-1])
+    start = 0
+    for weight, end in zip(weight_EDF, ends_E.tolist(), strict=True):
+        stop = start + _rounded(end - start)
+        if stop <= rows:
+            torch.mm(x_RD[start:stop], weight, out=out_RF[start:stop])
+        else:  # the last experts have too few rows behind them, so theirs are copied
+            out_RF[start:end] = torch.mm(_padded(x_RD[start:end]), weight)[: end - start]
+        start = end
+    return out_RF
+
+
+@_rows_by_weights.register_fake
+def _(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[-1])
+
+
+@torch.library.custom_op("moe_lm::rows_by_rows", mutates_args=())
+def _rows_by_rows(x_RD: Tensor, grad_RF: Tensor, ends_E: Tensor) -> Tensor:
+    """Gradient of the weights, `[E, D, F]`: each expert's rows of x, transposed, times its rows of the gradient."""
+    grad_EDF = x_RD.new_empty(len(ends_E), x_RD.shape[-1], grad_RF.shape[-1])
+    start = 0
+    for weight_grad, end in zip(grad_EDF, ends_E.tolist(), strict=True):
+        torch.mm(_padded(x_RD[start:end]).T, _padded(grad_RF[start:end]), out=weight_grad)
+        start = end
+    return grad_EDF
+
+
+@_rows_by_rows.register_fake
+def _(x_RD: Tensor, grad_RF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RD.new_empty(len(ends_E), x_RD.shape[-1], grad_RF.shape[-1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_RD, weight_EDF, ends_E = ctx.saved_tensors
+    x_grad = _rows_by_weights(grad_RF, weight_EDF.mT, ends_E) if ctx.needs_input_grad[0] else None
+    weight_grad = _rows_by_rows(x_RD, grad_RF, ends_E) if ctx.needs_input_grad[1] else None
+    return x_grad, weight_grad, None
+
+
+_rows_by_weights.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // BUCKET) * BUCKET
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Zeros behind the rows, up to a multiple of BUCKET."""
+    padded = rows.new_zeros(_rounded(len(rows)), rows.shape[-1])
+    padded[: len(rows)] = rows
+    return padded
