@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from moe_lm.model.transformer import LanguageModel
 
 SaveRun = Callable[..., Path]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +67,55 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moe_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs `moe-lm` with these arguments in this process."""
+    from moe_lm.cli import main
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["moe-lm", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        code = stop.value.code
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start_moe_lm() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `moe-lm` with these arguments, and environment variables by keyword, in a process of its own."""
+    started = []
+
+    def start(*arguments: object, **environment: object) -> subprocess.Popen[str]:
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moe_lm", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables | {name: str(value) for name, value in environment.items()},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 class RaggedBatches:

@@ -1,0 +1,410 @@
+"""The loop: what it logs, evaluates and saves and when; signals (FAULTS rows 13 and 14); a full disk (row 9)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import pytest
+import torch
+
+from moe_lm.config import CheckpointConfig, LogConfig, ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.errors import MoeLmError
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import Topology
+from moe_lm.parallel.torch_engine import TorchEngine
+from moe_lm.train import checkpoint
+from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, stop_signals, this_command, train
+from moe_lm.train.metrics import MetricsLog
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[2]
+PAD = 2
+Record = dict[str, Any]
+
+
+class Run:
+    """Starts the loop anew, or goes on, in one folder."""
+
+    def __init__(self, folder: Path, source: BatchSource, **settings: Any) -> None:
+        checkpointing = CheckpointConfig(every=settings.pop("save_every", 0), keep=settings.pop("keep", 2))
+        self.evaluate_first = settings.pop("evaluate_first", False)
+        self.validation: Sequence[Batch] = settings.pop("validation", [source.batch(100 + n, range(2)) for n in (0, 1)])
+        self.source = source
+        self.folder = folder
+        self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | settings)
+        self.checkpointing = checkpointing
+        self.adjust: Callable[[TorchEngine], None] = lambda engine: None
+
+    def __call__(self) -> TrainingResult:
+        model = LanguageModel(
+            ModelConfig(
+                vocab_size=64,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=16,
+                n_routed_experts=4,
+                first_k_dense_replace=1,
+            )
+        )
+        model.initialise(seed=3)
+        self.engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), PAD)
+        self.adjust(self.engine)
+        step = resume(self.engine, self.folder / "checkpoints")
+        with MetricsLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
+            parts = Training(
+                engine=self.engine,
+                batches=self.source,
+                validation=self.validation,
+                config=self.config,
+                checkpoint=self.checkpointing,
+                checkpoints=self.folder / "checkpoints",
+                log=log,
+                files={"config.yaml": "a: 1\n"},
+                flops_per_token=1e6,
+                evaluate_first=self.evaluate_first,
+            )
+            return train(parts, step)
+
+    @property
+    def records(self) -> list[Record]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.records]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.state().items()}
+
+
+class Interrupting:
+    """A batch source, or held-out batches, that send this process a signal when `when` is asked for."""
+
+    steps_per_epoch = 10
+
+    def __init__(self, source: BatchSource, when: int, number: signal.Signals) -> None:
+        self.source, self.when, self.number = source, when, number
+        self.asked: list[int] = []
+
+    def batch(self, step: int, rows: range) -> Batch:
+        self.asked.append(step)
+        if step == self.when:
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.05)  # another thread takes it
+        return self.source.batch(step, rows)
+
+    def __len__(self) -> int:
+        return 5
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, place: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(5)[place]]
+        return self.batch(place, range(2))
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# Logging, evaluating, saving
+
+
+def test_every_step_is_logged_with_its_figures(tmp_path: Path, ragged: BatchSource) -> None:
+    run = Run(tmp_path, ragged)
+    result = run()
+    assert run.steps == [1, 2, 3, 4, 5, 6]
+    assert (result.step, result.stopped, result.loss) == (6, False, run.records[-1]["loss"])
+    for step, record in enumerate(run.records):
+        assert record["tokens"] == ragged.batch(step, range(4)).num_targets
+        assert not record["skipped"]
+        for name in ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"):
+            assert record[name] > 0
+        (layer,) = record["experts"]
+        assert layer["max_violation"] == pytest.approx(layer["max_over_mean"] - 1)
+        assert layer.keys() == {
+            "max_over_mean", "max_violation", "entropy", "dead_share", "router_entropy", "bias_range",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluated"),
+    [
+        ({}, [6]),
+        ({"eval_every": 2}, [2, 4, 6]),
+        ({"eval_every": 4}, [4, 6]),
+        ({"eval_every": 4, "evaluate_first": True}, [0, 4, 6]),
+        ({"eval_every": 2, "evaluate_first": True, "validation": []}, []),
+    ],
+)
+def test_evaluates_when_it_is_due_and_at_the_end(
+    tmp_path: Path, ragged: BatchSource, settings: dict[str, Any], evaluated: list[int]
+) -> None:
+    run = Run(tmp_path, ragged, **settings)
+    result = run()
+    assert [record["step"] for record in run.records if "val_loss" in record] == evaluated
+    if evaluated:
+        nll, targets = run.engine.evaluate(run.validation)
+        assert result.validation_loss == run.records[-1]["val_loss"] == pytest.approx(nll / targets, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "keep", "expected"), [(0, 2, [6]), (2, 2, [4, 6]), (2, 9, [2, 4, 6]), (4, 9, [4, 6]), (6, 1, [6])]
+)
+def test_saves_when_it_is_due_and_at_the_end(
+    tmp_path: Path, ragged: BatchSource, save_every: int, keep: int, expected: list[int]
+) -> None:
+    run = Run(tmp_path, ragged, save_every=save_every, keep=keep)
+    result = run()
+    assert run.checkpoints == [f"step-{step:08d}" for step in expected]
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-00000006"
+    assert json.loads((result.checkpoint / "trainer.json").read_text())["step"] == 6
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path, ragged: BatchSource) -> None:
+    run = Run(tmp_path, ragged)
+    run()
+    weights, records = run.weights, run.records
+    written = (tmp_path / "checkpoints" / "step-00000006" / "COMPLETE").stat().st_mtime_ns
+    result = run()
+    assert (result.step, result.stopped, result.checkpoint) == (6, False, None)
+    assert run.records == records
+    assert_equal(run.weights, weights)
+    assert (tmp_path / "checkpoints" / "step-00000006" / "COMPLETE").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("evaluate_first", [False, True])
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, ragged: BatchSource, evaluate_first: bool) -> None:
+    """Whatever had been done after the last checkpoint, also when there is none yet: each step once in the log."""
+    whole = Run(tmp_path / "whole", ragged, evaluate_first=evaluate_first)
+    run = Run(tmp_path / "parts", ragged, evaluate_first=evaluate_first, save_every=2)
+    for folder in (whole.folder, run.folder):
+        folder.mkdir()
+    whole()
+    run()
+    for left in ("step-00000004", None):
+        for folder in (run.folder / "checkpoints").iterdir():
+            if folder.name != left:
+                folder.rename(tmp_path / f"{folder.name}-after-{left}")
+        run()
+        assert run.steps == whole.steps == [*([0] if evaluate_first else []), 1, 2, 3, 4, 5, 6]
+        assert [record["loss"] for record in run.records[-6:]] == [record["loss"] for record in whole.records[-6:]]
+        assert_equal(run.weights, whole.weights)
+
+
+# A full disk
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Makes the disk full, or not, as far as checkpoints are concerned."""
+    full, sync = [False], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    yield lambda now: full.__setitem__(0, now)
+    full[0] = False
+
+
+def test_a_full_disk_ends_no_run_that_has_steps_to_do(
+    tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Filling(Interrupting):
+        def batch(self, step: int, rows: range) -> Batch:
+            full_disk(step == 3)  # the save after this step, the fourth, fails
+            return self.source.batch(step, rows)
+
+    run = Run(tmp_path, Filling(ragged, 0, signal.SIGTERM), save_every=2, keep=9)
+    assert not run().stopped
+    assert run.checkpoints == ["step-00000002", "step-00000006"]
+    out = capsys.readouterr().out
+    assert out.count("warning: no checkpoint at step 4: cannot write the checkpoint") == 1
+    assert "No space left on device" in out
+    assert "training goes on" in out
+
+
+def test_a_full_disk_at_the_last_step_is_an_error_and_the_older_checkpoint_stays(
+    tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None]
+) -> None:
+    class Filling(Interrupting):
+        def batch(self, step: int, rows: range) -> Batch:
+            full_disk(step == 5)
+            return self.source.batch(step, rows)
+
+    run = Run(tmp_path, Filling(ragged, 0, signal.SIGTERM), save_every=2, keep=9)
+    with pytest.raises(MoeLmError, match=r"step-00000006: No space left on device.*older checkpoints are as they were"):
+        run()
+    full_disk(False)
+    assert run.checkpoints == ["step-00000002", "step-00000004"]
+    run.source = ragged
+    assert run().step == 6
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_step_ends_the_run_after_it(
+    tmp_path: Path, ragged: BatchSource, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Run(tmp_path / "whole", ragged)
+    parted = Run(tmp_path / "parts", Interrupting(ragged, 3, number), eval_every=4)
+    for run in (whole, parted):
+        run.folder.mkdir()
+    whole()
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    result = parted()
+    assert (result.step, result.stopped, result.validation_loss) == (4, True, None)
+    assert parted.checkpoints == ["step-00000004"]
+    assert f"stopped after step 4; to go on, run again: {this_command()}\n" in capsys.readouterr().out
+    assert {each: signal.getsignal(each) for each in before} == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT} == set()
+    parted.source = ragged
+    assert parted().step == 6
+    assert parted.steps == [1, 2, 3, 4, 5, 6]
+    assert_equal(parted.weights, whole.weights)
+
+
+def test_a_signal_in_an_evaluation_ends_it_early(tmp_path: Path, ragged: BatchSource) -> None:
+    validation = Interrupting(ragged, 1, signal.SIGTERM)
+    run = Run(tmp_path, ragged, validation=validation, eval_every=4)
+    result = run()
+    assert (result.step, result.stopped, validation.asked) == (4, True, [0, 1])
+    assert run.checkpoints == ["step-00000004"]
+    assert run.steps == [1, 2, 3, 4]
+    run.validation = [ragged.batch(0, range(2))]
+    assert run().validation_loss is not None
+    assert run.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_leaves_nothing_half_done(
+    tmp_path: Path, ragged: BatchSource
+) -> None:
+    run = Run(tmp_path, ragged, validation=Interrupting(ragged, 1, signal.SIGTERM), evaluate_first=True)
+    result = run()
+    assert (result.step, result.stopped) == (0, True)
+    assert run.steps == []
+    run.validation = [ragged.batch(0, range(2))]
+    assert run().step == 6
+    assert run.steps == [0, 1, 2, 3, 4, 5, 6]
+    assert "val_loss" in run.records[0]
+
+
+def test_a_signal_after_the_last_step_lets_the_evaluation_finish(tmp_path: Path, ragged: BatchSource) -> None:
+    """There is no later step whose run would evaluate again."""
+    validation = Interrupting(ragged, 1, signal.SIGTERM)
+    run = Run(tmp_path, ragged, validation=validation)
+    result = run()
+    assert (result.step, result.stopped, validation.asked) == (6, False, [0, 1, 2, 3, 4])
+    assert result.validation_loss == run.records[-1]["val_loss"]
+    assert run.checkpoints == ["step-00000006"]
+
+
+def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource) -> None:
+    """`any_rank` decides, not this process's own signals: here another rank's flag is up at the third question."""
+    run = Run(tmp_path, ragged, validation=[])
+    asked = []
+
+    def any_rank(flag: bool) -> bool:
+        asked.append(flag)
+        return len(asked) == 3
+
+    run.adjust = lambda engine: setattr(engine, "any_rank", any_rank)
+    result = run()
+    assert (result.step, result.stopped, asked) == (3, True, [False, False, False])
+    assert run.checkpoints == ["step-00000003"]
+
+
+WAITING = (
+    "import sys, time\n"
+    "from moe_lm.train.loop import stop_signals\n"
+    "with stop_signals() as signalled:\n"
+    "    print('ready', flush=True)\n"
+    "    while not signalled: time.sleep(0.01)\n"
+    "    print(*signalled, flush=True)\n"
+    "    time.sleep(600)\n"
+)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
+        child.send_signal(second)
+        assert child.wait(timeout=60) == 128 + second
+
+
+def test_ctrl_c_spares_the_processes_that_training_starts() -> None:
+    """A terminal sends SIGINT to every process; compilers of `torch.compile` that die of it would fail the step."""
+    program = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+    with stop_signals():
+        inside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    outside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(json.loads(inside.stdout)) >= {signal.SIGTERM, signal.SIGINT}
+    assert not set(json.loads(outside.stdout)) & {signal.SIGTERM, signal.SIGINT}
+
+
+def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("/somewhere/bin/moe-lm", "/somewhere/moe_lm/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [program, "pretrain", "my runs/a.yaml", "train.steps=10"])
+        assert this_command() == "moe-lm pretrain 'my runs/a.yaml' train.steps=10"
+
+
+# Rows and ranks
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3, 12])
+def test_micro_batches_of_all_ranks_are_the_global_batch(
+    ragged: BatchSource, world_size: int, micro_batch_size: int | None
+) -> None:
+    config = TrainConfig(steps=1, global_batch_size=12, micro_batch_size=micro_batch_size)
+    model = LanguageModel(
+        ModelConfig(
+            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+        )
+    )  # fmt: skip
+    engine = TorchEngine(model, config, ParallelConfig(device="cpu"), PAD)
+    rows = []
+    for rank in range(world_size):
+        engine.topology = Topology(rank, world_size, rank)
+        batches = local_micro_batches(engine, ragged, config, 7)
+        assert all(len(batch.input_ids) <= (micro_batch_size or 12) for batch in batches)
+        rows += [batch.input_ids for batch in batches]
+    assert torch.equal(torch.cat(rows), ragged.batch(7, range(12)).input_ids)
+
+
+def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
+    run = Run(tmp_path, ragged)
+    run()
+    assert resume(run.engine, tmp_path / "nowhere") == 0
+    (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
+    assert resume(run.engine, tmp_path / "checkpoints") == 0
