@@ -33,6 +33,7 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.count import count_parameters
+from moe_lm.model.device import compiling_needs
 from moe_lm.tokenization import Tokenizer, train_tokenizer
 from moe_lm.train import finetune, pretrain
 from moe_lm.train.loop import this_command
@@ -124,6 +125,7 @@ def make_shards(walk: Walk) -> PretrainConfig:
         [f"run_dir={walk.pretrain_dir}", f"data.tokenizer={walk.tokenizer}", f"data.shards={walk.run_dir / 'shards'}"],
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (walk.corpus,)})})
+    config = compiled_if_possible(walk, config)
     with byte_bar(walk, "tokenizing") as advance:
         report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
     walk.console.print(str(report), highlight=False)
@@ -163,6 +165,7 @@ def do_finetune(walk: Walk, pretrained: PretrainConfig) -> None:
         )
         tokens = config.train.global_batch_size * config.data.sequence_length
         seconds = tokens / median_speed(walk.pretrain_dir)
+        config = compiled_if_possible(walk, config)
         config = with_steps(config, int(FINETUNE_SHARE * walk.minutes * 60 / seconds))
     if finetune.run(config).stopped:
         raise StageStoppedError
@@ -303,6 +306,15 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def median_speed(run_dir: Path) -> float:
     """Tokens a second of the median step."""
     return statistics.median(line["tokens_per_second"] for line in metrics(run_dir) if "tokens_per_second" in line)
+
+
+def compiled_if_possible(walk: Walk, config: ConfigT) -> ConfigT:
+    """The config without `torch.compile` on a machine that lacks something for it."""
+    needed = compiling_needs()
+    if needed is None:
+        return config
+    walk.console.print(f"torch.compile is left out: it needs {needed}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
 
 
 def with_steps(config: ConfigT, steps: int) -> ConfigT:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 
 from moe_lm.errors import UsageError
@@ -27,3 +32,13 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
+
+
+def compiling_needs() -> str | None:
+    """What `torch.compile` lacks on this machine, or None: it builds its kernels with a C++ compiler against Python."""
+    compilers = [os.environ.get("CXX") or "g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return "a C++ compiler (Debian: apt-get install g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Debian: apt-get install python3-dev)"
+    return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
-from moe_lm.model.device import pick_device, pick_dtype
+from moe_lm.model.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.engine import StepResult
 from moe_lm.parallel.topology import all_reduce_sum, any_rank, current_topology
@@ -41,6 +41,8 @@ class TorchEngine:
         self.model = model
         model.model.activation_checkpointing = train.activation_checkpointing
         if train.compile:
+            if needed := compiling_needs():
+                raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
             # Block by block: layers of one kind share one compiled graph, and names stay as they are.
             for block in model.model.layers:
                 block.compile()
@@ -122,13 +124,16 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         self.loss.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        nll, targets = 0.0, 0
         for batch in batches[self.topology.rank :: self.topology.world_size]:
             batch = self._place(batch)
             with self.accelerator.autocast():
                 logits = self.loss.run_model(batch).logits
-            sums += torch.stack([next_token_nll(logits, batch.targets).double(), sums.new_tensor(batch.num_targets)])
-        nll, targets = all_reduce_sum(sums).tolist()
+            nll += float(next_token_nll(logits, batch.targets))
+            targets += batch.num_targets
+        if self.topology.world_size > 1:
+            sums = torch.tensor([nll, targets], dtype=torch.float64, device=self.device)
+            nll, targets = all_reduce_sum(sums).tolist()
         return nll, int(targets)
 
     def _place(self, batch: Batch) -> Batch:
