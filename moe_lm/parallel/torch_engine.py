@@ -53,6 +53,7 @@ class TorchEngine:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device = self.accelerator.device
+        torch.manual_seed(train.seed)  # whatever this process drew before is no part of the run
         self.loss: TrainingLoss = TrainingLoss(model, train.balance, pad_id).to(self.device)
         self.loss.all_reduce = all_reduce_sum
         if train.compile:

@@ -1,0 +1,310 @@
+"""Pretraining through the command line: resumed to the bit, stopped by signals, refused when something does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moe_lm.config import PretrainConfig
+from moe_lm.config_file import load_config
+from moe_lm.data.prepare import prepare
+from moe_lm.model.count import count_parameters
+from moe_lm.train import pretrain
+from moe_lm.train.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MoeLm = Callable[..., Any]
+Start = Callable[..., subprocess.Popen[str]]
+SHORT = ("train.steps=12", "checkpoint.keep=9", "train.eval_batches=1")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What a step computes; not how fast."""
+    names = ("step", "loss", "balance_loss", "grad_norm", "lr", "tokens", "experts", "val_loss")
+    return [tuple(line.get(name) for name in names) for line in metrics(run_dir)]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in checkpoint.rglob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    expected, found = tensors(one), tensors(other)
+    assert {name.split(".")[0] for name in expected} >= {"model", "exp_avg", "random"}
+    assert any(name.endswith("e_score_correction_bias") and tensor.any() for name, tensor in expected.items())
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    for name in ("trainer.json", "model.yaml", "tokenizer/tokenizer.json"):
+        assert (one / name).read_text() == (other / name).read_text()
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").iterdir())
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, start_moe_lm: Start, optimizer: str, precision: str
+) -> None:
+    """12 steps at once, against 12 of which all after the sixth are lost, and done again (FAULTS row 3)."""
+    settings = [*SHORT, f"train.optimizer.name={optimizer}", f"train.precision={precision}"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={whole}", *settings).code == 0
+    command = ("pretrain", tiny_pretrain, f"run_dir={parted}", "checkpoint.every=6", *settings)
+    assert moe_lm(*command).code == 0
+    shutil.rmtree(parted / "checkpoints" / "step-00000012")
+    again = start_moe_lm(*command)
+    out, err = again.communicate()
+    assert (again.returncode, err) == (0, "")
+    assert "going on after step 6 of 12" in out
+    assert [line["step"] for line in metrics(parted)] == list(range(1, 13))
+    assert losses(parted) == losses(whole)
+    assert_same_checkpoint(last_checkpoint(parted), last_checkpoint(whole))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 60 steps at once."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=60"]))
+    torch.set_num_threads(threads)
+    return run_dir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, uninterrupted: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "a run"  # a space, which the printed command has to quote
+    command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", "train.steps=60")
+    process = start_moe_lm(*command)
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    stopped_at = len(metrics(run_dir))
+    assert 3 <= stopped_at < 60
+    assert out.splitlines()[-1] == (
+        f"stopped after step {stopped_at}; to go on, run again: "
+        f"moe-lm pretrain {tiny_pretrain} 'run_dir={run_dir}' train.steps=60"
+    )
+    assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
+    again = start_moe_lm(*command)
+    out, err = again.communicate()
+    assert (again.returncode, err) == (0, "")
+    assert losses(run_dir) == losses(uninterrupted)
+    assert_same_checkpoint(last_checkpoint(run_dir), last_checkpoint(uninterrupted))
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT)
+    assert moe_lm(*command).code == 0
+    before = losses(tmp_path)
+    done = moe_lm(*command)
+    assert (done.code, done.err) == (0, "")
+    assert "12 of 12" in done.out
+    assert losses(tmp_path) == before
+
+
+def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    """FAULTS row 8: what a killed save leaves, and a folder whose COMPLETE is gone."""
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=5")
+    assert moe_lm(*command).code == 0
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00000012" / "COMPLETE").unlink()
+    (checkpoints / "step-00000010").rename(checkpoints / "step-00000011.tmp")
+    done = moe_lm(*command)
+    assert done.code == 0
+    assert "going on after step 5 of 12" in done.out
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in (5, 10, 12)]
+
+
+# Another config, another tokenizer (FAULTS row 33)
+
+
+@pytest.fixture
+def trained(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> tuple[Any, ...]:
+    """The command of a finished run."""
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT)
+    assert moe_lm(*command).code == 0
+    return command
+
+
+def test_another_config_is_refused_with_every_difference(
+    trained: tuple[Any, ...], tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    done = moe_lm(*trained, "model.hidden_size=64", "train.optimizer.lr=0.1", "train.steps=20")
+    assert done.code == 2
+    assert done.err == (
+        f"error: {tmp_path / 'run'} holds a run with other settings (model.hidden_size: 32 -> 64; "
+        "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1); set run_dir to a new folder, or take the changes "
+        "back\n"
+    )
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
+    assert len(metrics(tmp_path / "run")) == 12
+
+
+def test_another_tokenizer_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    config = load_config(PretrainConfig, tiny_pretrain)
+    shutil.copytree(config.data.tokenizer, tmp_path / "tokenizer")
+    overrides = [f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.shards={tmp_path / 'shards'}"]
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *overrides, *SHORT)
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    assert moe_lm(*command).code == 0
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content), encoding="utf-8")
+    done = moe_lm(*command)
+    assert done.code == 2  # the shards are the old tokenizer's
+    assert "tokenizer" in done.err
+    shutil.rmtree(tmp_path / "shards")
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    done = moe_lm(*command)
+    assert done.code == 2
+    assert "holds a run with other settings (the tokenizer is another one)" in done.err
+
+
+def test_how_a_run_is_watched_and_fitted_to_its_machine_may_change(
+    trained: tuple[Any, ...], tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    changes = (
+        "log.every=1", "checkpoint.every=3", "train.eval_every=2", "train.micro_batch_size=2",
+        "train.activation_checkpointing=true", "data.workers=2",
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    assert moe_lm(*trained, "checkpoint.every=6").code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    done = moe_lm(*trained, *changes)
+    assert (done.code, done.err) == (0, "")
+    assert "going on after step 6 of 12" in done.out
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["micro_batch_size"] == 2
+
+
+# Bad input
+
+
+def test_a_run_folder_in_use_is_refused_and_told_by_whom(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    with RunFolder(tmp_path):
+        done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT)
+    assert done.code == 1
+    assert "is in use by process " in done.err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_named_before_the_first_step(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'file' / 'run'}", *SHORT)
+    assert done.code == 2
+    assert f"cannot write to the run folder {tmp_path / 'file' / 'run'}: Not a directory" in done.err
+    assert done.out == ""
+
+
+def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    config = load_config(PretrainConfig, tiny_pretrain)
+    shutil.copytree(config.data.shards, tmp_path / "shards")
+    flip_a_byte(tmp_path / "shards" / "text" / "train-00000.bin")
+    done = moe_lm("pretrain", tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
+    assert done.code != 0
+    assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "trainer.json"])
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_offered(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, part: str
+) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=6")
+    assert moe_lm(*command).code == 0
+    newest, older = (tmp_path / "checkpoints" / f"step-000000{step}" for step in ("12", "06"))
+    file = newest / part if part.endswith("json") else next((newest / part).iterdir())
+    flip_a_byte(file)
+    done = moe_lm(*command)
+    assert done.code == 1
+    assert done.err.startswith(f"error: the checkpoint {newest} is damaged: {file.relative_to(newest)} does not have")
+    assert f"to go on from {older}, the previous complete checkpoint, delete {newest} and run again" in done.err
+    shutil.rmtree(newest)
+    assert "going on after step 6 of 12" in moe_lm(*command).out
+
+
+def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "model.vocab_size=1000")
+    assert done.code == 2
+    assert "model.vocab_size=1000 is smaller than the tokenizer's 1024 ids" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+# Settings
+
+
+def test_dry_run_shows_everything_and_needs_nothing(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    missing = (f"data.shards={tmp_path / 'no-shards'}", f"data.tokenizer={tmp_path / 'no-tokenizer'}")
+    done = moe_lm("pretrain", tiny_pretrain, "--dry-run", f"run_dir={tmp_path / 'run'}", *missing)
+    assert (done.code, done.err) == (0, "")
+    text, _, figures = done.out.partition("\n\n")
+    config = load_config(PretrainConfig, tiny_pretrain, [f"run_dir={tmp_path / 'run'}", *missing])
+    assert PretrainConfig.model_validate(yaml.safe_load(text)) == config
+    counted = count_parameters(config.model)
+    assert f"{counted.total:,} in all, {counted.active:,} active" in figures
+    assert "100 steps, 51,200 tokens" in figures
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limit_of_an_evaluation_counts_global_batches_whatever_the_micro_batches(tiny_pretrain: Path) -> None:
+    evaluated = []
+    for micro in ("null", "4", "1"):
+        config = load_config(PretrainConfig, tiny_pretrain, ["train.eval_batches=2", f"train.micro_batch_size={micro}"])
+        batches = pretrain.validation_batches(config, pretrain.load_tokenizer(config))
+        evaluated.append(torch.cat([batch.input_ids for batch in batches]))
+    assert evaluated[0].shape == (16, 64)
+    assert torch.equal(evaluated[0], evaluated[1])
+    assert torch.equal(evaluated[0], evaluated[2])
+
+
+def test_every_source_is_mixed_and_evaluated(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    config = load_config(PretrainConfig, tiny_pretrain)
+    path = config.data.sources[0].path
+    sources = f"data.sources=[{{name: one, path: {path}}}, {{name: two, path: {path}, weight: 3}}]"
+    command = (tiny_pretrain, sources, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", *SHORT)
+    assert moe_lm("prepare", *command).code == 0
+    assert moe_lm("pretrain", *command).code == 0
+    config = load_config(PretrainConfig, tiny_pretrain, [str(item) for item in command[1:]])
+    assert len(pretrain.validation_batches(config, pretrain.load_tokenizer(config))) == 2 * 2
+    assert len(metrics(tmp_path / "run")) == 12
