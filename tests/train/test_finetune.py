@@ -1,0 +1,221 @@
+"""Fine-tuning: the held-out loss falls, the assistant's words alone count, and where it may not start."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from moe_lm.config import FinetuneConfig, PretrainConfig
+from moe_lm.config_file import load_config
+from moe_lm.data.chat import ChatBatches, read_chat
+from moe_lm.generate.session import Session
+from moe_lm.model.attention import PackedAttention
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import finetune, pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MoeLm = Callable[..., Any]
+WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of 30 steps."""
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
+    torch.set_num_threads(threads)
+    return run_dir
+
+
+@pytest.fixture
+def config_file(pretrained: Path, tmp_path: Path) -> Path:
+    """A config beside 150 conversations of one form, in both shapes, two in ten held out."""
+    draw, lines = random.Random(1), []
+    for number in range(150):
+        first, second = draw.choice(WORDS), draw.choice(WORDS)
+        asked, answer = f"say {first} then {second}", f"you said {first} and {second}."
+        pair = {"instruction": asked, "input": "", "output": answer}
+        messages = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        lines.append(json.dumps(pair if number % 2 else messages) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(lines))
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "start_from": str(pretrained),
+        "data": {"train": [str(tmp_path / "chat.jsonl")], "validation_fraction": 0.2, "sequence_length": 64},
+        "train": {
+            "steps": 12, "global_batch_size": 8, "precision": "float32", "optimizer": {"lr": 0.01},
+            "schedule": {"warmup_steps": 2},
+        },
+        "parallel": {"device": "cpu"},
+    }  # fmt: skip
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def nll_of_answers(start: Path, messages: list[list[dict[str, str]]]) -> tuple[float, int]:
+    """One conversation at a time, and of each the answer and the token that ends it, spelled out by hand."""
+    session = Session.load(start, device="cpu")
+    tokenizer, total, count = session.tokenizer, 0.0, 0
+    for turns in messages:
+        prompt = tokenizer.encode_chat(turns[:-1], add_generation_prompt=True)[0]
+        answer = [*tokenizer.encode(turns[-1]["content"]), tokenizer.end_id]
+        ids = torch.tensor([[*prompt, *answer]])[:, :-1]
+        attend = PackedAttention(torch.tensor([0, ids.shape[1]], dtype=torch.int32), ids.shape[1])
+        with torch.no_grad():
+            logits = session.model(ids, torch.arange(ids.shape[1])[None], attend).logits[0, len(prompt) - 1 :]
+        total += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+    return total, count
+
+
+def held_out_messages(config_file: Path, tokenizer: Tokenizer) -> list[list[dict[str, str]]]:
+    """Read back from the tokens of the held-out conversations."""
+    found = []
+    for item in read_chat(load_config(FinetuneConfig, config_file).data, tokenizer).validation:
+        text = tokenizer.decode(item.input_ids.tolist(), skip_special=False)
+        asked, answer = text.removeprefix("<|bos|><|user|>").split("<|end|>")[:2]
+        found.append(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.removeprefix("<|assistant|>")}]
+        )
+    return found
+
+
+# What it computes
+
+
+def test_the_held_out_loss_is_measured_before_and_falls(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    assert moe_lm("finetune", config_file, "train.steps=40").code == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(41))
+    assert lines[0].keys() == {"step", "val_loss"}
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] / 2
+
+
+def test_only_the_assistants_tokens_count(
+    config_file: Path, tmp_path: Path, pretrained: Path, tiny_tokenizer: Tokenizer, moe_lm: MoeLm
+) -> None:
+    held_out = held_out_messages(config_file, tiny_tokenizer)
+    assert 15 <= len(held_out) <= 45
+    nll, tokens = nll_of_answers(pretrained, held_out)
+    conversations = read_chat(load_config(FinetuneConfig, config_file).data, tiny_tokenizer).train
+    rows = ChatBatches(conversations, 64, 1, 0, True, tiny_tokenizer.pad_id).steps_per_epoch
+    assert moe_lm("finetune", config_file, "train.steps=2", f"train.global_batch_size={rows}").code == 0
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["val_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    answers = [
+        json.loads(line).get("output") or json.loads(line)["messages"][1]["content"]
+        for line in (tmp_path / "chat.jsonl").read_text().splitlines()
+    ]
+    assert lines[1]["tokens"] == sum(len(tiny_tokenizer.encode(answer)) + 1 for answer in answers) - tokens
+
+
+def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoints(
+    config_file: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
+) -> None:
+    (checkpoint,) = (pretrained / "checkpoints").iterdir()
+    first = []
+    for name, start in (("run", pretrained), ("checkpoint", checkpoint)):
+        settings = (f"run_dir={tmp_path / name}", f"start_from={start}", "train.steps=1", "train.optimizer.lr=1e-30")
+        assert moe_lm("finetune", config_file, *settings, "train.balance.bias_update_rate=0").code == 0
+        first.append(metrics(tmp_path / name)[0])
+        (saved,) = (tmp_path / name / "checkpoints").iterdir()
+        weights, start_weights = (
+            load_file(next((folder / "model").glob("*.safetensors"))) for folder in (saved, checkpoint)
+        )
+        assert weights.keys() == start_weights.keys()
+        assert [name for name in weights if not torch.equal(weights[name], start_weights[name])] == []
+    assert first[0] == first[1]
+
+
+def test_a_killed_fine_tuning_resumes_to_the_bit(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert moe_lm("finetune", config_file, f"run_dir={whole}").code == 0
+    command = ("finetune", config_file, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9")
+    assert moe_lm(*command).code == 0
+    for lost in ("step-00000012", "step-00000010"):
+        shutil.rmtree(parted / "checkpoints" / lost)
+    done = moe_lm(*command)
+    assert "going on after step 5 of 12" in done.out
+    names = ("step", "loss", "grad_norm", "val_loss")
+    assert [[line.get(name) for name in names] for line in metrics(parted)] == [
+        [line.get(name) for name in names] for line in metrics(whole)
+    ]
+    for part in ("model", "optimizer"):
+        one, other = (
+            load_file(next((folder / "checkpoints/step-00000012" / part).glob("*.safetensors")))
+            for folder in (whole, parted)
+        )
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_the_limit_of_an_evaluation_holds(config_file: Path, tiny_tokenizer: Tokenizer) -> None:
+    for micro, limit, rows in (("null", "null", 16), ("null", 1, 8), (2, 1, 8)):
+        overrides = [f"train.micro_batch_size={micro}", f"train.eval_batches={limit}"]
+        config = load_config(FinetuneConfig, config_file, overrides)
+        batches = finetune.validation_batches(config, read_chat(config.data, tiny_tokenizer).validation, tiny_tokenizer)
+        assert sum(len(batch.input_ids) for batch in batches) == rows
+
+
+def test_what_was_skipped_is_said(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    with (tmp_path / "chat.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "say much", "output": "word " * 200}) + "\n")
+        file.write(json.dumps({"text": "no conversation"}) + "\n")
+    done = moe_lm("finetune", config_file, "train.steps=1")
+    assert done.code == 0
+    assert "longer than sequence_length=64" in done.out
+    assert "no messages, and no instruction with output" in done.out
+
+
+# Where it may not start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_from={tmp}/nowhere"], "there is no folder {tmp}/nowhere"),
+        (["start_from={tmp}"], "{tmp} holds no complete checkpoint"),
+        (["start_from={tmp}/damaged"], "step-00000030 is damaged"),
+        (["start_from={tmp}/damaged/checkpoints/step-00000040"], "step-00000040 has no COMPLETE"),
+        (["data.sequence_length=9000"], "data.sequence_length=9000 is longer than model.max_position_embeddings=4096"),
+        (["data.train=[{tmp}/no.jsonl]"], "conversations {tmp}/no.jsonl do not exist"),
+        (["data.train=[{tmp}/empty.jsonl]"], "has no usable conversation: the files are empty"),
+        (["run_dir={pretrained}"], "{pretrained} holds a run with other settings"),
+        (["data.validation_frction=0.1"], "did you mean data.validation_fraction?"),
+    ],
+)
+def test_a_wrong_start_is_refused(
+    config_file: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm, overrides: list[str], message: str
+) -> None:
+    damaged = tmp_path / "damaged" / "checkpoints"
+    shutil.copytree(pretrained / "checkpoints", damaged)
+    shutil.copytree(damaged / "step-00000030", damaged / "step-00000040")
+    (damaged / "step-00000040" / "COMPLETE").unlink()
+    weights = next((damaged / "step-00000030" / "model").iterdir())
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    (tmp_path / "empty.jsonl").write_text("")
+    before = (pretrained / "metrics.jsonl").read_bytes()
+    places = {"tmp": tmp_path, "pretrained": pretrained}
+    done = moe_lm("finetune", config_file, *(override.format(**places) for override in overrides))
+    assert done.code in (1, 2)
+    assert message.format(**places) in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (pretrained / "metrics.jsonl").read_bytes() == before
