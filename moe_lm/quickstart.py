@@ -39,7 +39,7 @@ from moe_lm.train import finetune, pretrain
 from moe_lm.train.loop import this_command
 
 HOUSE = Path(__file__).parents[1]
-MINUTES = 9.0
+MINUTES = 8.0
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.68, 0.08  # of the time
 CONTINUE = Settings(max_new_tokens=80, sampling=Sampling(temperature=0.7, top_p=0.9), seed=1)
 ANSWER = Settings(max_new_tokens=60, sampling=GREEDY)
