@@ -1,0 +1,75 @@
+"""One of several ranks, run by test_data_parallel.py: steps on ragged batches, for each balance. Argument: a folder.
+
+Every rank prints its results as JSON lines, six a balance, and all save a checkpoint at the end. In step 2 the last
+rank alone has a gradient that is not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.torch_engine import TorchEngine
+from moe_lm.train import checkpoint
+from moe_lm.train.loop import local_micro_batches
+
+BALANCES = {
+    "default": {},
+    "every loss": {"bias_update_rate": 0.01, "sequence_loss": 0.3, "batch_loss": 0.5, "z_loss": 0.1},
+}
+SPOILT_STEP = 2
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name, balance in BALANCES.items():
+        run(folder / name, balance)
+
+
+def run(folder: Path, balance: dict[str, float]) -> None:
+    config = TrainConfig(
+        steps=5, global_batch_size=8, micro_batch_size=2, precision="float32", balance=balance,
+        optimizer={"lr": 0.01, "eps": 1e-4}, schedule={"warmup_steps": 2},
+    )  # fmt: skip
+    model = LanguageModel(
+        ModelConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=24,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            first_k_dense_replace=1,
+            initializer_range=0.3,
+        )
+    )
+    model.initialise(seed=3)
+    engine = TorchEngine(model, config, ParallelConfig(device="cpu"), pad_id=2)
+    batches = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RaggedBatches"]()
+    last_rank = engine.topology.rank == engine.topology.world_size - 1
+    for step in range(config.steps):
+        value = math.inf if step == SPOILT_STEP and last_rank else 1.0
+        hook = model.model.norm.weight.register_hook(lambda gradient, value=value: gradient * value)
+        result = engine.train_step(step, local_micro_batches(engine, batches, config, step))
+        hook.remove()
+        biases = [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers]
+        figures = {"loss": result.loss, "balance": result.balance_loss, "norm": result.grad_norm}
+        counts = {"tokens": result.tokens, "load": result.load.tolist(), "skipped": result.skipped, "biases": biases}
+        print(json.dumps(figures | counts), flush=True)
+    nll, targets = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
+    print(
+        json.dumps({"nll": nll, "targets": targets, "any": engine.any_rank(last_rank), "none": engine.any_rank(False)})
+    )
+    checkpoint.save(folder, config.steps, engine.state(), {})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,204 @@
+"""Plain data parallelism over gloo: several processes train as one does, stop together and share checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+MoeLm = Callable[..., Any]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun gives a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(start: Start, world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [start(*arguments, **rank_environment(rank, world_size, port)) for rank in range(world_size)]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each rank printed; none may fail or complain."""
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
+        (0, "") for _ in processes
+    ]
+    return [out for out, _ in outputs]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in checkpoint.rglob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in ("loss", "balance_loss", "val_loss", "grad_norm"):
+            if name in line:
+                assert line[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), (line["step"], name)
+        for name in ("tokens", "lr", "skipped"):
+            assert line.get(name) == other.get(name)
+        for layer, other_layer in zip(line.get("experts", ()), other.get("experts", ()), strict=True):
+            assert layer == pytest.approx(other_layer, rel=1e-6)
+
+
+# The engine
+
+
+def run_engine(folder: Path, world_size: int) -> list[list[dict[str, Any]]]:
+    """The lines of ragged_ranks.py, rank by rank."""
+    port, program = free_port(), Path(__file__).with_name("ragged_ranks.py")
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment | rank_environment(rank, world_size, port),
+        )
+        for rank in range(world_size)
+    ]
+    return [[json.loads(line) for line in out.splitlines()] for out in finish(processes)]
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Padding, documents, unequal targets, and an infinite gradient on one rank alone (FAULTS rows 4 and 19)."""
+    (expected,) = run_engine(tmp_path / "one", 1)
+    ranks = run_engine(tmp_path / "two", 2)
+    assert json.dumps(ranks[0]) == json.dumps(ranks[1])
+    for first, balance in ((0, "default"), (6, "every loss")):
+        *steps, evaluation = ranks[0][first : first + 6]
+        *expected_steps, expected_evaluation = expected[first : first + 6]
+        assert [step["skipped"] for step in steps] == [False, False, True, False, False]
+        assert not math.isfinite(steps[2]["norm"])
+        assert steps[2]["biases"] == steps[1]["biases"] != steps[3]["biases"]
+        for step, other in zip(steps, expected_steps, strict=True):
+            for name in ("loss", "balance"):
+                assert step[name] == pytest.approx(other[name], rel=1e-6)
+            if not step["skipped"]:
+                assert step["norm"] == pytest.approx(other["norm"], rel=1e-5)
+            for name in ("tokens", "load", "biases", "skipped"):
+                assert step[name] == other[name]
+        assert evaluation["nll"] == pytest.approx(expected_evaluation["nll"], rel=1e-6)
+        assert evaluation["targets"] == expected_evaluation["targets"]
+        assert (evaluation["any"], evaluation["none"]) == (True, False)
+        one, two = (tensors(tmp_path / name / balance) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# The command line
+
+SETTINGS = ("train.steps=12", "checkpoint.every=6", "checkpoint.keep=9", "train.eval_every=4")
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one")
+    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    return run_dir
+
+
+def test_pretraining_with_2_processes_is_that_with_1_and_either_goes_on_for_the_other(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, one_process: Path
+) -> None:
+    """2 ranks train 12 steps; from their checkpoint of step 6 one process goes on, and the other way round."""
+    run_dir = tmp_path / "run"
+    command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS)
+    out, silent = finish(start_ranks(start_moe_lm, 2, *command))
+    assert out.startswith("pretrain 1/12")
+    assert silent == ""
+    assert_same_training(metrics(run_dir), metrics(one_process))
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    (out,) = finish([start_moe_lm(*command)])
+    assert "going on after step 6 of 12" in out
+    assert_same_training(metrics(run_dir), metrics(one_process))
+
+    run_dir = tmp_path / "other"
+    shutil.copytree(one_process, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    out, _ = finish(start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS))
+    assert "going on after step 6 of 12" in out
+    assert_same_training(metrics(run_dir), metrics(one_process))
+    one, two = (tensors(folder / "checkpoints" / "step-00000012") for folder in (one_process, run_dir))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        exact = name.endswith("correction_bias")
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=0 if exact else 1e-5)
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start
+) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "train.steps=500")
+    ranks = start_ranks(start_moe_lm, 2, *command)
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.01)
+    ranks[1].send_signal(signal.SIGTERM)
+    out, silent = finish(ranks)
+    stopped_at = len(metrics(tmp_path))
+    assert stopped_at < 500
+    assert out.splitlines()[-1].startswith(f"stopped after step {stopped_at}; to go on, run again: moe-lm pretrain")
+    assert silent == ""
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
+
+
+def test_torchrun_starts_it(tiny_pretrain: Path, tmp_path: Path, one_process: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = [*launcher, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}", *SETTINGS]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(metrics(tmp_path), metrics(one_process))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_by_all(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start
+) -> None:
+    arguments = (
+        "pretrain",
+        tiny_pretrain,
+        f"run_dir={tmp_path}",
+        "train.global_batch_size=7",
+        "train.micro_batch_size=1",
+    )
+    ranks = start_ranks(start_moe_lm, 2, *arguments)
+    for rank in ranks:
+        _, err = rank.communicate(timeout=120)
+        assert rank.returncode == 2
+        assert "train.global_batch_size=7 is not divisible by the 2 processes of this run; choose a multiple" in err
+    assert not list((tmp_path / "checkpoints").iterdir())
