@@ -87,6 +87,21 @@ def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
     assert_same_checkpoint(last_checkpoint(parted), last_checkpoint(whole))
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> None:
+    """As the quickstart trains: compiled, in bfloat16, with Muon."""
+    settings = [*SHORT, "train.compile=true", "train.optimizer.name=muon", "train.precision=bfloat16"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    command = ("pretrain", tiny_pretrain, f"run_dir={parted}", "checkpoint.every=6", *settings)
+    for arguments in (("pretrain", tiny_pretrain, f"run_dir={whole}", *settings), command, command):
+        shutil.rmtree(parted / "checkpoints" / "step-00000012", ignore_errors=True)
+        process = start_moe_lm(*arguments)
+        _, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+    assert losses(parted) == losses(whole)
+    assert_same_checkpoint(last_checkpoint(parted), last_checkpoint(whole))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of 60 steps at once."""
