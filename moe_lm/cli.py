@@ -135,10 +135,16 @@ def tokenizer_train(
 
     settings = load_config(TokenizerRecipe, recipe, overrides or ())
 
-    from moe_lm.tokenization import train_tokenizer
+    from rich.console import Console
 
-    train_tokenizer(settings).save(settings.output)
-    print(f"wrote {settings.output}; see it with: moe-lm tokenizer inspect {settings.output}")
+    from moe_lm.terminal import byte_bar
+    from moe_lm.tokenization import inspect, train_tokenizer
+
+    with byte_bar(Console(stderr=True), "reading and merging") as advance:
+        tokenizer = train_tokenizer(settings, lambda report: advance(report.text_bytes, None))
+    tokenizer.save(settings.output)
+    print(inspect(tokenizer, settings.sources))
+    print(f"wrote {settings.output}")
 
 
 @tokenizer_app.command("inspect")
@@ -163,9 +169,14 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.data.prepare import prepare
+    from rich.console import Console
 
-    print(prepare(settings.data))
+    from moe_lm.data.prepare import prepare
+    from moe_lm.terminal import byte_bar
+
+    with byte_bar(Console(stderr=True), "tokenizing") as advance:
+        report = prepare(settings.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
+    print(report)
 
 
 @app.command(rich_help_panel="Build")

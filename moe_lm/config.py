@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe_lm.errors import UsageError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -147,6 +149,8 @@ class SourceConfig(Section):
     def _one_origin(self) -> Self:
         if sum([self.path is not None, self.dataset is not None, self.stdlib]) != 1:
             raise ValueError(f"source {self.name!r} needs exactly one of path, dataset, stdlib")
+        if self.dataset is None and (self.subset is not None or self.split != "train"):
+            raise ValueError(f"source {self.name!r}: subset and split belong to a dataset; remove them")
         return self
 
 
@@ -203,7 +207,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0, description="AdamW's peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled, on matrices only")
     muon_lr: float = Field(default=0.02, gt=0, description="Muon's peak learning rate, per unit of RMS update")
@@ -216,7 +220,7 @@ class ScheduleConfig(Section):
     name: Literal["cosine", "wsd", "multistep", "constant"] = "cosine"
     warmup_steps: int = Field(default=100, ge=0)
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last share of steps, linear decay")
-    milestones: tuple[float, ...] = Field(default=(0.8, 0.9), description="multistep: shares of all steps")
+    milestones: tuple[Share, ...] = Field(default=(0.8, 0.9), description="multistep: shares of all steps")
     factor: float = Field(default=0.316, gt=0, lt=1, description="multistep: the rate is multiplied at a milestone")
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="final rate over peak rate (cosine, wsd)")
 

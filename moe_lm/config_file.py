@@ -1,7 +1,8 @@
 """Reading a config: a YAML file, sections of their own files, overrides, and errors that say what to do.
 
 A section may be written in place or be the path of a file (relative to the config) that holds it:
-`model: ../model/deepseekmoe.yaml`. On the command line `section.key=value` overrides, with the value read as YAML.
+`model: ../model/deepseekmoe.yaml`. On the command line `section.key=value` overrides, with the value read as YAML;
+`model=configs/model/switch.yaml` takes another file, relative to the working folder.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
     """
     values = _read_yaml(path)
-    for key, value in values.items():
-        if isinstance(value, str) and _section_type(kind, key) is not None:
-            values[key] = _read_yaml(path.parent / value)
+    _read_sections(kind, values, path.parent)
     for override in overrides:
         _apply_override(values, override)
+        _read_sections(kind, values, Path())
     return build_config(kind, values, origin=str(path))
 
 
@@ -57,6 +57,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds {type(values).__name__}, expected `key: value` lines")
     return values
+
+
+def _read_sections(kind: type[BaseModel], values: dict[str, Any], folder: Path) -> None:
+    """Put the content of a file where a section names one."""
+    for key, value in values.items():
+        if isinstance(value, str) and _section_type(kind, key) is not None:
+            values[key] = _read_yaml(folder / value)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -91,12 +91,12 @@ def _devices() -> Iterator[Finding]:
 
 def _bf16_on_cpu() -> Finding:
     """Whether the processor multiplies bfloat16 matrices in hardware; without it, float32 is faster."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
-    having = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    if having:
-        return Finding("bfloat16 on the CPU", "ok", f"fast ({', '.join(having)})")
-    return Finding("bfloat16 on the CPU", "ok", "slow here; float32 is used")
+    import torch
+
+    from moe_lm.model.device import pick_dtype
+
+    fast = pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    return Finding("bfloat16 on the CPU", "ok", "fast" if fast else "slow here; float32 is used")
 
 
 def _program(name: str, commands: tuple[str, ...], remedy: str) -> Finding:

@@ -7,9 +7,10 @@ the time that training may take and what is shown. Every stage goes on where it 
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from moe_lm.config import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
@@ -33,10 +33,11 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.count import count_parameters
-from moe_lm.model.device import compiling_needs
+from moe_lm.model.device import compiling_needs, pick_device
+from moe_lm.terminal import byte_bar
 from moe_lm.tokenization import Tokenizer, train_tokenizer
 from moe_lm.train import finetune, pretrain
-from moe_lm.train.loop import this_command
+from moe_lm.train.loop import this_command, this_program
 
 HOUSE = Path(__file__).parents[1]
 MINUTES = 8.0
@@ -110,9 +111,9 @@ def make_tokenizer(walk: Walk) -> None:
     """Train the tokenizer on the documents that are not held out."""
     if (walk.tokenizer / "tokenizer.json").exists():
         return
-    recipe = load_config(TokenizerRecipe, HOUSE / "tokenizer/quickstart-4k.yaml", [f"output={walk.tokenizer}"])
+    recipe = load_config(TokenizerRecipe, HOUSE / "tokenizer/quickstart-4k.yaml", [override("output", walk.tokenizer)])
     recipe = recipe.model_copy(update={"sources": (walk.corpus,)})
-    with byte_bar(walk, "reading and merging") as advance:
+    with byte_bar(walk.console, "reading and merging") as advance:
         train_tokenizer(recipe, lambda report: advance(report.text_bytes, None)).save(recipe.output)
 
 
@@ -122,11 +123,15 @@ def make_shards(walk: Walk) -> PretrainConfig:
     config = load_config(
         PretrainConfig,
         HOUSE / f"configs/pretrain/{preset}.yaml",
-        [f"run_dir={walk.pretrain_dir}", f"data.tokenizer={walk.tokenizer}", f"data.shards={walk.run_dir / 'shards'}"],
+        [
+            override("run_dir", walk.pretrain_dir),
+            override("data.tokenizer", walk.tokenizer),
+            override("data.shards", walk.run_dir / "shards"),
+        ],
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (walk.corpus,)})})
     config = compiled_if_possible(walk, config)
-    with byte_bar(walk, "tokenizing") as advance:
+    with byte_bar(walk.console, "tokenizing") as advance:
         report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
     walk.console.print(str(report), highlight=False)
     return config
@@ -157,10 +162,10 @@ def do_finetune(walk: Walk, pretrained: PretrainConfig) -> None:
             FinetuneConfig,
             HOUSE / "configs/finetune/quickstart.yaml",
             [
-                f"run_dir={walk.finetune_dir}",
-                f"start_from={walk.pretrain_dir}",
-                f"data.train=[{walk.chat_file('train')}]",
-                f"data.validation=[{walk.chat_file('validation')}]",
+                override("run_dir", walk.finetune_dir),
+                override("start_from", walk.pretrain_dir),
+                override("data.train", [walk.chat_file("train")]),
+                override("data.validation", [walk.chat_file("validation")]),
             ],
         )
         tokens = config.train.global_batch_size * config.data.sequence_length
@@ -252,7 +257,7 @@ def summarise(walk: Walk, config: PretrainConfig, figures: dict[str, Any]) -> No
         "sft_val_loss_after": losses[-1],
         "params_total": parameters.total,
         "params_active": parameters.active,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": pick_device(config.parallel.device).type,
     }
     (walk.run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
     table = Table(title="The walk", show_header=False)
@@ -270,11 +275,12 @@ def summarise(walk: Walk, config: PretrainConfig, figures: dict[str, Any]) -> No
     ):
         table.add_row(name, value)
     walk.console.print(table)
+    program = shlex.join(this_program())
     walk.console.print(
         f"Everything is in {walk.run_dir}: summary.json, tokenizer/, shards/, pretrain/, chat/, finetune/. Type next:\n"
-        f"  moe-lm chat {walk.finetune_dir}\n"
-        f"  moe-lm sample {walk.pretrain_dir} --prompt 'import os'\n"
-        f"  moe-lm eval {walk.pretrain_dir} README.md",
+        f"  {program} chat {shlex.quote(str(walk.finetune_dir))}\n"
+        f"  {program} sample {shlex.quote(str(walk.pretrain_dir))} --prompt 'import os'\n"
+        f"  {program} eval {shlex.quote(str(walk.pretrain_dir))} {shlex.quote(str(HOUSE / 'README.md'))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -308,9 +314,14 @@ def median_speed(run_dir: Path) -> float:
     return statistics.median(line["tokens_per_second"] for line in metrics(run_dir) if "tokens_per_second" in line)
 
 
+def override(key: str, value: Path | list[Path]) -> str:
+    """`key=value` for paths of any spelling: JSON is YAML."""
+    return f"{key}={json.dumps(value, default=str)}"
+
+
 def compiled_if_possible(walk: Walk, config: ConfigT) -> ConfigT:
     """The config without `torch.compile` on a machine that lacks something for it."""
-    needed = compiling_needs()
+    needed = compiling_needs(pick_device(config.parallel.device))
     if needed is None:
         return config
     walk.console.print(f"torch.compile is left out: it needs {needed}")
@@ -323,13 +334,3 @@ def with_steps(config: ConfigT, steps: int) -> ConfigT:
     schedule = config.train.schedule
     schedule = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 4)})
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "schedule": schedule})})
-
-
-@contextmanager
-def byte_bar(walk: Walk, title: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar over bytes of text; yields a function that takes the bytes done and, where known, those in all."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=walk.console) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-        progress.update(task, total=progress.tasks[0].completed)

@@ -58,7 +58,9 @@ def make_shards(folder: Path) -> TokenShards:
     lengths = 2 + rng.exponential(DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     starts = starts[starts < TOKENS]
-    return TokenShards(folder, "train", (np.asarray(np.memmap(path, np.uint16, "r")),), starts, np.zeros_like(starts))
+    return TokenShards(
+        folder, "train", (np.asarray(np.memmap(path, np.uint16, "r")),), starts, np.zeros_like(starts), "random"
+    )
 
 
 def nanogpt_loop(shards: TokenShards) -> Callable[[int], object]:

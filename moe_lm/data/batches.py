@@ -7,6 +7,7 @@ epoch. Nothing is stored between steps: any step can be asked for, in any order,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,10 +54,10 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """What the training loop reads."""
+    """What the training loop reads. `fingerprint` is equal for equal data in equal order alone."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def fingerprint(self) -> str: ...
 
     def batch(self, step: int, rows: range) -> Batch:
         """The rows `rows` of the global batch of step `step`."""
@@ -88,6 +89,7 @@ class PackedBatches:
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
         self._shares = _block_shares(weights)
+        self.fingerprint = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None
 

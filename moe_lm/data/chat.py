@@ -7,6 +7,7 @@ that is longer than a row is left out and counted.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -54,13 +55,14 @@ def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     """
     report = Report()
     train = read_conversations(config.train, tokenizer, config.sequence_length, report)
-    if not train:
-        reasons = "; ".join(report.skipped_lines()) or "the files are empty"
-        raise UsageError(f"data.train={', '.join(map(str, config.train))} has no usable conversation: {reasons}")
     validation = read_conversations(config.validation, tokenizer, config.sequence_length, report)
     held = held_out_of(np.array([item.hash for item in train], np.uint64), config.validation_fraction).tolist()
     validation += [item for item, is_held in zip(train, held, strict=True) if is_held]
-    return ChatData([item for item, is_held in zip(train, held, strict=True) if not is_held], validation, report)
+    train = [item for item, is_held in zip(train, held, strict=True) if not is_held]
+    if not train:
+        reasons = "; ".join(report.skipped_lines()) or "the files are empty, or validation_fraction holds all of it out"
+        raise UsageError(f"data.train={', '.join(map(str, config.train))} has no usable conversation: {reasons}")
+    return ChatData(train, validation, report)
 
 
 def read_conversations(
@@ -102,6 +104,7 @@ class ChatBatches:
         self._rows = _Rows(conversations, sequence_length, separate_documents, pad_id)
         self._batch_size = global_batch_size
         self._seed = seed
+        self.fingerprint = hashlib.sha256(",".join(str(item.hash) for item in conversations).encode()).hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:

@@ -125,7 +125,7 @@ class TokenShards:
     """One split of one source, memory-mapped.
 
     files: the token arrays. document_starts: [documents] int64, where each document begins in their sequence.
-    document_bytes: [documents] int64, its bytes of UTF-8 text.
+    document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal for equal tokens alone.
     """
 
     folder: Path
@@ -133,6 +133,7 @@ class TokenShards:
     files: tuple[NDArray[Any], ...]
     document_starts: NDArray[np.int64]
     document_bytes: NDArray[np.int64]
+    fingerprint: str
 
     @classmethod
     def open(cls, folder: Path, split: Split, verify: bool = True, tokenizer: Tokenizer | None = None) -> TokenShards:
@@ -148,6 +149,7 @@ class TokenShards:
                 f"{tokenizer.fingerprint[:12]}; use that tokenizer, or prepare these sources into another data.shards"
             )
         opened = [_open_shard(folder, shard, manifest, verify) for shard in manifest.shards(split)]
+        sums = "".join(shard.sha256 + shard.index_sha256 for shard in manifest.shards(split))
         index = np.concatenate([np.empty((0, 2), np.int64), *(index for _, index in opened)])
         return cls(
             folder=folder,
@@ -155,6 +157,7 @@ class TokenShards:
             files=tuple(tokens for tokens, _ in opened),
             document_starts=np.cumsum(index[:, 0]) - index[:, 0],
             document_bytes=index[:, 1].copy(),
+            fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
         )
 
     @property

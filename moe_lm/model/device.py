@@ -34,8 +34,10 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def compiling_needs() -> str | None:
-    """What `torch.compile` lacks on this machine, or None: it builds its kernels with a C++ compiler against Python."""
+def compiling_needs(device: torch.device) -> str | None:
+    """What `torch.compile` lacks here, or None: it builds its kernels with a C++ compiler against Python's headers."""
+    if device.type not in ("cpu", "cuda"):
+        return f"a CPU or CUDA device, not {device.type}"
     compilers = [os.environ.get("CXX") or "g++", "clang++"]
     if not any(shutil.which(compiler) for compiler in compilers):
         return "a C++ compiler (Debian: apt-get install g++)"

@@ -22,7 +22,8 @@ class StepResult:
     balance_loss: float
     grad_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # target tokens
+    targets: int  # tokens that were predicted
+    tokens: int  # tokens that went through the model, without padding
     skipped: bool  # the loss or the gradient was not finite: nothing was changed
     load: Tensor  # [layers, E] int64 on the CPU, tokens an expert
     entropy: Tensor  # [layers], the router's, nats

@@ -41,7 +41,7 @@ class TorchEngine:
         self.model = model
         model.model.activation_checkpointing = train.activation_checkpointing
         if train.compile:
-            if needed := compiling_needs():
+            if needed := compiling_needs(device):
                 raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
             # Block by block: layers of one kind share one compiled graph, and names stay as they are.
             for block in model.model.layers:
@@ -101,7 +101,8 @@ class TorchEngine:
             balance_loss=float(sums[1]),
             grad_norm=grad_norm,
             learning_rate=self.config.optimizer.lr * factor,
-            tokens=counts.targets,
+            targets=counts.targets,
+            tokens=counts.tokens,
             skipped=skipped,
             load=load.cpu(),
             entropy=entropy.float().cpu(),

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -57,7 +57,6 @@ class TrainingResult:
     stopped: bool = False
     loss: float = math.nan
     validation_loss: float | None = None  # nats a token
-    tokens_per_second: float = 0.0  # median over this run's steps
     checkpoint: Path | None = None
 
 
@@ -69,7 +68,6 @@ def train(parts: Training, start_step: int) -> TrainingResult:
     """
     config, engine = parts.config, parts.engine
     result = TrainingResult(step=start_step)
-    speeds = []
     with stop_signals() as signalled:
         if parts.evaluate_first and parts.validation and start_step == 0:
             before = evaluate(parts, signalled)
@@ -85,7 +83,6 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             seconds = time.perf_counter() - started
             result.step += 1
             result.loss = step_result.loss
-            speeds.append(step_result.tokens / seconds)
             record = step_record(parts, result.step, step_result, seconds)
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
@@ -100,7 +97,6 @@ def train(parts: Training, start_step: int) -> TrainingResult:
                 save_if_possible(parts, result)
         if result.stopped or result.step > start_step:
             result.checkpoint = save(parts, result)
-    result.tokens_per_second = statistics.median(speeds) if speeds else 0.0
     if result.stopped:
         parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
@@ -170,6 +166,7 @@ def step_record(parts: Training, step: int, result: StepResult, seconds: float) 
         "lr": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,
+        "targets": result.targets,
         "tokens_per_second": tokens_per_second,
         "seconds": seconds,
         "memory_bytes": memory_bytes(parts.engine.device),
@@ -204,6 +201,8 @@ def stop_signals() -> Iterator[Sequence[int]]:
 
     def watch() -> None:
         while number := os.read(reader, 1):
+            if number[0] not in STOP_SIGNALS:
+                continue  # the pipe tells of every signal that Python handles
             if received:
                 os._exit(128 + number[0])
             received.append(number[0])
@@ -227,5 +226,12 @@ def stop_signals() -> Iterator[Sequence[int]]:
 
 def this_command() -> str:
     """The command line that this process was started with, as a person would type it."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["moe-lm" if program == "__main__.py" else program, *sys.argv[1:]])
+    return shlex.join([*this_program(), *sys.argv[1:]])
+
+
+def this_program() -> list[str]:
+    """What to type for this program: its name where the shell finds it, else its path."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return [sys.executable, "-m", "moe_lm"]
+    return [program.name if shutil.which(program.name) else str(program)]

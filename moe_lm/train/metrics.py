@@ -56,7 +56,7 @@ class MetricsLog:
 
     Steps after `start_step` that a killed process had logged are dropped first, so that the file has each step
     once; a run that begins anew drops all, the evaluation before its first step too. On a terminal there is a live
-    bar, elsewhere a plain line every `config.every` steps; `quiet` shows nothing. `on_progress` gets every record.
+    bar, elsewhere a plain line every `config.every` steps; `quiet` shows nothing.
     Once it runs, no failure to write stops the training: it is said once. All of this is rank 0's; on the other ranks
     it does nothing.
     """
@@ -69,13 +69,11 @@ class MetricsLog:
         title: str,
         start_step: int,
         quiet: bool = False,
-        on_progress: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
         self._start_step = start_step
         self._quiet = quiet
-        self._on_progress = on_progress
         self._status = Status(title, total_steps, start_step)
         self._is_main = current_topology().is_main
         self._failed: set[str] = set()
@@ -117,8 +115,6 @@ class MetricsLog:
         if due:
             self._write_log(self._status.line())
         self._display.step(self._status, due)
-        if self._on_progress:
-            self._on_progress(record)
 
     def message(self, text: str) -> None:
         """A line for the person and for `train.log`."""

@@ -80,6 +80,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
                 files={
                     "config.yaml": dump_config(config),
                     "model.yaml": dump_config(recipe.model),
+                    "data.sha256": recipe.batches.fingerprint,
                     "tokenizer": Path(scratch) / "tokenizer",
                 },
                 evaluate_first=recipe.start_from is not None,
@@ -113,6 +114,8 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> None:
     changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != recipe.tokenizer.fingerprint:
         changes.append("the tokenizer is another one")
+    if checkpoint.read_text(folder, "data.sha256") != recipe.batches.fingerprint:
+        changes.append("the training data is other data, which would repeat and skip tokens")
     if changes:
         raise UsageError(
             f"{recipe.config.run_dir} holds a run with other settings ({'; '.join(changes)}); "

@@ -23,6 +23,7 @@ def make_shards() -> MakeShards:
             files=tuple(stream[start : start + size] for start in range(0, len(stream), size)),
             document_starts=np.cumsum(lengths) - lengths,
             document_bytes=lengths,
+            fingerprint="in-memory",
         )
 
     return make

@@ -87,7 +87,7 @@ def packed_one_by_one(stream: list[int], starts: set[int], length: int) -> tuple
 def test_packing_is_that_of_a_token_by_token_reference(sizes: list[int], length: int) -> None:
     stream = np.arange(sum(sizes), dtype=np.uint16)
     starts = np.cumsum(sizes) - sizes
-    shards = TokenShards(Path("in-memory"), "train", (stream,), starts, starts)
+    shards = TokenShards(Path("in-memory"), "train", (stream,), starts, starts, "test")
     expected = packed_one_by_one(stream.tolist(), set(starts.tolist()), length)
     batches = EvaluationBatches(shards, length, 1, separate_documents=True)
     for row, (inputs, targets, positions, segments) in enumerate(zip(*expected, strict=True)):
@@ -125,7 +125,7 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int, step: int,
     rng = np.random.default_rng(0)
     starts = np.sort(rng.choice(np.arange(1, 4000), 300, replace=False))
     starts[0] = 0
-    one = TokenShards("a", "train", (rng.integers(0, 60000, 4000, np.uint16),), starts, starts)
+    one = TokenShards("a", "train", (rng.integers(0, 60000, 4000, np.uint16),), starts, starts, "test")
     batches = train([one, one] if mixed else [one], batch_size=8, separate=separate)
     whole = batches.batch(step, range(8))
     share = 8 // ranks
@@ -222,7 +222,7 @@ def test_ranks_slice_evaluation_batches_as_they_do_training_batches(make_shards)
 
 
 def test_an_empty_split_has_no_evaluation_batches(make_shards) -> None:
-    empty = TokenShards("a", "validation", (), np.empty(0, np.int64), np.empty(0, np.int64))
+    empty = TokenShards("a", "validation", (), np.empty(0, np.int64), np.empty(0, np.int64), "test")
     assert list(evaluation_batches(empty, LENGTH, 2, separate_documents=True)) == []
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,14 +193,6 @@ def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         metrics.message("hello")
     assert capsys.readouterr().out == ""
     assert "hello" in (tmp_path / "train.log").read_text()
-
-
-def test_on_progress_gets_every_record(tmp_path: Path) -> None:
-    seen: list[Mapping[str, Any]] = []
-    with log(tmp_path, quiet=True, on_progress=seen.append) as metrics:
-        metrics.step(record(1))
-        metrics.step(record(2))
-    assert seen == [record(1), record(2)]
 
 
 def test_other_ranks_write_and_show_nothing(
