@@ -62,7 +62,13 @@ def run(folder: Path, balance: dict[str, float]) -> None:
         hook.remove()
         biases = [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers]
         figures = {"loss": result.loss, "balance": result.balance_loss, "norm": result.grad_norm}
-        counts = {"tokens": result.tokens, "load": result.load.tolist(), "skipped": result.skipped, "biases": biases}
+        counts = {
+            "tokens": result.tokens,
+            "targets": result.targets,
+            "load": result.load.tolist(),
+            "skipped": result.skipped,
+            "biases": biases,
+        }
         print(json.dumps(figures | counts), flush=True)
     nll, targets = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
     print(

@@ -123,7 +123,7 @@ def test_only_the_assistants_tokens_count(
         json.loads(line).get("output") or json.loads(line)["messages"][1]["content"]
         for line in (tmp_path / "chat.jsonl").read_text().splitlines()
     ]
-    assert lines[1]["tokens"] == sum(len(tiny_tokenizer.encode(answer)) + 1 for answer in answers) - tokens
+    assert lines[1]["targets"] == sum(len(tiny_tokenizer.encode(answer)) + 1 for answer in answers) - tokens
 
 
 def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoints(
