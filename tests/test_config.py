@@ -212,6 +212,14 @@ def test_file_that_is_not_utf8(tmp_path: Path) -> None:
         load_config(PretrainConfig, path)
 
 
+def test_a_section_may_come_from_another_file_by_override(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(PRETRAIN))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(PRETRAIN["model"] | {"hidden_size": 64}))
+    overrides = [f"model={tmp_path / 'other.yaml'}", "model.intermediate_size=24"]
+    config = load_config(PretrainConfig, tmp_path / "run.yaml", overrides)
+    assert (config.model.hidden_size, config.model.intermediate_size) == (64, 24)
+
+
 @pytest.mark.parametrize(("kind", "values"), [(PretrainConfig, PRETRAIN), (FinetuneConfig, FINETUNE)])
 def test_dump_and_load_give_the_same_config(
     kind: type[PretrainConfig] | type[FinetuneConfig], values: dict[str, Any], tmp_path: Path

@@ -233,6 +233,12 @@ def test_one_conversation_at_least_is_held_out_when_some_shall_be(tmp_path: Path
     assert len(read_chat(ChatDataConfig(train=(path,), validation_fraction=0.001), tiny_tokenizer).validation) == 1
 
 
+def test_a_file_that_is_held_out_whole_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [said("a", "b"), said("c", "d")])
+    with pytest.raises(UsageError, match=r"no usable conversation: .* validation_fraction holds all of it out"):
+        read_chat(ChatDataConfig(train=(path,), validation_fraction=0.999999), tiny_tokenizer)
+
+
 def test_a_missing_file_is_named(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match=r"conversations .*nowhere\.jsonl do not exist"):
         read(tmp_path / "nowhere.jsonl", tiny_tokenizer)

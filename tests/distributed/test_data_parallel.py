@@ -172,7 +172,9 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
     out, silent = finish(ranks)
     stopped_at = len(metrics(tmp_path))
     assert stopped_at < 500
-    assert out.splitlines()[-1].startswith(f"stopped after step {stopped_at}; to go on, run again: moe-lm pretrain")
+    assert out.splitlines()[-1].startswith(
+        f"stopped after step {stopped_at}; to go on, run again: {sys.executable} -m moe_lm pretrain"
+    )
     assert silent == ""
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
 

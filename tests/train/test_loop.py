@@ -136,7 +136,9 @@ def test_every_step_is_logged_with_its_figures(tmp_path: Path, ragged: BatchSour
     assert run.steps == [1, 2, 3, 4, 5, 6]
     assert (result.step, result.stopped, result.loss) == (6, False, run.records[-1]["loss"])
     for step, record in enumerate(run.records):
-        assert record["tokens"] == ragged.batch(step, range(4)).num_targets
+        batch = ragged.batch(step, range(4))
+        assert record["targets"] == batch.num_targets
+        assert record["tokens"] == int((batch.input_ids != PAD).sum())
         assert not record["skipped"]
         for name in ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"):
             assert record[name] > 0
@@ -373,9 +375,28 @@ def test_ctrl_c_spares_the_processes_that_training_starts() -> None:
 
 
 def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    for program in ("/somewhere/bin/moe-lm", "/somewhere/moe_lm/__main__.py"):
+    """Its name where the shell finds it, else a path that runs without an activated environment."""
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    for program, path, typed in (
+        ("/somewhere/bin/moe-lm", "/nothing", "/somewhere/bin/moe-lm"),
+        ("/bin/sh", "/bin", "sh"),
+        ("/somewhere/moe_lm/__main__.py", "/bin", "/venv/bin/python -m moe_lm"),
+    ):
+        monkeypatch.setenv("PATH", path)
         monkeypatch.setattr(sys, "argv", [program, "pretrain", "my runs/a.yaml", "train.steps=10"])
-        assert this_command() == "moe-lm pretrain 'my runs/a.yaml' train.steps=10"
+        assert this_command() == f"{typed} pretrain 'my runs/a.yaml' train.steps=10"
+
+
+def test_a_signal_that_is_not_for_stopping_stops_nothing() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with stop_signals() as received:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+            assert list(received) == []
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # Rows and ranks

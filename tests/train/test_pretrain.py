@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(
     assert 3 <= stopped_at < 60
     assert out.splitlines()[-1] == (
         f"stopped after step {stopped_at}; to go on, run again: "
-        f"moe-lm pretrain {tiny_pretrain} 'run_dir={run_dir}' train.steps=60"
+        f"{sys.executable} -m moe_lm pretrain {tiny_pretrain} 'run_dir={run_dir}' train.steps=60"
     )
     assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
     again = start_moe_lm(*command)
@@ -211,7 +212,26 @@ def test_another_tokenizer_under_the_same_path_is_refused(tiny_pretrain: Path, t
     prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
     done = moe_lm(*command)
     assert done.code == 2
-    assert "holds a run with other settings (the tokenizer is another one)" in done.err
+    assert "holds a run with other settings (the tokenizer is another one" in done.err
+
+
+def test_other_data_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    """The permutation of its windows would be another one: tokens would be repeated and skipped."""
+    source = load_config(PretrainConfig, tiny_pretrain).data.sources[0]
+    text = Path(source.path or "").read_text(encoding="utf-8")
+    (tmp_path / Path(source.path or "").name).write_text(text, encoding="utf-8")
+    sources = [source.model_dump(mode="json") | {"path": str(tmp_path / Path(source.path or "").name)}]
+    overrides = [f"data.sources={json.dumps(sources)}", f"data.shards={tmp_path / 'shards'}"]
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *overrides, *SHORT)
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    assert moe_lm(*command).code == 0
+    assert moe_lm(*command).code == 0
+    (tmp_path / Path(source.path or "").name).write_text(text[: len(text) // 2], encoding="utf-8")
+    shutil.rmtree(tmp_path / "shards")
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    done = moe_lm(*command)
+    assert done.code == 2
+    assert "the training data is other data" in done.err
 
 
 def test_how_a_run_is_watched_and_fitted_to_its_machine_may_change(
