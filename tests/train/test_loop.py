@@ -96,7 +96,7 @@ class Run:
 class Interrupting:
     """A batch source, or held-out batches, that send this process a signal when `when` is asked for."""
 
-    steps_per_epoch = 10
+    fingerprint = "interrupting"
 
     def __init__(self, source: BatchSource, when: int, number: signal.Signals) -> None:
         self.source, self.when, self.number = source, when, number
@@ -372,31 +372,6 @@ def test_ctrl_c_spares_the_processes_that_training_starts() -> None:
     outside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert set(json.loads(inside.stdout)) >= {signal.SIGTERM, signal.SIGINT}
     assert not set(json.loads(outside.stdout)) & {signal.SIGTERM, signal.SIGINT}
-
-
-def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name where the shell finds it, else a path that runs without an activated environment."""
-    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
-    for program, path, typed in (
-        ("/somewhere/bin/moe-lm", "/nothing", "/somewhere/bin/moe-lm"),
-        ("/bin/sh", "/bin", "sh"),
-        ("/somewhere/moe_lm/__main__.py", "/bin", "/venv/bin/python -m moe_lm"),
-    ):
-        monkeypatch.setenv("PATH", path)
-        monkeypatch.setattr(sys, "argv", [program, "pretrain", "my runs/a.yaml", "train.steps=10"])
-        assert this_command() == f"{typed} pretrain 'my runs/a.yaml' train.steps=10"
-
-
-def test_a_signal_that_is_not_for_stopping_stops_nothing() -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with stop_signals() as received:
-            for _ in range(3):
-                os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.2)
-            assert list(received) == []
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 # Rows and ranks
