@@ -57,3 +57,7 @@ class Engine(Protocol):
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""
         ...
+
+    def close(self) -> None:
+        """Part from the other ranks, after the last step and checkpoint."""
+        ...

@@ -38,6 +38,12 @@ def current_topology() -> Topology:
     )
 
 
+def leave() -> None:
+    """Part from the other ranks; a process that ends without this crashes now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all ranks; the tensor itself when there is one."""
     if dist.is_initialized() and dist.get_world_size() > 1:

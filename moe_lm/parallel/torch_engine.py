@@ -20,7 +20,7 @@ from moe_lm.errors import UsageError
 from moe_lm.model.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.engine import StepResult
-from moe_lm.parallel.topology import all_reduce_sum, any_rank, current_topology
+from moe_lm.parallel.topology import all_reduce_sum, any_rank, current_topology, leave
 from moe_lm.train.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
 from moe_lm.train.optim import build_optimizers, schedule_factor, set_learning_rate, update_router_biases
 
@@ -161,3 +161,7 @@ class TorchEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return any_rank(flag, self.device)
+
+    def close(self) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        leave()

@@ -86,7 +86,9 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
                 evaluate_first=recipe.start_from is not None,
                 flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
             )
-            return train(parts, step)
+            result = train(parts, step)
+        engine.close()
+        return result
 
 
 def fresh_model(recipe: Recipe) -> LanguageModel:

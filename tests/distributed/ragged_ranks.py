@@ -75,6 +75,7 @@ def run(folder: Path, balance: dict[str, float]) -> None:
         json.dumps({"nll": nll, "targets": targets, "any": engine.any_rank(last_rank), "none": engine.any_rank(False)})
     )
     checkpoint.save(folder, config.steps, engine.state(), {})
+    engine.close()
 
 
 if __name__ == "__main__":

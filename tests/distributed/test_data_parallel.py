@@ -65,7 +65,7 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
         for name in ("loss", "balance_loss", "val_loss", "grad_norm"):
             if name in line:
                 assert line[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), (line["step"], name)
-        for name in ("tokens", "lr", "skipped"):
+        for name in ("tokens", "targets", "lr", "skipped"):
             assert line.get(name) == other.get(name)
         for layer, other_layer in zip(line.get("experts", ()), other.get("experts", ()), strict=True):
             assert layer == pytest.approx(other_layer, rel=1e-6)

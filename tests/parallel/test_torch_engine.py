@@ -82,7 +82,7 @@ def test_accumulation_changes_nothing(ragged: BatchSource, sizes: list[int], bal
         assert found.loss == pytest.approx(expected.loss, rel=1e-6)
         assert found.balance_loss == pytest.approx(expected.balance_loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert found.tokens == expected.tokens
+        assert (found.tokens, found.targets) == (expected.tokens, expected.targets)
         assert torch.equal(found.load, expected.load)
     expected_state, state = snapshot(whole), snapshot(cut)
     for name, tensor in expected_state.items():
@@ -140,6 +140,7 @@ def test_steps_are_those_of_a_plain_loop(ragged: BatchSource, clip_norm: float |
         assert result.grad_norm == pytest.approx(norm, rel=1e-5)
         assert result.learning_rate == pytest.approx(adamw.param_groups[0]["lr"])
         assert torch.equal(result.load, load)
+        assert 2 * result.tokens == int(load[0].sum())
         assert not result.skipped
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(engine.model.state_dict()[name], tensor, rtol=0, atol=2e-6)
