@@ -41,6 +41,7 @@ def current_topology() -> Topology:
 def leave() -> None:
     """Part from the other ranks; a process that ends without this crashes now and then."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
