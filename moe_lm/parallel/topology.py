@@ -39,9 +39,8 @@ def current_topology() -> Topology:
 
 
 def leave() -> None:
-    """Part from the other ranks; a process that ends without this crashes now and then."""
+    """Part from the other ranks; a process that ends without this may crash."""
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

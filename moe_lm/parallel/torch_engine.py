@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -163,5 +164,9 @@ class TorchEngine:
         return any_rank(flag, self.device)
 
     def close(self) -> None:
+        # A process group whose last owner is DDP hangs when it is freed (pytorch/pytorch#190489), so DDP goes first.
+        self.wrapped = self.loss
+        self.accelerator.free_memory()
+        gc.collect()
         AcceleratorState._reset_state(reset_partial_state=True)
         leave()

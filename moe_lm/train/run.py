@@ -14,9 +14,10 @@ from torch import Tensor
 from moe_lm.config import ModelConfig, RunConfig
 from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.errors import UsageError
+from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.count import flops_per_token
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.tokenization import Tokenizer
@@ -61,34 +62,45 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             folder.write_config(dump_config(config))
         engine = TorchEngine(fresh_model(recipe), config.train, config.parallel, recipe.tokenizer.pad_id)
-        step = resume(engine, folder.checkpoints)
-        with (
-            MetricsLog(config.run_dir, config.log, config.train.steps, recipe.title, step, quiet=not is_main) as log,
-            TemporaryDirectory() as scratch,
-        ):
-            for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
-                log.message(note)
-            recipe.tokenizer.save(Path(scratch) / "tokenizer")
-            parts = Training(
-                engine=engine,
-                batches=recipe.batches,
-                validation=recipe.validation,
-                config=config.train,
-                checkpoint=config.checkpoint,
-                checkpoints=folder.checkpoints,
-                log=log,
-                files={
-                    "config.yaml": dump_config(config),
-                    "model.yaml": dump_config(recipe.model),
-                    "data.sha256": recipe.batches.fingerprint,
-                    "tokenizer": Path(scratch) / "tokenizer",
-                },
-                evaluate_first=recipe.start_from is not None,
-                flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
-            )
-            result = train(parts, step)
+        try:
+            result = train_with(engine, recipe, folder)
+        except MoeLmError:  # the other ranks raise it too
+            engine.close()
+            raise
         engine.close()
         return result
+
+
+def train_with(engine: Engine, recipe: Recipe, folder: RunFolder) -> TrainingResult:
+    """Resume when there is a checkpoint, open the log, call the loop."""
+    config = recipe.config
+    step = resume(engine, folder.checkpoints)
+    quiet = not engine.topology.is_main
+    with (
+        MetricsLog(config.run_dir, config.log, config.train.steps, recipe.title, step, quiet) as log,
+        TemporaryDirectory() as scratch,
+    ):
+        for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
+            log.message(note)
+        recipe.tokenizer.save(Path(scratch) / "tokenizer")
+        parts = Training(
+            engine=engine,
+            batches=recipe.batches,
+            validation=recipe.validation,
+            config=config.train,
+            checkpoint=config.checkpoint,
+            checkpoints=folder.checkpoints,
+            log=log,
+            files={
+                "config.yaml": dump_config(config),
+                "model.yaml": dump_config(recipe.model),
+                "data.sha256": recipe.batches.fingerprint,
+                "tokenizer": Path(scratch) / "tokenizer",
+            },
+            evaluate_first=recipe.start_from is not None,
+            flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
+        )
+        return train(parts, step)
 
 
 def fresh_model(recipe: Recipe) -> LanguageModel:
