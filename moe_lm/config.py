@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -253,9 +253,32 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Where the run computes."""
+    """Where the run computes, and how it is spread over the processes that a launcher started.
+
+    `engine: torch` is one device or plain data parallelism. `engine: deepspeed` adds expert parallelism and ZeRO.
+    """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    engine: Literal["torch", "deepspeed"] = "torch"
+    expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
+    zero_stage: Literal[1, 2, 3] | None = Field(default=None, description="None: 1 with deepspeed")
+    offload_optimizer: bool = Field(default=False, description="moments and master weights in host memory")
+    deepspeed: dict[str, Any] = Field(default={}, description="further keys of DeepSpeed's own JSON")
+    timeout_seconds: float = Field(default=600, gt=0, description="how long a rank waits for the others")
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Self:
+        if self.engine == "deepspeed":
+            return self
+        for name, given in (
+            ("expert_parallel_size", self.expert_parallel_size > 1),
+            ("zero_stage", self.zero_stage is not None),
+            ("offload_optimizer", self.offload_optimizer),
+            ("deepspeed", bool(self.deepspeed)),
+        ):
+            if given:
+                raise ValueError(f"{name}={getattr(self, name)} needs engine=deepspeed; set it, or take {name} away")
+        return self
 
 
 class CheckpointConfig(Section):
