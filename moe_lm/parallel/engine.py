@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_lm.config import TrainConfig
 from moe_lm.data.batches import Batch
+from moe_lm.errors import UsageError
+from moe_lm.model.device import compiling_needs
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.topology import Topology
+from moe_lm.parallel.topology import Topology, all_reduce_sum, any_rank
+from moe_lm.train.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
+from moe_lm.train.optim import schedule_factor, update_router_biases
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,155 @@ class StepResult:
     bias_range: list[float]  # largest minus smallest router bias a layer
 
 
-class Engine(Protocol):
-    """Hides accumulation, precision, clipping, the optimizer and the schedule from the loop."""
+class Update(NamedTuple):
+    """What an engine's optimizer did."""
+
+    grad_norm: float  # global, over every parameter of the model, before clipping
+    skipped: bool
+
+
+class Engine(ABC):
+    """Hides accumulation, precision, clipping, the optimizer and the schedule from the loop.
+
+    Every rank is a data-parallel rank with rows of its own, whatever else its layout divides.
+    """
 
     topology: Topology
     device: torch.device
     dtype: torch.dtype
     model: LanguageModel
+    loss: TrainingLoss
+    config: TrainConfig
+    on_gradients: Callable[[], None] | None = None  # called after the last backward pass, before clipping
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of global step `step` (counted from 0)."""
-        ...
+        micro_batches = [self._place(batch) for batch in micro_batches]
+        counts = self._step_counts(micro_batches)
+        self.loss.train()
+        parts = []
+        for number, batch in enumerate(micro_batches, 1):
+            part = self._accumulate(batch, counts, last=number == len(micro_batches))
+            parts.append(part._replace(loss=part.loss.detach()))
+        if self.on_gradients is not None:
+            self.on_gradients()
+        sums = all_reduce_sum(torch.stack([torch.stack((part.nll_sum, part.balance)) for part in parts]).sum(0))
+        load = all_reduce_sum(torch.stack([part.load for part in parts]).sum(0))
+        entropy = all_reduce_sum(torch.stack([part.entropy for part in parts]).mean(0)) / self.topology.world_size
+        factor = schedule_factor(step, self.config.steps, self.config.schedule)
+        # Loss and gradient were summed over the ranks: when one is not finite, every rank sees it and skips alike.
+        update = self._update(factor, finite=math.isfinite(sums[0]))
+        if not update.skipped and self.config.balance.bias_update_rate:
+            update_router_biases(self.model, load, self.config.balance.bias_update_rate)
+        biases = [layer.gate.e_score_correction_bias for layer in self.model.moe_layers]
+        return StepResult(
+            loss=float(sums[0]) / counts.targets,
+            balance_loss=float(sums[1]),
+            grad_norm=update.grad_norm,
+            learning_rate=self.config.optimizer.lr * factor,
+            targets=counts.targets,
+            tokens=counts.tokens,
+            skipped=update.skipped,
+            load=load.cpu(),
+            entropy=entropy.float().cpu(),
+            bias_range=[float(bias.max() - bias.min()) for bias in biases],
+        )
 
+    @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Negative log-likelihood in nats and number of targets of all batches, shared out over the ranks."""
-        ...
+        self.loss.eval()
+        nll, targets = 0.0, 0
+        for start in range(0, len(batches), self.topology.world_size):
+            # Tokens travel between ranks, so a rank without a batch of its own runs one that does not count.
+            mine = start + self.topology.rank
+            batch = self._place(batches[mine if mine < len(batches) else start])
+            batch_nll = float(self._forward(batch, None).nll_sum)
+            if mine < len(batches):
+                nll, targets = nll + batch_nll, targets + batch.num_targets
+        if self.topology.world_size > 1:
+            sums = torch.tensor([nll, targets], dtype=torch.float64, device=self.device)
+            nll, targets = all_reduce_sum(sums).tolist()
+        return nll, int(targets)
 
-    def state(self) -> dict[str, Tensor]:
-        """The logical tensors of a checkpoint: `model.*`, optimizer states by parameter name, random states."""
-        ...
+    @torch.no_grad()
+    def _step_counts(self, micro_batches: Sequence[Batch]) -> StepCounts:
+        targets = sum(batch.num_targets for batch in micro_batches)
+        tokens = sum(int((batch.input_ids != self.loss.pad_id).sum()) for batch in micro_batches)
+        rows = sum(len(batch.input_ids) for batch in micro_batches)
+        total = all_reduce_sum(torch.tensor([targets, tokens, rows], device=self.device)).tolist()
+        counts = StepCounts(targets=max(1, total[0]), tokens=max(1, total[1]), rows=total[2])
+        if self.config.balance.batch_loss and len(micro_batches) > 1:
+            # The batch loss needs the load of the whole global batch before the first gradient: one pass ahead.
+            loads = [self._forward(batch, None).load for batch in micro_batches]
+            return replace(counts, load=all_reduce_sum(torch.stack(loads).sum(0)))
+        return counts
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from tensors that `state()` gave, after a checkpoint filled them."""
-        ...
+    def _place(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device)
+        if self.config.compile:
+            # The number of documents differs from batch to batch; nothing else does.
+            torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
+        return batch
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""
-        ...
+        return any_rank(flag, self.device)
 
+    @abstractmethod
+    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
+        """The wrapped `TrainingLoss`, in the engine's precision."""
+
+    @abstractmethod
+    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+        """Forward and backward; after the `last` one every rank's gradients are summed."""
+
+    @abstractmethod
+    def _update(self, factor: float, finite: bool) -> Update:
+        """Clip, step at `factor` of the peak rates, drop the gradients. No step when the loss or norm is not finite."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of every parameter, named and divided as in `state()`; within `on_gradients` alone."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The logical tensors of a checkpoint: `model.*`, optimizer states by parameter name, random states.
+
+        They have the same names and (global) shapes in every layout; what ranks divide is a DTensor.
+        """
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from tensors that `state()` gave, after a checkpoint filled them."""
+
+    @abstractmethod
     def close(self) -> None:
         """Part from the other ranks, after the last step and checkpoint."""
-        ...
+
+
+def check_batch_size(train: TrainConfig, topology: Topology) -> None:
+    """Raise UsageError when the processes cannot share the global batch evenly."""
+    if train.global_batch_size % topology.world_size:
+        raise UsageError(
+            f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.world_size} "
+            "processes of this run; choose a multiple"
+        )
+
+
+def build_loss(
+    model: LanguageModel, train: TrainConfig, device: torch.device, dtype: torch.dtype, pad_id: int
+) -> TrainingLoss:
+    """The module that an engine wraps: the model with its loss, compiled when the config says so."""
+    model.model.activation_checkpointing = train.activation_checkpointing
+    torch.manual_seed(train.seed)  # whatever this process drew before is no part of the run
+    loss = TrainingLoss(model, train.balance, pad_id, dtype)
+    loss.all_reduce = all_reduce_sum
+    if train.compile:
+        if needed := compiling_needs(device):
+            raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
+        # Block by block: layers of one kind share one compiled graph, and names stay as they are.
+        for block in model.model.layers:
+            block.compile()
+        loss.nll = torch.compile(next_token_nll)
+    return loss

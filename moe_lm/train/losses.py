@@ -50,24 +50,32 @@ class LossParts(NamedTuple):
 class TrainingLoss(nn.Module):
     """The model and its loss in one forward pass, so that what wraps it (DDP, DeepSpeed) sees one call."""
 
-    def __init__(self, model: LanguageModel, balance: BalanceConfig, pad_id: int) -> None:
+    def __init__(
+        self, model: LanguageModel, balance: BalanceConfig, pad_id: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.model = model
         self.balance = balance
         self.pad_id = pad_id
+        self.dtype = dtype  # of matrix products; weights stay as they are
         # The engine puts its own here: a compiled one, and one that sums over the ranks.
         self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
         self.all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
-    def forward(self, batch: Batch, counts: StepCounts) -> LossParts:
+    def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
+        """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
+        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self._parts(batch, counts)
+
+    def _parts(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         output = self.run_model(batch)
         nll_sum = self.nll(output.logits, batch.targets)
         load = self.load(batch, output)
-        balance = self._balance_loss(batch, output, counts, load)
+        balance = nll_sum.new_zeros(()) if counts is None else self._balance_loss(batch, output, counts, load)
         with torch.no_grad():
             entropies = [router_entropy(routing) for routing in output.routings]
         return LossParts(
-            loss=nll_sum / counts.targets + balance,
+            loss=nll_sum if counts is None else nll_sum / counts.targets + balance,
             nll_sum=nll_sum.detach(),
             balance=balance.detach(),
             load=load,

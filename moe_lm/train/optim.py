@@ -20,22 +20,12 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     Weight decay is decoupled and acts on matrices only. Every state tensor exists from the start, so that a
     checkpoint can be loaded into an optimizer that has not stepped yet.
     """
-    muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if config.name == "muon" and is_hidden_matrix(name, parameter):
-            muon.append(parameter)
-        else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    for parameter in [*decayed, *plain]:
+    uses_muon = config.name == "muon"
+    named = list(model.named_parameters())
+    muon = [parameter for name, parameter in named if uses_muon and is_hidden_matrix(name, parameter)]
+    others = [parameter for name, parameter in named if not (uses_muon and is_hidden_matrix(name, parameter))]
+    adamw = build_adamw(adamw_groups(others, config), config)
+    for parameter in others:
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -48,6 +38,20 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def adamw_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without; a group without parameters is left out."""
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
