@@ -22,6 +22,8 @@ def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
     if x_RD.device.type == "cpu" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return _rows_by_weights(x_RD, weight_EDF, ends_E)
+    if len(x_RD) == 0:  # no token came to these experts
+        return x_RD @ weight_EDF[0]
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
 
 

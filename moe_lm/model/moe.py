@@ -9,6 +9,7 @@ Shapes: T = B*S tokens, D hidden_size, E n_routed_experts, k num_experts_per_tok
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,9 +31,14 @@ class Routing(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """Carries tokens to their experts and back. Expert parallelism puts another one in its place."""
+    """Carries tokens to their experts and back; `meanwhile` is computed while they travel, and returned beside them.
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
+    Expert parallelism puts another one in its place.
+    """
+
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class MoE(nn.Module):
@@ -49,10 +55,13 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         routing = self.gate(x_BSD)
-        routed = self.dispatcher(x_BSD.flatten(0, 1), routing, self.experts).view_as(x_BSD)
-        if self.shared_experts is not None:
-            routed = routed + self.shared_experts(x_BSD)
-        return routed, routing
+        x_TD = x_BSD.flatten(0, 1)
+        routed, shared = self.dispatcher(x_TD, routing, self.experts, lambda: self._shared(x_TD))
+        out = routed if shared is None else routed + shared
+        return out.view_as(x_BSD), routing
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(x_TD)
 
 
 class Router(nn.Module):
@@ -138,19 +147,40 @@ class Experts(nn.Module):
         return grouped_mm(hidden, self.down_proj.to(dtype), ends_E)
 
 
-def dispatch_locally(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def dispatch_locally(
+    x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
     """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
-    per_token = routing.experts.shape[1]
-    slots = routing.experts.flatten()
-    order_R = slots.argsort(stable=True)
-    place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    ends_E = expert_counts(routing.experts, routing.scores.shape[1]).cumsum(0).to(torch.int32)
-    out_RD = experts(_Gather.apply(x_TD, order_R, place_R, per_token), ends_E)
-    out_TkD = _Gather.apply(out_RD, place_R, order_R, 1).unflatten(0, (-1, per_token))
-    return (out_TkD * routing.weights[..., None].to(out_TkD.dtype)).sum(1)
+    slots = SortedSlots(routing)
+    out_RD = experts(slots.gather(x_TD), slots.counts_E.cumsum(0).to(torch.int32))
+    return slots.combine(out_RD), meanwhile()
 
 
-class _Gather(torch.autograd.Function):
+class SortedSlots:
+    """The T*k token slots of a routing, sorted by expert and within an expert by token."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self.order_R, self.place_R = sorting(routing.experts.flatten())
+        self.counts_E = expert_counts(routing.experts, routing.scores.shape[1])
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """Every token once for each of its experts: `[R, D]`."""
+        return Gather.apply(x_TD, self.order_R, self.place_R, self.routing.experts.shape[1])
+
+    def combine(self, out_RD: Tensor) -> Tensor:
+        """The experts' results back in the order of tokens, added up by weight: `[T, D]`."""
+        out_TkD = Gather.apply(out_RD, self.place_R, self.order_R, 1).unflatten(0, self.routing.experts.shape)
+        return (out_TkD * self.routing.weights[..., None].to(out_TkD.dtype)).sum(1)
+
+
+def sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each sorted entry comes from, and where each entry goes: two permutations, inverse to each other."""
+    order = keys.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class Gather(torch.autograd.Function):
     """Row `order[i] // copies` of x at place i. The gradient is a gather as well: deterministic, and no scatter."""
 
     @staticmethod

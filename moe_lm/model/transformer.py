@@ -33,8 +33,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self._tie()
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:
         hidden_BSD, routings = self.model(input_ids_BS, position_ids_BS, attend)
@@ -44,11 +43,20 @@ class LanguageModel(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
 
-    def initialise(self, seed: int) -> None:
+    def materialise(self, device: torch.device) -> None:
+        """Give a model that was built on the meta device memory, not yet filled."""
+        self.to_empty(device=device)
+        self._tie()
+
+    def initialise(self, seed: int, first_expert: int = 0) -> None:
         """Fill every parameter and buffer; see `initialise_tensor` for what each gets."""
         with torch.no_grad():
             for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-                initialise_tensor(name, tensor, self.config, seed)
+                initialise_tensor(name, tensor, self.config, seed, first_expert)
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,104 @@
+"""From a config to an engine: which processes share what, the model with what this rank keeps, the engine around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.errors import UsageError
+from moe_lm.model.device import pick_device
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel import expert_parallel
+from moe_lm.parallel.engine import Engine
+from moe_lm.parallel.logical import divided_experts, is_expert
+from moe_lm.parallel.topology import Topology, current_topology
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model with the experts that this rank keeps, not yet filled. `mesh` is there for the DeepSpeed engine."""
+
+    model: LanguageModel
+    mesh: DeviceMesh | None = None
+    first_expert: int = 0
+
+    def initialise(self, seed: int) -> None:
+        """The weights of step 0, the same in every layout."""
+        self.model.initialise(seed, self.first_expert)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers under their names in a checkpoint, to be filled in place."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.mesh is None:
+            return named
+        mesh = self.mesh
+        return {name: divided_experts(tensor, mesh) if is_expert(name) else tensor for name, tensor in named.items()}
+
+
+def place_model(config: ModelConfig, parallel: ParallelConfig) -> PlacedModel:
+    """Build the model, of the experts only those that this rank keeps.
+
+    Raises UsageError when the experts or the processes cannot be divided as the config says.
+    """
+    if parallel.engine == "torch":
+        return PlacedModel(LanguageModel(config))
+    topology = current_topology()
+    expert_parallel.check_expert_parallel(config.n_routed_experts, parallel.expert_parallel_size, topology)
+    device = rank_device(parallel, topology)
+    join(topology, device, parallel.timeout_seconds)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    # On the host, where checkpoints are written from; its groups serve tensors of the device just as well.
+    ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
+    first = expert_parallel.apply(model, mesh)
+    model.materialise(torch.device("cpu"))
+    return PlacedModel(model, mesh, first)
+
+
+def build_engine(placed: PlacedModel, train: TrainConfig, parallel: ParallelConfig, pad_id: int) -> Engine:
+    """The engine that `parallel.engine` names, around a filled model."""
+    if placed.mesh is None:
+        from moe_lm.parallel.torch_engine import TorchEngine
+
+        return TorchEngine(placed.model, train, parallel, pad_id)
+    from moe_lm.parallel.deepspeed_engine import DeepSpeedEngine
+
+    device = rank_device(parallel, current_topology())
+    return DeepSpeedEngine(placed.model, placed.mesh, train, parallel, device, pad_id)
+
+
+def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
+    """This rank's own device. Raises UsageError when there is none for it, or DeepSpeed has no use for it."""
+    device = pick_device(parallel.device)
+    if device.type == "mps":
+        raise UsageError("parallel.engine=deepspeed does not run on mps; set parallel.device=cpu, or engine=torch")
+    if device.type == "cuda":
+        if topology.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"rank {topology.rank} is number {topology.local_rank} on its host, which has "
+                f"{torch.cuda.device_count()} CUDA devices; start at most one process a device"
+            )
+        device = torch.device("cuda", topology.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def join(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
+    """Meet the other ranks, unless that is done. A single process gets a group of its own, which DeepSpeed wants."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout)

@@ -1,0 +1,238 @@
+"""The engine on DeepSpeed: expert and data parallelism with ZeRO 1, 2 or 3.
+
+DeepSpeed finds experts by class and by attributes that are internal to it (`_mark_experts`), and keeps weights and
+moments in flat partitions whose layout is its own (`_Zero`). What is used of that is all in this file;
+tests/parallel/test_deepspeed_contract.py fails when a new DeepSpeed moves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_lm.config import ParallelConfig, TrainConfig
+from moe_lm.data.batches import Batch
+from moe_lm.errors import UsageError
+from moe_lm.model.device import pick_dtype
+from moe_lm.model.moe import MoE
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.deepspeed_config import deepspeed_json
+from moe_lm.parallel.engine import Engine, Update, build_loss, check_batch_size
+from moe_lm.parallel.logical import divide, is_expert, undivide
+from moe_lm.parallel.topology import current_topology, leave
+from moe_lm.train.losses import LossParts, StepCounts
+from moe_lm.train.optim import adamw_groups, build_adamw, set_learning_rate
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine(Engine):
+    """Float32 weights, gradients and moments, divided as ZeRO's stage says; products in bfloat16 under autocast."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        mesh: DeviceMesh,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        device: torch.device,
+        pad_id: int,
+    ) -> None:
+        self.topology = current_topology()
+        check_batch_size(train, self.topology)
+        if train.optimizer.name != "adamw":
+            raise UsageError(
+                f"train.optimizer.name={train.optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
+                "parallel.engine=deepspeed, or parallel.engine=torch"
+            )
+        stage = parallel.zero_stage or 1
+        if train.compile and stage == 3:
+            raise UsageError(
+                "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the "
+                "operations of a block; set one of them otherwise"
+            )
+        self.config, self.model, self.mesh, self.device = train, model, mesh, device
+        self.dtype = pick_dtype(train.precision, device)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.loss = build_loss(model, train, device, self.dtype, pad_id)
+        settings = deepspeed_json(train, parallel, self.topology.world_size, cuda=device.type == "cuda")
+        deepspeed = _import_deepspeed()
+        _mark_experts(model, mesh.size(1))
+        groups = adamw_groups(model.parameters(), train.optimizer)
+        optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        try:
+            self.wrapped, *_ = deepspeed.initialize(model=self.loss, optimizer=optimizer, config=settings)
+        except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
+            raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {' '.join(str(error).split())}") from error
+        self.zero = _Zero(self.wrapped.optimizer, stage)
+
+    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
+        parts: LossParts = self.wrapped(batch, counts)
+        return parts
+
+    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        part = self._forward(batch, counts)
+        # DeepSpeed averages over the ranks, for experts too, but the parts already add up to the global loss.
+        self.wrapped.backward(part.loss * self.topology.world_size, scale_wrt_gas=False)
+        if not last:
+            self.wrapped.step()  # counts the micro-batch
+        return part
+
+    def _update(self, factor: float, finite: bool) -> Update:
+        # A loss that is not finite has a gradient that is not, which DeepSpeed sees in the norm of all ranks.
+        set_learning_rate([self.wrapped.optimizer], factor)
+        self.wrapped.step()
+        grad_norm = float(self.wrapped.get_global_grad_norm())
+        return Update(grad_norm, skipped=not self.wrapped.was_step_applied() or not math.isfinite(grad_norm))
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: self._divide(name, safe_get_full_grad(p)) for name, p in self.model.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            state[f"model.{name}"] = self._divide(name, safe_get_full_fp32_param(parameter))
+            for key in MOMENTS:
+                state[f"{key}.{name}"] = self._divide(name, safe_get_full_optimizer_state(parameter, key))
+            state[f"step.{name}"] = self.zero.steps(parameter).detach().cpu().clone()
+        if self.model.config.tie_word_embeddings:
+            state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
+        state |= {f"model.{name}": buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
+        state["random.cpu"] = torch.get_rng_state()
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.model.named_parameters():
+            safe_set_full_fp32_param(parameter, self._undivide(name, state[f"model.{name}"]))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, self._undivide(name, state[f"{key}.{name}"]), key)
+            self.zero.steps(parameter).copy_(state[f"step.{name}"])
+        self.zero.weights_changed()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state[f"model.{name}"])
+        torch.set_rng_state(state["random.cpu"])
+
+    def _divide(self, name: str, whole: Tensor) -> Tensor:
+        return divide(whole.view(self.shapes[name]), self.mesh, is_expert(name))
+
+    def _undivide(self, name: str, part: Tensor) -> Tensor:
+        return undivide(part, is_expert(name)).to(self.device)
+
+    def close(self) -> None:
+        self.wrapped.destroy()
+        leave()
+
+
+class _Zero:
+    """DeepSpeed's ZeRO optimizer, with the moments there from the start, so that a checkpoint can be loaded at once."""
+
+    def __init__(self, optimizer: Any, stage: int) -> None:
+        self.optimizer, self.stage = optimizer, stage
+        if stage == 3:
+            self.flat = optimizer.fp32_partitioned_groups_flat
+        else:
+            self.flat = optimizer.single_partition_of_fp32_groups
+        for partition in self.flat:
+            optimizer.optimizer.state[partition] = {
+                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+        if stage == 3:
+            groups = [[parameter.ds_id for parameter in group] for group in optimizer.fp16_groups]
+            self.partition_of = {number: index for index, group in enumerate(groups) for number in group}
+        else:
+            # DeepSpeed does this after the first group's first step, and so for that group alone.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+            self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
+
+    def steps(self, parameter: nn.Parameter) -> Tensor:
+        """AdamW's count of steps for the partition that holds this parameter."""
+        key = parameter.ds_id if self.stage == 3 else id(parameter)  # type: ignore[attr-defined]
+        steps: Tensor = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]["step"]
+        return steps
+
+    def weights_changed(self) -> None:
+        """Give the model the float32 weights that were set in the partitions."""
+        if self.stage == 3:
+            for index in range(len(self.flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        else:
+            self.optimizer.update_lp_params()
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its chatter, and without its shared-memory op.
+
+    On a CPU that op is compiled at the first start, for 40 s, and hangs for ever on the lock of a build that was
+    killed; gloo does its work.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.comm
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    topology = current_topology()
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # a single process has none, DeepSpeed wants one
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _mark_experts(model: LanguageModel, expert_parallel_size: int) -> None:
+    """What DeepSpeed looks for: the class of the layer, and on its experts the names of their groups."""
+    layer_class, group_name = _layer_class(), f"ep_size_{expert_parallel_size}"
+    for layer in model.moe_layers:
+        layer.__class__ = layer_class
+        layer.num_experts = model.config.n_routed_experts
+        layer.expert_parallel_size = expert_parallel_size
+        for parameter in layer.experts.parameters():
+            for attribute, value in {
+                "allreduce": False,
+                "group_name": group_name,
+                "ds_zero_placement_family": "autoep_expert",
+                "ds_zero_partition_group_name": group_name,
+            }.items():
+                setattr(parameter, attribute, value)
+
+
+def _layer_class() -> type[MoE]:
+    """Our layer under the one base class that DeepSpeed knows experts by in every stage."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.utils import groups
+
+    class DeepSpeedMoE(MoE, AutoEPMoELayer):
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: object) -> None:
+            groups._create_expert_and_data_parallel(
+                self.expert_parallel_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+
+    return DeepSpeedMoE
+
+
+def _split_off_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of parameters that are reduced over the same ranks; DeepSpeed wants a name for each."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    named = [{**group, "name": f"weight_decay={group['weight_decay']}"} for group in groups]
+    split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
+    return [group for group in split if group["params"]]

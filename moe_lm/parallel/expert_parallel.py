@@ -1,0 +1,149 @@
+"""Expert parallelism, applied from outside: ranks share one copy of the experts, and tokens travel to them.
+
+Shapes as in model/moe.py: T tokens of this rank, k experts a token, R = T*k slots; Q slots that arrive from all ranks
+of the expert-parallel group, L experts that this rank keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_lm.errors import UsageError
+from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, compute_dtype, sorting
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import Topology
+
+DATA, EXPERT = "data", "expert"  # the mesh's dimensions
+
+
+def check_expert_parallel(num_experts: int, size: int, topology: Topology) -> None:
+    """Raise UsageError when neither the experts nor the processes can be shared by groups of `size` ranks."""
+    if size > 1 and num_experts == 0:
+        raise UsageError(
+            f"parallel.expert_parallel_size={size}, but the model has no routed experts; set it to 1, or set "
+            "model.n_routed_experts"
+        )
+    if num_experts % size:
+        raise UsageError(
+            f"parallel.expert_parallel_size={size} does not divide model.n_routed_experts={num_experts}; choose a "
+            "divisor"
+        )
+    if topology.world_size % size:
+        raise UsageError(
+            f"parallel.expert_parallel_size={size} does not divide the {topology.world_size} processes of this run; "
+            "choose a divisor, or start a multiple"
+        )
+
+
+def apply(model: LanguageModel, mesh: DeviceMesh) -> int:
+    """Keep this rank's experts of a finished or meta-device model, and let tokens travel between the ranks.
+
+    `mesh` has the dimensions DATA and EXPERT. Returns the global index of the first expert that is kept.
+    """
+    group, first = mesh.get_group(EXPERT), 0
+    for layer in model.moe_layers:
+        local = model.config.n_routed_experts // dist.get_world_size(group)
+        first = mesh.get_local_rank(EXPERT) * local
+        for name, stack in list(layer.experts.named_parameters()):
+            kept = stack.detach()[first : first + local].clone()
+            setattr(layer.experts, name, nn.Parameter(kept, requires_grad=stack.requires_grad))
+        if dist.get_world_size(group) > 1:
+            layer.dispatcher = AllToAllDispatcher(group)
+    return first
+
+
+class AllToAllDispatcher:
+    """Dropless dispatch and combine with uneven splits: counts travel first, then exactly the tokens there are."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    @torch.compiler.disable
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        slots = SortedSlots(routing)
+        ranks = dist.get_world_size(self.group)
+        counts_NL = slots.counts_E.unflatten(0, (ranks, -1))  # to each rank, for each of its experts
+        arriving_NL = torch.empty_like(counts_NL)
+        dist.all_to_all_single(arriving_NL, counts_NL, group=self.group)
+        sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
+
+        journey = Journey(self.group, sent, received)
+        on_the_way = _Depart.apply(slots.gather(x_TD).to(compute_dtype(x_TD)), journey)
+        alongside = meanwhile()
+        # They arrive by rank and then by expert; the grouped products want them by expert.
+        local = arriving_NL.shape[1]
+        expert_Q = torch.arange(local, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_NL.flatten())
+        order_Q, place_Q = sorting(expert_Q)
+        arrived_QD = Gather.apply(_Arrive.apply(on_the_way, journey), order_Q, place_Q, 1)
+        out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32))
+
+        way_back = Journey(self.group, received, sent)
+        out_QD = Gather.apply(out_QD, place_Q, order_Q, 1)
+        out_RD = _Arrive.apply(_Depart.apply(out_QD, way_back), way_back)
+        return slots.combine(out_RD), alongside
+
+
+@dataclass
+class Journey:
+    """One exchange of rows between the ranks of a group: how many go to and come from each, and what is under way."""
+
+    group: dist.ProcessGroup
+    sent: list[int]
+    received: list[int]
+    under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # the rows that go must outlive the exchange
+
+    def start(self, rows: Tensor, back: bool = False) -> Tensor:
+        """A tensor for the rows that come, filled when `finish` returns."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        rows = rows.contiguous()
+        coming = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(coming, rows, received, sent, group=self.group, async_op=True)
+        self.under_way = (work, rows, coming)
+        return coming
+
+    def finish(self) -> Tensor:
+        assert self.under_way is not None
+        work, _, coming = self.under_way
+        work.wait()
+        self.under_way = None
+        return coming
+
+
+class _Depart(torch.autograd.Function):
+    """Starts an exchange; in the backward pass waits for its reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.start(rows)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.finish(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for an exchange; in the backward pass starts its reverse.
+
+    Between the two, forward and backward, whatever else is in the graph (the shared experts) is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        journey.finish()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.start(grad, back=True)
+        return grad, None  # only keeps the shape: _Depart has what comes
