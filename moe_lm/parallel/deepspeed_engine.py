@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,6 +193,7 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # for DeepSpeed's authors
     topology = current_topology()
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # a single process has none, DeepSpeed wants one
     deepspeed.init_distributed(dist_init_required=False)
@@ -203,8 +205,7 @@ def _mark_experts(model: LanguageModel, expert_parallel_size: int) -> None:
     layer_class, group_name = _layer_class(), f"ep_size_{expert_parallel_size}"
     for layer in model.moe_layers:
         layer.__class__ = layer_class
-        layer.num_experts = model.config.n_routed_experts
-        layer.expert_parallel_size = expert_parallel_size
+        vars(layer).update(num_experts=model.config.n_routed_experts, expert_parallel_size=expert_parallel_size)
         for parameter in layer.experts.parameters():
             for attribute, value in {
                 "allreduce": False,

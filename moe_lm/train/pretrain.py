@@ -10,9 +10,8 @@ from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.model.count import count_parameters, flops_per_token, state_bytes
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology
-from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train.loop import TrainingResult, local_micro_batches, rows_at_once
 from moe_lm.train.run import Recipe, run_recipe
@@ -40,9 +39,9 @@ def run(config: PretrainConfig, title: str = "pretrain") -> TrainingResult:
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     """How long a step takes here once everything is compiled: the median of a few that are thrown away."""
     tokenizer = load_tokenizer(config)
-    model = LanguageModel(config.model)
-    model.initialise(config.train.seed)
-    engine = TorchEngine(model, config.train, config.parallel, tokenizer.pad_id)
+    placed = place_model(config.model, config.parallel)
+    placed.initialise(config.train.seed)
+    engine = build_engine(placed, config.train, config.parallel, tokenizer.pad_id)
     batches = training_batches(config, tokenizer)
     seconds = []
     for step in range(WARM_UP_STEPS + steps):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
-from torch import Tensor
 
 from moe_lm.config import ModelConfig, RunConfig
 from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.count import flops_per_token
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.build import PlacedModel, build_engine, place_model
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology
-from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import Training, TrainingResult, resume, train
@@ -61,7 +59,9 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             folder.write_config(dump_config(config))
-        engine = TorchEngine(fresh_model(recipe), config.train, config.parallel, recipe.tokenizer.pad_id)
+        placed = place_model(recipe.model, config.parallel)
+        fill(placed, recipe)
+        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id)
         try:
             result = train_with(engine, recipe, folder)
         except MoeLmError:  # the other ranks raise it too
@@ -103,19 +103,12 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder) -> TrainingRes
         return train(parts, step)
 
 
-def fresh_model(recipe: Recipe) -> LanguageModel:
-    """The model at step 0: initialised by the seed, or with the weights of `start_from`."""
-    model = LanguageModel(recipe.model)
+def fill(placed: PlacedModel, recipe: Recipe) -> None:
+    """The weights of step 0: drawn by the seed, or those of `start_from`."""
     if recipe.start_from is None:
-        model.initialise(recipe.config.train.seed)
+        placed.initialise(recipe.config.train.seed)
     else:
-        checkpoint.load_model_weights(recipe.start_from, model_tensors(model))
-    return model
-
-
-def model_tensors(model: LanguageModel) -> Mapping[str, Tensor]:
-    """Parameters and buffers under their names in a checkpoint."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        checkpoint.load_model_weights(recipe.start_from, placed.tensors())
 
 
 def check_unchanged(recipe: Recipe, checkpoints: Path) -> None:
