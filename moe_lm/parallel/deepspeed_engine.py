@@ -137,9 +137,10 @@ class DeepSpeedEngine(Engine):
     def _undivide(self, name: str, part: Tensor) -> Tensor:
         return undivide(part, is_expert(name)).to(self.device)
 
-    def close(self) -> None:
+    def close(self, part: bool = True) -> None:
         self.wrapped.destroy()
-        leave()
+        if part:
+            leave()
 
 
 class _Zero:

@@ -160,8 +160,8 @@ class Engine(ABC):
         """Continue from tensors that `state()` gave, after a checkpoint filled them."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Part from the other ranks, after the last step and checkpoint."""
+    def close(self, part: bool = True) -> None:
+        """Let go of everything and, unless another engine of this process goes on, `part` from the other ranks."""
 
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:

@@ -88,10 +88,11 @@ class TorchEngine(Engine):
             tensor.copy_(state[name])
         torch.set_rng_state(state["random.cpu"])
 
-    def close(self) -> None:
+    def close(self, part: bool = True) -> None:
         # A process group whose last owner is DDP hangs when it is freed (pytorch/pytorch#190489), so DDP goes first.
         self.wrapped = self.loss
         self.accelerator.free_memory()
         gc.collect()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        leave()
+        AcceleratorState._reset_state(reset_partial_state=part)
+        if part:
+            leave()
