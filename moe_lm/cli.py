@@ -212,6 +212,30 @@ def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
     finetune.run(settings)
 
 
+@app.command(rich_help_panel="Build")
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON; - is the terminal.")
+    ] = None,
+    world_sizes: Annotated[str, typer.Option(metavar="N,N", help="Numbers of processes to compare.")] = "1,2,4",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts, each kind once.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the processes of one world size may take.")] = 600,
+    # For the tests of this gate: a Python file that every process runs first, with which they plant errors.
+    sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
+) -> None:
+    """Train a small copy of the model in every layout of parallelism and compare it with one process."""
+    from moe_lm.config import PretrainConfig
+    from moe_lm.config_file import load_config
+
+    settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.verify import gate
+
+    raise typer.Exit(gate.run(settings, world_sizes, quick, json_file, timeout, sabotage))
+
+
 @app.command(rich_help_panel="Use")
 def sample(
     run: RunPath,
