@@ -80,36 +80,30 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
 
 def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
     widest = max(_expert_parallel_sizes(world_size, model))
-    several = {"world_size": world_size}
     layouts = [
-        Layout(name=f"{world_size} x torch", **several, save_as=f"torch {world_size}"),
+        Layout(name=f"{world_size} x torch", world_size=world_size, save_as=f"torch {world_size}"),
         *_grid(world_size, model, quick),
         Layout(
-            name=f"{_title(world_size, widest, 2)} accumulation", **several, parallel=deepspeed(widest, 2),
+            name=f"{_title(world_size, widest, 2)} accumulation", world_size=world_size, parallel=deepspeed(widest, 2),
             micro_batch_size=1,
         ),
         Layout(
-            name=f"{_title(world_size, widest, 2)} activation checkpointing", **several,
+            name=f"{_title(world_size, widest, 2)} activation checkpointing", world_size=world_size,
             parallel=deepspeed(widest, 2), activation_checkpointing=True,
         ),
         Layout(
-            name=f"{_title(world_size, widest, 3)} after ZeRO 2", **several, parallel=deepspeed(widest, 3),
+            name=f"{_title(world_size, widest, 3)} after ZeRO 2", world_size=world_size, parallel=deepspeed(widest, 3),
             load_from=f"sharded {world_size}",
         ),
-        Layout(name=f"{world_size} x torch after DeepSpeed", **several, load_from=f"sharded {world_size}"),
+        Layout(name=f"{world_size} x torch after DeepSpeed", world_size=world_size, load_from=f"sharded {world_size}"),
         Layout(
-            name=f"{_title(world_size, widest, 2)} after torch", **several, parallel=deepspeed(widest, 2),
+            name=f"{_title(world_size, widest, 2)} after torch", world_size=world_size, parallel=deepspeed(widest, 2),
             load_from=f"torch {world_size}",
         ),
     ]  # fmt: skip
-    if world_size == 2 or quick:
-        before = "sharded 4"
-        layouts.append(
-            Layout(
-                name=f"{_title(world_size, widest, 2)} after 4 processes", **several, parallel=deepspeed(widest, 2),
-                load_from=before,
-            )
-        )  # fmt: skip
+    if world_size == 2:
+        name = f"{_title(world_size, widest, 2)} after 4 processes"
+        layouts.append(Layout(name=name, world_size=2, parallel=deepspeed(widest, 2), load_from="sharded 4"))
     if quick and world_size > 2:
         layouts = [layout for layout in layouts if layout.save_as == f"sharded {world_size}"]
     return layouts
