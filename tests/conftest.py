@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -116,6 +117,21 @@ def start_moe_lm() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def run_ranks(start_moe_lm: Callable[..., subprocess.Popen[str]]) -> Callable[..., list[Done]]:
+    """Runs `moe-lm` with these arguments in so many processes, as torchrun would; how each of them ended."""
+
+    def run(world_size: int, *arguments: object) -> list[Done]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": world_size}
+        ranks = [start_moe_lm(*arguments, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in range(world_size)]
+        outputs = [rank.communicate(timeout=180) for rank in ranks]
+        return [Done(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+    return run
 
 
 class RaggedBatches:

@@ -27,7 +27,7 @@ from moe_lm.model.moe import MoE
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.deepspeed_config import deepspeed_json
 from moe_lm.parallel.engine import Engine, Update, build_loss, check_batch_size
-from moe_lm.parallel.logical import divide, is_expert, undivide
+from moe_lm.parallel.logical import divide, divide_experts, is_expert, undivide
 from moe_lm.parallel.topology import current_topology, leave
 from moe_lm.train.losses import LossParts, StepCounts
 from moe_lm.train.optim import adamw_groups, build_adamw, set_learning_rate
@@ -61,6 +61,7 @@ class DeepSpeedEngine(Engine):
                 "operations of a block; set one of them otherwise"
             )
         self.config, self.model, self.mesh, self.device = train, model, mesh, device
+        self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
         self.dtype = pick_dtype(train.precision, device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.loss = build_loss(model, train, device, self.dtype, pad_id)
@@ -132,7 +133,8 @@ class DeepSpeedEngine(Engine):
         torch.set_rng_state(state["random.cpu"])
 
     def _divide(self, name: str, whole: Tensor) -> Tensor:
-        return divide(whole.view(self.shapes[name]), self.mesh, is_expert(name))
+        whole = whole.view(self.shapes[name])
+        return divide_experts(whole, self.mesh) if is_expert(name) else divide(whole, self.ranks)
 
     def _undivide(self, name: str, part: Tensor) -> Tensor:
         return undivide(part, is_expert(name)).to(self.device)
@@ -187,6 +189,8 @@ def _import_deepspeed() -> Any:
     On a CPU that op is compiled at the first start, for 40 s, and hangs for ever on the lock of a build that was
     killed; gloo does its work.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it finds nothing else
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.comm

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 SMALL = 4096  # elements; less is not worth dividing
 
@@ -22,37 +22,28 @@ def is_expert(name: str) -> bool:
 
 def divided_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
     """A rank's experts as a part of the whole stack; shares the memory of `local`."""
-    shape = torch.Size((local.shape[0] * mesh.size(1), *local.shape[1:]))
-    return DTensor.from_local(
-        local, mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=_contiguous_stride(shape)
-    )
+    return _dtensor(local, mesh, [Replicate(), Shard(0)], (local.shape[0] * mesh.size(1), *local.shape[1:]))
 
 
-def divide(tensor: Tensor, mesh: DeviceMesh, expert: bool) -> Tensor:
-    """This rank's part, copied to the host, of a whole tensor or (`expert`) of the experts that its group member keeps.
+def divide_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The same on the host, and divided over `data` too: of the experts that several ranks keep, each has a piece."""
+    data = mesh.size(0)
+    if data == 1 or local.shape[1] % data:
+        return divided_experts(_host_copy(local), mesh)
+    piece = _host_copy(local.chunk(data, dim=1)[mesh.get_local_rank(0)])
+    return _dtensor(piece, mesh, [Shard(1), Shard(0)], (local.shape[0] * mesh.size(1), *local.shape[1:]))
 
-    Every rank that holds the same values must call it.
-    """
-    if expert:
-        data, rank = mesh.size(0), mesh.get_local_rank(0)
-        if tensor.shape[1] % data or data == 1:
-            return divided_experts(_host_copy(tensor), mesh)
-        shape = torch.Size((tensor.shape[0] * mesh.size(1), *tensor.shape[1:]))
-        piece = _host_copy(tensor.chunk(data, dim=1)[rank])
-        placements = [Shard(1), Shard(0)]
-    else:
-        ranks = mesh.size()
-        if tensor.ndim == 0 or tensor.shape[0] % ranks or tensor.numel() < SMALL or ranks == 1:
-            return _host_copy(tensor)
-        shape = tensor.shape
-        rank = mesh.get_local_rank(0) * mesh.size(1) + mesh.get_local_rank(1)
-        piece = _host_copy(tensor.chunk(ranks)[rank])
-        placements = [Shard(0), Shard(0)]
-    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=shape, stride=_contiguous_stride(shape))
+
+def divide(tensor: Tensor, ranks: DeviceMesh) -> Tensor:
+    """On the host, this rank's piece of a tensor that every rank of the one-dimensional mesh `ranks` has whole."""
+    size = ranks.size()
+    if size == 1 or tensor.ndim == 0 or tensor.shape[0] % size or tensor.numel() < SMALL:
+        return _host_copy(tensor)
+    return _dtensor(_host_copy(tensor.chunk(size)[ranks.get_local_rank()]), ranks, [Shard(0)], tensor.shape)
 
 
 def undivide(tensor: Tensor, expert: bool) -> Tensor:
-    """The whole tensor, or (`expert`) all of the experts that this rank keeps: what `divide` was given."""
+    """The whole tensor, or (`expert`) all of the experts that this rank keeps: what was divided."""
     if not isinstance(tensor, DTensor):
         return tensor
     if expert:
@@ -60,9 +51,10 @@ def undivide(tensor: Tensor, expert: bool) -> Tensor:
     return tensor.full_tensor()
 
 
+def _dtensor(piece: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: tuple[int, ...]) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
 def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

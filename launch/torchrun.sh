@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Trains on one machine, or on several when the same line is run on each of them:
+#
+#   MASTER_ADDR=node-a NNODES=2 bash launch/torchrun.sh CONFIG [key=value ...]
+#
+#   NNODES         machines; default 1
+#   NPROC          processes on this machine; default: one a GPU, without GPUs one a core
+#   MASTER_ADDR    the machine where all meet; it must be one of them
+#   MASTER_PORT    default 29400
+#   JOB_ID         tells jobs that share a master apart; default moe-lm
+#   MAX_RESTARTS   how often a failed process is started again, with all others; default 3
+# When a process fails, all are started again and go on from the last checkpoint. When a machine is lost, the others wait
+# up to 10 minutes for this line to be run on it, or on one in its place.
+# SIGTERM and Ctrl-C reach every process, which saves a checkpoint; it is killed TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
+# later, default 120.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$root/.venv/bin:$PATH"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+
+stop() { echo "error: $1" >&2; exit 2; }
+[ $# -gt 0 ] || stop "no config named; run: bash launch/torchrun.sh CONFIG [key=value ...]"
+[ "${NNODES:-1}" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || stop "NNODES=$NNODES needs MASTER_ADDR, the machine where all meet"
+command -v torchrun >/dev/null || stop "moe-lm is not installed; run: bash launch/setup.sh"
+
+exec torchrun --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
+    --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" \
+    --rdzv-id "${JOB_ID:-moe-lm}" \
+    --module moe_lm pretrain "$@"

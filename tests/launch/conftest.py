@@ -1,0 +1,168 @@
+"""Two hosts on one machine, for tests of the launchers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "pdsh", "nsenter", "setpriv", "unshare")
+NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+INTERFACE = "fabric0"
+BOOT = f"""
+mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1/ssh" /etc/ssh
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+hostname "$2"
+ip link set lo up
+exec {shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")} -D -e
+"""
+SSH_CONFIG = """
+IdentityFile /etc/ssh/identity
+BatchMode yes
+StrictHostKeyChecking yes
+LogLevel ERROR
+"""
+SSHD_CONFIG = """
+HostKey /etc/ssh/host_key
+AuthorizedKeysFile /etc/ssh/identity.pub
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+"""
+
+
+class Host:
+    """A machine as far as its processes can tell: it has a network, a name, an /etc/ssh and process ids of its own.
+
+    Its first process is sshd; when that ends, the kernel ends all others, as when the power goes. Nothing of it has a
+    name outside, so that nothing collides with another run and nothing can be left behind.
+    """
+
+    def __init__(self, name: str, address: str, folder: Path) -> None:
+        self.name, self.address, self.folder = name, address, folder
+        # setpriv: it dies with this process, however that ends
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        with (folder / f"{name}.log").open("a") as log:
+            self.machine = subprocess.Popen([*command, "sh", "-ec", BOOT, "sh", str(folder), name], stderr=log)
+        children = Path(f"/proc/{self.machine.pid}/task/{self.machine.pid}/children")
+        wait_until(lambda: children.read_text().split(), f"{name} to start")
+        self.init = int(children.read_text())
+        wait_until(lambda: ":0016 " in Path(f"/proc/{self.init}/net/tcp").read_text(), f"the sshd of {name}")
+
+    def command(self, *command: str, **environment: str) -> list[str]:
+        """What runs `command` on this host; as after a login, the environment is but a search path and a home."""
+        variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(self.folder)} | environment
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        enter = ["nsenter", f"--target={self.init}", *NAMESPACES]
+        return [*enter, "env", "--ignore-environment", f"--chdir={self.folder}", *settings, *command]
+
+    def run(self, *command: str) -> str:
+        return subprocess.run(self.command(*command), check=True, capture_output=True, text=True).stdout
+
+    def processes(self) -> dict[int, list[str]]:
+        """The command lines of all that run here, but sshd, by process id as seen from outside."""
+        here, found = os.readlink(f"/proc/{self.init}/ns/pid"), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(folder / "ns" / "pid") == here and int(folder.name) != self.init:
+                    found[int(folder.name)] = (folder / "cmdline").read_text().split("\0")[:-1]
+            except OSError:  # it has ended
+                continue
+        return {pid: line for pid, line in found.items() if line and not line[0].startswith("sshd:")}
+
+    def worker(self) -> int:
+        """The process id of the one rank that trains here."""
+        (pid,) = [pid for pid, line in self.processes().items() if line[1:4] == ["-u", "-m", "moe_lm"]]
+        return pid
+
+    def lose(self) -> None:
+        """Everything here ends at once."""
+        os.kill(self.init, signal.SIGKILL)
+        self.machine.wait()
+
+
+class TwoHosts:
+    """`node-a` and `node-b`, joined by a cable between their interfaces, which have the same name on both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        network = f"10.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        self.addresses = {"node-a": f"{network}.1", "node-b": f"{network}.2"}
+        self.hosts: dict[str, Host] = {}
+        lines = [f"{address} {name}\n" for name, address in self.addresses.items()]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines), encoding="utf-8")
+        (folder / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n", encoding="utf-8")
+        ssh = folder / "ssh"
+        ssh.mkdir()
+        for key in ("identity", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / key)], check=True)
+        (ssh / "ssh_known_hosts").write_text("node-a,node-b " + (ssh / "host_key.pub").read_text(), encoding="utf-8")
+        (ssh / "ssh_config").write_text(SSH_CONFIG, encoding="utf-8")
+        (ssh / "sshd_config").write_text(SSHD_CONFIG, encoding="utf-8")
+
+    def start(self) -> None:
+        """Start the hosts that are not there, and lay the cable."""
+        for name, address in self.addresses.items():
+            if name not in self.hosts or self.hosts[name].machine.poll() is not None:
+                self.hosts[name] = Host(name, address, self.folder)
+        a, b = self.hosts.values()
+        for host in (a, b):  # an end whose other end was lost goes by itself, but in its own time
+            subprocess.run(host.command("ip", "link", "delete", INTERFACE), stderr=subprocess.DEVNULL)
+        cable = f"{INTERFACE} netns {a.init} type veth peer name {INTERFACE} netns {b.init}"
+        subprocess.run(["ip", "link", "add", *cable.split()], check=True)
+        for host in (a, b):
+            host.run("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
+            host.run("ip", "link", "set", INTERFACE, "up")
+
+    def left_over(self) -> dict[str, list[list[str]]]:
+        """The command lines that still run, by host."""
+        found = {
+            host.name: list(host.processes().values()) for host in self.hosts.values() if host.machine.poll() is None
+        }
+        return {name: lines for name, lines in found.items() if lines}
+
+    def stop(self) -> None:
+        for host in self.hosts.values():
+            host.lose()
+
+
+def wait_until(condition: Callable[[], object], what: str, instead: Callable[[], object] = str) -> None:
+    """`instead` says what there is instead, when it did not come."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited 60 s for {what} {instead()}")
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    """Skips where they cannot be made; fails when a test leaves a process on one of them."""
+    found = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=found) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh")
+    may = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True)
+    if os.geteuid() != 0 or may.returncode != 0:
+        pytest.skip(f"needs root and the right to make namespaces: {may.stderr.strip() or 'not root'}")
+    hosts = TwoHosts(tmp_path)
+    try:
+        hosts.start()
+        yield hosts
+        wait_until(lambda: not hosts.left_over(), "the last process to end, but there are", hosts.left_over)
+    finally:
+        hosts.stop()
+
+
+@pytest.fixture(name="wait_until")
+def wait_until_fixture() -> Callable[..., None]:
+    return wait_until
