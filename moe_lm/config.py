@@ -310,6 +310,7 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         check_positions(self.model, self.data.sequence_length)
+        check_experts(self.model, self.parallel)
         return self
 
 
@@ -334,6 +335,20 @@ def check_positions(model: ModelConfig, sequence_length: int) -> None:
         raise UsageError(
             f"data.sequence_length={sequence_length} is longer than model.max_position_embeddings="
             f"{model.max_position_embeddings}; shorten the one or raise the other"
+        )
+
+
+def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise UsageError when the experts cannot be divided over the expert-parallel ranks."""
+    size, experts = parallel.expert_parallel_size, model.n_routed_experts
+    if size > 1 and experts == 0:
+        raise UsageError(
+            f"parallel.expert_parallel_size={size}, but the model has no routed experts; set it to 1, or set "
+            "model.n_routed_experts"
+        )
+    if experts % size:
+        raise UsageError(
+            f"parallel.expert_parallel_size={size} does not divide model.n_routed_experts={experts}; choose a divisor"
         )
 
 

@@ -114,6 +114,28 @@ def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon"]) -> Sta
     )
 
 
+def rank_bytes(
+    config: ModelConfig, world_size: int, expert_parallel_size: int, zero_stage: int, offload_optimizer: bool
+) -> StateBytes:
+    """Bytes that each rank's device keeps under DeepSpeed's AdamW, without activations.
+
+    Experts are divided over `expert_parallel_size` ranks, their copies over the others. ZeRO divides float32 master
+    weights and moments from stage 1 on, gradients from stage 2, the weights themselves in stage 3; experts over the
+    ranks that keep the same ones, everything else over all.
+    """
+    count = count_parameters(config)
+    shares = (
+        (count.total - count.routed, world_size),
+        (count.routed // expert_parallel_size, world_size // expert_parallel_size),
+    )
+    weights = gradients = optimizer = 0
+    for kept, copies in shares:
+        weights += FLOAT32 * kept // (copies if zero_stage == 3 else 1)
+        gradients += FLOAT32 * kept // (copies if zero_stage >= 2 else 1)
+        optimizer += 3 * FLOAT32 * kept // copies
+    return StateBytes(weights, gradients, 0 if offload_optimizer else optimizer)
+
+
 def _norms(config: ModelConfig) -> int:
     residual = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
     heads = 2 * config.head_size if config.use_qk_norm else 0

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig, check_experts
 from moe_lm.errors import UsageError
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
@@ -51,7 +51,8 @@ def place_model(config: ModelConfig, parallel: ParallelConfig) -> PlacedModel:
     if parallel.engine == "torch":
         return PlacedModel(LanguageModel(config))
     topology = current_topology()
-    expert_parallel.check_expert_parallel(config.n_routed_experts, parallel.expert_parallel_size, topology)
+    check_experts(config, parallel)
+    expert_parallel.check_groups(parallel.expert_parallel_size, topology)
     device = rank_device(parallel, topology)
     join(topology, device, parallel.timeout_seconds)
     with torch.device("meta"):

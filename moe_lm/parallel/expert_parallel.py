@@ -23,18 +23,8 @@ from moe_lm.parallel.topology import Topology
 DATA, EXPERT = "data", "expert"  # the mesh's dimensions
 
 
-def check_expert_parallel(num_experts: int, size: int, topology: Topology) -> None:
-    """Raise UsageError when neither the experts nor the processes can be shared by groups of `size` ranks."""
-    if size > 1 and num_experts == 0:
-        raise UsageError(
-            f"parallel.expert_parallel_size={size}, but the model has no routed experts; set it to 1, or set "
-            "model.n_routed_experts"
-        )
-    if num_experts % size:
-        raise UsageError(
-            f"parallel.expert_parallel_size={size} does not divide model.n_routed_experts={num_experts}; choose a "
-            "divisor"
-        )
+def check_groups(size: int, topology: Topology) -> None:
+    """Raise UsageError when the processes cannot be divided into groups of `size`."""
     if topology.world_size % size:
         raise UsageError(
             f"parallel.expert_parallel_size={size} does not divide the {topology.world_size} processes of this run; "

@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_lm.config import ModelConfig
 from moe_lm.config_file import load_config
-from moe_lm.model.count import count_parameters, flops_per_token, state_bytes
+from moe_lm.model.count import StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.model.transformer import LanguageModel
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -195,3 +195,17 @@ def test_flops_of_a_hand_counted_model() -> None:
 def test_counting_needs_no_torch() -> None:
     code = "import sys, moe_lm.model.count; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_rank_keeps_its_experts_and_its_share_of_what_zero_divides() -> None:
+    config = config_named("deepseekmoe")
+    count = count_parameters(config)
+    shared, experts = count.total - count.routed, count.routed // 4
+    one = rank_bytes(config, 1, 1, zero_stage=1, offload_optimizer=False)
+    assert one == StateBytes(4 * count.total, 4 * count.total, 12 * count.total)
+    first = rank_bytes(config, 8, 4, zero_stage=1, offload_optimizer=False)
+    assert first == StateBytes(4 * (shared + experts), 4 * (shared + experts), 12 * shared // 8 + 12 * experts // 2)
+    second = rank_bytes(config, 8, 4, zero_stage=2, offload_optimizer=True)
+    assert second == StateBytes(first.weights, 4 * shared // 8 + 4 * experts // 2, 0)
+    third = rank_bytes(config, 8, 4, zero_stage=3, offload_optimizer=False)
+    assert third == StateBytes(second.gradients, second.gradients, first.optimizer)
