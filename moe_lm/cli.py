@@ -221,6 +221,9 @@ def verify(
     ] = None,
     world_sizes: Annotated[str, typer.Option(metavar="N,N", help="Numbers of processes to compare.")] = "1,2,4",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts, each kind once.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="LAYOUT", help="This line of the table alone; may be repeated.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the processes of one world size may take.")] = 600,
     # For the tests of this gate: a Python file that every process runs first, with which they plant errors.
     sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
@@ -233,7 +236,7 @@ def verify(
 
     from moe_lm.verify import gate
 
-    raise typer.Exit(gate.run(settings, world_sizes, quick, json_file, timeout, sabotage))
+    raise typer.Exit(gate.run(settings, world_sizes, quick, only or (), json_file, timeout, sabotage))
 
 
 @app.command(rich_help_panel="Use")

@@ -18,7 +18,7 @@ from moe_lm.config import ParallelConfig, PretrainConfig
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.device import pick_device
 from moe_lm.verify.compare import Comparison, Tolerance, compare, read_steps
-from moe_lm.verify.layouts import Layout, all_layouts
+from moe_lm.verify.layouts import Layout, all_layouts, select
 from moe_lm.verify.ranks import run_ranks
 from moe_lm.verify.scale import AVOIDED, small_model, training
 from moe_lm.verify.worker import PLAN, Plan
@@ -60,6 +60,7 @@ def verify(
     config: PretrainConfig,
     world_sizes: Sequence[int] = WORLD_SIZES,
     quick: bool = False,
+    only: Sequence[str] = (),
     timeout_seconds: float = 600,
     sabotage: Path | None = None,
     console: Console | None = None,
@@ -70,11 +71,12 @@ def verify(
     if device.type == "cuda":
         world_sizes = [size for size in world_sizes if size <= torch.cuda.device_count()]
     model, train = small_model(config.model), training(config)
+    layouts = all_layouts(model, list(world_sizes), quick)
     plan = Plan(
         model=model,
         train=train,
         parallel=ParallelConfig.model_validate({"device": device.type, "timeout_seconds": timeout_seconds}),
-        layouts=all_layouts(model, list(world_sizes), quick),
+        layouts=select(layouts, only) if only else layouts,
         sabotage=sabotage and sabotage.absolute(),
     )
     tolerance = Tolerance.of(train.precision)
@@ -152,13 +154,14 @@ def run(
     config: PretrainConfig,
     world_sizes: str,
     quick: bool,
+    only: Sequence[str],
     json_file: str | None,
     timeout_seconds: float,
     sabotage: Path | None,
 ) -> int:
     """The verb: shows the table, or with `json_file` "-" the JSON alone, and returns the exit code."""
     messages = Console(stderr=True)
-    report = verify(config, parse_world_sizes(world_sizes), quick, timeout_seconds, sabotage, messages)
+    report = verify(config, parse_world_sizes(world_sizes), quick, only, timeout_seconds, sabotage, messages)
     if json_file == "-":
         print(json.dumps(report.as_json(), indent=1))
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
 
 from moe_lm.config import ModelConfig, Section
+from moe_lm.errors import UsageError
 from moe_lm.verify.scale import STEPS
 
 REFERENCE = "one process"
@@ -57,6 +59,24 @@ def all_layouts(model: ModelConfig, world_sizes: list[int], quick: bool) -> list
     return possible
 
 
+def select(layouts: list[Layout], only: Sequence[str]) -> list[Layout]:
+    """The layouts of these names, with those that they are compared with or go on from.
+
+    Raises UsageError for a name that is none of them.
+    """
+    unknown = [name for name in only if name not in {layout.name for layout in layouts}]
+    if unknown:
+        raise UsageError(
+            f"--only {unknown[0]!r} is not a layout here; choose among {'; '.join(layout.name for layout in layouts)}"
+        )
+    wanted, files = set(only), set[str | None]()
+    for layout in reversed(layouts):
+        if layout.name in wanted or (layout.save_as is not None and layout.save_as in files):
+            wanted |= {layout.name, *filter(None, [layout.like])}
+            files.add(layout.load_from)
+    return [layout for layout in layouts if layout.name in wanted]
+
+
 def deepspeed(expert_parallel: int, stage: int) -> dict[str, Any]:
     return {"engine": "deepspeed", "expert_parallel_size": expert_parallel, "zero_stage": stage}
 
@@ -79,34 +99,30 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
 
 
 def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
-    widest = max(_expert_parallel_sizes(world_size, model))
     layouts = [
         Layout(name=f"{world_size} x torch", world_size=world_size, save_as=f"torch {world_size}"),
         *_grid(world_size, model, quick),
-        Layout(
-            name=f"{_title(world_size, widest, 2)} accumulation", world_size=world_size, parallel=deepspeed(widest, 2),
-            micro_batch_size=1,
-        ),
-        Layout(
-            name=f"{_title(world_size, widest, 2)} activation checkpointing", world_size=world_size,
-            parallel=deepspeed(widest, 2), activation_checkpointing=True,
-        ),
-        Layout(
-            name=f"{_title(world_size, widest, 3)} after ZeRO 2", world_size=world_size, parallel=deepspeed(widest, 3),
-            load_from=f"sharded {world_size}",
-        ),
-        Layout(name=f"{world_size} x torch after DeepSpeed", world_size=world_size, load_from=f"sharded {world_size}"),
-        Layout(
-            name=f"{_title(world_size, widest, 2)} after torch", world_size=world_size, parallel=deepspeed(widest, 2),
-            load_from=f"torch {world_size}",
-        ),
-    ]  # fmt: skip
+    ]
     if world_size == 2:
-        name = f"{_title(world_size, widest, 2)} after 4 processes"
-        layouts.append(Layout(name=name, world_size=2, parallel=deepspeed(widest, 2), load_from="sharded 4"))
-    if quick and world_size > 2:
+        layouts += _two_processes(model)
+    elif quick:
         layouts = [layout for layout in layouts if layout.save_as == f"sharded {world_size}"]
     return layouts
+
+
+def _two_processes(model: ModelConfig) -> list[Layout]:
+    """What goes with the widest expert parallelism: two ranks show it as well as four."""
+    widest = max(_expert_parallel_sizes(2, model))
+    title = f"{_title(2, widest, 2)}"
+    two, three = deepspeed(widest, 2), deepspeed(widest, 3)
+    return [
+        Layout(name=f"{title}, accumulation", world_size=2, parallel=two, micro_batch_size=1),
+        Layout(name=f"{title}, activation checkpointing", world_size=2, parallel=two, activation_checkpointing=True),
+        Layout(name=f"{title} after 4 processes", world_size=2, parallel=two, load_from="sharded 4"),
+        Layout(name=f"{title} after torch", world_size=2, parallel=two, load_from="torch 2"),
+        Layout(name=f"{_title(2, widest, 3)} after ZeRO 2", world_size=2, parallel=three, load_from="sharded 2"),
+        Layout(name="2 x torch after DeepSpeed", world_size=2, load_from="sharded 2"),
+    ]
 
 
 def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:

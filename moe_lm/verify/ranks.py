@@ -20,7 +20,13 @@ def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float
 
     Raises MoeLmError with a rank's last lines when one fails, or when they are not done in time.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONUNBUFFERED": "1",
+        # Nothing is compiled here, but DeepSpeed is imported with torch.compile, which takes 5 s a rank.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # a launcher's
         environment.pop(name, None)
     if world_size > 1:

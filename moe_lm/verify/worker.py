@@ -72,7 +72,9 @@ def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
         if step == CHANGE and layout.save_as is not None:
             checkpoint.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
         result = engine.train_step(step, local_micro_batches(engine, batches, train, step))
-        observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | weights(engine)
+        observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | buffers(engine)
+        if step in (0, CHANGE, layout.steps[-1]):  # gathering them is most of the time; gradients tell of the others
+            observed |= weights(engine)
         if engine.topology.is_main:
             results.mkdir(exist_ok=True)
             save_file(observed, results / f"{step}.safetensors")
@@ -103,8 +105,13 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
     return train.model_copy(update=changes)
 
 
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """Router biases, which every rank has."""
+    return {f"weight/{name}": tensor.detach().cpu().clone() for name, tensor in engine.model.named_buffers()}
+
+
 def weights(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and router biases."""
+    """Parameters and router biases as a checkpoint would have them."""
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
     return {f"weight/{name.removeprefix('model.')}": tensor for name, tensor in whole(state).items()}
 
