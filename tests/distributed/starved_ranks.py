@@ -1,0 +1,59 @@
+"""One of several ranks, run by test_starved_ranks.py: every token goes to the experts of rank 0. Argument: the engine.
+
+Rank 0 prints the losses of three steps, and the norm of the gradient of each expert in the last.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.parallel.build import build_engine, place_model
+from moe_lm.parallel.topology import current_topology
+from moe_lm.train.loop import local_micro_batches
+
+
+def main(engine_name: str) -> None:
+    torch.set_num_threads(1)
+    world_size = current_topology().world_size
+    parallel = ParallelConfig(device="cpu")
+    if engine_name == "deepspeed":
+        parallel = ParallelConfig(device="cpu", engine="deepspeed", expert_parallel_size=world_size, zero_stage=2)
+    train = TrainConfig(
+        steps=3, global_batch_size=8, micro_batch_size=2, precision="float32", activation_checkpointing=True,
+        optimizer={"lr": 0.01, "eps": 1e-4}, balance={"bias_update_rate": 0},
+    )  # fmt: skip
+    model = ModelConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        n_routed_experts=8, n_shared_experts=0, initializer_range=0.3,
+    )  # fmt: skip
+    placed = place_model(model, parallel)
+    placed.initialise(seed=3)
+    with torch.no_grad():
+        for layer in placed.model.moe_layers:
+            layer.gate.e_score_correction_bias[:2] += 10
+    engine = build_engine(placed, train, parallel, pad_id=2)
+    batches = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RaggedBatches"]()
+    gradients: dict[str, list[float]] = {}
+
+    def keep() -> None:
+        for name, gradient in engine.gradients().items():
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            if ".experts." in name:
+                gradients[name] = whole.flatten(1).norm(dim=1).tolist()
+
+    engine.on_gradients = keep
+    results = [engine.train_step(step, local_micro_batches(engine, batches, train, step)) for step in range(3)]
+    if engine.topology.is_main:
+        print(json.dumps({"losses": [result.loss for result in results], "gradients": gradients}))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
