@@ -18,10 +18,9 @@ from moe_lm.config import ParallelConfig, PretrainConfig
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.device import pick_device
 from moe_lm.verify.compare import Comparison, Tolerance, compare, read_steps
-from moe_lm.verify.layouts import Layout, all_layouts, select
+from moe_lm.verify.layouts import PLAN, Layout, Plan, all_layouts, select
 from moe_lm.verify.ranks import run_ranks
 from moe_lm.verify.scale import AVOIDED, small_model, training
-from moe_lm.verify.worker import PLAN, Plan
 
 WORLD_SIZES = (1, 2, 4)
 SKEW = 1.5  # the fullest expert gets at least this many times its share
@@ -67,15 +66,17 @@ def verify(
 ) -> Report:
     """Run every layout and compare it with one process. Raises MoeLmError when a process fails or takes too long."""
     started = time.monotonic()
-    device = pick_device(config.parallel.device)
-    if device.type == "cuda":
+    device = pick_device(config.parallel.device).type
+    if device == "cuda":
         world_sizes = [size for size in world_sizes if size <= torch.cuda.device_count()]
+    else:
+        device = "cpu"  # DeepSpeed knows no other
     model, train = small_model(config.model), training(config)
     layouts = all_layouts(model, list(world_sizes), quick)
     plan = Plan(
         model=model,
         train=train,
-        parallel=ParallelConfig.model_validate({"device": device.type, "timeout_seconds": timeout_seconds}),
+        parallel=ParallelConfig.model_validate({"device": device, "timeout_seconds": timeout_seconds}),
         layouts=select(layouts, only) if only else layouts,
         sabotage=sabotage and sabotage.absolute(),
     )
@@ -86,7 +87,7 @@ def verify(
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):
             if console is not None:
                 number = sum(layout.world_size == world_size for layout in plan.layouts)
-                console.print(f"{number} layouts on {world_size} {'process' if world_size == 1 else 'processes'} ...")
+                console.print(f"processes: {world_size}, layouts: {number}")
             run_ranks("moe_lm.verify.worker", folder, world_size, timeout_seconds)
         results = {layout.name: folder / str(number) for number, layout in enumerate(plan.layouts)}
         for layout in plan.layouts:

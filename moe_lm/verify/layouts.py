@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from moe_lm.config import ModelConfig, Section
+from moe_lm.config import ModelConfig, ParallelConfig, Section, TrainConfig
 from moe_lm.errors import UsageError
 from moe_lm.verify.scale import STEPS
 
@@ -15,6 +16,7 @@ REFERENCE = "one process"
 # The sequence-wise balance loss is a mean over rows, so packing changes what it says.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
 CHANGE = 2  # steps before a run goes on in another layout
+PLAN = "plan.json"
 
 
 class Layout(Section):
@@ -38,6 +40,16 @@ class Layout(Section):
     @property
     def steps(self) -> range:
         return range(self.first_step, STEPS)
+
+
+class Plan(Section):
+    """What the workers of a gate are to do."""
+
+    model: ModelConfig
+    train: TrainConfig
+    parallel: ParallelConfig
+    layouts: list[Layout]
+    sabotage: Path | None = None  # a Python file to run first, with which the gate's tests plant errors
 
 
 def all_layouts(model: ModelConfig, world_sizes: list[int], quick: bool) -> list[Layout]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from moe_lm.config import BalanceConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, TrainConfig
-from moe_lm.parallel.build import PlacedModel
+
+if TYPE_CHECKING:  # the command that only starts processes does not import what they run
+    from moe_lm.parallel.build import PlacedModel
 
 STEPS = 5
 BATCH = 8  # rows of a global batch, so that 4 ranks have 2 each to accumulate over

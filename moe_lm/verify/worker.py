@@ -15,27 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_lm.config import ModelConfig, ParallelConfig, Section, TrainConfig
+from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.parallel.build import build_engine, join, place_model, rank_device
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, leave
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
 from moe_lm.verify.documents import DOCUMENTS, Documents
-from moe_lm.verify.layouts import CHANGE, Layout
+from moe_lm.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.verify.scale import PAD, initialise
-
-PLAN = "plan.json"
-
-
-class Plan(Section):
-    """What the workers of a gate are to do."""
-
-    model: ModelConfig
-    train: TrainConfig
-    parallel: ParallelConfig
-    layouts: list[Layout]
-    sabotage: Path | None = None  # a Python file to run first, with which the gate's tests plant errors
 
 
 def main(folder: Path) -> None:
