@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -66,7 +67,7 @@ Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the s
 def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
-    arguments = [item for item in sys.argv[1:] if item != "--debug"]
+    arguments = _without_local_rank([item for item in sys.argv[1:] if item != "--debug"])
     try:
         typer.main.get_command(app)(arguments, prog_name="moe-lm")
     except SystemExit as stop:
@@ -75,17 +76,33 @@ def main() -> None:
         _flush_quietly()
         raise
     except MoeLmError as error:
-        _stop(f"error: {error}", error.exit_code, debug)
+        _stop(f"error: {error}", error.exit_code, debug, error.common)
     except Exception as error:
         hint = "" if debug else "; run again with --debug for the traceback"
         _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug)
 
 
-def _stop(message: str, code: int, debug: bool) -> None:
+def _stop(message: str, code: int, debug: bool, common: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    if rank == "0":
+        print(message, file=sys.stderr)
+    elif not common:
+        print(f"rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """DeepSpeed's launcher adds `--local_rank=N` to the command line, beside the environment variable."""
+    kept, rest = [], iter(arguments)
+    for item in rest:
+        name, _, value = item.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value or next(rest, "0"))
+        else:
+            kept.append(item)
+    return kept
 
 
 def _flush_quietly() -> None:

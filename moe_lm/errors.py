@@ -2,9 +2,16 @@
 
 
 class MoeLmError(Exception):
-    """Something failed (exit code 1). The message is written for the user and is complete."""
+    """Something failed (exit code 1). The message is written for the user and is complete.
+
+    Of an error that is `common` to all ranks of a run, rank 0 alone speaks.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, common: bool = False) -> None:
+        super().__init__(message)
+        self.common = common
 
 
 class UsageError(MoeLmError, ValueError):

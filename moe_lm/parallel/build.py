@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,7 +16,7 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.logical import divided_experts, is_expert
-from moe_lm.parallel.topology import Topology, current_topology
+from moe_lm.parallel.topology import Topology, current_topology, join
 
 
 @dataclass(frozen=True)
@@ -91,15 +88,3 @@ def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
         device = torch.device("cuda", topology.local_rank)
         torch.cuda.set_device(device)
     return device
-
-
-def join(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
-    """Meet the other ranks, unless that is done. A single process gets a group of its own, which DeepSpeed wants."""
-    if dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout)

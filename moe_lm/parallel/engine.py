@@ -56,10 +56,12 @@ class Engine(ABC):
     model: LanguageModel
     loss: TrainingLoss
     config: TrainConfig
+    on_progress: Callable[[], None] = staticmethod(lambda: None)  # called at every step and evaluation batch
     on_gradients: Callable[[], None] | None = None  # called after the last backward pass, before clipping
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of global step `step` (counted from 0)."""
+        self.on_progress()
         micro_batches = [self._place(batch) for batch in micro_batches]
         counts = self._step_counts(micro_batches)
         self.loss.train()
@@ -94,6 +96,7 @@ class Engine(ABC):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Negative log-likelihood in nats and number of targets of all batches, shared out over the ranks."""
+        self.on_progress()
         self.loss.eval()
         nll, targets = 0.0, 0
         for start in range(0, len(batches), self.topology.world_size):
@@ -169,7 +172,8 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
     if train.global_batch_size % topology.world_size:
         raise UsageError(
             f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.world_size} "
-            "processes of this run; choose a multiple"
+            "processes of this run; choose a multiple",
+            common=True,
         )
 
 

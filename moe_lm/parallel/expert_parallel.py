@@ -28,7 +28,8 @@ def check_groups(size: int, topology: Topology) -> None:
     if topology.world_size % size:
         raise UsageError(
             f"parallel.expert_parallel_size={size} does not divide the {topology.world_size} processes of this run; "
-            "choose a divisor, or start a multiple"
+            "choose a divisor, or start a multiple",
+            common=True,
         )
 
 

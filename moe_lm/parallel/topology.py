@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moe_lm.errors import MoeLmError, UsageError
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,56 @@ class Topology:
 
 
 def current_topology() -> Topology:
-    """The topology that the launcher put into the environment; a single process without one."""
+    """The topology that the launcher put into the environment; a single process without one.
+
+    Raises UsageError when a part of it is missing.
+    """
+    _name_slurm_ranks()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE={world_size}, but {' and '.join(missing)} is not in the environment; start with a launcher "
+            "(launch/), or take WORLD_SIZE away"
+        )
     return Topology(
         rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        world_size=world_size,
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
     )
+
+
+def _name_slurm_ranks() -> None:
+    """Under `srun`, which names its tasks otherwise, fill what torch, Accelerate and DeepSpeed look for."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        return
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for name, theirs in names.items():
+        os.environ.setdefault(name, os.environ[theirs])
+
+
+def join(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
+    """Meet the other ranks, unless that is done. A single process gets a group of its own, which DeepSpeed wants.
+
+    Raises MoeLmError when they are not all there in time.
+    """
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if topology.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    try:
+        dist.init_process_group(backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's DistError among them
+        reason = str(error).strip().splitlines()[0]
+        raise MoeLmError(
+            f"could not meet the other ranks at {address}:{port} within {timeout_seconds:g} s ({reason}); check that "
+            f"all {topology.world_size} were started, MASTER_ADDR and MASTER_PORT name the host of rank 0, and no "
+            "firewall is between them"
+        ) from error
 
 
 def leave() -> None:
@@ -70,4 +117,6 @@ def on_rank_0(action: Callable[[], object], expected: tuple[type[Exception], ...
         dist.broadcast_object_list(box)
         error = box[0]
     if error is not None:
+        if isinstance(error, MoeLmError):
+            error.common = True
         raise error

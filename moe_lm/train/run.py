@@ -15,14 +15,15 @@ from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.count import flops_per_token
-from moe_lm.parallel.build import PlacedModel, build_engine, place_model
+from moe_lm.parallel.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import current_topology, join
+from moe_lm.parallel.watch import Watchdog, agree, losses_are_said
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
-from moe_lm.train.run_folder import RunFolder, compare_config
+from moe_lm.train.run_folder import RunFolder, compare_config, flat_settings
 
 # Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
 # goes on.
@@ -52,8 +53,13 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
     Raises UsageError when the run folder was made with another config or tokenizer, MoeLmError when another process
     trains in it.
     """
-    config, is_main = recipe.config, current_topology().is_main
+    config, topology = recipe.config, current_topology()
+    is_main = topology.is_main
     folder = RunFolder(config.run_dir)
+    if topology.world_size > 1:
+        join(topology, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
+    settings = dict(flat_settings(config.model_dump(mode="json")))
+    agree(topology, settings | {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint})
     with folder if is_main else nullcontext():
         check_unchanged(recipe, folder.checkpoints)
         if is_main:
@@ -62,11 +68,18 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         placed = place_model(recipe.model, config.parallel)
         fill(placed, recipe)
         engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id)
+        watchdog = Watchdog(config.parallel.timeout_seconds)
+        if topology.world_size > 1:
+            engine.on_progress = watchdog.feed
         try:
-            result = train_with(engine, recipe, folder)
-        except MoeLmError:  # the other ranks raise it too
-            engine.close()
+            with losses_are_said(topology):
+                result = train_with(engine, recipe, folder)
+        except MoeLmError as error:
+            if error.common or topology.world_size == 1:  # a rank that is alone with its error cannot wait for others
+                engine.close()
             raise
+        finally:
+            watchdog.stop()
         engine.close()
         return result
 

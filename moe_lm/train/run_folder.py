@@ -69,7 +69,7 @@ class RunFolder:
 
 def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line `section.key: old -> new` for every setting that differs, in the order of the new config."""
-    before, after = dict(_settings(old)), dict(_settings(new))
+    before, after = dict(flat_settings(old)), dict(flat_settings(new))
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
@@ -78,10 +78,10 @@ def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
+            yield from flat_settings(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -1,0 +1,100 @@
+"""How ranks meet, agree, and what becomes of them when one is lost (FAULTS rows 15 and 16)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Start = Callable[..., subprocess.Popen[str]]
+SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=4")
+
+
+@pytest.fixture
+def two_ranks(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> list[subprocess.Popen[str]]:
+    """Two ranks of a run without end, in training."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
+    arguments = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SETTINGS)
+    ranks = [start_moe_lm(*arguments, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in range(2)]
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "run").glob("checkpoints/step-*/COMPLETE")):
+        assert time.monotonic() < deadline
+        assert ranks[0].poll() is None
+        time.sleep(0.2)
+    return ranks
+
+
+def test_the_others_stop_when_a_rank_is_killed(two_ranks: list[subprocess.Popen[str]]) -> None:
+    two_ranks[1].kill()
+    _, err = two_ranks[0].communicate(timeout=30)
+    assert two_ranks[0].returncode != 0
+    assert "lost the connection to another rank" in err
+    assert "run the same command again" in err
+    assert "Traceback" not in err
+
+
+def test_a_rank_that_hangs_is_not_waited_for(two_ranks: list[subprocess.Popen[str]]) -> None:
+    os.kill(two_ranks[1].pid, signal.SIGSTOP)
+    try:
+        _, err = two_ranks[0].communicate(timeout=40)
+    finally:
+        os.kill(two_ranks[1].pid, signal.SIGCONT)
+    assert two_ranks[0].returncode != 0
+    assert "lost the connection to another rank" in err or "Timeout (0:00:08)!" in err
+
+
+def test_ranks_with_other_settings_are_refused(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, free_port: int
+) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port, "WORLD_SIZE": 2}
+    ranks = [
+        start_moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *extra, RANK=rank, LOCAL_RANK=rank, **meeting)
+        for rank, extra in enumerate(((), ("train.optimizer.lr=0.5",)))
+    ]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "rank 1 on" in errors[0]
+    assert "has train.optimizer.lr=0.5, rank 0 on" in errors[0]
+    assert errors[1] == ""
+
+
+def test_a_rank_that_does_not_reach_the_others_says_where(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, free_port: int
+) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port, "WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}
+    settings = (f"run_dir={tmp_path}", "parallel.timeout_seconds=3")
+    rank = start_moe_lm("pretrain", tiny_pretrain, *settings, **meeting)
+    _, err = rank.communicate(timeout=60)
+    assert rank.returncode == 1
+    assert f"could not meet the other ranks at 127.0.0.1:{free_port} within 3 s" in err
+    assert "Traceback" not in err
+
+
+def test_half_an_environment_is_refused(tiny_pretrain: Path, start_moe_lm: Start) -> None:
+    rank = start_moe_lm("pretrain", tiny_pretrain, WORLD_SIZE=4)
+    _, err = rank.communicate(timeout=60)
+    assert rank.returncode == 2
+    assert "WORLD_SIZE=4, but RANK and MASTER_ADDR and MASTER_PORT is not in the environment" in err
+
+
+@pytest.mark.parametrize("argument", [["--local_rank=0"], ["--local-rank", "0"]])
+def test_what_deepspeeds_launcher_adds_is_tolerated(
+    moe_lm: Callable[..., Any], tiny_pretrain: Path, argument: list[str]
+) -> None:
+    assert moe_lm("pretrain", tiny_pretrain, "--dry-run", *argument).code == 0
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
