@@ -34,14 +34,14 @@ from moe_lm.parallel.build import PlacedModel, build_engine, place_model
 
 HOUSE = Path(__file__).parents[2]
 RANKS = 2
-ROWS, LENGTH = 8, 128  # the global batch
+ROWS, LENGTH = 16, 256  # the global batch
 STEPS_A_TURN = 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
