@@ -96,6 +96,15 @@ def assert_no_orphan(run_dir: Path) -> None:
     wait_until(lambda: not left(), "the last process to end, but there are", left)
 
 
+def assert_goes_on(cluster: Cluster, job: str, run_dir: Path, undisturbed: list[float]) -> None:
+    """From its checkpoint to the end, with the losses of the run that nothing disturbed."""
+    wait_for(cluster, job, "COMPLETED", run_dir)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "going on after step" in Path(f"{run_dir}.out").read_text()
+    assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
+    assert_no_orphan(run_dir)
+
+
 def test_a_job_of_two_nodes_trains_as_one_process_does(
     cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
 ) -> None:
@@ -106,6 +115,20 @@ def test_a_job_of_two_nodes_trains_as_one_process_does(
     assert cluster.job(job)["Restarts"] == "0"
     assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
     assert_no_orphan(run_dir)
+
+
+def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
+) -> None:
+    """To its tasks, as ahead of the time limit: only the script can requeue it then."""
+    run_dir = tmp_path / "run"
+    job = submit(cluster, tiny_pretrain, run_dir)
+    wait_for_checkpoint(run_dir)
+    cluster.run("scancel", "--signal=TERM", job)
+    wait_for(cluster, job, "PENDING", run_dir)
+    assert len(losses(run_dir)) < STEPS
+    assert "stopped by a signal; requeued" in Path(f"{run_dir}.out").read_text()
+    assert_goes_on(cluster, job, run_dir, undisturbed)
 
 
 def test_a_preempted_job_saves_is_requeued_and_goes_on(
@@ -119,13 +142,8 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(
     other = cluster.run("sbatch", "--parsable", *wanted)
     wait_for(cluster, other, "COMPLETED", run_dir)
     assert len(losses(run_dir)) < STEPS
-    wait_for(cluster, job, "COMPLETED", run_dir)
-    assert cluster.job(job)["Restarts"] == "1"
-    output = Path(f"{run_dir}.out").read_text()
-    assert "stopped by a signal; requeued" in output
-    assert "going on after step" in output
-    assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
-    assert_no_orphan(run_dir)
+    assert "stopped after step" in Path(f"{run_dir}.out").read_text()
+    assert_goes_on(cluster, job, run_dir, undisturbed)
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> None:
@@ -152,8 +170,4 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
     assert_no_orphan(run_dir)
     assert len(losses(run_dir)) < STEPS
     cluster.start_node(lost)
-    wait_for(cluster, job, "COMPLETED", run_dir)
-    assert cluster.job(job)["Restarts"] == "1"
-    assert "going on after step" in Path(f"{run_dir}.out").read_text()
-    assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
-    assert_no_orphan(run_dir)
+    assert_goes_on(cluster, job, run_dir, undisturbed)
