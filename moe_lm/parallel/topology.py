@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,7 +38,12 @@ def current_topology() -> Topology:
 
     Raises UsageError when a part of it is missing.
     """
-    _name_slurm_ranks()
+    _name_ranks()
+    if "WORLD_SIZE" not in os.environ and os.environ.get("RANK", "0") != "0":
+        raise UsageError(
+            f"RANK={os.environ['RANK']}, but WORLD_SIZE is not in the environment; start with a launcher (launch/), or "
+            "take RANK away"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size > 1 and missing:
@@ -52,13 +58,27 @@ def current_topology() -> Topology:
     )
 
 
-def _name_slurm_ranks() -> None:
-    """Under `srun`, which names its tasks otherwise, fill what torch, Accelerate and DeepSpeed look for."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+def _name_ranks() -> None:
+    """Under `srun` or `mpirun`, which name ranks otherwise, fill what torch, Accelerate and DeepSpeed look for."""
+    environment = os.environ
+    if "RANK" in environment:
         return
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        # Rank 0 is on the first node; SLURM_LAUNCH_NODE_IPADDR may be a login node, where only `srun` runs.
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", ""))
+        if first:
+            environment.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 10000))
+    elif int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        names = {
+            name: f"OMPI_COMM_WORLD_{name.removeprefix('WORLD_')}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+    else:
+        return
     for name, theirs in names.items():
-        os.environ.setdefault(name, os.environ[theirs])
+        if theirs in environment:
+            environment.setdefault(name, environment[theirs])
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float) -> None:

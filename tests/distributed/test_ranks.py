@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from moe_lm.errors import UsageError
+from moe_lm.parallel.topology import Topology, current_topology
+
 Start = Callable[..., subprocess.Popen[str]]
 SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=4")
 
@@ -84,6 +87,30 @@ def test_half_an_environment_is_refused(tiny_pretrain: Path, start_moe_lm: Start
     _, err = rank.communicate(timeout=60)
     assert rank.returncode == 2
     assert "WORLD_SIZE=4, but RANK and MASTER_ADDR and MASTER_PORT is not in the environment" in err
+
+
+SLURM = {"STEP_ID": "0", "PROCID": "3", "NTASKS": "4", "LOCALID": "1", "JOB_ID": "71234", "STEP_NODELIST": "n[07-08]"}
+OPEN_MPI = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {f"SLURM_{name}": value for name, value in SLURM.items()},
+        {f"OMPI_COMM_WORLD_{name}": value for name, value in OPEN_MPI.items()}
+        | {"MASTER_ADDR": "n07", "MASTER_PORT": "21234"},
+    ],
+)
+def test_ranks_of_srun_and_mpirun(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(variables))
+    assert current_topology() == Topology(rank=3, world_size=4, local_rank=1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n07", "21234")
+
+
+def test_a_rank_without_a_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"RANK": "2"})
+    with pytest.raises(UsageError, match="RANK=2, but WORLD_SIZE is not in the environment"):
+        current_topology()
 
 
 @pytest.mark.parametrize("argument", [["--local_rank=0"], ["--local-rank", "0"]])
