@@ -23,6 +23,7 @@ from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
+from moe_lm.train.rank_log import rank_log
 from moe_lm.train.run_folder import RunFolder, compare_config, flat_settings
 
 # Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
@@ -60,7 +61,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         join(topology, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
     settings = dict(flat_settings(config.model_dump(mode="json")))
     agree(topology, settings | {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint})
-    with folder if is_main else nullcontext():
+    with folder if is_main else nullcontext(), rank_log(topology, Path(config.run_dir)):
         check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)

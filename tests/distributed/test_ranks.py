@@ -36,13 +36,17 @@ def two_ranks(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> list[
     return ranks
 
 
-def test_the_others_stop_when_a_rank_is_killed(two_ranks: list[subprocess.Popen[str]]) -> None:
+def test_the_others_stop_when_a_rank_is_killed(two_ranks: list[subprocess.Popen[str]], tmp_path: Path) -> None:
     two_ranks[1].kill()
     _, err = two_ranks[0].communicate(timeout=30)
     assert two_ranks[0].returncode != 0
     assert "lost the connection to another rank" in err
     assert "run the same command again" in err
     assert "Traceback" not in err
+    log, other = ((tmp_path / "run" / "logs" / f"rank-0000{rank}.log").read_text(encoding="utf-8") for rank in (0, 1))
+    assert f"process {two_ranks[0].pid}" in log
+    assert "Traceback" in log
+    assert f"process {two_ranks[1].pid}" in other
 
 
 def test_a_rank_that_hangs_is_not_waited_for(two_ranks: list[subprocess.Popen[str]]) -> None:
