@@ -6,8 +6,7 @@
     manifest.json   size and sha256 of every file above
     COMPLETE        the manifest's sha256, written last
 
-`torch.distributed.checkpoint` writes the tensors: plain ones in one process, DTensors over any number of ranks,
-so that a checkpoint loads into any layout. Its safetensors storage is the one without a pickled `.metadata`.
+Every rank writes, hashes and verifies a share of the files. A checkpoint loads into any layout (checkpoint_tensors.py).
 """
 
 from __future__ import annotations
@@ -17,26 +16,25 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.parallel.topology import on_rank_0
+from moe_lm.parallel.together import Ranks
+from moe_lm.train import checkpoint_tensors
+from moe_lm.train.checkpoint_tensors import reason
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
-MAX_FILE_BYTES = 1 << 30  # a file is serialised in memory before it is written
+ALL_THERE_ARE = Ranks()
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step.
 STEP_NAME = re.compile(r"step-(\d{8,})(\.replaced|(?:\.replaced)?\.tmp)?")
 
@@ -48,7 +46,13 @@ class Entry(TypedDict):
     sha256: str
 
 
-def save(checkpoints: Path, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
+def save(
+    checkpoints: Path,
+    step: int,
+    state: Mapping[str, Tensor],
+    files: Mapping[str, str | Path],
+    ranks: Ranks = ALL_THERE_ARE,
+) -> Path:
     """Write `checkpoints/step-<step>` with the tensors of `state` and return it; every rank calls this.
 
     `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy.
@@ -58,40 +62,38 @@ def save(checkpoints: Path, step: int, state: Mapping[str, Tensor], files: Mappi
     folder = checkpoints / f"step-{step:08d}"
     unfinished = folder.with_name(f"{folder.name}.tmp")
     try:
-        on_rank_0(lambda: _make_empty(unfinished), (OSError,))
+        ranks.first(lambda: _make_empty(unfinished), (OSError,))
         for part, tensors in _parts(state).items():
-            writer = HuggingFaceStorageWriter(
-                str(unfinished / part), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
-            )
-            with _single_process_is_fine():
-                dcp.save(_storable(tensors), storage_writer=writer)
-        on_rank_0(lambda: _finish(unfinished, folder, files), (OSError,))
+            checkpoint_tensors.write(unfinished / part, tensors, ranks)
+        manifests = ranks.each(lambda: _settle(unfinished, files, ranks.rank), (OSError,))
+        entries = {name: entry for manifest in manifests for name, entry in manifest.items()}
+        ranks.first(lambda: _finish(unfinished, folder, entries), (OSError,))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise MoeLmError(
-            f"cannot write the checkpoint {folder}: {_reason(error)}; make room or mend the folder, the older "
+            f"cannot write the checkpoint {folder}: {reason(error)}; make room or mend the folder, the older "
             "checkpoints are as they were"
         ) from error
     return folder
 
 
-def load(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Verify every file of a checkpoint, then fill the tensors of `state` in place, converted to their dtype.
+def load(folder: Path, state: Mapping[str, Tensor], ranks: Ranks = ALL_THERE_ARE) -> None:
+    """Verify every file of a checkpoint, then fill the tensors of `state` in place; every rank calls this.
 
-    Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as it was written
-    or the tensor that is missing or has another shape; no tensor has been touched then.
+    They keep their dtype and layout. Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file
+    that is not as it was written or the tensor that is missing or has another shape; no tensor has been touched then.
     """
-    on_rank_0(lambda: verify(folder), (MoeLmError,))
-    _fill(folder, state)
+    ranks.each(lambda: verify(folder, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
+    _fill(folder, state, ranks)
 
 
-def load_model_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load_model_weights(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALL_THERE_ARE) -> None:
     """`load` for tensors named `model.*` alone: reads and verifies no optimizer state."""
     others = [name for name in tensors if not name.startswith(MODEL_PREFIX)]
     if others:
         raise MoeLmError(f"{others[0]!r} is not a weight: names of weights in a checkpoint begin with {MODEL_PREFIX!r}")
-    on_rank_0(lambda: verify(folder, MODEL), (MoeLmError,))
-    _fill(folder, tensors)
+    ranks.each(lambda: verify(folder, MODEL, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
+    _fill(folder, tensors, ranks)
 
 
 def read_text(folder: Path, name: str) -> str:
@@ -106,15 +108,16 @@ def verified_path(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def verify(folder: Path, part: str = "") -> list[str]:
+def verify(folder: Path, part: str = "", share: slice = slice(None)) -> list[str]:
     """Read back size and checksum of every file, or of one file or subfolder; returns the names of these files.
 
-    Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the first file that is not as written.
+    `share`: of the files in the manifest's order, those to verify; other ranks verify the rest. Raises UsageError for a
+    checkpoint without COMPLETE, MoeLmError naming the first file that is not as written.
     """
     manifest = _read_manifest(folder)
     names = [name for name in manifest if part in ("", name) or name.startswith(f"{part}/")]
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda name: _verify_file(folder, name, manifest[name]), names))
+        list(pool.map(lambda name: _verify_file(folder, name, manifest[name]), names[share]))
     for tensors in (MODEL, OPTIMIZER):
         if part in ("", tensors):
             present = {f"{tensors}/{path.name}" for path in (folder / tensors).glob("*.safetensors")}
@@ -159,14 +162,32 @@ def clean(checkpoints: Path, keep: int) -> None:
             _delete(folder)
 
 
-def _finish(unfinished: Path, folder: Path, files: Mapping[str, str | Path]) -> None:
-    """Put the files and the manifest beside the tensors, everything onto the disk, and the folder under its name."""
-    for name, content in files.items():
-        _put(unfinished / name, content)
-    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    manifest = json.dumps({name: _entry(unfinished / name) for name in names}, indent=1)
+def _settle(unfinished: Path, files: Mapping[str, str | Path], rank: int) -> dict[str, Entry]:
+    """Bring what this rank wrote onto the disk, rank 0 the files beside the tensors too; returns its entries.
+
+    A file's writer does this: on a network's file system it alone has the file at hand, and something to bring.
+    """
+    paths = [path for part in (MODEL, OPTIMIZER) for path in checkpoint_tensors.written_by(unfinished / part, rank)]
+    if rank == 0:
+        for name, content in files.items():
+            _put(unfinished / name, content)
+            paths += _files_of(unfinished / name)
+    for path in paths:
+        _sync(path)
+    return {path.relative_to(unfinished).as_posix(): _entry(path) for path in paths}
+
+
+def _finish(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Put the manifest beside the files, everything onto the disk, and the folder under its name."""
+    for name in entries:
+        if not (unfinished / name).is_file():
+            raise FileNotFoundError(f"{name} is only on the host that wrote it, run_dir must be on all hosts the same")
+    manifest = json.dumps(dict(sorted(entries.items())), indent=1)
     _put(unfinished / MANIFEST, manifest)
-    _sync_tree(unfinished)
+    _sync(unfinished / MANIFEST)
+    for path in [unfinished, *unfinished.rglob("*")]:
+        if path.is_dir():
+            _sync(path)
     _put(unfinished / COMPLETE, hashlib.sha256(manifest.encode()).hexdigest() + "\n")
     _sync(unfinished / COMPLETE)
     _sync(unfinished)
@@ -180,47 +201,13 @@ def _finish(unfinished: Path, folder: Path, files: Mapping[str, str | Path]) -> 
         _delete(replaced)
 
 
-def _fill(folder: Path, state: Mapping[str, Tensor]) -> None:
+def _fill(folder: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
     parts = _parts(state)
     for part, tensors in parts.items():
-        _check_tensors(folder, part, tensors)
+        others_too = part != MODEL
+        ranks.each(lambda: checkpoint_tensors.check(folder / part, tensors, others_too), (MoeLmError,))  # noqa: B023
     for part, tensors in parts.items():
-        try:
-            with _single_process_is_fine():
-                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder / part)))
-        except CheckpointException as error:
-            raise MoeLmError(f"cannot read {folder / part}: {_reason(error)}") from error
-
-
-def _check_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise MoeLmError unless the headers promise every tensor, whole and in its shape; weights, and no others."""
-    try:
-        headers = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
-        saved = {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
-    except FileNotFoundError:
-        saved = {}
-    except Exception as error:  # whatever a malformed header with a right checksum makes the libraries raise
-        raise MoeLmError(f"cannot read the tensors in {folder / part}: {error}") from error
-    for name, tensor in tensors.items():
-        if name not in saved:
-            raise MoeLmError(
-                f"the checkpoint {folder} has no tensor {name}; the model or optimizer settings differ from those it "
-                "was trained with"
-            )
-        shape = tuple(saved[name].size)
-        if shape != tuple(tensor.shape):
-            raise MoeLmError(
-                f"tensor {name} is {list(shape)} in the checkpoint {folder}, expected {list(tensor.shape)}; the model "
-                "settings differ from those it was trained with"
-            )
-        if sum(chunk.sizes.numel() for chunk in saved[name].chunks) != tensor.numel():
-            raise MoeLmError(f"the checkpoint {folder} holds only a part of tensor {name}")
-    unused = saved.keys() - tensors.keys()
-    if part == MODEL and unused:
-        raise MoeLmError(
-            f"the checkpoint {folder} has the tensor {min(unused)}, which this model lacks; the model settings differ "
-            "from those it was trained with"
-        )
+        checkpoint_tensors.read(folder / part, tensors, ranks)
 
 
 def _read_manifest(folder: Path) -> dict[str, Entry]:
@@ -233,7 +220,7 @@ def _read_manifest(folder: Path) -> dict[str, Entry]:
             raise _corrupt(folder, MANIFEST, f"does not have the sha256 that {COMPLETE} gives")
         manifest: dict[str, Entry] = dict(json.loads(text))
     except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(folder, MANIFEST, _reason(error)) from error
+        raise _corrupt(folder, MANIFEST, reason(error)) from error
     return manifest
 
 
@@ -251,7 +238,7 @@ def _verify_file(folder: Path, name: str, entry: Entry) -> None:
         if _entry(path) != entry:
             raise _corrupt(folder, name, "does not have the sha256 that the manifest gives")
     except (OSError, ValueError, TypeError, KeyError) as error:  # unreadable, or a manifest that no `save` wrote
-        raise _corrupt(folder, name, f"cannot be checked ({_reason(error)})") from error
+        raise _corrupt(folder, name, f"cannot be checked ({reason(error)})") from error
 
 
 def _corrupt(folder: Path, name: str, what: str) -> MoeLmError:
@@ -307,29 +294,6 @@ def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that takes each tensor; a rank's share of a file stays below the limit."""
-    numbers, number, filled = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > MAX_FILE_BYTES:
-            number, filled = number + 1, 0
-        filled += size
-        numbers[name] = number
-    return numbers
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, each in memory of its own: safetensors refuses tied weights, which are two names of one tensor."""
-    storable: dict[str, Tensor] = {}
-    addresses = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storable[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
-        addresses.add(tensor.data_ptr())
-    return storable
-
-
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
@@ -351,10 +315,8 @@ def _entry(path: Path) -> Entry:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+def _files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
 
 
 def _sync(path: Path) -> None:
@@ -364,22 +326,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    """Silence the warning that a checkpoint without a process group is one process's own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _reason(error: BaseException) -> str:
-    """What to tell the user. An interrupt, which DCP wraps like a failure, goes on as one."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-        if not isinstance(error, Exception):
-            raise error
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" ({error.filename})" if error.filename else "")
-    return str(error) or type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.train import checkpoint
+from moe_lm.train import checkpoint, checkpoint_tensors
 
 
 def make_state(seed: int) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def test_the_manifest_gives_the_sha256_of_every_file(newest: Path) -> None:
 
 
 def test_large_states_are_cut_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(checkpoint_tensors, "MAX_FILE_BYTES", 100)
     folder = checkpoint.save(tmp_path, 1, make_state(3), {})
     assert len(list(folder.glob("model/*.safetensors"))) > 1
     loaded = blank(make_state(3))
