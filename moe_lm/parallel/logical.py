@@ -51,6 +51,11 @@ def undivide(tensor: Tensor, expert: bool) -> Tensor:
     return tensor.full_tensor()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The logical tensor, on every rank; all of them must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _dtensor(piece: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: tuple[int, ...]) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

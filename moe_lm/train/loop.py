@@ -131,7 +131,9 @@ def save(parts: Training, result: TrainingResult) -> Path:
     """Write a checkpoint and drop the oldest ones."""
     counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
     files = {**parts.files, "trainer.json": json.dumps(counters)}
+    parts.engine.on_progress()  # writing may take as long as a step may
     folder = checkpoint.save(parts.checkpoints, result.step, parts.engine.state(), files)
+    parts.engine.on_progress()
     if parts.engine.topology.is_main:
         checkpoint.clean(parts.checkpoints, parts.checkpoint.keep)
     return folder

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_lm.config import ParallelConfig, TrainConfig
-from moe_lm.parallel.build import build_engine, join, place_model, rank_device
+from moe_lm.parallel import logical
+from moe_lm.parallel.build import build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
-from moe_lm.parallel.topology import current_topology, leave
+from moe_lm.parallel.topology import current_topology, join, leave
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
 from moe_lm.verify.documents import DOCUMENTS, Documents
@@ -106,10 +106,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the ranks divide, put together on the host."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone().contiguous()
-        for name, tensor in tensors.items()
-    }
+    return {name: logical.whole(tensor).detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

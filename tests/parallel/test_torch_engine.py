@@ -312,6 +312,7 @@ def test_compiled_blocks_change_no_more_than_rounding(ragged: BatchSource) -> No
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"train\.global_batch_size=8 is not divisible by the 3 processes"):
         build_engine()
