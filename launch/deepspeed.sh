@@ -26,6 +26,6 @@ command -v deepspeed >/dev/null || stop "moe-lm is not installed; run: bash laun
 
 # --force_multi: a hostfile with one host means that host, not this one.
 # --no_local_rank: the rank is in the environment.
-exec deepspeed --force_multi --hostfile "$hostfile" \
+exec deepspeed --log_level warning --force_multi --hostfile "$hostfile" \
     --master_addr "${MASTER_ADDR:-}" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank --module moe_lm pretrain "$@"

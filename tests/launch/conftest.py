@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ mount --bind "$1/ssh" /etc/ssh
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 hostname "$2"
+echo "$3" >/proc/sys/kernel/ns_last_pid
 ip link set lo up
 exec {shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")} -D -e
 """
@@ -51,22 +53,31 @@ class Host:
         self.name, self.address, self.folder = name, address, folder
         # setpriv: it dies with this process, however that ends
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        # torchrun knows a host by its name and a process id, which must be another after it was lost
+        first_pid = random.SystemRandom().randint(300, 20000)
         with (folder / f"{name}.log").open("a") as log:
-            self.machine = subprocess.Popen([*command, "sh", "-ec", BOOT, "sh", str(folder), name], stderr=log)
+            boot = ["sh", "-ec", BOOT, "sh", str(folder), name, str(first_pid)]
+            self.machine = subprocess.Popen([*command, *boot], stderr=log)
         children = Path(f"/proc/{self.machine.pid}/task/{self.machine.pid}/children")
         wait_until(lambda: children.read_text().split(), f"{name} to start")
         self.init = int(children.read_text())
+        self.enter = ["nsenter", f"--target={self.init}", *NAMESPACES]
         wait_until(lambda: ":0016 " in Path(f"/proc/{self.init}/net/tcp").read_text(), f"the sshd of {name}")
 
-    def command(self, *command: str, **environment: str) -> list[str]:
-        """What runs `command` on this host; as after a login, the environment is but a search path and a home."""
-        variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(self.folder)} | environment
+    def start(self, script: str, *arguments: object, **environment: object) -> subprocess.Popen[str]:
+        """Run a script of this project in the host's folder; as after a login, the environment is nearly empty."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        variables = {"PATH": path, "HOME": self.folder, "PYTHONPATH": ROOT} | environment
         settings = [f"{name}={value}" for name, value in variables.items()]
-        enter = ["nsenter", f"--target={self.init}", *NAMESPACES]
-        return [*enter, "env", "--ignore-environment", f"--chdir={self.folder}", *settings, *command]
+        command = ["env", "--ignore-environment", f"--chdir={self.folder}", *settings, "bash", str(ROOT / script)]
+        return subprocess.Popen(
+            [*self.enter, *command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
-    def run(self, *command: str) -> str:
-        return subprocess.run(self.command(*command), check=True, capture_output=True, text=True).stdout
+    def ip(self, arguments: str, check: bool = True) -> None:
+        subprocess.run(
+            [*self.enter, "ip", *arguments.split()], check=check, stderr=None if check else subprocess.DEVNULL
+        )
 
     def processes(self) -> dict[int, list[str]]:
         """The command lines of all that run here, but sshd, by process id as seen from outside."""
@@ -79,9 +90,9 @@ class Host:
                 continue
         return {pid: line for pid, line in found.items() if line and not line[0].startswith("sshd:")}
 
-    def worker(self) -> int:
-        """The process id of the one rank that trains here."""
-        (pid,) = [pid for pid, line in self.processes().items() if line[1:4] == ["-u", "-m", "moe_lm"]]
+    def process(self, part: str) -> int:
+        """The id of the one process whose command line holds `part`."""
+        (pid,) = [pid for pid, line in self.processes().items() if part in " ".join(line)]
         return pid
 
     def lose(self) -> None:
@@ -116,19 +127,21 @@ class TwoHosts:
                 self.hosts[name] = Host(name, address, self.folder)
         a, b = self.hosts.values()
         for host in (a, b):  # an end whose other end was lost goes by itself, but in its own time
-            subprocess.run(host.command("ip", "link", "delete", INTERFACE), stderr=subprocess.DEVNULL)
+            host.ip(f"link delete {INTERFACE}", check=False)
         cable = f"{INTERFACE} netns {a.init} type veth peer name {INTERFACE} netns {b.init}"
         subprocess.run(["ip", "link", "add", *cable.split()], check=True)
         for host in (a, b):
-            host.run("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
-            host.run("ip", "link", "set", INTERFACE, "up")
+            host.ip(f"address add {host.address}/24 dev {INTERFACE}")
+            host.ip(f"link set {INTERFACE} up")
 
-    def left_over(self) -> dict[str, list[list[str]]]:
-        """The command lines that still run, by host."""
-        found = {
-            host.name: list(host.processes().values()) for host in self.hosts.values() if host.machine.poll() is None
-        }
-        return {name: lines for name, lines in found.items() if lines}
+    def wait_until_idle(self) -> None:
+        """Fails when a process goes on although what started it has ended."""
+        running = [host for host in self.hosts.values() if host.machine.poll() is None]
+        wait_until(
+            lambda: not any(host.processes() for host in running),
+            "the last process to end, but there are",
+            lambda: {host.name: host.processes() for host in running},
+        )
 
     def stop(self) -> None:
         for host in self.hosts.values():
@@ -158,11 +171,6 @@ def two_hosts(tmp_path: Path) -> Iterator[TwoHosts]:
     try:
         hosts.start()
         yield hosts
-        wait_until(lambda: not hosts.left_over(), "the last process to end, but there are", hosts.left_over)
+        hosts.wait_until_idle()
     finally:
         hosts.stop()
-
-
-@pytest.fixture(name="wait_until")
-def wait_until_fixture() -> Callable[..., None]:
-    return wait_until

@@ -1,0 +1,126 @@
+"""The launchers over two hosts: they train as one process does, report what died, and go on from the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.launch.conftest import Host, TwoHosts
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120  # enough that the slowest way of stopping comes before the end
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=10", "train.eval_every=0")
+# What a person sets where hosts have several networks.
+NETWORK = {"GLOO_SOCKET_IFNAME": "fabric0", "OMP_NUM_THREADS": "1"}
+RANK = "python -u -m moe_lm pretrain"
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbs."""
+    run_dir = tmp_path_factory.mktemp("one")
+    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    """By step; each step is logged once, also when it was trained again."""
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    return max((int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*[0-9]")), default=0)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until there is one of `step` or a later one."""
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(run_dir) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def test_deepspeed_trains_over_two_hosts_stops_when_told_and_goes_on_after_a_death(
+    two_hosts: TwoHosts, tiny_pretrain: Path, tmp_path: Path, one_process: Path
+) -> None:
+    """Experts are spread over the hosts. SIGTERM to the launcher ends the first start, SIGKILL to a rank the second."""
+    run_dir = tmp_path / "run"
+    node_a, node_b = two_hosts.hosts.values()
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={NETWORK[name]}\n" for name in NETWORK), encoding="utf-8")
+    layout = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2")
+    command = ("launch/deepspeed.sh", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS, *layout)
+
+    def start() -> subprocess.Popen[str]:
+        return node_a.start(*command, HOSTFILE=tmp_path / "hostfile")
+
+    launcher = start()
+    wait_for_checkpoint(launcher, run_dir, 10)
+    os.kill(node_a.process("bin/deepspeed --log_level"), signal.SIGTERM)
+    code, output = finish(launcher)
+    assert code != 0, output
+    two_hosts.wait_until_idle()
+    assert 10 < len(losses(run_dir)) == newest_checkpoint(run_dir) < STEPS
+
+    launcher = start()
+    wait_for_checkpoint(launcher, run_dir, newest_checkpoint(run_dir) + 1)
+    os.kill(node_b.process(RANK), signal.SIGKILL)
+    code, output = finish(launcher)
+    assert code == 256 - signal.SIGKILL  # as the launcher of node-b told pdsh
+    assert "exits with return code = -9" in output
+    two_hosts.wait_until_idle()
+    assert len(losses(run_dir)) < STEPS
+
+    code, output = finish(start())
+    assert code == 0, output
+    assert "going on after step" in output
+    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+
+
+def test_torchrun_starts_all_again_after_a_death_and_when_a_lost_host_is_back(
+    two_hosts: TwoHosts, tiny_pretrain: Path, tmp_path: Path, one_process: Path
+) -> None:
+    """The same line on both hosts, and again on one of them after it went down."""
+    run_dir = tmp_path / "run"
+
+    def start(host: Host) -> subprocess.Popen[str]:
+        environment = {"MASTER_ADDR": "node-a", "NNODES": 2, "NPROC": 1} | NETWORK
+        return host.start("launch/torchrun.sh", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS, **environment)
+
+    node_a, node_b = two_hosts.hosts.values()
+    agent_a, agent_b = start(node_a), start(node_b)
+    wait_for_checkpoint(agent_a, run_dir, 10)
+    os.kill(node_b.process(RANK), signal.SIGKILL)
+    wait_for_checkpoint(agent_a, run_dir, newest_checkpoint(run_dir) + 11)
+    node_b.lose()
+    code, output = finish(agent_b)
+    assert code == -signal.SIGKILL
+    assert "(exitcode: -9)" in output
+    assert len(losses(run_dir)) < STEPS
+
+    two_hosts.start()
+    code, output = finish(start(two_hosts.hosts["node-b"]))
+    assert code == 0, output
+    code, output = finish(agent_a)
+    assert code == 0, output
+    assert output.count("going on after step") == 2
+    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
