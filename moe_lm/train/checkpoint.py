@@ -132,6 +132,22 @@ def latest(checkpoints: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
+def latest_of_all(checkpoints: Path, ranks: Ranks = ALL_THERE_ARE) -> Path | None:
+    """`latest` as rank 0 sees it, for every rank; raises MoeLmError when another does not see it too."""
+
+    def seen() -> None:
+        if name is not None and not (checkpoints / name / COMPLETE).is_file():
+            raise MoeLmError(
+                f"rank {ranks.rank} does not see the checkpoint {checkpoints / name} that rank 0 goes on from; set "
+                "run_dir to a folder that all hosts share"
+            )
+
+    newest = latest(checkpoints)
+    name = ranks.first(lambda: newest and newest.name, ())
+    ranks.each(seen, (MoeLmError,))
+    return None if name is None else checkpoints / name
+
+
 def resolve(path: Path) -> Path:
     """The complete checkpoint that a user means by a run folder or by a checkpoint in it, or UsageError."""
     if not path.is_dir():

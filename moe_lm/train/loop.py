@@ -18,10 +18,10 @@ from pathlib import Path
 
 from moe_lm.config import CheckpointConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.errors import MoeLmError
 from moe_lm.parallel.engine import Engine, StepResult
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import checkpoint
+from moe_lm.train.checkpoint_saver import Saver
 from moe_lm.train.metrics import (
     MetricsLog,
     load_statistics,
@@ -68,7 +68,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
     """
     config, engine = parts.config, parts.engine
     result = TrainingResult(step=start_step)
-    with stop_signals() as signalled:
+    with stop_signals() as signalled, Saver(parts.checkpoints, parts.checkpoint) as saver:
         if parts.evaluate_first and parts.validation and start_step == 0:
             before = evaluate(parts, signalled)
             if before is None:
@@ -94,9 +94,12 @@ def train(parts: Training, start_step: int) -> TrainingResult:
                     record["val_loss"] = result.validation_loss
             parts.log.step(record)
             if not last and not result.stopped and is_due(result.step, parts.checkpoint.every):
-                save_if_possible(parts, result)
+                saver.start(result.step, engine.state(), checkpoint_files(parts, result))
+            tell_of_saves(parts, saver, result)
         if result.stopped or result.step > start_step:
-            result.checkpoint = save(parts, result)
+            saver.wait()
+            tell_of_saves(parts, saver, result)
+            result.checkpoint = saver.save(result.step, engine.state(), checkpoint_files(parts, result))
     if result.stopped:
         parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
@@ -127,29 +130,24 @@ def evaluate(parts: Training, signalled: Sequence[int]) -> float | None:
     return nll / max(1, targets)
 
 
-def save(parts: Training, result: TrainingResult) -> Path:
-    """Write a checkpoint and drop the oldest ones."""
+def checkpoint_files(parts: Training, result: TrainingResult) -> dict[str, str | Path]:
+    """What is kept beside the tensors."""
     counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
-    files = {**parts.files, "trainer.json": json.dumps(counters)}
-    parts.engine.on_progress()  # writing may take as long as a step may
-    folder = checkpoint.save(parts.checkpoints, result.step, parts.engine.state(), files)
-    parts.engine.on_progress()
-    if parts.engine.topology.is_main:
-        checkpoint.clean(parts.checkpoints, parts.checkpoint.keep)
-    return folder
+    return {**parts.files, "trainer.json": json.dumps(counters)}
 
 
-def save_if_possible(parts: Training, result: TrainingResult) -> None:
-    """A full disk must not end a run that still has steps to do; the checkpoints before stay."""
-    try:
-        result.checkpoint = save(parts, result)
-    except MoeLmError as error:
-        parts.log.message(f"warning: no checkpoint at step {result.step}: {error}; training goes on")
+def tell_of_saves(parts: Training, saver: Saver, result: TrainingResult) -> None:
+    """Note the checkpoints that are there. A full disk must not end a run that still has steps to do."""
+    for saved in saver.outcomes():
+        if saved.error is None:
+            result.checkpoint = saved.folder
+        else:
+            parts.log.message(f"warning: no checkpoint at step {saved.step}: {saved.error}; training goes on")
 
 
 def resume(engine: Engine, checkpoints: Path) -> int:
     """Load the newest complete checkpoint into the engine and return its step; 0 when there is none."""
-    folder = checkpoint.latest(checkpoints)
+    folder = checkpoint.latest_of_all(checkpoints)
     if folder is None:
         return 0
     state = engine.state()
