@@ -98,7 +98,7 @@ def test_a_run_moves_through_layouts_and_engines(
     assert done.out == moe_lm("sample", one_process, "--prompt", "x", "--max-new-tokens", 5, "--greedy").out
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_same_layout_goes_on_to_the_bit(
     tiny_pretrain: Path, tmp_path: Path, run_ranks: RunRanks, zero_stage: int
 ) -> None:
