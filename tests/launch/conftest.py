@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,6 @@ mount --bind "$1/ssh" /etc/ssh
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 hostname "$2"
-echo "$3" >/proc/sys/kernel/ns_last_pid
 ip link set lo up
 exec {shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")} -D -e
 """
@@ -53,11 +51,8 @@ class Host:
         self.name, self.address, self.folder = name, address, folder
         # setpriv: it dies with this process, however that ends
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-        # torchrun knows a host by its name and a process id, which must be another after it was lost
-        first_pid = random.SystemRandom().randint(300, 20000)
         with (folder / f"{name}.log").open("a") as log:
-            boot = ["sh", "-ec", BOOT, "sh", str(folder), name, str(first_pid)]
-            self.machine = subprocess.Popen([*command, *boot], stderr=log)
+            self.machine = subprocess.Popen([*command, "sh", "-ec", BOOT, "sh", str(folder), name], stderr=log)
         children = Path(f"/proc/{self.machine.pid}/task/{self.machine.pid}/children")
         wait_until(lambda: children.read_text().split(), f"{name} to start")
         self.init = int(children.read_text())
