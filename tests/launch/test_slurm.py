@@ -117,6 +117,7 @@ def test_a_job_of_two_nodes_trains_as_one_process_does(
     assert_no_orphan(run_dir)
 
 
+@pytest.mark.slow
 def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on(
     cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on(
     assert_goes_on(cluster, job, run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_is_requeued_and_goes_on(
     cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
 ) -> None:
@@ -145,6 +147,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(
     assert_goes_on(cluster, job, run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, tiny_pretrain, run_dir)
@@ -156,6 +159,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Pat
     assert len(losses(run_dir)) < STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["n1", "n2"])
 def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
     cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float], lost: str
