@@ -15,7 +15,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "s
 NODES = ("n1", "n2")
 SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
 # Short intervals, since a test waits for them. A node that does not answer for SlurmdTimeout is lost; ReturnToService
-# takes it back when it is there again.
+# takes it back when it is there again. A requeued job is held back for as long as credentials live, else two minutes.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -41,6 +41,7 @@ MessageTimeout=5
 SlurmdTimeout=6
 KillWait=20
 CompleteWait=0
+FirstJobId={first_job}
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
@@ -63,9 +64,13 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.chmod(0o755)  # or munged refuses its socket
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH_PATH}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        config = CONFIG.format(host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports())
+        ports = free_ports()
+        # a job's number gives its MASTER_PORT, which another test of this kind on this machine shall not have
+        host, first_job = socket.gethostname().split(".")[0], secrets.randbelow(9000)
+        config = CONFIG.format(host=host, folder=folder, ports=ports, first_job=first_job + 1)
         (folder / "slurm.conf").write_text(config, encoding="utf-8")
         key = folder / "munge.key"
         key.touch(mode=0o600)
@@ -77,10 +82,14 @@ class Cluster:
         self._start("munged", "munged", "--foreground", *paths, f"--log-file={self.folder / 'munged.log'}")
         wait_until((self.folder / "munge.socket").exists, "munged")
         self._start("slurmctld", "slurmctld", "-D", "-c")
+        self.mend()
+
+    def mend(self) -> None:
+        """Start the nodes that are not there, and wait until jobs can run on all of them."""
         for name in NODES:
-            self.start_node(name)
-        for name in NODES:
-            wait_until(lambda name=name: self.node(name)["State"] == "IDLE", f"the node {name}", self.log)
+            if name not in self.daemons or self.daemons[name].poll() is not None:
+                self.start_node(name)
+        wait_until(lambda: all(self.node(name)["State"] == "IDLE" for name in NODES), "the nodes", self.log)
 
     def start_node(self, name: str) -> None:
         """A node's processes have ids of their own: when the first one ends, the kernel ends all others."""
@@ -91,6 +100,29 @@ class Cluster:
         """Everything on it ends at once, as when the power goes."""
         self.daemons[name].kill()
         self.daemons[name].wait()
+
+    def processes(self, name: str) -> dict[int, list[str]]:
+        """The command lines of what jobs run on a node, by process id as seen from outside."""
+        unshare = self.daemons[name].pid
+        children = Path(f"/proc/{unshare}/task/{unshare}/children")
+        if not children.exists() or not (init := children.read_text().strip()):
+            return {}
+        here, found = os.readlink(f"/proc/{init}/ns/pid"), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(folder / "ns" / "pid") == here and folder.name != init:
+                    found[int(folder.name)] = (folder / "cmdline").read_text().split("\0")[:-1]
+            except OSError:  # it has ended
+                continue
+        return {pid: line for pid, line in found.items() if line and line[0] != "slurmd"}
+
+    def task(self, name: str) -> int:
+        """The process id of the one task that trains on a node."""
+        (pid,) = [pid for pid, line in self.processes(name).items() if "pretrain" in line]
+        return pid
+
+    def left_over(self) -> list[list[str]]:
+        return [line for name in NODES for line in self.processes(name).values()]
 
     def stop(self) -> None:
         for daemon in reversed(self.daemons.values()):

@@ -1,10 +1,11 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes: a job, a preemption that saves and requeues, a node lost."""
+"""launch/slurm.sbatch on a Slurm of two nodes: whatever ends a run early, the job goes on from its checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,163 +15,172 @@ from typing import Any
 
 import pytest
 
-from tests.launch.slurm_cluster import Cluster, free_ports, missing, wait_until
+from .slurm_cluster import Cluster, missing, wait_until
 
 ROOT = Path(__file__).parents[2]
-STEPS = 100  # enough that what disturbs the run comes before its end
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=10", "train.eval_every=0")
+STEPS = 80
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=99", "log.every=5")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "RESTART_DELAY": "1",
+}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Skips where it cannot be made."""
+def whole_cluster() -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)  # or munged refuses its socket
-    slurm = Cluster(folder)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path, for munged's socket
+    cluster = Cluster(folder)
     try:
-        slurm.start()
-        yield slurm
+        cluster.start()
+        yield cluster
     finally:
-        slurm.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
+    """Skips where there can be none; fails when a test leaves a process on a node."""
+    whole_cluster.mend()
+    yield whole_cluster
+    left = whole_cluster.left_over
+    wait_until(lambda: not left(), "the last process to end, but there are", left)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process."""
+def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing disturbs."""
     run_dir = tmp_path_factory.mktemp("one")
     command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | ENVIRONMENT)
     return losses(run_dir)
 
 
 def losses(run_dir: Path) -> list[float]:
-    """By step; each step is logged once, also when it was trained again."""
-    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    """By step, from the first to the last that was logged; each step stands there once."""
+    log = run_dir / "metrics.jsonl"
+    if not log.exists():
+        return []
+    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
-def submit(cluster: Cluster, config: Path, run_dir: Path) -> str:
-    """The number of a job of two nodes with one task each."""
-    return cluster.run(
-        *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", f"--output={run_dir}.out"),
-        *(str(ROOT / "launch" / "slurm.sbatch"), str(config), f"run_dir={run_dir}", *SETTINGS),
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(free_ports()[0]),
-        PATH=f"{Path(sys.executable).parent}:{cluster.environment['PATH']}",
-    )
+class Job:
+    """A training of two tasks, one a node."""
+
+    def __init__(self, cluster: Cluster, config: Path, folder: Path, *settings: str) -> None:
+        self.cluster, self.run_dir, self.log = cluster, folder / "run", folder / "job.log"
+        place = ("--nodes=2", "--ntasks-per-node=1", f"--output={self.log}", f"--chdir={folder}")
+        command = ("sbatch", "--parsable", *place, str(ROOT / "launch" / "slurm.sbatch"))
+        self.number = cluster.run(*command, str(config), f"run_dir={self.run_dir}", *SETTINGS, *settings, **ENVIRONMENT)
+
+    def train_to(self, step: int) -> None:
+        wait_until(lambda: len(losses(self.run_dir)) >= step, f"step {step}", self.output)
+
+    def wait_for_requeue(self, restarts: int) -> None:
+        wait_until(lambda: self["Restarts"] == str(restarts), "a requeue", self.output)
+
+    def finish(self) -> str:
+        """The state in which it ended."""
+        wait_until(lambda: self["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the job's end", self.output)
+        return self["JobState"]
+
+    def __getitem__(self, field: str) -> str:
+        return self.cluster.job(self.number)[field]
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
 
-def wait_for(cluster: Cluster, job: str, state: str, run_dir: Path) -> None:
-    def there() -> str:
-        output = Path(f"{run_dir}.out")
-        return f"{cluster.job(job)}\n{output.read_text() if output.exists() else ''}{cluster.log()}"
-
-    wait_until(lambda: cluster.job(job)["JobState"] == state, f"job {job} to be {state}", there)
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def wait_for_checkpoint(run_dir: Path) -> None:
-    wait_until(lambda: list(run_dir.glob("checkpoints/step-*[0-9]")), "a checkpoint")
-
-
-def assert_no_orphan(run_dir: Path) -> None:
-    """No process, on whichever node, works for this run any more."""
-
-    def left() -> list[str]:
-        found = []
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = file.read_text().replace("\0", " ")
-            except OSError:  # it has ended
-                continue
-            if f"run_dir={run_dir}" in line:
-                found.append(line)
-        return found
-
-    wait_until(lambda: not left(), "the last process to end, but there are", left)
-
-
-def assert_goes_on(cluster: Cluster, job: str, run_dir: Path, undisturbed: list[float]) -> None:
-    """From its checkpoint to the end, with the losses of the run that nothing disturbed."""
-    wait_for(cluster, job, "COMPLETED", run_dir)
-    assert cluster.job(job)["Restarts"] == "1"
-    assert "going on after step" in Path(f"{run_dir}.out").read_text()
-    assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
-    assert_no_orphan(run_dir)
-
-
-def test_a_job_of_two_nodes_trains_as_one_process_does(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
+def test_two_nodes_train_as_one_process_does(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
 ) -> None:
-    run_dir = tmp_path / "run"
-    job = submit(cluster, tiny_pretrain, run_dir)
-    wait_for(cluster, job, "COMPLETED", run_dir)
-    assert cluster.job(job)["NodeList"] == "n[1-2]"
-    assert cluster.job(job)["Restarts"] == "0"
-    assert losses(run_dir) == pytest.approx(undisturbed, rel=1e-6)
-    assert_no_orphan(run_dir)
+    job = Job(cluster, tiny_pretrain, tmp_path)
+    assert job.finish() == "COMPLETED", job.output()
+    assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
+    lines = job.output().splitlines()
+    assert lines[0].startswith(f"pretrain 1/{STEPS}"), job.output()
+    assert len(lines) == len(set(lines)), job.output()  # rank 0's alone
 
 
-@pytest.mark.slow
-def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
+def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
 ) -> None:
-    """To its tasks, as ahead of the time limit: only the script can requeue it then."""
-    run_dir = tmp_path / "run"
-    job = submit(cluster, tiny_pretrain, run_dir)
-    wait_for_checkpoint(run_dir)
-    cluster.run("scancel", "--signal=TERM", job)
-    wait_for(cluster, job, "PENDING", run_dir)
-    assert len(losses(run_dir)) < STEPS
-    assert_goes_on(cluster, job, run_dir, undisturbed)
+    """By Slurm, to make room for a job of higher priority; then by a signal such as comes ahead of the time limit."""
+    job = Job(cluster, tiny_pretrain, tmp_path)
+    job.train_to(7)
+    other = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
+    job.wait_for_requeue(1)
+    first = len(losses(job.run_dir))
+    job.train_to(first + 3)
+    assert cluster.job(other)["JobState"] == "COMPLETED"
+    cluster.run("scancel", "--signal=TERM", job.number)
+    job.wait_for_requeue(2)
+    second = len(losses(job.run_dir))
+    assert first < second < STEPS
+    assert job.finish() == "COMPLETED", job.output()
+    for step in (first, second):
+        assert f"stopped after step {step}; to go on, run again: moe-lm pretrain" in job.output()
+        assert f"going on after step {step} of {STEPS}" in job.output()
+    assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_a_preempted_job_saves_is_requeued_and_goes_on(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float]
-) -> None:
-    """Slurm sends SIGTERM because a job of a higher partition wants the nodes."""
-    run_dir = tmp_path / "run"
-    job = submit(cluster, tiny_pretrain, run_dir)
-    wait_for_checkpoint(run_dir)
-    wanted = ("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/other.out", "--wrap=true")
-    other = cluster.run("sbatch", "--parsable", *wanted)
-    wait_for(cluster, other, "COMPLETED", run_dir)
-    assert len(losses(run_dir)) < STEPS
-    assert "stopped after step" in Path(f"{run_dir}.out").read_text()
-    assert_goes_on(cluster, job, run_dir, undisturbed)
-
-
-@pytest.mark.slow
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    job = submit(cluster, tiny_pretrain, run_dir)
-    wait_for_checkpoint(run_dir)
-    cluster.run("scancel", job)
-    assert_no_orphan(run_dir)
-    wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"), "the job to leave the queue")
-    assert cluster.job(job)["JobState"] == "CANCELLED"
-    assert len(losses(run_dir)) < STEPS
+    job = Job(cluster, tiny_pretrain, tmp_path)
+    job.train_to(3)
+    cluster.run("scancel", job.number)
+    assert job.finish() == "CANCELLED"
+    assert job["Restarts"] == "0"
+    assert len(losses(job.run_dir)) < STEPS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["n1", "n2"])
-def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, undisturbed: list[float], lost: str
+def test_a_killed_task_is_started_again_with_the_others_on_the_same_nodes(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
 ) -> None:
-    """n1 is the node of rank 0 and of the batch script: there Slurm alone can requeue the job."""
-    run_dir = tmp_path / "run"
-    job = submit(cluster, tiny_pretrain, run_dir)
-    wait_for_checkpoint(run_dir)
-    cluster.lose_node(lost)
-    wait_for(cluster, job, "PENDING", run_dir)
-    assert_no_orphan(run_dir)
-    assert len(losses(run_dir)) < STEPS
-    cluster.start_node(lost)
-    assert_goes_on(cluster, job, run_dir, undisturbed)
+    job = Job(cluster, tiny_pretrain, tmp_path)
+    job.train_to(7)
+    os.kill(cluster.task("n2"), signal.SIGKILL)
+    assert job.finish() == "COMPLETED", job.output()
+    assert job["Restarts"] == "0"
+    for line in ("task 1: Killed", "it is started again in 1 s", "going on after step"):
+        assert line in job.output()
+    assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_after_a_node_is_lost_the_job_goes_on_from_the_checkpoint(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
+) -> None:
+    """First the one of rank 1; then that of rank 0 and of the batch script, so that no one but Slurm can act."""
+    job = Job(cluster, tiny_pretrain, tmp_path)
+    for restarts, (node, step) in enumerate((("n2", 7), ("n1", 12)), start=1):
+        job.train_to(step)
+        cluster.lose_node(node)
+        job.wait_for_requeue(restarts)
+        wait_until(lambda: not cluster.left_over(), "the others to end", cluster.left_over)
+        assert len(losses(job.run_dir)) < STEPS
+        cluster.start_node(node)
+    assert job.finish() == "COMPLETED", job.output()
+    assert job.output().count("going on after step") == 2
+    assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
+
+
+def test_a_wrong_setting_is_said_once_and_not_tried_again(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path
+) -> None:
+    job = Job(cluster, tiny_pretrain, tmp_path, "train.stepz=9")
+    assert job.finish() == "FAILED"
+    assert job["ExitCode"] == "2:0"
+    (line,) = job.output().splitlines()
+    assert line.startswith("error: ")
+    assert "train.stepz" in line
