@@ -21,6 +21,8 @@ from moe_lm import __version__
 from moe_lm.errors import MoeLmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
+WORLD_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 class Walk(typer.core.TyperGroup):
@@ -68,6 +70,9 @@ def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
     arguments = _without_local_rank([item for item in sys.argv[1:] if item != "--debug"])
+    verb = next((item for item in arguments if not item.startswith("-")), "")
+    if verb in OF_MANY_RANKS:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections hide our sentence
     try:
         typer.main.get_command(app)(arguments, prog_name="moe-lm")
     except SystemExit as stop:
@@ -76,21 +81,37 @@ def main() -> None:
         _flush_quietly()
         raise
     except MoeLmError as error:
-        _stop(f"error: {error}", error.exit_code, debug, error.common)
+        _stop(f"error: {error}", error.exit_code, debug, verb, error.common)
     except Exception as error:
         hint = "" if debug else "; run again with --debug for the traceback"
-        _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug)
+        _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug, verb)
 
 
-def _stop(message: str, code: int, debug: bool, common: bool = False) -> None:
-    rank = os.environ.get("RANK", "0")
+def _stop(message: str, code: int, debug: bool, verb: str, common: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    if rank == "0":
+    if verb not in OF_MANY_RANKS or not any(os.environ.get(name, "1") != "1" for name in WORLD_SIZES):
         print(message, file=sys.stderr)
-    elif not common:
-        print(f"rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr)
+    else:
+        _stop_rank(message, code, common)
     sys.exit(code)
+
+
+def _stop_rank(message: str, code: int, common: bool) -> None:
+    """What several ranks have to say is said once; of an error that is `common` to all, rank 0 speaks."""
+    from moe_lm.parallel import meeting
+    from moe_lm.parallel.topology import current_topology
+
+    try:
+        topology = current_topology()
+    except MoeLmError:  # there are no others to ask
+        print(message, file=sys.stderr)
+        return
+    alone = topology.world_size == 1
+    if alone or (topology.is_main if common else meeting.say_for_all(topology, message, code)):
+        name = "" if topology.is_main else f"rank {topology.rank} on {socket.gethostname()}: "
+        print(f"{name}{message}", file=sys.stderr, flush=True)
+    meeting.part(topology)
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.parallel.meeting import end_meeting, meet
+
+PATIENCE_SECONDS = 30.0  # that the back end has beyond the config's
 
 
 @dataclass(frozen=True)
@@ -89,26 +92,21 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float) -> No
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    # The watchdog, which knows more and says it in fewer words, comes first.
+    timeout = timedelta(seconds=timeout_seconds + min(timeout_seconds, PATIENCE_SECONDS))
+    store: dist.Store
     if topology.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    try:
-        dist.init_process_group(backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # torch's DistError among them
-        reason = str(error).strip().splitlines()[0]
-        raise MoeLmError(
-            f"could not meet the other ranks at {address}:{port} within {timeout_seconds:g} s ({reason}); check that "
-            f"all {topology.world_size} were started, MASTER_ADDR and MASTER_PORT name the host of rank 0, and no "
-            "firewall is between them"
-        ) from error
+        store = dist.HashStore()
+    else:
+        store = dist.PrefixStore("group", meet(topology, timeout_seconds).notes)
+    dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout)
 
 
 def leave() -> None:
     """Part from the other ranks; a process that ends without this may crash."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    end_meeting()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
