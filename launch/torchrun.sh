@@ -5,7 +5,7 @@
 #
 #   NNODES         machines; default 1
 #   NPROC          processes on this machine; default: one a GPU, without GPUs one a core
-#   MASTER_ADDR    the machine where all meet; it must be one of them
+#   MASTER_ADDR    where several machines meet: the name or address of one of them
 #   MASTER_PORT    default 29400
 #   JOB_ID         tells jobs that share a master apart; default moe-lm
 #   MAX_RESTARTS   how often a failed process is started again, with all others; default 3
@@ -23,10 +23,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 stop() { echo "error: $1" >&2; exit 2; }
 [ $# -gt 0 ] || stop "no config named; run: bash launch/torchrun.sh CONFIG [key=value ...]"
-[ "${NNODES:-1}" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || stop "NNODES=$NNODES needs MASTER_ADDR, the machine where all meet"
+nodes=${NNODES:-1} meeting=localhost:0 # alone: any free port
+if [ "$nodes" != 1 ]; then
+    [ -n "${MASTER_ADDR:-}" ] || stop "NNODES=$nodes needs MASTER_ADDR, the machine where all meet"
+    meeting=$MASTER_ADDR:${MASTER_PORT:-29400}
+fi
 command -v torchrun >/dev/null || stop "moe-lm is not installed; run: bash launch/setup.sh"
 
-exec torchrun --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
-    --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" \
-    --rdzv-id "${JOB_ID:-moe-lm}" \
+exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
+    --rdzv-backend c10d --rdzv-endpoint "$meeting" --rdzv-id "${JOB_ID:-moe-lm}" \
     --module moe_lm pretrain "$@"

@@ -120,7 +120,9 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     for item in rest:
         name, _, value = item.partition("=")
         if name in ("--local_rank", "--local-rank"):
-            os.environ.setdefault("LOCAL_RANK", value or next(rest, "0"))
+            number = value or next(rest, "0")
+            if "RANK" in os.environ:  # alone it would look like one of many ranks
+                os.environ.setdefault("LOCAL_RANK", number)
         else:
             kept.append(item)
     return kept

@@ -1,0 +1,129 @@
+"""What the launchers say before they launch, and that the files for Kubernetes and SkyPilot agree with themselves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+NEEDED = ("bash", "dirname", "ssh", "pdsh", "deepspeed", "torchrun")
+
+
+def programs(folder: Path, *missing: str) -> str:
+    """A search path on which all that the scripts need seems to be there, but what is `missing`."""
+    folder.mkdir()
+    for name in NEEDED:
+        if name in ("bash", "dirname"):
+            (folder / name).symlink_to(f"/usr/bin/{name}")
+        elif name not in missing:
+            (folder / name).write_text(f'#!/bin/sh\necho {name} "$@"\n', encoding="utf-8")
+            (folder / name).chmod(0o755)
+    return str(folder)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The scripts in a folder of their own, which has no .venv."""
+    folder = tmp_path / "project" / "launch"
+    folder.mkdir(parents=True)
+    for script in ("deepspeed.sh", "torchrun.sh"):
+        (folder / script).write_bytes((LAUNCH / script).read_bytes())
+    return folder.parent
+
+
+def launch(project: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["/usr/bin/bash", str(project / "launch" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "missing", "environment", "message"),
+    [
+        ("deepspeed.sh", (), (), {}, "no config named; run: bash launch/deepspeed.sh CONFIG [key=value ...]"),
+        ("deepspeed.sh", ("c.yaml",), ("ssh",), {}, "ssh is not installed; run: apt-get install openssh-client"),
+        ("deepspeed.sh", ("c.yaml",), ("pdsh",), {}, "pdsh is not installed; run: apt-get install pdsh"),
+        ("deepspeed.sh", ("c.yaml",), ("deepspeed",), {}, "moe-lm is not installed; run: bash launch/setup.sh"),
+        (
+            "deepspeed.sh",
+            ("c.yaml",),
+            (),
+            {"HOSTFILE": "nowhere"},
+            "there is no hostfile nowhere; copy launch/hostfile.example there, or set HOSTFILE",
+        ),
+        ("torchrun.sh", (), (), {}, "no config named; run: bash launch/torchrun.sh CONFIG [key=value ...]"),
+        ("torchrun.sh", ("c.yaml",), ("torchrun",), {}, "moe-lm is not installed; run: bash launch/setup.sh"),
+        (
+            "torchrun.sh",
+            ("c.yaml",),
+            (),
+            {"NNODES": "2"},
+            "NNODES=2 needs MASTER_ADDR, the machine where all meet",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_in_a_sentence(
+    project: Path,
+    tmp_path: Path,
+    script: str,
+    arguments: tuple[str, ...],
+    missing: tuple[str, ...],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    done = launch(project, script, *arguments, PATH=programs(tmp_path / "bin", *missing), **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_both_scripts_run_pretrain_with_what_they_were_given(project: Path, tmp_path: Path) -> None:
+    path = programs(tmp_path / "bin")
+    (project / "launch" / "hostfile").write_bytes((LAUNCH / "hostfile.example").read_bytes())
+    for script in ("deepspeed.sh", "torchrun.sh"):
+        done = launch(project, script, "c.yaml", "train.steps=3", PATH=path)
+        assert done.stderr == ""
+        assert done.stdout.endswith(" --module moe_lm pretrain c.yaml train.steps=3\n")
+
+
+def run_config(command: str) -> Path:
+    """The config that a line with launch/torchrun.sh names."""
+    (config,) = re.findall(r"launch/torchrun\.sh (\S+)", command)
+    return ROOT / config
+
+
+def test_kubernetes_file_agrees_with_itself() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    assert (service["kind"], service["apiVersion"], job["kind"], job["apiVersion"]) == (
+        "Service",
+        "v1",
+        "Job",
+        "batch/v1",
+    )
+    pod: dict[str, Any] = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    name, subdomain = job["metadata"]["name"], pod["subdomain"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert subdomain == service["metadata"]["name"]
+    assert environment["MASTER_ADDR"] == f"{name}-0.{subdomain}"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NNODES"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["NPROC"])
+    assert {item["name"] for item in container["volumeMounts"]} == {item["name"] for item in pod["volumes"]}
+    assert run_config(" ".join(container["command"])).is_file()
+    (until_killed,) = re.findall(r"SHUTDOWN_TIMEOUT:-(\d+)", (LAUNCH / "torchrun.sh").read_text(encoding="utf-8"))
+    assert pod["terminationGracePeriodSeconds"] > int(until_killed)
+
+
+def test_skypilot_file_agrees_with_itself() -> None:
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert task["num_nodes"] > 1
+    assert task["resources"]["use_spot"]
+    (mounted,) = task["volumes"]
+    assert f"ln -sfn {mounted} runs\n" in task["run"]
+    config = run_config(task["run"])
+    assert "run_dir: runs/" in config.read_text(encoding="utf-8")
+    assert (ROOT / task["setup"].split()[-1]).is_file()
