@@ -16,6 +16,7 @@ import torch
 
 from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import leave
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
@@ -31,6 +32,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for name, balance in BALANCES.items():
         run(folder / name, balance)
+    leave()
 
 
 def run(folder: Path, balance: dict[str, float]) -> None:
@@ -75,7 +77,7 @@ def run(folder: Path, balance: dict[str, float]) -> None:
         json.dumps({"nll": nll, "targets": targets, "any": engine.any_rank(last_rank), "none": engine.any_rank(False)})
     )
     checkpoint.save(folder, config.steps, engine.state(), {})
-    engine.close()
+    engine.close(part=False)  # to meet again at the same address, before the other rank has left, would hang
 
 
 if __name__ == "__main__":
