@@ -112,6 +112,7 @@ def test_two_nodes_train_as_one_process_does(
     assert len(lines) == len(set(lines)), job.output()  # rank 0's alone
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
     cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> None:
     job = Job(cluster, tiny_pretrain, tmp_path)
     job.train_to(3)
