@@ -75,10 +75,13 @@ def build_engine(placed: PlacedModel, train: TrainConfig, parallel: ParallelConf
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
-    """This rank's own device. Raises UsageError when there is none for it, or DeepSpeed has no use for it."""
+    """This rank's own device. Raises UsageError when there is none for it, or none that ranks can share."""
     device = pick_device(parallel.device)
     if device.type == "mps":
-        raise UsageError("parallel.engine=deepspeed does not run on mps; set parallel.device=cpu, or engine=torch")
+        raise UsageError(
+            "neither several processes nor parallel.engine=deepspeed run on mps; set parallel.device=cpu, or start one "
+            "process with parallel.engine=torch"
+        )
     if device.type == "cuda":
         if topology.local_rank >= torch.cuda.device_count():
             raise UsageError(

@@ -27,7 +27,7 @@ from moe_lm.model.moe import MoE
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.deepspeed_config import deepspeed_json
 from moe_lm.parallel.engine import Engine, Update, build_loss, check_batch_size
-from moe_lm.parallel.logical import divide, divide_experts, is_expert, undivide
+from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
 from moe_lm.parallel.topology import current_topology, leave
 from moe_lm.train.losses import LossParts, StepCounts
 from moe_lm.train.optim import adamw_groups, build_adamw, set_learning_rate
@@ -111,10 +111,10 @@ class DeepSpeedEngine(Engine):
             state[f"model.{name}"] = self._divide(name, safe_get_full_fp32_param(parameter))
             for key in MOMENTS:
                 state[f"{key}.{name}"] = self._divide(name, safe_get_full_optimizer_state(parameter, key))
-            state[f"step.{name}"] = self.zero.steps(parameter).detach().cpu().clone()
+            state[f"step.{name}"] = host_copy(self.zero.steps(parameter))
         if self.model.config.tie_word_embeddings:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
-        state |= {f"model.{name}": buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
+        state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
         state["random.cpu"] = torch.get_rng_state()
         return state
 
@@ -132,9 +132,9 @@ class DeepSpeedEngine(Engine):
                 buffer.copy_(state[f"model.{name}"])
         torch.set_rng_state(state["random.cpu"])
 
-    def _divide(self, name: str, whole: Tensor) -> Tensor:
-        whole = whole.view(self.shapes[name])
-        return divide_experts(whole, self.mesh) if is_expert(name) else divide(whole, self.ranks)
+    def _divide(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.view(self.shapes[name])
+        return divide_experts(tensor, self.mesh) if is_expert(name) else divide(tensor, self.ranks)
 
     def _undivide(self, name: str, part: Tensor) -> Tensor:
         return undivide(part, is_expert(name)).to(self.device)

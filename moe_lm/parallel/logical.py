@@ -29,8 +29,8 @@ def divide_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
     """The same on the host, and divided over `data` too: of the experts that several ranks keep, each has a piece."""
     data = mesh.size(0)
     if data == 1 or local.shape[1] % data:
-        return divided_experts(_host_copy(local), mesh)
-    piece = _host_copy(local.chunk(data, dim=1)[mesh.get_local_rank(0)])
+        return divided_experts(host_copy(local), mesh)
+    piece = host_copy(local.chunk(data, dim=1)[mesh.get_local_rank(0)])
     return _dtensor(piece, mesh, [Shard(1), Shard(0)], (local.shape[0] * mesh.size(1), *local.shape[1:]))
 
 
@@ -38,17 +38,8 @@ def divide(tensor: Tensor, ranks: DeviceMesh) -> Tensor:
     """On the host, this rank's piece of a tensor that every rank of the one-dimensional mesh `ranks` has whole."""
     size = ranks.size()
     if size == 1 or tensor.ndim == 0 or tensor.shape[0] % size or tensor.numel() < SMALL:
-        return _host_copy(tensor)
-    return _dtensor(_host_copy(tensor.chunk(size)[ranks.get_local_rank()]), ranks, [Shard(0)], tensor.shape)
-
-
-def undivide(tensor: Tensor, expert: bool) -> Tensor:
-    """The whole tensor, or (`expert`) all of the experts that this rank keeps: what was divided."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if expert:
-        return tensor.redistribute(placements=[Replicate(), Shard(0)]).to_local()
-    return tensor.full_tensor()
+        return host_copy(tensor)
+    return _dtensor(host_copy(tensor.chunk(size)[ranks.get_local_rank()]), ranks, [Shard(0)], tensor.shape)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -56,10 +47,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def undivide(tensor: Tensor, expert: bool) -> Tensor:
+    """The whole tensor, or (`expert`) all of the experts that this rank keeps: what was divided."""
+    if expert and isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=[Replicate(), Shard(0)]).to_local()
+    return whole(tensor)
+
+
+def host_copy(local: Tensor) -> Tensor:
+    """Contiguous, in memory of its own on the host."""
+    return local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def _dtensor(piece: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: tuple[int, ...]) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()

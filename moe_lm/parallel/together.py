@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from moe_lm.errors import MoeLmError
+
 T = TypeVar("T")
 
 
@@ -45,6 +47,8 @@ class Ranks:
             dist.all_gather_object(outcomes, (mine, error), group=self.group)
         for _, error in outcomes:
             if error is not None:
+                if isinstance(error, MoeLmError):
+                    error.common = True
                 raise error
         return [result for result, _ in outcomes]  # type: ignore[misc]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.errors import UsageError
 from moe_lm.parallel.meeting import end_meeting, meet
 
 PATIENCE_SECONDS = 30.0  # that the back end has beyond the config's
@@ -120,21 +119,3 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank raised its flag, so that all act alike."""
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())
-
-
-def on_rank_0(action: Callable[[], object], expected: tuple[type[Exception], ...]) -> None:
-    """Run `action` on rank 0; every rank waits for it, and raises what it raised of the `expected` kinds."""
-    error: Exception | None = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            action()
-        except expected as raised:
-            error = raised
-    if dist.is_initialized():
-        box = [error]
-        dist.broadcast_object_list(box)
-        error = box[0]
-    if error is not None:
-        if isinstance(error, MoeLmError):
-            error.common = True
-        raise error

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_lm.errors import MoeLmError
+from moe_lm.parallel.logical import host_copy
 from moe_lm.parallel.together import Ranks
 
 MAX_FILE_BYTES = 1 << 30  # a file is serialised in memory before it is written
@@ -31,7 +32,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 @torch.no_grad()
 def snapshot(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy in the host's memory of this rank's part of every tensor, which training does not change."""
-    return {name: _with_local(tensor, _host_copy) for name, tensor in state.items()}
+    return {name: _with_local(tensor, host_copy) for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -145,7 +146,3 @@ def _with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
-
-
-def _host_copy(local: Tensor) -> Tensor:
-    return local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -95,7 +95,7 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
 
 def buffers(engine: Engine) -> dict[str, Tensor]:
     """Router biases, which every rank has."""
-    return {f"weight/{name}": tensor.detach().cpu().clone() for name, tensor in engine.model.named_buffers()}
+    return {f"weight/{name}": logical.host_copy(tensor) for name, tensor in engine.model.named_buffers()}
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the ranks divide, put together on the host."""
-    return {name: logical.whole(tensor).detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return {name: logical.host_copy(logical.whole(tensor)) for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":
