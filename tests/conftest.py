@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 from moe_lm.config import PretrainConfig
 from moe_lm.config_file import dump_config, load_config
 from moe_lm.tokenization import Tokenizer
+from tests.processes import start_ranks
 
 if TYPE_CHECKING:
     from moe_lm.data.batches import Batch, BatchSource
@@ -124,10 +124,7 @@ def run_ranks(start_moe_lm: Callable[..., subprocess.Popen[str]]) -> Callable[..
     """Runs `moe-lm` with these arguments in so many processes, as torchrun would; how each of them ended."""
 
     def run(world_size: int, *arguments: object) -> list[Done]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": world_size}
-        ranks = [start_moe_lm(*arguments, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in range(world_size)]
+        ranks = start_ranks(start_moe_lm, world_size, *arguments)
         outputs = [rank.communicate(timeout=180) for rank in ranks]
         return [Done(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
 

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,39 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-Start = Callable[..., subprocess.Popen[str]]
+from tests.processes import ENVIRONMENT, Start, finish, free_port, metrics, start_program, start_ranks, train_alone
+
 MoeLm = Callable[..., Any]
-
-
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun gives a process."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_ranks(start: Start, world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    port = free_port()
-    return [start(*arguments, **rank_environment(rank, world_size, port)) for rank in range(world_size)]
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each rank printed; none may fail or complain."""
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
-        (0, "") for _ in processes
-    ]
-    return [out for out, _ in outputs]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -76,19 +45,8 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
 
 def run_engine(folder: Path, world_size: int) -> list[list[dict[str, Any]]]:
     """The lines of ragged_ranks.py, rank by rank."""
-    port, program = free_port(), Path(__file__).with_name("ragged_ranks.py")
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment | rank_environment(rank, world_size, port),
-        )
-        for rank in range(world_size)
-    ]
-    return [[json.loads(line) for line in out.splitlines()] for out in finish(processes)]
+    ranks = start_program(world_size, Path(__file__).with_name("ragged_ranks.py"), folder)
+    return [[json.loads(line) for line in out.splitlines()] for out in finish(ranks)]
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -125,11 +83,7 @@ SETTINGS = ("train.steps=12", "checkpoint.every=6", "checkpoint.keep=9", "train.
 
 @pytest.fixture(scope="module")
 def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("one")
-    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
-    return run_dir
+    return train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS)
 
 
 def test_pretraining_with_2_processes_is_that_with_1_and_either_goes_on_for_the_other(
@@ -182,8 +136,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
 def test_torchrun_starts_it(tiny_pretrain: Path, tmp_path: Path, one_process: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     command = [*launcher, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}", *SETTINGS]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_training(metrics(tmp_path), metrics(one_process))
 

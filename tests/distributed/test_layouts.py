@@ -3,11 +3,7 @@ engines goes on as if it had never moved (FAULTS row 4), and one that stays is t
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.processes import metrics, train_alone
 
 RunRanks = Callable[..., list[Any]]
 
@@ -35,14 +33,7 @@ def layout(expert_parallel_size: int, zero_stage: int) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that never changes its layout, in one process without DeepSpeed."""
-    run_dir = tmp_path_factory.mktemp("one")
-    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return run_dir
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS)
 
 
 def succeeded(ranks: list[Any]) -> bool:

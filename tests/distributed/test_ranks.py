@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,19 +14,15 @@ import pytest
 
 from moe_lm.errors import UsageError
 from moe_lm.parallel.topology import Topology, current_topology
+from tests.processes import Start, free_port, rank_environment, start_ranks
 
-Start = Callable[..., subprocess.Popen[str]]
 SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=4")
 
 
 @pytest.fixture
 def two_ranks(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> list[subprocess.Popen[str]]:
     """Two ranks of a run without end, in training."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
-    arguments = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SETTINGS)
-    ranks = [start_moe_lm(*arguments, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in range(2)]
+    ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SETTINGS)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "run").glob("checkpoints/step-*/COMPLETE")):
         assert time.monotonic() < deadline
@@ -59,12 +54,10 @@ def test_a_rank_that_hangs_is_not_waited_for(two_ranks: list[subprocess.Popen[st
     assert "lost the connection to another rank" in err or "Timeout (0:00:08)!" in err
 
 
-def test_ranks_with_other_settings_are_refused(
-    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, free_port: int
-) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port, "WORLD_SIZE": 2}
+def test_ranks_with_other_settings_are_refused(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> None:
+    port = free_port()
     ranks = [
-        start_moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *extra, RANK=rank, LOCAL_RANK=rank, **meeting)
+        start_moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *extra, **rank_environment(rank, 2, port))
         for rank, extra in enumerate(((), ("train.optimizer.lr=0.5",)))
     ]
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
@@ -75,14 +68,14 @@ def test_ranks_with_other_settings_are_refused(
 
 
 def test_a_rank_that_does_not_reach_the_others_says_where(
-    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, free_port: int
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start
 ) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port, "WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}
+    port = free_port()
     settings = (f"run_dir={tmp_path}", "parallel.timeout_seconds=3")
-    rank = start_moe_lm("pretrain", tiny_pretrain, *settings, **meeting)
+    rank = start_moe_lm("pretrain", tiny_pretrain, *settings, **rank_environment(1, 2, port))
     _, err = rank.communicate(timeout=60)
     assert rank.returncode == 1
-    assert f"cannot reach rank 0 of 2 at 127.0.0.1:{free_port} within 3 s (Connection refused)" in err
+    assert f"cannot reach rank 0 of 2 at 127.0.0.1:{port} within 3 s (Connection refused)" in err
     assert len(err.splitlines()) == 1
     assert "Traceback" not in err
 
@@ -123,10 +116,3 @@ def test_what_deepspeeds_launcher_adds_is_tolerated(
     moe_lm: Callable[..., Any], tiny_pretrain: Path, argument: list[str]
 ) -> None:
     assert moe_lm("pretrain", tiny_pretrain, "--dry-run", *argument).code == 0
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

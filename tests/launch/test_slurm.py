@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .slurm_cluster import Cluster, missing, wait_until
+from tests.launch.slurm_cluster import Cluster, missing, wait_until
+from tests.processes import ENVIRONMENT, ROOT, losses, train_alone
 
-ROOT = Path(__file__).parents[2]
 STEPS = 80
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=99", "log.every=5")
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONPATH": str(ROOT),
-    "RESTART_DELAY": "1",
-}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +46,7 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of a run that nothing disturbs."""
-    run_dir = tmp_path_factory.mktemp("one")
-    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | ENVIRONMENT)
-    return losses(run_dir)
-
-
-def losses(run_dir: Path) -> list[float]:
-    """By step, from the first to the last that was logged; each step stands there once."""
-    log = run_dir / "metrics.jsonl"
-    if not log.exists():
-        return []
-    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+    return losses(train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS))
 
 
 class Job:
@@ -77,7 +56,8 @@ class Job:
         self.cluster, self.run_dir, self.log = cluster, folder / "run", folder / "job.log"
         place = ("--nodes=2", "--ntasks-per-node=1", f"--output={self.log}", f"--chdir={folder}")
         command = ("sbatch", "--parsable", *place, str(ROOT / "launch" / "slurm.sbatch"))
-        self.number = cluster.run(*command, str(config), f"run_dir={self.run_dir}", *SETTINGS, *settings, **ENVIRONMENT)
+        variables = ENVIRONMENT | {"PATH": PATH, "RESTART_DELAY": "1"}
+        self.number = cluster.run(*command, str(config), f"run_dir={self.run_dir}", *SETTINGS, *settings, **variables)
 
     def train_to(self, step: int) -> None:
         wait_until(lambda: len(losses(self.run_dir)) >= step, f"step {step}", self.output)
@@ -97,14 +77,12 @@ class Job:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
 
-def checkpoints(run_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+@pytest.fixture
+def job(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> Job:
+    return Job(cluster, tiny_pretrain, tmp_path)
 
 
-def test_two_nodes_train_as_one_process_does(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
-) -> None:
-    job = Job(cluster, tiny_pretrain, tmp_path)
+def test_two_nodes_train_as_one_process_does(job: Job, one_process: list[float]) -> None:
     assert job.finish() == "COMPLETED", job.output()
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
     lines = job.output().splitlines()
@@ -114,10 +92,9 @@ def test_two_nodes_train_as_one_process_does(
 
 @pytest.mark.slow
 def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
+    cluster: Cluster, job: Job, one_process: list[float]
 ) -> None:
     """By Slurm, to make room for a job of higher priority; then by a signal such as comes ahead of the time limit."""
-    job = Job(cluster, tiny_pretrain, tmp_path)
     job.train_to(7)
     other = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
     job.wait_for_requeue(1)
@@ -136,8 +113,7 @@ def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tiny_pretrain, tmp_path)
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, job: Job) -> None:
     job.train_to(3)
     cluster.run("scancel", job.number)
     assert job.finish() == "CANCELLED"
@@ -147,9 +123,8 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tiny_pretrain: Pat
 
 @pytest.mark.slow
 def test_a_killed_task_is_started_again_with_the_others_on_the_same_nodes(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
+    cluster: Cluster, job: Job, one_process: list[float]
 ) -> None:
-    job = Job(cluster, tiny_pretrain, tmp_path)
     job.train_to(7)
     os.kill(cluster.task("n2"), signal.SIGKILL)
     assert job.finish() == "COMPLETED", job.output()
@@ -161,10 +136,9 @@ def test_a_killed_task_is_started_again_with_the_others_on_the_same_nodes(
 
 @pytest.mark.slow
 def test_after_a_node_is_lost_the_job_goes_on_from_the_checkpoint(
-    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path, one_process: list[float]
+    cluster: Cluster, job: Job, one_process: list[float]
 ) -> None:
     """First the one of rank 1; then that of rank 0 and of the batch script, so that no one but Slurm can act."""
-    job = Job(cluster, tiny_pretrain, tmp_path)
     for restarts, (node, step) in enumerate((("n2", 7), ("n1", 12)), start=1):
         job.train_to(step)
         cluster.lose_node(node)

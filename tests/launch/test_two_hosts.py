@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.processes import losses, train_alone
 
 if TYPE_CHECKING:
     from tests.launch.conftest import Host, TwoHosts
@@ -27,19 +27,7 @@ RANK = "python -u -m moe_lm pretrain"
 @pytest.fixture(scope="module")
 def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbs."""
-    run_dir = tmp_path_factory.mktemp("one")
-    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
-    return run_dir
-
-
-def losses(run_dir: Path) -> list[float]:
-    """By step; each step is logged once, also when it was trained again."""
-    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+    return train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS)
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -16,6 +16,7 @@ import yaml
 
 from moe_lm.config import PretrainConfig
 from moe_lm.config_file import load_config
+from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -76,10 +77,6 @@ def watched(*arguments: object) -> tuple[str, str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:

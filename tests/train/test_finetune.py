@@ -22,6 +22,7 @@ from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import finetune, pretrain
+from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
@@ -63,10 +64,6 @@ def config_file(pretrained: Path, tmp_path: Path) -> Path:
     file = tmp_path / "finetune.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def nll_of_answers(start: Path, messages: list[list[dict[str, str]]]) -> tuple[float, int]:

@@ -23,16 +23,13 @@ from moe_lm.data.prepare import prepare
 from moe_lm.model.count import count_parameters
 from moe_lm.train import pretrain
 from moe_lm.train.run_folder import RunFolder
+from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 MoeLm = Callable[..., Any]
 Start = Callable[..., subprocess.Popen[str]]
 SHORT = ("train.steps=12", "checkpoint.keep=9", "train.eval_batches=1")
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses(run_dir: Path) -> list[tuple[Any, ...]]:

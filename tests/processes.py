@@ -1,0 +1,77 @@
+"""Runs in processes of their own, as a launcher starts them, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+Start = Callable[..., subprocess.Popen[str]]  # the fixture `start_moe_lm`
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun gives a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def start_ranks(start: Start, world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """`moe-lm` with these arguments, as so many ranks."""
+    port = free_port()
+    return [start(*arguments, **rank_environment(rank, world_size, port)) for rank in range(world_size)]
+
+
+def start_program(world_size: int, program: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+    """A Python file with these arguments, as so many ranks."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(program), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT | rank_environment(rank, world_size, port),
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each rank printed; none may fail or complain."""
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
+        (0, "") for _ in processes
+    ]
+    return [out for out, _ in outputs]
+
+
+def train_alone(config: Path, run_dir: Path, *settings: str) -> Path:
+    """A run in one process that nothing disturbs; returns its folder."""
+    command = [sys.executable, "-m", "moe_lm", "pretrain", str(config), f"run_dir={run_dir}", *settings]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | ENVIRONMENT)
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """By step, from the first to the last that was logged; each stands there once, also when it was trained again."""
+    lines = metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
