@@ -38,6 +38,20 @@ class Meeting:
         self.notes = dist.PrefixStore(f"moe-lm/{name}", store)
         self.hosts: list[str] = []
         self.missing: Sequence[int] = ()
+        self._closed = threading.Event()
+        self._porter: threading.Thread | None = None
+
+    def answer_knocks(self, store: dist.Store, name: str) -> None:
+        """As rank 0: tell ranks that knock the name of the meeting, in a thread, until each one is heard under it."""
+        doors = range(1, self.topology.world_size)
+        self._porter = threading.Thread(target=_answer_knocks, args=(store, name, doors, self._closed), daemon=True)
+        self._porter.start()
+
+    def close(self) -> None:
+        """Let the porter go home: a process that ends while a thread of it speaks with the store may abort."""
+        self._closed.set()
+        if self._porter is not None:
+            self._porter.join()
 
     def named(self, ranks: Sequence[int]) -> str:
         """`rank 3 on host-b`, `ranks 4 and 5 on host-c`, with no host while it is not known."""
@@ -65,14 +79,11 @@ _current: Meeting | None = None
 _has_failed = False  # the store cannot be had; to try again would take as long again
 
 
-def current_meeting() -> Meeting | None:
-    """The meeting that this process takes part in."""
-    return _current
-
-
 def end_meeting() -> None:
     """Let go of the store."""
     global _current
+    if _current is not None:
+        _current.close()
     _current = None
 
 
@@ -82,7 +93,8 @@ def meet(topology: Topology, seconds: float) -> Meeting:
     Raises MoeLmError (UsageError) on every rank when one does not come in time, or has failed before.
     """
     global _current
-    meeting, world = _enter(topology, seconds), topology.world_size
+    meeting = _current = _enter(topology, seconds)
+    world = topology.world_size
     notes = meeting.notes
     try:
         notes.set(f"here/{topology.rank}", socket.gethostname())
@@ -100,7 +112,6 @@ def meet(topology: Topology, seconds: float) -> Meeting:
             elif not missing:
                 notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
         met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
-        _current = meeting
         if met and notes.check(["failed"]):
             message, exit_code = json.loads(notes.get("failed"))
             raise (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message.removeprefix("error: "))
@@ -118,8 +129,7 @@ def say_for_all(topology: Topology, message: str, exit_code: int) -> bool:
     if _has_failed:
         return True
     try:
-        meeting = _current or _enter(topology, FAILED_SECONDS)
-        _current = meeting
+        meeting = _current = _current or _enter(topology, FAILED_SECONDS)
         is_mine = meeting.is_mine_to_say(message)
         meeting.tell_failure(message, exit_code)
     except (MoeLmError, dist.DistError):  # no rank 0 to agree with
@@ -138,6 +148,7 @@ def part(topology: Topology) -> None:
             wait_until(lambda: notes.add("parted", 0) >= others, seconds)
         else:
             notes.add("parted", 1)
+    end_meeting()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -167,9 +178,9 @@ def _enter(topology: Topology, seconds: float) -> Meeting:
     )
     nonce = secrets.token_hex(8)
     if topology.is_main:
-        own, doors = store.clone(), range(1, topology.world_size)  # type: ignore[attr-defined]
-        threading.Thread(target=_answer_knocks, args=(own, nonce, doors), daemon=True).start()
-        return Meeting(topology, store, nonce)
+        meeting = Meeting(topology, store, nonce)
+        meeting.answer_knocks(store.clone(), nonce)  # type: ignore[attr-defined]
+        return meeting
     answer = f"moe-lm/answer/{topology.rank}/{nonce}"
     try:
         store.set(f"moe-lm/knock/{topology.rank}", nonce)
@@ -180,16 +191,14 @@ def _enter(topology: Topology, seconds: float) -> Meeting:
     raise _silence(topology, f"rank 0 at {_address()} does not answer; see whether the launcher started it")
 
 
-def _answer_knocks(store: dist.Store, name: str, doors: Sequence[int]) -> None:
-    """Tell ranks that knock the name of the meeting, until each one is heard under it."""
+def _answer_knocks(store: dist.Store, name: str, doors: Sequence[int], closed: threading.Event) -> None:
     waiting = list(doors)
     with suppress(dist.DistError):
-        while waiting:
+        while waiting and not closed.wait(POLL_SECONDS):
             for rank in waiting:
                 if store.check([f"moe-lm/knock/{rank}"]):
                     nonce = store.get(f"moe-lm/knock/{rank}").decode()
                     store.set(f"moe-lm/answer/{rank}/{nonce}", name)
-            time.sleep(POLL_SECONDS)
             waiting = [rank for rank in waiting if not store.check([f"moe-lm/{name}/here/{rank}"])]
 
 
