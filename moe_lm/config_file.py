@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from moe_lm.config import Section
 from moe_lm.errors import UsageError
+from moe_lm.section import Section
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 

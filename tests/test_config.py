@@ -11,15 +11,10 @@ import pytest
 import yaml
 
 from moe_lm.cli import main
-from moe_lm.config import (
-    FinetuneConfig,
-    ModelConfig,
-    PretrainConfig,
-    SourceConfig,
-    check_vocabulary,
-)
+from moe_lm.config import FinetuneConfig, PretrainConfig, SourceConfig, check_vocabulary
 from moe_lm.config_file import build_config, dump_config, load_config
 from moe_lm.errors import UsageError
+from moe_lm.model_config import ModelConfig
 
 MODEL = {
     "vocab_size": 512,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_lm"
 LONGEST_FILE = 420  # lines
 LOOSE_END = re.compile(r"\b(TO-?DO|FIX-?ME|X{3})\b|raise\s+NotImplemented")  # spelled so that it does not find itself
-MODEL_IMPORTS = {"torch", "flash_attn", "moe_lm.config", "moe_lm.errors", "moe_lm.model"}
+MODEL_IMPORTS = {"torch", "flash_attn", "moe_lm.model_config", "moe_lm.errors", "moe_lm.model"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -26,10 +26,11 @@ import torch
 from deepspeed.moe.layer import MoE as PeerMoE
 from torch import Tensor, nn
 
-from moe_lm.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from moe_lm.config import OptimizerConfig, ParallelConfig, TrainConfig
 from moe_lm.config_file import load_config
 from moe_lm.data.batches import pack
 from moe_lm.model.layers import MLP
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import PlacedModel, build_engine, place_model
 
 HOUSE = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from moe_lm.config import Section
 from moe_lm.errors import UsageError
+from moe_lm.section import Section
 
 if TYPE_CHECKING:
     from moe_lm.tokenization import Tokenizer

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lm.config import ModelConfig
 from moe_lm.errors import UsageError
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import CachedAttention, KVCache, PrefillAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

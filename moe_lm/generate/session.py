@@ -12,12 +12,13 @@ import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.config import ModelConfig, check_vocabulary
+from moe_lm.config import check_vocabulary
 from moe_lm.config_file import build_config
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings, room, stream
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Message, Tokenizer
 from moe_lm.train import checkpoint
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.layers import RMSNorm, rotate
+from moe_lm.model_config import ModelConfig
 
 
 class Attend(Protocol):

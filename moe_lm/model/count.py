@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_lm.config import ModelConfig
+from moe_lm.model_config import ModelConfig
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
 

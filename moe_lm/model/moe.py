@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.grouped_mm import grouped_mm
 from moe_lm.model.layers import ACTIVATIONS, MLP
+from moe_lm.model_config import ModelConfig
 
 
 class Routing(NamedTuple):

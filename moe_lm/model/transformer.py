@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.attention import Attend, Attention
 from moe_lm.model.layers import MLP, build_norm, rotary_angles, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
+from moe_lm.model_config import ModelConfig
 
 
 class ModelOutput(NamedTuple):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig, check_experts
+from moe_lm.config import ParallelConfig, TrainConfig, check_experts
 from moe_lm.errors import UsageError
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.logical import divided_experts, is_expert

@@ -7,10 +7,11 @@ from itertools import islice
 
 import yaml
 
-from moe_lm.config import FinetuneConfig, ModelConfig, check_positions
+from moe_lm.config import FinetuneConfig, check_positions
 from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, Conversation, chat_evaluation_batches, read_chat
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint

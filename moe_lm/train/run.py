@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from moe_lm.config import ModelConfig, RunConfig
+from moe_lm.config import RunConfig
 from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.count import flops_per_token
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, join

@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
-from moe_lm.config import ModelConfig, ParallelConfig, Section, TrainConfig
+from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.errors import UsageError
+from moe_lm.model_config import ModelConfig
+from moe_lm.section import Section
 from moe_lm.verify.scale import STEPS
 
 REFERENCE = "one process"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_lm.config import BalanceConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from moe_lm.config import BalanceConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from moe_lm.model_config import ModelConfig
 
 if TYPE_CHECKING:  # the command that only starts processes does not import what they run
     from moe_lm.parallel.build import PlacedModel

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import leave
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.train import checkpoint

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.moe import (
     Routing,
     batch_balance_loss,
@@ -19,6 +18,7 @@ from moe_lm.model.moe import (
     router_z_loss,
     sequence_balance_loss,
 )
+from moe_lm.model_config import ModelConfig
 
 ROWS, POSITIONS, EXPERTS, PER_TOKEN = 4, 6, 8, 3
 TOKENS = ROWS * POSITIONS

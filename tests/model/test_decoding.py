@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.attention import CachedAttention, KVCache, PackedAttention, PrefillAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 
 VOCABULARY = 64
 PROMPTS = [5, 1, 11, 8]

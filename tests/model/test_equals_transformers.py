@@ -20,9 +20,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from moe_lm.config import ModelConfig
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 
 VOCABULARY, HIDDEN, ROWS, POSITIONS = 64, 32, 3, 17
 Tensors = dict[str, Tensor]

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config import ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.data.batches import IGNORE, BatchSource
 from moe_lm.errors import UsageError
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.engine import StepResult
 from moe_lm.parallel.torch_engine import TorchEngine
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config import CheckpointConfig, LogConfig, ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.config import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_saver import Saver

@@ -16,10 +16,11 @@ from typing import Any, overload
 import pytest
 import torch
 
-from moe_lm.config import CheckpointConfig, LogConfig, ModelConfig, ParallelConfig, TrainConfig
+from moe_lm.config import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.train import checkpoint

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config import BalanceConfig, ModelConfig
+from moe_lm.config import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.train.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")

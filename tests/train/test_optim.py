@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lm.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from moe_lm.config import OptimizerConfig, ScheduleConfig
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 from moe_lm.train.optim import (
     Muon,
     build_optimizers,
