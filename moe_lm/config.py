@@ -88,10 +88,10 @@ class BalanceConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW everywhere, or Muon for the hidden matrices and AdamW for the rest."""
+    """AdamW or LAMB everywhere, or Muon for the hidden matrices and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=3e-4, gt=0, description="AdamW's peak learning rate")
+    name: Literal["adamw", "muon", "lamb"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, description="AdamW's or LAMB's peak learning rate")
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled, on matrices only")
@@ -197,6 +197,7 @@ class PretrainConfig(Section):
     def _sections_fit(self) -> Self:
         check_positions(self.model, self.data.sequence_length)
         check_experts(self.model, self.parallel)
+        check_optimizer(self.train.optimizer, self.parallel)
         return self
 
 
@@ -210,6 +211,11 @@ class FinetuneConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        check_optimizer(self.train.optimizer, self.parallel)
+        return self
 
 
 RunConfig = PretrainConfig | FinetuneConfig
@@ -235,6 +241,15 @@ def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
     if experts % size:
         raise UsageError(
             f"parallel.expert_parallel_size={size} does not divide model.n_routed_experts={experts}; choose a divisor"
+        )
+
+
+def check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    """Raise UsageError when the engine divides the matrices that the optimizer needs whole."""
+    if parallel.engine == "deepspeed" and optimizer.name != "adamw":
+        raise UsageError(
+            f"train.optimizer.name={optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
+            "parallel.engine=deepspeed, or parallel.engine=torch"
         )
 
 

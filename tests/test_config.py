@@ -86,7 +86,7 @@ def refusal(values: dict[str, Any]) -> str:
         ("data.validation_fraction", 1.0, ["data.validation_fraction=1.0", "less than 1"]),
         ("train.micro_batch_size", 3, ["micro_batch_size=3", "global_batch_size=8", "divisor"]),
         ("train.steps", "many", ["train.steps='many'", "integer"]),
-        ("train.optimizer.name", "sgd", ["train.optimizer.name='sgd'", "adamw", "muon"]),
+        ("train.optimizer.name", "sgd", ["train.optimizer.name='sgd'", "adamw", "muon", "lamb"]),
         ("parallel.device", "tpu", ["parallel.device='tpu'", "cuda"]),
         ("log.trackers", ["excel"], ["excel", "wandb"]),
     ],

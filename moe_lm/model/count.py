@@ -96,10 +96,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal_half: bool
     return 6 * count_parameters(config).multiplied + (6 if causal_half else 12) * scores
 
 
-def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon"]) -> StateBytes:
+def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon", "lamb"]) -> StateBytes:
     """Bytes of float32 weights (with the router's balance biases), gradients and moments.
 
-    AdamW keeps two moments a parameter. Muon keeps one for the matrices that it moves (attention, feed-forward,
+    AdamW and LAMB keep two moments a parameter. Muon keeps one for the matrices that it moves (attention, feed-forward,
     experts; not embedding, router and head), and AdamW has the rest.
     """
     count = count_parameters(config)

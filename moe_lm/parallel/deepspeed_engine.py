@@ -49,11 +49,6 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         self.topology = current_topology()
         check_batch_size(train, self.topology)
-        if train.optimizer.name != "adamw":
-            raise UsageError(
-                f"train.optimizer.name={train.optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
-                "parallel.engine=deepspeed, or parallel.engine=torch"
-            )
         stage = parallel.zero_stage or 1
         if train.compile and stage == 3:
             raise UsageError(

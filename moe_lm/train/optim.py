@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lm.config import OptimizerConfig, ScheduleConfig
-from moe_lm.model.device import pick_dtype
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.train.lamb import Lamb
+from moe_lm.train.muon import Muon
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, norms, biases.
+    """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
 
     Weight decay is decoupled and acts on matrices only. Every state tensor exists from the start, so that a
     checkpoint can be loaded into an optimizer that has not stepped yet.
@@ -25,14 +25,18 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (muon if config.name == "muon" and is_hidden_matrix(name, parameter) else others).append(parameter)
-    adamw = build_adamw(adamw_groups(others, config), config)
-    for parameter in others:
-        adamw.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    optimizers: list[torch.optim.Optimizer] = [adamw]
+    groups = adamw_groups(others, config)
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "lamb":
+        optimizers.append(Lamb(groups, config.lr, config.betas, config.eps))
+    else:
+        optimizers.append(build_adamw(groups, config))
+        for parameter in others:
+            optimizers[0].state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     if muon:
         optimizers.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay))
     for optimizer in optimizers:
@@ -58,63 +62,6 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, and not its router."""
     return ".layers." in name and parameter.ndim >= 2 and ".gate.weight" not in name
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by Newton-Schulz (Keller Jordan, 2024), for 2-D and stacked 3-D weights.
-
-    `torch.optim.Muon` takes 2-D weights only and one at a time. Here every matrix of the same shape, of whatever
-    layer or expert, is orthogonalised in one batched product. The update is scaled by `sqrt(max(1, rows / columns))`
-    of the matrix seen as output x input, so that one rate suits every shape.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                by_shape[tuple(parameter.shape[-2:])].append(parameter)
-            for parameters in by_shape.values():
-                self._step_same_shape(parameters, group)
-
-    def _step_same_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        momentum, rate = group["momentum"], group["lr"]
-        updates = []
-        for parameter in parameters:
-            assert parameter.grad is not None
-            buffer = self.state[parameter]["momentum_buffer"]
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            update = torch.lerp(parameter.grad, buffer, momentum)  # Nesterov
-            updates.append(update.view(-1, *parameter.shape[-2:]))
-        orthogonal = orthogonalise(torch.cat(updates))
-        pieces = orthogonal.split([len(update) for update in updates])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            out_size, in_size = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
-            parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.add_(piece.view_as(parameter), alpha=-rate * math.sqrt(max(1.0, out_size / in_size)))
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, roughly: Newton-Schulz, in bfloat16
-    where the device is fast at it; a CPU without instructions for it is 20 times slower at it than at float32.
-
-    The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(pick_dtype("auto", matrices.device))
-    transposed = x.shape[-2] > x.shape[-1]
-    x = x.mT if transposed else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transposed else x).to(matrices.dtype)
 
 
 def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -109,6 +109,7 @@ def test_state_bytes_are_those_of_the_built_model(config: ModelConfig) -> None:
         if weight.ndim >= 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
     ]
     adamw, muon = state_bytes(config, "adamw"), state_bytes(config, "muon")
+    assert state_bytes(config, "lamb") == adamw
     assert adamw.weights == muon.weights == sum(tensor.nbytes for tensor in held)
     assert adamw.gradients == muon.gradients == sum(weight.nbytes for weight in model.parameters())
     assert adamw.optimizer == 2 * adamw.gradients

@@ -67,7 +67,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 # Accumulation
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("sizes", [[1] * 8, [2] * 4, [5, 3]])
 def test_accumulation_changes_nothing(ragged: BatchSource, sizes: list[int], balance: str, optimizer: str) -> None:
@@ -177,7 +177,7 @@ def test_bias_moves_by_the_global_counts_of_the_step(ragged: BatchSource) -> Non
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["a gradient", "the logits"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 def test_a_step_that_is_not_finite_is_skipped(ragged: BatchSource, value: float, place: str, optimizer: str) -> None:
     engine = build_engine(optimizer={"name": optimizer}, balance=BALANCES["every loss"])
     train(engine, ragged, steps=2)
@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_is_skipped(ragged: BatchSource, value: float,
     assert_equal(snapshot(engine), snapshot(twin))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 def test_every_token_to_one_expert_trains_on(ragged: BatchSource, optimizer: str) -> None:
     engine = build_engine(build_model(num_experts_per_tok=1), optimizer={"name": optimizer, "lr": 0.01})
     for layer in engine.model.moe_layers:
@@ -247,7 +247,7 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
 # State
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"n_routed_experts": 0}])
 def test_a_loaded_state_goes_on_to_the_bit(ragged: BatchSource, changes: dict[str, Any], optimizer: str) -> None:
     first, second = (build_engine(build_model(**changes), optimizer={"name": optimizer}) for _ in range(2))

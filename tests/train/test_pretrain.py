@@ -66,7 +66,7 @@ def flip_a_byte(file: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, start_moe_lm: Start, optimizer: str, precision: str
 ) -> None:
