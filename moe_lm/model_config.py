@@ -9,6 +9,46 @@ from pydantic import Field, model_validator
 from moe_lm.section import Section
 
 
+class RopeScaling(Section):
+    """How rotary positions reach beyond the length that they were trained on, in Hugging Face's names.
+
+    `linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` only the slow ones, with a ramp between
+    (arXiv 2407.21783); `yarn` likewise with a ramp over rotations, and sharpens the attention (arXiv 2309.00071).
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, description="llama3, yarn: trained length")
+    low_freq_factor: float | None = Field(default=None, gt=0, description="llama3")
+    high_freq_factor: float | None = Field(default=None, gt=0, description="llama3")
+    beta_fast: float | None = Field(default=None, gt=0, description="yarn; None: 32")
+    beta_slow: float | None = Field(default=None, gt=0, description="yarn; None: 1")
+    mscale: float | None = Field(default=None, ge=0, description="yarn, as DeepSeek uses it")
+    mscale_all_dim: float | None = Field(default=None, ge=0, description="yarn, as DeepSeek uses it")
+    attention_factor: float | None = Field(default=None, gt=0, description="yarn; None: from factor and mscale")
+    truncate: bool = Field(default=True, description="yarn: the ramp begins and ends at whole dimensions")
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_type(self) -> Self:
+        needed = {
+            "linear": set(),
+            "llama3": {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+            "yarn": {"original_max_position_embeddings"},
+        }[self.rope_type]
+        of_yarn = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"}
+        read = {"rope_type", "factor"} | needed | (of_yarn if self.rope_type == "yarn" else set())
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in needed and value is None:
+                raise ValueError(f"rope_type={self.rope_type} needs {name}; set it")
+            if name not in read and value != field.default:
+                raise ValueError(f"{name}={value} has no meaning with rope_type={self.rope_type}; remove it")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise ValueError(f"high_freq_factor={high} is not more than low_freq_factor={low}; raise it")
+        return self
+
+
 class ModelConfig(Section):
     """The shape of a model, in the names of the field's model configs (Hugging Face, DeepSeek).
 
@@ -30,8 +70,13 @@ class ModelConfig(Section):
     n_routed_experts: int = Field(default=0, ge=0)
     num_experts_per_tok: int = Field(default=2, gt=0)
     n_shared_experts: int = Field(default=1, ge=0)
+    shared_expert_intermediate_size: int | None = Field(
+        default=None, gt=0, description="width of the shared experts together; None: n_shared_experts times one expert"
+    )
+    shared_expert_gate: bool = Field(default=False, description="a sigmoid gate on their output, as in Qwen2-MoE")
     first_k_dense_replace: int = Field(default=0, ge=0, description="this many first layers stay dense")
     moe_layer_freq: int = Field(default=1, gt=0, description="every n-th layer is MoE, counted as DeepSeek does")
+    mlp_only_layers: tuple[int, ...] = Field(default=(), description="further layers, counted from 0, that stay dense")
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
@@ -45,7 +90,11 @@ class ModelConfig(Section):
     mlp_gated: bool = Field(default=True, description="gated feed-forward (SwiGLU when hidden_act is silu)")
     position_embedding: Literal["rope", "learned", "sinusoidal"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = Field(default=False, description="neighbours are rotated together, not halves")
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, description="share of a head that is rotated")
     use_qk_norm: bool = True
+    qk_norm_over: Literal["head", "projection"] = Field(default="head", description="projection: all heads together")
     attention_bias: bool = Field(default=False, description="bias on the query, key and value projections")
     attention_out_bias: bool = False
     mlp_bias: bool = Field(default=False, description="in dense and shared feed-forward layers; experts have none")
@@ -65,10 +114,22 @@ class ModelConfig(Section):
     def expert_size(self) -> int:
         return self.moe_intermediate_size or self.intermediate_size
 
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared experts together; 0 without any."""
+        if not self.n_shared_experts:
+            return 0
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.expert_size
+
+    @property
+    def rotary_size(self) -> int:
+        """Entries of a head that are rotated."""
+        return int(self.head_size * self.partial_rotary_factor)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` (counted from 0) has routed experts."""
         routed = self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
-        return routed and layer % self.moe_layer_freq == 0
+        return routed and layer % self.moe_layer_freq == 0 and layer not in self.mlp_only_layers
 
     @property
     def moe_layers(self) -> list[int]:
@@ -86,13 +147,30 @@ class ModelConfig(Section):
                 f"num_key_value_heads={self.kv_heads} does not divide num_attention_heads="
                 f"{self.num_attention_heads}; choose a divisor"
             )
-        if self.position_embedding == "rope" and self.head_size % 2:
-            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even head size")
+        self._check_rotary()
+        if self.qk_norm_over == "projection" and not self.use_qk_norm:
+            raise ValueError("qk_norm_over=projection has no meaning with use_qk_norm=False; remove it")
         if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size={self.hidden_size} is odd; sinusoidal positions need an even size")
         if self.n_routed_experts:
             self._check_routing()
         return self
+
+    def _check_rotary(self) -> None:
+        if self.position_embedding != "rope":
+            for name in ("rope_scaling", "rope_interleave", "partial_rotary_factor"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning with position_embedding="
+                        f"{self.position_embedding}; remove it"
+                    )
+        elif self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even head size")
+        elif self.rotary_size % 2 or not self.rotary_size:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_size} of a head's "
+                f"{self.head_size} entries; choose a share that makes an even number of at least 2"
+            )
 
     def _check_routing(self) -> None:
         experts, per_token = self.n_routed_experts, self.num_experts_per_tok
@@ -115,6 +193,16 @@ class ModelConfig(Section):
                 f"first_k_dense_replace={self.first_k_dense_replace} is more than num_hidden_layers="
                 f"{self.num_hidden_layers}; choose at most {self.num_hidden_layers}"
             )
+        for layer in self.mlp_only_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"mlp_only_layers={list(self.mlp_only_layers)} names layer {layer}; choose from 0 to "
+                    f"{self.num_hidden_layers - 1}"
+                )
+        if not self.n_shared_experts:
+            for name in ("shared_expert_intermediate_size", "shared_expert_gate"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)} needs a shared expert; set n_shared_experts to 1")
         for name, size in (("hidden_size", self.hidden_size), ("moe_intermediate_size", self.expert_size)):
             if size % 8:
                 raise ValueError(f"{name}={size} is not divisible by 8, which grouped products of experts need")

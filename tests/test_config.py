@@ -80,6 +80,27 @@ def refusal(values: dict[str, Any]) -> str:
         ("model.hidden_size", 33, ["hidden_size=33", "num_attention_heads=4", "head_dim"]),
         ("model.num_key_value_heads", 3, ["num_key_value_heads=3", "num_attention_heads=4"]),
         ("model.head_dim", 7, ["head_dim=7", "even"]),
+        ("model.partial_rotary_factor", 0.4, ["partial_rotary_factor=0.4", "3 of a head's 8", "even"]),
+        ("model.mlp_only_layers", [1, 3], ["mlp_only_layers=[1, 3]", "layer 3", "from 0 to 2"]),
+        ("model.rope_scaling", {"rope_type": "yarn", "factor": 4}, ["model.rope_scaling", "original_max_position"]),
+        (
+            "model.rope_scaling",
+            {"rope_type": "linear", "factor": 4, "beta_fast": 32},
+            ["model.rope_scaling", "beta_fast=32", "rope_type=linear"],
+        ),
+        ("model.rope_scaling", {"rope_type": "dynamic", "factor": 4}, ["rope_scaling.rope_type='dynamic'", "llama3"]),
+        ("model.rope_scaling", {"rope_type": "linear", "factor": 0.5}, ["rope_scaling.factor=0.5", "equal to 1"]),
+        (
+            "model.rope_scaling",
+            {
+                "rope_type": "llama3",
+                "factor": 8,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 4,
+                "high_freq_factor": 4,
+            },
+            ["high_freq_factor=4", "low_freq_factor=4"],
+        ),
         ("model.vocab_size", 0, ["model.vocab_size=0", "greater than 0"]),
         ("model.scoring_func", "tanh", ["model.scoring_func='tanh'", "sigmoid", "softmax"]),
         ("data.sequence_length", 129, ["data.sequence_length=129", "model.max_position_embeddings=128"]),
@@ -95,6 +116,34 @@ def test_impossible_value_names_field_value_and_what_is_right(key: str, value: A
     message = refusal(changed(PRETRAIN, key, value))
     assert message.startswith("x.yaml: ")
     assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_shared_experts": 0, "shared_expert_gate": True}, ["shared_expert_gate=True", "n_shared_experts"]),
+        (
+            {"n_shared_experts": 0, "shared_expert_intermediate_size": 64},
+            ["shared_expert_intermediate_size=64", "n_shared_experts"],
+        ),
+        ({"use_qk_norm": False, "qk_norm_over": "projection"}, ["qk_norm_over=projection", "use_qk_norm=False"]),
+        (
+            {"position_embedding": "learned", "rope_interleave": True},
+            ["rope_interleave=True", "position_embedding=learned"],
+        ),
+        (
+            {"position_embedding": "sinusoidal", "rope_scaling": {"rope_type": "linear", "factor": 2}},
+            ["rope_scaling=", "position_embedding=sinusoidal"],
+        ),
+        (
+            {"position_embedding": "learned", "partial_rotary_factor": 0.5},
+            ["partial_rotary_factor=0.5", "position_embedding=learned"],
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_both_named(changes: dict[str, Any], words: list[str]) -> None:
+    message = refusal({**PRETRAIN, "model": {**MODEL, **changes}})
     assert [word for word in words if word not in message] == []
 
 

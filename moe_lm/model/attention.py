@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model.layers import RMSNorm, rotate
+from moe_lm.model.layers import RMSNorm
+from moe_lm.model.rotary import Angles, rotate
 from moe_lm.model_config import ModelConfig
 
 
@@ -30,27 +31,37 @@ class Attend(Protocol):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), queries and keys RMS-normed per head when `use_qk_norm`."""
+    """Grouped-query attention (arXiv 2305.13245).
+
+    With `use_qk_norm` queries and keys are RMS-normed, each head by itself or all heads together (OLMoE).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_size = config.head_size
+        self.head_size, self.interleave = config.head_size, config.rope_interleave
         hidden, size, bias = config.hidden_size, config.head_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
         self.k_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=config.attention_out_bias)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.norms_heads = config.qk_norm_over == "head"
+        queries, keys = (1, 1) if self.norms_heads else (config.num_attention_heads, config.kv_heads)
+        self.q_norm = RMSNorm(queries * size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(keys * size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
-        q = self.q_norm(self.q_proj(x_BSD).unflatten(-1, (-1, self.head_size)))
-        k = self.k_norm(self.k_proj(x_BSD).unflatten(-1, (-1, self.head_size)))
-        v = self.v_proj(x_BSD).unflatten(-1, (-1, self.head_size))
+    def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> Tensor:
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self._heads(self.v_proj(x_BSD))
+        if self.norms_heads:
+            q, k = self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
+        else:
+            q, k = self._heads(self.q_norm(q)), self._heads(self.k_norm(k))
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q, k = (rotate(x, *angles, self.interleave) for x in (q, k))
         return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_size))
 
 
 @dataclass(frozen=True)

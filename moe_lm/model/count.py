@@ -20,7 +20,7 @@ class Parameters:
     embedding: int  # looked up, never multiplied: token and learned position tables
     attention: int  # the four projections
     dense: int  # feed-forward layers without experts
-    router: int
+    router: int  # with the gate on the shared experts
     shared: int
     routed: int
     routed_active: int  # the part of `routed` that one token passes through
@@ -75,8 +75,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
         embedding=looked_up * hidden,
         attention=layers * 2 * hidden * config.head_size * heads,
         dense=(layers - sparse) * matrices * hidden * config.intermediate_size,
-        router=sparse * config.n_routed_experts * hidden,
-        shared=sparse * config.n_shared_experts * expert,
+        router=sparse * (config.n_routed_experts + (1 if config.shared_expert_gate else 0)) * hidden,
+        shared=sparse * matrices * hidden * config.shared_width,
         routed=sparse * config.n_routed_experts * expert,
         routed_active=sparse * config.num_experts_per_tok * expert,
         head=config.vocab_size * hidden,
@@ -138,7 +138,8 @@ def rank_bytes(
 
 def _norms(config: ModelConfig) -> int:
     residual = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
-    heads = 2 * config.head_size if config.use_qk_norm else 0
+    normed = 2 if config.qk_norm_over == "head" else config.num_attention_heads + config.kv_heads
+    heads = normed * config.head_size if config.use_qk_norm else 0
     return config.num_hidden_layers * (2 * residual + heads) + residual
 
 
@@ -146,7 +147,6 @@ def _biases(config: ModelConfig) -> int:
     """Routed experts have none, whatever `mlp_bias` says."""
     layers, sparse = config.num_hidden_layers, len(config.moe_layers)
     inward = 2 if config.mlp_gated else 1
-    shared_width = config.n_shared_experts * config.expert_size
     count = config.vocab_size if config.lm_head_bias else 0
     if config.attention_bias:
         count += layers * config.head_size * (config.num_attention_heads + 2 * config.kv_heads)
@@ -154,6 +154,6 @@ def _biases(config: ModelConfig) -> int:
         count += layers * config.hidden_size
     if config.mlp_bias:
         count += (layers - sparse) * (inward * config.intermediate_size + config.hidden_size)
-        if shared_width:
-            count += sparse * (inward * shared_width + config.hidden_size)
+        if config.shared_width:
+            count += sparse * (inward * config.shared_width + config.hidden_size)
     return count

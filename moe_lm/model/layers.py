@@ -1,6 +1,6 @@
-"""Norms, feed-forward layers and positions.
+"""Norms, feed-forward layers and fixed positions.
 
-Shapes: B rows, S positions, D hidden_size, F width of a feed-forward layer, H heads, N head size.
+Shapes: B rows, S positions, D hidden_size, F width of a feed-forward layer.
 """
 
 from __future__ import annotations
@@ -54,20 +54,6 @@ class MLP(nn.Module):
         up = self.up_proj(x_BSD)
         hidden = self.activation(self.gate_proj(x_BSD)) * up if self.gated else self.activation(up)
         return self.down_proj(hidden)
-
-
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, `[B, S, 1, N/2]` float32, of the rotary embedding (arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    # Times the inverse, as in Hugging Face: dividing rounds differently, which at position 4096 moves a cosine by 2e-4.
-    angles = position_ids[..., None].float() * (1.0 / theta**exponents)
-    return angles.cos()[..., None, :], angles.sin()[..., None, :]
-
-
-def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys; halves are paired as in Hugging Face's layout, not interleaved."""
-    first, second = x_BSHN.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHN.dtype)
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int) -> Tensor:

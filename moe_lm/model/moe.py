@@ -48,9 +48,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = (
-            MLP(config, config.n_shared_experts * config.expert_size) if config.n_shared_experts else None
-        )
+        self.shared_experts = MLP(config, config.shared_width) if config.shared_width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.dispatcher: Dispatcher = dispatch_locally
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
@@ -61,7 +60,10 @@ class MoE(nn.Module):
         return out.view_as(x_BSD), routing
 
     def _shared(self, x_TD: Tensor) -> Tensor | None:
-        return None if self.shared_experts is None else self.shared_experts(x_TD)
+        if self.shared_experts is None:
+            return None
+        out = self.shared_experts(x_TD)
+        return out if self.shared_expert_gate is None else self.shared_expert_gate(x_TD).sigmoid() * out
 
 
 class Router(nn.Module):

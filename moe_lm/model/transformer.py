@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_lm.model.attention import Attend, Attention
-from moe_lm.model.layers import MLP, build_norm, rotary_angles, sinusoidal_positions
+from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
+from moe_lm.model.rotary import Angles, rotary_angles
 from moe_lm.model_config import ModelConfig
 
 
@@ -74,7 +75,7 @@ class Transformer(nn.Module):
         x_BSD = self.embed_tokens(input_ids_BS)
         angles = None
         if self.config.position_embedding == "rope":
-            angles = rotary_angles(position_ids_BS, self.config.head_size, self.config.rope_theta)
+            angles = rotary_angles(position_ids_BS, self.config)
         elif self.config.position_embedding == "learned":
             x_BSD = x_BSD + self.embed_positions(position_ids_BS)
         else:
@@ -100,9 +101,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.intermediate_size)
 
-    def forward(
-        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, attend)
         normed = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):

@@ -60,8 +60,8 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, and not its router."""
-    return ".layers." in name and parameter.ndim >= 2 and ".gate.weight" not in name
+    """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, and not a router or gate."""
+    return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
 
 
 def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

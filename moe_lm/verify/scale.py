@@ -37,10 +37,21 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "max_position_embeddings": LENGTH,
         "first_k_dense_replace": min(model.first_k_dense_replace, 1),
         "moe_layer_freq": min(model.moe_layer_freq, 2),
+        "mlp_only_layers": (1,) if model.mlp_only_layers else (),
         "n_shared_experts": min(model.n_shared_experts, 2),
+        "shared_expert_intermediate_size": None if model.shared_expert_intermediate_size is None else 24,
+        "partial_rotary_factor": 0.5 if model.partial_rotary_factor < 1 else 1.0,
         "initializer_range": 0.2,  # large enough for weights this small to matter, and for a router to have opinions
     }
-    return ModelConfig.model_validate(model.model_dump() | sizes | _routing(model))
+    return ModelConfig.model_validate(model.model_dump() | sizes | _rope(model) | _routing(model))
+
+
+def _rope(model: ModelConfig) -> dict[str, object]:
+    """The same scaling, which begins within the few positions that there are."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.original_max_position_embeddings is None:
+        return {}
+    return {"rope_scaling": scaling.model_dump() | {"original_max_position_embeddings": LENGTH // 3}}
 
 
 def _routing(model: ModelConfig) -> dict[str, int]:

@@ -42,6 +42,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     topk_group = draw(st.integers(1, groups))
     layers = draw(st.integers(1, 4))
+    n_shared_experts, use_qk_norm = draw(st.integers(0, 2)), draw(st.booleans())
     return ModelConfig(
         vocab_size=draw(st.integers(1, 64)),
         hidden_size=8 * draw(st.integers(1, 4)),
@@ -54,7 +55,10 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         moe_intermediate_size=8 * draw(st.integers(1, 3)),
         n_routed_experts=draw(st.sampled_from((0, groups * per_group))),
         num_experts_per_tok=draw(st.integers(1, topk_group * per_group)),
-        n_shared_experts=draw(st.integers(0, 2)),
+        n_shared_experts=n_shared_experts,
+        shared_expert_intermediate_size=draw(st.sampled_from((None, 20))) if n_shared_experts else None,
+        shared_expert_gate=draw(st.booleans()) if n_shared_experts else False,
+        mlp_only_layers=tuple(draw(st.sets(st.integers(0, layers - 1), max_size=1))),
         first_k_dense_replace=draw(st.integers(0, layers)),
         moe_layer_freq=draw(st.integers(1, 3)),
         n_group=groups,
@@ -62,7 +66,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         norm_type=draw(st.sampled_from(("rmsnorm", "layernorm"))),
         position_embedding=draw(st.sampled_from(("rope", "learned", "sinusoidal"))),
         mlp_gated=draw(st.booleans()),
-        use_qk_norm=draw(st.booleans()),
+        use_qk_norm=use_qk_norm,
+        qk_norm_over=draw(st.sampled_from(("head", "projection"))) if use_qk_norm else "head",
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),

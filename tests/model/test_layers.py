@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lm.model.layers import MLP, RMSNorm, build_norm, rotary_angles, rotate, sinusoidal_positions
+from moe_lm.model.layers import MLP, RMSNorm, build_norm, sinusoidal_positions
 from moe_lm.model_config import ModelConfig
 
 
@@ -67,42 +67,6 @@ def test_feed_forward_is_its_formula(gated: bool, kind: str, bias: bool) -> None
         hidden = activations[kind](up)
     expected = hidden @ mlp.down_proj.weight.T + (mlp.down_proj.bias if bias else 0)
     torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rotation_is_multiplication_by_a_unit_complex_number() -> None:
-    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 90, 2, 1]])
-    turned = rotate(x, *rotary_angles(positions, 8, 100.0))
-    first, second = x.double().chunk(2, dim=-1)
-    frequencies = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    unit = torch.polar(torch.ones(1, dtype=torch.float64), positions[..., None, None] * frequencies)
-    expected = torch.complex(first, second) * unit
-    torch.testing.assert_close(turned.double(), torch.cat((expected.real, expected.imag), -1), rtol=1e-4, atol=1e-5)
-
-
-def test_rotated_products_depend_on_the_distance_alone() -> None:
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
-
-    def product(query_position: int, key_position: int) -> float:
-        at = [rotary_angles(torch.tensor([[position]]), 16, 10_000.0) for position in (query_position, key_position)]
-        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum().item()
-
-    assert product(9, 5) == pytest.approx(product(104, 100), abs=1e-4)
-    assert product(9, 5) != pytest.approx(product(9, 1), abs=1e-2)
-
-
-@pytest.mark.parametrize(("head_size", "theta"), [(64, 10_000.0), (128, 1_000_000.0)])
-def test_rotary_angles_are_transformers_angles_to_the_bit_at_any_position(head_size: int, theta: float) -> None:
-    from transformers import Dots1Config
-    from transformers.models.dots1.modeling_dots1 import Dots1RotaryEmbedding
-
-    rope = {"rope_type": "default", "rope_theta": theta}
-    config = Dots1Config(hidden_size=2 * head_size, num_attention_heads=2, head_dim=head_size, rope_parameters=rope)
-    positions = torch.tensor([[0, 1, 511, 4095, 131_071]])
-    expected_cos, expected_sin = Dots1RotaryEmbedding(config)(torch.zeros(1), positions)
-    cos, sin = rotary_angles(positions, head_size, theta)
-    assert torch.equal(cos[..., 0, :], expected_cos[..., : head_size // 2])
-    assert torch.equal(sin[..., 0, :], expected_sin[..., : head_size // 2])
 
 
 def test_sinusoidal_positions_are_those_of_the_paper() -> None:

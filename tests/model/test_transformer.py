@@ -22,6 +22,11 @@ MOE: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {**MOE, "first_k_dense_replace": 1},
+    "qwen2_moe": {
+        **MOE, "shared_expert_gate": True, "shared_expert_intermediate_size": 24, "mlp_only_layers": (1,),
+        "partial_rotary_factor": 0.5, "rope_interleave": True, "qk_norm_over": "projection",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
+    },
     "classic": {
         "norm_type": "layernorm", "hidden_act": "relu", "mlp_gated": False, "position_embedding": "learned",
         "use_qk_norm": False, "attention_out_bias": True, "mlp_bias": True, "lm_head_bias": True,

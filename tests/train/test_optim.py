@@ -69,6 +69,12 @@ def test_muon_takes_the_hidden_matrices_but_no_router_embedding_or_head() -> Non
     assert "model.layers.1.mlp.gate.weight" in names_in(model, adamw.param_groups[0])
 
 
+def test_muon_leaves_the_gate_of_the_shared_experts_to_adamw() -> None:
+    model = build_model(shared_expert_gate=True)
+    adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))
+    assert "model.layers.1.mlp.shared_expert_gate.weight" in names_in(model, adamw.param_groups[0])
+
+
 def test_tied_embeddings_are_one_parameter_of_adamw() -> None:
     model = build_model(tie_word_embeddings=True)
     adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))

@@ -1,0 +1,100 @@
+"""Rotary positions (RoPE, arXiv 2104.09864): the angle of every position, frequencies for long contexts, the rotation.
+
+Shapes: B rows, S positions, H heads, N head size, R = N or the part of it that is rotated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_lm.model_config import ModelConfig, RopeScaling
+
+Angles = tuple[Tensor, Tensor]
+
+
+def rotary_angles(position_ids: Tensor, config: ModelConfig) -> Angles:
+    """Cosine and sine, `[B, S, 1, R/2]` float32, times YaRN's attention factor where there is one."""
+    frequencies = rotary_frequencies(config, position_ids.device)
+    angles = (position_ids[..., None].float() * frequencies)[..., None, :]
+    strength = attention_factor(config.rope_scaling)
+    return angles.cos() * strength, angles.sin() * strength
+
+
+def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
+    """Rotate the first R entries of queries or keys.
+
+    Entry i is paired with entry i + R/2, as in Hugging Face's Llama; with `interleave` its neighbour is, as in
+    DeepSeek. The result has the first of all pairs before the second ones: attention sees only products of queries
+    and keys, whose order is the same.
+    """
+    size = 2 * cos.shape[-1]
+    turned, rest = x_BSHN[..., :size].float(), x_BSHN[..., size:]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleave else turned.chunk(2, dim=-1)
+    out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHN.dtype)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Radians a position, `[R/2]` float32, in the order of operations that Hugging Face rounds in."""
+    size, scaling = config.rotary_size, config.rope_scaling
+    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+    # Times the inverse, as in Hugging Face: dividing rounds differently, which at position 4096 moves a cosine by 2e-4.
+    wavelengths = config.rope_theta**exponents  # over 2 pi
+    if scaling is None:
+        return 1.0 / wavelengths
+    if scaling.rope_type == "linear":
+        return 1.0 / wavelengths / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3(1.0 / wavelengths, scaling)
+    # Dimensions that turn often within the trained length stay, those that hardly turn are divided (YaRN, section 3.2).
+    kept = 1 - _yarn_ramp(config, scaling, device)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cosine and sine are multiplied with: the square root of YaRN's inverse temperature (section 3.4)."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """`0.1 * weight * ln(factor) + 1`, which grows with the length that is reached for."""
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Wavelengths over `length / low_freq_factor` are stretched, those under `length / high_freq_factor` are not."""
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low is not None
+    assert high is not None
+    assert length is not None
+    wavelengths = 2 * math.pi / frequencies
+    share = (length / wavelengths - low) / (high - low)  # 0 and less: stretched; 1 and more: as it is
+    between = (1 - share) * frequencies / scaling.factor + share * frequencies
+    slow, fast = wavelengths > length / low, wavelengths < length / high
+    return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, between))
+
+
+def _yarn_ramp(config: ModelConfig, scaling: RopeScaling, device: torch.device | None) -> Tensor:
+    """0 for dimensions that keep their frequency, 1 for those that are divided by the factor, a line between."""
+    size, length = config.rotary_size, scaling.original_max_position_embeddings
+    assert length is not None
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) dimension that turns so many times within the trained length."""
+        return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = dimension(scaling.beta_fast or 32), dimension(scaling.beta_slow or 1)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    places = torch.arange(size // 2, device=device, dtype=torch.float32)
+    return ((places - low) / (high - low if high != low else 0.001)).clamp(0, 1)
