@@ -20,10 +20,8 @@ RECIPES = Path(__file__).parents[2] / "configs" / "pretrain"
 def test_the_recipe_of_an_optimizer_lowers_the_loss(
     name: str, tiny_pretrain: Path, tmp_path: Path, moe_lm: Callable[..., Any]
 ) -> None:
-    recipe, data = (
-        load_config(PretrainConfig, RECIPES / f"{name}.yaml"),
-        load_config(PretrainConfig, tiny_pretrain).data,
-    )
+    recipe = load_config(PretrainConfig, RECIPES / f"{name}.yaml")
+    data = load_config(PretrainConfig, tiny_pretrain).data
     assert recipe.train.optimizer.name == name
     settings = [
         f"run_dir={tmp_path}", f"data.tokenizer={data.tokenizer}", f"data.shards={data.shards}",
@@ -42,6 +40,4 @@ def test_the_recipe_of_an_optimizer_lowers_the_loss(
 def test_what_needs_whole_matrices_is_refused_before_anything_is_built(name: str, moe_lm: Callable[..., Any]) -> None:
     done = moe_lm("pretrain", RECIPES / f"{name}.yaml", "parallel.engine=deepspeed", "--dry-run")
     assert done.code == 2
-    assert done.err.startswith(
-        f"error: train.optimizer.name={name} needs whole matrices, which ZeRO divides; use adamw"
-    )
+    assert f"train.optimizer.name={name} needs whole matrices, which ZeRO divides; use adamw" in done.err
