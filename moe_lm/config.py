@@ -110,6 +110,13 @@ class ScheduleConfig(Section):
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="final rate over peak rate (cosine, wsd)")
 
 
+class ScheduledSamplingConfig(Section):
+    """Tokens of the answers that the model reads as it would have written them, by a pass ahead without gradient."""
+
+    share: float = Field(gt=0, le=1, description="of the target tokens that stand in the input of later ones")
+    ramp_steps: int = Field(default=0, ge=0, description="steps over which the share grows from 0 in a line")
+
+
 class TrainConfig(Section):
     """The optimisation: how many steps of how many sequences, with what rates."""
 
@@ -120,6 +127,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     balance: BalanceConfig = BalanceConfig()
+    scheduled_sampling: ScheduledSamplingConfig | None = None
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -34,6 +34,7 @@ class Batch:
     input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
     ends of rows are always among them. max_seqlen: tokens in the longest segment.
+    own_tokens: [rows, sequence] bool, where the model reads its own prediction (train/scheduled_sampling.py).
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    own_tokens: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -48,9 +50,14 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.targets, self.position_ids, self.cu_seqlens)
-        input_ids, targets, position_ids, cu_seqlens = (item.to(device, non_blocking=True) for item in tensors)
-        return Batch(input_ids, targets, position_ids, cu_seqlens, self.max_seqlen)
+        return replace(
+            self,
+            **{  # type: ignore[arg-type]
+                name: value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            },
+        )
 
 
 class BatchSource(Protocol):

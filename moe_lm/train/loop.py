@@ -29,6 +29,7 @@ from moe_lm.train.metrics import (
     model_flops_utilisation,
     peak_flops,
 )
+from moe_lm.train.scheduled_sampling import with_own_tokens
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -109,7 +110,13 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
     rows = engine.topology.rows_of(config.global_batch_size)
     size = rows_at_once(engine.topology, config)
-    return [batches.batch(step, rows[start : start + size]) for start in range(0, len(rows), size)]
+    pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+    found = [batches.batch(step, piece) for piece in pieces]
+    if (sampling := config.scheduled_sampling) is None:
+        return found
+    return [
+        with_own_tokens(batch, sampling, config.seed, step, piece) for batch, piece in zip(found, pieces, strict=True)
+    ]
 
 
 def rows_at_once(topology: Topology, config: TrainConfig) -> int:

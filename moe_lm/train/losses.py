@@ -25,6 +25,7 @@ from moe_lm.model.moe import (
     sequence_balance_loss,
 )
 from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.train.scheduled_sampling import mixed
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class TrainingLoss(nn.Module):
     def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if batch.own_tokens is not None:
+                with torch.no_grad():
+                    batch = mixed(batch, self.run_model(batch).logits)
             return self._parts(batch, counts)
 
     def _parts(self, batch: Batch, counts: StepCounts | None) -> LossParts:

@@ -141,10 +141,13 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
     assert first[0] == first[1]
 
 
-def test_a_killed_fine_tuning_resumes_to_the_bit(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+@pytest.mark.parametrize("settings", [(), ("train.scheduled_sampling={share: 0.5, ramp_steps: 8}",)])
+def test_a_killed_fine_tuning_resumes_to_the_bit(
+    config_file: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
+) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert moe_lm("finetune", config_file, f"run_dir={whole}").code == 0
-    command = ("finetune", config_file, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9")
+    assert moe_lm("finetune", config_file, f"run_dir={whole}", *settings).code == 0
+    command = ("finetune", config_file, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9", *settings)
     assert moe_lm(*command).code == 0
     for lost in ("step-00000012", "step-00000010"):
         shutil.rmtree(parted / "checkpoints" / lost)
