@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from moe_lm.chat_config import ChatDataConfig
 from moe_lm.errors import UsageError
 from moe_lm.model_config import ModelConfig
 from moe_lm.section import Section
@@ -66,16 +67,6 @@ class DataConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ, got {names}")
         return self
-
-
-class ChatDataConfig(Section):
-    """Conversations for supervised fine-tuning: JSON or JSONL, `messages` or `instruction/input/output`."""
-
-    train: tuple[Path, ...] = Field(min_length=1)
-    validation: tuple[Path, ...] = ()
-    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="held out of `train`, by hash")
-    sequence_length: int = Field(default=512, gt=1)
-    separate_documents: bool = Field(default=True, description="no attention across conversations in a packed row")
 
 
 class BalanceConfig(Section):

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from moe_lm.data.shards import TokenShards, TokenStream
 from moe_lm.data.shuffle import shuffle_key, shuffled
+from moe_lm.data.targets import IGNORE
 from moe_lm.errors import UsageError
 
-IGNORE = -100  # the target of a position that is not trained
 MIX_BLOCK = 4096  # sequences in which the sources have their exact shares
 PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
 

@@ -1,8 +1,6 @@
 """Conversations -> packed batches in which the assistant's words alone are trained on.
 
-A row of a file is either `{"messages": [{"role": ..., "content": ...}, ...]}` or
-`{"instruction": ..., "input": ..., "output": ...}`, where `input` may be missing. Conversations are never cut: one
-that is longer than a row is left out and counted.
+Conversations are never cut: one that is longer than a row is left out and counted.
 """
 
 from __future__ import annotations
@@ -12,19 +10,18 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.config import ChatDataConfig
-from moe_lm.data.batches import IGNORE, Batch, pack
-from moe_lm.data.files import Report, read_rows, text_problem
+from moe_lm.chat_config import ChatDataConfig, ChatSource
+from moe_lm.data.batches import Batch, pack
+from moe_lm.data.conversations import nothing_usable, read_dialogues, split_held_out
+from moe_lm.data.files import Report
 from moe_lm.data.shuffle import shuffle_key, shuffled
-from moe_lm.data.split import document_hash, held_out_of
+from moe_lm.data.targets import IGNORE, next_tokens
 from moe_lm.errors import UsageError
-from moe_lm.tokenization import ROLES, Tokenizer
+from moe_lm.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,43 +46,37 @@ class ChatData:
 
 
 def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read and render all conversations; those for validation come from files of their own or out of `train`.
+    """Read and render all conversations; those for validation come from sources of their own or out of `train`.
 
     Raises UsageError for a file that does not exist, and when there is nothing to train on.
     """
     report = Report()
     train = read_conversations(config.train, tokenizer, config.sequence_length, report)
     validation = read_conversations(config.validation, tokenizer, config.sequence_length, report)
-    held = held_out_of(np.array([item.hash for item in train], np.uint64), config.validation_fraction).tolist()
-    validation += [item for item, is_held in zip(train, held, strict=True) if is_held]
-    train = [item for item, is_held in zip(train, held, strict=True) if not is_held]
+    train, held_out = split_held_out(train, config.validation_fraction)
     if not train:
-        reasons = "; ".join(report.skipped_lines()) or "the files are empty, or validation_fraction holds all of it out"
-        raise UsageError(f"data.train={', '.join(map(str, config.train))} has no usable conversation: {reasons}")
-    return ChatData(train, validation, report)
+        raise nothing_usable(config.train, "conversation", report)
+    return ChatData(train, validation + held_out, report)
 
 
 def read_conversations(
-    paths: Sequence[Path], tokenizer: Tokenizer, sequence_length: int, report: Report
+    sources: Sequence[ChatSource], tokenizer: Tokenizer, sequence_length: int, report: Report
 ) -> list[Conversation]:
-    """The conversations of JSON and JSONL files (also .gz, .xz, .zst) that fit into `sequence_length` tokens."""
+    """The conversations of all sources that fit into `sequence_length` tokens."""
     conversations = []
-    for path in paths:
-        if not path.is_file():
-            raise UsageError(f"conversations {path} do not exist; expected a .json or .jsonl file (.gz, .xz, .zst)")
-        for where, row in read_rows(path, path.name, report):
-            messages = _messages(row)
-            problem = _problem(messages)
-            if problem is not None:
-                report.skip(problem, where)
-                continue
-            conversation = _render(messages, tokenizer)
-            if len(conversation.input_ids) > sequence_length:
-                report.skip(f"longer than sequence_length={sequence_length}", where)
-                continue
-            report.documents += 1
-            report.text_bytes += sum(len(message["content"].encode()) for message in messages)
-            conversations.append(conversation)
+    for row in read_dialogues(sources, report):
+        try:
+            ids, loss_mask = tokenizer.encode_chat(row.content.messages)
+        except UsageError as error:
+            report.skip(str(error), row.where)
+            continue
+        conversation = Conversation(*next_tokens(ids, loss_mask), row.hash)
+        if len(conversation.input_ids) > sequence_length:
+            report.skip(f"longer than sequence_length={sequence_length}", row.where)
+            continue
+        report.documents += 1
+        report.text_bytes += sum(len((message["content"] or "").encode()) for message in row.content.messages)
+        conversations.append(conversation)
     return conversations
 
 
@@ -189,41 +180,3 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             insort(rooms, left)
         rows_with_room[left].append(row)
     return rows
-
-
-def _messages(row: dict[str, Any]) -> list[Any]:
-    if "messages" in row:
-        return row["messages"] if isinstance(row["messages"], list) else []
-    if "instruction" in row and "output" in row:
-        parts = [row["instruction"], *([row["input"]] if row.get("input") else [])]
-        asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    return []
-
-
-def _problem(messages: list[Any]) -> str | None:
-    """Why a conversation cannot be trained on, or None."""
-    if not messages:
-        return "no messages, and no instruction with output"
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"a message without a role of {', '.join(ROLES)}"
-        content = message.get("content")
-        if not isinstance(content, str):
-            return "a message whose content is not text"
-        if text_problem(content) is not None:
-            return text_problem(content)
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return "no words of an assistant"
-    return None
-
-
-def _render(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Conversation:
-    ids, loss_mask = tokenizer.encode_chat(messages)
-    tokens = np.array(ids, np.int32)
-    name = "\0".join(part for message in messages for part in (message["role"], message["content"]))
-    return Conversation(
-        input_ids=tokens[:-1],
-        targets=np.where(loss_mask[1:], tokens[1:], np.int32(IGNORE)),
-        hash=document_hash(name),
-    )

@@ -10,8 +10,11 @@ import gzip
 import io
 import json
 import lzma
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -33,20 +36,30 @@ if zstandard is not None:
 
 @dataclass
 class Report:
-    """What was read and what was left out of it: counts by reason, and for each reason the first place."""
+    """What was read and what was left out or shortened: counts by reason, and for each reason the first place."""
 
     documents: int = 0
     text_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    shortened: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def skip(self, reason: str, where: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.examples.setdefault(reason, where)
 
+    def shorten(self, reason: str, where: str) -> None:
+        """Count what is used, but not whole."""
+        self.shortened[reason] = self.shortened.get(reason, 0) + 1
+        self.examples.setdefault(reason, where)
+
     def skipped_lines(self) -> list[str]:
         """One line a reason, like `3 skipped: invalid UTF-8 (first: a.txt:7)`."""
-        return [f"{count} skipped: {reason} (first: {self.examples[reason]})" for reason, count in self.skipped.items()]
+        return [
+            f"{count} {what}: {reason} (first: {self.examples[reason]})"
+            for what, counts in (("skipped", self.skipped), ("shortened", self.shortened))
+            for reason, count in counts.items()
+        ]
 
 
 def kind_of(path: Path) -> str:
@@ -70,7 +83,10 @@ def open_decompressed(path: Path) -> BinaryIO:
 
 
 def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl or .json file (compressed or not), each with its place, like `a.jsonl:7`."""
+    """The rows of a .jsonl, .json or .parquet file (compressed or not), each with its place, like `a.jsonl:7`."""
+    if kind_of(path) == ".parquet":
+        yield from _parquet_rows(path, name, report)
+        return
     try:
         with open_decompressed(path) as file:
             rows = _json_values(file, name, report) if kind_of(path) == ".json" else _json_lines(file, name, report)
@@ -81,6 +97,19 @@ def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict
                     report.skip("row is not an object", where)
     except UNREADABLE as error:
         report.skip("unreadable file", f"{name}: {error}")
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; Parquet begins with its end, so a compressed one is unpacked into a file."""
+    import pyarrow.parquet
+
+    with open_decompressed(path) as stream, tempfile.TemporaryFile() as seekable:
+        file: BinaryIO = stream
+        if path.suffix.lower() in COMPRESSED_SUFFIXES:
+            shutil.copyfileobj(stream, seekable)
+            file = cast(BinaryIO, seekable)
+        yield pyarrow.parquet.ParquetFile(file)
 
 
 def text_problem(text: str) -> str | None:
@@ -105,6 +134,25 @@ def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int,
                 line = file.readline(MAX_LINE_BYTES)
             continue
         yield number, line
+
+
+def _parquet_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+
+    try:
+        with open_parquet(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=256):
+                for index in range(batch.num_rows):
+                    number += 1
+                    try:
+                        [row] = batch.slice(index, 1).to_pylist()
+                    except UnicodeDecodeError:
+                        report.skip("invalid UTF-8", f"{name}:{number}")
+                        continue
+                    yield f"{name}:{number}", row
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
+        report.skip("unreadable file", f"{name}: {error}")
 
 
 def _json_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str, Any]]:

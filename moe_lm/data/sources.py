@@ -9,22 +9,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from moe_lm.config import SourceConfig
 from moe_lm.data.files import (
-    COMPRESSED_SUFFIXES,
     MAX_LINE_BYTES,
     UNREADABLE,
     Report,
     kind_of,
     open_decompressed,
+    open_parquet,
     read_lines,
     read_rows,
     text_problem,
@@ -174,15 +172,9 @@ def _row(text: str) -> Document:
 
 def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -> Iterator[tuple[Document, str]]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with open_decompressed(path) as stream, tempfile.TemporaryFile() as seekable:
-            file: BinaryIO = stream
-            if path.suffix.lower() in COMPRESSED_SUFFIXES:  # Parquet begins with its end
-                shutil.copyfileobj(stream, seekable)
-                file = cast(BinaryIO, seekable)
-            table = pyarrow.parquet.ParquetFile(file)
+        with open_parquet(path) as table:
             schema = table.schema_arrow
             if text_field not in schema.names:
                 report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(schema.names)}")
@@ -209,16 +201,26 @@ def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -
 
 
 def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+    for where, row in read_dataset(source.dataset or "", source.subset, source.split, f"source {source.name!r}"):
+        yield from _row_document(row, source.text_field, where, report)
+
+
+def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a `datasets` data set as they come, each with its place, like `name:7`.
+
+    Raises MoeLmError, which names the `reader`, for whatever the library, the network or the file formats raise.
+    """
     import datasets
 
-    name = f"data set {source.dataset} (subset {source.subset}, split {source.split})"
     try:
-        rows = iter(datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True))
+        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
         for number, row in enumerate(rows, 1):
-            yield from _row_document(row, source.text_field, f"{source.dataset}:{number}", report)
-    except Exception as error:  # whatever the library, the network or the file formats under it raise
+            yield f"{name}:{number}", row
+    except Exception as error:
         message = " ".join(str(error).split())
-        raise MoeLmError(f"source {source.name!r}: {name} cannot be read: {message}") from error
+        raise MoeLmError(
+            f"{reader}: data set {name} (subset {subset}, split {split}) cannot be read: {message}"
+        ) from error
 
 
 def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lm.config import ChatDataConfig
+from moe_lm.chat_config import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.chat import (
     ChatBatches,
@@ -25,6 +25,8 @@ from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
 
 PAD = 2
+NO_ROLE = "a message without a role of system, user, assistant, tool"
+NO_FORMAT = "no messages, conversations, instruction with output, or prompt with completion"
 
 
 def said(*turns: str) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 def read(path: Path, tokenizer: Tokenizer, length: int = 512) -> tuple[list[Conversation], Report]:
     report = Report()
-    return read_conversations([path], tokenizer, length, report), report
+    return read_conversations([ChatSource(path=str(path))], tokenizer, length, report), report
 
 
 def conversation(first: int, tokens: int, trained: int) -> Conversation:
@@ -116,12 +118,12 @@ def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "no conversation"}, "no messages, and no instruction with output"),
-        ({"messages": []}, "no messages, and no instruction with output"),
-        ({"messages": "hello"}, "no messages, and no instruction with output"),
-        ({"messages": ["hello"]}, "a message without a role of system, user, assistant"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "a message without a role of system, user, assistant"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "a message without a role of system, user, assistant"),
+        ({"text": "no conversation"}, NO_FORMAT),
+        ({"messages": []}, "no messages"),
+        ({"messages": "hello"}, "messages that are no list"),
+        ({"messages": ["hello"]}, "a message that is no object"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, NO_ROLE),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, NO_ROLE),
         ({"messages": [{"role": "user"}]}, "a message whose content is not text"),
         ({"instruction": "a", "output": None}, "a message whose content is not text"),
         ({"instruction": None, "input": "a", "output": "b"}, "a message whose content is not text"),

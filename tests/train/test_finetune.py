@@ -181,7 +181,7 @@ def test_what_was_skipped_is_said(config_file: Path, tmp_path: Path, moe_lm: Moe
     done = moe_lm("finetune", config_file, "train.steps=1")
     assert done.code == 0
     assert "longer than sequence_length=64" in done.out
-    assert "no messages, and no instruction with output" in done.out
+    assert "no messages, conversations, instruction with output, or prompt with completion" in done.out
 
 
 # Where it may not start

@@ -1,0 +1,120 @@
+"""Conversations and preference pairs out of files and data sets, each with its place and its side of the split.
+
+One bad row never stops a file: it is counted in a `Report` by reason, with the first place where that was met.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from moe_lm.chat_config import ChatSource
+from moe_lm.data.files import Report, read_rows
+from moe_lm.data.formats import Dialogue, Message, Pair, Unusable, dialogue_of, pair_of
+from moe_lm.data.sources import read_dataset
+from moe_lm.data.split import document_hash, held_out_of
+from moe_lm.errors import UsageError
+
+ContentT = TypeVar("ContentT", Dialogue, Pair)
+
+
+@dataclass(frozen=True)
+class Row(Generic[ContentT]):
+    """A usable row: what it holds, where it stands (like `a.jsonl:7`) and in which of the sources.
+
+    `hash` is that of a dialogue's messages or a pair's prompt, and decides on which side of the split it falls.
+    """
+
+    content: ContentT
+    where: str
+    source: int
+    hash: int
+
+
+def read_dialogues(sources: Sequence[ChatSource], report: Report) -> Iterator[Row[Dialogue]]:
+    """The conversations of all sources in order; a row without one is counted with the reason.
+
+    Raises UsageError for a file that does not exist, MoeLmError for a data set that cannot be read.
+    """
+    return _read(sources, report, dialogue_of, lambda dialogue: _hash(dialogue.messages))
+
+
+def read_pairs(sources: Sequence[ChatSource], report: Report) -> Iterator[Row[Pair]]:
+    """The preference pairs of all sources in order, as `read_dialogues` reads conversations.
+
+    Pairs with the same prompt have the same hash: no question stands on both sides of the held-out split.
+    """
+    return _read(sources, report, pair_of, lambda pair: _hash(pair.prompt))
+
+
+class Hashed(Protocol):
+    @property
+    def hash(self) -> int: ...
+
+
+HashedT = TypeVar("HashedT", bound=Hashed)
+
+
+def split_held_out(items: Sequence[HashedT], fraction: float) -> tuple[list[HashedT], list[HashedT]]:
+    """What is trained on and what is held out, by hash: at least one of two or more when `fraction` is above 0."""
+    held = held_out_of(np.array([item.hash for item in items], np.uint64), fraction).tolist()
+    return (
+        [item for item, is_held in zip(items, held, strict=True) if not is_held],
+        [item for item, is_held in zip(items, held, strict=True) if is_held],
+    )
+
+
+def nothing_usable(sources: Sequence[ChatSource], what: str, report: Report) -> UsageError:
+    """The error for sources that give nothing to train on."""
+    reasons = "; ".join(report.skipped_lines()) or "the files are empty, or validation_fraction holds all of it out"
+    return UsageError(f"data.train={', '.join(item.origin for item in sources)} has no usable {what}: {reasons}")
+
+
+def _read(
+    sources: Sequence[ChatSource],
+    report: Report,
+    content_of: Callable[[dict[str, Any], ChatSource], ContentT],
+    hash_of: Callable[[ContentT], int],
+) -> Iterator[Row[ContentT]]:
+    for number, source in enumerate(sources):
+        for where, row in _rows(source, report):
+            try:
+                content = content_of(row, source)
+                row_hash = hash_of(content)
+            except Unusable as problem:
+                report.skip(str(problem), where)
+            except RecursionError:
+                report.skip("objects nested too deeply", where)
+            else:
+                yield Row(content, where, number, row_hash)
+
+
+def _rows(source: ChatSource, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    if source.dataset is not None:
+        yield from read_dataset(source.dataset, source.subset, source.split, "data")
+        return
+    pattern = Path(source.path or "").expanduser()
+    paths = [pattern] if pattern.is_file() else sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UsageError(
+            f"conversations {source.path} do not exist; expected a .json, .jsonl or .parquet file (.gz, .xz, .zst)"
+        )
+    for path in paths:
+        yield from read_rows(path, path.name, report)
+
+
+def _hash(messages: Sequence[Message]) -> int:
+    """Equal for equal messages; what is no text of a turn counts where there is any."""
+    parts = []
+    for message in messages:
+        further = {key: value for key, value in message.items() if key not in ("role", "content")}
+        parts += [message["role"], message["content"] or ""]
+        parts += [json.dumps(further, sort_keys=True)] if further else []
+    return document_hash("\0".join(parts))

@@ -1,0 +1,274 @@
+"""A row of a file -> the messages of a conversation, or the three parts of a preference pair.
+
+Whatever a row calls its parts, here they become `{"role": ..., "content": ...}`, with `tool_calls`,
+`reasoning_content`, `tool_call_id` and `name` where the row has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_lm.chat_config import ChatSource, template_fields
+from moe_lm.data.files import text_problem
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+class Unusable(Exception):  # noqa: N818 (a reason to skip a row, not a failure)
+    """Why a row cannot be trained on, in words that do not depend on the row."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The messages of a row, and the tools that the assistant may call in them."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A conversation that ends with the user, and two ways to go on, of which the first is preferred."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+def dialogue_of(row: dict[str, Any], source: ChatSource) -> Dialogue:
+    """The conversation of a row. Raises Unusable with the reason when it has none that can be trained on."""
+    row = _renamed(row, source)
+    kind = source.format if source.format != "auto" else _conversation_format(row)
+    if kind == "preference":
+        raise Unusable("a preference pair, which needs the section preference")
+    if kind in ("messages", "sharegpt"):
+        messages = _messages(_required(row, "messages" if kind == "messages" else "conversations", source))
+    elif kind == "alpaca":
+        messages = [_said("user", _asked(row, source)), _said("assistant", _required(row, "output", source))]
+    else:
+        messages = _prompt(row, source) + _side(_required(row, "completion", source))
+    dialogue = Dialogue(_with_system(messages, row, source), _tools(row.get("tools")))
+    _check(dialogue.messages, dialogue.tools)
+    _check_answers(dialogue.messages)
+    return dialogue
+
+
+def pair_of(row: dict[str, Any], source: ChatSource) -> Pair:
+    """The preference pair of a row, whose sides are strings, one message or lists of messages.
+
+    The prompt is `prompt`, `messages`, `conversations` or an instruction with its input; it may stand once more at
+    the head of both sides, or there alone. Raises Unusable with the reason when there is no such pair.
+    """
+    row = _renamed(row, source)
+    if source.format not in ("auto", "preference"):
+        raise Unusable(f"format={source.format} is no preference pair")
+    chosen, rejected = (_side(_required(row, name, source)) for name in ("chosen", "rejected"))
+    whole = bool(chosen and rejected) and chosen[0]["role"] != "assistant"
+    if whole:  # the sides are whole conversations: what they share comes before the answers
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        prompt = _prompt(row, source)
+    pair = Pair(_with_system(prompt, row, source), chosen, rejected, _tools(row.get("tools")))
+    if not any(message["role"] == "user" for message in pair.prompt):
+        raise Unusable("a preference pair whose sides share no question")
+    _check(pair.prompt, pair.tools)
+    for side in (chosen, rejected):
+        _check(side)
+        _check_answers(side)
+        if side[0]["role"] != "assistant" or side[-1]["role"] != "assistant":
+            raise Unusable("a side of a preference pair is no answer of an assistant")
+    if chosen == rejected:
+        raise Unusable("a preference pair with equal sides")
+    return pair
+
+
+def _renamed(row: dict[str, Any], source: ChatSource) -> dict[str, Any]:
+    return row | {name: row.get(theirs) for name, theirs in source.fields.items()}
+
+
+def _conversation_format(row: dict[str, Any]) -> str:
+    if "messages" in row:
+        return "messages"
+    if "conversations" in row and "chosen" not in row:
+        return "sharegpt"
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    if "prompt" in row and "completion" in row:
+        return "prompt_completion"
+    if "chosen" in row and "rejected" in row:
+        return "preference"
+    raise Unusable("no messages, conversations, instruction with output, or prompt with completion")
+
+
+def _required(row: dict[str, Any], name: str, source: ChatSource) -> Any:
+    if name not in row or (name in source.fields and row[name] is None):
+        raise Unusable(f"no field {source.fields.get(name, name)!r}")
+    return row[name]
+
+
+def _prompt(row: dict[str, Any], source: ChatSource) -> list[Message]:
+    """What comes before the target: one text of the user, or messages."""
+    if source.prompt_template is not None:
+        return [_said("user", _filled(source.prompt_template, row))]
+    for name in ("prompt", "messages", "conversations"):
+        if isinstance(row.get(name), list):
+            return _messages(row[name])
+    if "prompt" not in row and "instruction" in row:
+        return [_said("user", _asked(row, source))]
+    return [_said("user", _required(row, "prompt", source))]
+
+
+def _asked(row: dict[str, Any], source: ChatSource) -> Any:
+    """The user's text in a row with an instruction, which may have an input."""
+    if source.prompt_template is not None:
+        return _filled(source.prompt_template, row)
+    parts = [_required(row, "instruction", source), *([row["input"]] if row.get("input") else [])]
+    return "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+
+
+def _filled(template: str, row: dict[str, Any]) -> str:
+    for name in sorted(template_fields(template)):
+        if not isinstance(row.get(name), str):
+            raise Unusable(f"no text in field {name!r}, which prompt_template needs")
+    return template.format_map(row)
+
+
+def _side(value: Any) -> list[Message]:
+    """A target: a text of the assistant, one message, or messages."""
+    if isinstance(value, list):
+        return _messages(value)
+    return [_message(value) if isinstance(value, dict) else _said("assistant", value)]
+
+
+def _with_system(messages: list[Message], row: dict[str, Any], source: ChatSource) -> list[Message]:
+    """A conversation keeps its own system prompt; else the row's goes first, else the source's."""
+    system = row.get("system") or source.system
+    if system is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [_said("system", system), *messages]
+
+
+def _said(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def _messages(values: Any) -> list[Message]:
+    if not isinstance(values, list):
+        raise Unusable("messages that are no list")
+    return [_message(value) for value in values]
+
+
+def _message(value: Any) -> Message:
+    """One message in our names; None as content stays None."""
+    if not isinstance(value, dict):
+        raise Unusable("a message that is no object")
+    name = value.get("role", value.get("from"))
+    role = OTHER_NAMES.get(name, name) if isinstance(name, str) else None
+    if role not in ROLES:
+        raise Unusable(f"a message without a role of {', '.join(ROLES)}")
+    content = _text(value.get("content", value.get("value")))
+    if name == "function_call":
+        return {"role": role, "content": None, "tool_calls": _tool_calls(_parsed(content))}
+    message: Message = {"role": role, "content": content}
+    if role == "assistant" and value.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(value["tool_calls"])
+    reasoning = next((value[key] for key in REASONING if value.get(key)), None) if role == "assistant" else None
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    for key in ("name", "tool_call_id"):
+        if role == "tool" and value.get(key):
+            message[key] = value[key]
+    return message
+
+
+def _text(content: Any) -> Any:
+    """Content in parts, as multimodal data sets write it, is their text."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return content
+
+
+def _tool_calls(values: Any) -> list[dict[str, Any]]:
+    calls = []
+    for value in values if isinstance(values, list) else [values]:
+        function = value.get("function", value) if isinstance(value, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable("a tool call without the name of a function")
+        arguments = function.get("arguments")
+        arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, dict):
+            raise Unusable("a tool call whose arguments are no JSON object")
+        call: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        if isinstance(value.get("id"), str):
+            call["id"] = value["id"]
+        calls.append(call)
+    return calls
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    tools = _parsed(value) if isinstance(value, str) and value.strip() else value or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("tools that are no list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _parsed(text: Any) -> Any:
+    """The value of a JSON text; None, which no caller takes, for what is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _check(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
+    if not messages:
+        raise Unusable("no messages")
+    for message in messages:
+        if not isinstance(message["content"], str) and not (message["content"] is None and "tool_calls" in message):
+            raise Unusable("a message whose content is not text")
+    for text in _texts([*messages, *tools]):
+        problem = text_problem(text)
+        if problem is not None:
+            raise Unusable(problem)
+
+
+def _check_answers(messages: Sequence[Message]) -> None:
+    """An answer of white space would teach to end at once."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    spoken = [bool(message.get("tool_calls") or message["content"].strip()) for message in answers]
+    if not any(spoken):
+        raise Unusable("no words of an assistant")
+    if not all(spoken):
+        raise Unusable("a turn of the assistant without words")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

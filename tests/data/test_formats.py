@@ -1,0 +1,235 @@
+"""Rows of every format: what they become, and with which words the others are left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from moe_lm.chat_config import ChatSource
+from moe_lm.data.formats import Unusable, dialogue_of, pair_of
+
+PLAIN = ChatSource(path="x.jsonl")
+ASKED = {"role": "user", "content": "q"}
+ANSWERED = {"role": "assistant", "content": "a"}
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def source(**settings: Any) -> ChatSource:
+    return ChatSource(path="x.jsonl", **settings)
+
+
+def messages(row: dict[str, Any], settings: ChatSource = PLAIN) -> list[dict[str, Any]]:
+    return dialogue_of(row, settings).messages
+
+
+def turns(*names: str) -> list[dict[str, str]]:
+    """ShareGPT's messages: the name and one word."""
+    return [{"from": name, "value": name} for name in names]
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"messages": [ASKED, ANSWERED]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWERED]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt"),
+        ({"conversations": [ASKED, ANSWERED]}, "sharegpt"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca"),
+        ({"instruction": "q", "output": "a"}, "alpaca"),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"prompt": [ASKED], "completion": [ANSWERED]}, "prompt_completion"),
+        ({"prompt": [ASKED], "completion": "a"}, "prompt_completion"),
+    ],
+)
+def test_every_format_gives_the_same_messages_named_or_detected(row: dict[str, Any], kind: Any) -> None:
+    assert messages(row) == messages(row, source(format=kind)) == [ASKED, ANSWERED]
+
+
+def test_an_instruction_and_its_input_are_one_question() -> None:
+    assert messages({"instruction": "Correct this.", "input": "freind", "output": "friend"})[0] == {
+        "role": "user", "content": "Correct this.\n\nfreind",
+    }  # fmt: skip
+
+
+def test_names_of_roles() -> None:
+    found = messages({"conversations": turns("system", "human", "gpt", "observation", "model", "function", "gpt")})
+    assert [message["role"] for message in found] == [
+        "system", "user", "assistant", "tool", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+    assert [message["content"] for message in found][:4] == ["system", "human", "gpt", "observation"]
+
+
+def test_fields_may_have_other_names() -> None:
+    settings = source(fields={"prompt": "question", "completion": "answer"})
+    assert messages({"question": "q", "answer": "a", "prompt": "no"}, settings) == [ASKED, ANSWERED]
+    with pytest.raises(Unusable, match=r"^no field 'question'$"):
+        dialogue_of({"prompt": "q", "answer": "a"}, settings)
+
+
+def test_a_prompt_template_is_filled_with_fields_of_the_row() -> None:
+    settings = source(
+        format="prompt_completion",
+        fields={"completion": "modern"},
+        prompt_template="Into {{modern}} Chinese, {style}: {classical}",
+    )
+    row = {"classical": "{学} 而时习之", "modern": "a", "style": "briefly"}
+    assert messages(row, settings) == [
+        {"role": "user", "content": "Into {modern} Chinese, briefly: {学} 而时习之"},
+        ANSWERED,
+    ]
+    with pytest.raises(Unusable, match="no text in field 'style', which prompt_template needs"):
+        dialogue_of(row | {"style": 3}, settings)
+    alpaca = source(format="alpaca", prompt_template="### {instruction}")
+    assert messages({"instruction": "q", "output": "a"}, alpaca) == [{"role": "user", "content": "### q"}, ANSWERED]
+
+
+def test_a_conversation_keeps_its_system_prompt_else_the_rows_else_the_sources() -> None:
+    settings = source(system="of the source")
+    own = {"role": "system", "content": "its own"}
+    assert messages({"messages": [own, ASKED, ANSWERED], "system": "of the row"}, settings)[0] == own
+    assert messages({"messages": [ASKED, ANSWERED], "system": "of the row"}, settings)[0]["content"] == "of the row"
+    for empty in ({}, {"system": None}, {"system": ""}):
+        row = {"messages": [ASKED, ANSWERED], **empty}
+        assert messages(row, settings) == [{"role": "system", "content": "of the source"}, ASKED, ANSWERED]
+        assert messages(row) == [ASKED, ANSWERED]
+
+
+@pytest.mark.parametrize(
+    "calling",
+    [
+        CALLING,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL | {"arguments": '{"city": "Oslo"}'}]},
+        {"from": "function_call", "value": json.dumps(CALL)},
+    ],
+)
+@pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL])])
+def test_tool_calls_in_their_many_forms(calling: dict[str, Any], tools: Any) -> None:
+    result = {"role": "tool", "content": "rain", "name": "weather", "tool_call_id": "1"}
+    dialogue = dialogue_of({"messages": [ASKED, calling, result, ANSWERED], "tools": tools}, PLAIN)
+    assert dialogue.messages == [ASKED, CALLING, result, ANSWERED]
+    assert dialogue.tools == [TOOL]
+
+
+def test_the_id_of_a_call_and_what_the_assistant_thought_are_kept() -> None:
+    call = {"id": "abc", "type": "function", "function": CALL}
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        turn = {"role": "assistant", "content": "a", "tool_calls": [call], name: "hm", "name": None}
+        assert messages({"messages": [ASKED, turn]})[1] == {
+            "role": "assistant", "content": "a", "tool_calls": [call], "reasoning_content": "hm",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "x"}, "no messages, conversations, instruction with output, or prompt with completion"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference pair, which needs the section preference"),
+        ({"conversations": "hello"}, "messages that are no list"),
+        ({"conversations": []}, "no messages"),
+        ({"conversations": [3]}, "a message that is no object"),
+        ({"conversations": turns("human", "bing")}, "a message without a role of system, user, assistant, tool"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, "a message whose content is not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message whose content is not text"),
+        ({"messages": [ASKED]}, "no words of an assistant"),
+        ({"prompt": "q", "completion": " \n"}, "no words of an assistant"),
+        ({"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]}, "a turn of the assistant without words"),
+        ({"prompt": "q", "completion": None}, "a message whose content is not text"),
+        ({"messages": [ASKED, {**CALLING, "tool_calls": [{}]}]}, "a tool call without the name of a function"),
+        (
+            {"messages": [ASKED, {**CALLING, "tool_calls": [CALL | {"arguments": "{"}]}]},
+            "a tool call whose arguments are no JSON object",
+        ),
+        ({"messages": [ASKED, {**CALLING, "tool_calls": [{"name": "x\0", "arguments": {}}]}]}, "NUL byte"),
+        ({"messages": [ASKED, ANSWERED], "tools": [{"name": "\ud800"}]}, "invalid UTF-8"),
+        ({"messages": [ASKED, ANSWERED], "tools": "none"}, "tools that are no list of objects"),
+        ({"messages": [ASKED, ANSWERED], "system": 3}, "a message whose content is not text"),
+    ],
+)
+def test_a_row_without_a_conversation_is_unusable(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        dialogue_of(row, PLAIN)
+    assert str(caught.value) == reason
+
+
+def test_a_named_format_is_not_guessed() -> None:
+    with pytest.raises(Unusable, match="no field 'messages'"):
+        dialogue_of({"instruction": "q", "output": "a"}, source(format="messages"))
+
+
+# Preference pairs
+
+WORSE = {"role": "assistant", "content": "b"}
+SAID = {"from": "gpt", "value": "a"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [ASKED], "chosen": "a", "rejected": "b"},
+        {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [WORSE]},
+        {"prompt": "q", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WORSE]},
+        {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, WORSE]},
+        {"messages": [ASKED], "chosen": ANSWERED, "rejected": WORSE},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": SAID, "rejected": SAID | {"value": "b"}},
+        {"instruction": "q", "input": "", "output": "a", "chosen": "a", "rejected": "b"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["auto", "preference"])
+def test_every_form_of_a_pair_is_one_prompt_with_two_answers(row: dict[str, Any], kind: Any) -> None:
+    pair = pair_of(row, source(format=kind))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([ASKED], [ANSWERED], [WORSE])
+
+
+def test_a_pair_may_share_several_turns() -> None:
+    before = [ASKED, ANSWERED, {"role": "user", "content": "q2"}]
+    whole = pair_of({"chosen": [*before, ANSWERED], "rejected": [*before, WORSE]}, source(system="s", format="auto"))
+    assert whole.prompt == [{"role": "system", "content": "s"}, *before]
+    assert (whole.chosen, whole.rejected) == ([ANSWERED], [WORSE])
+
+
+def test_a_pair_under_other_names_with_a_template() -> None:
+    settings = source(
+        format="preference", fields={"chosen": "good", "rejected": "bad"}, prompt_template="{topic}?", system=None
+    )
+    pair = pair_of({"topic": "q", "good": "a", "bad": "b"}, settings)
+    assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("q?", [ANSWERED], [WORSE])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "a preference pair with equal sides"),
+        ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, "no words of an assistant"),
+        ({"prompt": "q", "chosen": None, "rejected": "a"}, "a message whose content is not text"),
+        ({"prompt": "q", "chosen": [], "rejected": "a"}, "no messages"),
+        ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
+        ({"chosen": [ANSWERED], "rejected": [WORSE]}, "no field 'prompt'"),
+        ({"prompt": [ANSWERED], "chosen": "a", "rejected": "b"}, "a preference pair whose sides share no question"),
+        (
+            {"chosen": [ASKED, ANSWERED], "rejected": [{"role": "user", "content": "?"}, WORSE]},
+            "a preference pair whose sides share no question",
+        ),
+        ({"prompt": [ASKED], "chosen": [ANSWERED, ASKED], "rejected": "b"}, "a side of a preference pair is no answer"),
+        ({"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "a message without a role"),
+    ],
+)
+def test_a_row_without_a_pair_is_unusable(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        pair_of(row, PLAIN)
+    assert str(caught.value).startswith(reason)
+
+
+def test_pairs_are_not_read_from_sets_of_conversations() -> None:
+    with pytest.raises(Unusable, match="format=alpaca is no preference pair"):
+        pair_of({"prompt": "q", "chosen": "a", "rejected": "b"}, source(format="alpaca"))
