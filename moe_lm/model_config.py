@@ -63,6 +63,11 @@ class ModelConfig(Section):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int | None = Field(default=None, gt=0, description="None: as many as attention heads")
     head_dim: int | None = Field(default=None, gt=0, description="None: hidden_size / num_attention_heads")
+    q_lora_rank: int | None = Field(default=None, gt=0, description="latent attention: size of the compressed query")
+    kv_lora_rank: int | None = Field(default=None, gt=0, description="size of the latent; set: latent attention (MLA)")
+    qk_nope_head_dim: int | None = Field(default=None, gt=0, description="latent attention: part without a position")
+    qk_rope_head_dim: int | None = Field(default=None, gt=0, description="latent attention: part that is rotated")
+    v_head_dim: int | None = Field(default=None, gt=0, description="latent attention: size of a head's values")
     intermediate_size: int = Field(gt=0, description="width of a dense feed-forward layer")
     max_position_embeddings: int = Field(default=4096, gt=0)
 
@@ -95,7 +100,7 @@ class ModelConfig(Section):
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, description="share of a head that is rotated")
     use_qk_norm: bool = True
     qk_norm_over: Literal["head", "projection"] = Field(default="head", description="projection: all heads together")
-    attention_bias: bool = Field(default=False, description="bias on the query, key and value projections")
+    attention_bias: bool = Field(default=False, description="bias on the projections of the hidden state")
     attention_out_bias: bool = False
     mlp_bias: bool = Field(default=False, description="in dense and shared feed-forward layers; experts have none")
     lm_head_bias: bool = False
@@ -108,7 +113,15 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
+        """Entries of a query or key."""
+        if self.qk_nope_head_dim and self.qk_rope_head_dim:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_size(self) -> int:
+        """Entries of a head's values, and of what it attends to."""
+        return self.v_head_dim or self.head_size
 
     @property
     def expert_size(self) -> int:
@@ -124,7 +137,7 @@ class ModelConfig(Section):
     @property
     def rotary_size(self) -> int:
         """Entries of a head that are rotated."""
-        return int(self.head_size * self.partial_rotary_factor)
+        return self.qk_rope_head_dim or int(self.head_size * self.partial_rotary_factor)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` (counted from 0) has routed experts."""
@@ -137,7 +150,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        self._check_latent()
+        if self.kv_lora_rank is None and self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
                 f"{self.num_attention_heads}; choose a divisor or set head_dim"
@@ -156,6 +170,29 @@ class ModelConfig(Section):
             self._check_routing()
         return self
 
+    def _check_latent(self) -> None:
+        sizes = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if self.kv_lora_rank is None:
+            for name in ("q_lora_rank", *sizes):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} needs kv_lora_rank (latent attention); set it")
+            return
+        latent = f"kv_lora_rank={self.kv_lora_rank} (latent attention)"
+        for name in sizes:
+            if getattr(self, name) is None:
+                raise ValueError(f"{latent} needs {name}; set it")
+        for name, wanted in (
+            ("head_dim", None),
+            ("num_key_value_heads", self.num_attention_heads),
+            ("use_qk_norm", False),
+            ("partial_rotary_factor", 1.0),
+            ("position_embedding", "rope"),
+        ):
+            value = getattr(self, name)
+            if value != wanted and value is not None:
+                advice = "remove it" if wanted is None else f"set it to {wanted}"
+                raise ValueError(f"{name}={value} does not go with {latent}; {advice}")
+
     def _check_rotary(self) -> None:
         if self.position_embedding != "rope":
             for name in ("rope_scaling", "rope_interleave", "partial_rotary_factor"):
@@ -164,7 +201,9 @@ class ModelConfig(Section):
                         f"{name}={getattr(self, name)} has no meaning with position_embedding="
                         f"{self.position_embedding}; remove it"
                     )
-        elif self.head_size % 2:
+        elif self.qk_rope_head_dim and self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotary positions need an even size")
+        elif self.kv_lora_rank is None and self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even head size")
         elif self.rotary_size % 2 or not self.rotary_size:
             raise ValueError(

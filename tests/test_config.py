@@ -40,6 +40,14 @@ PRETRAIN: dict[str, Any] = {
     },
     "train": {"steps": 10, "global_batch_size": 8},
 }
+LATENT = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": None,
+    "use_qk_norm": False,
+}
 FINETUNE: dict[str, Any] = {
     "run_dir": "runs/y",
     "start_from": "runs/x",
@@ -128,6 +136,20 @@ def test_impossible_value_names_field_value_and_what_is_right(key: str, value: A
             ["shared_expert_intermediate_size=64", "n_shared_experts"],
         ),
         ({"use_qk_norm": False, "qk_norm_over": "projection"}, ["qk_norm_over=projection", "use_qk_norm=False"]),
+        *(
+            ({name: 24}, [f"{name}=24", "needs kv_lora_rank"])
+            for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        ),
+        *(
+            ({**LATENT, name: None}, ["kv_lora_rank=16", f"needs {name}"])
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        ),
+        ({**LATENT, "qk_rope_head_dim": 7}, ["qk_rope_head_dim=7", "even"]),
+        ({**LATENT, "head_dim": 16}, ["head_dim=16", "kv_lora_rank=16", "remove it"]),
+        ({**LATENT, "num_key_value_heads": 2}, ["num_key_value_heads=2", "kv_lora_rank=16", "set it to 4"]),
+        ({**LATENT, "use_qk_norm": True}, ["use_qk_norm=True", "kv_lora_rank=16", "set it to False"]),
+        ({**LATENT, "partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "kv_lora_rank=16"]),
+        ({**LATENT, "position_embedding": "learned"}, ["position_embedding=learned", "kv_lora_rank=16"]),
         (
             {"position_embedding": "learned", "rope_interleave": True},
             ["rope_interleave=True", "position_embedding=learned"],

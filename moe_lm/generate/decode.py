@@ -108,7 +108,7 @@ def _stream(
             if rooms[row]:
                 going_on.append(place)
         if len(going_on) < len(rows):
-            keep_rows(cache, going_on)
+            cache.keep_rows(going_on)
             rows = [rows[place] for place in going_on]
         if rows:
             logits_RV = decode_one(model, cache, [chosen[place] for place in going_on])
@@ -134,9 +134,3 @@ def decode_one(model: LanguageModel, cache: KVCache, tokens: Sequence[int]) -> T
     hidden_R1D, _ = model.model(input_ids_R1, cache.lengths[:, None], CachedAttention(cache))
     cache.lengths += 1
     return model.lm_head(hidden_R1D[:, 0])
-
-
-def keep_rows(cache: KVCache, places: Sequence[int]) -> None:
-    """Drop all but some rows of the cache."""
-    kept = torch.tensor(places, dtype=torch.long, device=cache.lengths.device)
-    cache.keys, cache.values, cache.lengths = cache.keys[:, kept], cache.values[:, kept], cache.lengths[kept]

@@ -2,18 +2,19 @@
 
 Training packs documents into rows and attends within segments (`PackedAttention`); generation fills a KV cache
 from packed prompts (`PrefillAttention`) and then reads it, one token a row (`CachedAttention`). The layer is the
-same in all three.
+same in all three. Latent attention (`latent_attention.py`) is given the same three.
 
-Shapes: B rows, S positions, T = B*S flattened tokens, D hidden_size, H query heads, K key-value heads, N head size.
+Shapes: B rows, S positions, T = B*S flattened tokens, D hidden_size, H query heads, K key-value heads, N head size,
+M head size of the values where it is another one.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,19 @@ from moe_lm.model_config import ModelConfig
 
 
 class Attend(Protocol):
-    """Causal attention of `q [B, S, H, N]` over `k, v [B, S, K, N]` and whatever came before; `[B, S, H, N]`."""
+    """Causal attention of `q [B, S, H, N]` over `k [B, S, K, N], v [B, S, K, M]` and what came before: `[B, S, H, M]`.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    Products are multiplied with `scale`, 1/sqrt(N) when None. `kept` is what a cache keeps in place of k and v.
+    """
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether what came before is there only as a cache has kept it."""
+        ...
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class Attention(nn.Module):
@@ -73,20 +84,38 @@ class PackedAttention:
 
     cu_seqlens: Tensor
     max_seqlen: int
+    from_cache: ClassVar[bool] = False
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.cu_seqlens, self.max_seqlen)
-        return flat.view_as(q)
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        rows = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen, scale).unflatten(0, rows)
 
 
 class KVCache:
-    """Keys and values of every layer, `[layers, rows, K, capacity, N]`, and how many positions each row holds."""
+    """Keys and values of every layer, `[layers, rows, K, capacity, N]`, and how many positions each row holds.
+
+    Latent attention keeps one key a position for all heads, and the first part of it is its value: there `values` is
+    a view of `keys`.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, rows, config.kv_heads, capacity, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.latent_size = config.kv_lora_rank
+        if self.latent_size is None:
+            heads, size = config.kv_heads, config.head_size
+        else:
+            heads, size = 1, self.latent_size + config.rotary_size
+        self.keys = torch.zeros(config.num_hidden_layers, rows, heads, capacity, size, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys) if self.latent_size is None else self.keys[..., : self.latent_size]
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Drop all other rows."""
+        kept = torch.tensor(places, dtype=torch.long, device=self.lengths.device)
+        self.keys, self.lengths = self.keys[:, kept], self.lengths[kept]
+        self.values = self.values[:, kept] if self.latent_size is None else self.keys[..., : self.latent_size]
 
 
 @dataclass(frozen=True)
@@ -99,51 +128,66 @@ class PrefillAttention:
     cache: KVCache
     lengths: list[int]
     cu_seqlens: Tensor
+    from_cache: ClassVar[bool] = False
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pieces = zip(k[0].split(self.lengths), v[0].split(self.lengths), strict=True)
-        for row, (keys, values) in enumerate(pieces):
-            self.cache.keys[layer, row, :, : len(keys)] = keys.transpose(0, 1)
-            self.cache.values[layer, row, :, : len(values)] = values.transpose(0, 1)
-        return PackedAttention(self.cu_seqlens, max(self.lengths))(layer, q, k, v)
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        keys, values = (k[0], v[0]) if kept is None else (kept[0], kept[0, ..., : self.cache.latent_size])
+        pieces = zip(keys.split(self.lengths), values.split(self.lengths), strict=True)
+        for row, (row_keys, row_values) in enumerate(pieces):
+            self.cache.keys[layer, row, :, : len(row_keys)] = row_keys.transpose(0, 1)
+            self.cache.values[layer, row, :, : len(row_values)] = row_values.transpose(0, 1)
+        return PackedAttention(self.cu_seqlens, max(self.lengths))(layer, q, k, v, scale)
 
 
 @dataclass(frozen=True)
 class CachedAttention:
     """Attention of new tokens `[rows, S]` over each row's cache, which they are appended to.
 
-    The caller advances `cache.lengths` by S once all layers have run.
+    k and v are what the cache keeps of them. The caller advances `cache.lengths` by S once all layers have run.
     """
 
     cache: KVCache
+    from_cache: ClassVar[bool] = True
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows, new = q.shape[:2]
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        rows, new, heads, _ = q.shape
         positions = self.cache.lengths[:, None] + torch.arange(new, device=q.device)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         row_index = torch.arange(rows, device=q.device)[:, None]
         keys[row_index, :, positions] = k.to(keys.dtype)
         values[row_index, :, positions] = v.to(values.dtype)
         longest = int(self.cache.lengths.max()) + new
+        # The query heads that share a key head attend as further positions: no copy of the keys for each of them.
+        sharing = (k.shape[2], heads // k.shape[2])
         visible = torch.arange(longest, device=q.device) <= positions[:, None, :, None]
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
+            q.unflatten(2, sharing).permute(0, 2, 3, 1, 4).flatten(2, 3),
             keys[:, :, :longest].to(q.dtype),
             values[:, :, :longest].to(q.dtype),
-            attn_mask=visible,
-            enable_gqa=True,
+            attn_mask=visible.repeat(1, 1, sharing[1], 1),
+            scale=scale,
         )
-        return out.transpose(1, 2)
+        return out.unflatten(2, (sharing[1], new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Causal attention within segments: `q [T, H, N]`, `k, v [T, K, N]` -> `[T, H, N]`.
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Causal attention within segments: `q [T, H, N]`, `k [T, K, N]`, `v [T, K, M]` -> `[T, H, M]`.
 
     flash-attn serves CUDA when it is installed and the data type is one it takes, PyTorch's varlen flash attention
     when it is not; every other device attends segment by segment with PyTorch's fused attention.
     """
+    scale, values = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    if q.shape[-1] != values:  # the kernels take one head size: zeros change no product, and are cut off the values
+        width = max(q.shape[-1], values)
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        return _cuda_attention()(q, k, v, cu_seqlens, max_seqlen)
+        return _cuda_attention()(q, k, v, cu_seqlens, max_seqlen, scale)[..., :values]
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
@@ -151,37 +195,40 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         attend = _segment_attention if _needs_operator() else _attend_in_segments
-        return attend(q, k, v, cu_seqlens)[0]
-    return _portable_attention(q, k, v, cu_seqlens)
+        return attend(q, k, v, cu_seqlens, scale)[0][..., :values]
+    return _portable_attention(q, k, v, cu_seqlens, scale)[..., :values]
 
 
-def _cuda_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+def _cuda_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]:
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
     return _torch_varlen
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+    ends, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *ends, *longest, softmax_scale=scale, causal=True)
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    ends, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    out = varlen_attn(q, k, v, *ends, *longest, scale=scale, window_size=(-1, 0))
     assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
     return out
 
 
-def _portable_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _portable_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     pieces = []
     for start, stop in _segments(cu_seqlens):
         q_part, k_part, v_part = (x[None, start:stop].transpose(1, 2) for x in (q, k, v))
-        pieces.append(F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True).transpose(1, 2)[0])
+        out = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scale)
+        pieces.append(out.transpose(1, 2)[0])
     return torch.cat(pieces)
 
 
@@ -194,13 +241,13 @@ def _needs_operator() -> bool:
 # number of documents in a batch changes, and no work is spent on pairs that a dense mask would throw away.
 
 
-def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output `[T, H, N]` and log-sum-exp `[T, H]` of causal attention within segments."""
     out = torch.empty(q.shape, dtype=q.dtype)
     log_sum_exp = torch.empty(q.shape[:2], dtype=torch.float32)
     for start, stop, rows in _equal_runs(cu_seqlens):
         views = (_rows_of(x, start, stop, rows) for x in (q, k, v))
-        piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, True)
+        piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, True, scale=scale)
         _rows_of(out, start, stop, rows).copy_(piece)
         _rows_of(log_sum_exp, start, stop, rows).copy_(lse)
     return out, log_sum_exp
@@ -210,18 +257,18 @@ _segment_attention = torch.library.custom_op("moe_lm::segment_attention", _atten
 
 
 @_segment_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("moe_lm::segment_attention_backward", mutates_args=())
 def _segment_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
     for start, stop, rows in _equal_runs(cu_seqlens):
         views = [_rows_of(x, start, stop, rows) for x in (grad, q, k, v, out, log_sum_exp)]
-        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*views, 0.0, True)
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*views, 0.0, True, scale=scale)
         for whole, piece in zip(grads, pieces, strict=True):
             _rows_of(whole, start, stop, rows).copy_(piece)
     return grads[0], grads[1], grads[2]
@@ -229,19 +276,19 @@ def _segment_attention_backward(
 
 @_segment_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens = inputs
+    q, k, v, cu_seqlens, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
     q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
-    return *_segment_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens), None
+    return *_segment_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens, ctx.scale), None, None
 
 
 _segment_attention.register_autograd(_backward, setup_context=_save_for_backward)

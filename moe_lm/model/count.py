@@ -18,7 +18,7 @@ class Parameters:
     """Parameters by what they are for, all layers together. With tied embeddings the shared matrix counts as `head`."""
 
     embedding: int  # looked up, never multiplied: token and learned position tables
-    attention: int  # the four projections
+    attention: int  # the projections
     dense: int  # feed-forward layers without experts
     router: int  # with the gate on the shared experts
     shared: int
@@ -65,7 +65,7 @@ class StateBytes:
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters of `LanguageModel(config)`, exact."""
     layers, sparse = config.num_hidden_layers, len(config.moe_layers)
-    hidden, heads = config.hidden_size, config.num_attention_heads + config.kv_heads
+    hidden = config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size
     if config.position_embedding == "learned":
         looked_up += config.max_position_embeddings
@@ -73,7 +73,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     expert = matrices * hidden * config.expert_size
     return Parameters(
         embedding=looked_up * hidden,
-        attention=layers * 2 * hidden * config.head_size * heads,
+        attention=layers * _projections(config),
         dense=(layers - sparse) * matrices * hidden * config.intermediate_size,
         router=sparse * (config.n_routed_experts + (1 if config.shared_expert_gate else 0)) * hidden,
         shared=sparse * matrices * hidden * config.shared_width,
@@ -88,12 +88,14 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal_half: bool
     """Floating-point operations to train on one token, forward and backward, in sequences of `sequence_length`.
 
     6 for every weight that multiplies the token (attention projections, dense layers, router, shared experts, `k` of
-    the routed experts, head) plus the attention scores: 12 x layers x heads x head size x sequence length.
+    the routed experts, head) plus the attention scores: 6 x layers x heads x (head size of keys + head size of values)
+    x sequence length.
     `causal_half` counts only the half of the scores that a causal mask leaves, as Megatron does; torchtitan and
     OLMo-core count all of them. Embedding look-ups, norms, biases, recomputation and padding do not count.
     """
-    scores = config.num_hidden_layers * config.num_attention_heads * config.head_size * sequence_length
-    return 6 * count_parameters(config).multiplied + (6 if causal_half else 12) * scores
+    width = config.num_attention_heads * (config.head_size + config.value_size)
+    scores = config.num_hidden_layers * width * sequence_length
+    return 6 * count_parameters(config).multiplied + (3 if causal_half else 6) * scores
 
 
 def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon", "lamb"]) -> StateBytes:
@@ -136,11 +138,24 @@ def rank_bytes(
     return StateBytes(weights, gradients, 0 if offload_optimizer else optimizer)
 
 
+def _projections(config: ModelConfig) -> int:
+    """Entries of the matrices of one attention layer."""
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
+    attended = config.num_attention_heads * config.value_size
+    if config.kv_lora_rank is None:
+        return hidden * (queries + config.kv_heads * (config.head_size + config.value_size) + attended)
+    in_queries = hidden * queries if config.q_lora_rank is None else config.q_lora_rank * (hidden + queries)
+    latent = hidden * (config.kv_lora_rank + config.rotary_size)
+    expanded = config.kv_lora_rank * (queries - config.num_attention_heads * config.rotary_size + attended)
+    return in_queries + latent + expanded + attended * hidden
+
+
 def _norms(config: ModelConfig) -> int:
     residual = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
     normed = 2 if config.qk_norm_over == "head" else config.num_attention_heads + config.kv_heads
     heads = normed * config.head_size if config.use_qk_norm else 0
-    return config.num_hidden_layers * (2 * residual + heads) + residual
+    latents = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
+    return config.num_hidden_layers * (2 * residual + heads + latents) + residual
 
 
 def _biases(config: ModelConfig) -> int:
@@ -149,7 +164,10 @@ def _biases(config: ModelConfig) -> int:
     inward = 2 if config.mlp_gated else 1
     count = config.vocab_size if config.lm_head_bias else 0
     if config.attention_bias:
-        count += layers * config.head_size * (config.num_attention_heads + 2 * config.kv_heads)
+        if config.kv_lora_rank is None:
+            count += layers * config.head_size * (config.num_attention_heads + 2 * config.kv_heads)
+        else:
+            count += layers * ((config.q_lora_rank or 0) + config.kv_lora_rank + config.rotary_size)
     if config.attention_out_bias:
         count += layers * config.hidden_size
     if config.mlp_bias:

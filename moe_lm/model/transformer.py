@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_lm.model.attention import Attend, Attention
+from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
 from moe_lm.model.rotary import Angles, rotary_angles
@@ -27,7 +28,7 @@ class ModelOutput(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Token ids in, next-token logits out. Parameters are named as in Hugging Face's `dots1`."""
+    """Token ids in, next-token logits out. Parameters are named as in Hugging Face's `dots1` and `deepseek_v3`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = build_norm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = LatentAttention(config, layer) if config.kv_lora_rank else Attention(config, layer)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.intermediate_size)
 

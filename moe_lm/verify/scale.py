@@ -17,6 +17,7 @@ BATCH = 8  # rows of a global batch, so that 4 ranks have 2 each to accumulate o
 LENGTH = 24  # tokens of a row
 VOCABULARY = 64
 EXPERTS = 8
+LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 PAD = 2
 FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts whose router bias makes them get most tokens, and none at all
 LIKED, HATED = 0.3, -100.0
@@ -32,6 +33,8 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": None if model.kv_heads == model.num_attention_heads else 2,
         "head_dim": None if model.head_dim is None else 16,
+        **(LATENT_SIZES if model.kv_lora_rank else {}),
+        "q_lora_rank": None if model.q_lora_rank is None else 24,
         "intermediate_size": 48,
         "moe_intermediate_size": None if model.moe_intermediate_size is None else 16,
         "max_position_embeddings": LENGTH,

@@ -32,6 +32,11 @@ BASE = ModelConfig(
 CONFIGS = {
     "grouped-query": BASE,
     "one query head a key head": BASE.model_copy(update={"num_key_value_heads": 4}),
+    "latent": ModelConfig(
+        **BASE.model_dump()
+        | {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        | {"q_lora_rank": 24, "num_key_value_heads": None, "use_qk_norm": False, "rope_interleave": True}
+    ),
     "dense, tied": BASE.model_copy(update={"n_routed_experts": 0, "tie_word_embeddings": True}),
     "classic": BASE.model_copy(
         update={"n_routed_experts": 0, "norm_type": "layernorm", "position_embedding": "learned", "use_qk_norm": False}

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lm.model import attention
 from moe_lm.model.attention import PackedAttention, varlen_attention
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+Backend = Callable[..., Tensor]
 
 SEGMENTS = {
     "one_document": [12],
@@ -28,8 +28,9 @@ SEGMENTS = {
 }
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
     """Softmax over every visible pair, in float64: same document, not later; query head h reads K/V head h // group."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     places = torch.arange(len(q))
@@ -37,16 +38,18 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     visible = (document[:, None] == document) & (places[:, None] >= places)
     heads = []
     for head in range(q.shape[1]):
-        scores = q[:, head] @ k[:, head // group].T / q.shape[-1] ** 0.5
+        scores = q[:, head] @ k[:, head // group].T * scale
         heads.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, head // group])
     return torch.stack(heads, dim=1)
 
 
-def portable(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def portable(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
     """What every device but CPU and CUDA runs, with K/V heads repeated as `varlen_attention` does."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return attention._portable_attention(q, k, v, cu_seqlens)
+    return attention._portable_attention(q, k, v, cu_seqlens, scale or q.shape[-1] ** -0.5)
 
 
 BACKENDS: dict[str, Backend] = {"segment_op": varlen_attention, "portable": portable}
@@ -56,9 +59,11 @@ def boundaries(lengths: list[int], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 
 
-def random_qkv(tokens: int, heads: int, kv_heads: int, size: int, **kind: Any) -> tuple[Tensor, Tensor, Tensor]:
+def random_qkv(
+    tokens: int, heads: int, kv_heads: int, size: int, value_size: int | None = None, **kind: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens * 1000 + heads * 10 + size)
-    shapes = ((tokens, heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size))
+    shapes = ((tokens, heads, size), (tokens, kv_heads, size), (tokens, kv_heads, value_size or size))
     q, k, v = (torch.randn(shape, generator=generator).to(**kind).requires_grad_() for shape in shapes)
     return q, k, v
 
@@ -149,6 +154,25 @@ def test_other_documents_change_nothing_to_the_bit(backend: str) -> None:
         assert grad[mine].any()
 
 
+@pytest.mark.parametrize(("size", "value_size"), [(24, 16), (12, 20), (6, 1)])
+@pytest.mark.parametrize("segments", ["equal_rows", "ragged", "longer_than_a_kernel_block"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_may_have_another_size_and_the_scale_be_given(
+    backend: str, segments: str, size: int, value_size: int
+) -> None:
+    lengths = SEGMENTS[segments]
+    q, k, v = random_qkv(sum(lengths), 4, 2, size, value_size)
+    cu_seqlens = boundaries(lengths)
+    for scale in (None, 0.3):
+        out = BACKENDS[backend](q, k, v, cu_seqlens, max(lengths), scale)
+        expected = reference_attention(q, k, v, cu_seqlens, scale)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        found = torch.autograd.grad(out, (q, k, v), grad)
+        wanted = torch.autograd.grad(expected, (q, k, v), grad.double())
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_packed_attention_flattens_rows_and_keeps_their_shape() -> None:
     q, k, v = random_qkv(12, 4, 2, 8)
     rows = [x.detach().unflatten(0, (2, 6)) for x in (q, k, v)]
@@ -162,15 +186,15 @@ def test_segment_operator_keeps_the_contract_of_custom_operators(lengths: list[i
     """Schema, fake tensors, autograd registration and ahead-of-time tracing."""
     q, k, v = random_qkv(12, 2, 2, 8)
     cu_seqlens = boundaries(lengths)
-    torch.library.opcheck(attention._segment_attention, (q, k, v, cu_seqlens))
-    out, log_sum_exp = attention._segment_attention(q.detach(), k.detach(), v.detach(), cu_seqlens)
-    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, cu_seqlens)
+    torch.library.opcheck(attention._segment_attention, (q, k, v, cu_seqlens, 0.3))
+    out, log_sum_exp = attention._segment_attention(q.detach(), k.detach(), v.detach(), cu_seqlens, 0.3)
+    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, cu_seqlens, 0.3)
     torch.library.opcheck(attention._segment_attention_backward, inputs)
 
 
 def test_segment_operator_returns_the_log_sum_exp_of_the_scores() -> None:
     q, k, v = random_qkv(5, 2, 2, 8)
-    _, log_sum_exp = attention._segment_attention(q, k, v, boundaries([2, 3]))
+    _, log_sum_exp = attention._segment_attention(q, k, v, boundaries([2, 3]), 8**-0.5)
     scores = torch.einsum("ihn,jhn->hij", q, k) / 8**0.5
     visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
     torch.testing.assert_close(log_sum_exp, scores.masked_fill(~visible, -torch.inf).logsumexp(-1).T)
@@ -181,18 +205,22 @@ needs_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn: pip install 'moe-lm[flash]'"
 )
 CUDA_BACKENDS: list[Any] = [
-    pytest.param(attention._flash_attn, id="flash_attn", marks=needs_flash_attn),
-    pytest.param(attention._torch_varlen, id="torch_varlen"),
+    pytest.param("_flash_attn", id="flash_attn", marks=needs_flash_attn),
+    pytest.param("_torch_varlen", id="torch_varlen"),
 ]
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["multi_head", "grouped", "multi_query"])
+@pytest.mark.parametrize("value_size", [64, 32, 96])
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_cuda_backend_in_bfloat16_is_near_the_reference(backend: Backend, kv_heads: int) -> None:
-    kind = {"device": "cuda", "dtype": torch.bfloat16}
-    assert_backend_equals_reference(backend, [70, 300, 1, 33], 4, kv_heads, 64, tolerance=0.03, **kind)
+def test_cuda_backend_in_bfloat16_is_near_the_reference(
+    backend: str, value_size: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_cuda_attention", lambda: getattr(attention, backend))
+    kind = {"device": "cuda", "dtype": torch.bfloat16, "value_size": value_size}
+    assert_backend_equals_reference(varlen_attention, [70, 300, 1, 33], 4, kv_heads, 64, tolerance=0.03, **kind)
 
 
 @pytest.mark.gpu

@@ -43,13 +43,24 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     topk_group = draw(st.integers(1, groups))
     layers = draw(st.integers(1, 4))
     n_shared_experts, use_qk_norm = draw(st.integers(0, 2)), draw(st.booleans())
+    latent = draw(st.sampled_from((None, 8, 20)))
+    if latent is None:
+        attention = {
+            "num_key_value_heads": kv_heads, "head_dim": 2 * draw(st.integers(1, 8)), "use_qk_norm": use_qk_norm,
+            "qk_norm_over": draw(st.sampled_from(("head", "projection"))) if use_qk_norm else "head",
+            "position_embedding": draw(st.sampled_from(("rope", "learned", "sinusoidal"))),
+        }  # fmt: skip
+    else:
+        attention = {
+            "kv_lora_rank": latent, "q_lora_rank": draw(st.sampled_from((None, 12))), "use_qk_norm": False,
+            "qk_nope_head_dim": draw(st.integers(1, 8)), "qk_rope_head_dim": 2 * draw(st.integers(1, 4)),
+            "v_head_dim": draw(st.integers(1, 8)),
+        }  # fmt: skip
     return ModelConfig(
         vocab_size=draw(st.integers(1, 64)),
         hidden_size=8 * draw(st.integers(1, 4)),
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * repeats,
-        num_key_value_heads=kv_heads,
-        head_dim=2 * draw(st.integers(1, 8)),
         intermediate_size=draw(st.integers(1, 40)),
         max_position_embeddings=draw(st.integers(1, 32)),
         moe_intermediate_size=8 * draw(st.integers(1, 3)),
@@ -64,15 +75,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         n_group=groups,
         topk_group=topk_group,
         norm_type=draw(st.sampled_from(("rmsnorm", "layernorm"))),
-        position_embedding=draw(st.sampled_from(("rope", "learned", "sinusoidal"))),
         mlp_gated=draw(st.booleans()),
-        use_qk_norm=use_qk_norm,
-        qk_norm_over=draw(st.sampled_from(("head", "projection"))) if use_qk_norm else "head",
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         lm_head_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
+        **attention,
     )
 
 
@@ -176,8 +185,8 @@ def test_flops_are_six_for_every_multiplied_weight_plus_the_scores(config: Model
     router = sum(moe.gate.weight.numel() for moe in model.moe_layers)
     routed = sum(weight.numel() for moe in model.moe_layers for weight in moe.experts.parameters())
     chosen = routed * config.num_experts_per_tok // config.n_routed_experts if config.n_routed_experts else 0
-    width = config.num_attention_heads * config.head_size
-    scores = 12 * config.num_hidden_layers * width * sequence_length
+    width = config.num_attention_heads * (config.head_size + config.value_size)
+    scores = 6 * config.num_hidden_layers * width * sequence_length
     assert flops_per_token(config, sequence_length, causal_half=False) == 6 * (linear + router + chosen) + scores
     assert flops_per_token(config, sequence_length, causal_half=True) == 6 * (linear + router + chosen) + scores // 2
 

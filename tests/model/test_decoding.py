@@ -15,14 +15,26 @@ from moe_lm.model_config import ModelConfig
 VOCABULARY = 64
 PROMPTS = [5, 1, 11, 8]
 MOE = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "use_qk_norm": False,
+}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "multi_head": {},
     "grouped_query": {"num_key_value_heads": 2},
     "multi_query": {"num_key_value_heads": 1, "use_qk_norm": False},
     "moe": {**MOE, "num_key_value_heads": 2, "first_k_dense_replace": 1},
+    "latent": LATENT,
+    "latent_moe": {
+        **LATENT, **MOE, "q_lora_rank": 24, "v_head_dim": 24, "rope_interleave": True, "attention_bias": True,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8, "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "partly_rotated": {"partial_rotary_factor": 0.5, "qk_norm_over": "projection"},
     "learned_positions": {"position_embedding": "learned", "norm_type": "layernorm", "attention_bias": True},
     "sinusoidal_positions": {"position_embedding": "sinusoidal"},
-}
+}  # fmt: skip
 
 
 def build(**changes: Any) -> LanguageModel:
@@ -82,7 +94,7 @@ def test_cached_decoding_equals_uncached(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["multi_head", "moe"])
+@pytest.mark.parametrize("kind", ["multi_head", "moe", "latent_moe"])
 def test_prefilled_prompts_equal_each_prompt_alone(kind: str) -> None:
     model, prompts = build(**KINDS[kind]), random_prompts()
     for logits, prompt in zip(prefill(model, prompts, empty_cache(model, len(prompts))), prompts, strict=True):
@@ -90,7 +102,7 @@ def test_prefilled_prompts_equal_each_prompt_alone(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["grouped_query", "moe"])
+@pytest.mark.parametrize("kind", ["grouped_query", "moe", "latent", "latent_moe"])
 def test_several_new_tokens_at_once_see_each_other_causally(kind: str) -> None:
     """A second turn of a conversation: a block of tokens appended to rows of unequal length."""
     model, prompts = build(**KINDS[kind]), random_prompts()
@@ -104,9 +116,10 @@ def test_several_new_tokens_at_once_see_each_other_causally(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_what_lies_behind_a_rows_length_is_never_read() -> None:
+@pytest.mark.parametrize("kind", ["grouped_query", "latent"])
+def test_what_lies_behind_a_rows_length_is_never_read(kind: str) -> None:
     """A cache whose free places hold garbage, as after a shorter sequence took a longer one's row."""
-    model, prompts = build(**KINDS["grouped_query"]), random_prompts()
+    model, prompts = build(**KINDS[kind]), random_prompts()
     clean, dirty = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
     dirty.keys.fill_(1e3)
     dirty.values.fill_(1e3)
@@ -119,8 +132,9 @@ def test_what_lies_behind_a_rows_length_is_never_read() -> None:
 
 
 @torch.no_grad()
-def test_a_bfloat16_cache_is_near_a_float32_one() -> None:
-    model, prompts = build(**KINDS["moe"]), random_prompts()
+@pytest.mark.parametrize("kind", ["moe", "latent"])
+def test_a_bfloat16_cache_is_near_a_float32_one(kind: str) -> None:
+    model, prompts = build(**KINDS[kind]), random_prompts()
     token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -131,8 +145,9 @@ def test_a_bfloat16_cache_is_near_a_float32_one() -> None:
 
 
 @torch.no_grad()
-def test_cached_decoding_under_bfloat16_autocast_is_near_float32() -> None:
-    model, prompts = build(**KINDS["moe"]), random_prompts()
+@pytest.mark.parametrize("kind", ["moe", "latent"])
+def test_cached_decoding_under_bfloat16_autocast_is_near_float32(kind: str) -> None:
+    model, prompts = build(**KINDS[kind]), random_prompts()
     token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
     results = []
     for autocast in (False, True):
@@ -141,3 +156,23 @@ def test_cached_decoding_under_bfloat16_autocast_is_near_float32() -> None:
             prefill(model, prompts, cache)
             results.append(extend(model, token, cache).float())
     torch.testing.assert_close(results[1], results[0], rtol=0.1, atol=0.2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["grouped_query", "latent"])
+def test_rows_that_stay_in_the_cache_go_on_as_before(kind: str) -> None:
+    model, prompts = build(**KINDS[kind]), random_prompts()
+    every, some = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
+    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
+    for cache in (every, some):
+        prefill(model, prompts, cache)
+    some.keep_rows([3, 1])
+    for _ in range(2):
+        expected, found = extend(model, token, every)[[3, 1]], extend(model, token[[3, 1]], some)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_latent_cache_holds_rank_plus_rotated_part_a_position() -> None:
+    cache = empty_cache(build(**KINDS["latent"]), rows=2)
+    assert cache.keys.shape == (3, 2, 1, 32, 16 + 8)
+    assert cache.values.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()

@@ -63,6 +63,10 @@ class Family:
 SOFTMAX = {"n_routed_experts": 8, "n_shared_experts": 0, "scoring_func": "softmax"}
 PLAIN = {"n_routed_experts": 0, "use_qk_norm": False}
 GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+LATENT = {
+    "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", {}, ours=PLAIN),
     "llama with biases, tied": Family(
@@ -110,6 +114,35 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True, "partial_rotary_factor": 0.25, "head_dim": 16,
         },
     ),
+    "deepseek_v2": Family(
+        "DeepseekV2", {**EXPERTS, **LATENT, "first_k_dense_replace": 1, "n_shared_experts": 2}, {"n_routed_experts": 8},
+        {**SOFTMAX, "n_shared_experts": 2, "norm_topk_prob": False, "use_qk_norm": False, "rope_interleave": True},
+    ),
+    "deepseek_v2 with groups": Family(
+        "DeepseekV2", {**EXPERTS, **LATENT, **GROUPS, "q_lora_rank": 24, "n_shared_experts": 1, "attention_bias": True},
+        {"topk_method": "group_limited_greedy"},
+        {
+            "norm_topk_prob": False, "scoring_func": "softmax", "use_qk_norm": False, "rope_interleave": True,
+            "attention_out_bias": True,
+        },
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3",
+        {
+            **EXPERTS, **LATENT, **GROUPS, "q_lora_rank": 24, "first_k_dense_replace": 1, "n_shared_experts": 1,
+            "rope_interleave": True,
+        },
+        ours={"use_qk_norm": False},
+    ),
+    "deepseek_v3, wide values, halves, biases": Family(
+        "DeepseekV3",
+        {
+            **EXPERTS, **LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "v_head_dim": 32,
+            "first_k_dense_replace": 0, "n_shared_experts": 2, "rope_interleave": False, "attention_bias": True,
+            "routed_scaling_factor": 1.0, "tie_word_embeddings": True,
+        },
+        ours={"use_qk_norm": False, "attention_out_bias": True},
+    ),
 }  # fmt: skip
 
 
@@ -130,3 +163,13 @@ def test_model_equals_transformers(name: str) -> None:
 )
 def test_stretched_positions_equal_transformers(rope: dict[str, Any]) -> None:
     assert_same_logits_experts_and_gradients(*FAMILIES["qwen3"].build(**rope), random_tokens(1, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2 with groups", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "rope",
+    [YARN, {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}],
+    ids=["no_mscale", "mscale_1", "mscale_differs"],
+)
+def test_latent_attention_in_stretched_positions_equals_transformers(name: str, rope: dict[str, Any]) -> None:
+    assert_same_logits_experts_and_gradients(*FAMILIES[name].build(**rope), random_tokens(1, TOKENS))

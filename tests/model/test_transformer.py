@@ -27,6 +27,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "rope_interleave": True, "qk_norm_over": "projection",
         "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
     },
+    "deepseek_v3": {
+        **MOE, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": None, "use_qk_norm": False,
+        "rope_interleave": True, "attention_bias": True,
+    },
     "classic": {
         "norm_type": "layernorm", "hidden_act": "relu", "mlp_gated": False, "position_embedding": "learned",
         "use_qk_norm": False, "attention_out_bias": True, "mlp_bias": True, "lm_head_bias": True,
@@ -236,7 +241,7 @@ def test_a_capacity_is_shared_by_the_documents_of_a_row() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "qwen2_moe", "deepseek_v3"])
 def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
     """Block by block, as training compiles them; another packing must not fail either."""
     model = build(**KINDS[kind], num_hidden_layers=2)
