@@ -171,6 +171,7 @@ class CheckpointConfig(Section):
     every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: int = Field(default=2, gt=0, description="the newest checkpoints that stay")
     background: bool = Field(default=False, description="training goes on while one is written, for a copy in memory")
+    allow_changes: bool = Field(default=False, description="go on from one of other settings, tokenizer or data")
 
 
 class LogConfig(Section):

@@ -7,6 +7,7 @@ of the expert-parallel group, L experts that this rank keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ class AllToAllDispatcher:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # around each wait for other ranks
 
     @torch.compiler.disable
     def __call__(
@@ -64,8 +66,9 @@ class AllToAllDispatcher:
         ranks = dist.get_world_size(self.group)
         counts_NL = slots.counts_E.unflatten(0, (ranks, -1))  # to each rank, for each of its experts
         arriving_NL = torch.empty_like(counts_NL)
-        dist.all_to_all_single(arriving_NL, counts_NL, group=self.group)
-        sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
+        with self.waiting():
+            dist.all_to_all_single(arriving_NL, counts_NL, group=self.group)
+            sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
 
         journey = Journey(self.group, sent, received)
         on_the_way = _Depart.apply(slots.gather(x_TD).to(compute_dtype(x_TD)), journey)
@@ -74,12 +77,15 @@ class AllToAllDispatcher:
         local = arriving_NL.shape[1]
         expert_Q = torch.arange(local, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_NL.flatten())
         order_Q, place_Q = sorting(expert_Q)
-        arrived_QD = Gather.apply(_Arrive.apply(on_the_way, journey), order_Q, place_Q, 1)
+        with self.waiting():
+            arrived_QD = _Arrive.apply(on_the_way, journey)
+        arrived_QD = Gather.apply(arrived_QD, order_Q, place_Q, 1)
         out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32))
 
         way_back = Journey(self.group, received, sent)
         out_QD = Gather.apply(out_QD, place_Q, order_Q, 1)
-        out_RD = _Arrive.apply(_Depart.apply(out_QD, way_back), way_back)
+        with self.waiting():
+            out_RD = _Arrive.apply(_Depart.apply(out_QD, way_back), way_back)
         return slots.combine(out_RD), alongside
 
 

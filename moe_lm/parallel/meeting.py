@@ -79,6 +79,12 @@ _current: Meeting | None = None
 _has_failed = False  # the store cannot be had; to try again would take as long again
 
 
+def named(ranks: Sequence[int]) -> str:
+    """`Meeting.named` of the current meeting."""
+    assert _current is not None
+    return _current.named(ranks)
+
+
 def end_meeting() -> None:
     """Let go of the store."""
     global _current

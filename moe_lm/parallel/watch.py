@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import hashlib
+import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +20,20 @@ import moe_lm
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.parallel.topology import Topology
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # What the back ends say when another rank has gone, or has not answered in time.
 LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this process when the launcher that started it is killed; Linux alone can.
+
+    torchrun's agent and DeepSpeed's launcher end their ranks in every other case. A rank that outlives them would hold
+    its device and the run folder, and the ranks on other hosts would wait for it.
+    """
+    started_by_one = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+    if started_by_one and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def agree(topology: Topology, what: Mapping[str, object]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from moe_lm.config import CheckpointConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.parallel.engine import Engine, StepResult
+from moe_lm.parallel.pace import Pace
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_saver import Saver
@@ -69,6 +70,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
     """
     config, engine = parts.config, parts.engine
     result = TrainingResult(step=start_step)
+    pace = Pace(engine)
     with stop_signals() as signalled, Saver(parts.checkpoints, parts.checkpoint) as saver:
         if parts.evaluate_first and parts.validation and start_step == 0:
             before = evaluate(parts, signalled)
@@ -78,9 +80,9 @@ def train(parts: Training, start_step: int) -> TrainingResult:
                 parts.log.step({"step": 0, "val_loss": before})
         while result.step < config.steps and not result.stopped:
             started = time.perf_counter()
-            step_result = engine.train_step(
-                result.step, local_micro_batches(engine, parts.batches, config, result.step)
-            )
+            with pace.reading():
+                micro_batches = local_micro_batches(engine, parts.batches, config, result.step)
+            step_result = engine.train_step(result.step, micro_batches)
             seconds = time.perf_counter() - started
             result.step += 1
             result.loss = step_result.loss
@@ -94,6 +96,8 @@ def train(parts: Training, start_step: int) -> TrainingResult:
                 else:
                     record["val_loss"] = result.validation_loss
             parts.log.step(record)
+            if slow := pace.step(seconds):
+                parts.log.message(slow)
             if not last and not result.stopped and is_due(result.step, parts.checkpoint.every):
                 saver.start(result.step, engine.state(), checkpoint_files(parts, result))
             tell_of_saves(parts, saver, result)

@@ -19,7 +19,7 @@ from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, join
-from moe_lm.parallel.watch import Watchdog, agree, losses_are_said
+from moe_lm.parallel.watch import Watchdog, agree, end_with_launcher, losses_are_said
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import Training, TrainingResult, resume, train
@@ -59,11 +59,13 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
     is_main = topology.is_main
     folder = RunFolder(config.run_dir)
     if topology.world_size > 1:
+        end_with_launcher()
         join(topology, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
     settings = dict(flat_settings(config.model_dump(mode="json")))
     agree(topology, settings | {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint})
-    with folder if is_main else nullcontext(), rank_log(topology, Path(config.run_dir)):
-        check_unchanged(recipe, folder.checkpoints)
+    here = folder if is_main else nullcontext()
+    with here, rank_log(topology, Path(config.run_dir)), losses_are_said(topology):
+        changes = check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             folder.write_config(dump_config(config))
@@ -74,8 +76,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         if topology.world_size > 1:
             engine.on_progress = watchdog.feed
         try:
-            with losses_are_said(topology):
-                result = train_with(engine, recipe, folder)
+            result = train_with(engine, recipe, folder, changes)
         except MoeLmError as error:
             if error.common or topology.world_size == 1:  # a rank that is alone with its error cannot wait for others
                 engine.close()
@@ -86,8 +87,8 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         return result
 
 
-def train_with(engine: Engine, recipe: Recipe, folder: RunFolder) -> TrainingResult:
-    """Resume when there is a checkpoint, open the log, call the loop."""
+def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Sequence[str] = ()) -> TrainingResult:
+    """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
     step = resume(engine, folder.checkpoints)
     quiet = not engine.topology.is_main
@@ -97,6 +98,8 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder) -> TrainingRes
     ):
         for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
             log.message(note)
+        if changes:
+            log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         recipe.tokenizer.save(Path(scratch) / "tokenizer")
         parts = Training(
             engine=engine,
@@ -126,11 +129,14 @@ def fill(placed: PlacedModel, recipe: Recipe) -> None:
         checkpoint.load_model_weights(recipe.start_from, placed.tensors())
 
 
-def check_unchanged(recipe: Recipe, checkpoints: Path) -> None:
-    """Raise UsageError when the newest checkpoint belongs to other settings or another tokenizer."""
+def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
+    """What differs from the settings, tokenizer and data of the newest checkpoint, when changes are allowed.
+
+    Raises UsageError with them when they are not.
+    """
     folder = checkpoint.latest(checkpoints)
     if folder is None:
-        return
+        return []
     old = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     changes = compare_config(old, recipe.config.model_dump(mode="json"))
     changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
@@ -138,8 +144,9 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> None:
         changes.append("the tokenizer is another one")
     if checkpoint.read_text(folder, "data.sha256") != recipe.batches.fingerprint:
         changes.append("the training data is other data, which would repeat and skip tokens")
-    if changes:
+    if changes and not recipe.config.checkpoint.allow_changes:
         raise UsageError(
             f"{recipe.config.run_dir} holds a run with other settings ({'; '.join(changes)}); "
-            "set run_dir to a new folder, or take the changes back"
+            "set run_dir to a new folder, take the changes back, or go on with them: checkpoint.allow_changes=true"
         )
+    return changes

@@ -1,9 +1,10 @@
-"""How ranks meet, agree, and what becomes of them when one is lost (FAULTS rows 15 and 16)."""
+"""How ranks meet, agree, and what becomes of them when one is lost, hangs or is slow (FAULTS rows 15 to 17)."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from moe_lm.errors import UsageError
 from moe_lm.parallel.topology import Topology, current_topology
-from tests.processes import Start, free_port, rank_environment, start_ranks
+from tests.processes import Start, free_port, losses, rank_environment, start_ranks
 
 SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=4")
 
@@ -52,6 +53,33 @@ def test_a_rank_that_hangs_is_not_waited_for(two_ranks: list[subprocess.Popen[st
         os.kill(two_ranks[1].pid, signal.SIGCONT)
     assert two_ranks[0].returncode != 0
     assert "lost the connection to another rank" in err or "Timeout (0:00:08)!" in err
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2")])
+def test_a_slow_rank_is_named_within_20_steps(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, layout: tuple[str, ...]
+) -> None:
+    """Rank 1 is stopped three quarters of the time, as where something else uses its processor."""
+    ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SETTINGS, *layout)
+
+    def steps() -> int:
+        assert ranks[0].poll() is None, ranks[0].communicate()[1]
+        return len(losses(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+
+    def named() -> bool:
+        log = (tmp_path / "train.log").read_text(encoding="utf-8")
+        return f"rank 1 on {socket.gethostname()} keeps the others waiting: a step needs" in log
+
+    deadline = time.monotonic() + 90
+    while (begun := steps()) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    while not named():
+        assert steps() <= begun + 21
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        time.sleep(0.012)
+        os.kill(ranks[1].pid, signal.SIGCONT)
+        time.sleep(0.004)
 
 
 def test_ranks_with_other_settings_are_refused(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> None:
