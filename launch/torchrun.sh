@@ -12,7 +12,8 @@
 # When a process fails, all are started again and go on from the last checkpoint. When a machine is lost, the others wait
 # up to 10 minutes for this line to be run on it, or on one in its place.
 # SIGTERM and Ctrl-C reach every process, which saves a checkpoint; it is killed TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
-# later, default 120.
+# later, default 120. On one machine of several they end the training on all, with a checkpoint, but torchrun waits 300 s on
+# the others before it ends there too.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

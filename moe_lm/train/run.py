@@ -68,7 +68,6 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         changes = check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
-            folder.write_config(dump_config(config))
         placed = place_model(recipe.model, config.parallel)
         fill(placed, recipe)
         engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id)
@@ -91,6 +90,8 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
     """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
     step = resume(engine, folder.checkpoints)
+    if engine.topology.is_main:
+        folder.write_config(dump_config(config))
     quiet = not engine.topology.is_main
     with (
         MetricsLog(config.run_dir, config.log, config.train.steps, recipe.title, step, quiet) as log,

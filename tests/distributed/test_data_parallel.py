@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -139,6 +140,38 @@ def test_torchrun_starts_it(tiny_pretrain: Path, tmp_path: Path, one_process: Pa
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_training(metrics(tmp_path), metrics(one_process))
+
+
+def deepspeeds_launcher() -> list[str]:
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    meeting = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return ["deepspeed.launcher.launch", f"--world_info={world}", *meeting, "--no_local_rank", "--module", "moe_lm"]
+
+
+def torchs_launcher() -> list[str]:
+    return ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "moe_lm"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize("launcher", [torchs_launcher, deepspeeds_launcher])
+def test_no_rank_outlives_its_launcher(tiny_pretrain: Path, tmp_path: Path, launcher: Callable[[], list[str]]) -> None:
+    command = [sys.executable, "-m", *launcher(), "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}"]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "train.steps=100000"], stdout=output, stderr=output, env=os.environ | ENVIRONMENT
+        )
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_by_all(

@@ -52,9 +52,9 @@ def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -
 class Job:
     """A training of two tasks, one a node."""
 
-    def __init__(self, cluster: Cluster, config: Path, folder: Path, *settings: str) -> None:
+    def __init__(self, cluster: Cluster, config: Path, folder: Path, *settings: str, limit: str = "60:00") -> None:
         self.cluster, self.run_dir, self.log = cluster, folder / "run", folder / "job.log"
-        place = ("--nodes=2", "--ntasks-per-node=1", f"--output={self.log}", f"--chdir={folder}")
+        place = ("--nodes=2", "--ntasks-per-node=1", f"--time={limit}", f"--output={self.log}", f"--chdir={folder}")
         command = ("sbatch", "--parsable", *place, str(ROOT / "launch" / "slurm.sbatch"))
         variables = ENVIRONMENT | {"PATH": PATH, "RESTART_DELAY": "1"}
         self.number = cluster.run(*command, str(config), f"run_dir={self.run_dir}", *SETTINGS, *settings, **variables)
@@ -90,7 +90,6 @@ def test_two_nodes_train_as_one_process_does(job: Job, one_process: list[float])
     assert len(lines) == len(set(lines)), job.output()  # rank 0's alone
 
 
-@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
     cluster: Cluster, job: Job, one_process: list[float]
 ) -> None:
@@ -134,21 +133,35 @@ def test_a_killed_task_is_started_again_with_the_others_on_the_same_nodes(
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
 
 
-@pytest.mark.slow
+# Of rank 0 and of the batch script, so that no one but Slurm can act; of rank 1, where the batch script sees it too.
+@pytest.mark.parametrize("node", ["n1", pytest.param("n2", marks=pytest.mark.slow)])
 def test_after_a_node_is_lost_the_job_goes_on_from_the_checkpoint(
-    cluster: Cluster, job: Job, one_process: list[float]
+    cluster: Cluster, job: Job, one_process: list[float], node: str
 ) -> None:
-    """First the one of rank 1; then that of rank 0 and of the batch script, so that no one but Slurm can act."""
-    for restarts, (node, step) in enumerate((("n2", 7), ("n1", 12)), start=1):
-        job.train_to(step)
-        cluster.lose_node(node)
-        job.wait_for_requeue(restarts)
-        wait_until(lambda: not cluster.left_over(), "the others to end", cluster.left_over)
-        assert len(losses(job.run_dir)) < STEPS
-        cluster.start_node(node)
+    job.train_to(7)
+    cluster.lose_node(node)
+    job.wait_for_requeue(1)
+    wait_until(lambda: not cluster.left_over(), "the others to end", cluster.left_over)
+    assert len(losses(job.run_dir)) < STEPS
+    cluster.start_node(node)
     assert job.finish() == "COMPLETED", job.output()
-    assert job.output().count("going on after step") == 2
+    assert "going on after step" in job.output()
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ahead_of_its_time_limit_a_job_saves_and_is_requeued(
+    cluster: Cluster, tiny_pretrain: Path, tmp_path: Path
+) -> None:
+    """The script asks for SIGTERM 120 s before, so that of three minutes one is left to train in."""
+    job = Job(cluster, tiny_pretrain, tmp_path, "train.steps=1000000", "checkpoint.every=0", limit="3:00")
+    job.wait_for_requeue(1)
+    trained = len(losses(job.run_dir))
+    assert f"stopped after step {trained}; to go on, run again: moe-lm pretrain" in job.output()
+    assert [path.name for path in (job.run_dir / "checkpoints").iterdir()] == [f"step-{trained:08d}"]
+    job.train_to(trained + 1)
+    cluster.run("scancel", job.number)
+    assert job.finish() == "CANCELLED"
 
 
 def test_a_wrong_setting_is_said_once_and_not_tried_again(

@@ -183,11 +183,29 @@ def test_another_config_is_refused_with_every_difference(
     assert done.code == 2
     assert done.err == (
         f"error: {tmp_path / 'run'} holds a run with other settings (model.hidden_size: 32 -> 64; "
-        "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1); set run_dir to a new folder, or take the changes "
-        "back\n"
+        "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1); set run_dir to a new folder, take the changes "
+        "back, or go on with them: checkpoint.allow_changes=true\n"
     )
     assert (tmp_path / "run" / "config.yaml").read_text() == config
     assert len(metrics(tmp_path / "run")) == 12
+
+
+def test_another_config_is_taken_when_it_is_asked_for(trained: tuple[Any, ...], tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm(*trained, "train.optimizer.lr=0.1", "train.steps=20", "checkpoint.allow_changes=true")
+    assert done.code == 0, done.err
+    assert "going on after step 12 of 20" in done.out
+    assert "with other settings than before" in done.out
+    assert "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1" in done.out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+    kept = load_config(PretrainConfig, tmp_path / "run" / "config.yaml")
+    assert (kept.train.steps, kept.train.optimizer.lr) == (20, 0.1)
+
+
+def test_another_shape_is_refused_all_the_same(trained: tuple[Any, ...], tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm(*trained, "model.hidden_size=64", "train.steps=20", "checkpoint.allow_changes=true")
+    assert done.code == 1
+    assert "expected [1024, 64]; the model settings differ from those it was trained with" in done.err
+    assert load_config(PretrainConfig, tmp_path / "run" / "config.yaml").model.hidden_size == 32
 
 
 def test_another_tokenizer_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
