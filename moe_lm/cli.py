@@ -56,6 +56,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, like train.steps=100."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 more likely, above 1 more varied; 0 is greedy.")]
@@ -220,28 +221,24 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Build")
-def pretrain(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")] = False,
-) -> None:
+def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     from moe_lm.config import PretrainConfig
     from moe_lm.config_file import load_config
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.train import pretrain
+    from moe_lm.train import cost, pretrain
 
     if dry_run:
-        print(pretrain.describe(settings))
+        print(cost.describe(settings, settings.model))
     else:
         pretrain.run(settings)
 
 
 @app.command(rich_help_panel="Build")
-def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Fine-tune a run on conversations; resumes like pretrain."""
+def finetune(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Fine-tune a run on conversations, all weights or adapters; resumes like pretrain."""
     from moe_lm.config import FinetuneConfig
     from moe_lm.config_file import load_config
 
@@ -249,7 +246,10 @@ def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
 
     from moe_lm.train import finetune
 
-    finetune.run(settings)
+    if dry_run:
+        print(finetune.describe(settings))
+    else:
+        finetune.run(settings)
 
 
 @app.command(rich_help_panel="Build")

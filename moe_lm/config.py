@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from moe_lm.chat_config import ChatDataConfig
 from moe_lm.errors import UsageError
+from moe_lm.lora_config import LoraConfig
 from moe_lm.model_config import ModelConfig
 from moe_lm.section import Section
 
@@ -123,6 +124,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    freeze_router: bool | None = Field(default=None, description="None: no, but with lora yes")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_batches: int | None = Field(default=None, gt=0, description="global batches an evaluation; None: all")
 
@@ -198,6 +200,7 @@ class PretrainConfig(Section):
         check_positions(self.model, self.data.sequence_length)
         check_experts(self.model, self.parallel)
         check_optimizer(self.train.optimizer, self.parallel)
+        check_router(self.model, self.train)
         return self
 
 
@@ -206,6 +209,7 @@ class FinetuneConfig(Section):
 
     run_dir: Path
     start_from: Path = Field(description="a run folder or a checkpoint in it")
+    lora: LoraConfig | None = Field(default=None, description="None: all weights are trained")
     data: ChatDataConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -215,6 +219,12 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         check_optimizer(self.train.optimizer, self.parallel)
+        name = self.train.optimizer.name
+        if self.lora is not None and name != "adamw":
+            raise ValueError(
+                f"train.optimizer.name={name} is made for whole matrices, and lora trains factors of which one begins "
+                "at zero; use adamw, or take lora away"
+            )
         return self
 
 
@@ -251,6 +261,12 @@ def check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> Non
             f"train.optimizer.name={optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
             "parallel.engine=deepspeed, or parallel.engine=torch"
         )
+
+
+def check_router(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise UsageError when a router is to be frozen that the model does not have."""
+    if train.freeze_router and not model.moe_layers:
+        raise UsageError("train.freeze_router=true, but the model has no routed experts; take it away")
 
 
 def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:

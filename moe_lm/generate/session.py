@@ -20,7 +20,7 @@ from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Message, Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.train import adapters, checkpoint
 
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 
@@ -34,15 +34,16 @@ class Session:
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, run: Path, device: str = "auto") -> Session:
-        """Load the newest checkpoint of a run folder, or one checkpoint.
+    def load(cls, run: Path, device: str = "auto", base: Path | None = None) -> Session:
+        """Load the newest checkpoint of a run folder, or one checkpoint; adapters are merged into their base.
 
-        Raises UsageError when there is no complete one, or no such device, MoeLmError naming a file that is damaged.
+        `base` is where that base is when it has moved. Raises UsageError when there is no complete checkpoint, no such
+        base or no such device, MoeLmError naming a file that is damaged.
         """
         folder = checkpoint.resolve(run)
         target = pick_device(device)
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
-        return cls(folder, load_model(folder, tokenizer, target), tokenizer)
+        return cls(folder, load_model(folder, tokenizer, target, base), tokenizer)
 
     def complete(self, prompt: str, settings: Settings, stop: Sequence[str] = ()) -> Completion:
         """The text that follows `prompt`, which begins a document and may be empty."""
@@ -65,7 +66,7 @@ class Session:
         return Completion((token for _, token in tokens), self.tokenizer.decode, stop)
 
 
-def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
+def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device, base: Path | None = None) -> LanguageModel:
     """The model of a checkpoint. Experts take every token that chose them, also where training had a capacity:
 
     what is dropped would depend on the texts beside it and, token by token, on those that are not written yet.
@@ -75,7 +76,7 @@ def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device) -> Lang
     check_vocabulary(config, tokenizer.vocab_size)
     with device, _NoInitialValues():
         model = LanguageModel(config)
-    checkpoint.load_model_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    adapters.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
     return model.eval()
 
 

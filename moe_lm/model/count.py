@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_lm.model_config import ModelConfig
 
@@ -98,44 +98,63 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal_half: bool
     return 6 * count_parameters(config).multiplied + (3 if causal_half else 6) * scores
 
 
-def state_bytes(config: ModelConfig, optimizer: Literal["adamw", "muon", "lamb"]) -> StateBytes:
-    """Bytes of float32 weights (with the router's balance biases), gradients and moments.
+class Divided(NamedTuple):
+    """A number of parameters or bytes, by how ranks divide them."""
 
-    AdamW and LAMB keep two moments a parameter. Muon keeps one for the matrices that it moves (attention, feed-forward,
-    experts; not embedding, router and head), and AdamW has the rest.
+    routed: int  # in stacks of routed experts, which expert parallelism divides
+    rest: int
+
+
+def state_bytes(
+    config: ModelConfig,
+    optimizer: Literal["adamw", "muon", "lamb"],
+    weights: int | None = None,
+    trained: int | None = None,
+) -> StateBytes:
+    """Bytes of weights (with the router's balance biases), and of gradients and moments of what is trained.
+
+    `weights` (bytes) and `trained` (parameters) are by default the whole model's, in float32. AdamW and LAMB keep two
+    moments a parameter. Muon keeps one for the matrices that it moves (attention, feed-forward, experts; not embedding,
+    router and head), and AdamW has the rest.
     """
     count = count_parameters(config)
+    trained = count.total if trained is None else trained
     balance_biases = len(config.moe_layers) * config.n_routed_experts
-    moments = 2 * count.total
+    moments = 2 * trained
     if optimizer == "muon":
         moments -= count.attention + count.dense + count.shared + count.routed
     return StateBytes(
-        weights=FLOAT32 * (count.total + balance_biases),
-        gradients=FLOAT32 * count.total,
+        weights=(FLOAT32 * count.total if weights is None else weights) + FLOAT32 * balance_biases,
+        gradients=FLOAT32 * trained,
         optimizer=FLOAT32 * moments,
     )
 
 
 def rank_bytes(
-    config: ModelConfig, world_size: int, expert_parallel_size: int, zero_stage: int, offload_optimizer: bool
+    weights: Divided,
+    trained: Divided,
+    world_size: int,
+    expert_parallel_size: int,
+    zero_stage: int,
+    offload_optimizer: bool,
 ) -> StateBytes:
     """Bytes that each rank's device keeps under DeepSpeed's AdamW, without activations.
 
-    Experts are divided over `expert_parallel_size` ranks, their copies over the others. ZeRO divides float32 master
-    weights and moments from stage 1 on, gradients from stage 2, the weights themselves in stage 3; experts over the
-    ranks that keep the same ones, everything else over all.
+    `weights` are bytes, `trained` parameters. Experts are divided over `expert_parallel_size` ranks, their copies over
+    the others. ZeRO divides float32 master weights and moments of what is trained from stage 1 on, gradients from stage
+    2, the weights themselves in stage 3; experts over the ranks that keep the same ones, everything else over all.
     """
-    count = count_parameters(config)
+    ep = expert_parallel_size
     shares = (
-        (count.total - count.routed, world_size),
-        (count.routed // expert_parallel_size, world_size // expert_parallel_size),
+        (weights.rest, trained.rest, world_size),
+        (weights.routed // ep, trained.routed // ep, world_size // ep),
     )
-    weights = gradients = optimizer = 0
-    for kept, copies in shares:
-        weights += FLOAT32 * kept // (copies if zero_stage == 3 else 1)
-        gradients += FLOAT32 * kept // (copies if zero_stage >= 2 else 1)
-        optimizer += 3 * FLOAT32 * kept // copies
-    return StateBytes(weights, gradients, 0 if offload_optimizer else optimizer)
+    kept = gradients = optimizer = 0
+    for weight_bytes, parameters, copies in shares:
+        kept += weight_bytes // (copies if zero_stage == 3 else 1)
+        gradients += FLOAT32 * parameters // (copies if zero_stage >= 2 else 1)
+        optimizer += 3 * FLOAT32 * parameters // copies
+    return StateBytes(kept, gradients, 0 if offload_optimizer else optimizer)
 
 
 def _projections(config: ModelConfig) -> int:

@@ -136,17 +136,19 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.gated = config.mlp_gated
         self.activation = ACTIVATIONS[config.hidden_act]
+        self.indices = range(experts)  # of these among all experts; expert parallelism keeps a part of them
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert."""
-        dtype = compute_dtype(x_RD)
-        x_RD = x_RD.to(dtype)
-        up = grouped_mm(x_RD, self.up_proj.to(dtype), ends_E)
-        if self.gated:
-            hidden = self.activation(grouped_mm(x_RD, self.gate_proj.to(dtype), ends_E)) * up
-        else:
-            hidden = self.activation(up)
-        return grouped_mm(hidden, self.down_proj.to(dtype), ends_E)
+        x_RD = x_RD.to(compute_dtype(x_RD))
+        up = self.multiply("up_proj", x_RD, ends_E)
+        hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
+        return self.multiply("down_proj", hidden, ends_E)
+
+    def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""
+        stack: Tensor = getattr(self, name)
+        return grouped_mm(x_RD, stack.to(x_RD.dtype), ends_E)
 
 
 def dispatch_locally(

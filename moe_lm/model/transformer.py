@@ -132,8 +132,12 @@ def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int,
         _fill_normal(tensor, config.initializer_range, f"{seed}/{name}")
 
 
-def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+def generator_of(key: str) -> torch.Generator:
+    """Random numbers that are a function of `key` alone; the CPU's, so that every device starts from the same ones."""
     digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    # Drawn on the CPU in float32, so that every device and data type starts from the same numbers.
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+    # Drawn in float32, so that every data type starts from the same numbers.
+    tensor.copy_(torch.randn(tensor.shape, generator=generator_of(key)) * std)

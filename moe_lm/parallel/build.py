@@ -11,7 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.config import ParallelConfig, TrainConfig, check_experts
 from moe_lm.errors import UsageError
+from moe_lm.lora_config import LoraConfig
+from moe_lm.model import lora
 from moe_lm.model.device import pick_device
+from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel import expert_parallel
@@ -32,22 +35,33 @@ class PlacedModel:
         """The weights of step 0, the same in every layout."""
         self.model.initialise(seed, self.first_expert)
 
+    def initialise_adapters(self, seed: int) -> None:
+        """The adapters of step 0, the same in every layout."""
+        lora.initialise_adapters(self.model, seed, self.first_expert)
+
     def tensors(self) -> Mapping[str, Tensor]:
-        """Parameters and buffers under their names in a checkpoint, to be filled in place."""
-        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        """Parameters and buffers, without adapters, under their names in a checkpoint, to be filled in place."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if not is_factor(name)}
         if self.mesh is None:
             return named
         mesh = self.mesh
         return {name: divided_experts(tensor, mesh) if is_expert(name) else tensor for name, tensor in named.items()}
 
 
-def place_model(config: ModelConfig, parallel: ParallelConfig) -> PlacedModel:
-    """Build the model, of the experts only those that this rank keeps.
+def place_model(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    adapters: LoraConfig | None = None,
+    freeze_router: bool | None = None,
+) -> PlacedModel:
+    """Build the model, of the experts only those that this rank keeps, and decide what of it is trained.
 
-    Raises UsageError when the experts or the processes cannot be divided as the config says.
+    Raises UsageError when the experts or the processes cannot be divided as the config says, or adapters match nothing.
     """
     if parallel.engine == "torch":
-        return PlacedModel(LanguageModel(config))
+        model = LanguageModel(config)
+        lora.freeze(model, adapters, freeze_router)
+        return PlacedModel(model)
     topology = current_topology()
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
@@ -55,6 +69,7 @@ def place_model(config: ModelConfig, parallel: ParallelConfig) -> PlacedModel:
     join(topology, device, parallel.timeout_seconds)
     with torch.device("meta"):
         model = LanguageModel(config)
+    lora.freeze(model, adapters, freeze_router)
     # On the host, where checkpoints are written from; its groups serve tensors of the device just as well.
     ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))

@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
 from moe_lm.model.device import pick_dtype
+from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.model.moe import MoE
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.deepspeed_config import deepspeed_json
@@ -62,8 +64,8 @@ class DeepSpeedEngine(Engine):
         self.loss = build_loss(model, train, device, self.dtype, pad_id)
         settings = deepspeed_json(train, parallel, self.topology.world_size, cuda=device.type == "cuda")
         deepspeed = _import_deepspeed()
-        _mark_experts(model, mesh.size(1))
-        groups = adamw_groups(model.parameters(), train.optimizer)
+        _mark_experts(model, mesh.size(1), stage)
+        groups = adamw_groups((parameter for _, parameter in self.trained()), train.optimizer)
         optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -72,6 +74,8 @@ class DeepSpeedEngine(Engine):
         except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
             raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {' '.join(str(error).split())}") from error
         self.zero = _Zero(self.wrapped.optimizer, stage)
+        if stage < 3:  # which would gather and divide them once more
+            narrow_frozen(model, self.dtype)
 
     def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         parts: LossParts = self.wrapped(batch, counts)
@@ -96,18 +100,21 @@ class DeepSpeedEngine(Engine):
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: self._divide(name, safe_get_full_grad(p)) for name, p in self.model.named_parameters()}
+        return {name: self._divide(name, safe_get_full_grad(p)) for name, p in self.trained()}
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._kept_frozen():
+            with self.zero.gathered(parameter):
+                state[f"model.{name}"] = self._divide(name, parameter.detach())
+        for name, parameter in self.trained():
             state[f"model.{name}"] = self._divide(name, safe_get_full_fp32_param(parameter))
             for key in MOMENTS:
                 state[f"{key}.{name}"] = self._divide(name, safe_get_full_optimizer_state(parameter, key))
             state[f"step.{name}"] = host_copy(self.zero.steps(parameter))
-        if self.model.config.tie_word_embeddings:
+        if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
         state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
         state["random.cpu"] = torch.get_rng_state()
@@ -116,7 +123,10 @@ class DeepSpeedEngine(Engine):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._kept_frozen():
+            with torch.no_grad(), self.zero.gathered(parameter, change=True):
+                parameter.copy_(self._undivide(name, state[f"model.{name}"]))
+        for name, parameter in self.trained():
             safe_set_full_fp32_param(parameter, self._undivide(name, state[f"model.{name}"]))
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, self._undivide(name, state[f"{key}.{name}"]), key)
@@ -126,6 +136,12 @@ class DeepSpeedEngine(Engine):
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state[f"model.{name}"])
         torch.set_rng_state(state["random.cpu"])
+
+    def _kept_frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Frozen parameters that a checkpoint holds all the same."""
+        elsewhere = left_to_base(self.model)
+        named = self.model.named_parameters()
+        return ((name, p) for name, p in named if not p.requires_grad and name not in elsewhere)
 
     def _divide(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.view(self.shapes[name])
@@ -169,6 +185,15 @@ class _Zero:
         steps: Tensor = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]["step"]
         return steps
 
+    def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
+        """Within this a frozen parameter is whole on every rank; with `change` what rank 0 writes into it stays."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        context: AbstractContextManager[None] = GatheredParameters(
+            [parameter], modifier_rank=0 if change else None, enabled=self.stage == 3
+        )
+        return context
+
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""
         if self.stage == 3:
@@ -200,9 +225,10 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _mark_experts(model: LanguageModel, expert_parallel_size: int) -> None:
+def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -> None:
     """What DeepSpeed looks for: the class of the layer, and on its experts the names of their groups."""
-    layer_class, group_name = _layer_class(), f"ep_size_{expert_parallel_size}"
+    trained = any(p.requires_grad for layer in model.moe_layers for p in layer.experts.parameters())
+    layer_class, group_name = _layer_class(trained or stage == 3), f"ep_size_{expert_parallel_size}"
     for layer in model.moe_layers:
         layer.__class__ = layer_class
         vars(layer).update(num_experts=model.config.n_routed_experts, expert_parallel_size=expert_parallel_size)
@@ -216,18 +242,25 @@ def _mark_experts(model: LanguageModel, expert_parallel_size: int) -> None:
                 setattr(parameter, attribute, value)
 
 
-def _layer_class() -> type[MoE]:
-    """Our layer under the one base class that DeepSpeed knows experts by in every stage."""
+def _layer_class(known: bool) -> type[MoE]:
+    """Our layer under the one base class that DeepSpeed knows experts by in every stage.
+
+    Stages 1 and 2 then insist on a group of experts for the optimizer: frozen ones must not be known there, and need
+    their process groups alone. In stage 3 they must be, or it divides them over ranks that have other experts.
+    """
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.utils import groups
 
-    class DeepSpeedMoE(MoE, AutoEPMoELayer):
+    class GroupedMoE(MoE):
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: object) -> None:
             groups._create_expert_and_data_parallel(
                 self.expert_parallel_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
 
-    return DeepSpeedMoE
+    class DeepSpeedMoE(GroupedMoE, AutoEPMoELayer):
+        pass
+
+    return DeepSpeedMoE if known else GroupedMoE
 
 
 def _split_off_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lm.config import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
 from moe_lm.model.device import compiling_needs
+from moe_lm.model.lora import draw_dropout
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology, all_reduce_sum, any_rank
 from moe_lm.train.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
@@ -62,9 +63,10 @@ class Engine(ABC):
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of global step `step` (counted from 0)."""
         self.on_progress()
+        self.loss.train()
+        draw_dropout(self.model, self.config.seed, step)
         micro_batches = [self._place(batch) for batch in micro_batches]
         counts = self._step_counts(micro_batches)
-        self.loss.train()
         parts = []
         for number, batch in enumerate(micro_batches, 1):
             part = self._accumulate(batch, counts, last=number == len(micro_batches))
@@ -147,15 +149,20 @@ class Engine(ABC):
     def _update(self, factor: float, finite: bool) -> Update:
         """Clip, step at `factor` of the peak rates, drop the gradients. No step when the loss or norm is not finite."""
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are not frozen, by name."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        """The gradient of every parameter, named and divided as in `state()`; within `on_gradients` alone."""
+        """The gradient of every trained parameter, named and divided as in `state()`; within `on_gradients` alone."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The logical tensors of a checkpoint: `model.*`, optimizer states by parameter name, random states.
 
-        They have the same names and (global) shapes in every layout; what ranks divide is a DTensor.
+        They have the same names and (global) shapes in every layout; what ranks divide is a DTensor. With adapters the
+        frozen weights are left out.
         """
 
     @abstractmethod

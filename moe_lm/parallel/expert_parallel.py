@@ -43,6 +43,7 @@ def apply(model: LanguageModel, mesh: DeviceMesh) -> int:
     for layer in model.moe_layers:
         local = model.config.n_routed_experts // dist.get_world_size(group)
         first = mesh.get_local_rank(EXPERT) * local
+        layer.experts.indices = range(first, first + local)
         for name, stack in list(layer.experts.named_parameters()):
             kept = stack.detach()[first : first + local].clone()
             setattr(layer.experts, name, nn.Parameter(kept, requires_grad=stack.requires_grad))

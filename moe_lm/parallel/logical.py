@@ -42,6 +42,20 @@ def divide(tensor: Tensor, ranks: DeviceMesh) -> Tensor:
     return _dtensor(host_copy(tensor.chunk(size)[ranks.get_local_rank()]), ranks, [Shard(0)], tensor.shape)
 
 
+def room_beside(weight: Tensor, header: Tensor) -> Tensor:
+    """Room for a tensor of `header`'s shape, divided as the weight it belongs to: a stack by experts."""
+    if not isinstance(weight, DTensor):
+        return torch.empty_like(header, device=weight.device)
+    experts = weight.to_local()
+    local = torch.empty((len(experts), *header.shape[1:]), dtype=header.dtype, device=experts.device)
+    return _dtensor(local, weight.device_mesh, list(weight.placements), tuple(header.shape))
+
+
+def kept_here(tensor: Tensor) -> Tensor:
+    """This rank's part, in the memory of the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The logical tensor, on every rank; all of them must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

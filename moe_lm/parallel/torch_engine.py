@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.model.device import pick_device, pick_dtype
+from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.engine import Engine, Update, build_loss, check_batch_size
 from moe_lm.parallel.topology import current_topology, leave
@@ -41,6 +42,7 @@ class TorchEngine(Engine):
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device = self.accelerator.device
+        narrow_frozen(model, self.dtype)
         self.loss = build_loss(model, train, device, self.dtype, pad_id).to(self.device)
         self.optimizers = build_optimizers(model, train.optimizer)
         with warnings.catch_warnings():
@@ -71,11 +73,11 @@ class TorchEngine(Engine):
         return Update(grad_norm, skipped)
 
     def gradients(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.trained()}
 
     def state(self) -> dict[str, Tensor]:
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        elsewhere = left_to_base(self.model)
+        state = {f"model.{name}": t for name, t in self.model.state_dict().items() if name not in elsewhere}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, tensors in optimizer.state.items():

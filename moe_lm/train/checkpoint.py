@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
@@ -94,6 +95,24 @@ def load_model_weights(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks
         raise MoeLmError(f"{others[0]!r} is not a weight: names of weights in a checkpoint begin with {MODEL_PREFIX!r}")
     ranks.each(lambda: verify(folder, MODEL, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
     _fill(folder, tensors, ranks)
+
+
+def headers(folder: Path) -> dict[str, Tensor]:
+    """Shape and data type of every weight of a checkpoint, as tensors without memory."""
+    saved = checkpoint_tensors.saved_tensors(folder / MODEL)
+    return {
+        name: torch.empty(header.size, dtype=header.properties.dtype, device="meta") for name, header in saved.items()
+    }
+
+
+def read_tensor(folder: Path, name: str, tensor: Tensor) -> None:
+    """Fill one weight in place, in one process, from a checkpoint that was verified."""
+    checkpoint_tensors.read(folder / MODEL, {name: tensor}, ALL_THERE_ARE)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The sha256 that a checkpoint's manifest gives of each of its files, by name."""
+    return {name: entry["sha256"] for name, entry in _read_manifest(folder).items()}
 
 
 def read_text(folder: Path, name: str) -> str:

@@ -60,13 +60,7 @@ def check(folder: Path, tensors: Mapping[str, Tensor], others_too: bool) -> None
 
     Further tensors are refused unless `others_too`.
     """
-    try:
-        headers = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        saved = {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
-    except FileNotFoundError:
-        saved = {}
-    except Exception as error:  # whatever a malformed header with a right checksum makes the libraries raise
-        raise MoeLmError(f"cannot read the tensors in {folder}: {error}") from error
+    saved = saved_tensors(folder)
     for name, tensor in tensors.items():
         if name not in saved:
             raise MoeLmError(
@@ -87,6 +81,17 @@ def check(folder: Path, tensors: Mapping[str, Tensor], others_too: bool) -> None
             f"the checkpoint {folder.parent} has the tensor {min(unused)}, which this model lacks; the model settings "
             "differ from those it was trained with"
         )
+
+
+def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """What the headers of the files in `folder` say of each tensor. Raises MoeLmError when they cannot be read."""
+    try:
+        headers = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # whatever a malformed header with a right checksum makes the libraries raise
+        raise MoeLmError(f"cannot read the tensors in {folder}: {error}") from error
+    return {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
 
 
 def reason(error: BaseException) -> str:

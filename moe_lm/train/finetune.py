@@ -1,20 +1,22 @@
-"""Supervised fine-tuning on conversations, all weights. Builds the parts and calls the loop."""
+"""Supervised fine-tuning on conversations, all weights or adapters. Builds the parts and calls the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import yaml
 
-from moe_lm.config import FinetuneConfig, check_positions
+from moe_lm.config import FinetuneConfig, check_positions, check_router
 from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, Conversation, chat_evaluation_batches, read_chat
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.train import adapters, checkpoint, cost
+from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult, rows_at_once
 from moe_lm.train.run import Recipe, run_recipe
 
@@ -25,10 +27,9 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
     The held-out loss is measured before the first step too. Raises UsageError when the conversations or the
     starting point cannot be used.
     """
-    start = checkpoint.resolve(config.start_from)
+    start = starting_point(config)
     tokenizer = Tokenizer.load(checkpoint.verified_path(start, "tokenizer"))
-    model = build_config(ModelConfig, yaml.safe_load(checkpoint.read_text(start, "model.yaml")), f"{start}/model.yaml")
-    check_positions(model, config.data.sequence_length)
+    model = model_of(config, start)
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
     shape = (data.sequence_length, train.global_batch_size)
@@ -40,9 +41,39 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
         batches=ChatBatches(conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id),
         validation=validation_batches(config, conversations.validation, tokenizer),
         start_from=start,
-        notes=conversations.report.skipped_lines(),
+        lora=config.lora,
+        notes=[*conversations.report.skipped_lines(), *cost_lines(config, model)],
     )
     return run_recipe(recipe)
+
+
+def describe(config: FinetuneConfig) -> str:
+    """What `--dry-run` prints; of the starting point it reads the settings alone."""
+    return cost.describe(config, model_of(config, starting_point(config)))
+
+
+def starting_point(config: FinetuneConfig) -> Path:
+    """The checkpoint whose weights are the start.
+
+    Adapters go on beside the base that they began with, even when the run of `start_from` has a newer checkpoint by
+    now. Raises UsageError when that base is not there any more, or a new `start_from` is not it.
+    """
+    newest = checkpoint.latest(Path(config.run_dir) / "checkpoints")
+    adapter = None if newest is None or config.lora is None else adapters.read(newest)
+    if newest is None or adapter is None:
+        return checkpoint.resolve(config.start_from)
+    old = yaml.safe_load(checkpoint.read_text(newest, "config.yaml"))
+    moved = Path(old["start_from"]) != config.start_from or not adapter.base.is_dir()
+    return adapters.base_of(newest, config.start_from if moved else None)
+
+
+def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
+    """The shape of the starting point. Raises UsageError when `config` asks of it what it does not have."""
+    values = yaml.safe_load(checkpoint.read_text(start, "model.yaml"))
+    model = build_config(ModelConfig, values, f"{start}/model.yaml")
+    check_positions(model, config.data.sequence_length)
+    check_router(model, config.train)
+    return model
 
 
 def validation_batches(

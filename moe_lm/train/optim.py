@@ -18,12 +18,14 @@ from moe_lm.train.muon import Muon
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
 
-    Weight decay is decoupled and acts on matrices only. Every state tensor exists from the start, so that a
-    checkpoint can be loaded into an optimizer that has not stepped yet.
+    Frozen parameters are left out. Weight decay is decoupled and acts on matrices only. Every state tensor exists from
+    the start, so that a checkpoint can be loaded into an optimizer that has not stepped yet.
     """
     muon: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (muon if config.name == "muon" and is_hidden_matrix(name, parameter) else others).append(parameter)
     groups = adamw_groups(others, config)
     optimizers: list[torch.optim.Optimizer] = []

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 
 from moe_lm.config import PretrainConfig, check_vocabulary
-from moe_lm.config_file import dump_config
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
-from moe_lm.model.count import count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.parallel.build import build_engine, place_model
-from moe_lm.parallel.deepspeed_config import deepspeed_json
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train.loop import TrainingResult, local_micro_batches, rows_at_once
@@ -86,34 +82,6 @@ def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Bat
                 steps = steps[: train.eval_batches * train.global_batch_size // size]
             batches += [held_out.batch(step, range(size)) for step in steps]
     return batches
-
-
-def describe(config: PretrainConfig) -> str:
-    """What `--dry-run` prints: the resolved config, then what it costs. Nothing is built or read."""
-    data, train = config.data, config.train
-    parameters = count_parameters(config.model)
-    tokens_per_step = train.global_batch_size * data.sequence_length
-    flops = [flops_per_token(config.model, data.sequence_length, causal_half=half) for half in (True, False)]
-    parallel = config.parallel
-    processes = max(current_topology().world_size, parallel.expert_parallel_size)
-    if parallel.engine == "deepspeed":
-        layout = (processes, parallel.expert_parallel_size, parallel.zero_stage or 1, parallel.offload_optimizer)
-        memory = rank_bytes(config.model, *layout)
-    else:
-        memory = state_bytes(config.model, train.optimizer.name)
-    lines = [
-        f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
-        f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
-        f"memory          {memory.total / 2**20:,.0f} MiB for weights, gradients and optimizer on each device of "
-        f"{processes}, before activations",
-        f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
-        f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
-        f"{train.steps * tokens_per_step * flops[0]:.3g} FLOPs",
-    ]
-    if parallel.engine == "deepspeed":
-        settings = deepspeed_json(train, parallel, processes, cuda=parallel.device != "cpu")
-        lines += ["", f"DeepSpeed, {processes} processes:", json.dumps(settings, indent=2)]
-    return dump_config(config) + "\n" + "\n".join(lines)
 
 
 def _open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer) -> list[TokenShards]:

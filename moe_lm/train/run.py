@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 
 from moe_lm.config import RunConfig
-from moe_lm.config_file import dump_config
+from moe_lm.config_file import build_config, dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.lora_config import LoraConfig
 from moe_lm.model.count import flops_per_token
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import PlacedModel, build_engine, place_model, rank_device
@@ -21,7 +23,7 @@ from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, join
 from moe_lm.parallel.watch import Watchdog, agree, end_with_launcher, losses_are_said
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.train import adapters, checkpoint
 from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
 from moe_lm.train.rank_log import rank_log
@@ -46,6 +48,7 @@ class Recipe:
     batches: BatchSource
     validation: Sequence[Batch]
     start_from: Path | None = None  # a checkpoint whose weights are the start; None: fresh ones
+    lora: LoraConfig | None = None  # train adapters beside these weights
     notes: Sequence[str] = ()  # what the person should know of the data, said at the start
 
 
@@ -68,7 +71,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         changes = check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
-        placed = place_model(recipe.model, config.parallel)
+        placed = place_model(recipe.model, config.parallel, recipe.lora, config.train.freeze_router)
         fill(placed, recipe)
         engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id)
         watchdog = Watchdog(config.parallel.timeout_seconds)
@@ -102,6 +105,14 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         recipe.tokenizer.save(Path(scratch) / "tokenizer")
+        files: dict[str, str | Path] = {
+            "config.yaml": dump_config(config),
+            "model.yaml": dump_config(recipe.model),
+            "data.sha256": recipe.batches.fingerprint,
+            "tokenizer": Path(scratch) / "tokenizer",
+        }
+        if recipe.lora is not None and recipe.start_from is not None:
+            files[adapters.FILE] = adapters.describe(recipe.start_from, recipe.lora)
         parts = Training(
             engine=engine,
             batches=recipe.batches,
@@ -110,12 +121,7 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
             checkpoint=config.checkpoint,
             checkpoints=folder.checkpoints,
             log=log,
-            files={
-                "config.yaml": dump_config(config),
-                "model.yaml": dump_config(recipe.model),
-                "data.sha256": recipe.batches.fingerprint,
-                "tokenizer": Path(scratch) / "tokenizer",
-            },
+            files=files,
             evaluate_first=recipe.start_from is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
         )
@@ -127,7 +133,8 @@ def fill(placed: PlacedModel, recipe: Recipe) -> None:
     if recipe.start_from is None:
         placed.initialise(recipe.config.train.seed)
     else:
-        checkpoint.load_model_weights(recipe.start_from, placed.tensors())
+        adapters.load_weights(recipe.start_from, placed.tensors())
+        placed.initialise_adapters(recipe.config.train.seed)
 
 
 def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
@@ -138,9 +145,12 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
     folder = checkpoint.latest(checkpoints)
     if folder is None:
         return []
-    old = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
-    changes = compare_config(old, recipe.config.model_dump(mode="json"))
-    changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
+    changes = compare_config(_as_now(folder, recipe.config), recipe.config.model_dump(mode="json"))
+    may_change: tuple[str, ...] = MAY_CHANGE
+    adapter = adapters.read(folder)
+    if adapter and recipe.start_from and adapters.fingerprint(recipe.start_from) == adapter.fingerprint:
+        may_change += ("start_from",)  # the same base, wherever it lies now
+    changes = [change for change in changes if not change.startswith(may_change)]
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != recipe.tokenizer.fingerprint:
         changes.append("the tokenizer is another one")
     if checkpoint.read_text(folder, "data.sha256") != recipe.batches.fingerprint:
@@ -151,3 +161,12 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
             "set run_dir to a new folder, take the changes back, or go on with them: checkpoint.allow_changes=true"
         )
     return changes
+
+
+def _as_now(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The config that a checkpoint was trained with; a setting that is younger has its default."""
+    values: dict[str, Any] = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
+    try:
+        return build_config(type(config), values, f"{folder}/config.yaml").model_dump(mode="json")
+    except UsageError:  # another stage's, or with a setting that is gone
+        return values

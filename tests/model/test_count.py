@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_lm.config_file import load_config
-from moe_lm.model.count import StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
+from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 
@@ -216,11 +216,13 @@ def test_a_rank_keeps_its_experts_and_its_share_of_what_zero_divides() -> None:
     config = config_named("deepseekmoe")
     count = count_parameters(config)
     shared, experts = count.total - count.routed, count.routed // 4
-    one = rank_bytes(config, 1, 1, zero_stage=1, offload_optimizer=False)
+    trained = Divided(count.routed, shared)
+    weights = Divided(4 * count.routed, 4 * shared)
+    one = rank_bytes(weights, trained, 1, 1, zero_stage=1, offload_optimizer=False)
     assert one == StateBytes(4 * count.total, 4 * count.total, 12 * count.total)
-    first = rank_bytes(config, 8, 4, zero_stage=1, offload_optimizer=False)
+    first = rank_bytes(weights, trained, 8, 4, zero_stage=1, offload_optimizer=False)
     assert first == StateBytes(4 * (shared + experts), 4 * (shared + experts), 12 * shared // 8 + 12 * experts // 2)
-    second = rank_bytes(config, 8, 4, zero_stage=2, offload_optimizer=True)
+    second = rank_bytes(weights, trained, 8, 4, zero_stage=2, offload_optimizer=True)
     assert second == StateBytes(first.weights, 4 * shared // 8 + 4 * experts // 2, 0)
-    third = rank_bytes(config, 8, 4, zero_stage=3, offload_optimizer=False)
+    third = rank_bytes(weights, trained, 8, 4, zero_stage=3, offload_optimizer=False)
     assert third == StateBytes(second.gradients, second.gradients, first.optimizer)

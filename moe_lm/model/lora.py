@@ -1,0 +1,199 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen weights: `W x` becomes `W x + scale * B (A x)`.
+
+Linear layers and stacks of routed experts get their factors in place, so that every name of the model stays; those of
+a stack are stacks themselves, multiplied group by group like it. A factor's name ends in `lora_A` or `lora_B`.
+
+Shapes: D inputs, F outputs, r rank, E experts, R token slots. A layer has `lora_A [r, D]` and `lora_B [F, r]`, as in
+`peft`; the stack `up_proj [E, D, F]` has `up_proj_lora_A [E, D, r]` and `up_proj_lora_B [E, r, F]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.errors import UsageError
+from moe_lm.lora_config import LoraConfig
+from moe_lm.model.grouped_mm import grouped_mm
+from moe_lm.model.moe import Experts
+from moe_lm.model.transformer import LanguageModel, generator_of
+
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+ALIGNMENT = 8  # elements; grouped products want rows of 16 bytes, in bfloat16 too
+
+
+def freeze(model: LanguageModel, lora: LoraConfig | None, freeze_router: bool | None) -> None:
+    """Decide what is trained: everything or, with `lora`, adapters that this adds, not yet filled.
+
+    `freeze_router`: None is no, but with `lora` yes. Raises UsageError when a target of `lora` matches nothing.
+    """
+    if lora is not None:
+        model.requires_grad_(False)
+        add_adapters(model, lora)
+    for layer in model.moe_layers:
+        layer.gate.weight.requires_grad_(not (lora is not None if freeze_router is None else freeze_router))
+
+
+def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
+    """Put factors beside every weight that `lora.targets` names. Raises UsageError when one of them matches nothing."""
+    found = dict(_targets(model))
+    missing = sorted(set(lora.targets or ()).difference(found.values()))
+    if missing:
+        there = ", ".join(sorted(set(found.values())))
+        raise UsageError(f"lora.targets names {missing[0]}, of which the model has none; choose among {there}")
+    for module, kind in found.items():
+        if lora.targets is None or kind in lora.targets:
+            module.__class__ = LoraExperts if isinstance(module, Experts) else LoraLinear
+            assert isinstance(module, LoraExperts | LoraLinear)
+            module.adapt(lora)
+
+
+def _targets(model: LanguageModel) -> Iterator[tuple[nn.Linear | Experts, str]]:
+    """What can be adapted, and as what it is named in `lora.targets`."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield module, "experts"
+        elif isinstance(module, nn.Linear) and ".self_attn." in name:
+            yield module, "attention"
+        elif isinstance(module, nn.Linear) and ".mlp." in name and name.rsplit(".", 1)[-1] in FEED_FORWARD:
+            yield module, "feed_forward"
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with an adapter."""
+
+    def adapt(self, lora: LoraConfig) -> None:
+        self.lora_A = nn.Parameter(self.weight.new_empty(lora.rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, lora.rank))
+        self.scale, self.dropout = scale(lora), lora.dropout
+        self.mask_D: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        lora_A = self.lora_A if self.mask_D is None or not self.training else self.lora_A * self.mask_D
+        return super().forward(x) + F.linear(F.linear(x, lora_A) * self.scale, self.lora_B)
+
+
+class LoraExperts(Experts):
+    """Routed experts with an adapter for each of their matrices."""
+
+    def adapt(self, lora: LoraConfig) -> None:
+        self.inputs = {name: stack.shape[1] for name, stack in self.named_parameters()}
+        for name, inputs in self.inputs.items():
+            stack: Tensor = getattr(self, name)
+            experts, _, outputs = stack.shape
+            setattr(self, f"{name}_lora_A", nn.Parameter(stack.new_empty(experts, inputs, lora.rank)))
+            setattr(self, f"{name}_lora_B", nn.Parameter(stack.new_empty(experts, lora.rank, outputs)))
+        self.scale, self.dropout = scale(lora), lora.dropout
+        self.masks_ED: dict[str, Tensor] = {}
+
+    def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        lora_A, lora_B = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
+        if self.training and name in self.masks_ED:
+            lora_A = lora_A * self.masks_ED[name][..., None]
+        missing = -lora_A.shape[-1] % ALIGNMENT
+        lora_A, lora_B = F.pad(lora_A.to(x_RD.dtype), (0, missing)), F.pad(lora_B.to(x_RD.dtype), (0, 0, 0, missing))
+        low_Rr = grouped_mm(x_RD, lora_A, ends_E) * self.scale
+        return super().multiply(name, x_RD, ends_E) + grouped_mm(low_Rr, lora_B, ends_E)
+
+
+def scale(lora: LoraConfig) -> float:
+    """What an adapter's output is multiplied by."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rank_stabilised else lora.rank)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.endswith(("lora_A", "lora_B"))
+
+
+def adapted(factor: str) -> str:
+    """The name of the weight that a factor stands beside."""
+    stem = factor[: -len("_lora_A")]
+    return f"{stem}.weight" if factor[len(stem)] == "." else stem
+
+
+def factors_of(weight: str) -> tuple[str, str]:
+    """The names of a weight's factors A and B, were it adapted."""
+    if weight.endswith(".weight"):
+        stem = weight.removesuffix("weight")
+        return f"{stem}lora_A", f"{stem}lora_B"
+    return f"{weight}_lora_A", f"{weight}_lora_B"
+
+
+@torch.no_grad()
+def initialise_adapters(model: LanguageModel, seed: int, first_expert: int = 0) -> None:
+    """Fill the factors: A uniform within `1 / sqrt(D)`, as in `peft`, and B with zeros, so that nothing changes yet.
+
+    Drawn by (seed, name), for stacks by (seed, name, expert), as all weights are: the same numbers in every layout.
+    """
+    for name, factor in model.named_parameters():
+        if name.endswith("lora_B"):
+            factor.zero_()
+        elif name.endswith(".lora_A"):
+            _fill_uniform(factor, factor.shape[1], f"{seed}/{name}")
+        elif name.endswith("_lora_A"):
+            for index, expert in enumerate(factor):
+                _fill_uniform(expert, expert.shape[0], f"{seed}/{name}/{first_expert + index}")
+
+
+@torch.no_grad()
+def draw_dropout(model: LanguageModel, seed: int, step: int) -> None:
+    """Choose the inputs that the adapters do without in this step; the others count `1 / (1 - dropout)` times.
+
+    One choice a step, adapter and expert, for all tokens: whatever part of a batch a rank computes, and whatever
+    experts it has, it does as one process would, and no random state has to be kept.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLinear | LoraExperts) or not module.dropout:
+            continue
+        device, key = next(module.parameters()).device, f"{seed}/{step}/{name}"
+        if isinstance(module, LoraLinear):
+            module.mask_D = _mask((module.in_features,), module.dropout, key, device)
+            continue
+        for stack, inputs in module.inputs.items():
+            mask_ED = _mask((model.config.n_routed_experts, inputs), module.dropout, f"{key}.{stack}", device)
+            module.masks_ED[stack] = mask_ED[module.indices.start : module.indices.stop]
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
+    """Add an adapter to the weight it stands beside, in place: the weight then does alone what both did."""
+    if weight.ndim == 3:
+        weight.baddbmm_(lora_A, lora_B, alpha=scale)
+    else:
+        weight.addmm_(lora_B, lora_A, alpha=scale)
+
+
+@torch.no_grad()
+def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Keep frozen matrices in the data type that they are multiplied in, which autocast would make them in every pass.
+
+    No number that is computed changes. What is also used otherwise (embedding, norms, router) stays as it is.
+    """
+    for name, module in model.named_modules():
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        if isinstance(module, nn.Linear | Experts) and not tied:
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def left_to_base(model: LanguageModel) -> frozenset[str]:
+    """The names of the weights that a checkpoint of this model leaves out: with adapters, all that are frozen."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if not any(map(is_factor, named)):
+        return frozenset()
+    return frozenset(name for name, parameter in named.items() if not parameter.requires_grad)
+
+
+def _fill_uniform(tensor: Tensor, inputs: int, key: str) -> None:
+    draw = torch.rand(tensor.shape, generator=generator_of(key))
+    tensor.copy_((2 * draw - 1) / math.sqrt(inputs))
+
+
+def _mask(shape: tuple[int, ...], dropout: float, key: str, device: torch.device) -> Tensor:
+    kept = torch.rand(shape, generator=generator_of(key)) >= dropout
+    return (kept / (1 - dropout)).to(device)
