@@ -18,18 +18,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-import jinja2
+import numpy as np
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from moe_lm.chat.template import ChatTemplate, Message
+from moe_lm.chat.turns import Turns
 from moe_lm.config import SourceConfig, TokenizerRecipe
 from moe_lm.data.sources import Report, read_documents
 from moe_lm.data.split import held_out
 from moe_lm.errors import MoeLmError, UsageError
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-ROLES = ("system", "user", "assistant")
 
 # GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
 # punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
@@ -45,10 +45,8 @@ PIECE_CHARS = 1 << 16
 PIECES_AT_ONCE = 64
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
 
-CONTENT_MARK = "\ufdd0"  # a Unicode noncharacter, so no template contains it
+NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no template contains them
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-
-Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
 
 class Tokenizer:
@@ -64,10 +62,10 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._config = dict(config)
+        self._renamed_backends: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
         self.eos_id = self._special_id("eos_token")
         self.bos_id = self._special_id("bos_token", self.eos_id)
         self.pad_id = self._special_id("pad_token", self.eos_id)
-        self.end_id = self.special_tokens.get("<|end|>", self.eos_id)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -142,65 +140,90 @@ class Tokenizer:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The conversation as the template writes it, to look at: for ids use `encode_chat`.
 
         Raises UsageError for a message without a known role or without text, and when the template refuses.
         """
-        try:
-            return self._template.render(
-                messages=_checked(messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._backend.id_to_token(self.bos_id),
-                eos_token=self._backend.id_to_token(self.eos_id),
-            )
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the tokenizer's chat template failed: {error}") from error
+        return self.chat_template.render(messages, tools, add_generation_prompt).text
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and for each whether it is trained on: assistant text and the token that ends it.
+        """The ids of a conversation, and for each whether it is trained on: what an assistant has to write.
 
-        The template is rendered around numbered marks, so that its own text gives special tokens and the contents
-        that replace the marks never do. Raises UsageError as `render_chat` does.
+        That is its turns, with calls of tools, and the token that ends them. Only the template's own text gives special
+        tokens, what the messages say never does. Raises UsageError as `render_chat` does.
         """
-        turns = _checked(messages)
-        marked = [turn | {"content": f"{CONTENT_MARK}{number}{CONTENT_MARK}"} for number, turn in enumerate(turns)]
-        ids: list[int] = []
-        loss_mask: list[bool] = []
-        is_assistant = False
-        for position, piece in enumerate(self.render_chat(marked, add_generation_prompt).split(CONTENT_MARK)):
-            if position % 2:
-                turn = turns[int(piece)]
-                is_assistant = turn["role"] == "assistant"
-                piece_ids = self.encode(turn["content"])
-                trained = len(piece_ids) if is_assistant else 0
-            else:
-                piece_ids = self._template_backend.encode(piece, add_special_tokens=False).ids
-                trained = piece_ids.index(self.end_id) + 1 if is_assistant and self.end_id in piece_ids else 0
-            ids += piece_ids
-            loss_mask += [index < trained for index in range(len(piece_ids))]
-        return ids, loss_mask
+        rendering = self.chat_template.render(messages, tools, add_generation_prompt)
+        trained = self._turns.trained(messages, tools, rendering)
+        mark = NAME_MARK
+        while mark in rendering.text:
+            mark += NAME_END
+        backend, ids_of_names = self._renamed_backend(mark)
+        # The special tokens that the template means get names that no text can hold; all else is tokenized as it is.
+        pieces, flags, done = list[str](), list[np.ndarray[Any, Any]](), 0
+        for begin, end in self._turns.specials(rendering):
+            name = f"{mark}{self.special_tokens[rendering.text[begin:end]]}{NAME_END}"
+            pieces += [rendering.text[done:begin], name]
+            flags += [trained[done:begin], np.full(len(name), trained[begin])]
+            done = end
+        encoding = backend.encode("".join([*pieces, rendering.text[done:]]), add_special_tokens=False)
+        trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        return [ids_of_names.get(id_, id_) for id_ in encoding.ids], (
+            trained_before[ends] > trained_before[begins]
+        ).tolist()
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def end_id(self) -> int:
+        """The token that ends an assistant's answer, by the chat template; without one, eos."""
+        return self.special_tokens[self._turns.end] if "chat_template" in self._config else self.eos_id
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens after which an answer is complete."""
+        ends = self._turns.ends if "chat_template" in self._config else ()
+        return frozenset({self.eos_id, self.end_id, *(self.special_tokens[token] for token in ends)})
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises UsageError when the tokenizer has none, or one that is no template."""
         source = self._config.get("chat_template")
-        if not isinstance(source, str):
+        if not isinstance(source, str | list):
             raise UsageError("this tokenizer has no chat template; add chat_template.jinja to its folder")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        return environment.from_string(source)
+        names = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
+        return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
 
     @cached_property
-    def _template_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer for the template's own text, where a special token is meant."""
-        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+    def _turns(self) -> Turns:
+        return Turns(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
+
+    def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The same tokenizer with other names for its special tokens, and the ids that these stand for."""
+        if mark not in self._renamed_backends:
+            content = json.loads(self._backend.to_str())
+            content["post_processor"] = None
+            for token in content["added_tokens"]:
+                if token["special"]:
+                    token["content"] = f"{mark}{token['id']}{NAME_END}"
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+            names = {f"{mark}{id_}{NAME_END}": id_ for id_ in self.special_tokens.values()}
+            new_ids = backend.get_vocab(with_added_tokens=True)
+            self._renamed_backends[mark] = backend, {new_ids[name]: id_ for name, id_ in names.items()}
+        return self._renamed_backends[mark]
 
     def _special_id(self, name: str, otherwise: int | None = None) -> int:
         """The id of the token that the config calls `name`, else of GPT-2's only special token, else `otherwise`."""
-        configured = self._config.get(name)
-        content = configured.get("content") if isinstance(configured, dict) else configured
+        content = _content(self._config.get(name))
         found: int | None = self._backend.token_to_id(content or "<|endoftext|>")
         if found is None and not content:
             found = otherwise
@@ -369,18 +392,7 @@ def _parse(file: Path, parser: Callable[[str], Any]) -> Any:
         raise UsageError(f"{file} is broken: {error}; copy or train the tokenizer again") from error
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Role and content of each message; other keys must not reach the template, whose text may be special tokens."""
-    if not messages:
-        raise UsageError("the conversation is empty; expected at least one message")
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UsageError(f"message {number}: role {role!r} is unknown; expected {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UsageError(f"message {number} ({role}): content is {content!r:.40}; expected text")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _refuse(reason: str) -> None:
-    raise jinja2.TemplateError(reason)
+def _content(token: Any) -> str | None:
+    """The text of a special token in `tokenizer_config.json`, which may be an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lm.chat.template import ROLES
 from moe_lm.chat_config import ChatSource, template_fields
 from moe_lm.data.files import text_problem
 
 Message = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {
     "human": "user",
     "gpt": "assistant",

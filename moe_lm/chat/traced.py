@@ -1,0 +1,157 @@
+"""Text that knows who wrote each of its characters, through whatever a chat template does with it.
+
+A template may strip, cut, join and wrap what the turns of a conversation say. Where it did so decides which special
+tokens are meant and which tokens are trained on, and cannot be told from the rendered text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, SupportsIndex
+
+TEMPLATE = "\0"  # the author of what stands in the template itself
+
+
+class Traced(str):
+    """A string with an author, named by one character, for each of its characters.
+
+    What its methods cut out or put together is traced too; the string itself is as any other, so that comparisons and
+    searches in a template mean what they mean without tracing.
+    """
+
+    authors: str
+
+    def __new__(cls, text: str, authors: str | None = None) -> Traced:
+        self = super().__new__(cls, text)
+        self.authors = authors_of(text) if authors is None else authors
+        return self
+
+    def __str__(self) -> Traced:
+        return self
+
+    def __getitem__(self, key: SupportsIndex | slice) -> Traced:
+        return Traced(super().__getitem__(key), self.authors[key])
+
+    def __iter__(self) -> Iterator[Traced]:
+        return (self[index] for index in range(len(self)))
+
+    def __add__(self, other: str) -> Traced:
+        return concat((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> Traced:
+        return concat((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __mul__(self, times: SupportsIndex) -> Traced:
+        return Traced(super().__mul__(times), self.authors * times)
+
+    __rmul__ = __mul__
+
+    def lstrip(self, chars: str | None = None) -> Traced:
+        return self[len(self) - len(super().lstrip(chars)) :]
+
+    def rstrip(self, chars: str | None = None) -> Traced:
+        return self[: len(super().rstrip(chars))]
+
+    def strip(self, chars: str | None = None) -> Traced:
+        return self.rstrip(chars).lstrip(chars)
+
+    def removeprefix(self, prefix: str) -> Traced:
+        return self[len(self) - len(super().removeprefix(prefix)) :]
+
+    def removesuffix(self, suffix: str) -> Traced:
+        return self[: len(super().removesuffix(suffix))]
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
+        return self._cut(super().split(sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
+        return self._cut(super().rsplit(sep, maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[Traced]:  # type: ignore[override]
+        return self._cut(super().splitlines(keepends))
+
+    def partition(self, sep: str) -> tuple[Traced, Traced, Traced]:
+        return self._in_three(super().partition(sep))
+
+    def rpartition(self, sep: str) -> tuple[Traced, Traced, Traced]:
+        return self._in_three(super().rpartition(sep))
+
+    def join(self, parts: Iterable[str]) -> Traced:
+        pieces: list[str] = []
+        for part in parts:
+            pieces += [self, part] if pieces else [part]
+        return concat(pieces)
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
+        """The new text is written by the author of what it replaces, unless it is traced itself."""
+        if not old:
+            return Traced(super().replace(old, new, count), self.authors[:1] * (len(self) + 1))
+        done, pieces, limit = 0, list[str](), int(count)
+        while (start := self.find(old, done)) >= 0 and (limit < 0 or len(pieces) < 2 * limit):
+            inserted = new if isinstance(new, Traced) else Traced(new, self.authors[start] * len(new))
+            pieces += [self[done:start], inserted]
+            done = start + len(old)
+        return concat([*pieces, self[done:]])
+
+    def lower(self) -> Traced:
+        return self._each(str.lower)
+
+    def upper(self) -> Traced:
+        return self._each(str.upper)
+
+    def capitalize(self) -> Traced:
+        return self[:1]._each(str.title) + self[1:]._each(str.lower)
+
+    def title(self) -> Traced:
+        text = super().title()
+        return Traced(text, self.authors) if len(text) == len(self) else self
+
+    def _each(self, change: Callable[[str], str]) -> Traced:
+        """A change of one character at a time, which may become several."""
+        texts = [change(character) for character in str.__str__(self)]
+        authors = (author * len(text) for text, author in zip(texts, self.authors, strict=True))
+        return Traced("".join(texts), "".join(authors))
+
+    def _cut(self, pieces: list[str], separator: str | None = None) -> list[Traced]:
+        """The pieces with their authors: they stand in this order, between them the separator or white space."""
+        result, done = list[Traced](), 0
+        for piece in pieces:
+            start = self.find(piece, done) if separator is None else done + len(separator) * bool(result)
+            done = start + len(piece)
+            result.append(self[start:done])
+        return result
+
+    def _in_three(self, pieces: tuple[str, str, str]) -> tuple[Traced, Traced, Traced]:
+        first, second = len(pieces[0]), len(pieces[0]) + len(pieces[1])
+        return self[:first], self[first:second], self[second:]
+
+
+def concat(parts: Iterable[Any]) -> Traced:
+    """`"".join(map(str, parts))` with the authors of all parts."""
+    texts = [str(part) for part in parts]
+    return Traced("".join(texts), "".join(map(authors_of, texts)))
+
+
+def authors_of(text: str) -> str:
+    """One character for each: the authors of a traced text, the template of any other."""
+    return text.authors if isinstance(text, Traced) else TEMPLATE * len(text)
+
+
+def traced(value: Any, author: str) -> Any:
+    """A copy of nested lists and objects in which every string, keys included, is by one author."""
+    if isinstance(value, str):
+        return Traced(value, author * len(value))
+    if isinstance(value, dict):
+        return {traced(key, author): traced(item, author) for key, item in value.items()}
+    return [traced(item, author) for item in value] if isinstance(value, list) else value
+
+
+def first_author(value: Any) -> str | None:
+    """Who wrote the first string of nested lists and objects that has an author."""
+    if isinstance(value, Traced):
+        return value.authors[:1] or None
+    if isinstance(value, dict):
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, list | tuple):
+        return next((author for item in value if (author := first_author(item)) not in (None, TEMPLATE)), None)
+    return None
