@@ -101,6 +101,12 @@ class ChatDataConfig(Section):
     )
     separate_documents: bool = Field(default=True, description="no attention across conversations in a packed row")
 
+    @property
+    def weights(self) -> list[float] | None:
+        """The shares of the sources, None when every row comes once an epoch."""
+        weights = [source.weight for source in self.train if source.weight is not None]
+        return weights or None
+
     @model_validator(mode="after")
     def _weights_have_a_use(self) -> Self:
         given = [source.weight is not None for source in self.train]

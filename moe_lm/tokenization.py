@@ -186,13 +186,16 @@ class Tokenizer:
     @cached_property
     def end_id(self) -> int:
         """The token that ends an assistant's answer, by the chat template; without one, eos."""
-        return self.special_tokens[self._turns.end] if "chat_template" in self._config else self.eos_id
+        return self.special_tokens[self._turns.end] if self._config.get("chat_template") else self.eos_id
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens after which an answer is complete."""
-        ends = self._turns.ends if "chat_template" in self._config else ()
-        return frozenset({self.eos_id, self.end_id, *(self.special_tokens[token] for token in ends)})
+        """The tokens after which an answer or a call of tools is complete: eos, and those of the chat template."""
+        try:
+            ends = self._turns.ends
+        except UsageError:  # text can be written without a template, or with one that fails
+            ends = set()
+        return frozenset({self.eos_id, *(self.special_tokens[token] for token in ends)})
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,36 @@ def test_the_loss_mask_covers_the_assistants_turns_and_their_end(tiny_tokenizer:
     assert list(zip(ids, loss_mask, strict=True)) == expected
 
 
+def test_tools_are_told_of_called_and_answered(tiny_tokenizer: Tokenizer, auto_tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "<|end|>": 1}}}
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "No."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    asked = '{"type": "function", "function": {"name": "weather"}}'
+    called = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", "<|end|>": 1}}</tool_call>'
+    parts = [
+        ("<|bos|><|system|>Be brief.\n\nTools:\n" + asked + "<|end|><|user|>Rain?<|end|><|assistant|>", False),
+        (f"<think>hm</think>Let me see.{called}<|end|>", True),
+        ("<|user|><tool_result>sun</tool_result><|end|><|assistant|>", False),
+        ("No.<|end|>", True),
+    ]
+    text = "".join(part for part, _ in parts)
+    assert tiny_tokenizer.render_chat(conversation, tools=tools) == text
+    assert auto_tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False) == text
+    ids, loss_mask = tiny_tokenizer.encode_chat(conversation, tools=tools)
+    runs = [
+        (trained, [id_ for _, id_ in run])
+        for trained, run in groupby(zip(loss_mask, ids, strict=True), key=itemgetter(0))
+    ]
+    assert [(tiny_tokenizer.decode(run, skip_special=False), trained) for trained, run in runs] == parts
+    assert ids.count(END) == 5  # the one in the arguments is text
+
+
 def test_the_generation_prompt_is_not_trained_on(tiny_tokenizer: Tokenizer) -> None:
     ids, loss_mask = tiny_tokenizer.encode_chat(CONVERSATION[:3])
     prompt_ids, prompt_mask = tiny_tokenizer.encode_chat(CONVERSATION[:3], add_generation_prompt=True)
@@ -75,8 +107,8 @@ def test_auto_tokenizer_gives_the_same_text(tiny_tokenizer: Tokenizer, auto_toke
     assert auto_tokenizer.decode(ids, skip_special_tokens=True) == TEXT
     special = (auto_tokenizer.bos_token_id, auto_tokenizer.eos_token_id, auto_tokenizer.pad_token_id)
     assert special == (BOS, EOS, PAD)
-    with pytest.raises(Exception, match="unknown role tool"):
-        auto_tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="unknown role robot"):
+        auto_tokenizer.apply_chat_template([{"role": "robot", "content": "x"}])
 
 
 @pytest.fixture(scope="module")

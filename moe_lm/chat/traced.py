@@ -6,7 +6,7 @@ tokens are meant and which tokens are trained on, and cannot be told from the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 TEMPLATE = "\0"  # the author of what stands in the template itself
@@ -85,7 +85,8 @@ class Traced(str):
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
         """The new text is written by the author of what it replaces, unless it is traced itself."""
         if not old:
-            return Traced(super().replace(old, new, count), self.authors[:1] * (len(self) + 1))
+            text = super().replace(old, new, count)
+            return Traced(text, (self.authors[:1] or TEMPLATE) * len(text))
         done, pieces, limit = 0, list[str](), int(count)
         while (start := self.find(old, done)) >= 0 and (limit < 0 or len(pieces) < 2 * limit):
             inserted = new if isinstance(new, Traced) else Traced(new, self.authors[start] * len(new))
@@ -94,21 +95,23 @@ class Traced(str):
         return concat([*pieces, self[done:]])
 
     def lower(self) -> Traced:
-        return self._each(str.lower)
+        return self._by_character([character.lower() for character in str.__str__(self)])
 
     def upper(self) -> Traced:
-        return self._each(str.upper)
+        return self._by_character([character.upper() for character in str.__str__(self)])
 
     def capitalize(self) -> Traced:
-        return self[:1]._each(str.title) + self[1:]._each(str.lower)
+        return self[:1].title() + self[1:].lower()
 
     def title(self) -> Traced:
-        text = super().title()
-        return Traced(text, self.authors) if len(text) == len(self) else self
+        text = str.__str__(self)
+        in_word = (before.isupper() or before.islower() or before.istitle() for before in " " + text)
+        return self._by_character(
+            [letter.lower() if within else letter.title() for letter, within in zip(text, in_word, strict=False)]
+        )
 
-    def _each(self, change: Callable[[str], str]) -> Traced:
-        """A change of one character at a time, which may become several."""
-        texts = [change(character) for character in str.__str__(self)]
+    def _by_character(self, texts: list[str]) -> Traced:
+        """What became of each character, which may be several."""
         authors = (author * len(text) for text, author in zip(texts, self.authors, strict=True))
         return Traced("".join(texts), "".join(authors))
 

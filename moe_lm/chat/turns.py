@@ -114,8 +114,9 @@ class Turns:
 
     def _end_token(self, rendering: Rendering, begin: int, end: int) -> tuple[int, int] | None:
         """The special token that ends a turn, after its words: that of an answer, or else the first."""
-        places = list(self._specials(rendering, begin, end))
-        return next((place for place in places if rendering.text[slice(*place)] == self.end), next(iter(places), None))
+        answers_end, places = self.end, list(self._specials(rendering, begin, end))
+        found = (place for place in places if rendering.text[slice(*place)] == answers_end)
+        return next(found, places[0] if places else None)
 
     def _specials(self, rendering: Rendering, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Special tokens between two characters, none of which anybody but the template wrote."""

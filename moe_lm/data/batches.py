@@ -1,8 +1,7 @@
 """The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
 
-The token stream of a source is cut into consecutive windows of `sequence_length`. Sequence g of the run takes its
-source from a shuffled block of exact shares, and its window from a shuffle of the source's windows, a new one each
-epoch. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
+The token stream of a source is cut into consecutive windows of `sequence_length`, which mixing.py shuffles: sequence g
+of the run is visit g. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_lm.data.mixing import Mixture
 from moe_lm.data.shards import TokenShards, TokenStream
-from moe_lm.data.shuffle import shuffle_key, shuffled
 from moe_lm.data.targets import IGNORE
 from moe_lm.errors import UsageError
 
-MIX_BLOCK = 4096  # sequences in which the sources have their exact shares
 PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
 
 
@@ -89,13 +87,12 @@ class PackedBatches:
     ) -> None:
         self._length = sequence_length
         self._batch_size = global_batch_size
-        self._seed = seed
         self._windows = [_num_windows(item, sequence_length) for item in shards]
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
-        self._shares = _block_shares(weights)
+        self._mixture = Mixture(self._windows, weights, seed)
         self.fingerprint = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None
@@ -120,24 +117,8 @@ class PackedBatches:
 
     def _window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the stream the windows of these sequences (counted over the whole run) begin. [n] -> [n]"""
-        if len(self._windows) == 1:
-            return self._visit(0, sequences) * self._length
-        block, place = np.divmod(sequences, MIX_BLOCK)
-        place = shuffled(place, MIX_BLOCK, shuffle_key(self._seed, 0, block))
-        bounds = np.cumsum(self._shares)
-        source = np.searchsorted(bounds, place, side="right")
-        starts = np.empty_like(sequences)
-        for index, share in enumerate(self._shares):
-            mine = source == index
-            # The block's places of a source are numbered through, block after block: its visits, each once.
-            visit = block[mine] * share + place[mine] - (bounds[index] - share)
-            starts[mine] = self._first_token[index] + self._visit(index, visit) * self._length
-        return starts
-
-    def _visit(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The window of a source's visit number `visits` [n]: every window once an epoch."""
-        epoch, place = np.divmod(visits, self._windows[source])
-        return shuffled(place, self._windows[source], shuffle_key(self._seed, 1 + source, epoch))
+        sources, windows = self._mixture.items(sequences)
+        return self._first_token[sources] + windows * self._length
 
 
 class EvaluationBatches:
@@ -241,13 +222,3 @@ def _num_windows(shards: TokenShards, sequence_length: int) -> int:
             f"at least {sequence_length + 1}; add text or shorten data.sequence_length"
         )
     return windows
-
-
-def _block_shares(weights: Sequence[float]) -> list[int]:
-    """How many of MIX_BLOCK sequences each source gets: by largest remainder, at least one."""
-    exact = np.asarray(weights, np.float64) / sum(weights) * MIX_BLOCK
-    shares = np.maximum(1, np.floor(exact)).astype(int)
-    while (missing := MIX_BLOCK - int(shares.sum())) != 0:
-        place = np.argmax(exact - shares) if missing > 0 else np.argmax(shares)
-        shares[place] += np.sign(missing)
-    return [int(share) for share in shares]

@@ -1,7 +1,4 @@
-"""Conversations -> packed batches in which the assistant's words alone are trained on.
-
-Conversations are never cut: one that is longer than a row is left out and counted.
-"""
+"""Rendered conversations -> packed batches in which the assistant's words alone are trained on."""
 
 from __future__ import annotations
 
@@ -9,79 +6,22 @@ import hashlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.chat_config import ChatDataConfig, ChatSource
 from moe_lm.data.batches import Batch, pack
-from moe_lm.data.conversations import nothing_usable, read_dialogues, split_held_out
-from moe_lm.data.files import Report
-from moe_lm.data.shuffle import shuffle_key, shuffled
-from moe_lm.data.targets import IGNORE, next_tokens
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A rendered conversation: input_ids and targets [tokens - 1] int32, IGNORE where the assistant does not speak.
-
-    `hash` is that of its messages and decides on which side of the held-out split it falls.
-    """
-
-    input_ids: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    hash: int
-
-
-@dataclass(frozen=True)
-class ChatData:
-    """The two sides of the split, and what was read and skipped for both."""
-
-    train: list[Conversation]
-    validation: list[Conversation]
-    report: Report
-
-
-def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read and render all conversations; those for validation come from sources of their own or out of `train`.
-
-    Raises UsageError for a file that does not exist, and when there is nothing to train on.
-    """
-    report = Report()
-    train = read_conversations(config.train, tokenizer, config.sequence_length, report)
-    validation = read_conversations(config.validation, tokenizer, config.sequence_length, report)
-    train, held_out = split_held_out(train, config.validation_fraction)
-    if not train:
-        raise nothing_usable(config.train, "conversation", report)
-    return ChatData(train, validation + held_out, report)
-
-
-def read_conversations(
-    sources: Sequence[ChatSource], tokenizer: Tokenizer, sequence_length: int, report: Report
-) -> list[Conversation]:
-    """The conversations of all sources that fit into `sequence_length` tokens."""
-    conversations = []
-    for row in read_dialogues(sources, report):
-        try:
-            ids, loss_mask = tokenizer.encode_chat(row.content.messages)
-        except UsageError as error:
-            report.skip(str(error), row.where)
-            continue
-        conversation = Conversation(*next_tokens(ids, loss_mask), row.hash)
-        if len(conversation.input_ids) > sequence_length:
-            report.skip(f"longer than sequence_length={sequence_length}", row.where)
-            continue
-        report.documents += 1
-        report.text_bytes += sum(len((message["content"] or "").encode()) for message in row.content.messages)
-        conversations.append(conversation)
-    return conversations
+from moe_lm.data.examples import Conversation
+from moe_lm.data.mixing import Mixture
+from moe_lm.data.targets import IGNORE
 
 
 class ChatBatches:
-    """Training batches of packed conversations; a `BatchSource`. Every row comes once an epoch, in a new order each."""
+    """Training batches of packed conversations; a `BatchSource`.
+
+    Every row comes once an epoch, in a new order each. With `weights` (relative shares of the rows) each source is
+    packed by itself and has epochs of its own.
+    """
 
     def __init__(
         self,
@@ -91,11 +31,17 @@ class ChatBatches:
         seed: int,
         separate_documents: bool,
         pad_id: int,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        self._rows = _Rows(conversations, sequence_length, separate_documents, pad_id)
+        sources = np.array([item.source if weights else 0 for item in conversations])
+        self._rows = _Rows(conversations, sequence_length, separate_documents, pad_id, sources)
         self._batch_size = global_batch_size
-        self._seed = seed
-        self.fingerprint = hashlib.sha256(",".join(str(item.hash) for item in conversations).encode()).hexdigest()
+        self._mixture = Mixture(self._rows.sizes, weights or [1.0], seed)
+        digest = hashlib.sha256()
+        for item in conversations:
+            digest.update(b"%d %d," % (item.source, len(item.input_ids)) + item.input_ids.tobytes())
+            digest.update(item.targets.tobytes())
+        self.fingerprint = digest.hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,8 +50,8 @@ class ChatBatches:
 
     def batch(self, step: int, rows: range) -> Batch:
         sequences = step * self._batch_size + np.arange(rows.start, rows.stop, rows.step)
-        epoch, place = np.divmod(sequences, len(self._rows))
-        return self._rows.batch(shuffled(place, len(self._rows), shuffle_key(self._seed, epoch)).tolist())
+        source, row = self._mixture.items(sequences)
+        return self._rows.batch((self._rows.first[source] + row).tolist())
 
 
 def chat_evaluation_batches(
@@ -116,19 +62,34 @@ def chat_evaluation_batches(
     pad_id: int,
 ) -> Iterator[Batch]:
     """Every conversation once, in batches of one shape; the last one is filled up with rows of padding."""
-    rows = _Rows(conversations, sequence_length, separate_documents, pad_id)
+    rows = _Rows(conversations, sequence_length, separate_documents, pad_id, np.zeros(len(conversations), np.int64))
     for first in range(0, len(rows), batch_size):
         yield rows.batch(range(first, first + batch_size))
 
 
 class _Rows:
-    """Conversations packed into rows, which become tokens when a batch asks for them."""
+    """Conversations packed into rows, source by source, which become tokens when a batch asks for them.
+
+    sizes, first: how many rows each source has, and the number of its first.
+    """
 
     def __init__(
-        self, conversations: Sequence[Conversation], length: int, separate_documents: bool, pad_id: int
+        self,
+        conversations: Sequence[Conversation],
+        length: int,
+        separate_documents: bool,
+        pad_id: int,
+        sources: NDArray[np.int64],
     ) -> None:
         self._conversations = conversations
-        self._rows = pack_rows([len(item.input_ids) for item in conversations], length)
+        self._rows: list[list[int]] = []
+        self.sizes: list[int] = []
+        for source in range(int(sources.max(initial=0)) + 1):
+            members = np.flatnonzero(sources == source).tolist()
+            rows = pack_rows([len(conversations[member].input_ids) for member in members], length)
+            self._rows += [[members[place] for place in row] for row in rows]
+            self.sizes.append(len(rows))
+        self.first = np.cumsum([0, *self.sizes])
         self._length = length
         self._separate = separate_documents
         self._pad_id = pad_id

@@ -61,8 +61,7 @@ class Session:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
 
     def _completion(self, prompt: list[int], settings: Settings, stop: Sequence[str] = ()) -> Completion:
-        stop_ids = {self.tokenizer.eos_id, self.tokenizer.end_id}
-        tokens = stream(self.model, [prompt], settings, stop_ids, self.tokenizer.vocab_size)
+        tokens = stream(self.model, [prompt], settings, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
         return Completion((token for _, token in tokens), self.tokenizer.decode, stop)
 
 

@@ -11,7 +11,8 @@ import yaml
 from moe_lm.config import FinetuneConfig, check_positions, check_router
 from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
-from moe_lm.data.chat import ChatBatches, Conversation, chat_evaluation_batches, read_chat
+from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
+from moe_lm.data.examples import Conversation, read_chat
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
@@ -38,7 +39,9 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
         config=config,
         model=model,
         tokenizer=tokenizer,
-        batches=ChatBatches(conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id),
+        batches=ChatBatches(
+            conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id, data.weights
+        ),
         validation=validation_batches(config, conversations.validation, tokenizer),
         start_from=start,
         lora=config.lora,

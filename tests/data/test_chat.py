@@ -1,6 +1,8 @@
 import json
 import lzma
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,9 @@ from hypothesis import strategies as st
 
 from moe_lm.chat_config import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.data.chat import (
-    ChatBatches,
-    Conversation,
-    chat_evaluation_batches,
-    pack_rows,
-    read_chat,
-    read_conversations,
-)
+from moe_lm.data.chat import ChatBatches, chat_evaluation_batches, pack_rows
+from moe_lm.data.examples import Conversation, read_chat, read_conversations
+from moe_lm.data.mixing import MIX_BLOCK
 from moe_lm.data.sources import Report
 from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
@@ -201,6 +198,42 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int) -> None:
         assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
         assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
         assert torch.equal(torch.cat([part.position_ids for part in parts]), whole.position_ids)
+
+
+def from_source(source: int, count: int) -> list[Conversation]:
+    """Conversations that fill a row each, and whose tokens tell the source."""
+    return [
+        replace(conversation(1000 * (100 * source + number), 64, 1), source=source) for number in range(1, count + 1)
+    ]
+
+
+def test_weights_are_shares_of_the_rows_and_each_source_has_epochs_of_its_own() -> None:
+    items = [*from_source(0, 5), *from_source(1, 50)]
+    batches = ChatBatches(items, 64, 8, 1, separate_documents=True, pad_id=PAD, weights=[3.0, 1.0])
+    assert batches.steps_per_epoch == 7
+    seen = first_tokens([batches.batch(step, range(8)) for step in range(MIX_BLOCK // 8)])
+    first, second = [[token for token in seen if token // 100_000 == source] for source in (0, 1)]
+    assert (len(first), len(second)) == (MIX_BLOCK * 3 // 4, MIX_BLOCK // 4)
+    for mine, size in ((first, 5), (second, 50)):
+        counts = Counter(mine).values()
+        assert (len(counts), max(counts) - min(counts)) == (size, 1)
+    assert first_tokens([batches.batch(17, range(3, 5))]) == seen[17 * 8 + 3 : 17 * 8 + 5]
+    alone = ChatBatches(items, 64, 8, 1, separate_documents=True, pad_id=PAD)
+    assert len(set(first_tokens([alone.batch(step, range(8)) for step in range(7)]))) == 55
+
+
+def test_without_weights_sources_share_rows() -> None:
+    small = [replace(item, source=number % 2) for number, item in enumerate(random_conversations(100))]
+    together = ChatBatches(small, 64, 1, 1, separate_documents=True, pad_id=PAD).steps_per_epoch
+    assert together == len(pack_rows([len(item.input_ids) for item in small], 64))
+
+
+def test_the_fingerprint_is_that_of_tokens_and_targets_in_their_order() -> None:
+    items = random_conversations(3)
+    ignored = replace(items[0], targets=np.full_like(items[0].targets, IGNORE))
+    others = [items[::-1], items[:2], [ignored, *items[1:]], [replace(items[0], source=1), *items[1:]]]
+    assert len({chat_batches(list(group)).fingerprint for group in [items, *others]}) == 5
+    assert chat_batches(items).fingerprint == chat_batches(random_conversations(3)).fingerprint
 
 
 def test_another_seed_is_another_order() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from moe_lm.errors import MoeLmError, UsageError
@@ -13,6 +15,8 @@ from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.tokenization import Tokenizer
+from tests.chat.foreign import STYLES, save
 
 MakeRun = Callable[..., Path]
 VARIED = Settings(30, Sampling(1.5), seed=3)
@@ -66,6 +70,28 @@ def test_an_answer_ends_at_eos_and_at_the_end_of_a_turn(make_run: MakeRun, token
     completion = Session.load(make_run(favour(token))).chat(QUESTION, Settings(5))
     assert list(completion) == []
     assert completion.tokens == 0
+
+
+def test_another_models_answer_ends_where_its_template_ends_a_turn(session: Session, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save(STYLES["glm"], tmp_path / "glm"))
+    foreign = Session(session.checkpoint, session.model, tokenizer)
+    for token, tokens in (("<|user|>", 0), ("<|observation|>", 0), ("<|endoftext|>", 0), ("<sop>", 5)):
+        with torch.no_grad():
+            session.model.lm_head.bias.zero_()[tokenizer.special_tokens[token]] = 1e4
+        completion = foreign.chat(QUESTION, Settings(5))
+        assert list(completion) == []
+        assert completion.tokens == tokens
+
+
+def test_text_is_written_without_a_chat_template_or_with_one_that_fails(session: Session) -> None:
+    files = session.tokenizer.files()
+    config = json.loads(files["tokenizer_config.json"])
+    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    for template in (None, "{% for %}", "{{ messages[0].content }}"):
+        tokenizer = Tokenizer(backend, config | {"chat_template": template})
+        assert tokenizer.stop_ids == {tokenizer.eos_id}
+        completion = Session(session.checkpoint, session.model, tokenizer).complete("import", Settings(3))
+        assert len(list(completion)) <= 3
 
 
 @pytest.mark.parametrize("settings", [{"tie_word_embeddings": True}, {"n_routed_experts": 0}])

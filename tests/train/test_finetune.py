@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from moe_lm.config import FinetuneConfig, PretrainConfig
 from moe_lm.config_file import load_config
-from moe_lm.data.chat import ChatBatches, read_chat
+from moe_lm.data.chat import ChatBatches
+from moe_lm.data.examples import read_chat
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenization import Tokenizer

@@ -1,0 +1,167 @@
+"""Conversations become tokens with targets: tools, foreign templates, what is too long, sources with weights."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lm.chat_config import ChatDataConfig, ChatSource
+from moe_lm.data.examples import Conversation, read_chat, read_conversations
+from moe_lm.data.files import Report, read_rows
+from moe_lm.data.targets import IGNORE
+from moe_lm.errors import UsageError
+from moe_lm.tokenization import Tokenizer
+from tests.chat.foreign import GLM, MISTRAL, save
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def text_of(item: Conversation, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([*item.input_ids.tolist(), max(0, item.targets[-1])], skip_special=False)
+
+
+def learnt(item: Conversation, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([id_ for id_ in item.targets.tolist() if id_ != IGNORE], skip_special=False)
+
+
+def test_targets_are_the_next_tokens_of_the_assistant(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    messages = [user("q"), assistant("one"), user("r"), assistant("two")]
+    path = write(tmp_path / "a.jsonl", [{"messages": messages}])
+    [item] = read_chat(ChatDataConfig(train=(path,)), tiny_tokenizer).train
+    ids, loss_mask = tiny_tokenizer.encode_chat(messages)
+    assert item.input_ids.tolist() == ids[:-1]
+    assert item.targets.tolist() == [
+        id_ if trained else IGNORE for id_, trained in zip(ids[1:], loss_mask[1:], strict=True)
+    ]
+    assert learnt(item, tiny_tokenizer) == "one<|end|>two<|end|>"
+    assert (item.where, item.source) == ("a.jsonl:1", 0)
+
+
+def test_tools_and_calls_reach_the_template(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    row = {"messages": [user("q"), {"role": "assistant", "tool_calls": [call]}], "tools": [{"name": "f"}]}
+    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [row]),)), tiny_tokenizer).train
+    assert '<|system|>Tools:\n{"type": "function", "function": {"name": "f"}}<|end|>' in text_of(item, tiny_tokenizer)
+    assert learnt(item, tiny_tokenizer) == '<tool_call>{"name": "f", "arguments": {}}</tool_call><|end|>'
+
+
+def test_an_answer_that_the_next_turn_would_end_is_ended(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save(GLM, tmp_path / "glm"))
+    path = write(tmp_path / "a.jsonl", [{"messages": [user("q"), assistant("one"), user("r"), assistant("two")]}])
+    [item] = read_chat(ChatDataConfig(train=(path,)), tokenizer).train
+    assert learnt(item, tokenizer) == "\none<|user|>\ntwo<|user|>"
+
+
+def test_what_a_template_refuses_is_counted_with_its_reason(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save(MISTRAL, tmp_path / "mistral"))
+    system = {"role": "system", "content": "s"}
+    rows = [{"messages": [system, user("q"), assistant("a")]}, {"messages": [user("q"), assistant("a")]}]
+    data = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", rows),)), tokenizer)
+    assert len(data.train) == 1
+    assert data.report.skipped_lines() == [
+        "1 skipped: the tokenizer's chat template failed: only user, assistant and tool are supported "
+        "(first: a.jsonl:1)"
+    ]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_at_once(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    files = tiny_tokenizer.files()
+    config = json.loads(files["tokenizer_config.json"])
+    del config["chat_template"]
+    for name, content in (files | {"tokenizer_config.json": json.dumps(config)}).items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=r"no chat template; add chat_template\.jinja"):
+        read_chat(ChatDataConfig(train=(tmp_path / "none.jsonl",)), Tokenizer.load(tmp_path))
+
+
+# What is too long
+
+
+LONG = [
+    {"role": "system", "content": "Be brief."},
+    *[user("first " * 20), assistant("one " * 20)],
+    *[user("second"), assistant("two")],
+    *[user("third"), assistant("three")],
+]
+
+
+def lengths(tokenizer: Tokenizer) -> list[int]:
+    """Targets of the conversation, of it from the second question on, and from the third."""
+    return [len(tokenizer.encode_chat([LONG[0], *LONG[start:]])[0]) - 1 for start in (1, 3, 5)]
+
+
+def test_what_is_too_long_is_skipped_by_default(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": LONG[3:]}])
+    data = read_chat(ChatDataConfig(train=(path,), sequence_length=lengths(tiny_tokenizer)[0] - 1), tiny_tokenizer)
+    assert len(data.train) == 1
+    assert data.report.skipped_lines() == [
+        f"1 skipped: longer than sequence_length={lengths(tiny_tokenizer)[0] - 1} (first: a.jsonl:1)"
+    ]
+
+
+@pytest.mark.parametrize(("kept", "spare", "start"), [(0, 0, 1), (0, -1, 3), (1, 0, 3), (1, -1, 5), (2, 0, 5)])
+def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, kept: int, spare: int, start: int
+) -> None:
+    length = lengths(tiny_tokenizer)[kept] + spare
+    path = write(tmp_path / "a.jsonl", [{"messages": LONG}])
+    data = read_chat(ChatDataConfig(train=(path,), sequence_length=length, truncate="left"), tiny_tokenizer)
+    [item] = data.train
+    assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[start:]])
+    dropped = f"oldest turns dropped to fit into sequence_length={length}"
+    assert data.report.shortened == ({dropped: 1} if start > 1 else {})
+    assert data.report.skipped == {}
+
+
+def test_what_no_turn_less_makes_fit_is_skipped(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    length = lengths(tiny_tokenizer)[2] - 1
+    report = Report()
+    path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": [*LONG, user("an open question")]}])
+    assert read_conversations([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
+    assert report.skipped == {f"longer than sequence_length={length}": 2}
+    assert report.shortened == {}
+
+
+# Sources
+
+
+def test_a_source_with_a_weight_needs_a_conversation(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    good = write(tmp_path / "good.jsonl", [{"messages": [user("q"), assistant("a")]}])
+    bad = write(tmp_path / "bad.jsonl", [{"messages": [user("q")]}])
+    sources = [{"path": str(good), "weight": 2}, {"path": str(bad), "weight": 1}]
+    with pytest.raises(UsageError, match=r"bad\.jsonl has no usable conversation: 1 skipped: no words of an assistant"):
+        read_chat(ChatDataConfig(train=sources), tiny_tokenizer)
+    without = read_chat(ChatDataConfig(train=[good, bad]), tiny_tokenizer)
+    assert [item.source for item in without.train] == [0]
+
+
+def test_question_and_answer_pairs_are_trained_on_as_they_are(
+    shared_data: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    rows = read_rows(shared_data / "chat" / "gsm8k-train.jsonl.xz", "gsm8k", Report())
+    source = ChatSource(
+        path=str(write(tmp_path / "gsm8k.jsonl", [row for _, row in islice(rows, 1000)])),
+        fields={"prompt": "question", "completion": "answer"},
+        system="Answer with a number after ####.",
+    )
+    data = read_chat(ChatDataConfig(train=[source], sequence_length=256, validation_fraction=0.05), tiny_tokenizer)
+    assert len(data.train) + len(data.validation) + sum(data.report.skipped.values()) == 1000
+    assert set(data.report.skipped) == {"longer than sequence_length=256"}
+    assert 5 < len(data.validation) < 40
+    assert text_of(data.train[0], tiny_tokenizer).startswith("<|bos|><|system|>Answer with a number after ####.<|end|>")
+    assert "#### " in learnt(data.train[0], tiny_tokenizer)
