@@ -17,7 +17,8 @@ BATCH = 8  # rows of a global batch, so that 4 ranks have 2 each to accumulate o
 LENGTH = 24  # tokens of a row
 VOCABULARY = 64
 EXPERTS = 8
-LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+REACH = 3  # times the positions that rotary scaling begins from
 PAD = 2
 FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts whose router bias makes them get most tokens, and none at all
 LIKED, HATED = 0.3, -100.0
@@ -34,7 +35,7 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "num_key_value_heads": None if model.kv_heads == model.num_attention_heads else 2,
         "head_dim": None if model.head_dim is None else 16,
         **(LATENT_SIZES if model.kv_lora_rank else {}),
-        "q_lora_rank": None if model.q_lora_rank is None else 24,
+        "q_lora_rank": None if model.q_lora_rank is None else 16,
         "intermediate_size": 48,
         "moe_intermediate_size": None if model.moe_intermediate_size is None else 16,
         "max_position_embeddings": LENGTH,
@@ -44,17 +45,25 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "n_shared_experts": min(model.n_shared_experts, 2),
         "shared_expert_intermediate_size": None if model.shared_expert_intermediate_size is None else 24,
         "partial_rotary_factor": 0.5 if model.partial_rotary_factor < 1 else 1.0,
-        "initializer_range": 0.2,  # large enough for weights this small to matter, and for a router to have opinions
+        # Large enough for weights this small to matter, and for a router to have opinions; latent attention has two
+        # matrices one after the other, with a norm between that magnifies rounding.
+        "initializer_range": 0.15 if model.kv_lora_rank else 0.2,
     }
     return ModelConfig.model_validate(model.model_dump() | sizes | _rope(model) | _routing(model))
 
 
 def _rope(model: ModelConfig) -> dict[str, object]:
-    """The same scaling, which begins within the few positions that there are."""
+    """The same scaling, but from few positions to the few that there are.
+
+    YaRN's attention grows sharper with the factor, and magnifies rounding beyond what the gate lets pass.
+    """
     scaling = model.rope_scaling
-    if scaling is None or scaling.original_max_position_embeddings is None:
+    if scaling is None:
         return {}
-    return {"rope_scaling": scaling.model_dump() | {"original_max_position_embeddings": LENGTH // 3}}
+    sizes = {"factor": min(scaling.factor, REACH)}
+    if scaling.original_max_position_embeddings is not None:
+        sizes["original_max_position_embeddings"] = LENGTH // REACH
+    return {"rope_scaling": scaling.model_dump() | sizes}
 
 
 def _routing(model: ModelConfig) -> dict[str, int]:

@@ -36,6 +36,17 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
         assert name in layouts
 
 
+def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(start_moe_lm: Start) -> None:
+    process = start_moe_lm(
+        "verify", CONFIG, f"model={ROOT / 'configs' / 'model' / 'deepseek-v3.yaml'}", "--world-sizes", "2",
+        "--only", "2 x DeepSpeed, EP 2, ZeRO 3", "--json", "-",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    layouts = {layout["name"]: layout for layout in json.loads(out)["layouts"]}
+    assert layouts["2 x DeepSpeed, EP 2, ZeRO 3"]["ok"]
+
+
 @pytest.mark.parametrize(
     ("planted", "layout", "named"),
     [
