@@ -71,6 +71,7 @@ def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
     arguments = _without_local_rank([item for item in sys.argv[1:] if item != "--debug"])
+    arguments = _with_a_number(arguments)
     verb = next((item for item in arguments if not item.startswith("-")), "")
     if verb in OF_MANY_RANKS:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections hide our sentence
@@ -126,6 +127,14 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
                 os.environ.setdefault("LOCAL_RANK", number)
         else:
             kept.append(item)
+    return kept
+
+
+def _with_a_number(arguments: list[str]) -> list[str]:
+    """`--preview` may stand alone; Typer's options always take a value."""
+    kept = []
+    for item, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        kept += [item, "3"] if item == "--preview" and not following.isdigit() else [item]
     return kept
 
 
@@ -237,7 +246,15 @@ def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = 
 
 
 @app.command(rich_help_panel="Build")
-def finetune(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def finetune(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    preview: Annotated[
+        int | None,
+        typer.Option("--preview", min=1, metavar="[N]", help="Show the first examples as they are trained on, stop."),
+    ] = None,
+) -> None:
     """Fine-tune a run on conversations, all weights or adapters; resumes like pretrain."""
     from moe_lm.config import FinetuneConfig
     from moe_lm.config_file import load_config
@@ -246,7 +263,9 @@ def finetune(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = 
 
     from moe_lm.train import finetune
 
-    if dry_run:
+    if preview is not None:
+        finetune.preview(settings, preview)
+    elif dry_run:
         print(finetune.describe(settings))
     else:
         finetune.run(settings)

@@ -7,12 +7,14 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
+from rich.console import Console
 
 from moe_lm.config import FinetuneConfig, check_positions, check_router
 from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat
+from moe_lm.data.preview import show_conversations
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
@@ -53,6 +55,12 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
 def describe(config: FinetuneConfig) -> str:
     """What `--dry-run` prints; of the starting point it reads the settings alone."""
     return cost.describe(config, model_of(config, starting_point(config)))
+
+
+def preview(config: FinetuneConfig, count: int) -> None:
+    """Print what would be trained on: the first examples with their loss mask, and figures of all."""
+    tokenizer = Tokenizer.load(checkpoint.verified_path(starting_point(config), "tokenizer"))
+    show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
 
 
 def starting_point(config: FinetuneConfig) -> Path:

@@ -1,0 +1,102 @@
+"""What fine-tuning would train on, to look at: examples token for token with their loss mask, and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_lm.chat_config import ChatDataConfig
+from moe_lm.data.examples import ChatData
+from moe_lm.data.targets import IGNORE
+from moe_lm.tokenization import Tokenizer
+
+TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"
+MARKS = "⟦", "⟧"  # around what is trained on, where there are no colours
+# A terminal would obey these, and an example would not look as it is.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
+
+
+class Sequenced(Protocol):
+    """Tokens with targets, as `next_tokens` gives them."""
+
+    @property
+    def input_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def targets(self) -> NDArray[np.int32]: ...
+
+
+def show_conversations(
+    console: Console, tokenizer: Tokenizer, config: ChatDataConfig, data: ChatData, count: int
+) -> None:
+    """Print the first `count` conversations that are trained on, then figures of all and what was left out."""
+    for item in data.train[:count]:
+        show_example(console, tokenizer, item.where, item)
+    sources = [
+        (
+            Path(source.path).name if source.path else source.origin,
+            source.weight,
+            [item for item in data.train if item.source == number],
+        )
+        for number, source in enumerate(config.train)
+    ]
+    weights = sum(config.weights or [])
+    table = Table("", "examples", "tokens", "trained on", "longest", *(["share of rows"] if weights else []))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for origin, weight, items in sources:
+        table.add_row(origin, *_figures(items), *([f"{weight / weights:.1%}"] if weight else []))
+    if len(sources) > 1:
+        table.add_row("all", *_figures(data.train))
+    table.add_row("held out", *_figures(data.validation))
+    console.print(table)
+    show_skipped(console, data.report.skipped_lines())
+
+
+def show_skipped(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Sequenced) -> None:
+    """Print the tokens of an example: in colour those that are trained on, or between marks where there is none."""
+    trained = int((example.targets != IGNORE).sum())
+    console.print(Text(f"{title}: {len(example.targets) + 1} tokens, {trained} trained on", style="bold"))
+    console.print(masked_text(tokenizer, example, marks=console.color_system is None), soft_wrap=True)
+    console.print()
+
+
+def masked_text(tokenizer: Tokenizer, example: Sequenced, marks: bool) -> Text:
+    """The text of an example as it is trained on, special tokens included.
+
+    What is trained on is bold, and with `marks` it stands between ⟦ and ⟧.
+    """
+    # A target is the token itself, one place earlier; of the last input there is only the target.
+    ids = [*example.input_ids.tolist(), int(example.targets[-1])]
+    trained = [False, *(example.targets != IGNORE).tolist()]
+    if ids[-1] == IGNORE:
+        ids, trained = ids[:-1], trained[:-1]
+    special = set(tokenizer.special_tokens.values())
+    text = Text()
+    for is_trained, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        parts = Text(style=TRAINED if is_trained else PROMPT)
+        for is_special, tokens in groupby((id_ for id_, _ in run), key=special.__contains__):
+            part = tokenizer.decode(list(tokens), skip_special=False).translate(CONTROLS)
+            parts.append(part, style=SPECIAL if is_special else "")
+        text.append_text(Text.assemble(MARKS[0], parts, MARKS[1]) if marks and is_trained else parts)
+    return text
+
+
+def _figures(items: Sequence[Sequenced]) -> list[str]:
+    """Examples, tokens, how many of those are trained on, and the tokens of the longest example."""
+    tokens = sum(len(item.input_ids) for item in items)
+    trained = sum(int((item.targets != IGNORE).sum()) for item in items)
+    longest = max((len(item.input_ids) for item in items), default=0)
+    return [f"{len(items):,}", f"{tokens:,}", f"{trained:,} ({trained / max(tokens, 1):.1%})", f"{longest:,}"]

@@ -1,0 +1,79 @@
+"""What `--preview` prints: the tokens as they are trained on, marked or coloured, and figures of all."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moe_lm.chat_config import ChatDataConfig
+from moe_lm.data.examples import Conversation, read_chat
+from moe_lm.data.preview import masked_text, show_conversations
+from moe_lm.data.targets import IGNORE
+from moe_lm.tokenization import Tokenizer
+
+
+def rows(path: Path, *pairs: tuple[str, str]) -> str:
+    path.write_text("".join(json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in pairs))
+    return str(path)
+
+
+def printed(tokenizer: Tokenizer, config: ChatDataConfig, count: int, **settings: object) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=100, **settings)  # type: ignore[arg-type]
+    show_conversations(console, tokenizer, config, read_chat(config, tokenizer), count)
+    return file.getvalue()
+
+
+def test_marks_stand_around_what_is_trained_on(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    path = rows(tmp_path / "a.jsonl", ("2 [b]+ 2?", "four"), ("", "<|end|>\x1b[31m"), ("q", "not shown"))
+    out = printed(tiny_tokenizer, ChatDataConfig(train=[path]), 2)
+    tokens = [len(tiny_tokenizer.encode(text)) for text in ("2 [b]+ 2?", "four")]
+    assert out.splitlines()[:2] == [
+        f"a.jsonl:1: {sum(tokens) + 5} tokens, {tokens[1] + 1} trained on",
+        "<|bos|><|user|>2 [b]+ 2?<|end|><|assistant|>⟦four<|end|>⟧",
+    ]
+    assert "<|bos|><|user|><|end|><|assistant|>⟦<|end|>\\x1b[31m<|end|>⟧\n" in out
+    assert "not shown" not in out
+    assert "\x1b" not in out
+
+
+def test_colours_say_it_where_there_are_some(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    config = ChatDataConfig(train=[rows(tmp_path / "a.jsonl", ("q", "four"))])
+    out = printed(tiny_tokenizer, config, 1, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32mfour\x1b[0m\x1b[1;36m<|end|>" in out
+    assert "\x1b[2mq\x1b[0m\x1b[2;36m<|end|><|assistant|>" in out
+    assert "⟦" not in out
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_every_token_is_shown_of_which_the_last_is_a_target_alone(tiny_tokenizer: Tokenizer, trained: bool) -> None:
+    ids = np.array([0, *tiny_tokenizer.encode("abc"), 6, 4], np.int32)
+    targets = ids[1:] if trained else np.full(len(ids) - 1, IGNORE, np.int32)
+    text = masked_text(tiny_tokenizer, Conversation(ids[:-1], targets, 0), marks=True).plain
+    assert text == ("<|bos|>⟦abc<|end|><|user|>⟧" if trained else "<|bos|>abc<|end|>")
+
+
+def test_figures_of_each_source_and_of_what_was_left_out(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    answers = [("q", "a"), ("q", "b" * 400), ("q", " ")]
+    one, other = rows(tmp_path / "one.jsonl", *answers), rows(tmp_path / "other.jsonl", ("q", "a"), ("r", "c"))
+    held_out = rows(tmp_path / "held_out.jsonl", ("q", "z"))
+    config = ChatDataConfig(
+        train=[{"path": one, "weight": 3}, {"path": other, "weight": 1}], validation=[held_out], sequence_length=64
+    )
+    lines = printed(tiny_tokenizer, config, 0).splitlines()
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert cells == [
+        ["one.jsonl", "1", "6", "2 (33.3%)", "6", "75.0%"],
+        ["other.jsonl", "2", "12", "4 (33.3%)", "6", "25.0%"],
+        ["all", "3", "18", "6 (33.3%)", "6", ""],
+        ["held out", "1", "6", "2 (33.3%)", "6", ""],
+    ]
+    assert lines[-2:] == [
+        "1 skipped: longer than sequence_length=64 (first: one.jsonl:2)",
+        "1 skipped: no words of an assistant (first: one.jsonl:3)",
+    ]
