@@ -133,8 +133,9 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 def _with_a_number(arguments: list[str]) -> list[str]:
     """`--preview` may stand alone; Typer's options always take a value."""
     kept = []
-    for item, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        kept += [item, "3"] if item == "--preview" and not following.isdigit() else [item]
+    for place, item in enumerate(arguments, 1):
+        alone = item == "--preview" and not "".join(arguments[place : place + 1]).isdigit()
+        kept += [item, "3"] if alone else [item]
     return kept
 
 
