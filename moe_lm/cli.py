@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_lm import __version__
+from moe_lm import __version__, cli_interop
 from moe_lm.errors import MoeLmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -353,3 +353,6 @@ def evaluate(
     from moe_lm.evaluate import perplexity
 
     print(perplexity.evaluate(run, files or (), stride=stride))
+
+
+cli_interop.add_to(app)

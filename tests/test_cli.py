@@ -122,7 +122,7 @@ def test_using_a_model_never_imports_deepspeed() -> None:
     """Whatever third-party packages do: no module for reading, sampling or evaluating brings deepspeed in."""
     program = (
         "import importlib, pkgutil, sys\n"
-        "for name in ('tokenization', 'data', 'generate', 'evaluate'):\n"
+        "for name in ('tokenization', 'data', 'generate', 'evaluate', 'interop'):\n"
         "    module = importlib.import_module('moe_lm.' + name)\n"
         "    for item in pkgutil.walk_packages(getattr(module, '__path__', []), module.__name__ + '.'):\n"
         "        importlib.import_module(item.name)\n"

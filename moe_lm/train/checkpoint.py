@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
 ALL_THERE_ARE = Ranks()
+Content = str | Path | Callable[[Path], None]
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step.
 STEP_NAME = re.compile(r"step-(\d{8,})(\.replaced|(?:\.replaced)?\.tmp)?")
 
@@ -51,12 +52,13 @@ def save(
     checkpoints: Path,
     step: int,
     state: Mapping[str, Tensor],
-    files: Mapping[str, str | Path],
+    files: Mapping[str, Content],
     ranks: Ranks = ALL_THERE_ARE,
 ) -> Path:
     """Write `checkpoints/step-<step>` with the tensors of `state` and return it; every rank calls this.
 
-    `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy.
+    `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy, and a
+    function writes what it likes at the path that it gets, such as tensors too large to be in memory together.
     A checkpoint of the same step is replaced. Raises MoeLmError with the path and the reason when writing fails;
     the older checkpoints are untouched then.
     """
@@ -75,6 +77,9 @@ def save(
             f"cannot write the checkpoint {folder}: {reason(error)}; make room or mend the folder, the older "
             "checkpoints are as they were"
         ) from error
+    except MoeLmError:  # from a function among `files`
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return folder
 
 
@@ -197,7 +202,7 @@ def clean(checkpoints: Path, keep: int) -> None:
             _delete(folder)
 
 
-def _settle(unfinished: Path, files: Mapping[str, str | Path], rank: int) -> dict[str, Entry]:
+def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[str, Entry]:
     """Bring what this rank wrote onto the disk, rank 0 the files beside the tensors too; returns its entries.
 
     A file's writer does this: on a network's file system it alone has the file at hand, and something to bring.
@@ -335,10 +340,12 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _put(path: Path, content: str | Path) -> None:
+def _put(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
+    elif callable(content):
+        content(path)
     elif content.is_dir():
         shutil.copytree(content, path)
     else:

@@ -7,6 +7,7 @@ tensor that several ranks hold alike, the rank with the least to write writes it
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
@@ -92,6 +94,12 @@ def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     except Exception as error:  # whatever a malformed header with a right checksum makes the libraries raise
         raise MoeLmError(f"cannot read the tensors in {folder}: {error}") from error
     return {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
+
+
+def piece_places(metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """Where the pieces of divided tensors begin, from the texts in a file's header; empty where none is divided."""
+    info = json.loads(metadata.get(CUSTOM_METADATA_KEY, "{}"))
+    return {name: entry[SAVED_OFFSETS_KEY] for name, entry in info.items()}
 
 
 def reason(error: BaseException) -> str:

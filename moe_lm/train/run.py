@@ -110,6 +110,7 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
             "model.yaml": dump_config(recipe.model),
             "data.sha256": recipe.batches.fingerprint,
             "tokenizer": Path(scratch) / "tokenizer",
+            **_carried(recipe),
         }
         if recipe.lora is not None and recipe.start_from is not None:
             files[adapters.FILE] = adapters.describe(recipe.start_from, recipe.lora)
@@ -126,6 +127,14 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
         )
         return train(parts, step)
+
+
+def _carried(recipe: Recipe) -> dict[str, str]:
+    """What an imported checkpoint says of generating goes on with the models that are trained from it."""
+    name = "generation_config.json"
+    if recipe.start_from is None or not (recipe.start_from / name).is_file():
+        return {}
+    return {name: checkpoint.read_text(recipe.start_from, name)}
 
 
 def fill(placed: PlacedModel, recipe: Recipe) -> None:

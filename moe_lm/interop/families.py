@@ -1,0 +1,228 @@
+"""The model families of Hugging Face that can be read and written: each a table of names, no code.
+
+A family says what the keys of its config.json are called here (`keys`), what they must be because the family, or this
+program, knows nothing else (`constants`), what its models always are (`always`), and how its tensors are named where
+that is not our name (`tensors`). `hf_config.py` and `hf_tensors.py` read the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+REQUIRED = object()
+EACH_EXPERT = {name: f"mlp.experts.{{expert}}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json, the settings of ours that it gives, and what it is where the file leaves it out."""
+
+    theirs: str
+    ours: tuple[str, ...]  # all get the value; the last one gives it back
+    default: Any = REQUIRED
+    other_names: tuple[str, ...] = ()
+
+
+def same(name: str, default: Any = REQUIRED) -> Key:
+    return Key(name, (name,), default)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of config.json."""
+
+    model_type: str
+    architecture: str
+    keys: tuple[Key, ...]
+    always: Mapping[str, Any]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)  # a part of our names -> a part of theirs
+    expert_tensors: Mapping[str, str] = field(default_factory=lambda: EACH_EXPERT)
+    router_bias: bool = False  # whether it has a tensor for the bias that balances the load
+    dense_layers: Literal["first", "listed", "none"] = "first"  # how it says which layers have no experts
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
+
+
+MIXTRAL_EXPERTS = {
+    name: f"block_sparse_moe.experts.{{expert}}.{letter}.weight"
+    for name, letter in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+}
+
+SHAPE = (
+    same("vocab_size"),
+    same("hidden_size"),
+    same("num_hidden_layers"),
+    same("num_attention_heads"),
+    same("max_position_embeddings"),
+    same("hidden_act", "silu"),
+    same("tie_word_embeddings", False),
+    same("initializer_range", 0.02),
+)
+FEED_FORWARD = (same("intermediate_size"),)
+HEADS = (same("num_key_value_heads", None), same("head_dim", None))
+BIAS_ON_ALL = (Key("attention_bias", ("attention_bias", "attention_out_bias"), False),)
+LATENT = (
+    same("q_lora_rank", None),
+    same("kv_lora_rank"),
+    same("qk_nope_head_dim"),
+    same("qk_rope_head_dim"),
+    same("v_head_dim"),
+)
+DEEPSEEK_EXPERTS = (
+    same("moe_intermediate_size"),
+    same("n_routed_experts"),
+    same("num_experts_per_tok"),
+    same("n_shared_experts"),
+    same("routed_scaling_factor", 1.0),
+    same("n_group", 1),
+    same("topk_group", 1),
+)
+QWEN_EXPERTS = (
+    same("moe_intermediate_size"),
+    Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",)),
+    same("num_experts_per_tok"),
+    same("norm_topk_prob", False),
+)
+WIDE_EXPERTS = (  # experts as wide as a dense layer would be
+    Key("intermediate_size", ("intermediate_size", "moe_intermediate_size")),
+    same("num_experts_per_tok"),
+)
+
+PLAIN = {  # what every family here is
+    "norm_type": "rmsnorm", "mlp_gated": True, "position_embedding": "rope", "lm_head_bias": False,
+    "capacity_factor": None, "mlp_bias": False, "rope_interleave": False, "qk_norm_over": "head",
+    "shared_expert_gate": False,
+}  # fmt: skip
+NO_EXPERTS = {"n_routed_experts": 0}
+NOT_SHARED = {"n_shared_experts": 0, "scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": 1}
+DEEPSEEK_V3_ROUTER = {"scoring_func": ("sigmoid", "noaux_tc"), "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
+FAMILIES = (
+    Family(
+        "dots1",
+        "Dots1ForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
+            same("norm_topk_prob", False),
+        ),
+        PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": True},
+        constants=DEEPSEEK_V3_ROUTER,
+        router_bias=True,
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-5), *FEED_FORWARD, *HEADS, same("attention_bias", False), *DEEPSEEK_EXPERTS,
+            same("norm_topk_prob", True), same("use_qk_norm", False),
+        ),
+        PLAIN | {"scoring_func": "sigmoid", "attention_out_bias": False},
+        constants=DEEPSEEK_V3_ROUTER,
+        router_bias=True,
+        partial_rotary_factor=0.5,
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
+            same("norm_topk_prob", True), same("rope_interleave", True),
+        ),
+        PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": False},
+        constants=DEEPSEEK_V3_ROUTER,
+        router_bias=True,
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS),
+        PLAIN | {"scoring_func": "softmax", "use_qk_norm": False, "norm_topk_prob": False, "rope_interleave": True},
+        constants={
+            "scoring_func": "softmax", "topk_method": ("group_limited_greedy", "greedy"), "norm_topk_prob": False,
+            "moe_layer_freq": 1, "mlp_bias": False,
+        },
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *QWEN_EXPERTS),
+        PLAIN | NOT_SHARED | {"use_qk_norm": True},
+        constants={"use_sliding_window": False},
+        dense_layers="listed",
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, Key("qkv_bias", ("attention_bias",), True),
+            *QWEN_EXPERTS, same("shared_expert_intermediate_size"),
+        ),
+        PLAIN | NOT_SHARED | {
+            "use_qk_norm": False, "attention_out_bias": False, "n_shared_experts": 1, "shared_expert_gate": True,
+        },
+        constants={"use_sliding_window": False},
+        tensors={"mlp.shared_experts.": "mlp.shared_expert."},
+        dense_layers="listed",
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-5), *HEADS, *WIDE_EXPERTS,
+            Key("num_local_experts", ("n_routed_experts",), other_names=("num_experts",)),
+        ),
+        PLAIN | NOT_SHARED | {
+            "use_qk_norm": False, "norm_topk_prob": True, "attention_bias": False, "attention_out_bias": False,
+        },
+        tensors={"mlp.gate.": "block_sparse_moe.gate."},
+        expert_tensors=MIXTRAL_EXPERTS,
+        dense_layers="none",
+        rope_theta=1e6,
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        (
+            *SHAPE, same("rms_norm_eps", 1e-5), same("num_key_value_heads", None), *BIAS_ON_ALL, *WIDE_EXPERTS,
+            Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",)),
+            same("norm_topk_prob", False),
+        ),
+        PLAIN | NOT_SHARED | {"use_qk_norm": True, "qk_norm_over": "projection", "head_dim": None},
+        constants={"clip_qkv": None},
+        dense_layers="none",
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": True},
+        constants={"use_sliding_window": False},
+        dense_layers="none",
+    ),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, same("mlp_bias", False)),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": False},
+        dense_layers="none",
+    ),
+)  # fmt: skip
+
+# Keys of config.json that say how a model was trained, made or served, nothing about its numbers.
+WITHOUT_MEANING = {
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype",
+    "eos_token_id", "ep_size", "max_window_layers", "model_type", "num_mtp_layers", "num_nextn_predict_layers",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "router_aux_loss_coef",
+    "router_jitter_noise", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def family_of(model_type: object) -> Family | None:
+    return next((family for family in FAMILIES if family.model_type == model_type), None)
+
+
+def known_families() -> str:
+    return ", ".join(family.model_type for family in FAMILIES)

@@ -1,0 +1,83 @@
+"""`moe-lm import`: a folder of Hugging Face's becomes a run folder with a checkpoint of step 0, proven equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_lm.config_file import dump_config
+from moe_lm.errors import UsageError
+from moe_lm.interop.checkpoint_reader import CheckpointTensors
+from moe_lm.interop.hf_config import read_config
+from moe_lm.interop.hf_folder import CONFIG, GENERATION, HFFolder
+from moe_lm.interop.hf_tensors import check_complete, tensor_pairs
+from moe_lm.interop.proof import Case, Proof, prove
+from moe_lm.interop.safetensors_file import write_files
+from moe_lm.interop.staging import whole_or_not
+from moe_lm.interop.transfer import DTYPES, outputs_of_ours
+from moe_lm.model_config import ModelConfig
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import checkpoint
+
+FILE_BYTES = 4 << 30  # tensors go into files of about this size
+
+
+def import_folder(
+    source: Path, run_dir: Path, dtype: str | None = None, tokenizer: Path | None = None, proof_bytes: int | None = None
+) -> Proof:
+    """Write `run_dir` with a checkpoint of the model in `source`, and return the proof that it is that model.
+
+    `dtype` float32 or bfloat16 is what weights are kept in, None what they are in now. `tokenizer` is the folder of the
+    tokenizer where it is another one. `proof_bytes` is the memory that comparing logits may take, None half of what is
+    free. Memory otherwise is that of one expert or PIECE_BYTES, whichever is more, a few times.
+    Raises UsageError when the model is none that can be expressed here, MoeLmError when its files are damaged or the
+    proof fails; nothing is left at `run_dir` then.
+    """
+    folder = HFFolder(source)
+    family, config, unused = read_config(folder.config, str(source / CONFIG))
+    words = Tokenizer.load(tokenizer or source)
+    _check_ids(words, config, tokenizer or source)
+    pairs = tensor_pairs(config, family)
+    notes = check_complete(folder, pairs, config, str(source))
+    new = [pair.ours for pair in pairs if not pair.parts]
+    if new:
+        notes.append(f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none")
+    if unused:
+        notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
+    outputs = outputs_of_ours(folder, pairs, DTYPES[dtype] if dtype else None)
+
+    def write_tensors(path: Path) -> None:
+        path.mkdir()
+        write_files(path, outputs, {"format": "pt"}, FILE_BYTES)
+
+    files: dict[str, checkpoint.Content] = {
+        "model.yaml": dump_config(config),
+        "tokenizer": words.save,
+        checkpoint.MODEL: write_tensors,
+    }
+    generation = folder.generation_config()
+    if generation is not None:
+        files[GENERATION] = generation
+    with whole_or_not(run_dir) as unfinished:
+        saved = checkpoint.save(unfinished / "checkpoints", 0, {}, files)
+        case = Case(
+            what=f"import {source.name}",
+            config=config,
+            family=family,
+            pairs=pairs,
+            ours=CheckpointTensors(saved),
+            theirs=folder,
+            importing=True,
+            tokenizer=words,
+            tokenizer_of_theirs=tokenizer or source,
+        )
+        proof = prove(case, notes, proof_bytes)
+        proof.write(unfinished)
+    return proof
+
+
+def _check_ids(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model embeddings for "
+            f"{config.vocab_size} alone; give the tokenizer that it was trained with (--tokenizer)"
+        )

@@ -1,0 +1,116 @@
+"""Carrying tensors from one side to the other, a piece at a time, and auditing what arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lm.errors import MoeLmError
+from moe_lm.interop.hf_tensors import Pair, Part, TensorSource
+from moe_lm.interop.safetensors_file import Output, as_bytes, pieces_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Audit(NamedTuple):
+    """What was read back and found equal, bit by bit."""
+
+    our_tensors: int
+    their_tensors: int
+    values: int
+
+
+def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
+    """Our tensors, out of a folder's. `dtype` None keeps what the folder has; the router's biases are float32."""
+    return [Output(pair.ours, pair.shape, _our_dtype(theirs, pair, dtype), _our_pieces(theirs, pair)) for pair in pairs]
+
+
+def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
+    """A folder's tensors, out of ours; `dtype` as above."""
+    return [
+        Output(part.name, part.shape, _their_dtype(ours, pair, dtype), _their_pieces(ours, pair, part))
+        for pair in pairs
+        for part in pair.parts
+        if not pair.copied
+    ]
+
+
+def audit(ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource) -> Audit:
+    """Read both sides again and compare every value in the data type of the side that was `written`.
+
+    Raises MoeLmError naming the first tensor that differs, is missing, or is there without being asked for.
+    """
+    for source, names in (
+        (ours, {pair.ours for pair in pairs}),
+        (theirs, {part.name for pair in pairs for part in pair.parts}),
+    ):
+        if source is written and set(source.names()) != names:
+            wrong = min(set(source.names()) ^ names)
+            raise MoeLmError(f"the audit failed: tensor {wrong} should {'' if wrong in names else 'not '}be there")
+    values = 0
+    for pair in pairs:
+        if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any():
+            raise MoeLmError(f"the audit failed: {pair.ours} is not zero, and has no place in the other format")
+        for part in pair.parts:
+            for our_piece, their_piece in _pieces_of_both(ours, theirs, pair, part):
+                dtype = (our_piece if written is ours else their_piece).dtype
+                if as_bytes(our_piece.to(dtype)) != as_bytes(their_piece.to(dtype)):
+                    raise MoeLmError(f"the audit failed: {pair.ours} and {part.name} differ")
+                values += our_piece.numel()
+    return Audit(len(pairs), len({part.name for pair in pairs for part in pair.parts}), values)
+
+
+def first_unwritable(ours: TensorSource, pairs: Sequence[Pair]) -> str | None:
+    """A router's bias that is not zero and that the other side has no tensor for."""
+    lost = (pair.ours for pair in pairs if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any())
+    return next(lost, None)
+
+
+def _our_dtype(theirs: TensorSource, pair: Pair, dtype: torch.dtype | None) -> torch.dtype:
+    if pair.is_bias_of_router:
+        return torch.float32
+    return dtype or reduce(torch.promote_types, {theirs.dtype(part.name) for part in pair.parts})
+
+
+def _their_dtype(ours: TensorSource, pair: Pair, dtype: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if pair.is_bias_of_router else dtype or ours.dtype(pair.ours)
+
+
+def _our_pieces(theirs: TensorSource, pair: Pair) -> Callable[[], Iterator[Tensor]]:
+    def pieces() -> Iterator[Tensor]:
+        if not pair.parts:
+            yield torch.zeros(pair.shape)
+        for part in pair.parts:
+            if part.expert is None:
+                for start, stop in pieces_of(part.shape, 4):
+                    yield theirs.rows(part.name, start, stop)
+            else:
+                yield theirs.rows(part.name, 0, part.shape[0]).mT
+
+    return pieces
+
+
+def _their_pieces(ours: TensorSource, pair: Pair, part: Part) -> Callable[[], Iterator[Tensor]]:
+    def pieces() -> Iterator[Tensor]:
+        if part.expert is None:
+            for start, stop in pieces_of(part.shape, 4):
+                yield ours.rows(pair.ours, start, stop)
+        else:
+            yield ours.rows(pair.ours, part.expert, part.expert + 1)[0].mT
+
+    return pieces
+
+
+def _pieces_of_both(
+    ours: TensorSource, theirs: TensorSource, pair: Pair, part: Part
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if part.expert is None:
+        for start, stop in pieces_of(part.shape, 4):
+            yield ours.rows(pair.ours, start, stop), theirs.rows(part.name, start, stop)
+    else:
+        expert = ours.rows(pair.ours, part.expert, part.expert + 1)[0]
+        yield expert, theirs.rows(part.name, 0, part.shape[0]).mT
