@@ -12,7 +12,7 @@ from moe_lm import __version__, doctor
 from moe_lm.cli import main
 from moe_lm.errors import MoeLmError, UsageError
 
-VERBS = ["quickstart", "doctor", "tokenizer", "prepare", "pretrain", "finetune", "sample", "chat", "eval"]
+VERBS = "quickstart doctor tokenizer prepare pretrain finetune verify import upcycle sample chat eval export".split()
 
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -39,7 +39,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", SHAPE | DEEPSEEK | {"attention_bias": True, "use_qk_norm": True, "head_dim": 16}),
     "glm4_moe plain": ("glm4_moe", SHAPE | DEEPSEEK),
     "deepseek_v3": ("deepseek_v3", SHAPE | DEEPSEEK | LATENT | {"q_lora_rank": 24, "rope_parameters": YARN}),
-    "deepseek_v3 whole queries": ("deepseek_v3", SHAPE | DEEPSEEK | LATENT | {"q_lora_rank": None}),
+    "deepseek_v3 whole queries": (
+        "deepseek_v3", SHAPE | DEEPSEEK | LATENT | {"q_lora_rank": None, "rms_norm_eps": 1e-3},
+    ),
     "deepseek_v2": (
         "deepseek_v2", SHAPE | DEEPSEEK | LATENT | {"q_lora_rank": 24, "topk_method": "group_limited_greedy"},
     ),
