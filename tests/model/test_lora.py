@@ -25,6 +25,10 @@ SHAPE = {
     "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "first_k_dense_replace": 1, "initializer_range": 0.2,
 }  # fmt: skip
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+    "num_key_value_heads": None, "use_qk_norm": False, "shared_expert_gate": True,
+}  # fmt: skip
 ALL = ("attention", "experts", "feed_forward")
 
 
@@ -202,7 +206,9 @@ def test_factors_are_drawn_by_seed_name_and_expert() -> None:
     assert len({tensor.flatten()[0].item() for tensor in factors.values()}) == len(factors)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_gated": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_gated": False}, LATENT]
+)
 def test_merged_is_unmerged(changes: dict[str, object]) -> None:
     settings = LoraConfig(rank=6, alpha=4.0)
     model = adapted_model(settings, **changes)

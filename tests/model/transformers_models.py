@@ -22,14 +22,17 @@ def build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
 
 
 def randomised(theirs: nn.Module) -> nn.Module:
-    """Weights that keep activations and logits of order 1, so that an absolute difference means something."""
+    """Weights that keep activations and logits of order 1, so that an absolute difference means something.
+
+    A little smaller, so that rounding stays under 1e-5 with any CPU's kernels, over three layers and 512 tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     stored = theirs.state_dict(keep_vars=True)  # without the rotary frequencies, which are buffers too
     with torch.no_grad():
         for name, tensor in stored.items():
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim >= 2:
-                tensor.copy_(noise / tensor.shape[-1] ** 0.5)
+                tensor.copy_(noise * 0.7 / tensor.shape[-1] ** 0.5)
             elif name.endswith("bias"):
                 tensor.copy_(noise * 0.2)
             elif name.endswith("weight"):
