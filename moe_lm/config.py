@@ -195,6 +195,11 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of a batch."""
+        return self.data.sequence_length
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         check_positions(self.model, self.data.sequence_length)
@@ -204,17 +209,31 @@ class PretrainConfig(Section):
         return self
 
 
+class PreferenceConfig(Section):
+    """Direct preference optimisation (arXiv 2305.18290); the reference is the model that training starts from."""
+
+    beta: float = Field(default=0.1, gt=0, description="how dearly the policy pays for leaving the reference")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="share of pairs labelled wrong (cDPO)")
+    sft_weight: float = Field(default=0.0, ge=0, description="of the preferred answer's loss a token, added")
+
+
 class FinetuneConfig(Section):
     """One fine-tuning run; the model's shape and the tokenizer come with `start_from`."""
 
     run_dir: Path
     start_from: Path = Field(description="a run folder or a checkpoint in it")
     lora: LoraConfig | None = Field(default=None, description="None: all weights are trained")
+    preference: PreferenceConfig | None = Field(default=None, description="None: learn the answers; else prefer some")
     data: ChatDataConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of a batch; one of pairs has room for both answers."""
+        return self.data.sequence_length * (1 if self.preference is None else 2)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -225,7 +244,20 @@ class FinetuneConfig(Section):
                 f"train.optimizer.name={name} is made for whole matrices, and lora trains factors of which one begins "
                 "at zero; use adamw, or take lora away"
             )
+        if self.preference is not None:
+            self._check_pairs()
         return self
+
+    def _check_pairs(self) -> None:
+        """Refuse what preference tuning does not read."""
+        for name, given, instead in (
+            ("data.separate_documents=false", not self.data.separate_documents, "take it away"),
+            ("data.truncate=left", self.data.truncate != "skip", "set it to skip"),
+            ("data.train.weight", any(source.weight is not None for source in self.data.train), "take it away"),
+            ("train.scheduled_sampling", self.train.scheduled_sampling is not None, "take one of them away"),
+        ):
+            if given:
+                raise UsageError(f"{name} does not go with preference, whose pairs are compared whole; {instead}")
 
 
 RunConfig = PretrainConfig | FinetuneConfig

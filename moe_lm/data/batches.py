@@ -33,6 +33,8 @@ class Batch:
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
     ends of rows are always among them. max_seqlen: tokens in the longest segment.
     own_tokens: [rows, sequence] bool, where the model reads its own prediction (train/scheduled_sampling.py).
+    answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the preferred one of the batch's pair p,
+    2p + 1 for the other, 2 * pairs for none. reference: [pairs, 2] float32, the reference's log-probabilities of them.
     """
 
     input_ids: Tensor
@@ -41,6 +43,12 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     own_tokens: Tensor | None = None
+    answers: Tensor | None = None
+    reference: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        return 0 if self.reference is None else len(self.reference)
 
     @property
     def num_targets(self) -> int:

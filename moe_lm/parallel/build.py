@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.config import ParallelConfig, TrainConfig, check_experts
+from moe_lm.config import ParallelConfig, PreferenceConfig, TrainConfig, check_experts
 from moe_lm.errors import UsageError
 from moe_lm.lora_config import LoraConfig
 from moe_lm.model import lora
@@ -78,16 +78,22 @@ def place_model(
     return PlacedModel(model, mesh, first)
 
 
-def build_engine(placed: PlacedModel, train: TrainConfig, parallel: ParallelConfig, pad_id: int) -> Engine:
-    """The engine that `parallel.engine` names, around a filled model."""
+def build_engine(
+    placed: PlacedModel,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    pad_id: int,
+    preference: PreferenceConfig | None = None,
+) -> Engine:
+    """The engine that `parallel.engine` names, around a filled model; with `preference` it tunes on pairs."""
     if placed.mesh is None:
         from moe_lm.parallel.torch_engine import TorchEngine
 
-        return TorchEngine(placed.model, train, parallel, pad_id)
+        return TorchEngine(placed.model, train, parallel, pad_id, preference)
     from moe_lm.parallel.deepspeed_engine import DeepSpeedEngine
 
     device = rank_device(parallel, current_topology())
-    return DeepSpeedEngine(placed.model, placed.mesh, train, parallel, device, pad_id)
+    return DeepSpeedEngine(placed.model, placed.mesh, train, parallel, device, pad_id, preference)
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:

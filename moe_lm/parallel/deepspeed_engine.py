@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.config import ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
 from moe_lm.model.device import pick_dtype
@@ -48,6 +48,7 @@ class DeepSpeedEngine(Engine):
         parallel: ParallelConfig,
         device: torch.device,
         pad_id: int,
+        preference: PreferenceConfig | None = None,
     ) -> None:
         self.topology = current_topology()
         check_batch_size(train, self.topology)
@@ -61,7 +62,7 @@ class DeepSpeedEngine(Engine):
         self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
         self.dtype = pick_dtype(train.precision, device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.loss = build_loss(model, train, device, self.dtype, pad_id)
+        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference)
         settings = deepspeed_json(train, parallel, self.topology.world_size, cuda=device.type == "cuda")
         deepspeed = _import_deepspeed()
         _mark_experts(model, mesh.size(1), stage)

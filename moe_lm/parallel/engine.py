@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moe_lm.config import TrainConfig
+from moe_lm.config import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.errors import UsageError
 from moe_lm.model.device import compiling_needs
@@ -26,7 +27,7 @@ from moe_lm.train.optim import schedule_factor, update_router_biases
 class StepResult:
     """A finished optimizer step, over the whole global batch."""
 
-    loss: float  # nats a target token
+    loss: float  # nats a target token, or a mean over the pairs
     balance_loss: float
     grad_norm: float  # before clipping
     learning_rate: float
@@ -36,6 +37,7 @@ class StepResult:
     load: Tensor  # [layers, E] int64 on the CPU, tokens an expert
     entropy: Tensor  # [layers], the router's, nats
     bias_range: list[float]  # largest minus smallest router bias a layer
+    figures: dict[str, float]  # of pairs: margin, accuracy, rewards
 
 
 class Update(NamedTuple):
@@ -43,6 +45,14 @@ class Update(NamedTuple):
 
     grad_norm: float  # global, over every parameter of the model, before clipping
     skipped: bool
+
+
+class Evaluation(NamedTuple):
+    """Sums over what was evaluated; a unit is a target token (nats) or a pair."""
+
+    objective_sum: float
+    units: int
+    figure_sums: list[float]  # named by `TrainingLoss.figure_names`
 
 
 class Engine(ABC):
@@ -67,13 +77,16 @@ class Engine(ABC):
         draw_dropout(self.model, self.config.seed, step)
         micro_batches = [self._place(batch) for batch in micro_batches]
         counts = self._step_counts(micro_batches)
-        parts = []
+        parts, sums_of = [], []
         for number, batch in enumerate(micro_batches, 1):
             part = self._accumulate(batch, counts, last=number == len(micro_batches))
             parts.append(part._replace(loss=part.loss.detach()))
+            sums_of.append(
+                torch.cat((part.objective_sum[None], part.balance[None], self.loss.figure_sums(part, batch)))
+            )
         if self.on_gradients is not None:
             self.on_gradients()
-        sums = all_reduce_sum(torch.stack([torch.stack((part.nll_sum, part.balance)) for part in parts]).sum(0))
+        sums = all_reduce_sum(torch.stack(sums_of).sum(0))
         load = all_reduce_sum(torch.stack([part.load for part in parts]).sum(0))
         entropy = all_reduce_sum(torch.stack([part.entropy for part in parts]).mean(0)) / self.topology.world_size
         factor = schedule_factor(step, self.config.steps, self.config.schedule)
@@ -83,7 +96,7 @@ class Engine(ABC):
             update_router_biases(self.model, load, self.config.balance.bias_update_rate)
         biases = [layer.gate.e_score_correction_bias for layer in self.model.moe_layers]
         return StepResult(
-            loss=float(sums[0]) / counts.targets,
+            loss=float(sums[0]) / counts.units,
             balance_loss=float(sums[1]),
             grad_norm=update.grad_norm,
             learning_rate=self.config.optimizer.lr * factor,
@@ -93,33 +106,57 @@ class Engine(ABC):
             load=load.cpu(),
             entropy=entropy.float().cpu(),
             bias_range=[float(bias.max() - bias.min()) for bias in biases],
+            figures=dict(zip(self.loss.figure_names, (sums[2:] / counts.units).tolist(), strict=True)),
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Negative log-likelihood in nats and number of targets of all batches, shared out over the ranks."""
+    def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
+        """The losses of all batches, shared out over the ranks."""
+        sums = torch.zeros(2 + len(self.loss.figure_names), dtype=torch.float64)
+        for _, batch, part in self._forward_shares(batches):
+            units = batch.num_targets if self.loss.preference is None else batch.num_pairs
+            sums[0] += part.objective_sum.cpu()
+            sums[1] += units
+            sums[2:] += self.loss.figure_sums(part, batch).cpu()
+        if self.topology.world_size > 1:
+            sums = all_reduce_sum(sums.to(self.device))
+        objective_sum, units, *figure_sums = sums.tolist()
+        return Evaluation(objective_sum, int(units), figure_sums)
+
+    @torch.no_grad()
+    def answer_log_probs(self, batches: Sequence[Batch]) -> Tensor:
+        """Log-probabilities of the answers of all pairs, in the order of the batches: [pairs, 2] on the host."""
+        bounds = [0, *accumulate(batch.num_pairs for batch in batches)]
+        found = torch.zeros(bounds[-1], 2, device=self.device)
+        for number, _, part in self._forward_shares(batches):
+            found[bounds[number] : bounds[number + 1]] = part.log_probs
+        return all_reduce_sum(found).cpu()
+
+    def _forward_shares(self, batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, LossParts]]:
+        """This rank's share of the batches, with their places; nothing is trained."""
         self.on_progress()
         self.loss.eval()
-        nll, targets = 0.0, 0
         for start in range(0, len(batches), self.topology.world_size):
             # Tokens travel between ranks, so a rank without a batch of its own runs one that does not count.
             mine = start + self.topology.rank
             batch = self._place(batches[mine if mine < len(batches) else start])
-            batch_nll = float(self._forward(batch, None).nll_sum)
+            part = self._forward(batch, None)
             if mine < len(batches):
-                nll, targets = nll + batch_nll, targets + batch.num_targets
-        if self.topology.world_size > 1:
-            sums = torch.tensor([nll, targets], dtype=torch.float64, device=self.device)
-            nll, targets = all_reduce_sum(sums).tolist()
-        return nll, int(targets)
+                yield mine, batch, part
 
     @torch.no_grad()
     def _step_counts(self, micro_batches: Sequence[Batch]) -> StepCounts:
         targets = sum(batch.num_targets for batch in micro_batches)
         tokens = sum(int((batch.input_ids != self.loss.pad_id).sum()) for batch in micro_batches)
         rows = sum(len(batch.input_ids) for batch in micro_batches)
-        total = all_reduce_sum(torch.tensor([targets, tokens, rows], device=self.device)).tolist()
-        counts = StepCounts(targets=max(1, total[0]), tokens=max(1, total[1]), rows=total[2])
+        pairs = sum(batch.num_pairs for batch in micro_batches)
+        total = all_reduce_sum(torch.tensor([targets, tokens, rows, pairs], device=self.device)).tolist()
+        counts = StepCounts(
+            targets=max(1, total[0]),
+            tokens=max(1, total[1]),
+            rows=total[2],
+            pairs=None if self.loss.preference is None else max(1, total[3]),
+        )
         if self.config.balance.batch_loss and len(micro_batches) > 1:
             # The batch loss needs the load of the whole global batch before the first gradient: one pass ahead.
             loads = [self._forward(batch, None).load for batch in micro_batches]
@@ -185,12 +222,17 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
 
 
 def build_loss(
-    model: LanguageModel, train: TrainConfig, device: torch.device, dtype: torch.dtype, pad_id: int
+    model: LanguageModel,
+    train: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    pad_id: int,
+    preference: PreferenceConfig | None,
 ) -> TrainingLoss:
     """The module that an engine wraps: the model with its loss, compiled when the config says so."""
     model.model.activation_checkpointing = train.activation_checkpointing
     torch.manual_seed(train.seed)  # whatever this process drew before is no part of the run
-    loss = TrainingLoss(model, train.balance, pad_id, dtype)
+    loss = TrainingLoss(model, train.balance, pad_id, dtype, preference)
     loss.all_reduce = all_reduce_sum
     if train.compile:
         if needed := compiling_needs(device):

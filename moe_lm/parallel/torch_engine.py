@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from moe_lm.config import ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.model.device import pick_device, pick_dtype
 from moe_lm.model.lora import left_to_base, narrow_frozen
@@ -28,7 +28,14 @@ from moe_lm.train.optim import build_optimizers, set_learning_rate
 class TorchEngine(Engine):
     """Float32 weights and optimizer states; products in bfloat16 under autocast where the device is fast at it."""
 
-    def __init__(self, model: LanguageModel, train: TrainConfig, parallel: ParallelConfig, pad_id: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        pad_id: int,
+        preference: PreferenceConfig | None = None,
+    ) -> None:
         self.topology = current_topology()
         check_batch_size(train, self.topology)
         device = pick_device(parallel.device)
@@ -43,7 +50,7 @@ class TorchEngine(Engine):
         )
         self.device = self.accelerator.device
         narrow_frozen(model, self.dtype)
-        self.loss = build_loss(model, train, device, self.dtype, pad_id).to(self.device)
+        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference).to(self.device)
         self.optimizers = build_optimizers(model, train.optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less

@@ -68,7 +68,7 @@ def describe(config: RunConfig, model: ModelConfig) -> str:
     """What `--dry-run` prints: the resolved config, then what it costs. Nothing is built on a device."""
     train, parallel, length = config.train, config.parallel, config.data.sequence_length
     parameters = count_parameters(model)
-    tokens_per_step = train.global_batch_size * length
+    tokens_per_step = train.global_batch_size * config.row_length
     flops = [flops_per_token(model, length, causal_half=half) for half in (True, False)]
     lines = [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",

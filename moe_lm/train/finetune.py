@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on conversations, all weights or adapters. Builds the parts and calls the loop."""
+"""Fine-tuning on conversations or preference pairs, all weights or adapters. Builds the parts, calls the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,29 +14,38 @@ from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat
+from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
 from moe_lm.data.preview import show_conversations
 from moe_lm.model_config import ModelConfig
+from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import adapters, checkpoint, cost
 from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult, rows_at_once
+from moe_lm.train.reference import add_reference
 from moe_lm.train.run import Recipe, run_recipe
 
 
 def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
     """Fine-tune the model of `config.start_from`, or go on from the newest checkpoint in `config.run_dir`.
 
-    The held-out loss is measured before the first step too. Raises UsageError when the conversations or the
-    starting point cannot be used.
+    The held-out loss is measured before the first step too. Raises UsageError when the data or the starting point
+    cannot be used.
     """
     start = starting_point(config)
     tokenizer = Tokenizer.load(checkpoint.verified_path(start, "tokenizer"))
     model = model_of(config, start)
+    recipe = supervised if config.preference is None else by_preference
+    return run_recipe(recipe(config, title, start, tokenizer, model))
+
+
+def supervised(config: FinetuneConfig, title: str, start: Path, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+    """The assistant's words of conversations are learnt."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
     shape = (data.sequence_length, train.global_batch_size)
-    recipe = Recipe(
+    return Recipe(
         title=title,
         config=config,
         model=model,
@@ -49,7 +58,33 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
         lora=config.lora,
         notes=[*conversations.report.skipped_lines(), *cost_lines(config, model)],
     )
-    return run_recipe(recipe)
+
+
+def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+    """Of two answers one is made likelier than the other, as seen from the model that training starts from."""
+    data, train = config.data, config.train
+    pairs = read_preferences(data, tokenizer)
+    rows, held_out = (
+        PairRows(side, data.sequence_length, tokenizer.pad_id) for side in (pairs.train, pairs.validation)
+    )
+
+    def with_start(engine: Engine) -> list[Batch]:
+        size = rows_at_once(engine.topology, train)
+        add_reference((rows, held_out), engine, size, config.run_dir, adapters.fingerprint(start))
+        return at_most(config, (batch for _, batch in held_out.in_order(size)))
+
+    return Recipe(
+        title=title,
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        batches=PreferenceBatches(rows, train.global_batch_size, train.seed),
+        validation=(),
+        start_from=start,
+        lora=config.lora,
+        with_start=with_start,
+        notes=[*pairs.report.skipped_lines(), *cost_lines(config, model)],
+    )
 
 
 def describe(config: FinetuneConfig) -> str:
@@ -90,12 +125,19 @@ def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
 def validation_batches(
     config: FinetuneConfig, conversations: Sequence[Conversation], tokenizer: Tokenizer
 ) -> list[Batch]:
-    """The held-out conversations, in order; at most `train.eval_batches` global batches of them."""
-    data, train = config.data, config.train
-    size = rows_at_once(current_topology(), train)
-    batches = chat_evaluation_batches(
-        conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id
+    """The held-out conversations, in order."""
+    data, size = config.data, rows_at_once(current_topology(), config.train)
+    return at_most(
+        config,
+        chat_evaluation_batches(conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id),
     )
-    if train.eval_batches is not None:
-        batches = islice(batches, train.eval_batches * train.global_batch_size // size)
-    return list(batches)
+
+
+def at_most(config: FinetuneConfig, batches: Iterator[Batch]) -> list[Batch]:
+    """No more than `train.eval_batches` global batches of them."""
+    train = config.train
+    if train.eval_batches is None:
+        return list(batches)
+    return list(
+        islice(batches, train.eval_batches * train.global_batch_size // rows_at_once(current_topology(), train))
+    )

@@ -58,7 +58,7 @@ class TrainingResult:
     step: int
     stopped: bool = False
     loss: float = math.nan
-    validation_loss: float | None = None  # nats a token
+    validation_loss: float | None = None  # nats a token, or a mean over the pairs
     checkpoint: Path | None = None
 
 
@@ -77,7 +77,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             if before is None:
                 result.stopped = True
             else:
-                parts.log.step({"step": 0, "val_loss": before})
+                parts.log.step({"step": 0, **before})
         while result.step < config.steps and not result.stopped:
             started = time.perf_counter()
             with pace.reading():
@@ -90,11 +90,13 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
             if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
-                result.validation_loss = evaluate(parts, () if last else signalled)
-                if result.validation_loss is None:
+                held_out = evaluate(parts, () if last else signalled)
+                if held_out is None:
                     result.stopped = True
+                    result.validation_loss = None
                 else:
-                    record["val_loss"] = result.validation_loss
+                    record |= held_out
+                    result.validation_loss = held_out["val_loss"]
             parts.log.step(record)
             if slow := pace.step(seconds):
                 parts.log.message(slow)
@@ -129,16 +131,21 @@ def rows_at_once(topology: Topology, config: TrainConfig) -> int:
     return min(config.micro_batch_size or share, share)
 
 
-def evaluate(parts: Training, signalled: Sequence[int]) -> float | None:
-    """Mean negative log-likelihood of the held-out targets, in nats; None when a signal came before it was done."""
+def evaluate(parts: Training, signalled: Sequence[int]) -> dict[str, float] | None:
+    """Means over the held-out target tokens (nats) or pairs, as they stand in metrics.jsonl: `val_loss` and others.
+
+    None when a signal came before it was done.
+    """
     engine, at_once = parts.engine, parts.engine.topology.world_size
-    nll, targets = 0.0, 0
+    names = ("loss", *engine.loss.figure_names)
+    sums, units = [0.0] * len(names), 0
     for start in range(0, len(parts.validation), at_once):
         if engine.any_rank(bool(signalled)):
             return None
-        more_nll, more_targets = engine.evaluate(parts.validation[start : start + at_once])
-        nll, targets = nll + more_nll, targets + more_targets
-    return nll / max(1, targets)
+        found = engine.evaluate(parts.validation[start : start + at_once])
+        sums = [total + more for total, more in zip(sums, (found.objective_sum, *found.figure_sums), strict=True)]
+        units += found.units
+    return {f"val_{name}": total / max(1, units) for name, total in zip(names, sums, strict=True)}
 
 
 def checkpoint_files(parts: Training, result: TrainingResult) -> dict[str, str | Path]:
@@ -182,6 +189,7 @@ def step_record(parts: Training, step: int, result: StepResult, seconds: float) 
         "seconds": seconds,
         "memory_bytes": memory_bytes(parts.engine.device),
         "skipped": result.skipped,
+        **result.figures,
     }
     peak = peak_flops(parts.engine.device, parts.engine.dtype)
     if peak is not None:

@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross-entropy plus the router's balance losses, in one module.
+"""What training minimises: next-token cross-entropy or a loss of preferences, and the router's balance losses.
 
 Every term is a *part* of the step's loss: a sum over this micro-batch divided by counts of the whole global batch.
 Parts add up over micro-batches and ranks, so neither accumulation nor the layout changes the result.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.config import BalanceConfig
+from moe_lm.config import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import (
@@ -25,6 +25,7 @@ from moe_lm.model.moe import (
     sequence_balance_loss,
 )
 from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.train.preference import FIGURES, answer_log_probs, figure_sums, pair_losses
 from moe_lm.train.scheduled_sampling import mixed
 
 
@@ -36,29 +37,42 @@ class StepCounts:
     tokens: int  # without padding
     rows: int
     load: Tensor | None = None  # [layers, E]; given when the batch loss must know it ahead of several micro-batches
+    pairs: int | None = None  # given when preferences are tuned
+
+    @property
+    def units(self) -> int:
+        """What the loss is a mean over: target tokens, or pairs."""
+        return self.targets if self.pairs is None else self.pairs
 
 
 class LossParts(NamedTuple):
     """One micro-batch's part of a step; everything but `loss` is detached."""
 
     loss: Tensor
-    nll_sum: Tensor  # nats, summed over the target tokens
+    objective_sum: Tensor  # summed over the units: nats of the target tokens, or the losses of the pairs
     balance: Tensor  # the part of `loss` that is not cross-entropy
     load: Tensor  # [layers, E] int64, padding left out
     entropy: Tensor  # [layers], the router's, nats, mean over the tokens
+    log_probs: Tensor  # [pairs, 2], of the answers, nats; [0, 2] without pairs
 
 
 class TrainingLoss(nn.Module):
     """The model and its loss in one forward pass, so that what wraps it (DDP, DeepSpeed) sees one call."""
 
     def __init__(
-        self, model: LanguageModel, balance: BalanceConfig, pad_id: int, dtype: torch.dtype = torch.float32
+        self,
+        model: LanguageModel,
+        balance: BalanceConfig,
+        pad_id: int,
+        dtype: torch.dtype = torch.float32,
+        preference: PreferenceConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.balance = balance
         self.pad_id = pad_id
         self.dtype = dtype  # of matrix products; weights stay as they are
+        self.preference = preference  # None: every target token is to be learnt
         # The engine puts its own here: a compiled one, and one that sums over the ranks.
         self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
         self.all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -73,18 +87,39 @@ class TrainingLoss(nn.Module):
 
     def _parts(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         output = self.run_model(batch)
-        nll_sum = self.nll(output.logits, batch.targets)
+        objective_sum, log_probs = self._objective(output.logits, batch)
         load = self.load(batch, output)
-        balance = nll_sum.new_zeros(()) if counts is None else self._balance_loss(batch, output, counts, load)
+        balance = objective_sum.new_zeros(()) if counts is None else self._balance_loss(batch, output, counts, load)
         with torch.no_grad():
             entropies = [router_entropy(routing) for routing in output.routings]
         return LossParts(
-            loss=nll_sum if counts is None else nll_sum / counts.targets + balance,
-            nll_sum=nll_sum.detach(),
+            loss=objective_sum if counts is None else objective_sum / counts.units + balance,
+            objective_sum=objective_sum.detach(),
             balance=balance.detach(),
             load=load,
-            entropy=torch.stack(entropies) if entropies else nll_sum.new_zeros(0),
+            entropy=torch.stack(entropies) if entropies else objective_sum.new_zeros(0),
+            log_probs=log_probs.detach(),
         )
+
+    def _objective(self, logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised but for balance, summed over the units, and the log-probabilities of answers, [P, 2]."""
+        if self.preference is None:
+            nll_sum = self.nll(logits_BSV, batch.targets)
+            return nll_sum, nll_sum.new_zeros(0, 2)
+        assert batch.reference is not None
+        log_probs, lengths = answer_log_probs(logits_BSV, batch)
+        return pair_losses(log_probs, lengths, batch.reference, self.preference).sum(), log_probs
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """What `figure_sums` gives."""
+        return () if self.preference is None else FIGURES
+
+    def figure_sums(self, parts: LossParts, batch: Batch) -> Tensor:
+        """Further figures of a micro-batch, summed over its units."""
+        if self.preference is None or batch.reference is None:
+            return parts.objective_sum.new_zeros(0)
+        return figure_sums(parts.log_probs, batch.reference, self.preference)
 
     def run_model(self, batch: Batch) -> ModelOutput:
         # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.

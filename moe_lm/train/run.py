@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moe_lm.config import RunConfig
+from moe_lm.config import FinetuneConfig, RunConfig
 from moe_lm.config_file import build_config, dump_config
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.errors import MoeLmError, UsageError
@@ -49,6 +49,8 @@ class Recipe:
     validation: Sequence[Batch]
     start_from: Path | None = None  # a checkpoint whose weights are the start; None: fresh ones
     lora: LoraConfig | None = None  # train adapters beside these weights
+    # What needs the model of the start, while it is there: gives the held-out batches, in place of `validation`.
+    with_start: Callable[[Engine], Sequence[Batch]] | None = None
     notes: Sequence[str] = ()  # what the person should know of the data, said at the start
 
 
@@ -73,7 +75,8 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
         placed = place_model(recipe.model, config.parallel, recipe.lora, config.train.freeze_router)
         fill(placed, recipe)
-        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id)
+        preference = config.preference if isinstance(config, FinetuneConfig) else None
+        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, preference)
         watchdog = Watchdog(config.parallel.timeout_seconds)
         if topology.world_size > 1:
             engine.on_progress = watchdog.feed
@@ -92,6 +95,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
 def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Sequence[str] = ()) -> TrainingResult:
     """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
+    validation = recipe.validation if recipe.with_start is None else recipe.with_start(engine)
     step = resume(engine, folder.checkpoints)
     if engine.topology.is_main:
         folder.write_config(dump_config(config))
@@ -117,7 +121,7 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
         parts = Training(
             engine=engine,
             batches=recipe.batches,
-            validation=recipe.validation,
+            validation=validation,
             config=config.train,
             checkpoint=config.checkpoint,
             checkpoints=folder.checkpoints,

@@ -73,7 +73,7 @@ def run(folder: Path, balance: dict[str, float]) -> None:
             "biases": biases,
         }
         print(json.dumps(figures | counts), flush=True)
-    nll, targets = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
+    nll, targets, _ = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
     print(
         json.dumps({"nll": nll, "targets": targets, "any": engine.any_rank(last_rank), "none": engine.any_rank(False)})
     )

@@ -234,13 +234,13 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
     train(engine, ragged, steps=1)
     before = snapshot(engine)
     batches = [ragged.batch(step, range(size)) for step, size in ((5, 3), (6, 8), (7, 1))]
-    nll, targets = engine.evaluate(batches)
+    nll, targets, _ = engine.evaluate(batches)
     assert targets == sum(batch.num_targets for batch in batches)
     with torch.no_grad():
         whole = [F.cross_entropy(engine.loss.run_model(batch).logits.flatten(0, 1), batch.targets.flatten(),
                                  ignore_index=IGNORE, reduction="sum") for batch in batches]  # fmt: skip
     assert nll == pytest.approx(float(sum(whole)), rel=1e-6)
-    assert engine.evaluate([]) == (0.0, 0)
+    assert engine.evaluate([]) == (0.0, 0, [])
     assert_equal(snapshot(engine), before)
 
 

@@ -167,7 +167,7 @@ def test_evaluates_when_it_is_due_and_at_the_end(
     result = run()
     assert [record["step"] for record in run.records if "val_loss" in record] == evaluated
     if evaluated:
-        nll, targets = run.engine.evaluate(run.validation)
+        nll, targets, _ = run.engine.evaluate(run.validation)
         assert result.validation_loss == run.records[-1]["val_loss"] == pytest.approx(nll / targets, rel=1e-12)
 
 

@@ -71,7 +71,7 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
         targets.append(batch.targets.flatten()[start:end])
     reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
     torch.testing.assert_close(part.loss, reference)
-    torch.testing.assert_close(part.nll_sum, reference.detach() * batch.num_targets)
+    torch.testing.assert_close(part.objective_sum, reference.detach() * batch.num_targets)
     found = gradients(loss, [part])
     loss.zero_grad()
     reference.backward()
@@ -105,7 +105,7 @@ def test_parts_add_up_whatever_the_micro_batches(ragged: BatchSource, sizes: lis
     batches = [ragged.batch(0, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     counts = counts_of(whole, load=loss.load(whole, loss.run_model(whole)))
     parts = [loss(batch, counts) for batch in batches]
-    for name in ("loss", "nll_sum", "balance"):
+    for name in ("loss", "objective_sum", "balance"):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
     assert torch.equal(torch.stack([part.load for part in parts]).sum(0), expected.load)
     assert_same_gradients(gradients(loss, parts), gradients(loss, [loss(whole, counts_of(whole))]))
@@ -154,7 +154,7 @@ def test_sequence_loss_is_a_mean_over_rows(ragged: BatchSource) -> None:
 def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(ragged: BatchSource) -> None:
     loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
-    torch.testing.assert_close(part.loss, part.nll_sum / batch.num_targets + part.balance)
+    torch.testing.assert_close(part.loss, part.objective_sum / batch.num_targets + part.balance)
     batch.targets.fill_(IGNORE)
     found = gradients(loss, [loss(batch, StepCounts(1, 100, ROWS))])
     assert float(found["model.layers.2.mlp.gate.weight"].abs().max()) > 0

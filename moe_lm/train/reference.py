@@ -1,0 +1,75 @@
+"""The reference of preference tuning: what the starting weights give every answer, computed once and kept.
+
+It is computed before the first step with the weights that training starts from, where they are, in the run's own
+layout; so no second copy of the model exists. A run that goes on reads it from its folder, or computes it again from
+`start_from`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from moe_lm.data.preferences import PairRows
+from moe_lm.parallel.engine import Engine
+from moe_lm.parallel.together import Ranks
+
+FILE = "reference.safetensors"
+
+
+def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: str) -> bool:
+    """Give the pairs the log-probabilities that the engine's model, the start of the run, has for their answers.
+
+    Those in `run_dir` are taken when they are of the same pairs and the same `start` (a digest); returns whether they
+    were. Every rank calls this; rank 0 alone reads and writes.
+    """
+    key = hashlib.sha256(",".join([start, *(item.fingerprint for item in rows)]).encode()).hexdigest()
+    pairs = [len(item.pairs) for item in rows]
+    kept = Ranks().first(lambda: _read(run_dir / FILE, key, sum(pairs)), ())
+    found = kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size) for item in rows])
+    for item, values in zip(rows, np.split(found, np.cumsum(pairs)[:-1]), strict=True):
+        item.reference = values
+    if kept is None:
+        with suppress(OSError):  # a full disk: it is computed again when the run goes on
+            if engine.topology.is_main:
+                _write(run_dir / FILE, key, found)
+    return kept is not None
+
+
+def log_probs(engine: Engine, rows: PairRows, batch_size: int) -> NDArray[np.float32]:
+    """What the engine's model gives every answer, in nats: [pairs, 2]."""
+    found = np.zeros((len(rows.pairs), 2), np.float32)
+    batches = rows.in_order(batch_size)
+    while share := list(islice(batches, engine.topology.world_size)):
+        order = [pair for pairs, _ in share for pair in pairs]
+        found[order] = engine.answer_log_probs([batch for _, batch in share]).numpy()
+    return found
+
+
+def _read(path: Path, key: str, pairs: int) -> NDArray[np.float32] | None:
+    """None when there is no whole file of this key."""
+    try:
+        with safe_open(path, "numpy") as file:
+            found: NDArray[np.float32] = file.get_tensor("log_probs")
+            about = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return found if about.get("sha256") == _digest(key, found) and found.shape == (pairs, 2) else None
+
+
+def _write(path: Path, key: str, found: NDArray[np.float32]) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_bytes(save({"log_probs": found}, {"sha256": _digest(key, found)}))
+    unfinished.replace(path)
+
+
+def _digest(key: str, found: NDArray[np.float32]) -> str:
+    return hashlib.sha256(key.encode() + found.tobytes()).hexdigest()

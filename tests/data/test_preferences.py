@@ -1,0 +1,126 @@
+"""Preference pairs: what is rendered and trained on, what is refused, and rows that hold pairs whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_lm.chat_config import ChatDataConfig
+from moe_lm.data.batches import IGNORE
+from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
+from moe_lm.errors import UsageError
+from moe_lm.tokenization import Tokenizer
+
+GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
+
+
+def config(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> ChatDataConfig:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ChatDataConfig.model_validate({"train": [str(tmp_path / "pairs.jsonl")], "sequence_length": 48} | settings)
+
+
+def many(number: int = 40) -> list[dict[str, Any]]:
+    words = "apple river stone cloud paper green seven table".split()
+    return [
+        {"prompt": f"say {number} {words[number % 8]}", "chosen": " ".join(words[: number % 5 + 1]), "rejected": "no"}
+        for number in range(number)
+    ]
+
+
+def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    prompt = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Good day."}, {"role": "user", "content": "Name a colour."},
+    ]  # fmt: skip
+    (pair,) = read_preferences(config(tmp_path, [GOOD | {"prompt": prompt}]), tiny_tokenizer).train
+    for side, answer in zip(pair.sides, (GOOD["chosen"], GOOD["rejected"]), strict=True):
+        told = tiny_tokenizer.encode_chat(prompt, add_generation_prompt=True)[0]
+        expected = [*tiny_tokenizer.encode(answer), tiny_tokenizer.end_id]
+        assert side.targets.tolist() == [IGNORE] * (len(told) - 1) + expected + [IGNORE] * (
+            len(side.targets) - len(told) + 1 - len(expected)
+        )
+        assert side.input_ids.tolist()[: len(told) + len(expected) - 1] == told + expected[:-1]
+
+
+def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [GOOD, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": "word " * 60}, {"prompt": "Why?"}]
+    data = read_preferences(config(tmp_path, rows), tiny_tokenizer)
+    assert (len(data.train), data.report.documents) == (1, 1)
+    lines = "\n".join(data.report.skipped_lines())
+    for reason in (
+        "a preference pair with equal sides (first: pairs.jsonl:2)",
+        "a side longer than sequence_length=48",
+    ):
+        assert reason in lines
+    assert sum(data.report.skipped.values()) == 3
+
+
+def test_nothing_to_prefer_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        UsageError, match="has no usable preference pair: 1 skipped: a preference pair with equal sides"
+    ):
+        read_preferences(config(tmp_path, [GOOD | {"rejected": GOOD["chosen"]}]), tiny_tokenizer)
+
+
+def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [row | {"rejected": f"{row['rejected']} {n}"} for row in many() for n in range(2)]
+    data = read_preferences(config(tmp_path, rows, validation_fraction=0.3), tiny_tokenizer)
+    train, held_out = ({pair.hash for pair in side} for side in (data.train, data.validation))
+    assert len(data.train) + len(data.validation) == 80
+    assert len(held_out) > 3
+    assert not train & held_out
+
+
+@pytest.fixture
+def rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> PairRows:
+    found = PairRows(read_preferences(config(tmp_path, many()), tiny_tokenizer).train, 48, tiny_tokenizer.pad_id)
+    found.reference = np.arange(80, dtype=np.float32).reshape(40, 2)
+    return found
+
+
+def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: PairRows) -> None:
+    seen = []
+    for numbers in (range(2), range(2, len(rows) + 1)):
+        batch, pairs = rows.batch(numbers), rows.pairs_of(numbers)
+        assert batch.answers is not None
+        assert batch.reference is not None
+        assert batch.input_ids.shape == (len(numbers), 96)
+        for place, number in enumerate(pairs):
+            for side in range(2):
+                at = batch.answers == 2 * place + side
+                expected = rows.pairs[number].sides[side]
+                assert batch.input_ids[at].tolist() == expected.input_ids.tolist()
+                assert batch.targets[at].tolist() == expected.targets.tolist()
+                assert batch.position_ids[at].tolist() == list(range(len(expected.input_ids)))
+            places = [set((batch.answers == 2 * place + side).nonzero()[:, 0].tolist()) for side in range(2)]
+            assert places[0] == places[1]
+            assert len(places[0]) == 1
+            assert batch.reference[place].tolist() == rows.reference[number].tolist()
+        assert (batch.targets[batch.answers == 2 * len(pairs)] == IGNORE).all()
+        seen += pairs
+    assert sorted(seen) == list(range(40))
+
+
+def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_comes_once(rows: PairRows) -> None:
+    batches = PreferenceBatches(rows, 4, seed=7)
+    whole = batches.batch(1, range(4))
+    parts = [batches.batch(1, range(n, n + 1)) for n in range(4)]
+    assert whole.input_ids.tolist() == [row for part in parts for row in part.input_ids.tolist()]
+    assert whole.num_pairs == sum(part.num_pairs for part in parts)
+    epoch = [batches.batch(0, range(n, n + 1)).input_ids.tolist() for n in range(len(rows))]
+    assert sorted(epoch) == sorted(rows.batch([n]).input_ids.tolist() for n in range(len(rows)))
+
+
+def test_the_fingerprint_tells_of_every_token(rows: PairRows) -> None:
+    before = rows.fingerprint
+    assert PairRows(rows.pairs, 48, 2).fingerprint == PreferenceBatches(rows, 4, seed=7).fingerprint == before
+    assert PairRows(rows.pairs[:-1], 48, 2).fingerprint != before
+    for change in (rows.pairs[3].rejected.input_ids, rows.pairs[5].chosen.targets):
+        change[-1] += 1
+        assert rows.fingerprint != before
+        change[-1] -= 1
+    assert rows.fingerprint == before
