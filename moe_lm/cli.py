@@ -58,6 +58,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
+Base = Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 more likely, above 1 more varied; 0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")]
@@ -310,6 +311,7 @@ def sample(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    base: Base = None,
 ) -> None:
     """Continue a prompt, streaming to the terminal."""
     from moe_lm.generate import commands
@@ -323,6 +325,7 @@ def sample(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
+        base=base,
     )
 
 
@@ -334,11 +337,14 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = None,
+    base: Base = None,
 ) -> None:
     """Talk to a fine-tuned run."""
     from moe_lm.generate import commands
 
-    commands.chat(run, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    commands.chat(
+        run, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, base=base
+    )
 
 
 @app.command("eval", rich_help_panel="Use")
@@ -348,11 +354,12 @@ def evaluate(
         list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to score; without, the run's held-out text.")
     ] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="New tokens a window scores; without, half of it.")] = None,
+    base: Base = None,
 ) -> None:
     """Perplexity and bits per byte."""
     from moe_lm.evaluate import perplexity
 
-    print(perplexity.evaluate(run, files or (), stride=stride))
+    print(perplexity.evaluate(run, files or (), stride=stride, base=base))
 
 
 cli_interop.add_to(app)

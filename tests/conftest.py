@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import yaml
 
 from moe_lm.config import PretrainConfig
 from moe_lm.config_file import dump_config, load_config
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 SaveRun = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
+WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +60,47 @@ def tiny_pretrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(config.data)
     file = folder / "tiny.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of 30 steps."""
+    import torch
+
+    from moe_lm.train import pretrain
+
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
+    torch.set_num_threads(threads)
+    return run_dir
+
+
+@pytest.fixture
+def finetune_config(pretrained: Path, tmp_path: Path) -> Path:
+    """A fine-tuning config beside 150 conversations of one form, in both shapes, two in ten held out."""
+    draw, lines = random.Random(1), []
+    for number in range(150):
+        first, second = draw.choice(WORDS), draw.choice(WORDS)
+        asked, answer = f"say {first} then {second}", f"you said {first} and {second}."
+        pair = {"instruction": asked, "input": "", "output": answer}
+        messages = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        lines.append(json.dumps(pair if number % 2 else messages) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(lines))
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "start_from": str(pretrained),
+        "data": {"train": [str(tmp_path / "chat.jsonl")], "validation_fraction": 0.2, "sequence_length": 64},
+        "train": {
+            "steps": 12, "global_batch_size": 8, "precision": "float32", "optimizer": {"lr": 0.01},
+            "schedule": {"warmup_steps": 2},
+        },
+        "parallel": {"device": "cpu"},
+    }  # fmt: skip
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump(values))
     return file
 
 

@@ -74,15 +74,16 @@ class Scorable:
     text_bytes: int
 
 
-def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None) -> Evaluation:
+def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> Evaluation:
     """Score files (text, JSON rows or Parquet, compressed or not), or else the run's own held-out text.
 
     A text file is one document. Documents longer than the training's sequence length are scored in windows of that
     length; each window but the first scores `stride` new tokens, by default half of it. A smaller one gives every
-    token more context and takes longer. Products run in the precision of the training.
+    token more context and takes longer. Products run in the precision of the training. `base` is where the base of
+    adapters is when it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
     """
-    session = Session.load(run)
+    session = Session.load(run, base=base)
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
     window = min(config.data.sequence_length, session.model.config.max_position_embeddings)

@@ -27,10 +27,11 @@ def sample(
     top_p: float | None,
     seed: int | None,
     stop: Sequence[str],
+    base: Path | None = None,
 ) -> None:
     """Write the text that follows `prompt`; on a terminal after the prompt itself."""
     settings = _settings(max_new_tokens, temperature, top_k, top_p, seed)
-    session = Session.load(run)
+    session = Session.load(run, base=base)
     text = session.complete(prompt, settings, stop)
     if sys.stdout.isatty():
         print(prompt, end="", flush=True)
@@ -50,10 +51,11 @@ def chat(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    base: Path | None = None,
 ) -> None:
     """Talk until /quit or Ctrl-D; Ctrl-C stops an answer, which stays in the conversation as far as it went."""
     settings = _settings(max_new_tokens, temperature, top_k, top_p, seed)
-    session = Session.load(run)
+    session = Session.load(run, base=base)
     # The first forward pass imports parts of torch: a Ctrl-C meant for the answer would leave them half imported.
     list(session.complete("", Settings(max_new_tokens=1)))
     print("Ctrl-C stops an answer; /quit or Ctrl-D ends the chat", file=sys.stderr)

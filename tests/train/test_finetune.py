@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,59 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import load_file
 
-from moe_lm.config import FinetuneConfig, PretrainConfig
+from moe_lm.config import FinetuneConfig
 from moe_lm.config_file import load_config
 from moe_lm.data.chat import ChatBatches
 from moe_lm.data.examples import read_chat
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train import finetune, pretrain
+from moe_lm.train import finetune
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
-WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
-
-
-@pytest.fixture(scope="module")
-def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of 30 steps."""
-    run_dir = tmp_path_factory.mktemp("pretrained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
-    torch.set_num_threads(threads)
-    return run_dir
-
-
-@pytest.fixture
-def config_file(pretrained: Path, tmp_path: Path) -> Path:
-    """A config beside 150 conversations of one form, in both shapes, two in ten held out."""
-    draw, lines = random.Random(1), []
-    for number in range(150):
-        first, second = draw.choice(WORDS), draw.choice(WORDS)
-        asked, answer = f"say {first} then {second}", f"you said {first} and {second}."
-        pair = {"instruction": asked, "input": "", "output": answer}
-        messages = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-        lines.append(json.dumps(pair if number % 2 else messages) + "\n")
-    (tmp_path / "chat.jsonl").write_text("".join(lines))
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "start_from": str(pretrained),
-        "data": {"train": [str(tmp_path / "chat.jsonl")], "validation_fraction": 0.2, "sequence_length": 64},
-        "train": {
-            "steps": 12, "global_batch_size": 8, "precision": "float32", "optimizer": {"lr": 0.01},
-            "schedule": {"warmup_steps": 2},
-        },
-        "parallel": {"device": "cpu"},
-    }  # fmt: skip
-    file = tmp_path / "finetune.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def nll_of_answers(start: Path, messages: list[list[dict[str, str]]]) -> tuple[float, int]:
@@ -83,10 +43,10 @@ def nll_of_answers(start: Path, messages: list[list[dict[str, str]]]) -> tuple[f
     return total, count
 
 
-def held_out_messages(config_file: Path, tokenizer: Tokenizer) -> list[list[dict[str, str]]]:
+def held_out_messages(finetune_config: Path, tokenizer: Tokenizer) -> list[list[dict[str, str]]]:
     """Read back from the tokens of the held-out conversations."""
     found = []
-    for item in read_chat(load_config(FinetuneConfig, config_file).data, tokenizer).validation:
+    for item in read_chat(load_config(FinetuneConfig, finetune_config).data, tokenizer).validation:
         text = tokenizer.decode(item.input_ids.tolist(), skip_special=False)
         asked, answer = text.removeprefix("<|bos|><|user|>").split("<|end|>")[:2]
         found.append(
@@ -98,8 +58,8 @@ def held_out_messages(config_file: Path, tokenizer: Tokenizer) -> list[list[dict
 # What it computes
 
 
-def test_the_held_out_loss_is_measured_before_and_falls(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    assert moe_lm("finetune", config_file, "train.steps=40").code == 0
+def test_the_held_out_loss_is_measured_before_and_falls(finetune_config: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    assert moe_lm("finetune", finetune_config, "train.steps=40").code == 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(41))
     assert lines[0].keys() == {"step", "val_loss"}
@@ -107,14 +67,14 @@ def test_the_held_out_loss_is_measured_before_and_falls(config_file: Path, tmp_p
 
 
 def test_only_the_assistants_tokens_count(
-    config_file: Path, tmp_path: Path, pretrained: Path, tiny_tokenizer: Tokenizer, moe_lm: MoeLm
+    finetune_config: Path, tmp_path: Path, pretrained: Path, tiny_tokenizer: Tokenizer, moe_lm: MoeLm
 ) -> None:
-    held_out = held_out_messages(config_file, tiny_tokenizer)
+    held_out = held_out_messages(finetune_config, tiny_tokenizer)
     assert 15 <= len(held_out) <= 45
     nll, tokens = nll_of_answers(pretrained, held_out)
-    conversations = read_chat(load_config(FinetuneConfig, config_file).data, tiny_tokenizer).train
+    conversations = read_chat(load_config(FinetuneConfig, finetune_config).data, tiny_tokenizer).train
     rows = ChatBatches(conversations, 64, 1, 0, True, tiny_tokenizer.pad_id).steps_per_epoch
-    assert moe_lm("finetune", config_file, "train.steps=2", f"train.global_batch_size={rows}").code == 0
+    assert moe_lm("finetune", finetune_config, "train.steps=2", f"train.global_batch_size={rows}").code == 0
     lines = metrics(tmp_path / "run")
     assert lines[0]["val_loss"] == pytest.approx(nll / tokens, rel=1e-5)
     answers = [
@@ -125,13 +85,13 @@ def test_only_the_assistants_tokens_count(
 
 
 def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoints(
-    config_file: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
+    finetune_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
 ) -> None:
     (checkpoint,) = (pretrained / "checkpoints").iterdir()
     first = []
     for name, start in (("run", pretrained), ("checkpoint", checkpoint)):
         settings = (f"run_dir={tmp_path / name}", f"start_from={start}", "train.steps=1", "train.optimizer.lr=1e-30")
-        assert moe_lm("finetune", config_file, *settings, "train.balance.bias_update_rate=0").code == 0
+        assert moe_lm("finetune", finetune_config, *settings, "train.balance.bias_update_rate=0").code == 0
         first.append(metrics(tmp_path / name)[0])
         (saved,) = (tmp_path / name / "checkpoints").iterdir()
         weights, start_weights = (
@@ -144,11 +104,11 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
 
 @pytest.mark.parametrize("settings", [(), ("train.scheduled_sampling={share: 0.5, ramp_steps: 8}",)])
 def test_a_killed_fine_tuning_resumes_to_the_bit(
-    config_file: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
+    finetune_config: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert moe_lm("finetune", config_file, f"run_dir={whole}", *settings).code == 0
-    command = ("finetune", config_file, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9", *settings)
+    assert moe_lm("finetune", finetune_config, f"run_dir={whole}", *settings).code == 0
+    command = ("finetune", finetune_config, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9", *settings)
     assert moe_lm(*command).code == 0
     for lost in ("step-00000012", "step-00000010"):
         shutil.rmtree(parted / "checkpoints" / lost)
@@ -167,19 +127,19 @@ def test_a_killed_fine_tuning_resumes_to_the_bit(
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_the_limit_of_an_evaluation_holds(config_file: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_the_limit_of_an_evaluation_holds(finetune_config: Path, tiny_tokenizer: Tokenizer) -> None:
     for micro, limit, rows in (("null", "null", 16), ("null", 1, 8), (2, 1, 8)):
         overrides = [f"train.micro_batch_size={micro}", f"train.eval_batches={limit}"]
-        config = load_config(FinetuneConfig, config_file, overrides)
+        config = load_config(FinetuneConfig, finetune_config, overrides)
         batches = finetune.validation_batches(config, read_chat(config.data, tiny_tokenizer).validation, tiny_tokenizer)
         assert sum(len(batch.input_ids) for batch in batches) == rows
 
 
-def test_what_was_skipped_is_said(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+def test_what_was_skipped_is_said(finetune_config: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     with (tmp_path / "chat.jsonl").open("a") as file:
         file.write(json.dumps({"instruction": "say much", "output": "word " * 200}) + "\n")
         file.write(json.dumps({"text": "no conversation"}) + "\n")
-    done = moe_lm("finetune", config_file, "train.steps=1")
+    done = moe_lm("finetune", finetune_config, "train.steps=1")
     assert done.code == 0
     assert "longer than sequence_length=64" in done.out
     assert "no messages, conversations, instruction with output, or prompt with completion" in done.out
@@ -217,7 +177,7 @@ def test_preview_shows_what_would_be_trained_on_and_trains_nothing(
     ],
 )
 def test_a_wrong_start_is_refused(
-    config_file: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm, overrides: list[str], message: str
+    finetune_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm, overrides: list[str], message: str
 ) -> None:
     damaged = tmp_path / "damaged" / "checkpoints"
     shutil.copytree(pretrained / "checkpoints", damaged)
@@ -228,7 +188,7 @@ def test_a_wrong_start_is_refused(
     (tmp_path / "empty.jsonl").write_text("")
     before = (pretrained / "metrics.jsonl").read_bytes()
     places = {"tmp": tmp_path, "pretrained": pretrained}
-    done = moe_lm("finetune", config_file, *(override.format(**places) for override in overrides))
+    done = moe_lm("finetune", finetune_config, *(override.format(**places) for override in overrides))
     assert done.code in (1, 2)
     assert message.format(**places) in done.err
     assert done.err.count("\n") == 1

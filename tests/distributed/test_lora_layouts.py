@@ -1,0 +1,118 @@
+"""Adapters across layouts: whatever ranks divide and whatever is frozen, they are trained as in one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from tests.processes import metrics
+
+RunRanks = Callable[..., list[Any]]
+MoeLm = Callable[..., Any]
+STEPS, SAVED = 8, 4
+TORCH = ("parallel.engine=torch",)
+
+
+def deepspeed(zero_stage: int) -> tuple[str, ...]:
+    return ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", f"parallel.zero_stage={zero_stage}")
+
+
+@pytest.fixture
+def lora_config(finetune_config: Path) -> Path:
+    """Everything that a layout could get wrong at once: dropout, a rank that is no multiple of 8, a trained router."""
+    values = yaml.safe_load(finetune_config.read_text())
+    values["lora"] = {"rank": 4, "dropout": 0.2}
+    values["train"] |= {
+        "steps": STEPS, "optimizer": {"lr": 0.003, "eps": 1e-6}, "freeze_router": False, "clip_norm": 0.5,
+        "balance": {"batch_loss": 0.01, "z_loss": 0.001, "bias_update_rate": 0.01},
+    }  # fmt: skip
+    values["checkpoint"] = {"every": SAVED, "keep": 9}
+    finetune_config.write_text(yaml.safe_dump(values))
+    return finetune_config
+
+
+def train(
+    run_ranks: RunRanks, config: Path, run: Path, ranks: int, *settings: str, goes_on_from: Path | None = None
+) -> Path:
+    """A run in so many processes; from the checkpoint in the middle of another one when that is given."""
+    if goes_on_from is not None:
+        name = f"step-{SAVED:08d}"
+        shutil.copytree(goes_on_from / "checkpoints" / name, run / "checkpoints" / name)
+        lines = (goes_on_from / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines[: SAVED + 1]), encoding="utf-8")
+    done = run_ranks(ranks, "finetune", config, f"run_dir={run}", *settings)
+    assert [(rank.code, rank.err) for rank in done] == [(0, "")] * ranks
+    return run
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    lines, others = metrics(found), metrics(expected)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        for name, tolerance in (("loss", 2e-6), ("val_loss", 2e-6), ("grad_norm", 1e-3)):
+            if name in line:
+                assert line[name] == pytest.approx(other[name], rel=tolerance), (found.name, line["step"], name)
+
+
+def saved_names(run: Path) -> set[str]:
+    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    return {name for file in folder.rglob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+
+
+def test_a_run_of_adapters_moves_through_stages_and_engines(
+    lora_config: Path, tmp_path: Path, run_ranks: RunRanks, moe_lm: MoeLm
+) -> None:
+    expected = train(run_ranks, lora_config, tmp_path / "one", 1, *TORCH)
+    assert any(line.get("grad_norm", 0) > 0.5 for line in metrics(expected)), "clipping never acted"
+    run = train(run_ranks, lora_config, tmp_path / "zero 1", 2, *deepspeed(1))
+    assert_same_training(run, expected)
+    for name, ranks, settings in (
+        ("zero 2", 2, deepspeed(2)),
+        ("zero 3", 2, deepspeed(3)),
+        ("one again", 1, TORCH),
+        ("two", 2, TORCH),
+    ):
+        run = train(run_ranks, lora_config, tmp_path / name, ranks, *settings, goes_on_from=run)
+        assert_same_training(run, expected)
+        assert saved_names(run) == saved_names(expected)
+        assert any(name.endswith("experts.up_proj_lora_B") for name in saved_names(run))
+        assert not any(name.endswith("experts.up_proj") for name in saved_names(run))
+    said = [
+        moe_lm("sample", folder, "--prompt", "x", "--max-new-tokens", 8, "--greedy").out for folder in (run, expected)
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "settings"),
+    [
+        pytest.param(1, ("lora.targets=[attention]",), id="frozen experts, ZeRO 1", marks=pytest.mark.slow),
+        pytest.param(2, ("lora=null", "train.freeze_router=true"), id="frozen router, ZeRO 2", marks=pytest.mark.slow),
+        pytest.param(3, ("lora.targets=[attention]",), id="frozen experts, ZeRO 3"),
+        pytest.param(3, ("lora=null", "train.freeze_router=true"), id="frozen router, ZeRO 3"),
+        pytest.param(
+            3,
+            ("lora.targets=[experts]", "train.freeze_router=true"),
+            id="frozen all but experts, ZeRO 3",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_is_frozen_stays_and_the_rest_is_trained_as_in_one_process(
+    lora_config: Path, tmp_path: Path, run_ranks: RunRanks, zero_stage: int, settings: tuple[str, ...]
+) -> None:
+    expected = train(run_ranks, lora_config, tmp_path / "one", 1, *TORCH, *settings)
+    run = train(run_ranks, lora_config, tmp_path / "ranks", 2, *deepspeed(zero_stage), *settings)
+    assert_same_training(run, expected)
+    assert saved_names(run) == saved_names(expected)
+    again = train(
+        run_ranks, lora_config, tmp_path / "again", 2, *deepspeed(zero_stage), *settings, goes_on_from=expected
+    )
+    assert_same_training(again, expected)
