@@ -6,7 +6,7 @@ A base is known by the checksums of its weights, so it may be copied and moved; 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from moe_lm.lora_config import LoraConfig
 from moe_lm.model import lora
 from moe_lm.parallel.logical import kept_here, room_beside
 from moe_lm.train import checkpoint
-from moe_lm.train.checkpoint import MODEL_PREFIX
 
 FILE = "adapter.yaml"
 
@@ -102,43 +101,9 @@ def load_weights(folder: Path, tensors: Mapping[str, Tensor], elsewhere: Path | 
             _merge(name, kept_here(tensors[name]), {key: kept_here(tensor) for key, tensor in factors.items()}, adapter)
 
 
-def merged_tensors(folder: Path, elsewhere: Path | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and buffer of a checkpoint under its name in `LanguageModel`, adapters merged into their base.
-
-    One after the other and whole, on the host, in the data type that they are stored in; no more than one, with its
-    factors, is in memory. Raises as `base_of` and `checkpoint.load` do, before the first.
-    """
-    for name, tensor in _merged(folder, elsewhere):
-        yield name.removeprefix(MODEL_PREFIX), tensor
-
-
-def _merged(folder: Path, elsewhere: Path | None) -> Iterator[tuple[str, Tensor]]:
-    checkpoint.verify(folder, checkpoint.MODEL)
-    headers = checkpoint.headers(folder)
-    adapter = read(folder)
-    if elsewhere is None and adapter is None:
-        for name in headers:
-            yield name, _read(folder, headers, name)
-        return
-    for name, tensor in _merged(base_of(folder, elsewhere), None):
-        assert adapter is not None
-        if name in headers:
-            yield name, _read(folder, headers, name)
-        else:
-            found = {key: _read(folder, headers, key) for key in lora.factors_of(name) if key in headers}
-            _merge(name, tensor, found, adapter)
-            yield name, tensor
-
-
 @torch.no_grad()
 def _merge(name: str, weight: Tensor, factors: Mapping[str, Tensor], adapter: Adapter) -> None:
     """Add the adapter of a weight, if it has one."""
     lora_A, lora_B = map(factors.get, lora.factors_of(name))
     if lora_A is not None and lora_B is not None:
         lora.merge(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), lora.scale(adapter.lora))
-
-
-def _read(folder: Path, headers: Mapping[str, Tensor], name: str) -> Tensor:
-    tensor = torch.empty_like(headers[name], device="cpu")
-    checkpoint.read_tensor(folder, name, tensor)
-    return tensor

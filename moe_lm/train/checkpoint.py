@@ -110,11 +110,6 @@ def headers(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def read_tensor(folder: Path, name: str, tensor: Tensor) -> None:
-    """Fill one weight in place, in one process, from a checkpoint that was verified."""
-    checkpoint_tensors.read(folder / MODEL, {name: tensor}, ALL_THERE_ARE)
-
-
 def checksums(folder: Path) -> dict[str, str]:
     """The sha256 that a checkpoint's manifest gives of each of its files, by name."""
     return {name: entry["sha256"] for name, entry in _read_manifest(folder).items()}

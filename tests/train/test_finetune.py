@@ -146,17 +146,17 @@ def test_what_was_skipped_is_said(finetune_config: Path, tmp_path: Path, moe_lm:
 
 
 def test_preview_shows_what_would_be_trained_on_and_trains_nothing(
-    config_file: Path, tmp_path: Path, moe_lm: MoeLm
+    finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
     with (tmp_path / "chat.jsonl").open("a") as file:
         file.write(json.dumps({"instruction": "say much", "output": "word " * 200}) + "\n")
     for arguments, shown in ((("--preview",), 3), (("--preview", "1"), 1), (("--preview", "train.steps=9"), 3)):
-        done = moe_lm("finetune", config_file, *arguments)
+        done = moe_lm("finetune", finetune_config, *arguments)
         assert (done.code, done.err) == (0, "")
         assert done.out.count("<|assistant|>⟦you said ") == done.out.count(".<|end|>⟧\n") == shown
         assert "1 skipped: longer than sequence_length=64 (first: chat.jsonl:151)" in done.out
     assert not (tmp_path / "run").exists()
-    assert moe_lm("finetune", config_file, "--preview", "0").code == 2
+    assert moe_lm("finetune", finetune_config, "--preview", "0").code == 2
 
 
 # Where it may not start
