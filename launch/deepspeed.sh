@@ -9,8 +9,9 @@
 #   MASTER_PORT    default 29500
 # ssh carries over only variables that begin with PYTHON or NCCL; others (GLOO_SOCKET_IFNAME, OMP_NUM_THREADS) are
 # lines `NAME=value` of ./.deepspeed_env or ~/.deepspeed_env.
-# Ctrl-C and SIGTERM reach every rank, which saves a checkpoint. The launcher restarts nothing: after a failure run the
-# same line again, and it goes on from the last checkpoint.
+# Ctrl-C and SIGTERM reach every rank, which saves a checkpoint; DeepSpeed kills it 30 s later, so let checkpoint.every be
+# short where a save takes longer, and its launcher ends before the ranks do: wait for them before the next start. It
+# restarts nothing: after a failure run the same line again, and it goes on from the last checkpoint.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -76,8 +76,10 @@ def main() -> None:
     verb = next((item for item in arguments if not item.startswith("-")), "")
     if verb in OF_MANY_RANKS:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections hide our sentence
+    alone = not _is_one_of_many(verb)
     try:
-        typer.main.get_command(app)(arguments, prog_name="moe-lm")
+        code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=alone)
+        sys.exit(code if isinstance(code, int) else 0)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("interrupted", file=sys.stderr)
@@ -86,6 +88,8 @@ def main() -> None:
     except MoeLmError as error:
         _stop(f"error: {error}", error.exit_code, debug, verb, error.common)
     except Exception as error:
+        if hasattr(error, "format_message"):  # wrong use, which Typer shows in a box, but not in one for every rank
+            _stop(f"error: {error.format_message()}", 2, debug, verb, common=True)
         hint = "" if debug else "; run again with --debug for the traceback"
         _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug, verb)
 
@@ -93,11 +97,15 @@ def main() -> None:
 def _stop(message: str, code: int, debug: bool, verb: str, common: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    if verb not in OF_MANY_RANKS or not any(os.environ.get(name, "1") != "1" for name in WORLD_SIZES):
-        print(message, file=sys.stderr)
-    else:
+    if _is_one_of_many(verb):
         _stop_rank(message, code, common)
+    else:
+        print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _is_one_of_many(verb: str) -> bool:
+    return verb in OF_MANY_RANKS and any(os.environ.get(name, "1") != "1" for name in WORLD_SIZES)
 
 
 def _stop_rank(message: str, code: int, common: bool) -> None:
@@ -280,7 +288,9 @@ def verify(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON; - is the terminal.")
     ] = None,
-    world_sizes: Annotated[str, typer.Option(metavar="N,N", help="Numbers of processes to compare.")] = "1,2,4",
+    world_sizes: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Numbers of processes; without, what fits of 1, 2 and 4.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts, each kind once.")] = False,
     only: Annotated[
         list[str] | None, typer.Option(metavar="LAYOUT", help="This line of the table alone; may be repeated.")

@@ -272,6 +272,19 @@ def check_positions(model: ModelConfig, sequence_length: int) -> None:
         )
 
 
+def rows_at_once(train: TrainConfig, world_size: int) -> int:
+    """Rows of a forward pass. Raises UsageError when they do not divide a rank's share of the global batch."""
+    share = max(1, train.global_batch_size // world_size)
+    rows = min(train.micro_batch_size or share, share)
+    if share % rows:
+        raise UsageError(
+            f"train.micro_batch_size={rows} does not divide the {share} sequences of a rank, which are "
+            f"train.global_batch_size={train.global_batch_size} over {world_size} processes; choose a divisor",
+            common=True,
+        )
+    return rows
+
+
 def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise UsageError when the experts cannot be divided over the expert-parallel ranks."""
     size, experts = parallel.expert_parallel_size, model.n_routed_experts

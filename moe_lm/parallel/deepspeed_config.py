@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lm.config import ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, TrainConfig, rows_at_once
 from moe_lm.errors import UsageError
 
 # What `parallel.deepspeed` may add. Everything else is either generated here, wrong with this engine, or not of use.
 PASSED_THROUGH = (
-    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "seq_parallel_communication_data_type", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
-    "flops_profiler", "dump_state",
+    "zero_optimization", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown",
+    "comms_logger", "flops_profiler", "dump_state",
 )  # fmt: skip
 # The generated keys, and the setting of ours that decides them.
 GENERATED = {
@@ -31,6 +30,8 @@ GENERATED = {
 # Modes that were found wrong, or that DeepSpeed refuses for expert parameters only after the model is built.
 REFUSED = {
     "fp16": "float16 needs loss scaling, which this trainer does not do; set train.precision=bfloat16",
+    "communication_data_type": "gradients would be rounded on their way and differ from those of one process",
+    "zero_optimization.compute_grad_norm": "the gradient's norm is what clipping and the log need",
     "zero_optimization.zero_quantized_gradients": "gradients of experts would be quantised over the wrong group",
     "zero_optimization.zero_quantized_weights": "weights would differ from those of one process",
     "zero_optimization.zero_hpz_partition_size": "DeepSpeed keeps no secondary copies of expert parameters",
@@ -47,8 +48,7 @@ def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int
     Weights are float32 and products bfloat16 under autocast, in every layout, so DeepSpeed's own mixed precision,
     which rounds the weights that are multiplied, is off.
     """
-    share = max(1, train.global_batch_size // world_size)
-    micro = min(train.micro_batch_size or share, share)
+    micro = rows_at_once(train, world_size)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage or 1,
         "contiguous_gradients": True,
@@ -64,7 +64,7 @@ def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int
     generated = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
+        "gradient_accumulation_steps": max(1, train.global_batch_size // world_size) // micro,
         "gradient_clipping": train.clip_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW, the same as on one device

@@ -56,7 +56,8 @@ class DeepSpeedEngine(Engine):
         if train.compile and stage == 3:
             raise UsageError(
                 "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the "
-                "operations of a block; set one of them otherwise"
+                "operations of a block; set one of them otherwise",
+                common=True,
             )
         self.config, self.model, self.mesh, self.device = train, model, mesh, device
         self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
@@ -72,8 +73,9 @@ class DeepSpeedEngine(Engine):
             group["peak_lr"] = group["lr"]
         try:
             self.wrapped, *_ = deepspeed.initialize(model=self.loss, optimizer=optimizer, config=settings)
-        except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
-            raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {' '.join(str(error).split())}") from error
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
+            reason = " ".join(str(error).split())
+            raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {reason}; correct it", common=True) from error
         self.zero = _Zero(self.wrapped.optimizer, stage)
         if stage < 3:  # which would gather and divide them once more
             narrow_frozen(model, self.dtype)

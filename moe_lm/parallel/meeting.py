@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.1
 FAILED_SECONDS = 30.0  # how long a rank that fails before the ranks met looks for the others, to tell them
+ROLL_CALL_SECONDS = 2.0  # how long those that lost a rank wait for each other's word that they are still there
 LINGER_SECONDS = 3.0  # how long rank 0 keeps its store for those that still read why it ends
 
 
@@ -119,8 +120,7 @@ def meet(topology: Topology, seconds: float) -> Meeting:
                 notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
         met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
         if met and notes.check(["failed"]):
-            message, exit_code = json.loads(notes.get("failed"))
-            raise (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message.removeprefix("error: "))
+            raise _failure(notes)
         if met:
             meeting.hosts = json.loads(notes.get("hosts"))
             return meeting
@@ -141,6 +141,36 @@ def say_for_all(topology: Topology, message: str, exit_code: int) -> bool:
     except (MoeLmError, dist.DistError):  # no rank 0 to agree with
         return True
     return is_mine
+
+
+def why_lost() -> MoeLmError:
+    """Why the connection between the ranks broke: what one of them failed at, else which of them is gone.
+
+    Rank 0 calls the roll, and all that are left say the same.
+    """
+    assert _current is not None
+    what_to_do = "see what it said, then run the same command again to go on from the last checkpoint"
+    lost = f"lost {_current.named([0])}, which has ended or does not answer; {what_to_do}"
+    notes, topology = _current.notes, _current.topology
+    with suppress(dist.DistError):
+        notes.set(f"left/{topology.rank}", "")
+        places = [f"left/{rank}" for rank in range(topology.world_size)]
+        if topology.is_main:
+            wait_until(lambda: notes.check(places) or notes.check(["failed"]), ROLL_CALL_SECONDS)
+            gone = [rank for rank, place in enumerate(places) if not notes.check([place])]
+            named = _current.named(gone) if gone else "the connection between the ranks"
+            lost = f"lost {named}, which has ended or does not answer; {what_to_do}"
+            _current.tell_failure(lost, MoeLmError.exit_code)
+        wait_until(lambda: notes.check(["failed"]), ROLL_CALL_SECONDS + LINGER_SECONDS)
+        if notes.check(["failed"]):
+            return _failure(notes)
+    return _silence(topology, lost)
+
+
+def _failure(notes: dist.Store) -> MoeLmError:
+    """The failure that ended the meeting, as an error of this rank's."""
+    message, exit_code = json.loads(notes.get("failed"))
+    return (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message.removeprefix("error: "))
 
 
 def part(topology: Topology) -> None:

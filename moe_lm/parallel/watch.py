@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 import moe_lm
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.errors import UsageError
+from moe_lm.parallel.meeting import why_lost
 from moe_lm.parallel.topology import Topology
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -26,13 +27,18 @@ LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "B
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this process when the launcher that started it is killed; Linux alone can.
+    """`end_with_parent` where that is torchrun's agent or DeepSpeed's launcher; a shell may go and leave a rank behind.
 
-    torchrun's agent and DeepSpeed's launcher end their ranks in every other case. A rank that outlives them would hold
-    its device and the run folder, and the ranks on other hosts would wait for it.
+    They end their ranks unless they are killed themselves. A rank that outlives them would hold its device and the run
+    folder, and the ranks on other hosts would wait for it.
     """
-    started_by_one = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
-    if started_by_one and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends; Linux alone can."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -59,32 +65,40 @@ def agree(topology: Topology, what: Mapping[str, object]) -> None:
 class Watchdog:
     """Ends the process, with the stack of each of its threads on stderr, when nothing fed it for `seconds`.
 
-    Without it a rank waits for one that hangs until the back end's own patience ends, and nobody sees where.
+    Without it a rank waits for one that hangs until the back end's own patience ends, and nobody sees where. A process
+    that is alone waits for nobody: with None it does nothing.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
 
     def feed(self) -> None:
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
+        if self._seconds is not None:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While something is written, which may take as long as it needs."""
+        self.stop()
+        yield
+        self.feed()
+
+
+NO_WATCHDOG = Watchdog(None)
+
 
 @contextmanager
 def losses_are_said(topology: Topology) -> Iterator[None]:
-    """Turn the back end's error about a rank that has gone into one sentence (MoeLmError)."""
+    """Turn the back end's error about a rank that has gone into one sentence (MoeLmError), on every rank the same."""
     try:
         yield
     except RuntimeError as error:
         if topology.world_size == 1 or not any(text in str(error) for text in LOST):
             raise
-        reason = str(error).splitlines()[0]
-        raise MoeLmError(
-            f"lost the connection to another rank, which has ended or does not answer ({reason}); see what it said, "
-            "then run the same command again to go on from the last checkpoint"
-        ) from error
+        raise why_lost() from error
 
 
 def _code() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_lm.config import CheckpointConfig
 from moe_lm.errors import MoeLmError
 from moe_lm.parallel.together import Ranks, part, ranks_of_their_own
+from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_tensors import snapshot
 
@@ -35,8 +36,9 @@ class Saver:
     through a process group of their own. To be left, as a context, before the training's groups are.
     """
 
-    def __init__(self, checkpoints: Path, config: CheckpointConfig) -> None:
+    def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:
         self.checkpoints, self.keep, self.background = checkpoints, config.keep, config.background
+        self.watchdog = watchdog
         self.ranks = ranks_of_their_own() if config.background else Ranks()
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
@@ -44,7 +46,8 @@ class Saver:
     def save(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
         """Write a checkpoint, after the one that is under way. Raises MoeLmError when that cannot be done."""
         self.wait()
-        return self._write(step, state, files)
+        with self.watchdog.resting():
+            return self._write(step, state, files)
 
     def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> None:
         """`save`, whose outcome is told by `outcomes`; in the background this returns when `state` is copied."""
@@ -58,13 +61,15 @@ class Saver:
                 target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True
             ).start()
         else:
-            _fulfil(outcome, lambda: self._write(step, state, files))
+            with self.watchdog.resting():
+                _fulfil(outcome, lambda: self._write(step, state, files))
 
     def wait(self) -> None:
         """Until no save is under way. Raises what one raised, unless it is a MoeLmError, which `outcomes` tells."""
         if self._under_way is not None:
             (step, outcome), self._under_way = self._under_way, None
-            error = outcome.exception()
+            with self.watchdog.resting():
+                error = outcome.exception()
             if error is not None and not isinstance(error, MoeLmError):
                 raise error
             self._outcomes.append(Saved(step, None if error else outcome.result(), error))

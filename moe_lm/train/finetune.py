@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from moe_lm.config import FinetuneConfig, check_positions, check_router
+from moe_lm.config import FinetuneConfig, check_positions, check_router, rows_at_once
 from moe_lm.config_file import build_config
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
@@ -22,7 +22,7 @@ from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import adapters, checkpoint, cost
 from moe_lm.train.cost import cost_lines
-from moe_lm.train.loop import TrainingResult, rows_at_once
+from moe_lm.train.loop import TrainingResult
 from moe_lm.train.reference import add_reference
 from moe_lm.train.run import Recipe, run_recipe
 
@@ -69,7 +69,7 @@ def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: To
     )
 
     def with_start(engine: Engine) -> list[Batch]:
-        size = rows_at_once(engine.topology, train)
+        size = rows_at_once(train, engine.topology.world_size)
         add_reference((rows, held_out), engine, size, config.run_dir, adapters.fingerprint(start))
         return at_most(config, (batch for _, batch in held_out.in_order(size)))
 
@@ -126,7 +126,7 @@ def validation_batches(
     config: FinetuneConfig, conversations: Sequence[Conversation], tokenizer: Tokenizer
 ) -> list[Batch]:
     """The held-out conversations, in order."""
-    data, size = config.data, rows_at_once(current_topology(), config.train)
+    data, size = config.data, rows_at_once(config.train, current_topology().world_size)
     return at_most(
         config,
         chat_evaluation_batches(conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id),
@@ -139,5 +139,7 @@ def at_most(config: FinetuneConfig, batches: Iterator[Batch]) -> list[Batch]:
     if train.eval_batches is None:
         return list(batches)
     return list(
-        islice(batches, train.eval_batches * train.global_batch_size // rows_at_once(current_topology(), train))
+        islice(
+            batches, train.eval_batches * train.global_batch_size // rows_at_once(train, current_topology().world_size)
+        )
     )

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.config import CheckpointConfig, TrainConfig
+from moe_lm.config import CheckpointConfig, TrainConfig, rows_at_once
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.parallel.engine import Engine, StepResult
 from moe_lm.parallel.pace import Pace
-from moe_lm.parallel.topology import Topology
+from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_saver import Saver
 from moe_lm.train.metrics import (
@@ -49,6 +49,7 @@ class Training:
     files: Mapping[str, str | Path]  # kept in every checkpoint
     flops_per_token: float  # forward and backward
     evaluate_first: bool = False  # also before the first step
+    watchdog: Watchdog = NO_WATCHDOG
 
 
 @dataclass
@@ -71,7 +72,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
     config, engine = parts.config, parts.engine
     result = TrainingResult(step=start_step)
     pace = Pace(engine)
-    with stop_signals() as signalled, Saver(parts.checkpoints, parts.checkpoint) as saver:
+    with stop_signals() as signalled, Saver(parts.checkpoints, parts.checkpoint, parts.watchdog) as saver:
         if parts.evaluate_first and parts.validation and start_step == 0:
             before = evaluate(parts, signalled)
             if before is None:
@@ -115,7 +116,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
 def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
     rows = engine.topology.rows_of(config.global_batch_size)
-    size = rows_at_once(engine.topology, config)
+    size = rows_at_once(config, engine.topology.world_size)
     pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = [batches.batch(step, piece) for piece in pieces]
     if (sampling := config.scheduled_sampling) is None:
@@ -123,12 +124,6 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     return [
         with_own_tokens(batch, sampling, config.seed, step, piece) for batch, piece in zip(found, pieces, strict=True)
     ]
-
-
-def rows_at_once(topology: Topology, config: TrainConfig) -> int:
-    """Rows of a forward pass."""
-    share = max(1, len(topology.rows_of(config.global_batch_size)))
-    return min(config.micro_batch_size or share, share)
 
 
 def evaluate(parts: Training, signalled: Sequence[int]) -> dict[str, float] | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 
-from moe_lm.config import PretrainConfig, check_vocabulary
+from moe_lm.config import PretrainConfig, check_vocabulary, rows_at_once
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.parallel.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train.loop import TrainingResult, local_micro_batches, rows_at_once
+from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 
 WARM_UP_STEPS = 3  # the first ones compile
@@ -72,7 +72,7 @@ def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatc
 def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Batch]:
     """The held-out split of every source, in order; at most `train.eval_batches` global batches a source."""
     data, train = config.data, config.train
-    size = rows_at_once(current_topology(), train)
+    size = rows_at_once(train, current_topology().world_size)
     batches: list[Batch] = []
     for shards in _open_shards(config, "validation", tokenizer):
         if shards.num_tokens > 1:

@@ -77,11 +77,10 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         fill(placed, recipe)
         preference = config.preference if isinstance(config, FinetuneConfig) else None
         engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, preference)
-        watchdog = Watchdog(config.parallel.timeout_seconds)
-        if topology.world_size > 1:
-            engine.on_progress = watchdog.feed
+        watchdog = Watchdog(config.parallel.timeout_seconds if topology.world_size > 1 else None)
+        engine.on_progress = watchdog.feed
         try:
-            result = train_with(engine, recipe, folder, changes)
+            result = train_with(engine, recipe, folder, watchdog, changes)
         except MoeLmError as error:
             if error.common or topology.world_size == 1:  # a rank that is alone with its error cannot wait for others
                 engine.close()
@@ -92,7 +91,9 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         return result
 
 
-def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Sequence[str] = ()) -> TrainingResult:
+def train_with(
+    engine: Engine, recipe: Recipe, folder: RunFolder, watchdog: Watchdog, changes: Sequence[str]
+) -> TrainingResult:
     """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
     validation = recipe.validation if recipe.with_start is None else recipe.with_start(engine)
@@ -126,6 +127,7 @@ def train_with(engine: Engine, recipe: Recipe, folder: RunFolder, changes: Seque
             checkpoint=config.checkpoint,
             checkpoints=folder.checkpoints,
             log=log,
+            watchdog=watchdog,
             files=files,
             evaluate_first=recipe.start_from is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,22 +60,24 @@ class Report:
 
 def verify(
     config: PretrainConfig,
-    world_sizes: Sequence[int] = WORLD_SIZES,
+    world_sizes: Sequence[int] | None = None,
     quick: bool = False,
     only: Sequence[str] = (),
     timeout_seconds: float = 600,
     sabotage: Path | None = None,
     console: Console | None = None,
 ) -> Report:
-    """Run every layout and compare it with one process. Raises MoeLmError when a process fails or takes too long."""
+    """Run every layout and compare it with one process; without `world_sizes` in those that the devices are enough for.
+
+    Raises MoeLmError when a process fails or takes too long, UsageError for more processes than devices.
+    """
     started = time.monotonic()
     device = pick_device(config.parallel.device).type
-    if device == "cuda":
-        world_sizes = [size for size in world_sizes if size <= torch.cuda.device_count()]
-    else:
+    if device != "cuda":
         device = "cpu"  # DeepSpeed knows no other
+    world_sizes = check_devices(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
     model, train = small_model(config.model), training(config)
-    layouts = all_layouts(model, list(world_sizes), quick)
+    layouts = all_layouts(model, world_sizes, quick)
     plan = Plan(
         model=model,
         train=train,
@@ -81,7 +86,7 @@ def verify(
         sabotage=sabotage and sabotage.absolute(),
     )
     tolerance = Tolerance.of(train.precision)
-    with TemporaryDirectory(prefix="moe-lm-verify-") as name:
+    with ended_by_sigterm(), TemporaryDirectory(prefix="moe-lm-verify-") as name:
         folder = Path(name)
         (folder / PLAN).write_text(plan.model_dump_json(), encoding="utf-8")
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):
@@ -99,6 +104,16 @@ def verify(
             if layout.like is not None
         ]
     return Report(plan, comparisons, tolerance, time.monotonic() - started)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: nothing that was started or written stays behind."""
+    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_reference(steps: list[dict[str, Any]], plan: Plan) -> None:
@@ -124,7 +139,9 @@ def _too_easy(what: str) -> MoeLmError:
 
 def table(report: Report) -> Table:
     """What a person reads: the largest relative differences of every layout."""
-    view = Table(caption=f"largest relative difference from one process; {report.seconds:.0f} s")
+    worlds = sorted({layout.world_size for layout, _ in report.comparisons})
+    sizes = ", ".join(map(str, worlds))
+    view = Table(caption=f"largest relative difference from one process, in worlds of {sizes}; {report.seconds:.0f} s")
     view.add_column("layout", overflow="fold")
     for column in ("loss", "gradient", "weight"):
         view.add_column(column, justify="right", no_wrap=True)
@@ -140,8 +157,22 @@ def table(report: Report) -> Table:
     return view
 
 
-def parse_world_sizes(text: str) -> list[int]:
+def check_devices(world_sizes: Sequence[int] | None, devices: int) -> list[int]:
+    """The numbers of processes to compare. Raises UsageError for one that was asked for and cannot be had."""
+    if world_sizes is None:
+        return [size for size in WORLD_SIZES if size <= devices]
+    if max(world_sizes) > devices:
+        raise UsageError(
+            f"--world-sizes {max(world_sizes)} needs as many CUDA devices, here are {devices}; ask for fewer, or set "
+            "parallel.device=cpu"
+        )
+    return list(world_sizes)
+
+
+def parse_world_sizes(text: str | None) -> list[int] | None:
     """Numbers between commas. Raises UsageError for anything but a choice of WORLD_SIZES."""
+    if text is None:
+        return None
     try:
         sizes = sorted({int(item) for item in text.split(",")})
     except ValueError:
@@ -153,7 +184,7 @@ def parse_world_sizes(text: str) -> list[int]:
 
 def run(
     config: PretrainConfig,
-    world_sizes: str,
+    world_sizes: str | None,
     quick: bool,
     only: Sequence[str],
     json_file: str | None,

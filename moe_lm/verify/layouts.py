@@ -120,7 +120,8 @@ def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
     if world_size == 2:
         layouts += _two_processes(model)
     elif quick:
-        layouts = [layout for layout in layouts if layout.save_as == f"sharded {world_size}"]
+        both = _title(world_size, 2, 3)  # experts divided, and each kept by several ranks
+        layouts = [layout for layout in layouts if layout.name == both or layout.save_as == f"sharded {world_size}"]
     return layouts
 
 
@@ -132,6 +133,18 @@ def _two_processes(model: ModelConfig) -> list[Layout]:
     return [
         Layout(name=f"{title}, accumulation", world_size=2, parallel=two, micro_batch_size=1),
         Layout(name=f"{title}, activation checkpointing", world_size=2, parallel=two, activation_checkpointing=True),
+        Layout(
+            name=f"{title}, offload",
+            world_size=2,
+            parallel=two | {"offload_optimizer": True},
+            save_as="offloaded",
+        ),
+        Layout(
+            name=f"{_title(2, widest, 3)}, offload, after ZeRO 2",
+            world_size=2,
+            parallel=three | {"offload_optimizer": True},
+            load_from="offloaded",
+        ),
         Layout(name=f"{title} after 4 processes", world_size=2, parallel=two, load_from="sharded 4"),
         Layout(name=f"{title} after torch", world_size=2, parallel=two, load_from="torch 2"),
         Layout(name=f"{_title(2, widest, 3)} after ZeRO 2", world_size=2, parallel=three, load_from="sharded 2"),
@@ -146,6 +159,7 @@ def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
     pairs = [(size, stage) for size in sizes for stage in (1, 2, 3)]
     if quick:
         pairs = [(widest, 1), (widest, 2), (widest, 3), (sizes[0], 1)] if world_size > 1 else [(1, 2)]
+        pairs += [(2, 3)] if world_size == 4 and 2 in sizes else []
     saved = (widest, 2)
     return [
         Layout(

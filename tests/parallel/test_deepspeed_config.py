@@ -56,6 +56,8 @@ def test_other_keys_are_passed_on_beside_ours() -> None:
         ({"zero_optimization": {"stage": 0}}, "is decided by parallel.zero_stage"),
         ({"bf16": {"enabled": True}}, "is decided by train.precision"),
         ({"fp16": {"enabled": True}}, "is refused: float16 needs loss scaling"),
+        ({"communication_data_type": "bf16"}, "is refused: gradients would be rounded"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "is refused: the gradient's norm"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "is refused: gradients of experts"),
         ({"comms_loger": {}}, "is not one of the keys that are passed on: zero_optimization,"),
     ],
