@@ -14,7 +14,7 @@ from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.interop.checkpoint_reader import open_tensors
 from moe_lm.interop.families import Family, family_of, known_families
 from moe_lm.interop.hf_config import nearest_family, write_config
-from moe_lm.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder
+from moe_lm.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder, read_json
 from moe_lm.interop.hf_tensors import Pair, TensorSource, tensor_pairs
 from moe_lm.interop.proof import Case, Proof, prove
 from moe_lm.interop.safetensors_file import Output, write_files
@@ -58,7 +58,7 @@ def export_run(
         _write_tensors(unfinished, outputs, shard_bytes)
         _write_json(unfinished / CONFIG, hf_config)
         (unfinished / GENERATION).write_text(_generation_config(folder, tokenizer), encoding="utf-8")
-        tokenizer.save(unfinished)
+        _write_tokenizer(unfinished, tokenizer)
         case = Case(
             what=f"export {folder.name}",
             config=config,
@@ -70,7 +70,7 @@ def export_run(
             tokenizer=tokenizer,
             tokenizer_of_theirs=unfinished,
         )
-        proof = prove(case, (), proof_bytes)
+        proof = prove(case, _notes(config), proof_bytes)
         proof.write(unfinished)
     return proof
 
@@ -110,11 +110,25 @@ def _check_holds(ours: TensorSource, pairs: Sequence[Pair], family: Family) -> N
         )
 
 
+def _notes(config: ModelConfig) -> list[str]:
+    if config.capacity_factor is None:
+        return []
+    return [f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling"]
+
+
 def _write_tensors(folder: Path, outputs: Sequence[Output], shard_bytes: int) -> None:
     placed = write_files(folder, outputs, {"format": "pt"}, shard_bytes)
     if len(set(placed.values())) > 1:
         total = sum(output.size for output in outputs)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """As it came, but without the name of code that was not taken along."""
+    tokenizer.save(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    if config.pop("auto_map", None) is not None:
+        _write_json(folder / "tokenizer_config.json", config)
 
 
 def _generation_config(folder: Path, tokenizer: Tokenizer) -> str:

@@ -40,7 +40,10 @@ def import_folder(
     notes = check_complete(folder, pairs, config, str(source))
     new = [pair.ours for pair in pairs if not pair.parts]
     if new:
-        notes.append(f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none")
+        notes.append(
+            f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so train with "
+            "train.balance.bias_update_rate=0 what shall be exported again"
+        )
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
     outputs = outputs_of_ours(folder, pairs, DTYPES[dtype] if dtype else None)

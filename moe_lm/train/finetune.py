@@ -56,7 +56,7 @@ def supervised(config: FinetuneConfig, title: str, start: Path, tokenizer: Token
         validation=validation_batches(config, conversations.validation, tokenizer),
         start_from=start,
         lora=config.lora,
-        notes=[*conversations.report.skipped_lines(), *cost_lines(config, model)],
+        notes=[*conversations.report.skipped_lines(), *_router_lines(config, model), *cost_lines(config, model)],
     )
 
 
@@ -85,6 +85,17 @@ def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: To
         with_start=with_start,
         notes=[*pairs.report.skipped_lines(), *cost_lines(config, model)],
     )
+
+
+def _router_lines(config: FinetuneConfig, model: ModelConfig) -> list[str]:
+    """Said before the training, not after it when `moe-lm export` refuses what no family has a place for."""
+    rate = config.train.balance.bias_update_rate
+    if not rate or not model.moe_layers or model.scoring_func != "softmax":
+        return []
+    return [
+        f"train.balance.bias_update_rate={rate} moves router biases, which no family of Hugging Face with a softmax "
+        "router has; set it to 0 if the model is to be exported"
+    ]
 
 
 def describe(config: FinetuneConfig) -> str:

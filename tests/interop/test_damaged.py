@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError
+from moe_lm.interop import importing
 from moe_lm.interop.safetensors_file import MAX_HEADER_BYTES, Output, read_header, write_file
 from moe_lm.tokenization import Tokenizer
 from tests.interop.folders import write_folder
@@ -343,3 +344,29 @@ def test_library_reads_what_is_written(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
         assert torch.equal(header.tensors[name].rows(0, len(tensor)), tensor)
         assert header.tensors[name].start % tensor.element_size() == 0
+
+
+def test_code_in_the_folder_is_never_run(folder: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
+    """With the whole proof, in which `transformers` reads the folder too."""
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: ...\n")
+    places = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
+    change_config(folder, auto_map=places)
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    words["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    assert moe_lm("import", folder, "--run-dir", tmp_path / "run").code == 0
+    assert moe_lm("export", tmp_path / "run", tmp_path / "out").code == 0
+    assert not (tmp_path / "ran").exists()
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (tmp_path / "out" / name).read_text()
+
+
+def test_interrupt_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        assert (tmp_path / "run.unfinished" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importing, "prove", interrupt)
+    done = moe_lm("import", folder, "--run-dir", tmp_path / "run")
+    assert done.code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

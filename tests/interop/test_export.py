@@ -128,6 +128,13 @@ def bias_of(model: LanguageModel) -> torch.Tensor:
     return model.moe_layers[0].gate.e_score_correction_bias
 
 
+def test_capacity_of_training_is_said_to_be_left_out(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = save(ModelConfig(**SHAPE | MOE, capacity_factor=1.25), tiny_tokenizer, tmp_path / "run")
+    proof = export_run(run, tmp_path / "out")
+    assert all(comparison.equal for comparison in proof.logits)
+    assert proof.notes == ["left out: capacity_factor=1.25; no expert drops tokens, as when sampling"]
+
+
 def test_router_bias_is_not_dropped(tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]) -> None:
     config = ModelConfig(**SHAPE | SOFTMAX)
     run = save(config, tiny_tokenizer, tmp_path / "run", lambda model: bias_of(model)[3].fill_(1e-3))

@@ -108,6 +108,7 @@ def test_adapters_are_merged_into_their_base(
     """A base in bfloat16, whose adapted weights are written in float32, as `sample` computes with them."""
     variant = "dots1"
     write_folder(tmp_path / "hf", variant, tiny_tokenizer, dtype=torch.bfloat16)
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [1, 6]}))
     import_folder(tmp_path / "hf", tmp_path / "base", proof_bytes=0)
     settings = {"lora": {"rank": 4}, "parallel": {"device": "cpu"}}
     config = write_config(tmp_path, variant, tmp_path / "base", **settings)
@@ -126,9 +127,26 @@ def test_adapters_are_merged_into_their_base(
     expert = found["model.layers.1.mlp.experts.3.down_proj.weight"]
     torch.testing.assert_close(expert, wanted["model.layers.1.mlp.experts.down_proj"][3].mT, rtol=0, atol=1e-6)
     assert found["model.norm.weight"].dtype == torch.bfloat16
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"temperature": 0.6, "eos_token_id": [1, 6]}
 
     (tmp_path / "base").rename(tmp_path / "moved")
     done = moe_lm("export", run, tmp_path / "again")
     assert done.code == 2
     assert "--base" in done.err
     assert moe_lm("export", run, tmp_path / "again", "--base", tmp_path / "moved").code == 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.001])
+def test_router_biases_that_cannot_be_exported_are_said_at_the_start(
+    rate: float, tmp_path: Path, imported_run: Callable[[str], Path], moe_lm: Callable[..., Any], one_thread: None
+) -> None:
+    settings = {"parallel": {"device": "cpu"}}
+    config = write_config(tmp_path, "mixtral", imported_run("mixtral"), **settings)
+    done = moe_lm("finetune", config, f"train.balance.bias_update_rate={rate}", "train.steps=1")
+    assert done.code == 0
+    said = (
+        "which no family of Hugging Face with a softmax router has" in (tmp_path / "mixtral" / "train.log").read_text()
+    )
+    assert said == (rate > 0)
+    assert moe_lm("export", tmp_path / "mixtral", tmp_path / "out", "--proof-memory", 0).code == (2 if rate else 0)
