@@ -1,14 +1,17 @@
 """A tokenizer's chat template, as `transformers` runs it, giving text that knows who wrote each character.
 
-Templates come from others: they run in Jinja's sandbox. Without `strftime_now`, which templates ask for before they
-use it: a conversation is the same text on every day, and a resumed run trains on what it would have trained on.
+Templates come from others: they run in Jinja's sandbox. Their `strftime_now` is always the same day, so that a resumed
+run trains on what it would have trained on, and a model is asked as it was trained.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from functools import wraps
 from typing import Any, ClassVar
 
 import jinja2
@@ -20,7 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
-from moe_lm.chat.traced import TEMPLATE, Traced, concat, first_author, traced
+from moe_lm.chat.traced import TEMPLATE, Traced, authors_of, concat, first_author, traced
 from moe_lm.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -47,6 +50,7 @@ class Rendering:
 
 NOBODY = 1 << 30
 OF_TOOLS = -1
+TODAY = datetime(2024, 7, 26)  # where there is no strftime_now, Llama's templates say that it is this day
 
 
 class ChatTemplate:
@@ -61,7 +65,7 @@ class ChatTemplate:
         try:
             self._templates = {name: ENVIRONMENT.from_string(text) for name, text in texts.items()}
         except jinja2.TemplateError as error:
-            raise UsageError(f"the tokenizer's chat template failed: {error}") from error
+            raise UsageError(f"the tokenizer's chat template failed: {_one_line(error)}") from error
         if "default" not in self._templates:
             raise UsageError(f"the tokenizer has chat templates {', '.join(texts)}, but none named default; add one")
         self._names = dict(names)
@@ -71,6 +75,21 @@ class ChatTemplate:
     ) -> Rendering:
         """Write a conversation. Raises UsageError when the template refuses it or leaves out some of it."""
         turns = checked(messages)
+        try:
+            return self._render(turns, tools, add_generation_prompt)
+        except UsageError as refusal:
+            # Most templates expect that calls without words have empty words, some that they have none.
+            silent = [turn for turn in turns if "tool_calls" in turn and not turn["content"]]
+            for turn in silent:
+                turn["content"] = None
+            with suppress(UsageError):
+                if silent:
+                    return self._render(turns, tools, add_generation_prompt)
+            raise refusal
+
+    def _render(
+        self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> Rendering:
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         try:
             text = template.render(
@@ -81,7 +100,7 @@ class ChatTemplate:
                 **self._names,
             )
         except Exception as error:  # what a template may raise is up to it
-            raise UsageError(f"the tokenizer's chat template failed: {error}") from error
+            raise UsageError(f"the tokenizer's chat template failed: {_one_line(error)}") from error
         rendering = _read_authors(text)
         _check_whole(turns, bool(tools), rendering)
         return rendering
@@ -98,7 +117,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise UsageError(f"message {number}: role {role!r} is unknown; expected {', '.join(ROLES)}")
         if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
             raise UsageError(f"message {number} ({role}): content is {content!r:.40}; expected text")
-        turn = {"role": role, "content": content}
+        turn = {"role": role, "content": content or ""}
         if role == "assistant":
             turn |= {key: message[key] for key in ("reasoning_content", "tool_calls") if message.get(key)}
         if role == "tool":
@@ -163,6 +182,10 @@ def _check_whole(turns: Sequence[Mapping[str, Any]], with_tools: bool, rendering
         raise UsageError("the tokenizer's chat template leaves out the descriptions of tools")
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 # Jinja, so that it keeps track
 
 
@@ -178,15 +201,22 @@ class _Generator(CodeGenerator):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
+    """What cannot follow its authors, like `'{}'.format(text)`, is by the first: no text gives special tokens."""
+
     code_generator_class = _Generator
     concat = staticmethod(concat)
+    intercepted_binops = frozenset({"%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return _kept(super().call_binop(context, operator, left, right), left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Methods of the template's own strings, like `'\\n'.join(lines)`, keep the authors of their arguments."""
         text = getattr(__obj, "__self__", None)
         if type(text) is str:
             __obj = getattr(Traced(text), __obj.__name__)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return result if isinstance(result, Traced) else _kept(result, *args, *kwargs.values())
 
 
 class _GenerationBlocks(Extension):
@@ -202,6 +232,20 @@ class _GenerationBlocks(Extension):
     def _mark(self, caller: Callable[[], Traced]) -> Traced:
         text = caller()
         return Traced(text, "".join(chr(ord(author) | GENERATED) for author in text.authors))
+
+
+def _kept(result: Any, *sources: Any) -> Any:
+    """A new text whose characters, as far as they have no author, are by the first of what it was made from."""
+    author = first_author(sources) if isinstance(result, str) else None
+    return result if author is None else Traced(result, authors_of(result).replace(TEMPLATE, author))
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)  # with the marks by which Jinja knows what to pass
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _kept(function(*args, **kwargs), *args, *kwargs.values())
+
+    return call
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -223,5 +267,12 @@ def _refuse(reason: str) -> None:
 ENVIRONMENT = _Environment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
 )
-ENVIRONMENT.filters |= {"tojson": _to_json, "join": _join, "safe": lambda value: value}
-ENVIRONMENT.globals["raise_exception"] = _refuse
+# These leave it to the methods of Traced, or to nothing; the others may join plain strings.
+FOLLOWED = ("trim", "upper", "lower", "capitalize", "string", "default", "d", "first", "last")
+ENVIRONMENT.filters |= {
+    **{name: _keeping(function) for name, function in ENVIRONMENT.filters.items() if name not in FOLLOWED},
+    "tojson": _to_json,
+    "join": _join,
+    "safe": lambda value: value,
+}
+ENVIRONMENT.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}

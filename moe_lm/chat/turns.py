@@ -60,7 +60,8 @@ class Turns:
             rendering = self._template.render(CALLING, [TOOL])
         except UsageError:  # not every template knows tools
             return {self.end}
-        place = self._end_token(rendering, *_after(rendering, 1))
+        alone = self._template.render(CALLING[:2], [TOOL])
+        place = self._end_token(rendering, *_after(rendering, 1, alone))
         return {self.end} if place is None else {self.end, rendering.text[slice(*place)]}
 
     def specials(self, rendering: Rendering) -> Iterator[tuple[int, int]]:
@@ -80,7 +81,9 @@ class Turns:
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 begin = self._begin(messages, tools, rendering, number)
-                trained[begin : self._end(rendering, number, begin)] = True
+                calls = message.get("tool_calls") and number + 1 < len(messages)
+                alone = self._template.render(messages[: number + 1], tools) if calls else None
+                trained[begin : self._end(rendering, number, begin, alone)] = True
         return trained
 
     def _begin(
@@ -103,13 +106,14 @@ class Turns:
         known = next((end for start in range(len(prompt_end)) if (end := prompt_end[start:]) in between), None)
         return own if known is None else begin + between.rfind(known) + len(known)
 
-    def _end(self, rendering: Rendering, number: int, begin: int) -> int:
-        """One more than the last character of a turn."""
-        first, last = _after(rendering, number)
+    def _end(self, rendering: Rendering, number: int, begin: int, alone: Rendering | None) -> int:
+        """One more than the last character of a turn; `alone` is the conversation up to it."""
+        first, last = _after(rendering, number, alone)
         first = max(first, begin)
         place = self._end_token(rendering, first, last)
-        if place is None:
-            return last if last == len(rendering.text) else first
+        if place is None:  # what is written after the words whatever follows
+            following = rendering.text[first:last]
+            return last if last == len(rendering.text) else first + _num_equal(following, _tail(alone) if alone else "")
         return place[1] + len(self._eos_token) * rendering.text.startswith(self._eos_token, place[1], last)
 
     def _end_token(self, rendering: Rendering, begin: int, end: int) -> tuple[int, int] | None:
@@ -126,10 +130,16 @@ class Turns:
             yield from (found.span() for found in self._special.finditer(rendering.text, start, stop))
 
 
-def _after(rendering: Rendering, number: int) -> tuple[int, int]:
-    """What the template writes between the words of a message and those of the next: from and to."""
-    first = _last(rendering.messages == number) + 1
-    later = np.flatnonzero((rendering.messages[first:] > number) & (rendering.messages[first:] != NOBODY))
+def _after(rendering: Rendering, number: int, alone: Rendering | None = None) -> tuple[int, int]:
+    """What the template writes between the words of a message and those that come next: from and to.
+
+    A later message may have them written once more, as results of tools name the call: not more of them than stand in
+    the conversation up to this message, `alone`, are of its turn.
+    """
+    words = None if alone is None else int((alone.messages == number).sum())
+    own = np.flatnonzero(rendering.messages == number)[:words]
+    first = int(own[-1]) + 1 if len(own) else 0
+    later = np.flatnonzero((rendering.messages[first:] >= number) & (rendering.messages[first:] != NOBODY))
     return first, first + int(later[0]) if len(later) else len(rendering.text)
 
 

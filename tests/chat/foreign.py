@@ -253,9 +253,28 @@ GENERATION = Style(
     eos="<|end|>",
 )
 
+# A tool's result names the call that it answers, in the words of the assistant's message.
+NAMED = Style(
+    """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
+{%- for message in messages %}
+    {%- if message.tool_calls %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|assistant|>to=' + call.name + ' ' + call.arguments | tojson + '<|call|>' }}
+    {%- elif message.role == 'tool' %}
+        {%- set call = messages[loop.index0 - 1].tool_calls[0].function %}
+        {{- '<|tool|>from=' + call.name + ' ' + message.content + '<|end|>' }}
+    {%- else %}
+        {{- '<|' + message.role + '|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}""",
+    special=("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|call|>"),
+    eos="<|end|>",
+)
+
 STYLES = {
     "chatml": CHATML, "llama": LLAMA, "deepseek": DEEPSEEK, "mistral": MISTRAL, "glm": GLM, "eos_too": EOS_TOO,
-    "eos_at_last": EOS_AT_LAST, "generation": GENERATION,
+    "eos_at_last": EOS_AT_LAST, "generation": GENERATION, "named": NAMED,
 }  # fmt: skip
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_lm.chat.template import ChatTemplate
+from moe_lm.chat.turns import Turns
 from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
 from tests.chat.foreign import CHATML, GLM, MISTRAL, STYLES, Style, save
@@ -93,6 +98,15 @@ TRAINED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "eos_too": (["\tIt joins two paths. <|end|><|endoftext|>", "You are welcome<|end|><|endoftext|>"], []),
     "eos_at_last": (["\tIt joins two paths. <|end|>", "You are welcome<|end|>"], []),
+    "named": (
+        ["\tIt joins two paths. <|end|>", "You are welcome<|end|>"],
+        [
+            'to=weather {"city": "Oslo", "days": 1}<|call|>',
+            "Yes.<|end|>",
+            'to=weather {"city": "Bergen", "days": 2}<|call|>',
+            "No.<|end|>",
+        ],
+    ),
     "generation": (["\tIt joins two paths. ", "You are welcome"], []),
 }
 CASES = [
@@ -158,7 +172,7 @@ def test_exactly_the_assistants_turns_and_their_ends_are_trained_on(
 def test_the_token_that_ends_an_answer_follows_from_the_template(folder: Path, name: str) -> None:
     style, tokenizer = STYLES[name], Tokenizer.load(folder / f"{name}-False")
     assert tokenizer.end_id == tokenizer.special_tokens[style.end or style.eos]
-    further = {"glm": ["<|observation|>"], "llama": ["<|eom_id|>"]}.get(name, [])
+    further = {"glm": ["<|observation|>"], "llama": ["<|eom_id|>"], "named": ["<|call|>"]}.get(name, [])
     assert tokenizer.stop_ids == {
         tokenizer.special_tokens[token] for token in (style.eos, style.end or style.eos, *further)
     }
@@ -195,6 +209,41 @@ def test_a_token_that_the_prompt_and_the_answer_share_is_trained_on(chatml: Toke
     """The newline before an answer is the prompt's; without this token nothing would teach how the answer begins."""
     messages = [SHORT[0], {"role": "assistant", "content": "\none"}, *SHORT[:1]]
     assert trained_texts(chatml, messages) == ["\n\none<|im_end|>"]
+
+
+def test_real_templates_train_on_the_answers_and_their_ends_alone() -> None:
+    """Those that TRL brings with it; three of them are for images, and want content in parts."""
+    found = find_spec("trl")
+    if found is None or found.origin is None:
+        pytest.skip("trl is not installed, whose folder has templates of other models")
+    folder = Path(found.origin).parent / "chat_templates"
+    special = re.compile(r"<[|｜][^<>\s'\"]{1,40}[|｜]>|<(?:start|end)_of_turn>|</?s>|<[a-z_]+\|>|<\|[a-z_]+>")
+    refused, trained = [], {}
+    for file in sorted(folder.glob("*.jinja")):
+        source = file.read_text(encoding="utf-8")
+        template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+        turns = Turns(template, {*special.findall(source), "</s>", "<s>"}, "</s>")
+        messages = [{"role": turn["role"], "content": f"-{number}-"} for number, turn in enumerate(SHORT)]
+        try:
+            rendering = replace(template.render(messages), generated=None)
+        except UsageError:
+            refused.append(file.stem)
+            continue
+        characters = [
+            letter if is_trained else "\0"
+            for letter, is_trained in zip(rendering.text, turns.trained(messages, (), rendering), strict=True)
+        ]
+        trained[file.stem] = [run for run in "".join(characters).split("\0") if run]
+    assert {name.removesuffix("_training") for name in refused} <= {"idefics3", "llava_next", "smolvlm"}
+    assert len(trained) > 50
+    # What may stand before an answer is an empty thought, a channel or whom it is for.
+    before = r"(\s*(<think>)?\s*</think>\s*|( to=user)?(<\|channel\|>final)?<\|message\|>)?"
+    after = r"(<[|｜][^<>]+[|｜]>|</s>|<end_of_turn>|<turn\|>)+"
+    for name, runs in trained.items():
+        last = after if not name.startswith("glm") else f"({after})?"  # whose turns the next one ends
+        assert re.fullmatch(rf"{before}\s?-1-{after}", runs[0]), (name, runs)
+        assert re.fullmatch(rf"{before}\s?-3-{last}", runs[1]), (name, runs)
+        assert len(runs) == 2
 
 
 # One template's peculiarities
