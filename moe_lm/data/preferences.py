@@ -40,11 +40,12 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """`hash` is that of the prompt and decides on which side of the held-out split the pair falls."""
+    """`hash` is that of the prompt and decides on which side of the held-out split the pair falls; `where` it stood."""
 
     chosen: Side
     rejected: Side
     hash: int
+    where: str = ""
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -176,7 +177,7 @@ def _render_all(
             len((message["content"] or "").encode()) for side in (row.content.chosen, row.content.rejected)
             for message in side
         )  # fmt: skip
-        pairs.append(Pair(chosen, rejected, row.hash))
+        pairs.append(Pair(chosen, rejected, row.hash, row.where))
     return pairs
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from moe_lm.chat_config import ChatDataConfig
 from moe_lm.data.examples import ChatData
+from moe_lm.data.preferences import PreferenceData
 from moe_lm.data.targets import IGNORE
 from moe_lm.tokenization import Tokenizer
 
@@ -48,14 +49,25 @@ def show_conversations(
         for number, source in enumerate(config.train)
     ]
     weights = sum(config.weights or [])
-    table = Table("", "examples", "tokens", "trained on", "longest", *(["share of rows"] if weights else []))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("examples", *(["share of rows"] if weights else []))
     for origin, weight, items in sources:
         table.add_row(origin, *_figures(items), *([f"{weight / weights:.1%}"] if weight else []))
     if len(sources) > 1:
         table.add_row("all", *_figures(data.train))
     table.add_row("held out", *_figures(data.validation))
+    console.print(table)
+    show_skipped(console, data.report.skipped_lines())
+
+
+def show_pairs(console: Console, tokenizer: Tokenizer, data: PreferenceData, count: int) -> None:
+    """Print both answers of the first `count` pairs, the preferred one first, then figures of all."""
+    for pair in data.train[:count]:
+        for name, side in zip(("chosen", "rejected"), pair.sides, strict=True):
+            show_example(console, tokenizer, f"{pair.where}, {name}", side)
+    table = _table("answers")
+    for name, pairs in (("", data.train), ("held out, ", data.validation)):
+        table.add_row(f"{name}chosen", *_figures([pair.chosen for pair in pairs]))
+        table.add_row(f"{name}rejected", *_figures([pair.rejected for pair in pairs]))
     console.print(table)
     show_skipped(console, data.report.skipped_lines())
 
@@ -92,6 +104,13 @@ def masked_text(tokenizer: Tokenizer, example: Sequenced, marks: bool) -> Text:
             parts.append(part, style=SPECIAL if is_special else "")
         text.append_text(Text.assemble(MARKS[0], parts, MARKS[1]) if marks and is_trained else parts)
     return text
+
+
+def _table(counted: str, *further: str) -> Table:
+    table = Table("", counted, "tokens", "trained on", "longest", *further)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def _figures(items: Sequence[Sequenced]) -> list[str]:

@@ -15,7 +15,7 @@ from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat
 from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
-from moe_lm.data.preview import show_conversations
+from moe_lm.data.preview import show_conversations, show_pairs
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology
@@ -106,7 +106,10 @@ def describe(config: FinetuneConfig) -> str:
 def preview(config: FinetuneConfig, count: int) -> None:
     """Print what would be trained on: the first examples with their loss mask, and figures of all."""
     tokenizer = Tokenizer.load(checkpoint.verified_path(starting_point(config), "tokenizer"))
-    show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
+    if config.preference is None:
+        show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
+    else:
+        show_pairs(Console(), tokenizer, read_preferences(config.data, tokenizer), count)
 
 
 def starting_point(config: FinetuneConfig) -> Path:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from moe_lm.chat_config import ChatDataConfig
 from moe_lm.data.examples import Conversation, read_chat
-from moe_lm.data.preview import masked_text, show_conversations
+from moe_lm.data.preferences import read_preferences
+from moe_lm.data.preview import masked_text, show_conversations, show_pairs
 from moe_lm.data.targets import IGNORE
 from moe_lm.tokenization import Tokenizer
 
@@ -77,3 +78,25 @@ def test_figures_of_each_source_and_of_what_was_left_out(tmp_path: Path, tiny_to
         "1 skipped: longer than sequence_length=64 (first: one.jsonl:2)",
         "1 skipped: no words of an assistant (first: one.jsonl:3)",
     ]
+
+
+def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    pairs = [{"prompt": "q", "chosen": "yes", "rejected": "no"}, {"prompt": "r", "chosen": "a", "rejected": "a"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = ChatDataConfig(train=[str(tmp_path / "a.jsonl")])
+    file = io.StringIO()
+    show_pairs(Console(file=file, width=100), tiny_tokenizer, read_preferences(config, tiny_tokenizer), 3)
+    lines = file.getvalue().splitlines()
+    sides = [len(tiny_tokenizer.encode(text)) for text in ("yes", "no")]
+    assert lines[:5] == [
+        f"a.jsonl:1, chosen: {sides[0] + 6} tokens, {sides[0] + 1} trained on",
+        "<|bos|><|user|>q<|end|><|assistant|>⟦yes<|end|>⟧",
+        "",
+        f"a.jsonl:1, rejected: {sides[1] + 6} tokens, {sides[1] + 1} trained on",
+        "<|bos|><|user|>q<|end|><|assistant|>⟦no<|end|>⟧",
+    ]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert [row[:2] for row in cells] == [
+        ["chosen", "1"], ["rejected", "1"], ["held out, chosen", "0"], ["held out, rejected", "0"],
+    ]  # fmt: skip
+    assert lines[-1] == "1 skipped: a preference pair with equal sides (first: a.jsonl:2)"

@@ -159,6 +159,18 @@ def test_preview_shows_what_would_be_trained_on_and_trains_nothing(
     assert moe_lm("finetune", finetune_config, "--preview", "0").code == 2
 
 
+def test_preview_shows_pairs_when_some_answers_are_to_be_preferred(
+    finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    pair = {"prompt": "say", "chosen": "yes", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    done = moe_lm("finetune", finetune_config, "--preview", "preference={}", f"data.train=[{tmp_path}/pairs.jsonl]")
+    assert (done.code, done.err) == (0, "")
+    assert "pairs.jsonl:1, chosen" in done.out
+    assert "<|assistant|>⟦no<|end|>⟧\n" in done.out
+    assert not (tmp_path / "run").exists()
+
+
 # Where it may not start
 
 
