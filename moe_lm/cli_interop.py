@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +42,9 @@ def import_(
     from moe_lm.interop.importing import import_folder
 
     target = run_dir or Path("runs") / hf_dir.resolve().name
-    print(import_folder(hf_dir, target, dtype, tokenizer, _gib(proof_memory)))
+    with _bar("importing") as tell:
+        proof = import_folder(hf_dir, target, dtype, tokenizer, _gib(proof_memory), tell)
+    print(proof)
     print(f"wrote {target}")
 
 
@@ -78,8 +82,25 @@ def export(
     """Make a Hugging Face folder of a run, proven equal; for transformers, vLLM, llama.cpp."""
     from moe_lm.interop.exporting import export_run
 
-    print(export_run(run, out, family, dtype, base, _gib(proof_memory)))
+    with _bar("exporting") as tell:
+        proof = export_run(run, out, family, dtype, base, _gib(proof_memory), tell=tell)
+    print(proof)
     print(f"wrote {out}")
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar for who looks at a terminal."""
+    from rich.console import Console
+
+    from moe_lm.terminal import byte_bar
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with byte_bar(console, title) as advance:
+            yield advance
+    else:
+        yield lambda done, total: None
 
 
 def _gib(value: float | None) -> int | None:

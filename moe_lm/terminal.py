@@ -1,4 +1,4 @@
-"""Progress on the terminal of the stages that read text."""
+"""Progress on the terminal of the stages that read or carry many bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def byte_bar(console: Console, title: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar over bytes of text; yields a function that takes the bytes done and, where known, those in all."""
+    """A progress bar over bytes; yields a function that takes the bytes done and, where known, those in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(title, total=None)

@@ -19,7 +19,7 @@ from moe_lm.interop.hf_tensors import Pair, TensorSource, tensor_pairs
 from moe_lm.interop.proof import Case, Proof, prove
 from moe_lm.interop.safetensors_file import Output, write_files
 from moe_lm.interop.staging import whole_or_not
-from moe_lm.interop.transfer import DTYPES, first_unwritable, outputs_of_theirs
+from moe_lm.interop.transfer import DTYPES, Meter, Tell, first_unwritable, no_one, outputs_of_theirs
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
@@ -35,11 +35,12 @@ def export_run(
     base: Path | None = None,
     proof_bytes: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tell: Tell | None = None,
 ) -> Proof:
     """Write `out` with the newest checkpoint of a run, or one checkpoint, and return the proof that it is that model.
 
-    `family_name` None takes the first family that holds the model exactly; `dtype` and `proof_bytes` are as in
-    `import_folder`; adapters are merged into their base, and `base` is where that is when it has moved. Raises
+    `family_name` None takes the first family that holds the model exactly; `dtype`, `proof_bytes` and `tell` are as in
+    `import_folder`. Adapters are merged into their base, and `base` is where that is when it has moved. Raises
     UsageError when the family cannot hold the model, MoeLmError when the checkpoint is damaged or the proof fails;
     nothing is left at `out` then.
     """
@@ -52,10 +53,11 @@ def export_run(
     pairs = tensor_pairs(config, family)
     _check_holds(ours, pairs, family)
     outputs = outputs_of_theirs(ours, pairs, DTYPES[dtype] if dtype else None)
+    meter = Meter(tell or no_one, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
     with whole_or_not(out) as unfinished:
-        _write_tensors(unfinished, outputs, shard_bytes)
+        _write_tensors(unfinished, meter.watch(outputs), shard_bytes)
         _write_json(unfinished / CONFIG, hf_config)
         (unfinished / GENERATION).write_text(_generation_config(folder, tokenizer), encoding="utf-8")
         _write_tokenizer(unfinished, tokenizer)
@@ -70,7 +72,7 @@ def export_run(
             tokenizer=tokenizer,
             tokenizer_of_theirs=unfinished,
         )
-        proof = prove(case, _notes(config), proof_bytes)
+        proof = prove(case, _notes(config), proof_bytes, meter)
         proof.write(unfinished)
     return proof
 

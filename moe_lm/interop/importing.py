@@ -13,7 +13,7 @@ from moe_lm.interop.hf_tensors import check_complete, tensor_pairs
 from moe_lm.interop.proof import Case, Proof, prove
 from moe_lm.interop.safetensors_file import write_files
 from moe_lm.interop.staging import whole_or_not
-from moe_lm.interop.transfer import DTYPES, outputs_of_ours
+from moe_lm.interop.transfer import DTYPES, Meter, Tell, no_one, outputs_of_ours
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
@@ -22,13 +22,19 @@ FILE_BYTES = 4 << 30  # tensors go into files of about this size
 
 
 def import_folder(
-    source: Path, run_dir: Path, dtype: str | None = None, tokenizer: Path | None = None, proof_bytes: int | None = None
+    source: Path,
+    run_dir: Path,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    proof_bytes: int | None = None,
+    tell: Tell | None = None,
 ) -> Proof:
     """Write `run_dir` with a checkpoint of the model in `source`, and return the proof that it is that model.
 
     `dtype` float32 or bfloat16 is what weights are kept in, None what they are in now. `tokenizer` is the folder of the
     tokenizer where it is another one. `proof_bytes` is the memory that comparing logits may take, None half of what is
-    free. Memory otherwise is that of one expert or PIECE_BYTES, whichever is more, a few times.
+    free; memory otherwise is that of one expert or PIECE_BYTES, whichever is more, a few times. `tell` hears of the
+    bytes done and in all.
     Raises UsageError when the model is none that can be expressed here, MoeLmError when its files are damaged or the
     proof fails; nothing is left at `run_dir` then.
     """
@@ -47,10 +53,11 @@ def import_folder(
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
     outputs = outputs_of_ours(folder, pairs, DTYPES[dtype] if dtype else None)
+    meter = Meter(tell or no_one, sum(output.size for output in outputs))
 
     def write_tensors(path: Path) -> None:
         path.mkdir()
-        write_files(path, outputs, {"format": "pt"}, FILE_BYTES)
+        write_files(path, meter.watch(outputs), {"format": "pt"}, FILE_BYTES)
 
     files: dict[str, checkpoint.Content] = {
         "model.yaml": dump_config(config),
@@ -73,7 +80,7 @@ def import_folder(
             tokenizer=words,
             tokenizer_of_theirs=tokenizer or source,
         )
-        proof = prove(case, notes, proof_bytes)
+        proof = prove(case, notes, proof_bytes, meter)
         proof.write(unfinished)
     return proof
 

@@ -20,7 +20,7 @@ from moe_lm.interop.families import Family
 from moe_lm.interop.hf_folder import HFFolder
 from moe_lm.interop.hf_tensors import Pair, TensorSource
 from moe_lm.interop.logits import Comparison, compare
-from moe_lm.interop.transfer import audit
+from moe_lm.interop.transfer import Meter, audit
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 
@@ -76,12 +76,12 @@ class Proof:
         return "\n".join([*lines, *(f"not proven: {line}" for line in self.not_proven)])
 
 
-def prove(case: Case, notes: Sequence[str], max_bytes: int | None) -> Proof:
+def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter | None = None) -> Proof:
     """Audit the tensors, then compare logits and experts within `max_bytes` of memory (None: half of what is free).
 
     Raises MoeLmError saying what differs.
     """
-    audited = audit(case.ours, case.theirs, case.pairs, case.ours if case.importing else case.theirs)
+    audited = audit(case.ours, case.theirs, case.pairs, case.ours if case.importing else case.theirs, meter)
     known: dict[str, Any] = {
         "what": case.what,
         "family": case.family.model_type,

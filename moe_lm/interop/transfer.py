@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,33 @@ from moe_lm.errors import MoeLmError
 from moe_lm.interop.hf_tensors import Pair, Part, TensorSource
 from moe_lm.interop.safetensors_file import Output, as_bytes, pieces_of
 
+Tell = Callable[[int, int | None], None]  # bytes done, and in all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def no_one(done: int, total: int | None) -> None:
+    """Whom a meter tells when nobody watches."""
+
+
+class Meter:
+    """Tells how many bytes were carried and audited, of how many: every byte counts once in each."""
+
+    def __init__(self, tell: Tell, carried: int) -> None:
+        self._tell, self._total, self._done = tell, 2 * carried, 0
+
+    def add(self, piece: Tensor) -> None:
+        self._done += piece.nbytes
+        self._tell(self._done, max(self._done, self._total))
+
+    def watch(self, outputs: Sequence[Output]) -> list[Output]:
+        """The same outputs, whose pieces are counted while they are made."""
+
+        def counted(output: Output) -> Iterator[Tensor]:
+            for piece in output.pieces():
+                yield piece
+                self.add(piece)
+
+        return [output._replace(pieces=partial(counted, output)) for output in outputs]
 
 
 class Audit(NamedTuple):
@@ -39,7 +65,9 @@ def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dt
     ]
 
 
-def audit(ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource) -> Audit:
+def audit(
+    ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource, meter: Meter | None = None
+) -> Audit:
     """Read both sides again and compare every value in the data type of the side that was `written`.
 
     Raises MoeLmError naming the first tensor that differs, is missing, or is there without being asked for.
@@ -61,6 +89,8 @@ def audit(ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], writt
                 if as_bytes(our_piece.to(dtype)) != as_bytes(their_piece.to(dtype)):
                     raise MoeLmError(f"the audit failed: {pair.ours} and {part.name} differ")
                 values += our_piece.numel()
+                if meter:
+                    meter.add(our_piece)
     return Audit(len(pairs), len({part.name for pair in pairs for part in pair.parts}), values)
 
 

@@ -133,7 +133,13 @@ def test_first_layers_are_compared_where_the_whole_does_not_fit(tmp_path: Path, 
     assert all(comparison.expert_choices == 512 for comparison in proof.logits)
     assert [line.split(":")[0] for line in proof.not_proven] == ["logits after layer 2"]
 
-    proof = import_folder(folder, tmp_path / "run2", proof_bytes=bytes_to_compare(config, 1))
+    told: list[tuple[int, int | None]] = []
+    proof = import_folder(
+        folder, tmp_path / "run2", proof_bytes=bytes_to_compare(config, 1), tell=lambda *bytes_: told.append(bytes_)
+    )
+    done = [carried for carried, _ in told]
+    assert done == sorted(done)
+    assert told[-1] == (2 * proof.values_equal * 4,) * 2  # written and audited, in float32
     assert proof.layers == "no"
     assert proof.logits == ()
     assert proof.values_equal > 0

@@ -115,6 +115,20 @@ def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_pat
     assert moe_lm("eval", tmp_path / "tuned", tmp_path / "chat.jsonl").code == 2  # conversations have no field `text`
     assert moe_lm("eval", tmp_path / "tuned", note).code == 0
 
+    _, err = watched("export", tmp_path / "tuned", tmp_path / "published")
+    assert "deepspeed" not in err
+    assert transformers_continues(tmp_path / "published", "ba") == moe_lm(*sampling).out.removesuffix("\n")
+
+
+def transformers_continues(folder: Path, prompt: str) -> str:
+    """What the exported model writes after a prompt, greedily, with the exported tokenizer, until it ends."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    written = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(written, skip_special_tokens=True))
+
 
 @pytest.mark.slow
 def test_quickstart_on_a_text_of_ones_own_and_again(tmp_path: Path, moe_lm: MoeLm) -> None:
