@@ -5,6 +5,7 @@ An answer is never cut. A conversation that is too long is left out and counted,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,11 +106,12 @@ def _rendered(
     dialogue: Dialogue, tokenizer: Tokenizer, sequence_length: int, shorten: bool
 ) -> tuple[Dialogue, list[int], list[bool]] | None:
     """The conversation, or its longest end that fits, with its ids and which of them are trained on; None: neither."""
-    for candidate in (dialogue, *(_ends(dialogue) if shorten else ())):
-        ids, trained = render(candidate, tokenizer)
-        if len(ids) - 1 <= sequence_length:
-            return candidate, ids, trained
-    return None
+    ids, trained = render(dialogue, tokenizer)
+    if len(ids) - 1 <= sequence_length:
+        return dialogue, ids, trained
+    ends = list(_ends(dialogue)) if shorten else []
+    first = bisect_left(ends, True, key=lambda end: len(render(end, tokenizer)[0]) - 1 <= sequence_length)
+    return (ends[first], *render(ends[first], tokenizer)) if first < len(ends) else None
 
 
 def _ends(dialogue: Dialogue) -> Iterator[Dialogue]:

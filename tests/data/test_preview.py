@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ import pytest
 from rich.console import Console
 
 from moe_lm.chat_config import ChatDataConfig
+from moe_lm.config import FinetuneConfig
+from moe_lm.config_file import load_config
+from moe_lm.data.conversations import read_dialogues
 from moe_lm.data.examples import Conversation, read_chat
+from moe_lm.data.files import Report
 from moe_lm.data.preferences import read_preferences
 from moe_lm.data.preview import masked_text, show_conversations, show_pairs
 from moe_lm.data.targets import IGNORE
@@ -78,6 +83,19 @@ def test_figures_of_each_source_and_of_what_was_left_out(tmp_path: Path, tiny_to
         "1 skipped: longer than sequence_length=64 (first: one.jsonl:2)",
         "1 skipped: no words of an assistant (first: one.jsonl:3)",
     ]
+
+
+def test_the_recipe_of_a_mixture_reads_its_sets(shared_data: Path) -> None:
+    recipe = Path(__file__).parents[2] / "configs" / "finetune" / "mixed.yaml"
+    config = load_config(FinetuneConfig, recipe).data
+    report = Report()
+    for source in config.train:
+        here = source.model_copy(update={"path": str(shared_data / "chat" / Path(source.path or "").name)})
+        found = list(islice(read_dialogues([here], report), 20))
+        assert len(found) == 20
+    assert report.skipped == {}
+    assert found[0].content.messages[0]["content"].startswith("译成现代汉语：阴阳天地")
+    assert config.weights == [2.0, 2.0, 1.0]
 
 
 def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

@@ -145,6 +145,24 @@ def test_what_was_skipped_is_said(finetune_config: Path, tmp_path: Path, moe_lm:
     assert "no messages, conversations, instruction with output, or prompt with completion" in done.out
 
 
+def test_sources_are_mixed_by_their_weights(
+    finetune_config: Path, tmp_path: Path, tiny_tokenizer: Tokenizer, moe_lm: MoeLm
+) -> None:
+    long = {"prompt": "say much", "completion": "and " * 30}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    sources = f"[{{path: {tmp_path}/chat.jsonl, weight: 1}}, {{path: {tmp_path}/long.jsonl, weight: 3}}]"
+    overrides = [f"data.train={sources}", "data.validation_fraction=0", "train.steps=3"]
+    assert moe_lm("finetune", finetune_config, *overrides).code == 0
+    config = load_config(FinetuneConfig, finetune_config, overrides)
+    items, settings = (
+        read_chat(config.data, tiny_tokenizer).train,
+        (64, 8, config.train.seed, True, tiny_tokenizer.pad_id),
+    )
+    mixed, plain = ChatBatches(items, *settings, weights=[1.0, 3.0]), ChatBatches(items, *settings)
+    targets = [[batches.batch(step, range(8)).num_targets for step in range(3)] for batches in (mixed, plain)]
+    assert [line["targets"] for line in metrics(tmp_path / "run") if "targets" in line] == targets[0] != targets[1]
+
+
 def test_preview_shows_what_would_be_trained_on_and_trains_nothing(
     finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
