@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_lm.errors import UsageError
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
@@ -37,11 +39,23 @@ def import_(
     dtype: Dtype = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, where it is another one.")] = None,
     proof_memory: ProofMemory = None,
+    base: Annotated[Path | None, typer.Option(help="Of an adapter of peft's: the run that it stands beside.")] = None,
 ) -> None:
-    """Make a run of a Hugging Face folder, proven equal; for finetune, sample, chat, eval and export."""
+    """Make a run of a Hugging Face folder, proven equal, or of an adapter of peft's."""
+    target = run_dir or Path("runs") / hf_dir.resolve().name
+    if (hf_dir / "adapter_config.json").is_file():
+        from moe_lm.interop.peft_adapter import import_adapter
+
+        _refuse(
+            {"--dtype": dtype, "--tokenizer": tokenizer, "--proof-memory": proof_memory}, f"the adapter in {hf_dir}"
+        )
+        print(import_adapter(hf_dir, base, target))
+        print(f"wrote {target}")
+        return
+    if base is not None:
+        raise UsageError(f"{hf_dir} holds no adapter_config.json, so it needs no --base; leave {base} out")
     from moe_lm.interop.importing import import_folder
 
-    target = run_dir or Path("runs") / hf_dir.resolve().name
     with _bar("importing") as tell:
         proof = import_folder(hf_dir, target, dtype, tokenizer, _gib(proof_memory), tell)
     print(proof)
@@ -73,13 +87,23 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     family: Annotated[
-        str | None, typer.Option("--format", metavar="FAMILY", help="Like dots1; without, the nearest that fits.")
+        str | None,
+        typer.Option(
+            "--format", metavar="FAMILY", help="Like dots1, or peft for adapters; without, the nearest that fits."
+        ),
     ] = None,
     dtype: Dtype = None,
     base: BasePath = None,
     proof_memory: ProofMemory = None,
 ) -> None:
-    """Make a Hugging Face folder of a run, proven equal; for transformers, vLLM, llama.cpp."""
+    """Make a Hugging Face folder of a run, proven equal; for transformers, vLLM, llama.cpp, peft."""
+    if family == "peft":
+        from moe_lm.interop.peft_adapter import export_adapter
+
+        _refuse({"--dtype": dtype, "--proof-memory": proof_memory}, "--format peft")
+        print(export_adapter(run, out, base))
+        print(f"wrote {out}")
+        return
     from moe_lm.interop.exporting import export_run
 
     with _bar("exporting") as tell:
@@ -101,6 +125,12 @@ def _bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
             yield advance
     else:
         yield lambda done, total: None
+
+
+def _refuse(options: dict[str, object], where: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} {value} has no meaning for {where}; leave it out")
 
 
 def _gib(value: float | None) -> int | None:
