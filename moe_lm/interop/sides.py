@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moe_lm.train.checkpoint import MODEL_PREFIX
 TOKENS = 512
 LONGEST_ROW = 128
 DISTURBANCE = 1e-7  # relative: about one rounding in float32
+CONTAINER = Path("/sys/fs/cgroup")
 OVERHEAD = 1.5  # activations, and their experts while they are put together
 CONVERSATION = [{"role": "user", "content": "1 < 2?"}, {"role": "assistant", "content": "Yes."}]
 
@@ -122,8 +123,11 @@ def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, See
 
 
 @torch.inference_mode()
-def run_theirs(folder: Path, layers: int, texts: Mapping[str, Tensor]) -> dict[str, Seen]:
-    """The same of their first `layers` layers. Raises MoeLmError when the library finds tensors missing."""
+def run_theirs(folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor]) -> dict[str, Seen]:
+    """The same of their first `layers` layers, with so many routers.
+
+    Raises MoeLmError when the library finds tensors missing, or does not show what the routers chose.
+    """
     model = _their_model(folder, layers)
     chosen: list[Tensor] = []
     for module in model.modules():
@@ -133,6 +137,11 @@ def run_theirs(folder: Path, layers: int, texts: Mapping[str, Tensor]) -> dict[s
     for name, tokens in texts.items():
         chosen.clear()
         logits = model(input_ids=tokens, use_cache=False).logits
+        if len(chosen) != routers:
+            raise MoeLmError(
+                f"the proof failed: transformers shows what {len(chosen)} of {routers} routers chose; its version is "
+                "not one that can be compared with, install 5.23"
+            )
         seen[name] = Seen(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [], 0.0)
     return seen
 
@@ -203,9 +212,13 @@ def _gib(config: ModelConfig) -> str:
 
 
 def _free_bytes() -> int:
-    """Memory that the system can give without swapping."""
+    """Memory that the system, or the container that this runs in, can give without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free

@@ -272,6 +272,20 @@ def test_without_transformers_it_is_said(
     assert "values equal" in str(proof)
 
 
+def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free decides how many layers are compared."""
+    config = ModelConfig(**SHAPE | MOE)
+    monkeypatch.setattr(sides, "CONTAINER", tmp_path)
+    assert sides.layers_that_fit(config, None) == (2, "")
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sides.layers_that_fit(config, None) == (2, "")
+    (tmp_path / "memory.max").write_text(f"{1000 + 2 * sides.bytes_to_compare(config, 1)}\n")
+    assert sides.layers_that_fit(config, None)[0] == 1
+    (tmp_path / "memory.max").write_text("1001\n")
+    assert sides.layers_that_fit(config, None)[0] == 0
+
+
 def seen(experts: list[list[int]], logits: list[float], scores: list[float]) -> Seen:
     """One row of one layer and vocabulary."""
     table = torch.tensor(scores).expand(len(experts), -1)
