@@ -299,11 +299,18 @@ def verify(
     # For the tests of this gate: a Python file that every process runs first, with which they plant errors.
     sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
 ) -> None:
-    """Train a small copy of the model in every layout of parallelism and compare it with one process."""
-    from moe_lm.config import PretrainConfig
-    from moe_lm.config_file import load_config
+    """Train a small copy of the model in every layout of parallelism and compare it with one process.
 
-    settings = load_config(PretrainConfig, config, overrides or ())
+    CONFIG is that of a pretraining or a fine-tuning, with its adapters or preferences.
+    """
+    from moe_lm.config import FinetuneConfig, PretrainConfig, RunConfig
+    from moe_lm.config_file import has_key, load_config
+
+    settings: RunConfig
+    if has_key(config, "start_from"):
+        settings = load_config(FinetuneConfig, config, overrides or ())
+    else:
+        settings = load_config(PretrainConfig, config, overrides or ())
 
     from moe_lm.verify import gate
 

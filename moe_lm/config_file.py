@@ -34,6 +34,11 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     return build_config(kind, values, origin=str(path))
 
 
+def has_key(path: Path, key: str) -> bool:
+    """Whether a config file says something of `key`, which tells what kind of run it is of."""
+    return key in _read_yaml(path)
+
+
 def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
     """Check `values` against a config class; `origin` names the file in error messages."""
     try:

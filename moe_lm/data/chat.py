@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.data.batches import Batch, pack
+from moe_lm.data.batches import Batch
 from moe_lm.data.examples import Conversation
 from moe_lm.data.mixing import Mixture
-from moe_lm.data.targets import IGNORE
+from moe_lm.data.packing import pack_documents, pack_rows
 
 
 class ChatBatches:
@@ -99,45 +97,6 @@ class _Rows:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers; a number past the last row gives padding."""
-        input_ids = np.full((len(numbers), self._length), self._pad_id, np.int64)
-        targets = np.full_like(input_ids, IGNORE)
-        bounds = []
-        for row, number in enumerate(numbers):
-            end = 0
-            bounds.append(row * self._length)
-            for index in self._rows[number] if number < len(self._rows) else ():
-                item = self._conversations[index]
-                begin, end = end, end + len(item.input_ids)
-                input_ids[row, begin:end] = item.input_ids
-                targets[row, begin:end] = item.targets
-                if self._separate:
-                    bounds.append(row * self._length + end)
-            bounds.append(row * self._length + end)
-        bounds.append(input_ids.size)
-        return pack(input_ids, targets, np.unique(bounds))
-
-
-def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into as few rows as best-fit-decreasing finds: longest first, each where the least room is left over.
-
-    Returns the items of each row. Raises nothing: every length has to be at most `capacity`.
-    """
-    rows: list[list[int]] = []
-    rows_with_room: dict[int, list[int]] = defaultdict(list)
-    rooms: list[int] = []  # the keys of rows_with_room that have rows, ascending
-    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = bisect_left(rooms, lengths[item])
-        if place == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = rooms[place]
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                del rooms[place]
-        rows[row].append(item)
-        left = room - lengths[item]
-        if not rows_with_room[left]:
-            insort(rooms, left)
-        rows_with_room[left].append(row)
-    return rows
+        rows = [[self._conversations[index] for index in self._rows[n]] if n < len(self._rows) else [] for n in numbers]
+        batch, _ = pack_documents(rows, self._length, self._pad_id, self._separate)
+        return batch

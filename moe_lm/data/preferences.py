@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from moe_lm.chat_config import ChatDataConfig, ChatSource
 from moe_lm.data import formats
-from moe_lm.data.batches import Batch, pack
-from moe_lm.data.chat import pack_rows
+from moe_lm.data.batches import Batch
 from moe_lm.data.conversations import nothing_usable, read_pairs, split_held_out
 from moe_lm.data.examples import render
 from moe_lm.data.files import Report
 from moe_lm.data.formats import Dialogue, Message
 from moe_lm.data.mixing import Mixture
+from moe_lm.data.packing import pack_documents, pack_rows
 from moe_lm.data.targets import IGNORE, next_tokens
 from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
@@ -115,27 +115,16 @@ class PairRows:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers; a number past the last row gives padding."""
-        pairs = self.pairs_of(numbers)
-        input_ids = np.full((len(numbers), self._length), self._pad_id, np.int64)
-        targets = np.full_like(input_ids, IGNORE)
-        answers = np.full_like(input_ids, SIDES * len(pairs))
-        bounds, answer = [0], 0
-        for row, number in enumerate(numbers):
-            end = 0
-            for index in self._rows[number] if number < len(self._rows) else ():
-                for side in self.pairs[index].sides:
-                    begin, end = end, end + len(side.input_ids)
-                    input_ids[row, begin:end] = side.input_ids
-                    targets[row, begin:end] = side.targets
-                    answers[row, begin:end] = answer
-                    bounds.append(row * self._length + end)
-                    answer += 1
-            bounds.append((row + 1) * self._length)
-        return replace(
-            pack(input_ids, targets, np.unique(bounds)),
-            answers=torch.from_numpy(answers),
-            reference=torch.from_numpy(self.reference[pairs]),
-        )
+        rows = [self._rows[number] if number < len(self._rows) else [] for number in numbers]
+        packed = pack_pairs([[self.pairs[index] for index in row] for row in rows], self._length, self._pad_id)
+        return replace(packed, reference=torch.from_numpy(self.reference[self.pairs_of(numbers)]))
+
+
+def pack_pairs(rows: Sequence[Sequence[Pair]], length: int, pad_id: int) -> Batch:
+    """A batch of rows that hold these pairs, each answer a document of its own; the reference knows nothing yet."""
+    batch, answers = pack_documents([[side for pair in row for side in pair.sides] for row in rows], length, pad_id)
+    reference = torch.zeros(sum(map(len, rows)), SIDES)
+    return replace(batch, answers=torch.from_numpy(answers), reference=reference)
 
 
 class PreferenceBatches:

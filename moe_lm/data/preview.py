@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moe_lm.chat_config import ChatDataConfig
 from moe_lm.data.examples import ChatData
+from moe_lm.data.packing import Document
 from moe_lm.data.preferences import PreferenceData
 from moe_lm.data.targets import IGNORE
 from moe_lm.tokenization import Tokenizer
@@ -23,15 +21,6 @@ TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"
 MARKS = "⟦", "⟧"  # around what is trained on, where there are no colours
 # A terminal would obey these, and an example would not look as it is.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
-
-
-class Sequenced(Protocol):
-    """Tokens with targets, as `next_tokens` gives them."""
-
-    @property
-    def input_ids(self) -> NDArray[np.int32]: ...
-    @property
-    def targets(self) -> NDArray[np.int32]: ...
 
 
 def show_conversations(
@@ -77,7 +66,7 @@ def show_skipped(console: Console, lines: Iterable[str]) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Sequenced) -> None:
+def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Document) -> None:
     """Print the tokens of an example: in colour those that are trained on, or between marks where there is none."""
     trained = int((example.targets != IGNORE).sum())
     console.print(Text(f"{title}: {len(example.targets) + 1} tokens, {trained} trained on", style="bold"))
@@ -85,7 +74,7 @@ def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Se
     console.print()
 
 
-def masked_text(tokenizer: Tokenizer, example: Sequenced, marks: bool) -> Text:
+def masked_text(tokenizer: Tokenizer, example: Document, marks: bool) -> Text:
     """The text of an example as it is trained on, special tokens included.
 
     What is trained on is bold, and with `marks` it stands between ⟦ and ⟧.
@@ -113,7 +102,7 @@ def _table(counted: str, *further: str) -> Table:
     return table
 
 
-def _figures(items: Sequence[Sequenced]) -> list[str]:
+def _figures(items: Sequence[Document]) -> list[str]:
     """Examples, tokens, how many of those are trained on, and the tokens of the longest example."""
     tokens = sum(len(item.input_ids) for item in items)
     trained = sum(int((item.targets != IGNORE).sum()) for item in items)

@@ -200,6 +200,8 @@ class _Zero:
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""
         if self.stage == 3:
+            # After a forward pass, as that of a reference, some whole weights are still here, and are the old ones.
+            self.optimizer.parameter_offload.partition_all_parameters()
             for index in range(len(self.flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         else:

@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_lm.config import ParallelConfig, PretrainConfig
+from moe_lm.config import FinetuneConfig, ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.device import pick_device
+from moe_lm.model_config import ModelConfig
 from moe_lm.verify.compare import Comparison, Tolerance, compare, read_steps
 from moe_lm.verify.layouts import PLAN, Layout, Plan, all_layouts, select
 from moe_lm.verify.ranks import run_ranks
-from moe_lm.verify.scale import AVOIDED, small_model, training
+from moe_lm.verify.scale import AVOIDED, small_lora, small_model, strong_preference, training
 
 WORLD_SIZES = (1, 2, 4)
 SKEW = 1.5  # the fullest expert gets at least this many times its share
@@ -50,6 +51,8 @@ class Report:
             "tolerance": {"loss": self.tolerance.loss, "tensor": self.tolerance.tensor},
             "seconds": round(self.seconds, 1),
             "model": self.plan.model.model_dump(mode="json"),
+            "lora": self.plan.lora and self.plan.lora.model_dump(mode="json"),
+            "preference": self.plan.preference and self.plan.preference.model_dump(mode="json"),
             "train": self.plan.train.model_dump(mode="json"),
             "layouts": [
                 {**layout.model_dump(include={"name", "world_size", "parallel", "like"}), **comparison.as_json()}
@@ -59,7 +62,7 @@ class Report:
 
 
 def verify(
-    config: PretrainConfig,
+    config: RunConfig,
     world_sizes: Sequence[int] | None = None,
     quick: bool = False,
     only: Sequence[str] = (),
@@ -76,10 +79,12 @@ def verify(
     if device != "cuda":
         device = "cpu"  # DeepSpeed knows no other
     world_sizes = check_devices(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
-    model, train = small_model(config.model), training(config)
+    model, train = small_model(model_of(config)), training(config)
     layouts = all_layouts(model, world_sizes, quick)
     plan = Plan(
         model=model,
+        lora=small_lora(config.lora) if isinstance(config, FinetuneConfig) else None,
+        preference=strong_preference(config.preference) if isinstance(config, FinetuneConfig) else None,
         train=train,
         parallel=ParallelConfig.model_validate({"device": device, "timeout_seconds": timeout_seconds}),
         layouts=select(layouts, only) if only else layouts,
@@ -114,6 +119,15 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def model_of(config: RunConfig) -> ModelConfig:
+    """The model that the config trains; that of a fine-tuning comes with its start."""
+    if isinstance(config, PretrainConfig):
+        return config.model
+    from moe_lm.train import finetune
+
+    return finetune.model_of(config, finetune.starting_point(config))
 
 
 def check_reference(steps: list[dict[str, Any]], plan: Plan) -> None:
@@ -183,7 +197,7 @@ def parse_world_sizes(text: str | None) -> list[int] | None:
 
 
 def run(
-    config: PretrainConfig,
+    config: RunConfig,
     world_sizes: str | None,
     quick: bool,
     only: Sequence[str],

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from moe_lm.config import ParallelConfig, TrainConfig
+from moe_lm.config import ParallelConfig, PreferenceConfig, TrainConfig
 from moe_lm.errors import UsageError
+from moe_lm.lora_config import LoraConfig
 from moe_lm.model_config import ModelConfig
 from moe_lm.section import Section
 from moe_lm.verify.scale import STEPS
@@ -48,6 +49,8 @@ class Plan(Section):
     """What the workers of a gate are to do."""
 
     model: ModelConfig
+    lora: LoraConfig | None = None
+    preference: PreferenceConfig | None = None
     train: TrainConfig
     parallel: ParallelConfig
     layouts: list[Layout]

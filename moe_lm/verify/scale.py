@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_lm.config import BalanceConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, TrainConfig
+from moe_lm.config import BalanceConfig, OptimizerConfig, PreferenceConfig, RunConfig, ScheduleConfig, TrainConfig
+from moe_lm.lora_config import LoraConfig
+from moe_lm.model.transformer import generator_of
 from moe_lm.model_config import ModelConfig
 
 if TYPE_CHECKING:  # the command that only starts processes does not import what they run
@@ -22,6 +24,7 @@ REACH = 3  # times the positions that rotary scaling begins from
 PAD = 2
 FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts whose router bias makes them get most tokens, and none at all
 LIKED, HATED = 0.3, -100.0
+ADAPTED = 0.1  # standard deviation of the second factors of adapters
 
 
 def small_model(model: ModelConfig) -> ModelConfig:
@@ -82,13 +85,24 @@ def _routing(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def training(config: PretrainConfig) -> TrainConfig:
+def small_lora(lora: LoraConfig | None) -> LoraConfig | None:
+    """The same adapters, of a rank that suits the small model."""
+    return lora and lora.model_copy(update={"rank": min(lora.rank, 4)})
+
+
+def strong_preference(preference: PreferenceConfig | None) -> PreferenceConfig | None:
+    """The same loss, with a beta that gives it gradients long enough to be clipped."""
+    return preference and preference.model_copy(update={"beta": max(preference.beta, 0.5)})
+
+
+def training(config: RunConfig) -> TrainConfig:
     """A few steps in which every part of the update does something that can be seen.
 
     All balance terms are on, with weights that matter, whatever the config gives them: in it they may be too small for
     a wrong one to show. AdamW, since it is what every engine has; its eps is not tiny, because a gradient that is
     rounding noise alone would otherwise move a weight as far as a real one.
     """
+    sampling = config.train.scheduled_sampling
     return TrainConfig(
         steps=STEPS,
         global_batch_size=BATCH,
@@ -96,6 +110,8 @@ def training(config: PretrainConfig) -> TrainConfig:
         precision="bfloat16" if config.train.precision == "bfloat16" else "float32",
         optimizer=OptimizerConfig(lr=0.01, betas=config.train.optimizer.betas, eps=1e-4),
         schedule=ScheduleConfig(name="constant", warmup_steps=2),
+        freeze_router=config.train.freeze_router,
+        scheduled_sampling=sampling and sampling.model_copy(update={"ramp_steps": 0}),
         balance=BalanceConfig(bias_update_rate=0.01, sequence_loss=0.3, batch_loss=0.5, z_loss=0.1),
         clip_norm=0.5,  # every step's gradient is longer; the gate makes sure
     )
@@ -103,8 +119,17 @@ def training(config: PretrainConfig) -> TrainConfig:
 
 @torch.no_grad()
 def initialise(placed: PlacedModel, seed: int) -> None:
-    """The weights of step 0, with a router that prefers one expert and avoids another."""
+    """The weights of step 0, with a router that prefers one expert and avoids another, and adapters that do something.
+
+    An adapter's second factor begins at zero, and would leave the first without a gradient.
+    """
     placed.initialise(seed)
+    placed.initialise_adapters(seed)
+    for name, factor in placed.model.named_parameters():
+        if name.endswith("lora_B"):
+            parts = enumerate(factor, placed.first_expert) if ".experts." in name else [(0, factor)]
+            for expert, part in parts:
+                part.copy_(torch.randn(part.shape, generator=generator_of(f"{seed}/{name}/{expert}")) * ADAPTED)
     for layer in placed.model.moe_layers:
         layer.gate.e_score_correction_bias[FAVOURED] += LIKED
         layer.gate.e_score_correction_bias[AVOIDED] += HATED

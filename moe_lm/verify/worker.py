@@ -22,7 +22,7 @@ from moe_lm.parallel.topology import current_topology, join, leave
 from moe_lm.parallel.watch import end_with_parent
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
-from moe_lm.verify.documents import DOCUMENTS, Documents
+from moe_lm.verify.documents import DOCUMENTS, Documents, Pairs, Source
 from moe_lm.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.verify.scale import PAD, initialise
 
@@ -47,14 +47,15 @@ def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
     """The steps of one layout, from the beginning or from another one's checkpoint."""
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
-    placed = place_model(plan.model, parallel)
+    placed = place_model(plan.model, parallel, plan.lora, train.freeze_router)
     initialise(placed, train.seed)
-    engine = build_engine(placed, train, parallel, PAD)
+    engine = build_engine(placed, train, parallel, PAD, plan.preference)
+    batches: Source = Pairs(train.seed, layout.packed) if plan.preference else Documents(train.seed, layout.packed)
+    batches.prepare(engine, layout.steps)
     if layout.load_from is not None:
         state = engine.state()
         checkpoint.load(checkpoint.resolve(folder / layout.load_from), state)
         engine.load_state(state)
-    batches = Documents(train.seed, layout.packed)
     gradients: dict[str, Tensor] = {}
     engine.on_gradients = lambda: gradients.update(whole(engine.gradients()))
     steps = []

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from moe_lm.chat_config import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.data.chat import ChatBatches, chat_evaluation_batches, pack_rows
+from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
 from moe_lm.data.mixing import MIX_BLOCK
+from moe_lm.data.packing import pack_rows
 from moe_lm.data.sources import Report
 from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
