@@ -83,9 +83,9 @@ class Pairs:
         return pack_pairs([self._pairs(step, rows[n : n + 1]) for n in range(len(rows))], LENGTH, PAD)
 
     def _pairs(self, step: int, rows: range) -> list[Pair]:
-        """Those in these rows, in order."""
+        """Those in these rows, in order; halves of the rows have unequally many."""
         places = range(rows.start * DOCUMENTS, rows.stop * DOCUMENTS) if self.packed else rows
-        return [self._pair(step, place) for place in places if (step + place) // DOCUMENTS % 4 != 1]
+        return [self._pair(step, place) for place in places if (step + place) // DOCUMENTS % 3 != 1]
 
     def _pair(self, step: int, place: int) -> Pair:
         draw = np.random.default_rng([self.seed, step, place])

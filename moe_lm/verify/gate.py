@@ -80,7 +80,7 @@ def verify(
         device = "cpu"  # DeepSpeed knows no other
     world_sizes = check_devices(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
     model, train = small_model(model_of(config)), training(config)
-    layouts = all_layouts(model, world_sizes, quick)
+    layouts = all_layouts(model, train, world_sizes, quick)
     plan = Plan(
         model=model,
         lora=small_lora(config.lora) if isinstance(config, FinetuneConfig) else None,

@@ -57,7 +57,7 @@ class Plan(Section):
     sabotage: Path | None = None  # a Python file to run first, with which the gate's tests plant errors
 
 
-def all_layouts(model: ModelConfig, world_sizes: list[int], quick: bool) -> list[Layout]:
+def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], quick: bool) -> list[Layout]:
     """In the order in which they can run: the largest world first, since smaller ones go on from its checkpoints."""
     layouts = []
     for world_size in sorted({*world_sizes, 1}, reverse=True):
@@ -65,7 +65,8 @@ def all_layouts(model: ModelConfig, world_sizes: list[int], quick: bool) -> list
             layouts += _one_process(model, quick, deepspeed=1 in world_sizes)
         else:
             layouts += _many(world_size, model, quick)
-    if model.capacity_factor is not None:  # room is counted by the row
+    # An expert's room is counted by the row, and own tokens are drawn by row and position: packing changes both.
+    if model.capacity_factor is not None or train.scheduled_sampling is not None:
         layouts = [layout for layout in layouts if layout.sequence_loss]
     saved: set[str | None] = {None}
     possible = []

@@ -86,8 +86,9 @@ def _routing(model: ModelConfig) -> dict[str, int]:
 
 
 def small_lora(lora: LoraConfig | None) -> LoraConfig | None:
-    """The same adapters, of a rank that suits the small model."""
-    return lora and lora.model_copy(update={"rank": min(lora.rank, 4)})
+    """The same adapters, of a rank that suits the small model, and no louder: alpha magnifies rounding too."""
+    rank = min(lora.rank, 4) if lora else 0
+    return lora and lora.model_copy(update={"rank": rank, "alpha": float(rank)})
 
 
 def strong_preference(preference: PreferenceConfig | None) -> PreferenceConfig | None:
