@@ -73,7 +73,9 @@ class DataConfig(Section):
 class BalanceConfig(Section):
     """How expert load is kept even. The bias moves by a fixed rate; the losses are added to the training loss."""
 
-    bias_update_rate: float = Field(default=1e-3, ge=0, description="DeepSeek-V3's gamma; 0 turns the bias off")
+    bias_update_rate: float = Field(
+        default=1e-3, ge=0, description="DeepSeek-V3's gamma; 0, in fine-tuning the default, leaves biases as they are"
+    )
     sequence_loss: float = Field(default=1e-4, ge=0, description="DeepSeek-V3's sequence-wise alpha")
     batch_loss: float = Field(default=0.0, ge=0, description="auxiliary loss over the global batch (Switch, GShard)")
     z_loss: float = Field(default=0.0, ge=0, description="ST-MoE's router z-loss")
@@ -234,6 +236,15 @@ class FinetuneConfig(Section):
     def row_length(self) -> int:
         """Tokens of a row of a batch; one of pairs has room for both answers."""
         return self.data.sequence_length * (1 if self.preference is None else 2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_router_biases(cls, values: Any) -> Any:
+        """A model's balance was found in pretraining, and most families of public models have no bias to give back."""
+        train = values.get("train") if isinstance(values, dict) else None
+        if not isinstance(train, dict) or not isinstance(balance := train.get("balance", {}), dict):
+            return values
+        return {**values, "train": {**train, "balance": {"bias_update_rate": 0.0, **balance}}}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

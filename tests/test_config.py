@@ -295,6 +295,16 @@ def test_dump_and_load_give_the_same_config(
     assert load_config(kind, path) == config
 
 
+def test_fine_tuning_leaves_router_biases_as_they_are_unless_told() -> None:
+    assert FinetuneConfig.model_validate(FINETUNE).train.balance.bias_update_rate == 0
+    asked = FINETUNE | {"train": FINETUNE["train"] | {"balance": {"bias_update_rate": 0.01, "z_loss": 0.1}}}
+    assert FinetuneConfig.model_validate(asked).train.balance.bias_update_rate == 0.01
+    other = FINETUNE | {"train": FINETUNE["train"] | {"balance": {"z_loss": 0.1}}}
+    balance = FinetuneConfig.model_validate(other).train.balance
+    assert (balance.bias_update_rate, balance.z_loss) == (0, 0.1)
+    assert PretrainConfig.model_validate(PRETRAIN).train.balance.bias_update_rate == 1e-3
+
+
 def test_moe_layers_follow_first_dense_and_frequency() -> None:
     model = ModelConfig(**(MODEL | {"num_hidden_layers": 6, "moe_layer_freq": 2}))
     assert model.moe_layers == [2, 4]

@@ -47,8 +47,8 @@ def import_folder(
     new = [pair.ours for pair in pairs if not pair.parts]
     if new:
         notes.append(
-            f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so train with "
-            "train.balance.bias_update_rate=0 what shall be exported again"
+            f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so leave "
+            "train.balance.bias_update_rate at 0 for what shall be exported again"
         )
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
