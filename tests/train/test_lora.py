@@ -170,6 +170,13 @@ def test_adapters_can_begin_beside_adapters(lora_config: Path, tmp_path: Path, p
     assert moe_lm("sample", whole, "--prompt", "x", "--max-new-tokens", 2).code == 0
 
 
+def test_the_recipe_is_one(tmp_path: Path, pretrained: Path, moe_lm: MoeLm) -> None:
+    recipe = Path(__file__).parents[2] / "configs" / "finetune" / "lora.yaml"
+    done = moe_lm("finetune", recipe, f"start_from={pretrained}", f"run_dir={tmp_path / 'run'}", "--dry-run")
+    assert done.code == 0
+    assert "if all weights were trained" in done.out
+
+
 # Going on
 
 
