@@ -4,6 +4,7 @@
 #   bash launch/deepspeed.sh CONFIG [key=value ...]
 #
 # Needs: ssh without a password to each host; this folder, CONFIG and run_dir under the same paths on all of them.
+#   VERB           what is run; default pretrain, else finetune
 #   HOSTFILE       lines `host slots=processes`; default launch/hostfile (an example: launch/hostfile.example)
 #   MASTER_ADDR    address of the first host; default: the first that `hostname -I` names there
 #   MASTER_PORT    default 29500
@@ -29,4 +30,4 @@ command -v deepspeed >/dev/null || stop "moe-lm is not installed; run: bash laun
 # --no_local_rank: the rank is in the environment.
 exec deepspeed --log_level warning --force_multi --hostfile "$hostfile" \
     --master_addr "${MASTER_ADDR:-}" --master_port "${MASTER_PORT:-29500}" \
-    --no_local_rank --module moe_lm pretrain "$@"
+    --no_local_rank --module moe_lm "${VERB:-pretrain}" "$@"

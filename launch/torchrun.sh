@@ -3,6 +3,7 @@
 #
 #   MASTER_ADDR=node-a NNODES=2 bash launch/torchrun.sh CONFIG [key=value ...]
 #
+#   VERB           what is run; default pretrain, else finetune
 #   NNODES         machines; default 1
 #   NPROC          processes on this machine; default: one a GPU, without GPUs one a core
 #   MASTER_ADDR    where several machines meet: the name or address of one of them
@@ -33,4 +34,4 @@ command -v torchrun >/dev/null || stop "moe-lm is not installed; run: bash launc
 
 exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$meeting" --rdzv-id "${JOB_ID:-moe-lm}" \
-    --module moe_lm pretrain "$@"
+    --module moe_lm "${VERB:-pretrain}" "$@"

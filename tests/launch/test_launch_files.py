@@ -80,13 +80,15 @@ def test_what_is_missing_is_said_in_a_sentence(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
 
-def test_both_scripts_run_pretrain_with_what_they_were_given(project: Path, tmp_path: Path) -> None:
+def test_both_scripts_run_their_verb_with_what_they_were_given(project: Path, tmp_path: Path) -> None:
     path = programs(tmp_path / "bin")
     (project / "launch" / "hostfile").write_bytes((LAUNCH / "hostfile.example").read_bytes())
     for script in ("deepspeed.sh", "torchrun.sh"):
         done = launch(project, script, "c.yaml", "train.steps=3", PATH=path)
         assert done.stderr == ""
         assert done.stdout.endswith(" --module moe_lm pretrain c.yaml train.steps=3\n")
+        done = launch(project, script, "c.yaml", PATH=path, VERB="finetune")
+        assert done.stdout.endswith(" --module moe_lm finetune c.yaml\n")
 
 
 def run_config(command: str) -> Path:
