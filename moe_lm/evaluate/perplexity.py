@@ -36,6 +36,7 @@ from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 
 BATCH_ROWS = 8  # windows at once
+WINDOW = 2048  # tokens, where no training says how long its rows were
 LOGIT_ROWS = 4096  # positions whose logits are in memory at once
 
 
@@ -77,8 +78,8 @@ class Scorable:
 def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> Evaluation:
     """Score files (text, JSON rows or Parquet, compressed or not), or else the run's own held-out text.
 
-    A text file is one document. Documents longer than the training's sequence length are scored in windows of that
-    length; each window but the first scores `stride` new tokens, by default half of it. A smaller one gives every
+    A text file is one document. Documents longer than the training's sequence length (WINDOW for a model that was not
+    trained here) are scored in windows of that length; each window but the first scores `stride` new tokens, by default half of it. A smaller one gives every
     token more context and takes longer. Products run in the precision of the training. `base` is where the base of
     adapters is when it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
@@ -86,8 +87,9 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
     session = Session.load(run, base=base)
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
-    window = min(config.data.sequence_length, session.model.config.max_position_embeddings)
-    dtype = pick_dtype(config.train.precision, session.model.lm_head.weight.device)
+    window = min(config.data.sequence_length if config else WINDOW, session.model.config.max_position_embeddings)
+    precision = config.train.precision if config else "auto"
+    dtype = pick_dtype(precision, session.model.lm_head.weight.device)
     nll_sum, tokens = score_documents(session.model, text.documents, window, stride, dtype=dtype)
     if not math.isfinite(nll_sum):
         raise MoeLmError(
@@ -185,7 +187,10 @@ def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
     return torch.stack(losses).cpu().double().sum()
 
 
-def _run_config(folder: Path) -> RunConfig:
+def _run_config(folder: Path) -> RunConfig | None:
+    """None for a model that was imported or upcycled, not trained here."""
+    if not checkpoint.verify(folder, "config.yaml"):
+        return None
     values = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     origin = str(folder / "config.yaml")
     if "start_from" in values:
@@ -193,7 +198,9 @@ def _run_config(folder: Path) -> RunConfig:
     return build_config(PretrainConfig, values, origin)
 
 
-def _held_out_documents(run: Path, config: RunConfig, tokenizer: Tokenizer) -> Scorable:
+def _held_out_documents(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> Scorable:
+    if config is None:
+        raise UsageError(f"{run} was not trained here and has no held-out text of its own; give text files to score")
     if isinstance(config, FinetuneConfig):
         raise UsageError(
             f"{run} was fine-tuned on conversations and has no held-out text of its own; give text files to score, "

@@ -34,6 +34,8 @@ def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run
     key = hashlib.sha256(",".join([start, *(item.fingerprint for item in rows)]).encode()).hexdigest()
     pairs = [len(item.pairs) for item in rows]
     kept = Ranks().first(lambda: _read(run_dir / FILE, key, sum(pairs)), ())
+    if kept is None and engine.topology.is_main:
+        print(f"computing what the start gives to {2 * sum(pairs):,} answers, the reference", flush=True)
     found = kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size) for item in rows])
     for item, values in zip(rows, np.split(found, np.cumsum(pairs)[:-1]), strict=True):
         item.reference = values

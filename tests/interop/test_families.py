@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_bfloat16_folder_in_shards_comes_back_as_it_was(
     assert all(bias.dtype == torch.float32 and bias.any() for bias in biases)
     assert len(biases) == (2 if variant == "dots1" else 0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_imported_run_scores_files_but_has_no_text_of_its_own(
+    imported_run: Any, tmp_path: Path, moe_lm: Callable[..., Any]
+) -> None:
+    run = imported_run("qwen3_moe")
+    (tmp_path / "a.txt").write_text("A text to score.", encoding="utf-8")
+    done = moe_lm("eval", run, tmp_path / "a.txt")
+    assert done.code == 0, done.err
+    assert "bits a byte" in done.out
+    done = moe_lm("eval", run)
+    assert done.code == 2
+    assert done.err == (
+        f"error: {run} was not trained here and has no held-out text of its own; give text files to score\n"
+    )
 
 
 def test_float32_import_of_bfloat16_and_bfloat16_export_of_float32(
