@@ -79,9 +79,9 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
     """Score files (text, JSON rows or Parquet, compressed or not), or else the run's own held-out text.
 
     A text file is one document. Documents longer than the training's sequence length (WINDOW for a model that was not
-    trained here) are scored in windows of that length; each window but the first scores `stride` new tokens, by default half of it. A smaller one gives every
-    token more context and takes longer. Products run in the precision of the training. `base` is where the base of
-    adapters is when it has moved.
+    trained here) are scored in windows of that length; each window but the first scores `stride` new tokens, by default
+    half of it. A smaller one gives every token more context and takes longer. Products run in the precision of the
+    training. `base` is where the base of adapters is when it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
     """
     session = Session.load(run, base=base)
