@@ -13,46 +13,70 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then top-p, each where it is set, then a draw. Temperature 0 is greedy.
+    """Penalties, temperature, top-k, top-p, min-p, typical, in this order and each where it is set, then a draw.
 
+    temperature: 0 is greedy, whatever follows it.
     top_k: choose among this many likeliest tokens; more than the vocabulary is the vocabulary.
     top_p: choose among the likeliest tokens that together hold this probability (arXiv 1904.09751), at least one.
+    min_p: choose among tokens at least this share as likely as the likeliest (arXiv 2407.01082).
+    typical_p: choose among the tokens whose surprise is nearest to the expected one and that together hold this
+    probability (arXiv 2202.00666), at least one.
     Raises UsageError for values without a meaning.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    penalties: Penalties = NO_PENALTIES
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature={self.temperature} is not a finite number of at least 0; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top_k={self.top_k} leaves no token to choose; give at least 1")
-        if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} is no probability; give a number from 0 to 1")
+        for name in ("top_p", "min_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name}={value} is no probability; give a number from 0 to 1")
 
-    def __call__(self, logits_RV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def __call__(self, logits_RV: Tensor, generators: Sequence[torch.Generator], texts: Sequence[Text] = ()) -> Tensor:
         """The chosen token of each row, `[R]` int64. Each row draws once from its own generator, a CPU one, so that
         what it gets does not depend on the other rows; greedy choice draws nothing.
 
-        Raises MoeLmError for logits that are no distribution (NaN, +inf, or -inf everywhere).
+        `texts` are what the penalties look at. -1 is chosen where they leave no token. Raises MoeLmError for logits
+        that are no distribution (NaN, +inf, or -inf everywhere).
         """
         check_logits(logits_RV)
-        if self.temperature == 0:
+        changed = bool(self.penalties) or any(text.forbidden for text in texts)
+        if self.temperature == 0 and not changed:
             return greedy(logits_RV)
         # In float64, so that rounding moves neither the edge of a top-p set nor a rare token's chance.
         logits_RV = logits_RV.cpu().double() if logits_RV.device.type == "mps" else logits_RV.double()
+        if not changed:
+            return draw(self.kept(logits_RV), generators)
+        logits_RV = self.penalties(logits_RV, texts or [Text(())] * len(logits_RV))
+        tokens_R = greedy(logits_RV) if self.temperature == 0 else draw(self.kept(logits_RV), generators)
+        return tokens_R.masked_fill(logits_RV.amax(-1) == -math.inf, -1)
+
+    def kept(self, logits_RV: Tensor) -> Tensor:
+        """The logits of what is drawn from, at a `temperature` above 0 and after the penalties."""
         logits_RV = with_temperature(logits_RV, self.temperature)
         if self.top_k is not None:
             logits_RV = keep_top_k(logits_RV, self.top_k)
         if self.top_p is not None:
             logits_RV = keep_top_p(logits_RV, self.top_p)
-        return draw(logits_RV, generators)
+        if self.min_p is not None:
+            logits_RV = keep_min_p(logits_RV, self.min_p)
+        if self.typical_p is not None:
+            logits_RV = keep_typical(logits_RV, self.typical_p)
+        return logits_RV
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -76,29 +100,57 @@ def keep_top_k(logits_RV: Tensor, top_k: int) -> Tensor:
 
 def keep_top_p(logits_RV: Tensor, top_p: float) -> Tensor:
     """-inf for all but the smallest set of likeliest tokens whose probability reaches `top_p`; at least one."""
-    if top_p == 1:
+    return _keep_until(top_p, logits_RV, -logits_RV)
+
+
+def keep_min_p(logits_RV: Tensor, min_p: float) -> Tensor:
+    """-inf for tokens less than `min_p` times as likely as the likeliest."""
+    if min_p == 0:
+        return logits_RV
+    return logits_RV.masked_fill(logits_RV < logits_RV.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+
+
+def keep_typical(logits_RV: Tensor, typical_p: float) -> Tensor:
+    """-inf for all but the smallest set of tokens with the most typical surprise that reaches `typical_p`; at least one.
+
+    How typical a token is: |entropy + ln p| (arXiv 2202.00666, equation 5), smaller is more.
+    """
+    log_p = logits_RV.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).nansum(-1, keepdim=True)
+    return _keep_until(typical_p, logits_RV, (entropy + log_p).abs())
+
+
+def _keep_until(mass: float, logits_RV: Tensor, rank_RV: Tensor) -> Tensor:
+    """-inf for what comes, in ascending order of `rank`, after the tokens that together reach a probability of `mass`."""
+    if mass == 1:
         return logits_RV  # a sum of rounded probabilities can reach 1 before the last token
-    ordered, order = logits_RV.sort(dim=-1, descending=True, stable=True)
+    order = rank_RV.argsort(dim=-1, stable=True)
+    ordered = logits_RV.gather(-1, order)
     reached = ordered.softmax(-1).cumsum(-1)
     superfluous = torch.zeros_like(reached, dtype=torch.bool)
-    superfluous[:, 1:] = reached[:, :-1] >= top_p
+    superfluous[:, 1:] = reached[:, :-1] >= mass
     return torch.full_like(logits_RV, -math.inf).scatter(-1, order, ordered.masked_fill(superfluous, -math.inf))
 
 
 def draw(logits_RV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row `[R]` with its softmax probability: the inverse of the distribution at one uniform number."""
+    """One token a row `[R]` with its softmax probability, each row's from its own generator."""
     uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    return token_at(logits_RV, uniform)
+
+
+def token_at(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The inverse of each row's distribution at a number of [0, 1): `[R]`."""
     reached = logits_RV.softmax(-1).cumsum(-1)
     # 1 - uniform is in (0, 1]: the first token that reaches it always exists and never has probability 0.
-    wanted = (1 - uniform).to(reached.device)[:, None] * reached[:, -1:]
+    wanted = (1 - uniform_R).to(reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, wanted)[:, 0]
 
 
 def check_logits(logits_RV: Tensor) -> None:
     """Raise MoeLmError unless every row is a distribution."""
-    broken = ~logits_RV.amax(-1).isfinite()
-    if broken.any():
-        row = int(broken.nonzero()[0])
+    broken_R = ~logits_RV.amax(-1).isfinite()
+    if broken_R.any():
+        row = int(broken_R.nonzero()[0])
         raise MoeLmError(
             f"the model's logits are not numbers (row {row}: largest {float(logits_RV[row].amax())}), so no token can "
             "be chosen; its weights are damaged or its training diverged, use an earlier checkpoint"

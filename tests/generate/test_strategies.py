@@ -10,9 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.generation import logits_process
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.generate.strategies import GREEDY, Sampling, draw, keep_top_k, keep_top_p, with_temperature
+from moe_lm.generate.penalties import Penalties, Text
+from moe_lm.generate.strategies import (
+    GREEDY,
+    Sampling,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    token_at,
+    with_temperature,
+)
 
 SKEWED = torch.tensor([4.0, -1.0, 3.0, 2.5, 0.0, 2.0, -6.0, 1.0, 3.5, -math.inf, -2.0, 0.5], dtype=torch.float64)
 CHI_SQUARE_11 = 31.26  # 11 degrees of freedom reach it with probability 0.001
@@ -108,6 +120,128 @@ def test_draws_follow_what_temperature_then_top_k_then_top_p_leave() -> None:
     assert chi_square(counts, expected.tolist()) < CHI_SQUARE_11
 
 
+ADVERSARIAL = {
+    "skewed": SKEWED,
+    "nearly equal": torch.arange(12, dtype=torch.float64) ** 1.5 * -1e-6,
+    "one and many": torch.tensor([8.0] + [-1e-6 * token**1.5 for token in range(11)], dtype=torch.float64),
+    "two far apart": torch.tensor([30.0, -30.0] + [-math.inf] * 10, dtype=torch.float64),
+    "a staircase": -torch.arange(12, dtype=torch.float64) / 3,
+}
+STRATEGIES = {
+    "temperature": Sampling(1.7),
+    "top-k": Sampling(top_k=4),
+    "top-p": Sampling(top_p=0.85),
+    "min-p": Sampling(min_p=0.2),
+    "typical": Sampling(typical_p=0.7),
+    "repetition": Sampling(penalties=Penalties(repetition=1.6)),
+    "presence": Sampling(penalties=Penalties(presence=1.2)),
+    "frequency": Sampling(penalties=Penalties(frequency=0.7)),
+    "n-grams": Sampling(penalties=Penalties(no_repeat_ngram=2)),
+    "bias": Sampling(penalties=Penalties(logit_bias=((0, -math.inf), (5, 3.0)))),
+    "all": Sampling(1.3, 9, 0.95, 0.02, 0.9, Penalties(1.2, 0.3, 0.2, 3, ((1, 1.0),))),
+}
+WRITTEN = Text([3, 8, 0, 0, 8, 3, 8], prompt=2)  # 0 comes after 8, 3 after 8 as well
+
+
+def exact(sampling: Sampling, logits: list[float]) -> list[float]:
+    """Probabilities by the definitions, token by token."""
+    values, penalties, ids = list(logits), sampling.penalties, list(WRITTEN.ids)
+    for token, bias in penalties.logit_bias:
+        values[token] += bias
+    for token in set(ids):
+        values[token] = (
+            values[token] * penalties.repetition if values[token] < 0 else values[token] / penalties.repetition
+        )
+        count = ids[WRITTEN.prompt :].count(token)
+        values[token] -= penalties.presence * (count > 0) + penalties.frequency * count
+    if (size := penalties.no_repeat_ngram) is not None:
+        runs = {tuple(ids[place : place + size]) for place in range(len(ids) - size + 1)}
+        values = [-math.inf if (*ids[len(ids) - size + 1 :], t) in runs else value for t, value in enumerate(values)]
+    weights = [math.exp((value - max(values)) / sampling.temperature) for value in values]
+
+    def by(rank: list[float]) -> list[int]:
+        return sorted(range(len(weights)), key=lambda token: (rank[token], token))
+
+    def keep(tokens: list[int]) -> None:
+        weights[:] = [weight if token in tokens else 0.0 for token, weight in enumerate(weights)]
+
+    def until(mass: float, order: list[int]) -> list[int]:
+        total, kept_tokens = 0.0, []
+        for token in order:
+            if total >= mass:
+                break
+            kept_tokens.append(token)
+            total += weights[token] / sum(weights)
+        return kept_tokens
+
+    if sampling.top_k is not None:
+        keep(by([-weight for weight in weights])[: sampling.top_k])
+    if sampling.top_p is not None:
+        keep(until(sampling.top_p, by([-weight for weight in weights])))
+    if sampling.min_p is not None:
+        keep([token for token, weight in enumerate(weights) if weight >= sampling.min_p * max(weights)])
+    if sampling.typical_p is not None:
+        surprise = [-math.log(weight / sum(weights)) if weight else math.inf for weight in weights]
+        entropy = sum(weight / sum(weights) * s for weight, s in zip(weights, surprise, strict=True) if weight)
+        keep(until(sampling.typical_p, by([abs(s - entropy) for s in surprise])))
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("logits", ADVERSARIAL.values(), ids=ADVERSARIAL)
+@pytest.mark.parametrize("sampling", STRATEGIES.values(), ids=STRATEGIES)
+def test_100000_draws_of_every_strategy_follow_its_exact_distribution(sampling: Sampling, logits: Tensor) -> None:
+    after = sampling.kept(sampling.penalties(logits[None], [WRITTEN]))
+    probabilities = exact(sampling, logits.tolist())
+    torch.testing.assert_close(after.softmax(-1)[0].tolist(), probabilities)
+    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    counts = token_at(after.expand(100_000, -1), uniform).bincount(minlength=12).tolist()
+    assert all(count == 0 for count, probability in zip(counts, probabilities, strict=True) if probability == 0)
+    assert chi_square(counts, probabilities) < CHI_SQUARE_11
+    [token] = sampling(logits[None], generators(5), [WRITTEN]).tolist()
+    assert token == draw(after, generators(5))
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(logits_lists, st.floats(0, 1))
+def test_min_p_keeps_exactly_what_is_likely_enough(values: list[float], min_p: float) -> None:
+    logits = torch.tensor([values], dtype=torch.float64)
+    shares = (logits - logits.amax()).exp()[0].tolist()
+    left = kept(keep_min_p(logits, min_p))
+    assert all(share >= min_p - 1e-12 if token in left else share < min_p + 1e-12 for token, share in enumerate(shares))
+    assert max(range(len(values)), key=lambda token: values[token]) in left
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(logits_lists, st.floats(0, 0.999))
+def test_typical_keeps_exactly_the_smallest_set_that_reaches_its_mass(values: list[float], mass: float) -> None:
+    logits = torch.tensor([values], dtype=torch.float64)
+    log_p = logits.log_softmax(-1)[0].tolist()
+    entropy = -sum(math.exp(value) * value for value in log_p)
+    oddness = [abs(entropy + value) for value in log_p]
+    left = kept(keep_typical(logits, mass))
+    oddest = max(left, key=lambda token: oddness[token])
+    assert all(oddness[oddest] <= oddness[token] + 1e-9 for token in set(range(len(values))) - left)
+    reached = sum(math.exp(log_p[token]) for token in left)
+    assert reached >= mass - 1e-9
+    assert len(left) == 1 or reached - max(math.exp(log_p[t]) for t in left if oddness[t] >= oddness[oddest]) < mass
+
+
+@pytest.mark.parametrize(
+    ("warper", "value", "sampling"),
+    [
+        *[("TemperatureLogitsWarper", value, Sampling(value)) for value in (0.3, 2.0)],
+        *[("TopKLogitsWarper", value, Sampling(top_k=value)) for value in (1, 7, 500)],
+        *[("TopPLogitsWarper", value, Sampling(top_p=value)) for value in (0.1, 0.9)],
+        *[("MinPLogitsWarper", value, Sampling(min_p=value)) for value in (0.0, 0.05, 0.7, 1.0)],
+        *[("TypicalLogitsWarper", value, Sampling(typical_p=value)) for value in (0.1, 0.5, 0.95)],
+    ],
+)
+def test_the_same_distribution_as_transformers(warper: str, value: float, sampling: Sampling) -> None:
+    logits = torch.randn(40, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    expected = getattr(logits_process, warper)(value)(torch.zeros(40, 1, dtype=torch.long), logits.clone())
+    torch.testing.assert_close(sampling.kept(logits).softmax(-1), expected.softmax(-1))
+
+
 def test_first_draws_of_neighbouring_seeds_follow_the_distribution() -> None:
     rows = SKEWED.expand(20_000, -1)
     counts = draw(rows, generators(*range(20_000))).bincount(minlength=len(SKEWED)).tolist()
@@ -141,6 +275,7 @@ def test_logits_without_a_distribution_are_an_error(broken: list[float], samplin
     [
         *[("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf)],
         *[("top_k", 0), ("top_k", -3), ("top_p", -0.1), ("top_p", 1.1), ("top_p", math.nan)],
+        *[("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("typical_p", -0.1), ("typical_p", 1.1)],
     ],
 )
 def test_values_without_a_meaning_are_refused(name: str, value: float) -> None:
