@@ -1,37 +1,72 @@
-"""Token ids in, token ids out: the prompts fill a KV cache packed, then every step adds a token to each unfinished row.
+"""Token ids in, token ids out: prompts fill a KV cache packed, then every step adds a token to each unfinished row.
 
-A row's tokens depend on its prompt, its place and the seed alone, not on the rows beside it.
-Shapes: R rows that are not finished, V vocabulary.
+A row's tokens depend on its prompt, its settings and its seed alone, not on the rows beside it.
+Shapes: R rows that are being written, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lm.errors import UsageError
+from moe_lm.generate.penalties import Text
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import CachedAttention, KVCache, PrefillAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 
+SLOTS = 32  # rows that are written at a time
+PREFILL_TOKENS = 2048  # of prompts, in one step
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to go on and how tokens are chosen; row i of a batch draws with `seed + i`."""
+    """How long to go on and how tokens are chosen; row i of a batch draws with `seed + i`.
+
+    Before `min_new_tokens` no stop token is chosen. `logprobs` asks for the log-probability of every token and for so
+    many of the likeliest ones beside it, both as the model gives them: before penalties, temperature and the rest.
+    """
 
     max_new_tokens: int = 200
     sampling: Sampling = GREEDY
     seed: int = 0
+    min_new_tokens: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens} asks for no token; give at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens={self.min_new_tokens} is not between 0 and max_new_tokens={self.max_new_tokens}; "
+                "change one of them"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed={self.seed} is out of range; give a number from 0 to 2**32 - 1")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UsageError(f"logprobs={self.logprobs} is no number of tokens; give at least 0")
+
+
+class Step(NamedTuple):
+    """What a step did to a request: the token it chose, and whether the text has ended with it.
+
+    `token` is None when the text ended without another one. `finish` is "stop" before a stop token, "length" when
+    there is no room for more, "exhausted" when the penalties leave no token, None while the text goes on.
+    `alternatives` are pairs of token and log-probability, the likeliest first.
+    """
+
+    request: int
+    token: int | None
+    finish: str | None = None
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 def generate(
@@ -40,10 +75,11 @@ def generate(
     settings: Settings,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
+    slots: int = SLOTS,
 ) -> list[list[int]]:
     """The continuation of every prompt; see `stream`."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, settings, stop_ids, vocab_size):
+    for row, token in stream(model, prompts, settings, stop_ids, vocab_size, slots):
         texts[row].append(token)
     return texts
 
@@ -54,8 +90,9 @@ def stream(
     settings: Settings,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
+    slots: int = SLOTS,
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (row, token) as they are chosen, step by step.
+    """Pairs (row, token) as they are chosen, step by step, of at most `slots` rows at a time.
 
     A row ends before a token of `stop_ids`, after `max_new_tokens`, or when the model has no position left.
     Only ids below `vocab_size` are chosen: a model may have more than its tokenizer has tokens for. Raises, before
@@ -63,10 +100,15 @@ def stream(
     """
     if not prompts:
         return iter(())
-    for prompt in prompts:
-        _check_prompt(model.config, prompt)
-    rooms = [min(settings.max_new_tokens, room(model.config, prompt)) for prompt in prompts]
-    return _stream(model, prompts, rooms, settings, frozenset(stop_ids), vocab_size)
+    decoder = Decoder(
+        model,
+        slots=min(slots, len(prompts)),
+        capacity=capacity_for(model.config, map(len, prompts), settings.max_new_tokens),
+        vocab_size=vocab_size,
+    )
+    for row, prompt in enumerate(prompts):
+        decoder.add(prompt, dataclasses.replace(settings, seed=(settings.seed + row) % (1 << 32)), stop_ids)
+    return ((step.request, step.token) for step in decoder.run() if step.token is not None)
 
 
 def room(config: ModelConfig, prompt: Sequence[int]) -> int:
@@ -74,63 +116,229 @@ def room(config: ModelConfig, prompt: Sequence[int]) -> int:
     return config.max_position_embeddings - len(prompt) + 1
 
 
-def _check_prompt(config: ModelConfig, prompt: Sequence[int]) -> None:
-    if not prompt:
-        raise UsageError("a prompt has no token to start from; begin it with the tokenizer's bos")
-    if room(config, prompt) < 1:
-        raise UsageError(
-            f"the prompt has {len(prompt)} tokens, more than the model's max_position_embeddings="
-            f"{config.max_position_embeddings}; shorten it"
-        )
+def capacity_for(config: ModelConfig, lengths: Iterator[int] | Sequence[int], new_tokens: int) -> int:
+    """Positions that a cache needs for prompts of these lengths."""
+    return min(config.max_position_embeddings, max(lengths, default=1) + new_tokens - 1)
 
 
-@torch.inference_mode()
-def _stream(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    rooms: list[int],
-    settings: Settings,
-    stop_ids: frozenset[int],
-    vocab_size: int | None,
-) -> Iterator[tuple[int, int]]:
-    generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(prompts))]
-    capacity = max(len(prompt) + left - 1 for prompt, left in zip(prompts, rooms, strict=True))
-    cache, logits_RV = prefill(model, prompts, capacity)
-    rows = list(range(len(prompts)))  # the row of `prompts` at each place of the cache
-    while rows:
-        chosen = settings.sampling(logits_RV[:, :vocab_size], [generators[row] for row in rows]).tolist()
-        going_on = []
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            if token in stop_ids:
-                continue
-            yield row, token
-            rooms[row] -= 1
-            if rooms[row]:
-                going_on.append(place)
-        if len(going_on) < len(rows):
-            cache.keep_rows(going_on)
-            rows = [rows[place] for place in going_on]
-        if rows:
-            logits_RV = decode_one(model, cache, [chosen[place] for place in going_on])
+class Decoder:
+    """Writes many texts at once into one cache whose `slots` rows are refilled as texts end.
+
+    `add` queues a prompt, `step` adds a token to every row and takes up to `prefill_tokens` tokens of waiting prompts
+    in, first come first served, a long prompt piece by piece; `cancel` drops a request wherever it is. The cache is
+    made once, for `capacity` positions a row.
+
+    Rows that are being written are the first of the cache, so that a step reads them without a copy: a row that ends
+    is overwritten by the last one. A prompt that is taken in piece by piece grows in the cache's last row.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int,
+        capacity: int,
+        vocab_size: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        weight = model.lm_head.weight
+        self.model, self.vocab_size, self.prefill_tokens = model, vocab_size, prefill_tokens
+        with torch.inference_mode():
+            self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
+        self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
+        self._rows: list[_Row] = []  # being written, in the order of the cache
+        self._waiting: deque[_Row] = deque()
+        self._growing: _Row | None = None
+        self._requests = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._waiting or self._growing)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._waiting)
+
+    def add(self, prompt: Sequence[int], settings: Settings, stop_ids: Collection[int] = ()) -> int:
+        """The number that names the request in `step` and `cancel`: 0, 1, 2 and so on.
+
+        Raises UsageError for a prompt that is empty or too long.
+        """
+        if not prompt:
+            raise UsageError("a prompt has no token to start from; begin it with the tokenizer's bos")
+        if len(prompt) > self.capacity:
+            whole = self.capacity == self.model.config.max_position_embeddings
+            limit = f"model's max_position_embeddings={self.capacity}" if whole else f"cache's {self.capacity} positions"
+            raise UsageError(f"the prompt has {len(prompt)} tokens, more than the {limit}; shorten it")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            raise UsageError(
+                f"the prompt has ids from {min(prompt)} to {max(prompt)}, but the model's vocab_size="
+                f"{self.model.config.vocab_size}; use the tokenizer that it was trained with"
+            )
+        left = min(settings.max_new_tokens, self.capacity - len(prompt) + 1)
+        row = _Row(self._requests, list(prompt), len(prompt), settings, frozenset(stop_ids), left)
+        self._waiting.append(row)
+        self._requests += 1
+        return row.request
+
+    def cancel(self, request: int) -> bool:
+        """Forget a request; False when it is not there (any more)."""
+        if self._growing is not None and self._growing.request == request:
+            self._growing = None
+            return True
+        for row in self._waiting:
+            if row.request == request:
+                self._waiting.remove(row)
+                return True
+        for place, row in enumerate(self._rows):
+            if row.request == request:
+                self._free(place)
+                return True
+        return False
+
+    def run(self) -> Iterator[Step]:
+        """Step until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """One more token for every row; what happened, at most once a request. Raises MoeLmError for broken logits."""
+        logits = []
+        if self._rows:
+            logits.append(extend(self.model, self.cache.view(0, len(self._rows)), [row.ids[-1:] for row in self._rows]))
+        logits += self._take_in()
+        if not logits:
+            return []
+        logits_RV = (logits[0] if len(logits) == 1 else torch.cat(logits))[:, : self.vocab_size]
+        tokens = self._choose(logits_RV)
+        probable = self._log_probabilities(logits_RV, tokens)
+        steps, ended = [], []
+        for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
+            step = row.write(token)
+            steps.append(step._replace(**probable[place]) if place in probable and step.token is not None else step)
+            if step.finish is not None:
+                ended.append(place)
+        for place in reversed(ended):
+            self._free(place)
+        return steps
+
+    def _free(self, place: int) -> None:
+        last = self._rows.pop()
+        if place < len(self._rows):
+            self.cache.move_row(len(self._rows), place)
+            self._rows[place] = last
+
+    def _take_in(self) -> list[Tensor]:
+        """Prompts, or a piece of one, into the cache; the logits of those that are whole now, which are rows from here.
+
+        Nothing passes a prompt that grows: it has the budget of every step until it is whole.
+        """
+        free = self.slots - len(self._rows)
+        if self._growing is None and free and self._waiting and self._waiting[0].prompt > self.prefill_tokens:
+            self._growing = self._waiting.popleft()
+            self.cache.lengths[-1] = 0
+        if self._growing is not None:
+            return self._grow(self._growing)
+        whole: list[_Row] = []
+        budget = self.prefill_tokens
+        while self._waiting and len(whole) < free and self._waiting[0].prompt <= budget:
+            whole.append(self._waiting.popleft())
+            budget -= whole[-1].prompt
+        if not whole:
+            return []
+        part = self.cache.view(len(self._rows), len(self._rows) + len(whole))
+        part.lengths.zero_()
+        self._rows += whole
+        return [prefill(self.model, [row.ids for row in whole], part)]
+
+    def _grow(self, row: _Row) -> list[Tensor]:
+        last = self.slots - 1
+        part = self.cache.view(last, last + 1)
+        done = int(part.lengths)
+        piece = row.ids[done : done + self.prefill_tokens]
+        logits = extend(self.model, part, [piece]) if done else prefill(self.model, [piece], part)
+        if done + len(piece) < row.prompt:
+            return []
+        self.cache.move_row(last, len(self._rows))
+        self._rows.append(row)
+        self._growing = None
+        return [logits]
+
+    def _choose(self, logits_RV: Tensor) -> list[int]:
+        """A token a row, each with its own strategy; -1 where none is left."""
+        by_strategy: dict[Sampling, list[int]] = {}
+        for place, row in enumerate(self._rows):
+            by_strategy.setdefault(row.settings.sampling, []).append(place)
+        chosen = [-1] * len(self._rows)
+        for sampling, places in by_strategy.items():
+            rows = [self._rows[place] for place in places]
+            part_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
+            tokens = sampling(part_RV, [row.generator for row in rows], [row.text() for row in rows])
+            for place, token in zip(places, tokens.tolist(), strict=True):
+                chosen[place] = token
+        return chosen
+
+    def _log_probabilities(self, logits_RV: Tensor, tokens: Sequence[int]) -> dict[int, dict[str, object]]:
+        """The fields of `Step` for the rows that ask for them, by place."""
+        found: dict[int, dict[str, object]] = {}
+        for place, row in enumerate(self._rows):
+            wanted = row.settings.logprobs
+            if wanted is not None:
+                log_p = logits_RV[place].float().log_softmax(-1)
+                best = log_p.topk(min(wanted, len(log_p)))
+                pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                found[place] = {"logprob": float(log_p[tokens[place]]), "alternatives": pairs}
+        return found
 
 
-def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Tensor]:
-    """A cache with room for `capacity` positions a row that holds the prompts, and the logits `[R, V]` after them."""
-    weight = model.lm_head.weight
+@dataclass
+class _Row:
+    """A request on its way: its prompt and what was written after it."""
+
+    request: int
+    ids: list[int]
+    prompt: int
+    settings: Settings
+    stop_ids: frozenset[int]
+    room: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
+
+    def text(self) -> Text:
+        """What its strategy may look at; the stop tokens are forbidden until the text is long enough."""
+        short = len(self.ids) - self.prompt < self.settings.min_new_tokens
+        return Text(self.ids, self.prompt, self.stop_ids if short else ())
+
+    def write(self, token: int) -> Step:
+        if token < 0:
+            return Step(self.request, None, "exhausted")
+        if token in self.stop_ids:
+            return Step(self.request, None, "stop")
+        self.ids.append(token)
+        self.room -= 1
+        return Step(self.request, token, None if self.room else "length")
+
+
+def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    """Fill the empty rows of the cache with the prompts, packed; the logits `[R, V]` after them."""
     lengths = [len(prompt) for prompt in prompts]
-    ends = torch.tensor([0, *lengths], device=weight.device).cumsum(0)
-    cache = KVCache(model.config, len(prompts), capacity, weight.device, weight.dtype)
-    input_ids = torch.cat([torch.tensor(prompt) for prompt in prompts]).to(weight.device)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(weight.device)
+    device = cache.lengths.device
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+    input_ids = torch.cat([torch.tensor(prompt) for prompt in prompts]).to(device)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)
     attend = PrefillAttention(cache, lengths, ends.int())
     hidden_1TD, _ = model.model(input_ids[None], position_ids[None], attend)
     cache.lengths += ends.diff()
-    return cache, model.lm_head(hidden_1TD[0, ends[1:] - 1])
+    return model.lm_head(hidden_1TD[0, ends[1:] - 1])
 
 
-def decode_one(model: LanguageModel, cache: KVCache, tokens: Sequence[int]) -> Tensor:
-    """Append one token to every row of the cache; the logits `[R, V]` after it."""
-    input_ids_R1 = torch.tensor(tokens, device=cache.lengths.device)[:, None]
-    hidden_R1D, _ = model.model(input_ids_R1, cache.lengths[:, None], CachedAttention(cache))
-    cache.lengths += 1
-    return model.lm_head(hidden_R1D[:, 0])
+def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Append equally many tokens to every row of the cache; the logits `[R, V]` after them."""
+    input_ids_RS = torch.tensor(tokens, device=cache.lengths.device)
+    new = input_ids_RS.shape[1]
+    positions_RS = cache.lengths[:, None] + torch.arange(new, device=input_ids_RS.device)
+    hidden_RSD, _ = model.model(input_ids_RS, positions_RS, CachedAttention(cache))
+    cache.lengths += new
+    return model.lm_head(hidden_RSD[:, -1])

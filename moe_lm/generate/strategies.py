@@ -111,7 +111,7 @@ def keep_min_p(logits_RV: Tensor, min_p: float) -> Tensor:
 
 
 def keep_typical(logits_RV: Tensor, typical_p: float) -> Tensor:
-    """-inf for all but the smallest set of tokens with the most typical surprise that reaches `typical_p`; at least one.
+    """-inf for all but the smallest set of most typical tokens whose probability reaches `typical_p`; at least one.
 
     How typical a token is: |entropy + ln p| (arXiv 2202.00666, equation 5), smaller is more.
     """
@@ -121,7 +121,7 @@ def keep_typical(logits_RV: Tensor, typical_p: float) -> Tensor:
 
 
 def _keep_until(mass: float, logits_RV: Tensor, rank_RV: Tensor) -> Tensor:
-    """-inf for what comes, in ascending order of `rank`, after the tokens that together reach a probability of `mass`."""
+    """-inf for what comes, by ascending `rank`, after the tokens that together reach a probability of `mass`."""
     if mass == 1:
         return logits_RV  # a sum of rounded probabilities can reach 1 before the last token
     order = rank_RV.argsort(dim=-1, stable=True)

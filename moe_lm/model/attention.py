@@ -10,6 +10,7 @@ M head size of the values where it is another one.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
@@ -111,11 +112,36 @@ class KVCache:
         self.values = torch.zeros_like(self.keys) if self.latent_size is None else self.keys[..., : self.latent_size]
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
 
-    def keep_rows(self, places: Sequence[int]) -> None:
-        """Drop all other rows."""
-        kept = torch.tensor(places, dtype=torch.long, device=self.lengths.device)
-        self.keys, self.lengths = self.keys[:, kept], self.lengths[kept]
-        self.values = self.values[:, kept] if self.latent_size is None else self.keys[..., : self.latent_size]
+    def view(self, start: int, stop: int) -> KVCache:
+        """These rows alone, in the same memory, lengths included."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, start:stop], self.values[:, start:stop]
+        part.lengths = self.lengths[start:stop]
+        return part
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy what a row holds over another row."""
+        if source == target:
+            return
+        length = int(self.lengths[source])
+        for kept in self._memory():
+            kept[:, target, :, :length] = kept[:, source, :, :length]
+        self.lengths[target] = length
+
+    def take_rows(self, places: Tensor) -> None:
+        """Row i becomes what row `places[i]` was, for as many rows as there are places; the others stay."""
+        changed = (places != torch.arange(len(places), device=places.device)).nonzero()[:, 0]
+        if not len(changed):
+            return
+        sources = places[changed]
+        longest = int(self.lengths[sources].max())
+        for kept in self._memory():
+            kept[:, changed, :, :longest] = kept[:, sources, :, :longest]
+        self.lengths[changed] = self.lengths[sources]
+
+    def _memory(self) -> list[Tensor]:
+        """The tensors that do not lie within another one."""
+        return [self.keys, self.values] if self.latent_size is None else [self.keys]
 
 
 @dataclass(frozen=True)
@@ -141,37 +167,55 @@ class PrefillAttention:
         return PackedAttention(self.cu_seqlens, max(self.lengths))(layer, q, k, v, scale)
 
 
-@dataclass(frozen=True)
 class CachedAttention:
     """Attention of new tokens `[rows, S]` over each row's cache, which they are appended to.
 
-    k and v are what the cache keeps of them. The caller advances `cache.lengths` by S once all layers have run.
+    k and v are what the cache keeps of them. Serves one pass through the layers: the caller advances `cache.lengths`
+    by S once all of them have run.
     """
 
-    cache: KVCache
     from_cache: ClassVar[bool] = True
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        lengths = cache.lengths.tolist()
+        self.longest, self.even = max(lengths), min(lengths) == max(lengths)
+        self._of_new: tuple[int, Tensor, Tensor | None] | None = None
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        rows, new, heads, _ = q.shape
-        positions = self.cache.lengths[:, None] + torch.arange(new, device=q.device)
+        new, key_heads = q.shape[1], k.shape[2]
+        sharing = q.shape[2] // key_heads
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        row_index = torch.arange(rows, device=q.device)[:, None]
-        keys[row_index, :, positions] = k.to(keys.dtype)
-        values[row_index, :, positions] = v.to(values.dtype)
-        longest = int(self.cache.lengths.max()) + new
+        positions, visible = self._positions(new, sharing, q.device)
+        stop = self.longest + new
+        if self.even:  # no index: the places are the same in every row
+            keys[:, :, self.longest : stop] = k.transpose(1, 2)
+            values[:, :, self.longest : stop] = v.transpose(1, 2)
+        else:
+            rows = torch.arange(len(q), device=q.device)[:, None]
+            keys[rows, :, positions] = k.to(keys.dtype)
+            values[rows, :, positions] = v.to(values.dtype)
         # The query heads that share a key head attend as further positions: no copy of the keys for each of them.
-        sharing = (k.shape[2], heads // k.shape[2])
-        visible = torch.arange(longest, device=q.device) <= positions[:, None, :, None]
         out = F.scaled_dot_product_attention(
-            q.unflatten(2, sharing).permute(0, 2, 3, 1, 4).flatten(2, 3),
-            keys[:, :, :longest].to(q.dtype),
-            values[:, :, :longest].to(q.dtype),
-            attn_mask=visible.repeat(1, 1, sharing[1], 1),
+            q.unflatten(2, (key_heads, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3),
+            keys[:, :, :stop].to(q.dtype),
+            values[:, :, :stop].to(q.dtype),
+            attn_mask=visible,
             scale=scale,
         )
-        return out.unflatten(2, (sharing[1], new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return out.unflatten(2, (sharing, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _positions(self, new: int, sharing: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions of the new tokens `[rows, S]` and which places they see; None when all of them. Once a pass."""
+        if self._of_new is None or self._of_new[0] != new:
+            positions, visible = self.cache.lengths[:, None] + torch.arange(new, device=device), None
+            if new > 1 or not self.even:
+                places = torch.arange(self.longest + new, device=device)
+                visible = (places <= positions[:, None, :, None]).repeat(1, 1, sharing, 1)
+            self._of_new = (new, positions, visible)
+        return self._of_new[1:]
 
 
 def varlen_attention(

@@ -18,7 +18,7 @@ from moe_lm.generate.strategies import GREEDY, Sampling
 
 V = 12
 ids_lists = st.lists(st.integers(0, V - 1), max_size=30)
-logits_of_V = st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V)
+logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V)
 
 
 def changed(penalties: Penalties, logits: list[float], text: Text) -> list[float]:
@@ -26,7 +26,7 @@ def changed(penalties: Penalties, logits: list[float], text: Text) -> list[float
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(logits_of_V, ids_lists, st.integers(0, 30), st.floats(0.5, 3), st.floats(-2, 2), st.floats(-2, 2))
+@given(logits_lists, ids_lists, st.integers(0, 30), st.floats(0.5, 3), st.floats(-2, 2), st.floats(-2, 2))
 def test_penalties_are_what_a_loop_over_the_vocabulary_gives(
     logits: list[float], ids: list[int], prompt: int, repetition: float, presence: float, frequency: float
 ) -> None:

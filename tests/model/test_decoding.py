@@ -161,16 +161,33 @@ def test_cached_decoding_under_bfloat16_autocast_is_near_float32(kind: str) -> N
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["grouped_query", "latent"])
-def test_rows_that_stay_in_the_cache_go_on_as_before(kind: str) -> None:
+@pytest.mark.parametrize("places", [[3, 1], [0, 0, 0, 0], [2, 0, 3, 3], [1, 2, 0, 3]])
+def test_rows_that_are_taken_go_on_as_before(kind: str, places: list[int]) -> None:
     model, prompts = build(**KINDS[kind]), random_prompts()
     every, some = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
     token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
     for cache in (every, some):
         prefill(model, prompts, cache)
-    some.keep_rows([3, 1])
+    some.take_rows(torch.tensor(places))
+    some = some.view(0, len(places))
     for _ in range(2):
-        expected, found = extend(model, token, every)[[3, 1]], extend(model, token[[3, 1]], some)
+        expected, found = extend(model, token, every)[places], extend(model, token[places], some)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["grouped_query", "latent"])
+def test_a_moved_row_goes_on_as_before_and_a_view_shares_memory(kind: str) -> None:
+    model, prompts = build(**KINDS[kind]), random_prompts()
+    cache = empty_cache(model, len(prompts))
+    prefill(model, prompts, cache)
+    token = torch.tensor([[3]])
+    expected = uncached(model, torch.cat((prompts[2], token[0])))[-1]
+    cache.move_row(2, 0)
+    part = cache.view(0, 1)
+    torch.testing.assert_close(extend(model, token, part)[0, 0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(cache.keys[:, 0], part.keys[:, 0])
+    assert part.keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
 
 
 def test_a_latent_cache_holds_rank_plus_rotated_part_a_position() -> None:

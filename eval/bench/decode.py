@@ -1,0 +1,132 @@
+"""Decoding a small MoE, side by side with transformers' `generate` on the exported model: tokens/s, in turns.
+
+The same weights (`moe-lm export`), float32, the same prompts, greedy, as many new tokens for every row, prefill
+included. `python eval/bench/decode.py [--rounds N] [--out FILE]` prints medians over the rounds and the ratio to the
+best of transformers, at batch 1 and at batch 32 with prompts of unequal length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe_lm.config_file import dump_config, load_config
+from moe_lm.generate.decode import Settings, generate
+from moe_lm.generate.session import Session
+from moe_lm.interop.exporting import export_run
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import checkpoint
+
+HOUSE = Path(__file__).parents[2]
+NEW_TOKENS = 48
+# (rows, tokens of the shortest prompt, of the longest)
+BATCHES = [(1, 32, 32), (32, 8, 64)]
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
+Texts = list[list[int]]
+Contender = Callable[[Sequence[list[int]]], Texts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shape", type=Path, default=HOUSE / "configs/model/anchor-20m.yaml")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    shape = load_config(ModelConfig, arguments.shape).model_copy(update={"initializer_range": 0.1})
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = build(shape, Path(folder))
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "shape": arguments.shape.name,
+        "new_tokens_a_row": NEW_TOKENS,
+        "batches": [compare(contenders, shape, batch, arguments.rounds) for batch in BATCHES],
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def build(shape: ModelConfig, folder: Path) -> dict[str, Contender]:
+    """Every way of decoding the one model, which is written as a run and exported."""
+    model, tokenizer = LanguageModel(shape), Tokenizer.load(HOUSE / "tokenizer/tiny")
+    model.initialise(0)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    files = {"config.yaml": "", "model.yaml": dump_config(shape), "trainer.json": "{}", "tokenizer": tokenizer.save}
+    checkpoint.save(folder / "run/checkpoints", 1, state, files)
+    export_run(folder / "run", folder / "exported", proof_bytes=0)
+    ours = Session.load(folder / "run", device="cpu").model
+    contenders: dict[str, Contender] = {"moe-lm": lambda prompts: generate(ours, prompts, Settings(NEW_TOKENS))}
+    for name in EXPERTS:
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder / "exported", experts_implementation=name, attn_implementation="sdpa"
+        )
+        contenders[f"transformers {name}"] = transformers_generate(theirs.eval())
+    return contenders
+
+
+def transformers_generate(model: PreTrainedModel) -> Contender:
+    def run(prompts: Sequence[list[int]]) -> Texts:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+        )
+        return out[:, longest:].tolist()
+
+    return run
+
+
+def compare(
+    contenders: dict[str, Contender], shape: ModelConfig, batch: tuple[int, int, int], rounds: int
+) -> dict[str, object]:
+    """Tokens/s of every contender, in turns after one that is not counted; all have to write the same."""
+    rows, shortest, longest = batch
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(shortest, longest, rows).long().tolist()
+    prompts = [torch.randint(shape.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    texts: dict[str, Texts] = {}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            texts[name] = run(prompts)
+            if turn:
+                speeds[name].append(rows * NEW_TOKENS / (time.perf_counter() - started))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    best = max((name for name in medians if name != "moe-lm"), key=medians.__getitem__)
+    same = sum(ours == theirs for ours, theirs in zip(texts["moe-lm"], texts[best], strict=True))
+    return {
+        "rows": rows,
+        "prompt_tokens": sum(lengths),
+        "tokens_per_second": {
+            name: {"median": round(medians[name]), "min": round(min(values)), "max": round(max(values))}
+            for name, values in speeds.items()
+        },
+        "best_of_transformers": best,
+        "ratio": round(
+            statistics.median(ours / theirs for ours, theirs in zip(speeds["moe-lm"], speeds[best], strict=True)), 2
+        ),
+        "rows_with_the_same_tokens": same,
+    }
+
+
+if __name__ == "__main__":
+    main()
