@@ -116,6 +116,21 @@ def room(config: ModelConfig, prompt: Sequence[int]) -> int:
     return config.max_position_embeddings - len(prompt) + 1
 
 
+def check_prompt(config: ModelConfig, prompt: Sequence[int], capacity: int) -> None:
+    """Raise UsageError for a prompt that is empty, has ids that the model lacks, or more tokens than `capacity`."""
+    if not prompt:
+        raise UsageError("a prompt has no token to start from; begin it with the tokenizer's bos")
+    if len(prompt) > capacity:
+        whole = capacity == config.max_position_embeddings
+        limit = f"model's max_position_embeddings={capacity}" if whole else f"cache's {capacity} positions"
+        raise UsageError(f"the prompt has {len(prompt)} tokens, more than the {limit}; shorten it")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        raise UsageError(
+            f"the prompt has ids from {min(prompt)} to {max(prompt)}, but the model's vocab_size={config.vocab_size}; "
+            "use the tokenizer that it was trained with"
+        )
+
+
 def capacity_for(config: ModelConfig, lengths: Iterator[int] | Sequence[int], new_tokens: int) -> int:
     """Positions that a cache needs for prompts of these lengths."""
     return min(config.max_position_embeddings, max(lengths, default=1) + new_tokens - 1)
@@ -164,17 +179,7 @@ class Decoder:
 
         Raises UsageError for a prompt that is empty or too long.
         """
-        if not prompt:
-            raise UsageError("a prompt has no token to start from; begin it with the tokenizer's bos")
-        if len(prompt) > self.capacity:
-            whole = self.capacity == self.model.config.max_position_embeddings
-            limit = f"model's max_position_embeddings={self.capacity}" if whole else f"cache's {self.capacity} positions"
-            raise UsageError(f"the prompt has {len(prompt)} tokens, more than the {limit}; shorten it")
-        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
-            raise UsageError(
-                f"the prompt has ids from {min(prompt)} to {max(prompt)}, but the model's vocab_size="
-                f"{self.model.config.vocab_size}; use the tokenizer that it was trained with"
-            )
+        check_prompt(self.model.config, prompt, self.capacity)
         left = min(settings.max_new_tokens, self.capacity - len(prompt) + 1)
         row = _Row(self._requests, list(prompt), len(prompt), settings, frozenset(stop_ids), left)
         self._waiting.append(row)

@@ -1,0 +1,210 @@
+"""Beam search: the most probable continuations of a prompt, and groups of beams that are kept apart.
+
+Scores, candidates and the three ways of stopping are those of transformers' `generate`, so that both give the same
+tokens. Shapes: K beams of a group, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lm.errors import UsageError
+from moe_lm.generate.decode import capacity_for, check_prompt, extend, prefill, room
+from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
+from moe_lm.generate.strategies import check_logits
+from moe_lm.model.attention import KVCache
+from moe_lm.model.transformer import LanguageModel
+
+NEVER = -1e9  # a score that no text has
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """How wide to search, and when to stop.
+
+    A text's score is its log-probability over its length, stop token included, to the power of `length_penalty`: above
+    0 longer texts gain. `early_stopping` True ends with as many texts as beams, False also goes on until the running
+    beams, as long as they are now, are no better than the worst of those, "never" until they could not become better.
+    `groups` of equally many beams search one after the other in every step, and a token costs a group `diversity` for
+    each beam of the groups before it that has just taken it (arXiv 1610.02424, with Hamming distance). `best` texts
+    are returned. The penalties change log-probabilities here, not logits.
+    Raises UsageError for values without a meaning.
+    """
+
+    beams: int = 4
+    best: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    groups: int = 1
+    diversity: float = 0.0
+    max_new_tokens: int = 200
+    min_new_tokens: int = 0
+    penalties: Penalties = NO_PENALTIES
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise UsageError(f"beams={self.beams} searches nothing; give at least 1")
+        if not 1 <= self.best <= self.beams:
+            raise UsageError(f"best={self.best} is not between 1 and beams={self.beams}; change one of them")
+        if self.groups < 1 or self.beams % self.groups:
+            raise UsageError(f"beams={self.beams} cannot be divided into groups={self.groups}; give a divisor")
+        if not (math.isfinite(self.diversity) and self.diversity >= 0):
+            raise UsageError(f"diversity={self.diversity} is not a finite number of at least 0; 0 is none")
+        if self.diversity and self.groups == 1:
+            raise UsageError(f"diversity={self.diversity} keeps groups apart, but groups=1; give at least 2 groups")
+        if not math.isfinite(self.length_penalty):
+            raise UsageError(f"length_penalty={self.length_penalty} is not a finite number; 0 is none")
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError(f"early_stopping={self.early_stopping!r} is unknown; choose one of True, False, 'never'")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
+            raise UsageError(
+                f"max_new_tokens={self.max_new_tokens}, min_new_tokens={self.min_new_tokens} is no range of at least "
+                "one token; change one of them"
+            )
+
+
+class Beam(NamedTuple):
+    """A finished text without its stop token; `finish` is "stop" or "length"."""
+
+    ids: list[int]
+    score: float
+    finish: str
+
+
+@torch.inference_mode()
+def search(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    settings: BeamSettings,
+    stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    ends: Callable[[Sequence[int]], bool] = lambda ids: False,
+) -> list[Beam]:
+    """The `best` texts after the prompt, best first.
+
+    A text ends before a token of `stop_ids`, when `ends` says so of what was written (a stop string is complete; it
+    stays in the text), or at its greatest length. Only ids below `vocab_size` are chosen. Raises UsageError for a
+    prompt that is empty or too long, MoeLmError for logits that are no distribution.
+    """
+    check_prompt(model.config, prompt, model.config.max_position_embeddings)
+    limit = min(settings.max_new_tokens, room(model.config, prompt))
+    stops = frozenset(stop_ids)
+    groups = [_Group(prompt, settings, stops, limit, ends) for _ in range(settings.groups)]
+    width = settings.beams // settings.groups
+    weight = model.lm_head.weight
+    capacity = capacity_for(model.config, [len(prompt)], limit)
+    cache = KVCache(model.config, settings.beams, capacity, weight.device, weight.dtype)
+    logits_RV = prefill(model, [prompt], cache.view(0, 1)).expand(settings.beams, -1)
+    cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=weight.device))
+    while True:
+        check_logits(logits_RV)
+        log_p_RV = logits_RV[:, :vocab_size].float().log_softmax(-1)
+        taken: Counter[int] = Counter()
+        places: list[int] = []
+        for number, group in enumerate(groups):
+            first = number * width
+            parents = list(range(width))
+            if not group.done:
+                parents = group.advance(log_p_RV[first : first + width], taken, settings.diversity)
+                taken.update(group.taken)
+            places += [first + parent for parent in parents]
+        if all(group.done for group in groups):
+            break
+        cache.take_rows(torch.tensor(places, device=weight.device))
+        logits_RV = extend(model, cache, [ids[-1:] for group in groups for ids in group.running])
+    finished = [beam for group in groups for beam in group.texts()]
+    return sorted(finished, key=lambda beam: -beam.score)[: settings.best]
+
+
+class _Group:
+    """K beams that compete, and the K best texts that have ended."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        settings: BeamSettings,
+        stop_ids: frozenset[int],
+        limit: int,
+        ends: Callable[[Sequence[int]], bool],
+    ) -> None:
+        width = settings.beams // settings.groups
+        self.prompt, self.settings, self.stop_ids, self.limit, self.ends = prompt, settings, stop_ids, limit, ends
+        self.width, self.candidates = width, max(2, 1 + len(stop_ids)) * width
+        self.running: list[list[int]] = [[] for _ in range(width)]
+        # All beams begin with the same text: only the first one's continuations count.
+        self.scores = torch.tensor([0.0] + [NEVER] * (width - 1))
+        self.ended: list[list[int]] = [[] for _ in range(width)]
+        self.ended_scores = torch.full((width,), NEVER)
+        self.full = torch.zeros(width, dtype=torch.bool)  # which of the ended are there
+        self.taken: list[int] = []  # the last tokens of the K best candidates, ended or not
+        self.improvable, self.done = True, False
+
+    def advance(self, log_p_KV: Tensor, taken: Counter[int], diversity: float) -> list[int]:
+        """Every beam a token longer; which beam each one of them was before."""
+        log_p_KV = self._penalised(log_p_KV)
+        if diversity and taken:
+            costs = [diversity * times for times in taken.values()]
+            log_p_KV[:, list(taken)] -= torch.tensor(costs, device=log_p_KV.device)
+        total = (log_p_KV.cpu() + self.scores[:, None]).flatten()
+        log_p_C, index_C = total.topk(min(self.candidates, len(total)))
+        vocabulary = log_p_KV.shape[-1]
+        parents, tokens = (index_C // vocabulary).tolist(), (index_C % vocabulary).tolist()
+        texts = [[*self.running[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        self.taken = tokens[: self.width]
+        hits_C = torch.tensor([self._ends(ids) for ids in texts])
+        self._collect(texts, log_p_C, hits_C)
+        going_on = log_p_C + hits_C.float() * NEVER
+        best = going_on.topk(self.width).indices
+        self.scores = going_on[best]
+        self.running = [texts[place] for place in best.tolist()]
+        self._judge(bool(hits_C.all()))
+        return [parents[place] for place in best.tolist()]
+
+    def texts(self) -> list[Beam]:
+        beams = []
+        for ids, score, there in zip(self.ended, self.ended_scores.tolist(), self.full.tolist(), strict=True):
+            if there:
+                stopped = ids[-1] in self.stop_ids
+                by_text = not stopped and self.ends(ids)
+                beams.append(Beam(ids[:-1] if stopped else ids, score, "stop" if stopped or by_text else "length"))
+        return beams
+
+    def _penalised(self, log_p_KV: Tensor) -> Tensor:
+        short = len(self.running[0]) < self.settings.min_new_tokens
+        forbidden = self.stop_ids if short else frozenset[int]()
+        return self.settings.penalties(
+            log_p_KV, [Text([*self.prompt, *ids], len(self.prompt), forbidden) for ids in self.running]
+        )
+
+    def _ends(self, ids: list[int]) -> bool:
+        return len(ids) >= self.limit or ids[-1] in self.stop_ids or self.ends(ids)
+
+    def _collect(self, texts: list[list[int]], log_p_C: Tensor, hits_C: Tensor) -> None:
+        """Keep the best of the texts that have ended. Only the first K candidates count; the others are there so that
+        enough beams go on."""
+        new_C = hits_C & (torch.arange(len(hits_C)) < self.width)
+        if not self.improvable or (self.settings.early_stopping is True and bool(self.full.all())):
+            return
+        scores_C = log_p_C / len(texts[0]) ** self.settings.length_penalty + (~new_C).float() * NEVER
+        scores = torch.cat((self.ended_scores, scores_C))
+        best = scores.topk(self.width).indices
+        both, there = [*self.ended, *texts], torch.cat((self.full, new_C))
+        self.ended = [both[place] for place in best.tolist()]
+        self.ended_scores, self.full = scores[best], there[best]
+
+    def _judge(self, all_hit: bool) -> None:
+        """Whether going on could give a better text, as `early_stopping` sees it."""
+        never = self.settings.early_stopping == "never" and self.settings.length_penalty > 0
+        length = self.limit if never else len(self.running[0])
+        possible = self.scores[0] / length**self.settings.length_penalty
+        worst = torch.where(self.full, self.ended_scores.min(), NEVER)
+        self.improvable = self.improvable and bool((possible > worst).any())
+        enough = self.settings.early_stopping is True and bool(self.full.all())
+        self.done = not self.improvable or enough or all_hit

@@ -1,0 +1,214 @@
+"""Beam search: token for token what transformers' `generate` gives on the exported model, and what is its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe_lm.config_file import dump_config
+from moe_lm.errors import UsageError
+from moe_lm.generate.beams import Beam, BeamSettings, search
+from moe_lm.generate.decode import Settings, generate
+from moe_lm.generate.penalties import Penalties
+from moe_lm.generate.session import Session
+from moe_lm.interop.exporting import export_run
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
+from moe_lm.tokenization import Tokenizer
+from moe_lm.train import checkpoint
+from tests.generate.test_decode import BASE, CONFIGS, build, full_logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "n_routed_experts": 8, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "initializer_range": 0.25,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "use_qk_norm": False,
+}  # fmt: skip
+MODELS = {"grouped-query": {"num_key_value_heads": 2}, "latent": LATENT}
+NEW = 12
+
+
+class Both(NamedTuple):
+    """One model, ours and theirs, the ids that end a text, and prompts."""
+
+    ours: LanguageModel
+    theirs: PreTrainedModel
+    stops: list[int]
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "trained"])
+def both(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_tokenizer: Tokenizer,
+) -> Both:
+    folder, draw = tmp_path_factory.mktemp("both"), torch.Generator().manual_seed(7)
+    if request.param == "trained":
+        run = request.getfixturevalue("pretrained")
+    else:
+        config = ModelConfig(**SHAPE | MODELS[request.param])
+        model = LanguageModel(config)
+        model.initialise(4)
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        files = {"model.yaml": dump_config(config), "tokenizer": tiny_tokenizer.save}
+        checkpoint.save(folder / "run" / "checkpoints", 1, state, files)
+        run = folder / "run"
+    export_run(run, folder / "exported", proof_bytes=0)
+    ours = Session.load(run, device="cpu").model
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32).eval()
+    sizes = [1 + place % 9 for place in range(20)]
+    prompts = [torch.randint(7, 1024, (size,), generator=draw).tolist() for size in sizes]
+    # What texts of this model are full of ends them: a tenth of what greedy choice writes, so that beams do end.
+    written = list(itertools.chain.from_iterable(generate(ours, prompts, Settings(NEW))))
+    stops = sorted(set(written), key=lambda token: (-written.count(token), token))[
+        : 3 if request.param != "trained" else 1
+    ]
+    return Both(ours, theirs, stops, prompts)
+
+
+def transformers_beams(both: Both, prompt: list[int], best: int, **options: Any) -> list[tuple[list[int], float]]:
+    """Texts without their stop token, and scores; one beam is greedy, which has none."""
+    out = both.theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+        max_new_tokens=NEW, eos_token_id=both.stops, pad_token_id=0, num_return_sequences=best,
+        return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    texts = []
+    for ids in out.sequences[:, len(prompt) :].tolist():
+        ends = [place for place, token in enumerate(ids) if token in both.stops]
+        texts.append(ids[: ends[0]] if ends else ids)
+    scores = out.sequences_scores.tolist() if "sequences_scores" in out else [math.nan] * len(texts)
+    return list(zip(texts, scores, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("beams", "options"),
+    [
+        (1, {}), (4, {}), (8, {}),
+        (4, {"length_penalty": 0.0, "early_stopping": "never"}), (4, {"length_penalty": -1.5}),
+        (8, {"length_penalty": 2.0, "early_stopping": "never"}), (8, {"length_penalty": 0.6, "early_stopping": True}),
+        (4, {"length_penalty": 2.0, "early_stopping": True, "min_new_tokens": 5}),
+    ],
+)  # fmt: skip
+def test_the_same_tokens_as_transformers(both: Both, beams: int, options: dict[str, Any]) -> None:
+    """Every one of the best texts for 20 prompts, and their scores."""
+    ended = 0
+    for prompt in both.prompts:
+        expected = transformers_beams(both, prompt, beams, num_beams=beams, **options)
+        found = search(both.ours, prompt, BeamSettings(beams, beams, max_new_tokens=NEW, **options), both.stops)
+        assert [beam.ids for beam in found] == [ids for ids, _ in expected]
+        if beams > 1:
+            assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
+        ended += sum(beam.finish == "stop" for beam in found)
+    assert 0 < ended
+
+
+def test_penalties_are_the_same_as_in_transformers(both: Both) -> None:
+    penalties = Penalties(repetition=1.4, no_repeat_ngram=2, logit_bias=((9, 2.0),))
+    options = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "sequence_bias": {(9,): 2.0}}
+    for prompt in both.prompts[:6]:
+        expected = transformers_beams(both, prompt, 3, num_beams=4, **options)
+        found = search(both.ours, prompt, BeamSettings(4, 3, max_new_tokens=NEW, penalties=penalties), both.stops)
+        assert [beam.ids for beam in found] == [ids for ids, _ in expected]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return build(BASE)
+
+
+@torch.inference_mode()
+def by_definition(
+    model: LanguageModel, prompt: Sequence[int], width: int, groups: int, diversity: float, new: int
+) -> list[tuple[list[int], float]]:
+    """Diverse beams without a cache and without stop tokens, sentence by sentence of the paper's algorithm 1."""
+    beams: list[list[tuple[list[int], float]]] = [[([], 0.0)] for _ in range(groups)]
+    for _ in range(new):
+        taken: list[int] = []
+        for number, group in enumerate(beams):
+            options = []
+            for ids, score in group:
+                log_p = full_logits(model, [*prompt, *ids])[-1].log_softmax(-1).tolist()
+                options += [
+                    ([*ids, token], score + value - diversity * taken.count(token)) for token, value in enumerate(log_p)
+                ]
+            beams[number] = sorted(options, key=lambda option: -option[1])[:width]
+            taken += [ids[-1] for ids, _ in beams[number]]
+    return sorted(((ids, score / new) for group in beams for ids, score in group), key=lambda option: -option[1])
+
+
+@pytest.mark.parametrize("kind", ["grouped-query", "latent"])
+@pytest.mark.parametrize(("groups", "diversity"), [(1, 0.0), (2, 0.0), (2, 1.5), (3, 4.0)])
+def test_diverse_beams_follow_the_definition(kind: str, groups: int, diversity: float) -> None:
+    model, prompt = build(CONFIGS[kind]), [5, 6, 7]
+    settings = BeamSettings(2 * groups, 2 * groups, groups=groups, diversity=diversity, max_new_tokens=6)
+    found = search(model, prompt, settings)
+    expected = by_definition(model, prompt, 2, groups, diversity, 6)
+    assert sorted(beam.ids for beam in found) == sorted(ids for ids, _ in expected)
+    assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
+
+
+def test_all_beams_are_every_text_there_is(model: LanguageModel) -> None:
+    """With as many beams as texts of two tokens the search is exhaustive."""
+    found = search(model, [5, 6], BeamSettings(97, 97, 0.0, max_new_tokens=2), vocab_size=97)
+    scores = {}
+    for first in range(97):
+        before = full_logits(model, [5, 6])[-1].log_softmax(-1)[first].item()
+        after = full_logits(model, [5, 6, first])[-1].log_softmax(-1)
+        scores |= {(first, second): before + value for second, value in enumerate(after.tolist())}
+    best = sorted(scores, key=lambda ids: -scores[ids])[:97]
+    assert [tuple(beam.ids) for beam in found][:20] == best[:20]
+
+
+def test_a_text_ends_where_it_is_told_to(model: LanguageModel) -> None:
+    free = search(model, [5], BeamSettings(3, 3, max_new_tokens=8))
+    token = free[0].ids[2]
+    ends: Callable[[Sequence[int]], bool] = lambda ids: ids[-1] == token  # noqa: E731
+    found = search(model, [5], BeamSettings(3, 3, max_new_tokens=8), ends=ends)
+    stopped = [beam for beam in found if beam.finish == "stop"]
+    assert stopped
+    assert all(beam.ids.index(token) == len(beam.ids) - 1 for beam in stopped)
+    assert all(token not in beam.ids for beam in found if beam.finish == "length")
+
+
+def test_one_beam_is_greedy_and_the_last_position_ends_it(model: LanguageModel) -> None:
+    [beam] = search(model, [5] * 30, BeamSettings(1, max_new_tokens=500))
+    assert beam == Beam(generate(model, [[5] * 30], Settings(500))[0], beam.score, "length")
+    assert len(beam.ids) == 11
+
+
+def test_only_ids_of_the_tokenizer_are_chosen(model: LanguageModel) -> None:
+    found = search(model, [5], BeamSettings(4, 4, max_new_tokens=10), vocab_size=30)
+    assert max(max(beam.ids) for beam in found) < 30
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"beams": 0}, "beams=0"), ({"beams": 2, "best": 3}, "best=3"), ({"beams": 4, "groups": 3}, "groups=3"),
+        ({"groups": 2, "diversity": -1.0}, "diversity=-1.0"), ({"diversity": 1.0}, "groups=1"),
+        ({"length_penalty": math.nan}, "length_penalty=nan"), ({"early_stopping": "maybe"}, "early_stopping='maybe'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens=4"),
+    ],
+)  # fmt: skip
+def test_values_without_a_meaning_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        BeamSettings(**values)
+
+
+def test_a_prompt_that_cannot_be_continued_is_refused(model: LanguageModel, tmp_path: Path) -> None:
+    for prompt, said in (([], "has no token"), ([1] * 41, "has 41 tokens"), ([97], "ids from 97 to 97")):
+        with pytest.raises(UsageError, match=said):
+            search(model, prompt, BeamSettings())
