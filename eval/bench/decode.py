@@ -51,7 +51,7 @@ def main() -> None:
         contenders = build(shape, Path(folder))
     result = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "shape": arguments.shape.name,

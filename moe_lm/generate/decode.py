@@ -217,11 +217,12 @@ class Decoder:
             return []
         logits_RV = (logits[0] if len(logits) == 1 else torch.cat(logits))[:, : self.vocab_size]
         tokens = self._choose(logits_RV)
-        probable = self._log_probabilities(logits_RV, tokens)
         steps, ended = [], []
         for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
             step = row.write(token)
-            steps.append(step._replace(**probable[place]) if place in probable and step.token is not None else step)
+            if row.settings.logprobs is not None and step.token is not None:
+                step = with_log_probabilities(step, logits_RV[place], row.settings.logprobs)
+            steps.append(step)
             if step.finish is not None:
                 ended.append(place)
         for place in reversed(ended):
@@ -284,17 +285,13 @@ class Decoder:
                 chosen[place] = token
         return chosen
 
-    def _log_probabilities(self, logits_RV: Tensor, tokens: Sequence[int]) -> dict[int, dict[str, object]]:
-        """The fields of `Step` for the rows that ask for them, by place."""
-        found: dict[int, dict[str, object]] = {}
-        for place, row in enumerate(self._rows):
-            wanted = row.settings.logprobs
-            if wanted is not None:
-                log_p = logits_RV[place].float().log_softmax(-1)
-                best = log_p.topk(min(wanted, len(log_p)))
-                pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-                found[place] = {"logprob": float(log_p[tokens[place]]), "alternatives": pairs}
-        return found
+
+def with_log_probabilities(step: Step, logits_V: Tensor, alternatives: int) -> Step:
+    """The step with its token's log-probability, and those of the likeliest ones."""
+    log_p = logits_V.float().log_softmax(-1)
+    best = log_p.topk(min(alternatives, len(log_p)))
+    pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return step._replace(logprob=float(log_p[step.token]), alternatives=pairs)
 
 
 @dataclass

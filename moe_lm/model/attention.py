@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 

@@ -112,7 +112,7 @@ def test_the_same_tokens_as_transformers(both: Both, beams: int, options: dict[s
         if beams > 1:
             assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
         ended += sum(beam.finish == "stop" for beam in found)
-    assert 0 < ended
+    assert ended > 0
 
 
 def test_penalties_are_the_same_as_in_transformers(both: Both) -> None:
