@@ -74,18 +74,11 @@ class LatentAttention(nn.Module):
         return attend(self.layer, q, k, v, self.scale, self._kept(latent, k_rope))
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, attend: Attend) -> Tensor:
-        up_k_HNC, up_v_HMC = self._expanding().unflatten(0, (self.heads, -1)).split(self.expanded_parts, dim=1)
+        up_k_HNC, up_v_HMC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(self.expanded_parts, dim=1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, up_k_HNC), q_rope), dim=-1)
         kept = self._kept(latent, k_rope)
         out_BSHC = attend(self.layer, q, kept, kept[..., : self.latent_size], self.scale)
         return torch.einsum("bshc,hmc->bshm", out_BSHC, up_v_HMC)
-
-    def _expanding(self) -> Tensor:
-        """The matrix that expands latents, `[H*(N+M), C]`; with an adapter beside it the sum of both."""
-        if type(self.kv_b_proj) is nn.Linear:
-            return self.kv_b_proj.weight
-        weight = self.kv_b_proj.weight
-        return self.kv_b_proj(torch.eye(self.latent_size, device=weight.device, dtype=weight.dtype)).mT
 
     def _kept(self, latent_BSC: Tensor, k_BS1R: Tensor) -> Tensor:
         """What a cache keeps of a position, `[B, S, 1, C+R]`: one key for all heads, which begins with its value."""

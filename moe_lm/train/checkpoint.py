@@ -33,6 +33,7 @@ from moe_lm.train.checkpoint_tensors import reason
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
+PINNED = "PINNED"
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
 ALL_THERE_ARE = Ranks()
@@ -184,14 +185,26 @@ def resolve(path: Path) -> Path:
     )
 
 
+def is_there(path: Path) -> bool:
+    """Whether `resolve` finds a checkpoint."""
+    return (path / COMPLETE).is_file() or latest(path / "checkpoints") is not None
+
+
+def pin(folder: Path, why: str) -> None:
+    """Have `clean` leave a checkpoint alone that something else needs; where this cannot write, neither can that."""
+    with suppress(OSError):
+        (folder / PINNED).write_text(f"{why}\n", encoding="utf-8")
+
+
 def clean(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and what unfinished saves left behind.
+    """Delete all but the newest `keep` complete checkpoints and the pinned ones, and leftovers of unfinished saves.
 
     What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is no leftover
     of a save, so it stays too.
     """
     complete = _complete(checkpoints)
     kept = {complete[step] for step in sorted(complete)[-keep:]}
+    kept |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
     for folder, _, suffix in _step_folders(checkpoints):
         if folder not in kept and (suffix or folder in complete.values()):
             _delete(folder)

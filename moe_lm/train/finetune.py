@@ -20,11 +20,12 @@ from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenization import Tokenizer
-from moe_lm.train import adapters, checkpoint, cost
+from moe_lm.train import checkpoint, cost
 from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult
 from moe_lm.train.reference import add_reference
 from moe_lm.train.run import Recipe, run_recipe
+from moe_lm.train.start import Start, find_start
 
 
 def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
@@ -33,14 +34,14 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
     The held-out loss is measured before the first step too. Raises UsageError when the data or the starting point
     cannot be used.
     """
-    start = starting_point(config)
-    tokenizer = Tokenizer.load(checkpoint.verified_path(start, "tokenizer"))
-    model = model_of(config, start)
+    start = find_start(config)
+    tokenizer = Tokenizer.load(checkpoint.verified_path(start.folder, "tokenizer"))
+    model = model_of(config, start.folder)
     recipe = supervised if config.preference is None else by_preference
     return run_recipe(recipe(config, title, start, tokenizer, model))
 
 
-def supervised(config: FinetuneConfig, title: str, start: Path, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+def supervised(config: FinetuneConfig, title: str, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """The assistant's words of conversations are learnt."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
@@ -54,13 +55,13 @@ def supervised(config: FinetuneConfig, title: str, start: Path, tokenizer: Token
             conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id, data.weights
         ),
         validation=validation_batches(config, conversations.validation, tokenizer),
-        start_from=start,
+        start=start,
         lora=config.lora,
         notes=[*conversations.report.skipped_lines(), *_router_lines(config, model), *cost_lines(config, model)],
     )
 
 
-def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+def by_preference(config: FinetuneConfig, title: str, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """Of two answers one is made likelier than the other, as seen from the model that training starts from."""
     data, train = config.data, config.train
     pairs = read_preferences(data, tokenizer)
@@ -70,7 +71,7 @@ def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: To
 
     def with_start(engine: Engine) -> list[Batch]:
         size = rows_at_once(train, engine.topology.world_size)
-        add_reference((rows, held_out), engine, size, config.run_dir, adapters.fingerprint(start))
+        add_reference((rows, held_out), engine, size, config.run_dir, start)
         return at_most(config, (batch for _, batch in held_out.in_order(size)))
 
     return Recipe(
@@ -80,10 +81,10 @@ def by_preference(config: FinetuneConfig, title: str, start: Path, tokenizer: To
         tokenizer=tokenizer,
         batches=PreferenceBatches(rows, train.global_batch_size, train.seed),
         validation=(),
-        start_from=start,
+        start=start,
         lora=config.lora,
         with_start=with_start,
-        notes=[*pairs.report.skipped_lines(), *cost_lines(config, model)],
+        notes=[*pairs.report.skipped_lines(), *_router_lines(config, model), *cost_lines(config, model)],
     )
 
 
@@ -100,31 +101,16 @@ def _router_lines(config: FinetuneConfig, model: ModelConfig) -> list[str]:
 
 def describe(config: FinetuneConfig) -> str:
     """What `--dry-run` prints; of the starting point it reads the settings alone."""
-    return cost.describe(config, model_of(config, starting_point(config)))
+    return cost.describe(config, model_of(config, find_start(config).folder))
 
 
 def preview(config: FinetuneConfig, count: int) -> None:
     """Print what would be trained on: the first examples with their loss mask, and figures of all."""
-    tokenizer = Tokenizer.load(checkpoint.verified_path(starting_point(config), "tokenizer"))
+    tokenizer = Tokenizer.load(checkpoint.verified_path(find_start(config).folder, "tokenizer"))
     if config.preference is None:
         show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
     else:
         show_pairs(Console(), tokenizer, read_preferences(config.data, tokenizer), count)
-
-
-def starting_point(config: FinetuneConfig) -> Path:
-    """The checkpoint whose weights are the start.
-
-    Adapters go on beside the base that they began with, even when the run of `start_from` has a newer checkpoint by
-    now. Raises UsageError when that base is not there any more, or a new `start_from` is not it.
-    """
-    newest = checkpoint.latest(Path(config.run_dir) / "checkpoints")
-    adapter = None if newest is None or config.lora is None else adapters.read(newest)
-    if newest is None or adapter is None:
-        return checkpoint.resolve(config.start_from)
-    old = yaml.safe_load(checkpoint.read_text(newest, "config.yaml"))
-    moved = Path(old["start_from"]) != config.start_from or not adapter.base.is_dir()
-    return adapters.base_of(newest, config.start_from if moved else None)
 
 
 def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:

@@ -21,19 +21,22 @@ from safetensors.numpy import save
 from moe_lm.data.preferences import PairRows
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.together import Ranks
+from moe_lm.train.start import Start, lost_reference
 
 FILE = "reference.safetensors"
 
 
-def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: str) -> bool:
+def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: Start) -> bool:
     """Give the pairs the log-probabilities that the engine's model, the start of the run, has for their answers.
 
-    Those in `run_dir` are taken when they are of the same pairs and the same `start` (a digest); returns whether they
-    were. Every rank calls this; rank 0 alone reads and writes.
+    Those in `run_dir` are taken when they are of the same pairs and the same `start`; returns whether they were. Every
+    rank calls this; rank 0 alone reads and writes. Raises UsageError when there are none and the start is gone.
     """
-    key = hashlib.sha256(",".join([start, *(item.fingerprint for item in rows)]).encode()).hexdigest()
+    key = hashlib.sha256(",".join([start.fingerprint, *(item.fingerprint for item in rows)]).encode()).hexdigest()
     pairs = [len(item.pairs) for item in rows]
     kept = Ranks().first(lambda: _read(run_dir / FILE, key, sum(pairs)), ())
+    if kept is None and not start.is_origin:
+        raise lost_reference(start)
     if kept is None and engine.topology.is_main:
         print(f"computing what the start gives to {2 * sum(pairs):,} answers, the reference", flush=True)
     found = kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size) for item in rows])

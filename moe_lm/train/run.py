@@ -28,6 +28,8 @@ from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
 from moe_lm.train.rank_log import rank_log
 from moe_lm.train.run_folder import RunFolder, compare_config, flat_settings
+from moe_lm.train.start import FILE as START
+from moe_lm.train.start import Start
 
 # Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
 # goes on.
@@ -47,7 +49,7 @@ class Recipe:
     tokenizer: Tokenizer
     batches: BatchSource
     validation: Sequence[Batch]
-    start_from: Path | None = None  # a checkpoint whose weights are the start; None: fresh ones
+    start: Start | None = None  # a model to begin with; None: fresh weights
     lora: LoraConfig | None = None  # train adapters beside these weights
     # What needs the model of the start, while it is there: gives the held-out batches, in place of `validation`.
     with_start: Callable[[Engine], Sequence[Batch]] | None = None
@@ -73,6 +75,8 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         changes = check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
+            if recipe.start is not None and recipe.lora is not None:
+                checkpoint.pin(recipe.start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
         placed = place_model(recipe.model, config.parallel, recipe.lora, config.train.freeze_router)
         fill(placed, recipe)
         preference = config.preference if isinstance(config, FinetuneConfig) else None
@@ -115,10 +119,8 @@ def train_with(
             "model.yaml": dump_config(recipe.model),
             "data.sha256": recipe.batches.fingerprint,
             "tokenizer": Path(scratch) / "tokenizer",
-            **_carried(recipe),
+            **_of_the_start(recipe),
         }
-        if recipe.lora is not None and recipe.start_from is not None:
-            files[adapters.FILE] = adapters.describe(recipe.start_from, recipe.lora)
         parts = Training(
             engine=engine,
             batches=recipe.batches,
@@ -129,26 +131,29 @@ def train_with(
             log=log,
             watchdog=watchdog,
             files=files,
-            evaluate_first=recipe.start_from is not None,
+            evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
         )
         return train(parts, step)
 
 
-def _carried(recipe: Recipe) -> dict[str, str]:
-    """What an imported checkpoint says of generating goes on with the models that are trained from it."""
-    name = "generation_config.json"
-    if recipe.start_from is None or not (recipe.start_from / name).is_file():
+def _of_the_start(recipe: Recipe) -> dict[str, str]:
+    """Which model the run began with, and what an imported one says of generating, for those trained from it."""
+    if recipe.start is None:
         return {}
-    return {name: checkpoint.read_text(recipe.start_from, name)}
+    name, folder = "generation_config.json", recipe.start.folder
+    carried = {name: checkpoint.read_text(folder, name)} if (folder / name).is_file() else {}
+    if recipe.lora is None:
+        return {**carried, START: recipe.start.describe()}
+    return {**carried, adapters.FILE: adapters.describe(folder, recipe.lora)}
 
 
 def fill(placed: PlacedModel, recipe: Recipe) -> None:
-    """The weights of step 0: drawn by the seed, or those of `start_from`."""
-    if recipe.start_from is None:
+    """The weights of step 0: drawn by the seed, or those of the start."""
+    if recipe.start is None:
         placed.initialise(recipe.config.train.seed)
     else:
-        adapters.load_weights(recipe.start_from, placed.tensors())
+        adapters.load_weights(recipe.start.folder, placed.tensors())
         placed.initialise_adapters(recipe.config.train.seed)
 
 
@@ -163,7 +168,7 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
     changes = compare_config(_as_now(folder, recipe.config), recipe.config.model_dump(mode="json"))
     may_change: tuple[str, ...] = MAY_CHANGE
     adapter = adapters.read(folder)
-    if adapter and recipe.start_from and adapters.fingerprint(recipe.start_from) == adapter.fingerprint:
+    if adapter and recipe.start and recipe.start.fingerprint == adapter.fingerprint:
         may_change += ("start_from",)  # the same base, wherever it lies now
     changes = [change for change in changes if not change.startswith(may_change)]
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != recipe.tokenizer.fingerprint:

@@ -79,7 +79,7 @@ def verify(
     if device != "cuda":
         device = "cpu"  # DeepSpeed knows no other
     world_sizes = check_devices(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
-    model, train = small_model(model_of(config)), training(config)
+    model, train = small_model(trained_model(config)), training(config)
     layouts = all_layouts(model, train, world_sizes, quick)
     plan = Plan(
         model=model,
@@ -121,13 +121,14 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def model_of(config: RunConfig) -> ModelConfig:
+def trained_model(config: RunConfig) -> ModelConfig:
     """The model that the config trains; that of a fine-tuning comes with its start."""
     if isinstance(config, PretrainConfig):
         return config.model
-    from moe_lm.train import finetune
+    from moe_lm.train.finetune import model_of
+    from moe_lm.train.start import find_start
 
-    return finetune.model_of(config, finetune.starting_point(config))
+    return model_of(config, find_start(config).folder)
 
 
 def check_reference(steps: list[dict[str, Any]], plan: Plan) -> None:

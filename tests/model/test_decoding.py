@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lm.model.attention import CachedAttention, KVCache, PackedAttention, PrefillAttention
 from moe_lm.model.transformer import LanguageModel
@@ -194,26 +193,3 @@ def test_a_latent_cache_holds_rank_plus_rotated_part_a_position() -> None:
     cache = empty_cache(build(**KINDS["latent"]), rows=2)
     assert cache.keys.shape == (3, 2, 1, 32, 16 + 8)
     assert cache.values.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
-
-
-class WithAdapter(nn.Linear):
-    """Does more than its weight says, as a layer with a LoRA adapter does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) - 0.5 * F.linear(x, self.weight.flip(0))
-
-
-@torch.no_grad()
-def test_latents_are_decoded_with_what_an_adapter_adds_to_their_expansion() -> None:
-    model, prompts = build(**KINDS["latent"]), random_prompts()
-    without = uncached(model, prompts[0])
-    for layer in model.model.layers:
-        layer.self_attn.kv_b_proj.__class__ = WithAdapter
-    cache = empty_cache(model, len(prompts))
-    prefill(model, prompts, cache)
-    token = torch.tensor([[3]] * len(prompts))
-    logits = extend(model, token, cache)
-    for row, prompt in enumerate(prompts):
-        expected = uncached(model, torch.cat((prompt, token[row])))[-1:]
-        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
-    assert not torch.allclose(uncached(model, prompts[0]), without, atol=0.1)

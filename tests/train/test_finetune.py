@@ -127,6 +127,22 @@ def test_a_killed_fine_tuning_resumes_to_the_bit(
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_it_goes_on_without_the_run_it_began_with(
+    finetune_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
+) -> None:
+    shutil.copytree(pretrained, tmp_path / "base")
+    command = ("finetune", finetune_config, f"start_from={tmp_path / 'base'}", "train.steps=4", "checkpoint.every=2")
+    assert moe_lm(*command, "checkpoint.keep=9").code == 0
+    run_dir = Path(load_config(FinetuneConfig, finetune_config).run_dir)
+    expected = metrics(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "base")
+    done = moe_lm(*command)
+    assert done.code == 0, done.err
+    assert "going on after step 2 of 4" in done.out
+    assert [line["loss"] for line in metrics(run_dir)[1:]] == [line["loss"] for line in expected[1:]]
+
+
 def test_the_limit_of_an_evaluation_holds(finetune_config: Path, tiny_tokenizer: Tokenizer) -> None:
     for micro, limit, rows in (("null", "null", 16), ("null", 1, 8), (2, 1, 8)):
         overrides = [f"train.micro_batch_size={micro}", f"train.eval_batches={limit}"]

@@ -226,6 +226,20 @@ def test_it_goes_on_beside_the_base_it_began_with(
 # Which base
 
 
+def test_the_base_of_adapters_is_not_cleaned_away(
+    lora_config: Path, tmp_path: Path, pretrained: Path, tiny_pretrain: Path, moe_lm: MoeLm
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pretrained, base)
+    assert moe_lm("finetune", lora_config, f"start_from={base}", "train.steps=2").code == 0
+    more = ("train.steps=33", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.allow_changes=true")
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={base}", *more).code == 0
+    kept = sorted(path.name for path in (base / "checkpoints").iterdir())
+    assert kept == ["step-00000030", "step-00000033"]
+    run_dir = yaml.safe_load(lora_config.read_text())["run_dir"]
+    assert moe_lm("sample", run_dir, "--prompt", "x", "--max-new-tokens", 2).code == 0
+
+
 def another(folder: Path, copy: Path) -> Path:
     """A checkpoint of the same shape with other weights."""
     state = {name: tensor + 0.001 for name, tensor in tensors(folder, "model").items()}

@@ -15,9 +15,7 @@ import yaml
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
-from moe_lm.config import PretrainConfig
-from moe_lm.config_file import load_config
-from moe_lm.train import pretrain, reference
+from moe_lm.train import reference
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,17 +23,6 @@ MoeLm = Callable[..., Any]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
 RECIPE = Path(__file__).parents[2] / "configs" / "finetune" / "dpo.yaml"
 FIGURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")
-
-
-@pytest.fixture(scope="module")
-def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of 30 steps."""
-    run_dir = tmp_path_factory.mktemp("pretrained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
-    torch.set_num_threads(threads)
-    return run_dir
 
 
 @pytest.fixture
@@ -135,6 +122,34 @@ def test_a_killed_run_resumes_to_the_bit_with_the_reference_it_has(
             )
             assert [name for name in one if not torch.equal(one[name], other[name])] == []
         assert (parted / reference.FILE).read_bytes() == (whole / reference.FILE).read_bytes()
+
+
+def test_a_run_goes_on_with_the_reference_it_began_with_whatever_became_of_its_start(
+    config_file: Path, tmp_path: Path, pretrained: Path, tiny_pretrain: Path, moe_lm: MoeLm
+) -> None:
+    """The start is trained on, which gives it a newer checkpoint; then it is deleted; then the reference is lost."""
+    base, run_dir = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(pretrained, base)
+    command = ("finetune", config_file, f"start_from={base}", "checkpoint.every=4", "checkpoint.keep=9")
+    assert moe_lm(*command).code == 0
+    expected = metrics(run_dir)
+    more = ("train.steps=32", "checkpoint.every=1", "checkpoint.allow_changes=true", "checkpoint.keep=9")
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={base}", *more).code == 0
+    for trouble in ("a newer start", "a newer start, no reference", "no start"):
+        shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+        if "no reference" in trouble:
+            (run_dir / reference.FILE).unlink()
+        if trouble == "no start":
+            shutil.rmtree(base)
+        done = moe_lm(*command)
+        assert done.code == 0, (trouble, done.err)
+        assert "going on after step 4 of 8" in done.out
+        assert [line["loss"] for line in metrics(run_dir)[1:]] == [line["loss"] for line in expected[1:]], trouble
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+    (run_dir / reference.FILE).unlink()
+    done = moe_lm(*command)
+    assert done.code == 2
+    assert f"the model that it began with, {base / 'checkpoints' / 'step-00000030'}" in done.err
 
 
 def test_a_reference_that_is_damaged_or_of_other_pairs_is_computed_again(
