@@ -160,8 +160,9 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and for each whether it is trained on: what an assistant has to write.
 
-        That is its turns, with calls of tools, and the token that ends them. Only the template's own text gives special
-        tokens, what the messages say never does. Raises UsageError as `render_chat` does.
+        That is its turns, with calls of tools, and the token that ends them, but for messages with `train: False`. Only
+        the template's own text gives special tokens, what the messages say never does. Raises UsageError as
+        `render_chat` does.
         """
         rendering = self.chat_template.render(messages, tools, add_generation_prompt)
         trained = self._turns.trained(messages, tools, rendering)

@@ -31,7 +31,9 @@ CONTENT, REASONING, CALLS = range(3)  # the parts of a message, of which each ha
 TOOLS = 1  # the author of the tools' descriptions; message i has 4 * (i + 1) and the number of the part
 GENERATED = 1 << 19  # added to authors inside {% generation %}, which marks what the assistant is trained on
 
-Message = Mapping[str, Any]  # {"role": one of ROLES, "content": str}, and what `checked` lets through
+# {"role": one of ROLES, "content": str}, what `checked` lets through, and of an assistant's message that is not to be
+# trained on `"train": False`, which no template sees.
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -73,18 +73,43 @@ class Turns:
     ) -> NDArray[np.bool_]:
         """The characters that an assistant has to write: its turns with the tokens that end them. [characters]
 
-        Where the template itself says it, with {% generation %}, it is as the template says.
+        Where the template itself says it, with {% generation %}, it is as the template says. A message with
+        `train: False` is masked: nothing of its turn is trained on.
         """
         if rendering.generated is not None:
-            return rendering.generated
+            trained = rendering.generated.copy()
+            for number, message in enumerate(messages):
+                if _speaks(message) and not _is_trained(message):
+                    trained[self._around(messages, tools, rendering, number)] = False
+            return trained
         trained = np.zeros(len(rendering.text), np.bool_)
         for number, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if _speaks(message) and _is_trained(message):
                 begin = self._begin(messages, tools, rendering, number)
-                calls = message.get("tool_calls") and number + 1 < len(messages)
-                alone = self._template.render(messages[: number + 1], tools) if calls else None
+                alone = self._alone(messages, tools, number)
                 trained[begin : self._end(rendering, number, begin, alone)] = True
         return trained
+
+    def _around(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering, number: int
+    ) -> slice:
+        """All that may be a turn's, whatever the template marks: from the words before it to those that come next.
+
+        Between two turns of the assistant it ends where the prompt of the later one does.
+        """
+        before, after = messages[:number], messages[number + 1 :]
+        if before and _speaks(before[-1]):
+            begin = self._begin(messages, tools, rendering, number)
+        else:
+            begin, _ = _before(rendering, number)
+        if after and _speaks(after[0]):
+            return slice(begin, self._begin(messages, tools, rendering, number + 1))
+        return slice(begin, _after(rendering, number, self._alone(messages, tools, number))[1])
+
+    def _alone(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], number: int) -> Rendering | None:
+        """The conversation up to a turn with calls, whose words later messages may repeat; None: nothing does."""
+        repeated = messages[number].get("tool_calls") and number + 1 < len(messages)
+        return self._template.render(messages[: number + 1], tools) if repeated else None
 
     def _begin(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering, number: int
@@ -94,9 +119,7 @@ class Turns:
         Compared is what follows the last words before the turn, because templates may write earlier turns, and what
         stands before all, in another way when more turns follow.
         """
-        later = np.flatnonzero((rendering.messages >= number) & (rendering.messages != NOBODY))
-        own = int(later[0]) if len(later) else len(rendering.text)
-        begin = _last(rendering.messages[:own] < number) + 1
+        begin, own = _before(rendering, number)
         between = rendering.text[begin:own]
         if number:
             prompt = self._template.render(messages[:number], tools, add_generation_prompt=True)
@@ -128,6 +151,21 @@ class Turns:
         edges = (np.flatnonzero(nobody[1:] != nobody[:-1]) + begin).tolist()
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             yield from (found.span() for found in self._special.finditer(rendering.text, start, stop))
+
+
+def _speaks(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _is_trained(message: Message) -> bool:
+    return bool(message.get("train", True))
+
+
+def _before(rendering: Rendering, number: int) -> tuple[int, int]:
+    """What the template writes between the words before a message and its own: from and to."""
+    later = np.flatnonzero((rendering.messages >= number) & (rendering.messages != NOBODY))
+    own = int(later[0]) if len(later) else len(rendering.text)
+    return _last(rendering.messages[:own] < number) + 1, own
 
 
 def _after(rendering: Rendering, number: int, alone: Rendering | None = None) -> tuple[int, int]:

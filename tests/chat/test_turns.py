@@ -168,6 +168,49 @@ def test_exactly_the_assistants_turns_and_their_ends_are_trained_on(
     assert found == expected
 
 
+@pytest.mark.parametrize(("name", "spaces", "messages", "tools"), CASES)
+def test_a_masked_turn_stays_in_the_context_and_loses_its_run_alone(
+    folder: Path, name: str, spaces: bool, messages: Any, tools: Any
+) -> None:
+    tokenizer = Tokenizer.load(folder / f"{name}-{spaces}")
+    ids, _ = tokenizer.encode_chat(messages, tools=tools)
+    runs = trained_texts(tokenizer, messages, tools)
+    numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(runs) == len(numbers)
+    for turn, number in enumerate(numbers):
+        given = [message | {"train": index != number} for index, message in enumerate(messages)]
+        assert tokenizer.encode_chat(given, tools=tools)[0] == ids
+        assert trained_texts(tokenizer, given, tools) == runs[:turn] + runs[turn + 1 :]
+    given = [message | {"train": False} for message in messages]
+    assert tokenizer.encode_chat(given, tools=tools) == (ids, [False] * len(ids))
+
+
+@pytest.mark.parametrize(
+    ("written", "learnt"),
+    [
+        ("<|assistant|>{% generation %}{{ message.content }}{% endgeneration %}<|end|>", "{}"),
+        ("<|assistant|>{% generation %}{{ message.content }}<|end|>{% endgeneration %}", "{}<|end|>"),
+        ("<|assistant|>{% generation %}-{{ message.content }}<|end|>{% endgeneration %}", "-{}<|end|>"),
+        ("{% generation %}<|assistant|>{{ message.content }}<|end|>{% endgeneration %}", "<|assistant|>{}<|end|>"),
+    ],
+)
+def test_a_masked_turn_beats_what_the_template_itself_marks(tmp_path: Path, written: str, learnt: str) -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}" + written + "{% else %}"
+        "{{ '<|' ~ message.role ~ '|>' ~ message.content ~ '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = Tokenizer.load(save(replace(STYLES["generation"], template=template), tmp_path))
+    one, two = ({"role": "assistant", "content": word} for word in ("one", "two"))
+    masked = {"train": False}
+    assert trained_texts(tokenizer, [SHORT[0], one, SHORT[2], two]) == [learnt.format("one"), learnt.format("two")]
+    assert trained_texts(tokenizer, [SHORT[0], one | masked, SHORT[2], two]) == [learnt.format("two")]
+    assert trained_texts(tokenizer, [SHORT[0], one, SHORT[2], two | masked]) == [learnt.format("one")]
+    if learnt[0] != "<":  # two turns, one after the other; what belongs to the prompt goes with the turn before
+        assert trained_texts(tokenizer, [SHORT[0], one | masked, two, SHORT[2]]) == [learnt.format("two")]
+        assert trained_texts(tokenizer, [SHORT[0], one, two | masked, SHORT[2]]) == [learnt.format("one")]
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_the_token_that_ends_an_answer_follows_from_the_template(folder: Path, name: str) -> None:
     style, tokenizer = STYLES[name], Tokenizer.load(folder / f"{name}-False")
