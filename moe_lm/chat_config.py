@@ -16,7 +16,7 @@ ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completio
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "input", "output"),
+    "alpaca": ("instruction", "input", "output", "history"),
     "prompt_completion": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
 }

@@ -111,10 +111,10 @@ def _rows(source: ChatSource, report: Report) -> Iterator[tuple[str, dict[str, A
 
 
 def _hash(messages: Sequence[Message]) -> int:
-    """Equal for equal messages; what is no text of a turn counts where there is any."""
+    """Equal for equal messages, masked or not; what is no text of a turn counts where there is any."""
     parts = []
     for message in messages:
-        further = {key: value for key, value in message.items() if key not in ("role", "content")}
+        further = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
         parts += [message["role"], message["content"] or ""]
         parts += [json.dumps(further, sort_keys=True)] if further else []
     return document_hash("\0".join(parts))

@@ -115,10 +115,15 @@ def _rendered(
 
 
 def _ends(dialogue: Dialogue) -> Iterator[Dialogue]:
-    """The conversation without its oldest turns, ever fewer: the system prompt, then from a later question on."""
+    """The conversation without its oldest turns, ever fewer: the system prompt, then from a later question on.
+
+    An answer that is trained on comes after that question.
+    """
     messages = dialogue.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
     for number, message in enumerate(messages):
         asked_later = message["role"] == "user" and number > len(system)
-        if asked_later and any(later["role"] == "assistant" for later in messages[number:]):
+        if asked_later and any(
+            later["role"] == "assistant" and later.get("train", True) for later in messages[number:]
+        ):
             yield Dialogue([*system, *messages[number:]], dialogue.tools)

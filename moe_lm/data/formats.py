@@ -1,7 +1,8 @@
 """A row of a file -> the messages of a conversation, or the three parts of a preference pair.
 
 Whatever a row calls its parts, here they become `{"role": ..., "content": ...}`, with `tool_calls`,
-`reasoning_content`, `tool_call_id` and `name` where the row has them.
+`reasoning_content`, `tool_call_id` and `name` where the row has them, and in a conversation with `"train": False` where
+the row masks an answer. In a pair it is the two answers that are trained on, whatever their messages say of that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ OTHER_NAMES = {
     "function": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
+MASKS = ("weight", "train")  # OpenAI's name, where 0 masks an answer, and that of others, where false does
 
 
 class Unusable(Exception):  # noqa: N818 (a reason to skip a row, not a failure)
@@ -59,9 +61,11 @@ def dialogue_of(row: dict[str, Any], source: ChatSource) -> Dialogue:
     if kind in ("messages", "sharegpt"):
         messages = _messages(_required(row, "messages" if kind == "messages" else "conversations", source))
     elif kind == "alpaca":
-        messages = [_said("user", _asked(row, source)), _said("assistant", _required(row, "output", source))]
+        messages = _history(row.get("history"))
+        messages += [_said("user", _asked(row, source)), _said("assistant", _required(row, "output", source))]
     else:
         messages = _prompt(row, source) + _side(_required(row, "completion", source))
+    messages = [_masked(message) for message in messages]
     dialogue = Dialogue(_with_system(messages, row, source), _tools(row.get("tools")))
     _check(dialogue.messages, dialogue.tools)
     _check_answers(dialogue.messages)
@@ -77,7 +81,7 @@ def pair_of(row: dict[str, Any], source: ChatSource) -> Pair:
     row = _renamed(row, source)
     if source.format not in ("auto", "preference"):
         raise Unusable(f"format={source.format} is no preference pair")
-    chosen, rejected = (_side(_required(row, name, source)) for name in ("chosen", "rejected"))
+    chosen, rejected = (_unmarked(_side(_required(row, name, source))) for name in ("chosen", "rejected"))
     whole = bool(chosen and rejected) and chosen[0]["role"] != "assistant"
     if whole:  # the sides are whole conversations: what they share comes before the answers
         shared = 0
@@ -85,7 +89,7 @@ def pair_of(row: dict[str, Any], source: ChatSource) -> Pair:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
-        prompt = _prompt(row, source)
+        prompt = _unmarked(_prompt(row, source))
     pair = Pair(_with_system(prompt, row, source), chosen, rejected, _tools(row.get("tools")))
     if not any(message["role"] == "user" for message in pair.prompt):
         raise Unusable("a preference pair whose sides share no question")
@@ -144,6 +148,14 @@ def _asked(row: dict[str, Any], source: ChatSource) -> Any:
     return "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
 
 
+def _history(turns: Any) -> list[Message]:
+    """The questions and answers before an instruction."""
+    turns = turns or []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise Unusable("a history that is no list of question and answer")
+    return [_said(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
 def _filled(template: str, row: dict[str, Any]) -> str:
     for name in sorted(template_fields(template)):
         if not isinstance(row.get(name), str):
@@ -177,7 +189,7 @@ def _messages(values: Any) -> list[Message]:
 
 
 def _message(value: Any) -> Message:
-    """One message in our names; None as content stays None."""
+    """One message in our names, with the masks as the row has them; None as content stays None."""
     if not isinstance(value, dict):
         raise Unusable("a message that is no object")
     name = value.get("role", value.get("from"))
@@ -185,9 +197,10 @@ def _message(value: Any) -> Message:
     if role not in ROLES:
         raise Unusable(f"a message without a role of {', '.join(ROLES)}")
     content = _text(value.get("content", value.get("value")))
+    masks = {key: value[key] for key in MASKS if role == "assistant" and value.get(key) is not None}
     if name == "function_call":
-        return {"role": role, "content": None, "tool_calls": _tool_calls(_parsed(content))}
-    message: Message = {"role": role, "content": content}
+        return {"role": role, "content": None, "tool_calls": _tool_calls(_parsed(content)), **masks}
+    message: Message = {"role": role, "content": content, **masks}
     if role == "assistant" and value.get("tool_calls"):
         message["tool_calls"] = _tool_calls(value["tool_calls"])
     reasoning = next((value[key] for key in REASONING if value.get(key)), None) if role == "assistant" else None
@@ -197,6 +210,23 @@ def _message(value: Any) -> Message:
         if role == "tool" and value.get(key):
             message[key] = value[key]
     return message
+
+
+def _masked(message: Message) -> Message:
+    """The message with `"train": False` where its masks say so."""
+    weight, train = (message.get(key) for key in MASKS)
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise Unusable("a weight of a message that is neither 0 nor 1")
+    if train is not None and not isinstance(train, bool):
+        raise Unusable("train of a message that is neither true nor false")
+    if None not in (weight, train) and bool(weight) != train:
+        raise Unusable("weight and train of a message that contradict each other")
+    [plain] = _unmarked([message])
+    return plain | {"train": False} if weight == 0 or train is False else plain
+
+
+def _unmarked(messages: Sequence[Message]) -> list[Message]:
+    return [{key: value for key, value in message.items() if key not in MASKS} for message in messages]
 
 
 def _text(content: Any) -> Any:
@@ -259,6 +289,8 @@ def _check_answers(messages: Sequence[Message]) -> None:
         raise Unusable("no words of an assistant")
     if not all(spoken):
         raise Unusable("a turn of the assistant without words")
+    if not any(message.get("train", True) for message in answers):
+        raise Unusable("every turn of the assistant masked by weight or train")
 
 
 def _texts(value: Any) -> Iterator[str]:

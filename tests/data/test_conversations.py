@@ -107,6 +107,27 @@ def test_tool_calls_count_in_the_hash(tmp_path: Path) -> None:
     assert one.hash != other.hash
 
 
+def test_the_same_messages_are_held_out_together_however_they_are_masked(tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [{"messages": [asked, said | one, asked, said | two]} for one, two in [({}, {}), ({"weight": 0}, {})]]
+    plain, masked = read_dialogues([write(tmp_path / "a.jsonl", rows)], Report())
+    assert plain.content != masked.content
+    assert plain.hash == masked.hash
+
+
+def test_masks_in_parquet_are_read_with_what_fills_up_the_other_messages(tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [asked, said | {"weight": 0}, asked, said]},
+        {"messages": [asked, said | {"weight": 0.5}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    report = Report()
+    [found] = read_dialogues([ChatSource(path=str(tmp_path / "a.parquet"))], report)
+    assert found.content.messages == [asked, said | {"train": False}, asked, said]
+    assert report.skipped_lines() == ["1 skipped: a weight of a message that is neither 0 nor 1 (first: a.parquet:2)"]
+
+
 # The real sets
 
 

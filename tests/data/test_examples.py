@@ -15,7 +15,7 @@ from moe_lm.data.files import Report, read_rows
 from moe_lm.data.targets import IGNORE
 from moe_lm.errors import UsageError
 from moe_lm.tokenization import Tokenizer
-from tests.chat.foreign import GLM, MISTRAL, save
+from tests.chat.foreign import CHATML, GLM, MISTRAL, save
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -50,6 +50,43 @@ def test_targets_are_the_next_tokens_of_the_assistant(tmp_path: Path, tiny_token
     ]
     assert learnt(item, tiny_tokenizer) == "one<|end|>two<|end|>"
     assert (item.where, item.source) == ("a.jsonl:1", 0)
+
+
+def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    masked = [user("q"), assistant("one") | {"weight": 0}, user("r"), assistant("two")]
+    plain = [{key: message[key] for key in ("role", "content")} for message in masked]
+    rows = [{"messages": plain}, {"messages": masked}, {"messages": masked[:2]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    for tokenizer, end in (
+        (tiny_tokenizer, "two<|end|>"),
+        (Tokenizer.load(save(CHATML, tmp_path / "chatml")), "<think>\n\n</think>\n\ntwo<|im_end|>"),
+        (Tokenizer.load(save(GLM, tmp_path / "glm")), "\ntwo<|user|>"),
+    ):
+        data = read_chat(ChatDataConfig(train=(path,)), tokenizer)
+        one, other = data.train
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert learnt(other, tokenizer) == end
+        assert learnt(one, tokenizer).endswith(end)
+        assert "one" in learnt(one, tokenizer)
+        assert data.report.skipped_lines() == [
+            "1 skipped: every turn of the assistant masked by weight or train (first: a.jsonl:3)"
+        ]
+
+
+def test_a_last_answer_that_is_masked_is_not_ended(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save(GLM, tmp_path / "glm"))
+    messages = [user("q"), assistant("one"), user("r"), assistant("two") | {"train": False}]
+    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [{"messages": messages}]),)), tokenizer).train
+    assert learnt(item, tokenizer) == "\none<|user|>"
+    ids, _ = tokenizer.encode_chat(messages)
+    assert item.input_ids.tolist() == ids[:-1]
+
+
+def test_the_history_of_an_instruction_is_trained_on(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    row = {"instruction": "three?", "output": "3", "history": [["one?", "1"], ["two?", "2"]]}
+    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [row]),)), tiny_tokenizer).train
+    assert learnt(item, tiny_tokenizer) == "1<|end|>2<|end|>3<|end|>"
+    assert "<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?" in text_of(item, tiny_tokenizer)
 
 
 def test_tools_and_calls_reach_the_template(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -126,6 +163,24 @@ def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
     dropped = f"oldest turns dropped to fit into sequence_length={length}"
     assert data.report.shortened == ({dropped: 1} if start > 1 else {})
     assert data.report.skipped == {}
+
+
+def test_truncating_left_drops_masked_turns_as_any_other(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [{"messages": [turn | {"weight": 0} if number in (2, 4) else turn for number, turn in enumerate(LONG)]}]
+    path, length = write(tmp_path / "a.jsonl", rows), lengths(tiny_tokenizer)[1]
+    data = read_chat(ChatDataConfig(train=(path,), sequence_length=length, truncate="left"), tiny_tokenizer)
+    [item] = data.train
+    assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[3:]])
+    assert learnt(item, tiny_tokenizer) == "three<|end|>"
+    assert data.report.shortened == {f"oldest turns dropped to fit into sequence_length={length}": 1}
+
+
+def test_no_end_without_a_target_is_kept(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [{"messages": [turn | {"weight": 0} if number == 6 else turn for number, turn in enumerate(LONG)]}]
+    path, length = write(tmp_path / "a.jsonl", rows), lengths(tiny_tokenizer)[1] - 1
+    report = Report()
+    assert read_conversations([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
+    assert report.skipped == {f"longer than sequence_length={length}": 1}
 
 
 def test_what_no_turn_less_makes_fit_is_skipped(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

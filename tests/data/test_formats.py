@@ -128,9 +128,82 @@ def test_the_id_of_a_call_and_what_the_assistant_thought_are_kept() -> None:
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
+def test_an_answer_may_be_masked(mark: dict[str, Any]) -> None:
+    masked = {"train": False}
+    assert messages({"messages": [ASKED, ANSWERED | mark, ASKED, ANSWERED]}) == [
+        ASKED, ANSWERED | masked, ASKED, ANSWERED,
+    ]  # fmt: skip
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"} | mark, *turns("human", "gpt")]
+    assert [message.get("train") for message in messages({"conversations": said})] == [None, False, None, None]
+    called = {"from": "function_call", "value": json.dumps(CALL)} | mark
+    assert messages({"conversations": [ASKED, called, *turns("observation", "gpt")]})[1] == CALLING | masked
+    before = {"prompt": [ASKED, ANSWERED | mark, ASKED], "completion": "a"}
+    assert messages(before) == [ASKED, ANSWERED | masked, ASKED, ANSWERED]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"weight": 1, "train": True}])
+def test_an_answer_that_is_not_masked_is_as_any_other(mark: dict[str, Any]) -> None:
+    nothing = {"weight": None, "train": None}  # as Parquet fills up messages
+    assert messages({"messages": [ASKED | nothing, ANSWERED | nothing | mark]}) == [ASKED, ANSWERED]
+
+
+def test_masks_are_of_answers_alone() -> None:
+    mark = {"weight": 0.5, "train": "?"}
+    assert messages({"messages": [{"role": "system", "content": "s", **mark}, ASKED | mark, ANSWERED]})[1:] == [
+        ASKED, ANSWERED,
+    ]  # fmt: skip
+
+
+def test_the_history_of_an_instruction_goes_before_it() -> None:
+    row = {"instruction": "q", "input": "", "output": "a", "history": [["one?", "1"], ["two?", "2"]]}
+    expected = [
+        *[{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}],
+        *[{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}],
+        *[ASKED, ANSWERED],
+    ]
+    assert messages(row) == messages(row, source(format="alpaca")) == expected
+    renamed = {"instruction": "q", "output": "a", "before": row["history"]}
+    assert messages(renamed, source(fields={"history": "before"})) == expected
+    assert messages(row | {"system": "s"}) == [{"role": "system", "content": "s"}, *expected]
+    template = source(format="alpaca", prompt_template="### {instruction}")
+    assert messages(row, template) == [*expected[:-2], {"role": "user", "content": "### q"}, ANSWERED]
+    for empty in ([], None, ""):
+        assert messages(row | {"history": empty}) == [ASKED, ANSWERED]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        *[
+            ({"messages": [ASKED, ANSWERED | {"weight": weight}]}, "a weight of a message that is neither 0 nor 1")
+            for weight in (0.5, 2, -1, "0", True, [])
+        ],
+        *[
+            ({"messages": [ASKED, ANSWERED | {"train": train}]}, "train of a message that is neither true nor false")
+            for train in (0, 1, "false", {})
+        ],
+        (
+            {"messages": [ASKED, ANSWERED | {"weight": 1, "train": False}]},
+            "weight and train of a message that contradict each other",
+        ),
+        (
+            {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"train": False}]},
+            "every turn of the assistant masked by weight or train",
+        ),
+        (
+            {"prompt": "q", "completion": ANSWERED | {"weight": 0}},
+            "every turn of the assistant masked by weight or train",
+        ),
+        *[
+            (
+                {"instruction": "q", "output": "a", "history": history},
+                "a history that is no list of question and answer",
+            )
+            for history in ("x", 3, {"one?": "1"}, ["one?", "1"], [["one?"]], [["one?", "1", "2"]], [None])
+        ],
+        ({"instruction": "q", "output": "a", "history": [["one?", 1]]}, "a message whose content is not text"),
+        ({"instruction": "q", "output": "a", "history": [["one?", ""]]}, "a turn of the assistant without words"),
         ({"text": "x"}, "no messages, conversations, instruction with output, or prompt with completion"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference pair, which needs the section preference"),
         ({"conversations": "hello"}, "messages that are no list"),
@@ -195,6 +268,20 @@ def test_a_pair_may_share_several_turns() -> None:
     whole = pair_of({"chosen": [*before, ANSWERED], "rejected": [*before, WORSE]}, source(system="s", format="auto"))
     assert whole.prompt == [{"role": "system", "content": "s"}, *before]
     assert (whole.chosen, whole.rejected) == ([ANSWERED], [WORSE])
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.5}])
+def test_masks_change_no_pair(mark: dict[str, Any]) -> None:
+    before = [ASKED, ANSWERED, ASKED]
+    marked = [message | mark for message in before]
+    for row in (
+        {"prompt": marked, "chosen": [ANSWERED | mark], "rejected": WORSE},
+        {"chosen": [*marked, ANSWERED], "rejected": [*before, WORSE | mark]},
+    ):
+        pair = pair_of(row, PLAIN)
+        assert (pair.prompt, pair.chosen, pair.rejected) == (before, [ANSWERED], [WORSE])
+    with pytest.raises(Unusable, match="equal sides"):
+        pair_of({"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED | mark}, PLAIN)
 
 
 def test_a_pair_under_other_names_with_a_template() -> None:

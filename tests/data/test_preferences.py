@@ -46,6 +46,21 @@ def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer
         assert side.input_ids.tolist()[: len(told) + len(expected) - 1] == told + expected[:-1]
 
 
+def test_masks_change_nothing_of_a_pair(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    def rows(**mark: Any) -> list[dict[str, Any]]:
+        said = {"role": "assistant", "content": "a", **mark}
+        asked = {"role": "user", "content": "q"}
+        return [{"prompt": [asked, said, asked], "chosen": said, "rejected": "b"}]
+
+    [plain] = read_preferences(config(tmp_path, rows()), tiny_tokenizer).train
+    for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
+        [masked] = read_preferences(config(tmp_path, rows(**mark)), tiny_tokenizer).train
+        assert masked.hash == plain.hash
+        for one, other in zip(masked.sides, plain.sides, strict=True):
+            assert one.input_ids.tolist() == other.input_ids.tolist()
+            assert one.targets.tolist() == other.targets.tolist()
+
+
 def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     rows = [GOOD, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": "word " * 60}, {"prompt": "Why?"}]
     data = read_preferences(config(tmp_path, rows), tiny_tokenizer)

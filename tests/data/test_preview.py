@@ -48,6 +48,18 @@ def test_marks_stand_around_what_is_trained_on(tmp_path: Path, tiny_tokenizer: T
     assert "\x1b" not in out
 
 
+def test_masked_answers_stand_outside_the_marks(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [{"messages": [asked, said | {"weight": 0}, asked, said]}, {"messages": [asked, said | {"train": False}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = printed(tiny_tokenizer, ChatDataConfig(train=[str(tmp_path / "a.jsonl")]), 2).splitlines()
+    assert lines[:2] == [
+        "a.jsonl:1: 13 tokens, 2 trained on",
+        "<|bos|><|user|>q<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|>⟦a<|end|>⟧",
+    ]
+    assert lines[-1] == "1 skipped: every turn of the assistant masked by weight or train (first: a.jsonl:2)"
+
+
 def test_colours_say_it_where_there_are_some(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     config = ChatDataConfig(train=[rows(tmp_path / "a.jsonl", ("q", "four"))])
     out = printed(tiny_tokenizer, config, 1, force_terminal=True, color_system="standard")
