@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from moe_lm.errors import UsageError
+from moe_lm.signals import ended_by_sigterm
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 Dtype = Annotated[
@@ -25,10 +26,10 @@ ProofMemory = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put the verbs behind those that are there."""
-    app.command("import", rich_help_panel="Build")(import_)
-    app.command(rich_help_panel="Build")(upcycle)
-    app.command(rich_help_panel="Use")(export)
+    """Put the verbs behind those that are there. What writes a folder takes it away when it is ended."""
+    app.command("import", rich_help_panel="Build")(ended_by_sigterm()(import_))
+    app.command(rich_help_panel="Build")(ended_by_sigterm()(upcycle))
+    app.command(rich_help_panel="Use")(ended_by_sigterm()(export))
 
 
 def import_(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +18,7 @@ from moe_lm.config import FinetuneConfig, ParallelConfig, PretrainConfig, RunCon
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.device import pick_device
 from moe_lm.model_config import ModelConfig
+from moe_lm.signals import ended_by_sigterm
 from moe_lm.verify.compare import Comparison, Tolerance, compare, read_steps
 from moe_lm.verify.layouts import PLAN, Layout, Plan, all_layouts, select
 from moe_lm.verify.ranks import run_ranks
@@ -109,16 +107,6 @@ def verify(
             if layout.like is not None
         ]
     return Report(plan, comparisons, tolerance, time.monotonic() - started)
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """As by Ctrl-C: nothing that was started or written stays behind."""
-    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def trained_model(config: RunConfig) -> ModelConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,4 +371,20 @@ def test_interrupt_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, mon
     monkeypatch.setattr(importing, "prove", interrupt)
     done = moe_lm("import", folder, "--run-dir", tmp_path / "run")
     assert done.code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_sigterm_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scheduler or `kill` sends; the same command can be given again."""
+
+    def end(*_: object) -> None:
+        assert (tmp_path / "run.unfinished").is_dir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody took care of the signal"))
+    try:
+        monkeypatch.setattr(importing, "prove", end)
+        assert moe_lm("import", folder, "--run-dir", tmp_path / "run").code == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
