@@ -17,10 +17,10 @@ def whole_or_not(path: Path) -> Iterator[Path]:
     Raises UsageError when something is at `path` already, or another process, or one that was killed, is filling it;
     MoeLmError when the disk does not take what is written.
     """
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    if path.exists() or path.is_symlink():
+    path = path.absolute()  # the name of "." is empty
+    unfinished = path.parent / f"{path.name}.unfinished"
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not empty and (path.exists() or path.is_symlink()):
         raise UsageError(f"{path} exists already; give the name of a new folder, or delete it")
     try:
         unfinished.mkdir(parents=True)
@@ -32,7 +32,7 @@ def whole_or_not(path: Path) -> Iterator[Path]:
         raise UsageError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
     try:
         yield unfinished
-        unfinished.rename(path)
+        unfinished.rename(path)  # an empty folder gives way, and may be the working directory until then
     except OSError as error:
         raise MoeLmError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -388,3 +389,16 @@ def test_sigterm_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monke
     finally:
         signal.signal(signal.SIGTERM, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_working_directory_as_the_new_folder(folder: Path, moe_lm: Any, tmp_path: Path) -> None:
+    """Relative paths mean what they meant until the end."""
+    (tmp_path / "here").mkdir()
+    with contextlib.chdir(tmp_path / "here"):
+        done = moe_lm("import", "../hf", "--run-dir", ".", "--proof-memory", 0)
+    assert (done.code, done.err) == (0, "")
+    with contextlib.chdir(tmp_path / "here"):
+        done = moe_lm("export", ".", ".", "--proof-memory", 0)
+    assert done.code == 2
+    assert f"{tmp_path / 'here'} exists already" in done.err
+    assert moe_lm("export", tmp_path / "here", "/", "--proof-memory", 0).code == 2
