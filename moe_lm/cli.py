@@ -17,11 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_lm import __version__, cli_interop
+from moe_lm import __version__, cli_generate, cli_interop
 from moe_lm.errors import MoeLmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
+ALONE = {"--preview": "3", "--logprobs": "0"}  # options whose number may be left out, and what it is then
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -59,13 +60,6 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, stop.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 Base = Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 more likely, above 1 more varied; 0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")]
-TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens that hold this probability.")
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
 
 
 def main() -> None:
@@ -140,11 +134,11 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _with_a_number(arguments: list[str]) -> list[str]:
-    """`--preview` may stand alone; Typer's options always take a value."""
+    """`--preview` and `--logprobs` may stand alone; Typer's options always take a value."""
     kept = []
     for place, item in enumerate(arguments, 1):
-        alone = item == "--preview" and not "".join(arguments[place : place + 1]).isdigit()
-        kept += [item, "3"] if alone else [item]
+        alone = item in ALONE and not "".join(arguments[place : place + 1]).isdigit()
+        kept += [item, ALONE[item]] if alone else [item]
     return kept
 
 
@@ -317,51 +311,7 @@ def verify(
     raise typer.Exit(gate.run(settings, world_sizes, quick, only or (), json_file, timeout, sabotage))
 
 
-@app.command(rich_help_panel="Use")
-def sample(
-    run: RunPath,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
-    max_new_tokens: MaxNewTokens = 200,
-    temperature: Temperature = 0.8,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    base: Base = None,
-) -> None:
-    """Continue a prompt, streaming to the terminal."""
-    from moe_lm.generate import commands
-
-    commands.sample(
-        run,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop or (),
-        base=base,
-    )
-
-
-@app.command(rich_help_panel="Use")
-def chat(
-    run: RunPath,
-    max_new_tokens: MaxNewTokens = 200,
-    temperature: Temperature = 0.8,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    base: Base = None,
-) -> None:
-    """Talk to a fine-tuned run."""
-    from moe_lm.generate import commands
-
-    commands.chat(
-        run, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, base=base
-    )
+cli_generate.add_to(app)
 
 
 @app.command("eval", rich_help_panel="Use")

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings
+from moe_lm.generate.penalties import NO_PENALTIES, Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.tokenization import Message
@@ -27,12 +29,14 @@ def sample(
     top_p: float | None,
     seed: int | None,
     stop: Sequence[str],
+    truncate: bool = False,
     base: Path | None = None,
+    **more: Any,
 ) -> None:
-    """Write the text that follows `prompt`; on a terminal after the prompt itself."""
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, seed)
+    """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`."""
+    settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
     session = Session.load(run, base=base)
-    text = session.complete(prompt, settings, stop)
+    text = session.complete(prompt, settings, stop, truncate)
     if sys.stdout.isatty():
         print(prompt, end="", flush=True)
     clock = []
@@ -54,7 +58,7 @@ def chat(
     base: Path | None = None,
 ) -> None:
     """Talk until /quit or Ctrl-D; Ctrl-C stops an answer, which stays in the conversation as far as it went."""
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, seed)
+    settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed)
     session = Session.load(run, base=base)
     # The first forward pass imports parts of torch: a Ctrl-C meant for the answer would leave them half imported.
     list(session.complete("", Settings(max_new_tokens=1)))
@@ -74,11 +78,22 @@ def chat(
         messages.append({"role": "assistant", "content": _show(answer)})
 
 
-def _settings(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+def settings_of(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    penalties: Penalties = NO_PENALTIES,
+    min_new_tokens: int = 0,
+    logprobs: int | None = None,
 ) -> Settings:
+    """What a command line asked for; without a seed one is drawn."""
     seed = secrets.randbelow(1 << 32) if seed is None else seed
-    return Settings(max_new_tokens, Sampling(temperature, top_k, top_p), seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, typical_p, penalties)
+    return Settings(max_new_tokens, sampling, seed, min_new_tokens, logprobs)
 
 
 def _speed(clock: Sequence[tuple[float, int]]) -> str:

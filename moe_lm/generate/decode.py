@@ -186,6 +186,7 @@ class Decoder:
         self._requests += 1
         return row.request
 
+    @torch.inference_mode()
     def cancel(self, request: int) -> bool:
         """Forget a request; False when it is not there (any more)."""
         if self._growing is not None and self._growing.request == request:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_lm.config import check_vocabulary
 from moe_lm.config_file import build_config
+from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings, room, stream
 from moe_lm.model.device import pick_device
@@ -45,9 +46,27 @@ class Session:
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
         return cls(folder, load_model(folder, tokenizer, target, base), tokenizer)
 
-    def complete(self, prompt: str, settings: Settings, stop: Sequence[str] = ()) -> Completion:
-        """The text that follows `prompt`, which begins a document and may be empty."""
-        return self._completion([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], settings, stop)
+    def complete(self, prompt: str, settings: Settings, stop: Sequence[str] = (), truncate: bool = False) -> Completion:
+        """The text that follows `prompt`, which begins a document and may be empty; `truncate` as in `prompt_ids`."""
+        return self._completion(self.prompt_ids(prompt, settings.max_new_tokens, truncate), settings, stop)
+
+    def prompt_ids(self, prompt: str, wanted: int, truncate: bool = False) -> list[int]:
+        """The ids of a prompt that begins a document.
+
+        `truncate` drops the beginning of one that leaves no room for `wanted` tokens, or half of the model's positions
+        if that is less. Raises UsageError for a prompt that is longer than the model has positions for otherwise.
+        """
+        ids = self.tokenizer.encode(prompt)
+        positions = self.model.config.max_position_embeddings
+        if truncate:
+            kept = positions - min(wanted - 1, positions // 2) - 1
+            ids = ids[max(0, len(ids) - kept) :]
+        elif len(ids) >= positions:
+            raise UsageError(
+                f"the prompt has {len(ids) + 1} tokens, more than the model's max_position_embeddings={positions}; "
+                "shorten it, or drop its beginning with --truncate left"
+            )
+        return [self.tokenizer.bos_id, *ids]
 
     def chat(self, messages: Sequence[Message], settings: Settings) -> Completion:
         """The assistant's next message."""

@@ -27,6 +27,28 @@ def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
 
 
+Runs = list[tuple[int, int, int]]  # (expert, its first row, the row after its last)
+
+
+def runs_of(experts: list[int]) -> Runs:
+    """The runs of equal experts in a sorted list."""
+    runs: Runs = []
+    start = 0
+    for stop in range(1, len(experts) + 1):
+        if stop == len(experts) or experts[stop] != experts[start]:
+            runs.append((experts[start], start, stop))
+            start = stop
+    return runs
+
+
+def mm_by_runs(x_RD: Tensor, weight_EDF: Tensor, runs: Runs) -> Tensor:
+    """`grouped_mm` for few rows: it reads the weights of the experts that have any and of no other. No gradient."""
+    out_RF = x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[-1])
+    for expert, start, stop in runs:
+        torch.mm(x_RD[start:stop], weight_EDF[expert], out=out_RF[start:stop])
+    return out_RF
+
+
 @torch.library.custom_op("moe_lm::rows_by_weights", mutates_args=())
 def _rows_by_weights(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """`[R, F]`. A product takes rows of the next experts along; their own products, which follow, overwrite those."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model.grouped_mm import grouped_mm
+from moe_lm.model.grouped_mm import Runs, grouped_mm, mm_by_runs, runs_of
 from moe_lm.model.layers import ACTIVATIONS, MLP
 from moe_lm.model_config import ModelConfig
 
@@ -28,6 +28,9 @@ class Routing(NamedTuple):
     scores: Tensor  # [T, E] float32, after the scoring function
     experts: Tensor  # [T, k] int64
     weights: Tensor  # [T, k] float32
+
+
+FEW_SLOTS = 512  # more are faster sorted by torch than in Python
 
 
 class Dispatcher(Protocol):
@@ -145,6 +148,24 @@ class Experts(nn.Module):
         hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
         return self.multiply("down_proj", hidden, ends_E)
 
+    def can_run_few(self, x: Tensor) -> bool:
+        """Whether `few` gives what `forward` would: on a CPU, without a gradient, autocast or an adapter."""
+        return (
+            type(self) is Experts
+            and x.device.type == "cpu"
+            and x.dtype == self.up_proj.dtype
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        )
+
+    def few(self, x_RD: Tensor, runs: Runs) -> Tensor:
+        """`forward` for few rows: row r of `x` is the expert's whose run it lies in."""
+        up = mm_by_runs(x_RD, self.up_proj, runs)
+        if self.gated:
+            up *= self.activation(mm_by_runs(x_RD, self.gate_proj, runs))
+        else:
+            up = self.activation(up)
+        return mm_by_runs(up, self.down_proj, runs)
+
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""
         stack: Tensor = getattr(self, name)
@@ -155,9 +176,26 @@ def dispatch_locally(
     x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
+    if routing.experts.numel() <= FEW_SLOTS and experts.can_run_few(x_TD):
+        return _few_tokens(x_TD, routing, experts), meanwhile()
     slots = SortedSlots(routing)
     out_RD = experts(slots.gather(x_TD), slots.counts_E.cumsum(0).to(torch.int32))
     return slots.combine(out_RD), meanwhile()
+
+
+def _few_tokens(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """The same for the few tokens of a decoding step, whose time goes into calls and not into sums."""
+    per_token = routing.experts.shape[1]
+    chosen = routing.experts.flatten().tolist()
+    if len(x_TD) == 1:  # its experts differ, so each has one row, and the order is free
+        runs = [(expert, row, row + 1) for row, expert in enumerate(chosen)]
+        return routing.weights.to(x_TD.dtype) @ experts.few(x_TD.expand(per_token, -1), runs)
+    order = sorted(range(len(chosen)), key=chosen.__getitem__)
+    tokens_R = torch.tensor([slot // per_token for slot in order])
+    out_RD = experts.few(x_TD.index_select(0, tokens_R), runs_of([chosen[slot] for slot in order]))
+    out_SD = torch.empty_like(out_RD).index_copy_(0, torch.tensor(order), out_RD)
+    weights_T1k = routing.weights.to(x_TD.dtype)[:, None]
+    return torch.bmm(weights_T1k, out_SD.unflatten(0, (-1, per_token)))[:, 0]
 
 
 class SortedSlots:

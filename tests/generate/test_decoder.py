@@ -96,6 +96,19 @@ def test_requests_that_come_late_or_are_cancelled_change_nothing_for_the_others(
         assert place == 2 or found[place] == expected
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_any_row_can_be_cancelled(model: LanguageModel, place: int) -> None:
+    decoder, settings = Decoder(model, slots=3, capacity=40), Settings(8)
+    prompts = [[5, 6], [7, 8, 9, 10], [11]]
+    for prompt in prompts:
+        decoder.add(prompt, settings)
+    steps = decoder.step() + decoder.step()
+    assert decoder.cancel(place)
+    found = texts([*steps, *decoder.run()])
+    for request, prompt in enumerate(prompts):
+        assert found[request] == by_hand(model, prompt, settings)[: 2 if request == place else 8]
+
+
 def test_a_prompt_that_is_cancelled_while_it_grows_leaves_its_row(model: LanguageModel) -> None:
     decoder = Decoder(model, slots=1, capacity=40, prefill_tokens=4)
     decoder.add([5] * 20, Settings(3))

@@ -1,0 +1,190 @@
+"""The verbs that write text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moe_lm.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_lm.generate.batch import Prompt
+    from moe_lm.generate.beams import BeamSettings
+    from moe_lm.generate.penalties import Penalties
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
+Base = Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="Below 1 more likely, above 1 more varied; 0 is greedy; without, 0.8.")
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")]
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens that hold this probability.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
+TEMPERATURE = 0.8
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the verbs behind those that are there."""
+    app.command(rich_help_panel="Use")(sample)
+    app.command(rich_help_panel="Use")(chat)
+
+
+def sample(
+    run: RunPath,
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="The prompt is what comes in on stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='Prompts, a JSON line each: "text" or {"prompt": "text"}; - is stdin.')
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Samples of each prompt; with --beams the best ones.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="Do not end before this many tokens.")] = 0,
+    temperature: Temperature = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Only tokens this share as likely as the likeliest.")
+    ] = None,
+    typical_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="The most typical tokens that hold this probability.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 against tokens of the text and prompt.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens that were written.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for every time that they were.")] = 0.0,
+    no_repeat_ngram: Annotated[int | None, typer.Option(min=1, help="No so many tokens in a row come twice.")] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Onto a token's logit; -inf is never. Repeatable.")
+    ] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="Search with this many beams instead of drawing.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Of beams; above 0 for longer texts. 1")] = None,
+    early_stopping: Annotated[
+        Literal["false", "true", "never"] | None, typer.Option(help="When beams stop, as in transformers. false")
+    ] = None,
+    beam_groups: Annotated[int | None, typer.Option(min=1, help="Groups of beams that are kept apart.")] = None,
+    diversity: Annotated[float | None, typer.Option(min=0.0, help="How far apart. 0")] = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="[N]", help="Log-probability of every token, and of the N likeliest beside it."),
+    ] = None,
+    truncate: Annotated[
+        Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Continue a prompt, streaming; many prompts or samples become JSON lines."""
+    _one_source(stdin, prompt, file)
+    penalties: dict[str, Any] = {
+        "repetition": repetition_penalty,
+        "presence": presence_penalty,
+        "frequency": frequency_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+    }
+    biases = tuple(_bias(item) for item in logit_bias or ())
+    drawing: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "seed": seed, "min_p": min_p, "typical_p": typical_p}
+    drawing["logprobs"] = logprobs
+    searching = {
+        "length_penalty": length_penalty,
+        "early_stopping": early_stopping,
+        "groups": beam_groups,
+        "diversity": diversity,
+    }
+    if beams is None:
+        _refuse(searching, "belongs to a beam search; give --beams too")
+    else:
+        _refuse(drawing | {"temperature": temperature, "greedy": greedy or None}, "draws nothing with --beams")
+
+    from moe_lm.generate import batch, commands
+    from moe_lm.generate.penalties import Penalties
+
+    texts = [batch.Prompt(prompt)] if prompt is not None else _read(stdin, file)
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    all_penalties = Penalties(**penalties, logit_bias=biases)
+    drawing |= lengths | {"temperature": _temperature(temperature, greedy), "penalties": all_penalties}
+    one = len(texts) == 1 and num == 1 and file is None and out is None
+    if one and beams is None and logprobs is None:
+        rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
+        commands.sample(run, texts[0].text, **drawing, **rest)
+        return
+    settings = (
+        commands.settings_of(**drawing) if beams is None else _search(beams, num, searching, lengths, all_penalties)
+    )
+
+    from moe_lm.generate.session import Session
+
+    session = Session.load(run, base=base)
+    batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out)
+
+
+def chat(
+    run: RunPath,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    base: Base = None,
+) -> None:
+    """Talk to a fine-tuned run."""
+    from moe_lm.generate import commands
+
+    heat = _temperature(temperature, greedy=False)
+    commands.chat(run, max_new_tokens=max_new_tokens, temperature=heat, top_k=top_k, top_p=top_p, seed=seed, base=base)
+
+
+def _temperature(temperature: float | None, greedy: bool) -> float:
+    if greedy:
+        return 0.0
+    return TEMPERATURE if temperature is None else temperature
+
+
+def _one_source(stdin: str | None, prompt: str | None, file: Path | None) -> None:
+    given = [name for name, value in (("-", stdin), ("--prompt", prompt), ("--file", file)) if value is not None]
+    if len(given) != 1:
+        said = " and ".join(given) or "nothing"
+        raise UsageError(f"{said} given to continue; expected one of --prompt TEXT, --file FILE and -")
+    if stdin not in (None, "-"):
+        raise UsageError(f"{stdin} is no source of a prompt; give --prompt TEXT, --file FILE or - for stdin")
+
+
+def _read(stdin: str | None, file: Path | None) -> list[Prompt]:
+    from moe_lm.generate import batch
+
+    if file is not None:
+        return batch.read_prompts(file)
+    return [batch.Prompt(batch.read_text(Path(str(stdin))).removesuffix("\n"))]
+
+
+def _bias(item: str) -> tuple[int, float]:
+    token, _, value = item.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError as error:
+        raise UsageError(f"--logit-bias {item} is not ID=BIAS; give a token's id and a number, like 42=-inf") from error
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            option = "beam-groups" if name == "groups" else name.replace("_", "-")
+            raise UsageError(f"--{option} {'' if value is True else f'{value} '}{why}")
+
+
+def _search(
+    beams: int, num: int, searching: dict[str, Any], lengths: dict[str, Any], penalties: Penalties
+) -> BeamSettings:
+    from moe_lm.generate.beams import BeamSettings
+
+    given = {name: value for name, value in searching.items() if value is not None}
+    words: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+    if "early_stopping" in given:
+        given["early_stopping"] = words[given["early_stopping"]]
+    return BeamSettings(beams, num, **given, **lengths, penalties=penalties)

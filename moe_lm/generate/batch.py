@@ -1,0 +1,201 @@
+"""Many samples of many prompts, as JSON lines or as blocks on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.generate.completion import Completion, Writer
+from moe_lm.generate.decode import SLOTS, Decoder, Settings, Step, capacity_for
+from moe_lm.generate.session import Session
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, what else its line says, and where it comes from."""
+
+    text: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "the prompt"
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a JSONL file, `-` for stdin: each line a string, or an object with `prompt`.
+
+    Other keys are carried into the samples. Raises UsageError, with the line, for what is none.
+    """
+    name = "the input" if str(file) == "-" else str(file)
+    prompts = []
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        origin = f"{name}, line {number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f'{origin} is not JSON ({error}); expected "text" or {{"prompt": "text"}}') from error
+        values = value if isinstance(value, dict) else {"prompt": value}
+        if not isinstance(values.get("prompt"), str):
+            raise UsageError(f'{origin} has no prompt that is a text; expected "text" or {{"prompt": "text"}}')
+        prompts.append(Prompt(values["prompt"], {key: values[key] for key in values if key != "prompt"}, origin))
+    if not prompts:
+        raise UsageError(f"{name} holds no prompt; expected a JSON line for each")
+    return prompts
+
+
+def read_text(file: Path) -> str:
+    """A whole file, `-` for stdin. Raises UsageError when it cannot be read or is not UTF-8."""
+    try:
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}); name a file of prompts") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "the input" if str(file) == "-" else str(file)
+        raise UsageError(f"{name} is not UTF-8 text at byte {error.start}; convert it first") from error
+
+
+def write_samples(
+    session: Session,
+    prompts: Sequence[Prompt],
+    num: int,
+    settings: Settings | BeamSettings,
+    stop: Sequence[str] = (),
+    truncate: bool = False,
+    out: Path | None = None,
+) -> None:
+    """`num` samples of every prompt: JSON lines into `out` or a pipe, blocks on a terminal; a summary on stderr.
+
+    Sample j of prompt i draws with `seed + i * num + j`.
+    """
+    ids = [_ids(session, prompt, settings.max_new_tokens, truncate) for prompt in prompts]
+    started, written, tokens = time.perf_counter(), 0, 0
+    if isinstance(settings, BeamSettings):
+        samples = _beams(session, ids, settings, stop)
+    else:
+        samples = _draws(session, ids, num, settings, stop)
+    with _output(out) as file:
+        for place, number, sample in samples:
+            line = {**prompts[place].extra, "prompt": prompts[place].text, "sample": number, **sample}
+            file.write(_block(line) if file.isatty() else json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            written, tokens = written + 1, tokens + sample["tokens"]
+    speed = tokens / (time.perf_counter() - started)
+    where = "" if out is None else f" in {out}"
+    print(f"{written} samples{where}, {tokens} tokens, {speed:.1f} tokens/s", file=sys.stderr)
+
+
+def _ids(session: Session, prompt: Prompt, wanted: int, truncate: bool) -> list[int]:
+    try:
+        return session.prompt_ids(prompt.text, wanted, truncate)
+    except UsageError as error:
+        raise UsageError(f"{prompt.origin}: {error}") from error
+
+
+@contextlib.contextmanager
+def _output(out: Path | None) -> Iterator[TextIO]:
+    if out is None:
+        yield sys.stdout
+        return
+    try:
+        file = out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise MoeLmError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+    with file:
+        yield file
+
+
+def _block(line: Mapping[str, Any]) -> str:
+    return f"--- {line['prompt']!r}, sample {line['sample']}, {line['finish']}\n{line['text']}\n"
+
+
+def _draws(
+    session: Session, prompts: Sequence[list[int]], num: int, settings: Settings, stop: Sequence[str]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Prompt, number and values of every sample, in this order, while they are written side by side."""
+    decoder = Decoder(
+        session.model,
+        min(SLOTS, len(prompts) * num),
+        capacity_for(session.model.config, [len(prompt) for prompt in prompts], settings.max_new_tokens),
+        session.tokenizer.vocab_size,
+    )
+    drafts = []
+    for place in range(len(prompts) * num):
+        seed = (settings.seed + place) % (1 << 32)
+        decoder.add(prompts[place // num], dataclasses.replace(settings, seed=seed), session.tokenizer.stop_ids)
+        drafts.append(_Draft(session, seed, stop, settings.logprobs is not None))
+    shown = 0
+    while decoder.busy:
+        for step in decoder.step():
+            draft = drafts[step.request]
+            draft.take(step)
+            if draft.finish and not step.finish:
+                decoder.cancel(step.request)
+        while shown < len(drafts) and drafts[shown].finish:
+            yield shown // num, shown % num, drafts[shown].sample()
+            shown += 1
+
+
+class _Draft:
+    """A sample that is being written."""
+
+    def __init__(self, session: Session, seed: int, stop: Sequence[str], logprobs: bool) -> None:
+        self.session, self.seed = session, seed
+        self.writer = Writer(session.tokenizer.decode, stop)
+        self.text, self.tokens, self.finish = "", 0, ""
+        self.logprobs: list[dict[str, Any]] | None = [] if logprobs else None
+
+    def take(self, step: Step) -> None:
+        self.finish = step.finish or ""
+        if step.token is not None:
+            self.tokens += 1
+            self.text += self.writer.push(step.token)
+            if self.logprobs is not None:
+                self.logprobs.append(self._probable(step))
+        if self.writer.stopped:
+            self.finish = "stop"
+        elif self.finish:
+            self.text += self.writer.end()
+
+    def sample(self) -> dict[str, Any]:
+        values = {"text": self.text, "finish": self.finish, "tokens": self.tokens, "seed": self.seed}
+        return values if self.logprobs is None else values | {"logprobs": self.logprobs}
+
+    def _probable(self, step: Step) -> dict[str, Any]:
+        def named(token: int, logprob: float | None) -> dict[str, Any]:
+            return {
+                "id": token,
+                "token": self.session.tokenizer.decode([token], skip_special=False),
+                "logprob": logprob,
+            }
+
+        assert step.token is not None
+        return named(step.token, step.logprob) | {"top": [named(*pair) for pair in step.alternatives]}
+
+
+def _beams(
+    session: Session, prompts: Sequence[list[int]], settings: BeamSettings, stop: Sequence[str]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Prompt, number and values of the best texts of each prompt, the best first."""
+    decode = session.tokenizer.decode
+
+    def ends(ids: Sequence[int]) -> bool:
+        text = decode(list(ids))
+        return any(item in text for item in stop)
+
+    Writer(decode, stop)  # an empty stop string is refused before the search
+    stop_ids, vocab_size = session.tokenizer.stop_ids, session.tokenizer.vocab_size
+    for place, prompt in enumerate(prompts):
+        for number, beam in enumerate(search(session.model, prompt, settings, stop_ids, vocab_size, ends)):
+            text = "".join(Completion(beam.ids, decode, stop))
+            yield place, number, {"text": text, "finish": beam.finish, "tokens": len(beam.ids), "score": beam.score}
