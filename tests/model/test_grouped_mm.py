@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lm.model.grouped_mm import BUCKET, _rows_by_rows, _rows_by_weights, grouped_mm
+from moe_lm.model.grouped_mm import BUCKET, _rows_by_rows, _rows_by_weights, grouped_mm, runs_of
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.model_config import ModelConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,3 +63,28 @@ def test_not_a_number_in_one_group_stays_there() -> None:
     assert out[5:].isfinite().all()
     (weight_grad,) = torch.autograd.grad(out[5:].sum(), weight)
     assert weight_grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_few_tokens_without_a_gradient_get_what_sorted_slots_give(tokens: int, gated: bool) -> None:
+    """The way of a decoding step, which runs the chosen experts alone, against the way of training."""
+    config = ModelConfig(
+        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, mlp_gated=gated, initializer_range=0.3,
+    )  # fmt: skip
+    model = LanguageModel(config)
+    model.initialise(0)
+    [moe] = model.moe_layers
+    x = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(1))
+    expected, _ = moe(x)
+    with torch.inference_mode():
+        assert moe.experts.can_run_few(x)
+        found, _ = moe(x)
+    assert not moe.experts.can_run_few(x)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_runs_of_equal_experts() -> None:
+    assert runs_of([0, 0, 3, 5, 5, 5]) == [(0, 0, 2), (3, 2, 3), (5, 3, 6)]
+    assert runs_of([]) == []
