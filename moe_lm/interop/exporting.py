@@ -126,11 +126,11 @@ def _write_tensors(folder: Path, outputs: Sequence[Output], shard_bytes: int) ->
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """As it came, but without the name of code that was not taken along."""
+    """As it came, but a class whose code was not taken along gives way to the one that reads any `tokenizer.json`."""
     tokenizer.save(folder)
     config = read_json(folder / "tokenizer_config.json")
     if config.pop("auto_map", None) is not None:
-        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _generation_config(folder: Path, tokenizer: Tokenizer) -> str:

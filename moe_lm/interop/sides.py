@@ -147,19 +147,28 @@ def run_theirs(folder: Path, layers: int, routers: int, texts: Mapping[str, Tens
 
 
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
-    """That `AutoTokenizer` gives the same ids and renders the same conversation; or what is wrong."""
+    """That `AutoTokenizer` gives the same ids and renders the same conversation, or why it cannot be asked.
+
+    Raises MoeLmError when it says something else.
+    """
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):  # it advises to run the code
+            why = "its class is code in the folder, which is never run"
+        return "", f"tokenizer: {why}"
     text = "def f(x):\n    return x  # 1 < 2, naïve 中文 🙂\n"
     if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
-        return "", f"AutoTokenizer gives other ids than this program for {text!r}"
+        raise MoeLmError(f"the proof failed: AutoTokenizer gives other ids than this program for {text!r}")
     try:
         rendered = ours.render_chat(CONVERSATION)
     except UsageError as error:
         return f"AutoTokenizer gives the same ids; no conversation was compared ({error})", ""
     if theirs.apply_chat_template(CONVERSATION, tokenize=False) != rendered:
-        return "", "the chat template renders another conversation in AutoTokenizer"
+        raise MoeLmError("the proof failed: the chat template renders another conversation in AutoTokenizer")
     return "AutoTokenizer gives the same ids and renders the same conversation", ""
 
 

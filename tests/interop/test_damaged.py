@@ -349,16 +349,24 @@ def test_library_reads_what_is_written(tmp_path: Path) -> None:
         assert header.tensors[name].start % tensor.element_size() == 0
 
 
-def test_code_in_the_folder_is_never_run(folder: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "Evil"])
+def test_code_in_the_folder_is_never_run(
+    tokenizer_class: str, folder: Path, moe_lm: Callable[..., Any], tmp_path: Path
+) -> None:
     """With the whole proof, in which `transformers` reads the folder too."""
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: ...\n")
     places = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
     change_config(folder, auto_map=places)
     words = json.loads((folder / "tokenizer_config.json").read_text())
-    words["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    words |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": tokenizer_class}
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    assert moe_lm("import", folder, "--run-dir", tmp_path / "run").code == 0
-    assert moe_lm("export", tmp_path / "run", tmp_path / "out").code == 0
+    imported = moe_lm("import", folder, "--run-dir", tmp_path / "run")
+    assert (imported.code, imported.err) == (0, "")
+    unproven = "not proven: tokenizer: its class is code in the folder, which is never run"
+    assert (unproven in imported.out.splitlines()) == (tokenizer_class == "Evil")
+    exported = moe_lm("export", tmp_path / "run", tmp_path / "out")
+    assert exported.code == 0
+    assert "AutoTokenizer gives the same ids and renders the same conversation" in exported.out.splitlines()
     assert not (tmp_path / "ran").exists()
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tmp_path / "out" / name).read_text()
