@@ -52,7 +52,8 @@ def export_run(
     ours = open_tensors(folder, base)
     pairs = tensor_pairs(config, family)
     _check_holds(ours, pairs, family)
-    outputs = outputs_of_theirs(ours, pairs, DTYPES[dtype] if dtype else None)
+    rounded_to = DTYPES[dtype] if dtype else None
+    outputs = outputs_of_theirs(ours, pairs, rounded_to)
     meter = Meter(tell or no_one, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
@@ -69,6 +70,7 @@ def export_run(
             ours=ours,
             theirs=HFFolder(unfinished),
             importing=False,
+            rounded_to=rounded_to,
             tokenizer=tokenizer,
             tokenizer_of_theirs=unfinished,
         )

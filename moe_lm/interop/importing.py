@@ -52,7 +52,8 @@ def import_folder(
         )
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
-    outputs = outputs_of_ours(folder, pairs, DTYPES[dtype] if dtype else None)
+    rounded_to = DTYPES[dtype] if dtype else None
+    outputs = outputs_of_ours(folder, pairs, rounded_to)
     meter = Meter(tell or no_one, sum(output.size for output in outputs))
 
     def write_tensors(path: Path) -> None:
@@ -77,6 +78,7 @@ def import_folder(
             ours=CheckpointTensors(saved),
             theirs=folder,
             importing=True,
+            rounded_to=rounded_to,
             tokenizer=words,
             tokenizer_of_theirs=tokenizer or source,
         )

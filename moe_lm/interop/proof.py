@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_lm.errors import MoeLmError
 from moe_lm.interop import sides
 from moe_lm.interop.families import Family
@@ -38,6 +40,7 @@ class Case:
     ours: TensorSource
     theirs: HFFolder
     importing: bool
+    rounded_to: torch.dtype | None  # what weights were written in, None what they were in
     tokenizer: Tokenizer
     tokenizer_of_theirs: Path
 
@@ -119,7 +122,9 @@ def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
         rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
     seen_here = sides.run_ours(sides.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
-    seen_there = sides.run_theirs(case.theirs.path, layers, routers, texts)
+    seen_there = sides.run_theirs(
+        case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None
+    )
     comparisons = tuple(compare(name, seen_here[name], seen_there[name]) for name in texts)
     failed = [comparison for comparison in comparisons if not comparison.equal]
     if failed:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.interop.hf_tensors import TensorSource
+from moe_lm.interop.hf_tensors import ROUTER_BIAS, TensorSource
 from moe_lm.interop.logits import Seen
 from moe_lm.interop.safetensors_file import pieces_of
 from moe_lm.model.attention import PackedAttention
@@ -123,12 +123,18 @@ def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, See
 
 
 @torch.inference_mode()
-def run_theirs(folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor]) -> dict[str, Seen]:
-    """The same of their first `layers` layers, with so many routers.
+def run_theirs(
+    folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
+) -> dict[str, Seen]:
+    """The same of their first `layers` layers, with so many routers, after the rounding that our weights went through.
 
     Raises MoeLmError when the library finds tensors missing, or does not show what the routers chose.
     """
     model = _their_model(folder, layers)
+    if rounded_to is not None:
+        for name, parameter in model.named_parameters():
+            if not name.endswith(ROUTER_BIAS):
+                parameter.copy_(parameter.to(rounded_to))
     chosen: list[Tensor] = []
     for module in model.modules():
         if type(module).__name__.lower().endswith("router"):

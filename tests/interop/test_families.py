@@ -137,6 +137,17 @@ def test_float32_import_of_bfloat16_and_bfloat16_export_of_float32(
         assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", ["dots1", "qwen3_moe"])
+def test_bfloat16_import_is_proven_against_the_same_rounding(
+    variant: str, dtype: torch.dtype, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    folder = write_folder(tmp_path / "hf", variant, tiny_tokenizer, dtype=dtype)
+    assert_proven(import_folder(folder, tmp_path / "run", dtype="bfloat16"))
+    saved = tensors_of(tmp_path / "run" / "checkpoints" / "step-00000000" / "model")
+    assert {t.dtype for name, t in saved.items() if "correction_bias" not in name} == {torch.bfloat16}
+
+
 def test_first_layers_are_compared_where_the_whole_does_not_fit(tmp_path: Path, hf_folder: Any) -> None:
     from moe_lm.interop.hf_config import read_config
     from moe_lm.interop.sides import bytes_to_compare
