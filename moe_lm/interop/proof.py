@@ -122,9 +122,7 @@ def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
         rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
     seen_here = sides.run_ours(sides.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
-    seen_there = sides.run_theirs(
-        case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None
-    )
+    seen_there = sides.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None)
     comparisons = tuple(compare(name, seen_here[name], seen_there[name]) for name in texts)
     failed = [comparison for comparison in comparisons if not comparison.equal]
     if failed:
