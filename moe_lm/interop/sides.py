@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.interop.hf_tensors import ROUTER_BIAS, TensorSource
-from moe_lm.interop.logits import Seen
+from moe_lm.interop.logits import Seen, with_noise
 from moe_lm.interop.safetensors_file import pieces_of
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.count import FLOAT32, count_parameters
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.transformer import LanguageModel, ModelOutput
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train.checkpoint import MODEL_PREFIX
@@ -106,20 +106,19 @@ def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, See
         rows, positions = tokens.shape
         attend = PackedAttention(torch.arange(rows + 1, dtype=torch.int32) * positions, positions)
         position_ids = torch.arange(positions).expand(rows, -1)
-        output = model(tokens, position_ids, attend)
+        once = _seen(model, model(tokens, position_ids, attend), tokens)
         with _disturbed(model):
-            noise = float((model(tokens, position_ids, attend).logits - output.logits).abs().max())
-        biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
-        seen[name] = Seen(
-            output.logits,
-            [routing.experts.unflatten(0, (rows, positions)) for routing in output.routings],
-            [
-                (r.scores + bias).unflatten(0, (rows, positions))
-                for r, bias in zip(output.routings, biases, strict=True)
-            ],
-            noise,
-        )
+            seen[name] = with_noise(once, _seen(model, model(tokens, position_ids, attend), tokens))
     return seen
+
+
+def _seen(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> Seen:
+    biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
+    return Seen(
+        output.logits,
+        [routing.experts.unflatten(0, tokens.shape) for routing in output.routings],
+        [(r.scores + bias).unflatten(0, tokens.shape) for r, bias in zip(output.routings, biases, strict=True)],
+    )
 
 
 @torch.inference_mode()
@@ -148,7 +147,7 @@ def run_theirs(
                 f"the proof failed: transformers shows what {len(chosen)} of {routers} routers chose; its version is "
                 "not one that can be compared with, install 5.23"
             )
-        seen[name] = Seen(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [], 0.0)
+        seen[name] = Seen(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [])
     return seen
 
 

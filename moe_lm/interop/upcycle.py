@@ -233,7 +233,7 @@ def _prove(
 
 
 def _without_experts(seen: Seen) -> Seen:
-    return seen._replace(experts=[], choices=[])
+    return seen._replace(experts=[], choices=[], noise_of_choices=())
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

@@ -289,7 +289,7 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
 def seen(experts: list[list[int]], logits: list[float], scores: list[float]) -> Seen:
     """One row of one layer and vocabulary."""
     table = torch.tensor(scores).expand(len(experts), -1)
-    return Seen(torch.tensor(logits).view(1, -1, 1), [torch.tensor(experts)[None]], [table[None]], 0.0)
+    return Seen(torch.tensor(logits).view(1, -1, 1), [torch.tensor(experts)[None]], [table[None]], 0.0, [0.0])
 
 
 def test_tie_between_experts_is_no_difference_but_what_follows_is_not_compared() -> None:
@@ -303,3 +303,34 @@ def test_tie_between_experts_is_no_difference_but_what_follows_is_not_compared()
     assert not compare("random", ours, seen([[0, 2]] * 8, [0.0] * 8, [])).equal  # too many to be chance
     assert not compare("random", ours, seen([[0, 1]] * 8, [2e-5] + [0.0] * 7, [])).equal
     assert not compare("random", ours, seen([[0, 1]] * 8, [float("nan")] + [0.0] * 7, [])).equal
+
+
+SHAPE_OF_TIES: dict[str, Any] = SOFTMAX | {
+    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 4, "intermediate_size": 48,
+    "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [18, 24, 93])
+def test_model_whose_ties_a_rounding_breaks_is_still_told_from_another(seed: int) -> None:
+    """So many choices of experts that some hang on the last bit, which moves logits by 0.1 and more."""
+
+    def build(**settings: Any) -> LanguageModel:
+        model = LanguageModel(ModelConfig(**SHAPE_OF_TIES | {"rms_norm_eps": 1e-6, "rope_theta": 1e4} | settings))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                noise = torch.randn(tensor.shape, generator=generator)
+                width = tensor.shape[-2 if "experts" in name else -1]
+                tensor.copy_(noise / width**0.5 if tensor.ndim > 1 else 1 + 0.2 * noise)
+            for layer in model.moe_layers:
+                layer.gate.e_score_correction_bias.zero_()
+        return model.eval()
+
+    texts = {"random": torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))}
+    ours = sides.run_ours(build(), texts)["random"]
+    assert compare("random", ours, sides.run_ours(build(), texts)["random"]).tolerance < 1e-4
+    with sides._disturbed(model := build()):  # the same model, rounded otherwise
+        assert compare("random", ours, sides.run_ours(model, texts)["random"]).equal
+    for wrong in ({"rms_norm_eps": 2e-6}, {"rope_theta": 10005.0}):
+        assert not compare("random", ours, sides.run_ours(build(**wrong), texts)["random"]).equal
