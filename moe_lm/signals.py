@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INHERITED = (signal.SIGTERM, signal.SIGINT)
+
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
@@ -16,3 +18,16 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def after_this() -> Iterator[None]:
+    """What would end the verb waits for the end of the block: within `Popen` it leaves a process that nobody knows.
+
+    A process that is started here inherits that, and has to take `INHERITED` off.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INHERITED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

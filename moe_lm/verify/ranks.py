@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from moe_lm.errors import MoeLmError
+from moe_lm.signals import after_this
 
 TAIL = 15  # lines of a rank that failed
 
@@ -38,15 +39,16 @@ def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float
         for rank, log in enumerate(logs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
             output = stack.enter_context(log.open("w"))
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, str(folder)],
-                    env=environment | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+            with after_this():
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, str(folder)],
+                        env=environment | own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-            )
         deadline = time.monotonic() + timeout_seconds
         while set(codes := [rank.poll() for rank in ranks]) != {0}:
             failed = [rank for rank, code in enumerate(codes) if code]
