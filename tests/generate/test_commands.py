@@ -125,11 +125,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(session: Session, run: Path, m
     monkeypatch.setattr(sys, "stdout", output)
     chat(run, "a\nb\n/quit\n", monkeypatch)
     [whole] = answers(session, "a")
-    shown, second, rest = output.getvalue().split("\n")
-    assert whole.startswith(shown)
-    assert shown != whole
-    assert second
-    assert rest == ""
+
+    def then(shown: str) -> str:
+        """The answer to the second question after a first one that was stopped there."""
+        messages = [("user", "a"), ("assistant", shown), ("user", "b")]
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        return "".join(session.chat(conversation, Settings(12)))
+
+    # The model is not trained, and may write line ends of its own.
+    assert output.getvalue() in [f"{whole[:end]}\n{then(whole[:end])}\n" for end in range(1, len(whole))]
 
 
 def test_sampling_imports_nothing_that_only_training_needs(run: Path) -> None:
