@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INHERITED = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
@@ -24,9 +24,9 @@ def ended_by_sigterm() -> Iterator[None]:
 def after_this() -> Iterator[None]:
     """What would end the verb waits for the end of the block: within `Popen` it leaves a process that nobody knows.
 
-    A process that is started here inherits that, and has to take `INHERITED` off.
+    A process that is started here inherits that, and has to take `STOP_SIGNALS` off.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, INHERITED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.parallel.engine import Engine, StepResult
 from moe_lm.parallel.pace import Pace
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
+from moe_lm.signals import STOP_SIGNALS
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_saver import Saver
 from moe_lm.train.metrics import (
@@ -31,8 +32,6 @@ from moe_lm.train.metrics import (
     peak_flops,
 )
 from moe_lm.train.scheduled_sampling import with_own_tokens
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moe_lm.parallel.build import build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, join, leave
 from moe_lm.parallel.watch import end_with_parent
-from moe_lm.signals import INHERITED
+from moe_lm.signals import STOP_SIGNALS
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
 from moe_lm.verify.documents import DOCUMENTS, Documents, Pairs, Source
@@ -31,7 +31,7 @@ from moe_lm.verify.scale import PAD, initialise
 
 def main(folder: Path) -> None:
     end_with_parent()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INHERITED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
     plan = Plan.model_validate_json((folder / PLAN).read_text(encoding="utf-8"))
     if plan.sabotage is not None:
