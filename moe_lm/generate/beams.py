@@ -101,7 +101,7 @@ def search(
     weight = model.lm_head.weight
     capacity = capacity_for(model.config, [len(prompt)], limit)
     cache = KVCache(model.config, settings.beams, capacity, weight.device, weight.dtype)
-    logits_RV = prefill(model, [prompt], cache.view(0, 1)).expand(settings.beams, -1)
+    logits_RV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(settings.beams, -1)
     cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=weight.device))
     while True:
         check_logits(logits_RV)
@@ -118,7 +118,7 @@ def search(
         if all(group.done for group in groups):
             break
         cache.take_rows(torch.tensor(places, device=weight.device))
-        logits_RV = extend(model, cache, [ids[-1:] for group in groups for ids in group.running])
+        logits_RV = extend(model, cache, [ids[-1:] for group in groups for ids in group.running]).logits
     finished = [beam for group in groups for beam in group.texts()]
     return sorted(finished, key=lambda beam: -beam.score)[: settings.best]
 

@@ -32,6 +32,7 @@ class Settings:
 
     Before `min_new_tokens` no stop token is chosen. `logprobs` asks for the log-probability of every token and for so
     many of the likeliest ones beside it, both as the model gives them: before penalties, temperature and the rest.
+    `routing` asks for the experts behind every token.
     """
 
     max_new_tokens: int = 200
@@ -39,6 +40,7 @@ class Settings:
     seed: int = 0
     min_new_tokens: int = 0
     logprobs: int | None = None
+    routing: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -59,7 +61,8 @@ class Step(NamedTuple):
 
     `token` is None when the text ended without another one. `finish` is "stop" before a stop token, "length" when
     there is no room for more, "exhausted" when the penalties leave no token, None while the text goes on.
-    `alternatives` are pairs of token and log-probability, the likeliest first.
+    `alternatives` are pairs of token and log-probability, the likeliest first. `experts` are those that predicted
+    `token`: of each MoE layer, in layer order, the experts that took the last position before it.
     """
 
     request: int
@@ -67,6 +70,7 @@ class Step(NamedTuple):
     finish: str | None = None
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    experts: tuple[tuple[int, ...], ...] | None = None
 
 
 def generate(
@@ -210,19 +214,23 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> list[Step]:
         """One more token for every row; what happened, at most once a request. Raises MoeLmError for broken logits."""
-        logits = []
+        ahead = []
         if self._rows:
-            logits.append(extend(self.model, self.cache.view(0, len(self._rows)), [row.ids[-1:] for row in self._rows]))
-        logits += self._take_in()
-        if not logits:
+            ahead.append(extend(self.model, self.cache.view(0, len(self._rows)), [row.ids[-1:] for row in self._rows]))
+        ahead += self._take_in()
+        if not ahead:
             return []
-        logits_RV = (logits[0] if len(logits) == 1 else torch.cat(logits))[:, : self.vocab_size]
+        logits_RV = ahead[0].logits if len(ahead) == 1 else torch.cat([part.logits for part in ahead])
+        logits_RV = logits_RV[:, : self.vocab_size]
         tokens = self._choose(logits_RV)
+        experts = experts_by_row(ahead) if any(row.settings.routing for row in self._rows) else []
         steps, ended = [], []
         for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
             step = row.write(token)
             if row.settings.logprobs is not None and step.token is not None:
                 step = with_log_probabilities(step, logits_RV[place], row.settings.logprobs)
+            if row.settings.routing and step.token is not None:
+                step = step._replace(experts=experts[place])
             steps.append(step)
             if step.finish is not None:
                 ended.append(place)
@@ -236,8 +244,8 @@ class Decoder:
             self.cache.move_row(len(self._rows), place)
             self._rows[place] = last
 
-    def _take_in(self) -> list[Tensor]:
-        """Prompts, or a piece of one, into the cache; the logits of those that are whole now, which are rows from here.
+    def _take_in(self) -> list[Ahead]:
+        """Prompts, or a piece of one, into the cache; what follows those that are whole now, which are rows from here.
 
         Nothing passes a prompt that grows: it has the budget of every step until it is whole.
         """
@@ -259,18 +267,18 @@ class Decoder:
         self._rows += whole
         return [prefill(self.model, [row.ids for row in whole], part)]
 
-    def _grow(self, row: _Row) -> list[Tensor]:
+    def _grow(self, row: _Row) -> list[Ahead]:
         last = self.slots - 1
         part = self.cache.view(last, last + 1)
         done = int(part.lengths)
         piece = row.ids[done : done + self.prefill_tokens]
-        logits = extend(self.model, part, [piece]) if done else prefill(self.model, [piece], part)
+        ahead = extend(self.model, part, [piece]) if done else prefill(self.model, [piece], part)
         if done + len(piece) < row.prompt:
             return []
         self.cache.move_row(last, len(self._rows))
         self._rows.append(row)
         self._growing = None
-        return [logits]
+        return [ahead]
 
     def _choose(self, logits_RV: Tensor) -> list[int]:
         """A token a row, each with its own strategy; -1 where none is left."""
@@ -324,24 +332,39 @@ class _Row:
         return Step(self.request, token, None if self.room else "length")
 
 
-def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Fill the empty rows of the cache with the prompts, packed; the logits `[R, V]` after them."""
+class Ahead(NamedTuple):
+    """What a model says about the token after each row."""
+
+    logits: Tensor  # [R, V]
+    experts: list[Tensor]  # of every MoE layer, [R, k], those of the row's last token
+
+
+def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Ahead:
+    """Fill the empty rows of the cache with the prompts, packed."""
     lengths = [len(prompt) for prompt in prompts]
     device = cache.lengths.device
     ends = torch.tensor([0, *lengths], device=device).cumsum(0)
     input_ids = torch.cat([torch.tensor(prompt) for prompt in prompts]).to(device)
     position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)
     attend = PrefillAttention(cache, lengths, ends.int())
-    hidden_1TD, _ = model.model(input_ids[None], position_ids[None], attend)
+    hidden_1TD, routings = model.model(input_ids[None], position_ids[None], attend)
     cache.lengths += ends.diff()
-    return model.lm_head(hidden_1TD[0, ends[1:] - 1])
+    last_R = ends[1:] - 1
+    return Ahead(model.lm_head(hidden_1TD[0, last_R]), [routing.experts[last_R] for routing in routings])
 
 
-def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]) -> Tensor:
-    """Append equally many tokens to every row of the cache; the logits `[R, V]` after them."""
+def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]) -> Ahead:
+    """Append equally many tokens to every row of the cache."""
     input_ids_RS = torch.tensor(tokens, device=cache.lengths.device)
     new = input_ids_RS.shape[1]
     positions_RS = cache.lengths[:, None] + torch.arange(new, device=input_ids_RS.device)
-    hidden_RSD, _ = model.model(input_ids_RS, positions_RS, CachedAttention(cache))
+    hidden_RSD, routings = model.model(input_ids_RS, positions_RS, CachedAttention(cache))
     cache.lengths += new
-    return model.lm_head(hidden_RSD[:, -1])
+    return Ahead(model.lm_head(hidden_RSD[:, -1]), [routing.experts[new - 1 :: new] for routing in routings])
+
+
+def experts_by_row(ahead: Sequence[Ahead]) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each row, of each MoE layer, the experts of the last token."""
+    layers = [torch.cat([part.experts[layer] for part in ahead]).tolist() for layer in range(len(ahead[0].experts))]
+    rows = range(sum(len(part.logits) for part in ahead))
+    return [tuple(tuple(experts_Rk[row]) for experts_Rk in layers) for row in rows]

@@ -12,7 +12,7 @@ from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.decode import Settings, generate, stream
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.transformer import LanguageModel, ModelOutput
 from moe_lm.model_config import ModelConfig
 
 BASE = ModelConfig(
@@ -71,8 +71,13 @@ def uncached(model: LanguageModel, prompt: Sequence[int], settings: Settings, ro
 
 
 def full_logits(model: LanguageModel, ids: Sequence[int]) -> Tensor:
+    return full_output(model, ids).logits[0]
+
+
+def full_output(model: LanguageModel, ids: Sequence[int]) -> ModelOutput:
     attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    return model(torch.tensor([ids]), torch.arange(len(ids))[None], attend).logits[0]
+    output: ModelOutput = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
+    return output
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)

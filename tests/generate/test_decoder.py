@@ -13,7 +13,7 @@ from moe_lm.generate.decode import Decoder, Settings, Step, generate
 from moe_lm.generate.penalties import Penalties, Text
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.transformer import LanguageModel
-from tests.generate.test_decode import BASE, CONFIGS, build, full_logits
+from tests.generate.test_decode import BASE, CONFIGS, build, full_logits, full_output
 
 KINDS = {name: CONFIGS[name] for name in ("grouped-query", "latent")}
 VARIED = [
@@ -192,3 +192,24 @@ def test_what_cannot_be_asked_for() -> None:
     with pytest.raises(UsageError, match="logprobs=-1"):
         Settings(logprobs=-1)
     assert not decoder.busy
+
+
+@pytest.mark.parametrize("prefill_tokens", [4, 2048])
+def test_experts_are_those_that_predicted_the_token(prefill_tokens: int) -> None:
+    """Layer by layer as the model without a cache routes the last token before it; rows beside it do not ask."""
+    model = build(BASE.model_copy(update={"num_hidden_layers": 3}))
+    decoder = Decoder(model, 2, 40, prefill_tokens=prefill_tokens)
+    texts = [[5, 6, 7, 8, 9, 10, 11], [5, 6], [12]]
+    for place, prompt in enumerate(texts):
+        decoder.add(prompt, Settings(5 + place, routing=place != 1))
+    for step in decoder.run():
+        if step.request == 1:
+            assert step.experts is None
+            continue
+        routings = full_output(model, texts[step.request]).routings
+        assert step.experts is not None
+        assert len(routings) == 2
+        assert list(map(set, step.experts)) == [set(routing.experts[-1].tolist()) for routing in routings]
+        assert step.token is not None
+        texts[step.request].append(step.token)
+    assert [len(text) for text in texts] == [12, 2, 8]
