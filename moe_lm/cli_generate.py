@@ -131,13 +131,17 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = None,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Remember what is typed, in ~/.local/state/moe-lm.")
+    ] = True,
     base: Base = None,
 ) -> None:
-    """Talk to a fine-tuned run."""
+    """Talk to a fine-tuned run; /help there lists what it can do."""
     from moe_lm.generate import commands
+    from moe_lm.generate.chat import chat as talk
 
     heat = _temperature(temperature, greedy=False)
-    commands.chat(run, max_new_tokens=max_new_tokens, temperature=heat, top_k=top_k, top_p=top_p, seed=seed, base=base)
+    talk(run, commands.settings_of(max_new_tokens, heat, top_k, top_p, seed), base, history)
 
 
 def _temperature(temperature: float | None, greedy: bool) -> float:

@@ -184,10 +184,14 @@ class Tokenizer:
             trained_before[ends] > trained_before[begins]
         ).tolist()
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._config.get("chat_template"))
+
     @cached_property
     def end_id(self) -> int:
         """The token that ends an assistant's answer, by the chat template; without one, eos."""
-        return self.special_tokens[self._turns.end] if self._config.get("chat_template") else self.eos_id
+        return self.special_tokens[self._turns.end] if self.has_chat_template else self.eos_id
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moe_lm.errors import UsageError
@@ -59,10 +60,21 @@ class Completion(Iterator[str]):
 
     def __init__(self, tokens: Iterable[int], decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         self.tokens = 0  # tokens chosen so far
+        self._clock: list[tuple[float, int]] = []  # when pieces came, and the tokens until then
         self._pieces = self._write(tokens, Writer(decode, stop))
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        piece = next(self._pieces)
+        self._clock = [*self._clock[:1], (time.perf_counter(), self.tokens)]
+        return piece
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens/s after the first piece, which waits for what is slow once; None until there are two."""
+        if len(self._clock) < 2:
+            return None
+        (begun, before), (ended, tokens) = self._clock
+        return (tokens - before) / max(ended - begun, 1e-9)
 
     def _write(self, tokens: Iterable[int], writer: Writer) -> Iterator[str]:
         for token in tokens:

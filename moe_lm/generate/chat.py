@@ -1,0 +1,171 @@
+"""The verb `chat`: a conversation at a terminal, or plain lines in and plain answers out.
+
+Answers go to stdout, everything about them to stderr.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from moe_lm.errors import UsageError
+from moe_lm.generate.conversation import Conversation, Reply
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.session import Session
+from moe_lm.terminal import colours, printable
+
+COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # what has a second slash is a path, and so no command
+KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands, Ctrl-D ends"
+
+
+def chat(run: Path, settings: Settings, base: Path | None = None, history: bool = True) -> None:
+    """Talk until /quit or Ctrl-D.
+
+    Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
+    chat template.
+    """
+    session = Session.load(run, base=base)
+    if not session.tokenizer.has_chat_template:
+        raise UsageError(
+            f"the tokenizer of {run} has no chat template, so no conversation can be written for the model; continue "
+            "texts with moe-lm sample, or add chat_template.jinja to its folder and fine-tune it"
+        )
+    # The first forward pass imports parts of torch: a Ctrl-C meant for the answer would leave them half imported.
+    list(session.complete("", Settings(max_new_tokens=1)))
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    talk = Chat(Conversation(session, settings), at_terminal)
+    if not at_terminal:
+        talk.through(piped_lines())
+        return
+    from moe_lm.generate.typed import typed_lines
+
+    talk.note(KEYS)
+    talk.through(typed_lines([f"/{name}" for name in talk.commands], history))
+
+
+class Chat:
+    """Takes lines, which are questions or commands, one after the other."""
+
+    def __init__(self, conversation: Conversation, at_terminal: bool) -> None:
+        self.conversation, self.at_terminal = conversation, at_terminal
+        self.commands: dict[str, tuple[str, str, Callable[[str], object]]] = {
+            "system": ("TEXT", "what the model is told before all; without TEXT nothing", self._system),
+            "temp": ("X", "how varied answers are; 0 is greedy", self._temp),
+            "save": ("FILE", "add the conversation to a JSONL file that moe-lm finetune reads", self._save),
+            "retry": ("", "another answer to the last question", self._retry),
+            "undo": ("", "forget the last question and its answer", self._undo),
+            "new": ("", "forget the conversation, but not /system", self._new),
+            "help": ("", "these lines", self._help),
+            "quit": ("", "end, as Ctrl-D does", self._quit),
+        }
+        self._ended = False
+
+    def through(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            try:
+                self._take(line.strip())
+            except UsageError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # that came between two answers
+                print()
+            if self._ended:
+                return
+
+    def note(self, text: str) -> None:
+        """Something about the conversation, dim on a terminal."""
+        print(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text, file=sys.stderr, flush=True)
+
+    def _take(self, line: str) -> None:
+        command = COMMAND.fullmatch(line)
+        if command is None:
+            if line:
+                self._ask(line)
+            return
+        name, argument = command[1].lower(), (command[2] or "").strip()
+        if name not in self.commands:
+            near = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.4)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise UsageError(f"there is no command /{name}; {hint}")
+        takes, _, run = self.commands[name]
+        if argument and not takes:
+            raise UsageError(f"/{name} takes nothing, but {argument!r} was given; leave it out")
+        run(argument)
+
+    def _ask(self, question: str) -> None:
+        reply = self.conversation.ask(question)
+        if reply.forgotten:
+            fitting = len(self.conversation.turns) + 1 - reply.forgotten
+            self.note(f"(only the last {fitting} messages fit)")
+        shown, stopped = self._show(reply)
+        if not self.conversation.keep(question, shown, whole=not (stopped or reply.is_cut)):
+            self.note("(an answer without words: the question is forgotten)")
+        elif self.at_terminal:
+            speed = f", {reply.text.speed:.1f} tokens/s" if reply.text.speed else ""
+            end = ", stopped" if stopped else ", cut at its longest" if reply.is_cut else ""
+            self.note(f"{reply.text.tokens} tokens{speed}{end}")
+
+    def _show(self, reply: Reply) -> tuple[str, bool]:
+        """Print an answer as it comes, until it or Ctrl-C ends it; what was printed, and whether it was stopped."""
+        shown, stopped = "", False
+        try:
+            for piece in reply.text:
+                print(printable(piece) if self.at_terminal else piece, end="", flush=True)
+                shown += piece
+        except KeyboardInterrupt:
+            stopped = True
+        print(flush=True)
+        return shown, stopped
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text
+        self.note("(the model is told so from now on)" if text else "(the model is told nothing)")
+
+    def _temp(self, text: str) -> None:
+        try:
+            temperature = float(text)
+        except ValueError as error:
+            now = self.conversation.settings.sampling.temperature
+            raise UsageError(f"/temp {text!r} is no number; it is {now} now, give one of at least 0") from error
+        self.conversation.set_temperature(temperature)
+        self.note(f"(temperature {temperature})")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise UsageError("/save needs the name of a file, like /save talks.jsonl")
+        trainable = self.conversation.save(Path(text))
+        why = "" if trainable else "; every answer in it was cut short, so that fine-tuning will leave it out"
+        self.note(f"(added to {text}{why})")
+
+    def _retry(self, _: str) -> None:
+        self._ask(self.conversation.undo())
+
+    def _undo(self, _: str) -> None:
+        self.note(f"(forgotten: {self.conversation.undo()!r})")
+
+    def _new(self, _: str) -> None:
+        self.conversation.clear()
+        self.note("(a new conversation)")
+
+    def _help(self, _: str) -> None:
+        for name, (argument, meaning, _run) in self.commands.items():
+            self.note(f"{f'/{name} {argument}':<14} {meaning}")
+        self.note(KEYS)
+
+    def _quit(self, _: str) -> None:
+        self._ended = True
+
+
+def piped_lines() -> Iterator[str]:
+    """Lines of stdin. Raises UsageError when they are not UTF-8."""
+    while True:
+        try:
+            line = input()
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError as error:
+            raise UsageError("the input is not UTF-8 text; convert it first") from error
+        yield line

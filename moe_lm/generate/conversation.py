@@ -1,0 +1,103 @@
+"""A conversation with a model: what was said, what of it still fits, and how it is kept for training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_lm.errors import UsageError
+from moe_lm.generate.completion import Completion
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.session import Session
+from moe_lm.tokenization import Message
+
+
+class Reply(NamedTuple):
+    """An answer that is being written; `limit` tokens are all that it can have."""
+
+    text: Completion
+    limit: int
+    forgotten: int  # of the oldest messages, which leave it no room
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended for want of room, and not because the model had said all."""
+        return self.text.tokens >= self.limit
+
+
+class Conversation:
+    """Questions and answers in turn; answer n draws with `seed + n`, so that asking again gives another one."""
+
+    def __init__(self, session: Session, settings: Settings) -> None:
+        self.session, self.settings = session, settings
+        self.system = ""
+        self.turns: list[Message] = []
+        self._answers = 0
+
+    def ask(self, question: str) -> Reply:
+        """Raises UsageError for a question that is too long by itself, or is no text."""
+        turns = [*self.turns, {"role": "user", "content": question}]
+        recent = self._recent(turns)
+        seed = (self.settings.seed + self._answers) % (1 << 32)
+        text = self.session.chat(recent, dataclasses.replace(self.settings, seed=seed))
+        self._answers += 1
+        limit = min(self.settings.max_new_tokens, self.session.chat_room(recent))
+        return Reply(text, limit, len(turns) + bool(self.system) - len(recent))
+
+    def keep(self, question: str, answer: str, whole: bool) -> bool:
+        """Put a turn behind the others, unless the answer has no words; whether it was.
+
+        An answer that is not `whole` is marked as nothing to train on: it would teach to end in the middle.
+        """
+        if not answer.strip():
+            return False
+        said: dict[str, Any] = {"role": "assistant", "content": answer}
+        self.turns += [{"role": "user", "content": question}, said if whole else said | {"train": False}]
+        return True
+
+    def undo(self) -> str:
+        """Forget the last turn; its question. Raises UsageError when there is none."""
+        if not self.turns:
+            raise UsageError("nothing was said yet")
+        question = self.turns[-2]["content"]
+        del self.turns[-2:]
+        return str(question)
+
+    def clear(self) -> None:
+        """Begin anew, with the same system prompt."""
+        self.turns, self._answers = [], 0
+
+    def set_temperature(self, temperature: float) -> None:
+        """Raises UsageError for what is no temperature."""
+        sampling = dataclasses.replace(self.settings.sampling, temperature=temperature)
+        self.settings = dataclasses.replace(self.settings, sampling=sampling)
+
+    def save(self, file: Path) -> bool:
+        """Add the conversation to a JSONL file, in the form that fine-tuning reads; whether it can be trained on.
+
+        Raises UsageError when nothing was said or the file cannot be written.
+        """
+        if not self.turns:
+            raise UsageError("nothing was said yet; there is no conversation to save")
+        line = json.dumps({"messages": self._with_system(self.turns)}, ensure_ascii=False)
+        try:
+            with file.expanduser().open("a", encoding="utf-8") as opened:
+                opened.write(line + "\n")
+        except OSError as error:
+            raise UsageError(f"{file} cannot be written ({error.strerror}); name another file") from error
+        return any(turn.get("train", True) for turn in self.turns[1::2])
+
+    def _recent(self, turns: Sequence[Message]) -> Sequence[Message]:
+        """The conversation from the first question on that leaves room for an answer; the system prompt stays.
+
+        An answer claims at most half of the model's positions, and the last question always stays.
+        """
+        wanted = min(self.settings.max_new_tokens, self.session.model.config.max_position_embeddings // 2)
+        shorter = (self._with_system(turns[start:]) for start in range(0, len(turns), 2))
+        return next((rest for rest in shorter if self.session.chat_room(rest) >= wanted), self._with_system(turns[-1:]))
+
+    def _with_system(self, turns: Sequence[Message]) -> list[Message]:
+        return [{"role": "system", "content": self.system}, *turns] if self.system else list(turns)
