@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moe_lm.errors import UsageError
+from moe_lm.native import build as native
 
 if TYPE_CHECKING:
     from moe_lm.generate.batch import Prompt
@@ -102,6 +103,7 @@ def sample(
     else:
         _refuse(drawing | {"temperature": temperature, "greedy": greedy or None}, "draws nothing with --beams")
 
+    native.start()
     from moe_lm.generate import batch, commands
     from moe_lm.generate.penalties import Penalties
 
@@ -137,6 +139,7 @@ def chat(
     base: Base = None,
 ) -> None:
     """Talk to a fine-tuned run; /help there lists what it can do."""
+    native.start()
     from moe_lm.generate import commands
     from moe_lm.generate.chat import chat as talk
 

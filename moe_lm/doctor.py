@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_lm import __version__
+from moe_lm.native import build
 
 Status = Literal["ok", "missing", "optional", "warning"]
 
@@ -53,6 +54,7 @@ def examine() -> Iterator[Finding]:
     yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
+    yield _native()
     yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
     yield Finding("processor", "ok", f"{_cores()} cores, {_memory_gib():.0f} GiB memory")
     yield _disk(Path.cwd())
@@ -102,6 +104,14 @@ def _bf16_on_cpu() -> Finding:
 def _program(name: str, commands: tuple[str, ...], remedy: str) -> Finding:
     places = [place for place in map(shutil.which, commands) if place]
     return Finding(name, "ok", places[0]) if places else Finding(name, "optional", "not found", remedy)
+
+
+def _native() -> Finding:
+    """Whether decoding on a CPU runs in C++; this builds it where it was not built yet."""
+    try:
+        return Finding("decoding in C++", "ok", str(build.build()))
+    except build.UnavailableError as error:
+        return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", "install g++")
 
 
 def _disk(folder: Path) -> Finding:

@@ -16,6 +16,7 @@ LONGEST_FILE = 420  # lines
 LOOSE_END = re.compile(r"\b(TO-?DO|FIX-?ME|X{3})\b|raise\s+NotImplemented")  # spelled so that it does not find itself
 MODEL_IMPORTS = {
     "torch", "flash_attn", "moe_lm.model_config", "moe_lm.lora_config", "moe_lm.errors", "moe_lm.model",
+    "moe_lm.native",
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model.layers import RMSNorm
+from moe_lm.model import few_rows
+from moe_lm.model.layers import Linear, RMSNorm
 from moe_lm.model.rotary import Angles, rotate
 from moe_lm.model_config import ModelConfig
 
@@ -53,10 +54,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_size, self.interleave = config.head_size, config.rope_interleave
         hidden, size, bias = config.hidden_size, config.head_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=config.attention_out_bias)
+        self.q_proj = Linear(hidden, config.num_attention_heads * size, bias=bias)
+        self.k_proj = Linear(hidden, config.kv_heads * size, bias=bias)
+        self.v_proj = Linear(hidden, config.kv_heads * size, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * size, hidden, bias=config.attention_out_bias)
         self.norms_heads = config.qk_norm_over == "head"
         queries, keys = (1, 1) if self.norms_heads else (config.num_attention_heads, config.kv_heads)
         self.q_norm = RMSNorm(queries * size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
@@ -186,6 +187,8 @@ class CachedAttention:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
     ) -> Tensor:
         new, key_heads = q.shape[1], k.shape[2]
+        if new == 1 and few_rows.serves(q, self.cache.keys):
+            return self._natively(layer, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         sharing = q.shape[2] // key_heads
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         positions, visible = self._positions(new, sharing, q.device)
@@ -206,6 +209,11 @@ class CachedAttention:
             scale=scale,
         )
         return out.unflatten(2, (sharing, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _natively(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        cache = self.cache
+        separate = v if cache.latent_size is None else None
+        return few_rows.attend(q, k, separate, cache.keys[layer], cache.values[layer], cache.lengths, scale)
 
     def _positions(self, new: int, sharing: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Positions of the new tokens `[rows, S]` and which places they see; None when all of them. Once a pass."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.model.attention import Attend
-from moe_lm.model.layers import RMSNorm
+from moe_lm.model.layers import Linear, RMSNorm
 from moe_lm.model.rotary import Angles, rotate, yarn_mscale
 from moe_lm.model_config import ModelConfig
 
@@ -38,15 +38,15 @@ class LatentAttention(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         queries = self.heads * config.head_size
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, queries, bias=False)
+            self.q_proj = Linear(hidden, queries, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_size + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_size + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent_size, LATENT_EPS)
-        self.kv_b_proj = nn.Linear(self.latent_size, self.heads * sum(self.expanded_parts), bias=False)
-        self.o_proj = nn.Linear(self.heads * config.value_size, hidden, bias=config.attention_out_bias)
+        self.kv_b_proj = Linear(self.latent_size, self.heads * sum(self.expanded_parts), bias=False)
+        self.o_proj = Linear(self.heads * config.value_size, hidden, bias=config.attention_out_bias)
         self.compresses_queries = config.q_lora_rank is not None
 
     def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lm.model import few_rows
 from moe_lm.model.grouped_mm import Runs, grouped_mm, mm_by_runs, runs_of
-from moe_lm.model.layers import ACTIVATIONS, MLP
+from moe_lm.model.layers import ACTIVATIONS, MLP, Linear
 from moe_lm.model_config import ModelConfig
 
 
@@ -52,7 +53,7 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.shared_experts = MLP(config, config.shared_width) if config.shared_width else None
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.dispatcher: Dispatcher = dispatch_locally
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
@@ -81,14 +82,24 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_BSD: Tensor) -> Routing:
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSD.float(), self.weight.float())
-        routing = route(logits_BSE.flatten(0, 1), self.e_score_correction_bias, self.config)
+        if few_rows.serves(x_BSD, x_BSD) and self.config.n_group == 1:
+            routing = self._of_few_rows(x_BSD)
+        else:
+            with torch.autocast(x_BSD.device.type, enabled=False):
+                logits_BSE = F.linear(x_BSD.float(), self.weight.float())
+            routing = route(logits_BSE.flatten(0, 1), self.e_score_correction_bias, self.config)
         if self.config.capacity_factor is None:
             return routing
         kept = within_capacity(routing.experts.unflatten(0, x_BSD.shape[:2]), self.config)
         # The overflow is computed and thrown away: capacity is here to compare its quality, not to save time.
         return routing._replace(weights=routing.weights * kept.flatten(0, 1))
+
+    def _of_few_rows(self, x_BSD: Tensor) -> Routing:
+        config = self.config
+        logits = few_rows.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
+        bias, sigmoid = self.e_score_correction_bias.float(), config.scoring_func == "sigmoid"
+        how = config.num_experts_per_tok, sigmoid, config.norm_topk_prob, config.routed_scaling_factor
+        return Routing(logits, *few_rows.route(logits, bias, *how))
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
@@ -138,7 +149,7 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.gated = config.mlp_gated
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation, self.activation_name = ACTIVATIONS[config.hidden_act], config.hidden_act
         self.indices = range(experts)  # of these among all experts; expert parallelism keeps a part of them
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
@@ -147,6 +158,11 @@ class Experts(nn.Module):
         up = self.multiply("up_proj", x_RD, ends_E)
         hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
         return self.multiply("down_proj", hidden, ends_E)
+
+    def of_few_rows(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        gate = self.gate_proj if self.gated else None
+        chosen, weights = routing.experts, routing.weights
+        return few_rows.experts(x_TD, chosen, weights, gate, self.up_proj, self.down_proj, self.activation_name)
 
     def can_run_few(self, x: Tensor) -> bool:
         """Whether `few` gives what `forward` would: on a CPU, without a gradient, autocast or an adapter."""
@@ -176,6 +192,8 @@ def dispatch_locally(
     x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
+    if type(experts) is Experts and few_rows.serves(x_TD, experts.up_proj):
+        return experts.of_few_rows(x_TD, routing), meanwhile()
     if routing.experts.numel() <= FEW_SLOTS and experts.can_run_few(x_TD):
         return _few_tokens(x_TD, routing, experts), meanwhile()
     slots = SortedSlots(routing)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_lm.model import few_rows
 from moe_lm.model_config import ModelConfig, RopeScaling
 
 Angles = tuple[Tensor, Tensor]
@@ -30,6 +31,8 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -
     DeepSeek. The result has the first of all pairs before the second ones: attention sees only products of queries
     and keys, whose order is the same.
     """
+    if few_rows.serves(x_BSHN, x_BSHN):
+        return few_rows.rotate(x_BSHN, cos, sin, interleave)
     size = 2 * cos.shape[-1]
     turned, rest = x_BSHN[..., :size].float(), x_BSHN[..., size:]
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleave else turned.chunk(2, dim=-1)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_lm.model.attention import Attend, Attention
 from moe_lm.model.latent_attention import LatentAttention
-from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
+from moe_lm.model.layers import MLP, Linear, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
 from moe_lm.model.rotary import Angles, rotary_angles
 from moe_lm.model_config import ModelConfig
@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self._tie()
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:

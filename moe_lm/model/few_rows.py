@@ -1,0 +1,168 @@
+"""The operations of a decoding step on a CPU, in C++ (native/few_rows.cpp): few rows, and weights read at full speed.
+
+Each gives what the torch code beside its caller gives, but for the order of a float32 sum. `serves` says when; where
+it is False, without a compiler for one, that torch code runs.
+
+Shapes: R rows, D inputs, F outputs, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_lm.native import build
+
+MAX_ROWS = 64  # PyTorch's own products are as fast from here on
+ACTIVATIONS = ("silu", "relu", "gelu")  # numbered as in the C++
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operations here may be used: few rows on a CPU, one data type, no gradient, nothing traced.
+
+    Rows are the first dimension of two, else the first two.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and (x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]) <= MAX_ROWS
+        and not torch.is_autocast_enabled("cpu")
+        and _functions(x.dtype) is not None
+    )
+
+
+def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """`F.linear`."""
+    x, weight_FD = x.contiguous(), weight_FD.contiguous()
+    outputs, inputs = weight_FD.shape
+    out = x.new_empty(*x.shape[:-1], outputs)
+    bias = None if bias_F is None else bias_F.data_ptr()
+    rows = x.numel() // inputs
+    _of(x).linear(x.data_ptr(), rows, weight_FD.data_ptr(), bias, inputs, outputs, out.data_ptr())
+    return out
+
+
+def widen(x: Tensor, gate: nn.Linear | None, up: nn.Linear, activation: str) -> Tensor:
+    """`act(gate(x)) * up(x)`, or `act(up(x))` without a gate."""
+    x = x.contiguous()
+    outputs, inputs = up.weight.shape
+    out = x.new_empty(*x.shape[:-1], outputs)
+    pointers = (*(_pointers(gate) if gate is not None else (None, None)), *_pointers(up))
+    size = x.numel() // inputs
+    _of(x).widen(x.data_ptr(), size, *pointers, inputs, outputs, ACTIVATIONS.index(activation), out.data_ptr())
+    return out
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`RMSNorm`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    _of(x).rms_norm(x.data_ptr(), x.numel() // size, size, weight_D.data_ptr(), eps, out.data_ptr())
+    return out
+
+
+def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    """`rotary.rotate`."""
+    x_BSHN = x_BSHN.contiguous()
+    out = torch.empty_like(x_BSHN)
+    rows, positions, heads, size = x_BSHN.shape
+    angles = cos.data_ptr(), sin.data_ptr()
+    _of(out).rotate(
+        x_BSHN.data_ptr(), *angles, rows * positions, heads, size, cos.shape[-1], interleave, out.data_ptr()
+    )
+    return out
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """A token a row, `q [R, 1, H, N]`, `k [R, 1, K, N]`, `v [R, 1, K, M]`: appended to the cache and attending to it.
+
+    `keys [R, K, capacity, N]` and `values [R, K, capacity, M]` are a layer's; without v the values lie in the keys.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), None if v is None else v.contiguous()
+    rows, _, heads, size = q.shape
+    out = q.new_empty(rows, 1, heads, values.shape[-1])
+    _of(q).attend(
+        q.data_ptr(), k.data_ptr(), None if v is None else v.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        lengths.data_ptr(), *keys.stride()[:3], rows, heads, k.shape[2], size, values.shape[-1], scale, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor, per_token: int, sigmoid: bool, normalise: bool, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe.route` without groups: scores `[T, E]`, experts `[T, k]` and weights `[T, k]`."""
+    tokens, number = logits_TE.shape
+    scores, weights = torch.empty_like(logits_TE), logits_TE.new_empty(tokens, per_token)
+    chosen = torch.empty(tokens, per_token, dtype=torch.int64)
+    _of(logits_TE).route(
+        logits_TE.data_ptr(), bias_E.data_ptr(), tokens, number, per_token, sigmoid, normalise, factor,
+        scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+    )  # fmt: skip
+    return scores, chosen, weights
+
+
+def experts(
+    x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """What the chosen experts of every token give, added up by weight; no other expert is read."""
+    x_TD, chosen_Tk, weights_Tk = x_TD.contiguous(), chosen_Tk.contiguous(), weights_Tk.contiguous()
+    out = torch.empty_like(x_TD)
+    _of(x_TD).experts(
+        x_TD.data_ptr(), chosen_Tk.data_ptr(), weights_Tk.data_ptr(), *chosen_Tk.shape, len(up),
+        None if gate is None else gate.data_ptr(), up.data_ptr(), down.data_ptr(), *up.shape[1:],
+        ACTIVATIONS.index(activation), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+class Functions(NamedTuple):
+    """In the order of the table at the end of the C++."""
+
+    linear: Callable[..., None]
+    widen: Callable[..., None]
+    rms_norm: Callable[..., None]
+    rotate: Callable[..., None]
+    attend: Callable[..., None]
+    route: Callable[..., None]
+    experts: Callable[..., None]
+
+
+# p a pointer, i an int64, f a float32
+SIGNATURES = ("pippiip", "pippppiiip", "piipfp", "pppiiiiip", "ppppppiiiiiiiifp", "ppiiiiifppp", "pppiiipppiiip")
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def _pointers(layer: nn.Linear) -> tuple[int, int | None]:
+    return layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
+
+
+def _of(x: Tensor) -> Functions:
+    functions = _functions(x.dtype)
+    assert functions is not None
+    return functions
+
+
+@functools.cache
+def _functions(dtype: torch.dtype) -> Functions | None:
+    library = build.library()
+    if library is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    name = f"few_rows_{str(dtype).removeprefix('torch.')}"
+    table = (ctypes.c_void_p * len(SIGNATURES)).in_dll(library, name)
+    return Functions(
+        *(
+            ctypes.CFUNCTYPE(None, *map(KINDS.__getitem__, signature))(address)
+            for signature, address in zip(SIGNATURES, table, strict=True)
+        )
+    )

@@ -1,0 +1,106 @@
+"""Compiles the C++ of this package once a machine, in two seconds, and loads it; nothing here needs torch.
+
+The library lies in the user's cache under a name that is a hash of everything that it depends on. It is written under
+another name and then renamed: several processes may build at once, and one that is killed leaves nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("few_rows.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+THREADS = ("-fopenmp",)  # torch's own threads, because torch has loaded the same library
+TIMEOUT = 120  # seconds, for a machine that is busy with other things
+OFF = "MOE_LM_NATIVE"  # "0" in the environment: everything runs in torch
+
+
+class UnavailableError(Exception):
+    """Why there is no library; decoding works without it, slower."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of few_rows.cpp, or None where they cannot be had."""
+    try:
+        return ctypes.CDLL(str(build()))
+    except (UnavailableError, OSError):
+        return None
+
+
+def start() -> None:
+    """Begin to build, so that it is done by the time that torch is imported and the weights are read."""
+    threading.Thread(target=_try_to_build, daemon=True).start()
+
+
+def _try_to_build() -> None:
+    try:
+        build()
+    except UnavailableError:
+        return  # `library` finds the same
+
+
+_building = threading.Lock()
+
+
+def build() -> Path:
+    """The compiled library; raises UnavailableError with the reason."""
+    if os.environ.get(OFF) == "0":
+        raise UnavailableError(f"{OFF}=0 turns it off")
+    compiler = compiler_path()
+    if compiler is None:
+        raise UnavailableError("no C++ compiler")
+    with _building:
+        try:
+            target = cache_folder() / f"few_rows-{_key(compiler)}.so"
+            if not target.exists():
+                _compile(compiler, target)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(str(error)) from error
+        return target
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
+
+
+def compiler_path() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
+    parts = (SOURCE.read_bytes(), version, repr((FLAGS, THREADS)).encode(), _processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder can be shared by machines with other processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+        made = Path(folder) / target.name
+        for flags in ((*FLAGS, *THREADS), FLAGS):  # Apple's compiler has no OpenMP
+            command = [compiler, *flags, str(SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+            if done.returncode == 0:
+                os.replace(made, target)
+                return
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    raise UnavailableError(f"{compiler} fails: {said[0]}")

@@ -1,0 +1,429 @@
+// Products of few rows with large matrices, as a decoding step needs them: what counts is how fast weights are read.
+//
+// Sums are in float32 and in an order that depends on nothing but the matrix: a row gets the same bits whatever rows
+// are beside it. The torch reference of every function stands in model/few_rows.py's tests. Vectors are those of GCC
+// and Clang, so one source serves every CPU. Plain pointers and no header of torch: it compiles in two seconds.
+//
+// Names: R rows, I inputs, O outputs of a product; T is the data type of the weights.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // of a tile, whose sums stay in registers
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+struct bfloat16 {
+    uint16_t bits;
+};
+
+static inline Floats load(const float* from) {
+    Floats x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline Floats load(const bfloat16* from) {
+    Halves x;
+    std::memcpy(&x, from, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+}
+
+// Into the second cache, far ahead and over the end of a matrix into the next one: this, and nothing that loads sooner
+// or into the first cache, doubles the speed of reading weights (eval/LOG.md).
+template <class T>
+static inline void prefetch(const T* from) {
+    __builtin_prefetch((const char*)from + 16384, 0, 2);
+}
+
+static inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+static inline float one(const float* from) { return *from; }
+
+static inline float one(const bfloat16* from) {
+    uint32_t bits = (uint32_t)from->bits << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline void put(float* to, float x) { *to = x; }
+
+static inline void put(bfloat16* to, float x) {  // to the nearest, ties to even, as in torch
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+typedef float Half __attribute__((vector_size(2 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+
+static inline Four fold(Floats x) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof x);
+    if (LANES == 16) return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+    return parts[0] + parts[1];
+}
+
+static inline float sum(Floats x) {
+    Four four = fold(x);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of four vectors, added up as `sum` does.
+static inline Four sums_of(Floats a, Floats b, Floats c, Floats d) {
+    Four w = fold(a), x = fold(b), y = fold(c), z = fold(d);
+    Four wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+    Four yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+    return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+}
+
+// Memory of this thread, which grows and is kept: a new one would cost page faults in every call.
+template <int NAME>
+static float* scratch(int64_t size) {
+    static thread_local struct Memory {
+        float* floats = nullptr;
+        int64_t size = 0;
+        ~Memory() { std::free(floats); }
+    } memory;
+    if (memory.size < size) {
+        std::free(memory.floats);
+        memory.floats = (float*)std::aligned_alloc(64, (size * 4 + 63) / 64 * 64);
+        memory.size = size;
+    }
+    return memory.floats;
+}
+
+// ---- y[r, o] = sum_i x[r, i] * w[o, i] ----
+
+template <int R, int O, class T>
+static inline void dot_tile(const float* x, int64_t x_step, const T* w, int64_t w_step, int64_t inputs, float* y,
+                            int64_t y_step) {
+    Floats sums[R][O] = {};
+    int64_t i = 0;
+    for (; i + LANES <= inputs; i += LANES) {
+        Floats weights[O];
+        for (int o = 0; o < O; o++) {
+            weights[o] = load(w + o * w_step + i);
+            prefetch(w + o * w_step + i);
+        }
+        for (int r = 0; r < R; r++) {
+            Floats row = load(x + r * x_step + i);
+            for (int o = 0; o < O; o++) sums[r][o] += row * weights[o];
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        float totals[O];
+        if constexpr (O == 4) {
+            Four four = sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+            std::memcpy(totals, &four, sizeof four);
+        } else
+            totals[0] = sum(sums[r][0]);
+        for (int o = 0; o < O; o++) {
+            for (int64_t j = i; j < inputs; j++) totals[o] += x[r * x_step + j] * one(w + o * w_step + j);
+            y[r * y_step + o] = totals[o];
+        }
+    }
+}
+
+template <int O, class T>
+static inline void dot_rows(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
+                            float* y, int64_t y_step) {
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        dot_tile<ROWS, O>(x + r * x_step, x_step, w, w_step, inputs, y + r * y_step, y_step);
+    const float* rest = x + r * x_step;
+    float* to = y + r * y_step;
+    if (rows - r == 3) dot_tile<3, O>(rest, x_step, w, w_step, inputs, to, y_step);
+    if (rows - r == 2) dot_tile<2, O>(rest, x_step, w, w_step, inputs, to, y_step);
+    if (rows - r == 1) dot_tile<1, O>(rest, x_step, w, w_step, inputs, to, y_step);
+}
+
+template <class T>
+static void times_transposed(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
+                             int64_t outputs, float* y, int64_t y_step) {
+    int64_t o = 0;
+    for (; o + 4 <= outputs; o += 4) dot_rows<4>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step);
+    for (; o < outputs; o++) dot_rows<1>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step);
+}
+
+// ---- y[r, o] = sum_i x[r, i] * w[i, o] ----
+
+template <int R, int C, class T>
+static inline void sum_tile(const float* x, int64_t x_step, const T* w, int64_t w_step, int64_t inputs, float* y,
+                            int64_t y_step) {
+    Floats sums[R][C] = {};
+    for (int64_t i = 0; i < inputs; i++) {
+        Floats weights[C];
+        for (int c = 0; c < C; c++) {
+            weights[c] = load(w + i * w_step + c * LANES);
+            prefetch(w + i * w_step + c * LANES);
+        }
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) sums[r][c] += x[r * x_step + i] * weights[c];
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(y + r * y_step + c * LANES, sums[r][c]);
+}
+
+template <int C, class T>
+static inline void sum_rows(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
+                            float* y, int64_t y_step) {
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        sum_tile<ROWS, C>(x + r * x_step, x_step, w, w_step, inputs, y + r * y_step, y_step);
+    const float* rest = x + r * x_step;
+    float* to = y + r * y_step;
+    if (rows - r == 3) sum_tile<3, C>(rest, x_step, w, w_step, inputs, to, y_step);
+    if (rows - r == 2) sum_tile<2, C>(rest, x_step, w, w_step, inputs, to, y_step);
+    if (rows - r == 1) sum_tile<1, C>(rest, x_step, w, w_step, inputs, to, y_step);
+}
+
+template <class T>
+static void times(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
+                  int64_t outputs, float* y, int64_t y_step) {
+    int64_t o = 0;
+    for (; rows <= 2 && o + 2 * COLUMNS * LANES <= outputs; o += 2 * COLUMNS * LANES)
+        sum_rows<2 * COLUMNS>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
+    for (; o + COLUMNS * LANES <= outputs; o += COLUMNS * LANES)
+        sum_rows<COLUMNS>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
+    for (; o + LANES <= outputs; o += LANES) sum_rows<1>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
+    for (; o < outputs; o++)
+        for (int64_t r = 0; r < rows; r++) {
+            float total = 0;
+            for (int64_t i = 0; i < inputs; i++) total += x[r * x_step + i] * one(w + i * w_step + o);
+            y[r * y_step + o] = total;
+        }
+}
+
+// ---- what a step calls; T is the data type of everything that has no other ----
+
+template <class T>
+static const float* as_floats(const T* x, int64_t size, float* memory) {
+    for (int64_t i = 0; i < size; i++) memory[i] = one(x + i);
+    return memory;
+}
+
+static const float* as_floats(const float* x, int64_t, float*) { return x; }
+
+constexpr int64_t BLOCK = 64;  // of outputs, which a thread computes at a time
+
+template <class T>
+static void add(float* y, int64_t rows, int64_t size, const T* bias, int64_t from) {
+    if (bias)
+        for (int64_t i = 0; i < rows * size; i++) y[i] += one(bias + from + i % size);
+}
+
+// y [R, O] = x [R, I] @ w [O, I].T + bias [O]
+template <class T>
+static void linear(const T* x, int64_t rows, const T* w, const T* bias, int64_t inputs, int64_t outputs, T* y) {
+    const float* x32 = as_floats(x, rows * inputs, scratch<0>(rows * inputs));
+#pragma omp parallel for schedule(static) if (inputs * outputs > 32768)
+    for (int64_t from = 0; from < outputs; from += BLOCK) {
+        int64_t size = std::min(BLOCK, outputs - from);
+        float* out = scratch<1>(rows * size);
+        times_transposed(x32, inputs, rows, w + from * inputs, inputs, inputs, size, out, size);
+        add(out, rows, size, bias, from);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t o = 0; o < size; o++) put(y + r * outputs + from + o, out[r * size + o]);
+    }
+}
+
+// y = x / sqrt(mean(x^2) + eps) * w, row by row
+template <class T>
+static void rms_norm(const T* x, int64_t rows, int64_t size, const T* w, float eps, T* y) {
+    for (int64_t r = 0; r < rows; r++, x += size, y += size) {
+        const float* x32 = as_floats(x, size, scratch<0>(size));
+        Floats squares = {};
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) squares += load(x32 + i) * load(x32 + i);
+        float total = sum(squares);
+        for (; i < size; i++) total += x32[i] * x32[i];
+        float factor = 1 / std::sqrt(total / size + eps);
+        for (i = 0; i < size; i++) put(y + i, x32[i] * factor * one(w + i));
+    }
+}
+
+// Heads x [R, H, N]: the first 2 * half entries rotated by the angles [R, half], as rotary.rotate does
+template <class T>
+static void rotate(const T* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t size,
+                   int64_t half, int64_t interleave, T* y) {
+    int64_t step = interleave ? 2 : 1, apart = interleave ? 1 : half;
+    for (int64_t r = 0; r < rows; r++, cos += half, sin += half)
+        for (int64_t h = 0; h < heads; h++, x += size, y += size) {
+            for (int64_t i = 0; i < half; i++) {
+                float first = one(x + i * step), second = one(x + i * step + apart);
+                put(y + i, first * cos[i] - second * sin[i]);
+                put(y + half + i, second * cos[i] + first * sin[i]);
+            }
+            std::memcpy(y + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+        }
+}
+
+static inline Floats exp(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    x = x > 88.0f ? Floats{} + 88.0f : x;
+    Floats scaled = x * 1.44269504f;
+    Ints power = __builtin_convertvector(scaled + (scaled < 0 ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+    Floats n = __builtin_convertvector(power, Floats);
+    x = x - n * 0.693359375f + n * 2.12194440e-4f;  // in [-ln(2) / 2, ln(2) / 2]; ln(2) in two parts
+    Floats y = 1 + x * (1 + x * (1 / 2.f + x * (1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f))))));
+    return y * (Floats)((power + 127) << 23);
+}
+
+// scores [size] become their softmax times `scale`; there is room for LANES more, which are overwritten
+static void softmax(float* scores, int64_t size, float scale) {
+    float largest = -INFINITY;
+    for (int64_t i = 0; i < size; i++) largest = scores[i] > largest ? scores[i] : largest;
+    for (int64_t i = size; i < size + LANES; i++) scores[i] = -INFINITY;
+    Floats totals = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        Floats shares = exp((load(scores + i) - largest) * scale);
+        for (int64_t j = size - i; j < LANES; j++) shares[j] = 0;
+        store(scores + i, shares);
+        totals += shares;
+    }
+    float factor = 1 / sum(totals);
+    for (int64_t i = 0; i < size; i++) scores[i] *= factor;
+}
+
+// A new token a row: k [R, K, N] and v [R, K, M] go to place lengths[r] of the cache, q [R, H, N] attends to all up to
+// it. Row, head and place of the cache are as many entries apart as the steps say. Without v, values lie in the keys.
+template <class T>
+static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const int64_t* lengths, int64_t row_step,
+                   int64_t head_step, int64_t step, int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
+                   int64_t value_size, float scale, T* out) {
+    int64_t sharing = heads / key_heads;
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+    for (int64_t task = 0; task < rows * key_heads; task++) {
+        int64_t length = lengths[task / key_heads], start = task / key_heads * row_step + task % key_heads * head_step;
+        std::memcpy(keys + start + length * step, k + task * size, size * sizeof(T));
+        if (v) std::memcpy(values + start + length * step, v + task * value_size, value_size * sizeof(T));
+        int64_t places = length + 1, room = places + LANES;
+        const float* q32 = as_floats(q + task * sharing * size, sharing * size, scratch<0>(sharing * size));
+        float* scores = scratch<1>(sharing * room);
+        times_transposed(q32, size, sharing, keys + start, step, size, places, scores, room);
+        for (int64_t h = 0; h < sharing; h++) softmax(scores + h * room, places, scale);
+        float* mixed = scratch<2>(sharing * value_size);
+        times(scores, room, sharing, values + start, step, places, value_size, mixed, value_size);
+        for (int64_t i = 0; i < sharing * value_size; i++) put(out + task * sharing * value_size + i, mixed[i]);
+    }
+}
+
+// The `per_token` experts with the best score plus bias, the best one first, and their weights out of the scores alone:
+// logits [T, E] -> scores [T, E], chosen [T, k], weights [T, k], as moe.route does without groups
+static void route(const float* logits, const float* bias, int64_t tokens, int64_t number, int64_t per_token,
+                  int64_t sigmoid, int64_t normalise, float factor, float* scores, int64_t* chosen, float* weights) {
+    float* choice = scratch<0>(number);
+    for (int64_t t = 0; t < tokens; t++, logits += number, scores += number, chosen += per_token, weights += per_token) {
+        float largest = logits[0], total = 0;
+        for (int64_t e = 1; e < number; e++) largest = logits[e] > largest ? logits[e] : largest;
+        for (int64_t e = 0; e < number; e++) {
+            scores[e] = sigmoid ? 1 / (1 + std::exp(-logits[e])) : std::exp(logits[e] - largest);
+            total += scores[e];
+        }
+        for (int64_t e = 0; e < number; e++) choice[e] = (scores[e] /= sigmoid ? 1 : total) + bias[e];
+        total = 1e-20f;
+        for (int64_t j = 0; j < per_token; j++) {
+            int64_t best = 0;
+            for (int64_t e = 1; e < number; e++) best = choice[e] > choice[best] ? e : best;
+            chosen[j] = best;
+            total += weights[j] = scores[best];
+            choice[best] = -INFINITY;
+        }
+        for (int64_t j = 0; j < per_token; j++) weights[j] = weights[j] / (normalise ? total : 1) * factor;
+    }
+}
+
+enum Activation { SILU, RELU, GELU };
+
+static void activate(float* x, int64_t size, int64_t activation) {
+    int64_t i = 0;
+    if (activation == SILU)
+        for (; i + LANES <= size; i += LANES) store(x + i, load(x + i) / (1 + exp(-load(x + i))));
+    for (; i < size; i++) {
+        if (activation == SILU) x[i] = x[i] / (1 + std::exp(-x[i]));
+        if (activation == RELU) x[i] = x[i] < 0 ? 0 : x[i];
+        if (activation == GELU) x[i] = x[i] * 0.5f * (1 + std::erf(x[i] * 0.70710678f));
+    }
+}
+
+// y [R, O] = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias); without `gate` it is act(x @ up.T + up_bias)
+template <class T>
+static void widen(const T* x, int64_t rows, const T* gate, const T* gate_bias, const T* up, const T* up_bias,
+                  int64_t inputs, int64_t outputs, int64_t activation, T* y) {
+    const float* x32 = as_floats(x, rows * inputs, scratch<0>(rows * inputs));
+#pragma omp parallel for schedule(static) if (inputs * outputs > 16384)
+    for (int64_t from = 0; from < outputs; from += BLOCK) {
+        int64_t size = std::min(BLOCK, outputs - from);
+        float *u = scratch<1>(rows * size), *g = scratch<2>(rows * size);
+        times_transposed(x32, inputs, rows, up + from * inputs, inputs, inputs, size, u, size);
+        add(u, rows, size, up_bias, from);
+        if (gate) {
+            times_transposed(x32, inputs, rows, gate + from * inputs, inputs, inputs, size, g, size);
+            add(g, rows, size, gate_bias, from);
+        }
+        activate(gate ? g : u, rows * size, activation);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t o = 0; o < size; o++)
+                put(y + r * outputs + from + o, gate ? g[r * size + o] * u[r * size + o] : u[r * size + o]);
+    }
+}
+
+// y [T, D] = sum over a token's experts of weights [T, k] * down(act(gate(x)) * up(x)); stacks are [E, D, F], [E, F, D].
+// Only the chosen experts are read, each once for all of its tokens. Without `gate` it is down(act(up(x))).
+template <class T>
+static void experts(const T* x, const int64_t* chosen, const float* weights, int64_t tokens, int64_t per_token,
+                    int64_t number, const T* gate, const T* up, const T* down, int64_t hidden, int64_t width,
+                    int64_t activation, T* y) {
+    int64_t slots = tokens * per_token;
+    int64_t* ends = (int64_t*)scratch<0>(2 * (number + 1 + 2 * slots));  // of each expert's slots in sorted order
+    int64_t *sorted = ends + number + 1, *place = sorted + slots;
+    std::memset(ends, 0, (number + 1) * sizeof *ends);
+    for (int64_t slot = 0; slot < slots; slot++) ends[chosen[slot] + 1]++;
+    for (int64_t e = 0; e < number; e++) ends[e + 1] += ends[e];
+    for (int64_t slot = 0; slot < slots; slot++) sorted[place[slot] = ends[chosen[slot]]++] = slot;
+    float* outs = scratch<1>(slots * hidden);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t e = 0; e < number; e++) {
+        int64_t first = e ? ends[e - 1] : 0, rows = ends[e] - first;
+        if (rows == 0) continue;
+        float *in = scratch<2>(rows * hidden), *h = scratch<3>(rows * width), *g = scratch<4>(rows * width);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < hidden; i++)
+                in[r * hidden + i] = one(x + sorted[first + r] / per_token * hidden + i);
+        times(in, hidden, rows, up + e * hidden * width, width, hidden, width, h, width);
+        if (gate) {
+            times(in, hidden, rows, gate + e * hidden * width, width, hidden, width, g, width);
+            activate(g, rows * width, activation);
+            for (int64_t i = 0; i < rows * width; i++) h[i] *= g[i];
+        } else
+            activate(h, rows * width, activation);
+        times(h, width, rows, down + e * hidden * width, hidden, width, hidden, outs + first * hidden, hidden);
+    }
+    float* total = scratch<2>(hidden);
+    for (int64_t t = 0; t < tokens; t++) {
+        std::memset(total, 0, hidden * sizeof *total);
+        for (int64_t j = t * per_token; j < (t + 1) * per_token; j++)
+            for (int64_t i = 0; i < hidden; i++) total[i] += weights[j] * outs[place[j] * hidden + i];
+        for (int64_t i = 0; i < hidden; i++) put(y + t * hidden + i, total[i]);
+    }
+}
+
+#define FUNCTIONS(T)                                                                                                 \
+    {(void*)linear<T>, (void*)widen<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)attend<T>, (void*)route,        \
+     (void*)experts<T>}
+extern "C" {
+void* few_rows_float32[] = FUNCTIONS(float);
+void* few_rows_bfloat16[] = FUNCTIONS(bfloat16);
+}
