@@ -22,7 +22,11 @@ from moe_lm.errors import MoeLmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
-ALONE = {"--preview": "3", "--logprobs": "0"}  # options whose number may be left out, and what it is then
+ALONE = {
+    "--preview": "3",
+    "--logprobs": "0",
+    "--show-routing": "-1",
+}  # options whose number may be left out, and what it is then
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -134,7 +138,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _with_a_number(arguments: list[str]) -> list[str]:
-    """`--preview` and `--logprobs` may stand alone; Typer's options always take a value."""
+    """What stands in `ALONE` may have no number; Typer's options always take a value."""
     kept = []
     for place, item in enumerate(arguments, 1):
         alone = item in ALONE and not "".join(arguments[place : place + 1]).isdigit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -76,6 +77,10 @@ def sample(
         int | None,
         typer.Option(min=0, metavar="[N]", help="Log-probability of every token, and of the N likeliest beside it."),
     ] = None,
+    show_routing: Annotated[
+        int | None,
+        typer.Option(min=-1, metavar="[LAYER]", help="Colour tokens by their strongest expert, in the last layer."),
+    ] = None,
     truncate: Annotated[
         Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")
     ] = None,
@@ -91,7 +96,7 @@ def sample(
     }
     biases = tuple(_bias(item) for item in logit_bias or ())
     drawing: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "seed": seed, "min_p": min_p, "typical_p": typical_p}
-    drawing["logprobs"] = logprobs
+    drawing |= {"logprobs": logprobs, "show_routing": show_routing}
     searching = {
         "length_penalty": length_penalty,
         "early_stopping": early_stopping,
@@ -111,9 +116,11 @@ def sample(
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     all_penalties = Penalties(**penalties, logit_bias=biases)
     drawing |= lengths | {"temperature": _temperature(temperature, greedy), "penalties": all_penalties}
+    drawing |= {"routing": drawing.pop("show_routing") is not None}
     one = len(texts) == 1 and num == 1 and file is None and out is None
-    if one and beams is None and logprobs is None:
+    if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
         rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
+        rest["show_routing"] = show_routing
         commands.sample(run, texts[0].text, **drawing, **rest)
         return
     settings = (
@@ -123,7 +130,7 @@ def sample(
     from moe_lm.generate.session import Session
 
     session = Session.load(run, base=base)
-    batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out)
+    batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
 
 
 def chat(
@@ -182,7 +189,8 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             option = "beam-groups" if name == "groups" else name.replace("_", "-")
-            raise UsageError(f"--{option} {'' if value is True else f'{value} '}{why}")
+            shown = "" if value is True or value == -1 else f"{value} "
+            raise UsageError(f"--{option} {shown}{why}")
 
 
 def _search(

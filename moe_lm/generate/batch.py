@@ -16,7 +16,9 @@ from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.completion import Completion, Writer
 from moe_lm.generate.decode import SLOTS, Decoder, Settings, Step, capacity_for
+from moe_lm.generate.painter import Painter, by_layer
 from moe_lm.generate.session import Session
+from moe_lm.terminal import colours
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,21 @@ def write_samples(
     stop: Sequence[str] = (),
     truncate: bool = False,
     out: Path | None = None,
+    show_routing: int | None = None,
 ) -> None:
     """`num` samples of every prompt: JSON lines into `out` or a pipe, blocks on a terminal; a summary on stderr.
 
-    Sample j of prompt i draws with `seed + i * num + j`.
+    Sample j of prompt i draws with `seed + i * num + j`. `show_routing` is the layer whose experts colour the blocks.
     """
+    painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
+    if out is not None or not sys.stdout.isatty():
+        painter = None  # lines hold what it would paint
     ids = [_ids(session, prompt, settings.max_new_tokens, truncate) for prompt in prompts]
     started, written, tokens = time.perf_counter(), 0, 0
     if isinstance(settings, BeamSettings):
         samples = _beams(session, ids, settings, stop)
     else:
-        samples = _draws(session, ids, num, settings, stop)
+        samples = _draws(session, ids, num, settings, stop, painter)
     with _output(out) as file:
         for place, number, sample in samples:
             line = {**prompts[place].extra, "prompt": prompts[place].text, "sample": number, **sample}
@@ -92,6 +98,8 @@ def write_samples(
             written, tokens = written + 1, tokens + sample["tokens"]
     speed = tokens / (time.perf_counter() - started)
     where = "" if out is None else f" in {out}"
+    if painter is not None:
+        print(painter.legend(colours(sys.stderr)), file=sys.stderr)
     print(f"{written} samples{where}, {tokens} tokens, {speed:.1f} tokens/s", file=sys.stderr)
 
 
@@ -120,7 +128,12 @@ def _block(line: Mapping[str, Any]) -> str:
 
 
 def _draws(
-    session: Session, prompts: Sequence[list[int]], num: int, settings: Settings, stop: Sequence[str]
+    session: Session,
+    prompts: Sequence[list[int]],
+    num: int,
+    settings: Settings,
+    stop: Sequence[str],
+    painter: Painter | None,
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Prompt, number and values of every sample, in this order, while they are written side by side."""
     decoder = Decoder(
@@ -133,7 +146,7 @@ def _draws(
     for place in range(len(prompts) * num):
         seed = (settings.seed + place) % (1 << 32)
         decoder.add(prompts[place // num], dataclasses.replace(settings, seed=seed), session.tokenizer.stop_ids)
-        drafts.append(_Draft(session, seed, stop, settings.logprobs is not None))
+        drafts.append(_Draft(session, dataclasses.replace(settings, seed=seed), stop, painter))
     shown = 0
     while decoder.busy:
         for step in decoder.step():
@@ -149,27 +162,34 @@ def _draws(
 class _Draft:
     """A sample that is being written."""
 
-    def __init__(self, session: Session, seed: int, stop: Sequence[str], logprobs: bool) -> None:
-        self.session, self.seed = session, seed
+    def __init__(self, session: Session, settings: Settings, stop: Sequence[str], painter: Painter | None) -> None:
+        self.session, self.settings, self.painter = session, settings, painter
         self.writer = Writer(session.tokenizer.decode, stop)
-        self.text, self.tokens, self.finish = "", 0, ""
-        self.logprobs: list[dict[str, Any]] | None = [] if logprobs else None
+        self.text, self.finish = "", ""
+        self.steps: list[Step] = []
 
     def take(self, step: Step) -> None:
         self.finish = step.finish or ""
         if step.token is not None:
-            self.tokens += 1
-            self.text += self.writer.push(step.token)
-            if self.logprobs is not None:
-                self.logprobs.append(self._probable(step))
+            self.steps.append(step)
+            if self.painter is not None:
+                self.painter.see(step)
+            self._write(self.writer.push(step.token))
         if self.writer.stopped:
             self.finish = "stop"
         elif self.finish:
-            self.text += self.writer.end()
+            self._write(self.writer.end())
 
     def sample(self) -> dict[str, Any]:
-        values = {"text": self.text, "finish": self.finish, "tokens": self.tokens, "seed": self.seed}
-        return values if self.logprobs is None else values | {"logprobs": self.logprobs}
+        values = {"text": self.text, "finish": self.finish, "tokens": len(self.steps), "seed": self.settings.seed}
+        if self.settings.logprobs is not None:
+            values["logprobs"] = [self._probable(step) for step in self.steps]
+        if self.settings.routing:
+            values["experts"] = by_layer(self.session.model.config, self.steps)
+        return values
+
+    def _write(self, piece: str) -> None:
+        self.text += piece if self.painter is None else self.painter.paint(piece)
 
     def _probable(self, step: Step) -> dict[str, Any]:
         def named(token: int, logprob: float | None) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_lm.generate.decode import Settings
+from moe_lm.generate.painter import Painter
 from moe_lm.generate.penalties import NO_PENALTIES, Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
-from moe_lm.terminal import printable
+from moe_lm.terminal import colours, printable
 
 
 def sample(
@@ -27,18 +28,26 @@ def sample(
     stop: Sequence[str],
     truncate: bool = False,
     base: Path | None = None,
+    show_routing: int | None = None,
     **more: Any,
 ) -> None:
-    """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`."""
+    """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`.
+
+    `show_routing` is the layer whose experts the tokens are coloured by.
+    """
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
     session = Session.load(run, base=base)
-    text = session.complete(prompt, settings, stop, truncate)
-    at_terminal = sys.stdout.isatty()
-    if at_terminal:
+    painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
+    text = session.complete(prompt, settings, stop, truncate, None if painter is None else painter.see)
+    show: Callable[[str], str] = str
+    if sys.stdout.isatty():
         print(prompt, end="", flush=True)
+        show = printable if painter is None else painter.paint
     for piece in text:
-        print(printable(piece) if at_terminal else piece, end="", flush=True)
+        print(show(piece), end="", flush=True)
     print()
+    if painter is not None:
+        print(painter.legend(colours(sys.stderr)), file=sys.stderr)
     speed = f", {text.speed:.1f} tokens/s" if text.speed else ""
     print(f"{text.tokens} tokens{speed}, seed {settings.seed}", file=sys.stderr)
 
@@ -54,8 +63,9 @@ def settings_of(
     penalties: Penalties = NO_PENALTIES,
     min_new_tokens: int = 0,
     logprobs: int | None = None,
+    routing: bool = False,
 ) -> Settings:
     """What a command line asked for; without a seed one is drawn."""
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     sampling = Sampling(temperature, top_k, top_p, min_p, typical_p, penalties)
-    return Settings(max_new_tokens, sampling, seed, min_new_tokens, logprobs)
+    return Settings(max_new_tokens, sampling, seed, min_new_tokens, logprobs, routing)

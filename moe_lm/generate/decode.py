@@ -19,6 +19,7 @@ from moe_lm.errors import UsageError
 from moe_lm.generate.penalties import Text
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import CachedAttention, KVCache, PrefillAttention
+from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 
@@ -62,7 +63,7 @@ class Step(NamedTuple):
     `token` is None when the text ended without another one. `finish` is "stop" before a stop token, "length" when
     there is no room for more, "exhausted" when the penalties leave no token, None while the text goes on.
     `alternatives` are pairs of token and log-probability, the likeliest first. `experts` are those that predicted
-    `token`: of each MoE layer, in layer order, the experts that took the last position before it.
+    `token`: of each MoE layer, in layer order, the experts that took the last position before it, the strongest first.
     """
 
     request: int
@@ -96,7 +97,20 @@ def stream(
     vocab_size: int | None = None,
     slots: int = SLOTS,
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (row, token) as they are chosen, step by step, of at most `slots` rows at a time.
+    """Pairs (row, token) as they are chosen, step by step, of at most `slots` rows at a time; see `steps`."""
+    found = steps(model, prompts, settings, stop_ids, vocab_size, slots)
+    return ((step.request, step.token) for step in found if step.token is not None)
+
+
+def steps(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    slots: int = SLOTS,
+) -> Iterator[Step]:
+    """What happens to every row, step by step; `request` is the row.
 
     A row ends before a token of `stop_ids`, after `max_new_tokens`, or when the model has no position left.
     Only ids below `vocab_size` are chosen: a model may have more than its tokenizer has tokens for. Raises, before
@@ -112,7 +126,7 @@ def stream(
     )
     for row, prompt in enumerate(prompts):
         decoder.add(prompt, dataclasses.replace(settings, seed=(settings.seed + row) % (1 << 32)), stop_ids)
-    return ((step.request, step.token) for step in decoder.run() if step.token is not None)
+    return decoder.run()
 
 
 def room(config: ModelConfig, prompt: Sequence[int]) -> int:
@@ -336,7 +350,8 @@ class Ahead(NamedTuple):
     """What a model says about the token after each row."""
 
     logits: Tensor  # [R, V]
-    experts: list[Tensor]  # of every MoE layer, [R, k], those of the row's last token
+    routings: list[Routing]  # of every MoE layer, and all tokens that were given
+    last: Tensor | slice  # the row's last token among them
 
 
 def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Ahead:
@@ -350,7 +365,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCac
     hidden_1TD, routings = model.model(input_ids[None], position_ids[None], attend)
     cache.lengths += ends.diff()
     last_R = ends[1:] - 1
-    return Ahead(model.lm_head(hidden_1TD[0, last_R]), [routing.experts[last_R] for routing in routings])
+    return Ahead(model.lm_head(hidden_1TD[0, last_R]), routings, last_R)
 
 
 def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]) -> Ahead:
@@ -360,11 +375,15 @@ def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]
     positions_RS = cache.lengths[:, None] + torch.arange(new, device=input_ids_RS.device)
     hidden_RSD, routings = model.model(input_ids_RS, positions_RS, CachedAttention(cache))
     cache.lengths += new
-    return Ahead(model.lm_head(hidden_RSD[:, -1]), [routing.experts[new - 1 :: new] for routing in routings])
+    return Ahead(model.lm_head(hidden_RSD[:, -1]), routings, slice(new - 1, None, new))
 
 
 def experts_by_row(ahead: Sequence[Ahead]) -> list[tuple[tuple[int, ...], ...]]:
-    """Of each row, of each MoE layer, the experts of the last token."""
-    layers = [torch.cat([part.experts[layer] for part in ahead]).tolist() for layer in range(len(ahead[0].experts))]
+    """Of each row, of each MoE layer, the experts of the last token, the one with the largest weight first."""
+    layers = []
+    for layer in range(len(ahead[0].routings)):
+        experts_Rk = torch.cat([part.routings[layer].experts[part.last] for part in ahead])
+        weights_Rk = torch.cat([part.routings[layer].weights[part.last] for part in ahead])
+        layers.append(experts_Rk.gather(-1, weights_Rk.argsort(-1, descending=True)).tolist())
     rows = range(sum(len(part.logits) for part in ahead))
     return [tuple(tuple(experts_Rk[row]) for experts_Rk in layers) for row in rows]

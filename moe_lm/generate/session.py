@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from moe_lm.config import check_vocabulary
 from moe_lm.config_file import build_config
 from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Completion
-from moe_lm.generate.decode import Settings, room, stream
+from moe_lm.generate.decode import Settings, Step, room, steps
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
@@ -46,9 +46,19 @@ class Session:
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
         return cls(folder, load_model(folder, tokenizer, target, base), tokenizer)
 
-    def complete(self, prompt: str, settings: Settings, stop: Sequence[str] = (), truncate: bool = False) -> Completion:
-        """The text that follows `prompt`, which begins a document and may be empty; `truncate` as in `prompt_ids`."""
-        return self._completion(self.prompt_ids(prompt, settings.max_new_tokens, truncate), settings, stop)
+    def complete(
+        self,
+        prompt: str,
+        settings: Settings,
+        stop: Sequence[str] = (),
+        truncate: bool = False,
+        see: Callable[[Step], object] | None = None,
+    ) -> Completion:
+        """The text that follows `prompt`, which begins a document and may be empty; `truncate` as in `prompt_ids`.
+
+        `see` is told of every token before its text comes.
+        """
+        return self._completion(self.prompt_ids(prompt, settings.max_new_tokens, truncate), settings, stop, see)
 
     def prompt_ids(self, prompt: str, wanted: int, truncate: bool = False) -> list[int]:
         """The ids of a prompt that begins a document.
@@ -79,9 +89,23 @@ class Session:
     def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
 
-    def _completion(self, prompt: list[int], settings: Settings, stop: Sequence[str] = ()) -> Completion:
-        tokens = stream(self.model, [prompt], settings, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
-        return Completion((token for _, token in tokens), self.tokenizer.decode, stop)
+    def _completion(
+        self,
+        prompt: list[int],
+        settings: Settings,
+        stop: Sequence[str] = (),
+        see: Callable[[Step], object] | None = None,
+    ) -> Completion:
+        chosen = steps(self.model, [prompt], settings, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
+        return Completion(_tokens(chosen, see), self.tokenizer.decode, stop)
+
+
+def _tokens(chosen: Iterator[Step], see: Callable[[Step], object] | None) -> Iterator[int]:
+    for step in chosen:
+        if step.token is not None:
+            if see is not None:
+                see(step)
+            yield step.token
 
 
 def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device, base: Path | None = None) -> LanguageModel:

@@ -1,0 +1,86 @@
+"""A text whose tokens have the colour of the expert that took them, and what the colours mean."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from moe_lm.errors import UsageError
+from moe_lm.generate.decode import Step
+from moe_lm.model_config import ModelConfig
+from moe_lm.terminal import printable
+
+LAST = -1  # in place of a layer's number
+IN_LEGEND = 16  # experts, those with the most tokens
+RESET = "\x1b[0m"
+# Of the 6 by 6 by 6 colours of a terminal those that are neither grey nor too dark for black letters. Their number and
+# the golden stride share no divisor: every one is used before one comes twice, and neighbours differ.
+CUBE = ((red, green, blue) for red in range(6) for green in range(6) for blue in range(6))
+LIGHT = [16 + 36 * r + 6 * g + b for r, g, b in CUBE if 3 * r + 6 * g + b >= 20 and max(r, g, b) - min(r, g, b) > 1]
+STRIDE = next(step for step in range(round(0.618 * len(LIGHT)), 0, -1) if math.gcd(step, len(LIGHT)) == 1)
+
+
+class Painter:
+    """Paints each token with the colour of the expert that has the largest weight in one layer.
+
+    The expert is the one that took the position before, out of which the token was predicted. Without `colours` its
+    number stands behind the token instead. Raises UsageError for a layer that has no routed experts.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, colours: bool) -> None:
+        self.layer = routed_layer(config, layer)
+        self._place, self._colours = config.moe_layers.index(self.layer), colours
+        self._tokens: Counter[int] = Counter()
+        self._last = 0
+
+    def see(self, step: Step) -> None:
+        """Take in what was decided with `Settings.routing`, before the text that the token completes is painted."""
+        assert step.experts is not None
+        self._last = step.experts[self._place][0]
+        self._tokens[self._last] += 1
+
+    def paint(self, piece: str) -> str:
+        """The text that the last token completed."""
+        if not piece:
+            return ""
+        if not self._colours:
+            return f"{printable(piece)}[{self._last}]"
+        lines = printable(piece).split("\n")  # a terminal may paint the rest of a line that ends within a colour
+        return "\n".join(f"{colour(self._last)}{line}{RESET}" if line else "" for line in lines)
+
+    def legend(self, colours: bool) -> str:
+        """Which colour is which expert, with its share of the tokens."""
+        total = self._tokens.total()
+        lines = [f"layer {self.layer}, the strongest expert of each token:"]
+        for expert, tokens in self._tokens.most_common(IN_LEGEND):
+            patch = f"{colour(expert)}  {RESET} " if colours else ""
+            lines.append(f"{patch}expert {expert:<3} {tokens / total:6.1%}")
+        rest = len(self._tokens) - IN_LEGEND
+        return "\n".join([*lines, f"and {rest} more"] if rest > 0 else lines)
+
+
+def routed_layer(config: ModelConfig, layer: int) -> int:
+    """The number of a layer with routed experts, the last one for `LAST`. Raises UsageError when it has none."""
+    if not config.moe_layers:
+        raise UsageError("the model is dense: no expert takes its tokens, so there is no routing to show; leave it out")
+    if layer == LAST:
+        return config.moe_layers[-1]
+    if layer not in config.moe_layers:
+        layers = ", ".join(map(str, config.moe_layers))
+        raise UsageError(f"layer {layer} (counted from 0) has no routed experts; choose one of {layers}")
+    return layer
+
+
+def by_layer(config: ModelConfig, steps: Sequence[Step]) -> dict[str, list[list[int]]]:
+    """The experts of each token, the strongest first, under the number of each layer that has some."""
+    layers: dict[str, list[list[int]]] = {str(layer): [] for layer in config.moe_layers}
+    for step in steps:
+        for chosen, experts in zip(layers.values(), step.experts or (), strict=True):
+            chosen.append(list(experts))
+    return layers
+
+
+def colour(expert: int) -> str:
+    """The sequence for black text on the expert's own colour, out of the 256 that terminals know."""
+    return f"\x1b[30;48;5;{LIGHT[expert * STRIDE % len(LIGHT)]}m"
