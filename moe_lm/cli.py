@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_lm import __version__, cli_generate, cli_interop
+from moe_lm import __version__, cli_generate, cli_interop, cli_serve
 from moe_lm.errors import MoeLmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -316,6 +316,7 @@ def verify(
 
 
 cli_generate.add_to(app)
+cli_serve.add_to(app)
 
 
 @app.command("eval", rich_help_panel="Use")

@@ -1,0 +1,126 @@
+"""The verb `serve`: a socket, a model, and an end without a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import uvicorn
+
+from moe_lm.errors import MoeLmError
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.session import Session
+from moe_lm.serve.app import build_app
+from moe_lm.serve.engine import Engine
+from moe_lm.serve.gate import LOOPBACK_NAMES, Limits
+from moe_lm.serve.metrics import Metrics
+from moe_lm.signals import STOP_SIGNALS
+
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+def serve(
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    slots: int,
+    max_queue: int,
+    max_context: int | None,
+    max_tokens: int | None,
+    max_body: int,
+    timeout: float,
+    grace: float,
+    model: str | None,
+    device: str,
+    base: Path | None,
+) -> None:
+    """Serve until a signal; then give what runs `grace` seconds to end."""
+    with listen(host, port) as listener:
+        address = listener.getsockname()
+        at_home = ip_address(address[0]).is_loopback
+        if not (at_home or api_key):
+            print(f"warning: {address[0]} can be reached by others, and there is no --api-key", file=sys.stderr)
+        session = Session.load(run, device, base)
+        list(session.complete("", Settings(max_new_tokens=1)))  # the first forward pass imports parts of torch
+        metrics = Metrics()
+        positions = session.model.config.max_position_embeddings
+        engine = Engine(session, slots, min(max_context or positions, positions), max_queue, metrics)
+        hosts = LOOPBACK_NAMES if at_home and not api_key else None
+        limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
+        app = build_app(session, engine, limits, metrics, model or run.resolve().name)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=5
+        )
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+        asyncio.run(_run(config, engine, listener, grace))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that who comes while the model loads waits; 0 is any free port.
+
+    Raises MoeLmError when the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise MoeLmError(f"--host {host} is no address of this machine ({error.strerror}); try 127.0.0.1") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise MoeLmError(
+            f"cannot listen on {host}:{port} ({error.strerror}); end what uses it or choose another --port"
+        ) from error
+    return listener
+
+
+async def _run(config: uvicorn.Config, engine: Engine, listener: socket.socket, grace: float) -> None:
+    loop = asyncio.get_running_loop()
+    server = _Server(config)
+    engine.start(loop)
+    host, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving on http://{where}:{port}; Ctrl-C stops", file=sys.stderr, flush=True)
+    with _signals(loop, server, engine, grace):
+        await server.serve(sockets=[listener])
+    engine.close()
+
+
+class _Server(uvicorn.Server):
+    """One that leaves signals alone: uvicorn raises them again when it is done, and we exit with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Engine, grace: float) -> Iterator[None]:
+    """The first one lets what runs come to its end within `grace` seconds, a second one does not wait."""
+
+    def stop() -> None:
+        if server.should_exit:
+            engine.close()
+            return
+        engine.refuse()
+        server.should_exit = True
+        loop.call_later(grace, engine.close)
+
+    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
