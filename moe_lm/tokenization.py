@@ -44,6 +44,7 @@ PRE_TOKENS = (
 PIECE_CHARS = 1 << 16
 PIECES_AT_ONCE = 64
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
+HALF_PAIR = "the text holds half of a surrogate pair; expected valid Unicode"
 
 NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no template contains them
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -131,7 +132,7 @@ class Tokenizer:
             try:
                 encoded = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             except TypeError as error:
-                raise UsageError("the text holds half of a surrogate pair; expected valid Unicode") from error
+                raise UsageError(HALF_PAIR) from error
             for (row, _), encoding in zip(group, encoded, strict=True):
                 batch[row].extend(encoding.ids)
         return batch
@@ -177,7 +178,10 @@ class Tokenizer:
             pieces += [rendering.text[done:begin], name]
             flags += [trained[done:begin], np.full(len(name), trained[begin])]
             done = end
-        encoding = backend.encode("".join([*pieces, rendering.text[done:]]), add_special_tokens=False)
+        try:
+            encoding = backend.encode("".join([*pieces, rendering.text[done:]]), add_special_tokens=False)
+        except TypeError as error:
+            raise UsageError(HALF_PAIR) from error
         trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         return [ids_of_names.get(id_, id_) for id_ in encoding.ids], (

@@ -64,7 +64,10 @@ class Endpoints:
         tokenizer = self.session.tokenizer
         texts = [item for item in body.prompt if isinstance(item, str)]
         if texts:
-            prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+            try:
+                prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+            except UsageError as error:
+                raise ApiError(400, str(error), "prompt") from error
         else:
             prompts = [item for item in body.prompt if isinstance(item, list)]
             texts = [] if not body.echo else [tokenizer.decode(ids) for ids in prompts]

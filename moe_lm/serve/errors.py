@@ -66,7 +66,7 @@ def _in_words(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return ApiError(404, f"there is no {place}; see /v1/models, /v1/completions and /v1/chat/completions")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("allow", "another method")
+        allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(405, f"{place} is not served; use {allowed}", headers=error.headers)
     return ApiError(error.status_code, str(error.detail), headers=error.headers)
 

@@ -144,6 +144,12 @@ def served(serve: Serve) -> Served:
     return serve()
 
 
+def head(length: int) -> bytes:
+    """Of a request for a completion whose body has so many bytes."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)))

@@ -1,0 +1,174 @@
+"""The verb: a real process on a real port, and how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Done
+from tests.processes import free_port
+
+Start = Callable[..., subprocess.Popen[str]]
+NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}
+
+
+def start(start_moe_lm: Start, *arguments: object, **environment: object) -> tuple[subprocess.Popen[str], str]:
+    """A server that is ready, and its address."""
+    process = start_moe_lm("serve", *arguments, "--port", 0, "--device", "cpu", **environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("serving on "):
+            return process, line.removeprefix("serving on ").split(";")[0]
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_end_and_nothing_new_begin(
+    served_run: Path, start_moe_lm: Start, number: signal.Signals
+) -> None:
+    process, url = start(start_moe_lm, served_run)
+    body = {"prompt": "x", "max_tokens": 100, "stream": True, "n": 8, **NEVER_END}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(number)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_what_does_not_end_in_time_is_told_and_ended(served_run: Path, start_moe_lm: Start) -> None:
+    process, url = start(start_moe_lm, served_run, "--grace", 0, "--max-concurrent", 1)
+    body = {"prompt": "x", "max_tokens": 120, "stream": True, "n": 100, **NEVER_END}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+    assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
+
+
+def test_options_reach_the_server(served_run: Path, start_moe_lm: Start) -> None:
+    process, url = start(
+        start_moe_lm, served_run, "--model-name", "mine", "--max-context", 40, "--max-tokens", 3, MOE_LM_API_KEY="k"
+    )
+    with httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}) as client:
+        [model] = client.get("/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("mine", 40)
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4}).status_code == 400
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+
+
+def test_beyond_the_loopback_without_a_key_is_warned_of(served_run: Path, start_moe_lm: Start) -> None:
+    process = start_moe_lm("serve", served_run, "--host", "0.0.0.0", "--port", 0, "--device", "cpu")
+    assert process.stderr is not None
+    assert "warning: 0.0.0.0 can be reached by others, and there is no --api-key" in process.stderr.readline()
+    url = f"http://127.0.0.1:{process.stderr.readline().split(';')[0].rpartition(':')[2]}"
+    assert httpx.get(f"{url}/health", headers={"Host": "any.example"}).status_code == 200
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+
+
+def test_on_the_loopback_other_host_names_are_refused(served_run: Path, start_moe_lm: Start) -> None:
+    process, url = start(start_moe_lm, served_run)
+    assert httpx.get(f"{url}/health", headers={"Host": "any.example"}).status_code == 421
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_port_in_use_is_one_sentence(served_run: Path, moe_lm: Callable[..., Done]) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port = taken.getsockname()[1]
+        done = moe_lm("serve", served_run, "--port", port)
+    assert done.code == 1
+    assert done.out == ""
+    assert done.err.startswith(f"error: cannot listen on 127.0.0.1:{port} (")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--host", "no.such.host.invalid"], 1, "is no address of this machine"),
+        (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1:0"),
+        (["--api-key", ""], 2, "--api-key is empty"),
+        (["--api-key", "schlüssel"], 2, "--api-key is empty or has a character"),
+        (["--max-concurrent", "0"], 2, "max-concurrent"),
+    ],
+)
+def test_what_cannot_be_served(
+    served_run: Path, moe_lm: Callable[..., Done], arguments: list[Any], code: int, said: str
+) -> None:
+    done = moe_lm("serve", served_run, "--port", 0, *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert said in done.err
+
+
+def test_a_run_that_is_not_there(tmp_path: Path, moe_lm: Callable[..., Done]) -> None:
+    done = moe_lm("serve", tmp_path / "none", "--port", 0)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+
+
+def test_a_cache_that_does_not_fit(served_run: Path, moe_lm: Callable[..., Done]) -> None:
+    done = moe_lm("serve", served_run, "--port", 0, "--max-concurrent", 1 << 40, "--device", "cpu")
+    assert done.code == 1
+    assert "give a smaller --max-concurrent" in done.err
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_without_the_extra_it_says_how_to_get_it(
+    served_run: Path, moe_lm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    done = moe_lm("serve", served_run)
+    assert done.code == 1
+    assert f"serve needs {package}" in done.err
+    assert "pip install 'moe-lm[serve]'" in done.err
+
+
+def test_help_imports_neither_torch_nor_the_extra() -> None:
+    program = (
+        "import sys; sys.argv = ['moe-lm', 'serve', '--help']\n"
+        "from moe_lm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print([name for name in ('torch', 'fastapi', 'uvicorn') if name in sys.modules])"
+    )
+    root = Path(importlib.import_module("moe_lm").__file__ or "").parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--max-concurrent" in done.stdout
+
+
+def test_who_comes_while_the_model_loads_is_answered_when_it_is_there(served_run: Path, start_moe_lm: Start) -> None:
+    port = free_port()
+    process = start_moe_lm("serve", served_run, "--port", port, "--device", "cpu")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            break
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert answer.json() == {"status": "ok"}
+    process.terminate()
+    assert process.wait(timeout=60) == 0
