@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.native import build as native
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 
@@ -51,6 +52,7 @@ def serve(
     except ImportError as error:
         raise MoeLmError(f"serve needs {error.name}, which is not installed; pip install 'moe-lm[serve]'") from error
 
+    native.start()
     from moe_lm.serve import server
 
     server.serve(

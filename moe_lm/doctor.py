@@ -51,6 +51,7 @@ def examine() -> Iterator[Finding]:
     for name in ("deepspeed", "accelerate", "tokenizers", "datasets", "safetensors"):
         yield _package(name, INSTALL)
     yield _package("flash-attn", 'pip install --no-build-isolation -e ".[flash]" (CUDA only)', required=False)
+    yield _package("fastapi", 'pip install -e ".[serve]" (only `moe-lm serve` needs it)', required=False)
     yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")

@@ -33,19 +33,19 @@ class Endpoints:
         self.session, self.engine, self.limits, self.metrics, self.model = session, engine, limits, metrics, model
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        self._check(body)
+        self._check(body, len(body.prompt))
         prompts, echoes = await run_in_threadpool(self._prompts, body)
         shape = CompletionShape()
         return await self._answer(request, body, prompts, shape, body.max_tokens, body.logprobs, echoes)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        self._check(body)
+        self._check(body, 1)
         prompt = await run_in_threadpool(self._chat_prompt, body)
         most = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens or self.engine.capacity
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return await self._answer(request, body, [prompt], ChatShape(), most, logprobs)
 
-    def _check(self, body: GenerationRequest) -> None:
+    def _check(self, body: GenerationRequest, prompts: int) -> None:
         if body.model not in (None, self.model):
             message = f"there is no model {body.model!r:.80}; this server has {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -54,6 +54,14 @@ class Endpoints:
             wanted = getattr(body, name, None)
             if most is not None and wanted is not None and wanted > most:
                 raise ApiError(400, f"{name}={wanted} is more than this server gives; at most {most}", name)
+        if prompts * body.n > self.engine.most:
+            raise ApiError(
+                400,
+                f"the request asks for {prompts * body.n} texts, prompts times n, and this server takes "
+                f"{self.engine.most} at a time; ask for fewer",
+                "n",
+                "too_many_texts",
+            )
         for token in body.bias:
             if token >= self.session.tokenizer.vocab_size:
                 message = f"logit_bias names the token {token}; the ids end at {self.session.tokenizer.vocab_size - 1}"

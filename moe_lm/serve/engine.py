@@ -60,21 +60,17 @@ class Engine:
         """Rows that wait for one."""
         return sum(len(ticket.waiting) for ticket in self._waiting)
 
+    @property
+    def most(self) -> int:
+        """Rows that can be here at a time."""
+        return self.slots + self.max_queue
+
     def submit(self, ticket: Ticket) -> None:
         """Raises ApiError when there is no room, or when it is too late."""
         with self._wake:
             if not self.healthy:
                 raise stopping()
-            most = self.slots + self.max_queue
-            if ticket.rows > most:
-                raise ApiError(
-                    400,
-                    f"the request asks for {ticket.rows} texts, prompts times n, and this server writes at most {most} "
-                    "at a time; ask for fewer",
-                    "n",
-                    "too_many_texts",
-                )
-            if self.running + self.queued + ticket.rows > most:
+            if self.running + self.queued + ticket.rows > self.most:
                 raise ApiError(
                     429,
                     f"the queue is full ({self.queued} texts wait, at most {self.max_queue} may); try again later",

@@ -35,6 +35,7 @@ NEUTRAL: Mapping[str, Any] = {
 MOST_CHOICES = 128
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024  # each costs time in every step
 SEEDS = 1 << 32
 
 
@@ -113,6 +114,8 @@ class GenerationRequest(Strict):
     @field_validator("logit_bias")
     @classmethod
     def _check_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        if len(value) > MOST_BIASES:
+            raise ValueError(f"{len(value)} tokens are named, at most {MOST_BIASES} can be; name fewer")
         for key in value:
             if not (key.isascii() and key.isdigit() and len(key) < 10):
                 raise ValueError(f'{key!r:.40} is no token id; expected ids as texts, like {{"42": -100}}')
@@ -216,6 +219,8 @@ class ChatMessage(Strict):
 
     def for_template(self) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True) | {"content": self.content}
+        if self.role == "assistant":
+            values["train"] = False  # finding out what would be trained on takes a rendering for each of its messages
         return values | {"role": "system" if self.role == "developer" else self.role}
 
 

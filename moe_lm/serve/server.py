@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import sys
@@ -48,7 +49,10 @@ def serve(
         address = listener.getsockname()
         at_home = ip_address(address[0]).is_loopback
         if not (at_home or api_key):
-            print(f"warning: {address[0]} can be reached by others, and there is no --api-key", file=sys.stderr)
+            print(
+                f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
+                file=sys.stderr,
+            )
         session = Session.load(run, device, base)
         list(session.complete("", Settings(max_new_tokens=1)))  # the first forward pass imports parts of torch
         metrics = Metrics()
@@ -58,7 +62,12 @@ def serve(
         limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
         app = build_app(session, engine, limits, metrics, model or run.resolve().name)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=5
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=math.ceil(grace) + 5,  # only for a client that does not take what is sent to it
         )
         logging.basicConfig(format="%(levelname)s: %(message)s")
         asyncio.run(_run(config, engine, listener, grace))

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -251,6 +250,4 @@ def test_an_engine_that_stops_ends_what_is_left(session: Session) -> None:
         with pytest.raises(ApiError):
             engine.submit(ticket(session, 1))
 
-    started = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - started < 30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import httpx
@@ -52,6 +51,7 @@ def check(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("logit_bias", {"5": "x"}),
         ("logit_bias", {"-1": 1}),
         ("logit_bias", {"1024": 1}),
+        ("logit_bias", {str(token): 0 for token in range(2000)}),
         ("logit_bias", [1]),
         ("stream", "yes"),
         ("logprobs", 21),
@@ -210,6 +210,17 @@ def test_limits_of_length(serve: Serve) -> None:
     assert check(served.post("completions", prompt="x" * 300), 413)["code"] == "body_too_large"
 
 
+def test_a_conversation_of_very_many_messages_is_refused(served: Served) -> None:
+    talk = [{"role": role, "content": "hello"} for _ in range(500) for role in ("user", "assistant")]
+    error = check(served.post("chat/completions", messages=talk), 400)
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_more_texts_than_there_is_room_for_are_refused_before_they_are_read(served: Served) -> None:
+    error = check(served.post("completions", prompt=["x"] * 10000, n=100), 400)
+    assert error["code"] == "too_many_texts"
+
+
 def test_a_body_that_is_longer_than_it_says_or_says_nothing(serve: Serve) -> None:
     """In chunks there is no Content-Length to go by."""
     served = serve(max_body=300)
@@ -262,9 +273,7 @@ def test_an_answer_that_takes_too_long_is_ended(serve: Serve, stream: bool) -> N
     served = serve(timeout=0.05)
     body: dict[str, Any] = {"prompt": "x", "max_tokens": 120, "n": 128, "temperature": 0, "stream": stream}
     body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
-    started = time.monotonic()
     answer = served.post("completions", **body)
-    assert time.monotonic() - started < 30
     if answer.status_code == 200:  # it began in time
         last = [line for line in answer.text.split("\n") if line][-1]
         error = json.loads(last.removeprefix("data: "))["error"]
