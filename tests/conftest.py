@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -27,6 +28,23 @@ if TYPE_CHECKING:
 SaveRun = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start many processes come first: two workers that share the files end together."""
+    items.sort(key=lambda item: item.path.parent.name not in ("launch", "distributed", "verify"))
+
+
+@pytest.fixture(autouse=True)
+def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers test side by side, but nothing runs beside a test that is marked `alone`."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    alone = request.node.get_closest_marker("alone") is not None
+    with (tmp_path_factory.getbasetemp().parent / "alone.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @pytest.fixture(scope="session")

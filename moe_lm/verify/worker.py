@@ -19,7 +19,7 @@ from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.parallel import logical
 from moe_lm.parallel.build import build_engine, place_model, rank_device
 from moe_lm.parallel.engine import Engine
-from moe_lm.parallel.topology import current_topology, join, leave
+from moe_lm.parallel.topology import current_topology, end, join, leave
 from moe_lm.parallel.watch import end_with_parent
 from moe_lm.signals import STOP_SIGNALS
 from moe_lm.train import checkpoint
@@ -117,3 +117,4 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

@@ -19,6 +19,7 @@ from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import build_engine, place_model
 from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.logical import host_copy, whole
+from moe_lm.parallel.topology import end
 from moe_lm.train.loop import local_micro_batches
 
 POISONED = 2
@@ -60,3 +61,4 @@ def main(stage: int, factor: float) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), float(sys.argv[2]))
+    end(0)

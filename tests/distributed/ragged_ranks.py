@@ -17,7 +17,7 @@ import torch
 from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.topology import leave
+from moe_lm.parallel.topology import end, leave
 from moe_lm.parallel.torch_engine import TorchEngine
 from moe_lm.train import checkpoint
 from moe_lm.train.loop import local_micro_batches
@@ -83,3 +83,4 @@ def run(folder: Path, balance: dict[str, float]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

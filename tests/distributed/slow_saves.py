@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from moe_lm.cli import main
+from moe_lm.__main__ import main
 from moe_lm.train import checkpoint
 
 settle = checkpoint._settle

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from moe_lm.config import ParallelConfig, TrainConfig
 from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.build import build_engine, place_model
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import current_topology, end
 from moe_lm.train.loop import local_micro_batches
 
 
@@ -58,3 +58,4 @@ def main(engine_name: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end(0)

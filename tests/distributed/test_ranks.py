@@ -70,6 +70,7 @@ def test_a_save_may_take_longer_than_ranks_wait_for_each_other(tiny_pretrain: Pa
     assert (tmp_path / "checkpoints" / "step-00000004" / "COMPLETE").is_file()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", [(), ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2")])
 def test_a_slow_rank_is_named_within_20_steps(
     tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, layout: tuple[str, ...]

@@ -134,7 +134,8 @@ def test_a_killed_task_is_started_again_with_the_others_on_the_same_nodes(
 
 
 # Of rank 0 and of the batch script, so that no one but Slurm can act; of rank 1, where the batch script sees it too.
-@pytest.mark.parametrize("node", ["n1", pytest.param("n2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["n1", "n2"])
 def test_after_a_node_is_lost_the_job_goes_on_from_the_checkpoint(
     cluster: Cluster, job: Job, one_process: list[float], node: str
 ) -> None:

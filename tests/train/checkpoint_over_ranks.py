@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from moe_lm.config import CheckpointConfig
 from moe_lm.errors import MoeLmError
 from moe_lm.parallel.together import Ranks
+from moe_lm.parallel.topology import end
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint_saver import Saver
 
@@ -155,4 +156,4 @@ def expect_error(action: Callable[[], object], word: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
-    os._exit(0)  # now and then the interpreter's own end aborts in a thread that gloo left behind
+    end(0)

@@ -76,6 +76,7 @@ def test_margin_and_accuracy_rise_on_held_out_pairs(config_file: Path, tmp_path:
     assert last["val_margin"] == pytest.approx(last["val_reward_chosen"] - last["val_reward_rejected"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_and_two_processes_are_one(
     config_file: Path, tmp_path: Path, moe_lm: MoeLm, run_ranks: Callable[..., list[Any]]
 ) -> None:
@@ -94,7 +95,10 @@ def test_accumulation_and_two_processes_are_one(
         assert found == pytest.approx(kept, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [(), ("lora={rank: 4, dropout: 0.1}", "train.optimizer.lr=0.02")])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param((), marks=pytest.mark.slow), ("lora={rank: 4, dropout: 0.1}", "train.optimizer.lr=0.02")],
+)
 def test_a_killed_run_resumes_to_the_bit_with_the_reference_it_has(
     config_file: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:

@@ -65,8 +65,17 @@ def flip_a_byte(file: Path) -> None:
 # Resume
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ("adamw", "float32"),
+        ("adamw", "bfloat16"),
+        ("muon", "float32"),
+        ("lamb", "bfloat16"),
+        pytest.param("muon", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("lamb", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, start_moe_lm: Start, optimizer: str, precision: str
 ) -> None:

@@ -44,7 +44,10 @@ def layouts(moe_lm: Callable[..., Any], *arguments: object) -> tuple[int, dict[s
     return done.code, {layout["name"]: layout for layout in report["layouts"]} | {"report": report}
 
 
-@pytest.mark.parametrize("settings", [(ADAPT, PREFER), ("train.scheduled_sampling={share: 0.5}",)])
+@pytest.mark.parametrize(
+    "settings",
+    [(ADAPT, PREFER), pytest.param(("train.scheduled_sampling={share: 0.5}",), marks=pytest.mark.slow)],
+)
 def test_every_layout_fine_tunes_as_one_process(
     config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
 ) -> None:
@@ -73,6 +76,7 @@ def test_every_kind_of_layout_fine_tunes_as_one_process(
     assert found["1 process after DeepSpeed"]["ok"]
 
 
+@pytest.mark.slow
 def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
     """A mean over a rank's own pairs is what a loss divided by the micro-batch would be."""
     (tmp_path / "own_pairs.py").write_text(
