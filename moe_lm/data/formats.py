@@ -27,7 +27,7 @@ OTHER_NAMES = {
     "function": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MASKS = ("weight", "train")  # OpenAI's name, where 0 masks an answer, and that of others, where false does
+MASKS = ("weight", "train", "loss")  # OpenAI's name, where 0 masks an answer, and those of others, where false does
 
 
 class Unusable(Exception):  # noqa: N818 (a reason to skip a row, not a failure)
@@ -131,13 +131,14 @@ def _required(row: dict[str, Any], name: str, source: ChatSource) -> Any:
 def _prompt(row: dict[str, Any], source: ChatSource) -> list[Message]:
     """What comes before the target: one text of the user, or messages."""
     if source.prompt_template is not None:
-        return [_said("user", _filled(source.prompt_template, row))]
+        return [*_history(row.get("history")), _said("user", _filled(source.prompt_template, row))]
     for name in ("prompt", "messages", "conversations"):
         if isinstance(row.get(name), list):
             return _messages(row[name])
+    before = _history(row.get("history"))
     if "prompt" not in row and "instruction" in row:
-        return [_said("user", _asked(row, source))]
-    return [_said("user", _required(row, "prompt", source))]
+        return [*before, _said("user", _asked(row, source))]
+    return [*before, _said("user", _required(row, "prompt", source))]
 
 
 def _asked(row: dict[str, Any], source: ChatSource) -> Any:
@@ -214,15 +215,16 @@ def _message(value: Any) -> Message:
 
 def _masked(message: Message) -> Message:
     """The message with `"train": False` where its masks say so."""
-    weight, train = (message.get(key) for key in MASKS)
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise Unusable("a weight of a message that is neither 0 nor 1")
-    if train is not None and not isinstance(train, bool):
-        raise Unusable("train of a message that is neither true nor false")
-    if None not in (weight, train) and bool(weight) != train:
-        raise Unusable("weight and train of a message that contradict each other")
+    masks = {key: message[key] for key in MASKS if message.get(key) is not None}
+    for key, value in masks.items():
+        if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
+            raise Unusable("a weight of a message that is neither 0 nor 1")
+        if key != "weight" and not isinstance(value, bool):
+            raise Unusable(f"{key} of a message that is neither true nor false")
+    if len({bool(value) for value in masks.values()}) > 1:
+        raise Unusable(f"{' and '.join(masks)} of a message that contradict each other")
     [plain] = _unmarked([message])
-    return plain | {"train": False} if weight == 0 or train is False else plain
+    return plain if all(masks.values()) else plain | {"train": False}
 
 
 def _unmarked(messages: Sequence[Message]) -> list[Message]:
@@ -290,7 +292,7 @@ def _check_answers(messages: Sequence[Message]) -> None:
     if not all(spoken):
         raise Unusable("a turn of the assistant without words")
     if not any(message.get("train", True) for message in answers):
-        raise Unusable("every turn of the assistant masked by weight or train")
+        raise Unusable("every turn of the assistant masked by weight, train or loss")
 
 
 def _texts(value: Any) -> Iterator[str]:

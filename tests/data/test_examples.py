@@ -69,7 +69,7 @@ def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer
         assert learnt(one, tokenizer).endswith(end)
         assert "one" in learnt(one, tokenizer)
         assert data.report.skipped_lines() == [
-            "1 skipped: every turn of the assistant masked by weight or train (first: a.jsonl:3)"
+            "1 skipped: every turn of the assistant masked by weight, train or loss (first: a.jsonl:3)"
         ]
 
 

@@ -128,7 +128,9 @@ def test_the_id_of_a_call_and_what_the_assistant_thought_are_kept() -> None:
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
+)
 def test_an_answer_may_be_masked(mark: dict[str, Any]) -> None:
     masked = {"train": False}
     assert messages({"messages": [ASKED, ANSWERED | mark, ASKED, ANSWERED]}) == [
@@ -142,7 +144,9 @@ def test_an_answer_may_be_masked(mark: dict[str, Any]) -> None:
     assert messages(before) == [ASKED, ANSWERED | masked, ASKED, ANSWERED]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"weight": 1, "train": True}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"loss": True}, {"weight": 1, "train": True}]
+)
 def test_an_answer_that_is_not_masked_is_as_any_other(mark: dict[str, Any]) -> None:
     nothing = {"weight": None, "train": None}  # as Parquet fills up messages
     assert messages({"messages": [ASKED | nothing, ANSWERED | nothing | mark]}) == [ASKED, ANSWERED]
@@ -183,17 +187,22 @@ def test_the_history_of_an_instruction_goes_before_it() -> None:
             ({"messages": [ASKED, ANSWERED | {"train": train}]}, "train of a message that is neither true nor false")
             for train in (0, 1, "false", {})
         ],
+        ({"messages": [ASKED, ANSWERED | {"loss": 0}]}, "loss of a message that is neither true nor false"),
+        (
+            {"messages": [ASKED, ANSWERED | {"train": True, "loss": False}]},
+            "train and loss of a message that contradict each other",
+        ),
         (
             {"messages": [ASKED, ANSWERED | {"weight": 1, "train": False}]},
             "weight and train of a message that contradict each other",
         ),
         (
             {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"train": False}]},
-            "every turn of the assistant masked by weight or train",
+            "every turn of the assistant masked by weight, train or loss",
         ),
         (
             {"prompt": "q", "completion": ANSWERED | {"weight": 0}},
-            "every turn of the assistant masked by weight or train",
+            "every turn of the assistant masked by weight, train or loss",
         ),
         *[
             (
@@ -282,6 +291,12 @@ def test_masks_change_no_pair(mark: dict[str, Any]) -> None:
         assert (pair.prompt, pair.chosen, pair.rejected) == (before, [ANSWERED], [WORSE])
     with pytest.raises(Unusable, match="equal sides"):
         pair_of({"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED | mark}, PLAIN)
+
+
+@pytest.mark.parametrize("asked", [{"instruction": "q"}, {"prompt": "q"}])
+def test_the_history_of_a_pair_goes_before_its_question(asked: dict[str, Any]) -> None:
+    pair = pair_of({**asked, "chosen": "a", "rejected": "b", "history": [["one?", "1"]]}, PLAIN)
+    assert pair.prompt == [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}, ASKED]
 
 
 def test_a_pair_under_other_names_with_a_template() -> None:

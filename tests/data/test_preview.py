@@ -57,7 +57,7 @@ def test_masked_answers_stand_outside_the_marks(tmp_path: Path, tiny_tokenizer: 
         "a.jsonl:1: 13 tokens, 2 trained on",
         "<|bos|><|user|>q<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|>⟦a<|end|>⟧",
     ]
-    assert lines[-1] == "1 skipped: every turn of the assistant masked by weight or train (first: a.jsonl:2)"
+    assert lines[-1] == "1 skipped: every turn of the assistant masked by weight, train or loss (first: a.jsonl:2)"
 
 
 def test_colours_say_it_where_there_are_some(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
