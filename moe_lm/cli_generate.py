@@ -27,6 +27,7 @@ TopP = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens that hold this probability.")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
+Truncate = Annotated[Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")]
 TEMPERATURE = 0.8
 
 
@@ -34,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
     """Put the verbs behind those that are there."""
     app.command(rich_help_panel="Use")(sample)
     app.command(rich_help_panel="Use")(chat)
+    app.command(rich_help_panel="Use")(explain)
 
 
 def sample(
@@ -81,9 +83,7 @@ def sample(
         int | None,
         typer.Option(min=-1, metavar="[LAYER]", help="Colour tokens by their strongest expert, in the last layer."),
     ] = None,
-    truncate: Annotated[
-        Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")
-    ] = None,
+    truncate: Truncate = None,
     base: Base = None,
 ) -> None:
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
@@ -152,6 +152,30 @@ def chat(
 
     heat = _temperature(temperature, greedy=False)
     talk(run, commands.settings_of(max_new_tokens, heat, top_k, top_p, seed), base, history)
+
+
+def explain(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to look at.")],
+    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("explain.png"),
+    layers: Annotated[str | None, typer.Option(metavar="0,3", help="These alone; without, at most 6.")] = None,
+    heads: Annotated[str | None, typer.Option(metavar="0,3", help="These alone; without, at most 8.")] = None,
+    truncate: Truncate = None,
+    base: Base = None,
+) -> None:
+    """One picture of what the model attends to, and which experts took each token."""
+    chosen_layers, chosen_heads = _numbers("layers", layers), _numbers("heads", heads)
+
+    from moe_lm.explain.explain import explain as draw
+
+    draw(run, prompt, out, chosen_layers, chosen_heads, truncate is not None, base)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{option} {text} is no list of numbers; give them like 0,3") from error
 
 
 def _temperature(temperature: float | None, greedy: bool) -> float:

@@ -1,0 +1,65 @@
+"""What a model looks at: one pass over a text that keeps every attention weight and the choice of every router.
+
+Shapes: S tokens, H query heads, K key-value heads, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_lm.model.moe import Routing
+from moe_lm.model.transformer import LanguageModel
+
+
+@dataclass(frozen=True)
+class RecordingAttention:
+    """Causal attention of one row, written out so that its weights can be kept: `weights[layer]` is `[H, S, S]`.
+
+    Query i has row i. The layers are the ones that training and generation run, which give this in place of the fused
+    kernels.
+    """
+
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    from_cache: ClassVar[bool] = False
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        sharing, size = q.shape[2] // k.shape[2], q.shape[-1]
+        k, v = k[0].repeat_interleave(sharing, dim=1), v[0].repeat_interleave(sharing, dim=1)
+        scores_HSS = torch.einsum("qhn,khn->hqk", q[0], k).float() * (size**-0.5 if scale is None else scale)
+        later = torch.ones(scores_HSS.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        weights_HSS = scores_HSS.masked_fill(later, -torch.inf).softmax(-1)
+        self.weights[layer] = weights_HSS.cpu()
+        return torch.einsum("hqk,khm->qhm", weights_HSS.to(v.dtype), v)[None]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`attention[layer]` is `[H, S, S]`, `routings[layer]` what the router of a layer with experts decided."""
+
+    ids: list[int]
+    logits: Tensor  # [S, V]
+    attention: dict[int, Tensor]
+    routings: dict[int, Routing]
+
+
+@torch.inference_mode()
+def record(model: LanguageModel, ids: list[int]) -> Recording:
+    """Run a model over the ids. Their number is at most `max_position_embeddings`."""
+    device = model.lm_head.weight.device
+    attend = RecordingAttention()
+    positions = torch.arange(len(ids), device=device)
+    logits_1SV, routings = model(torch.tensor([ids], device=device), positions[None], attend)
+    here = [Routing(*(part.cpu() for part in routing)) for routing in routings]
+    return Recording(ids, logits_1SV[0].cpu(), attend.weights, dict(zip(model.config.moe_layers, here, strict=True)))
+
+
+def shares(routing: Routing, experts: int) -> Tensor:
+    """What share each expert has in what a token gets from all of its own, `[S, E]`; 0 for those not chosen."""
+    weights_Sk = routing.weights / routing.weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    return torch.zeros(len(weights_Sk), experts).scatter_(-1, routing.experts, weights_Sk.float())
