@@ -11,18 +11,18 @@ import yaml
 
 from moe_lm.config_file import build_config
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.interop.checkpoint_reader import open_tensors
 from moe_lm.interop.families import Family, family_of, known_families
 from moe_lm.interop.hf_config import nearest_family, write_config
 from moe_lm.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder, read_json
-from moe_lm.interop.hf_tensors import Pair, TensorSource, tensor_pairs
+from moe_lm.interop.hf_tensors import Pair, tensor_pairs
 from moe_lm.interop.proof import Case, Proof, prove
-from moe_lm.interop.safetensors_file import Output, write_files
 from moe_lm.interop.staging import whole_or_not
 from moe_lm.interop.transfer import DTYPES, Meter, Tell, first_unwritable, no_one, outputs_of_theirs
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
+from moe_lm.train.checkpoint_reader import TensorSource, open_tensors
+from moe_lm.train.safetensors_file import Output, write_files
 
 SHARD_BYTES = 4 << 30
 

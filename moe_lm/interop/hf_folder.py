@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.interop.safetensors_file import Stored, read_header
+from moe_lm.train.safetensors_file import Stored, read_header
 
 CONFIG, GENERATION, INDEX, SINGLE = (
     "config.json", "generation_config.json", "model.safetensors.index.json", "model.safetensors",

@@ -7,34 +7,24 @@ stack `[E, in, out]` here and E matrices `[out, in]` there; everything else is t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moe_lm.errors import MoeLmError
 from moe_lm.interop.families import Family
-from moe_lm.interop.safetensors_file import pieces_of
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 from moe_lm.train.checkpoint import MODEL_PREFIX
+from moe_lm.train.checkpoint_reader import TensorSource
+from moe_lm.train.safetensors_file import pieces_of
 
 LISTED = 5  # names in an error; the others are counted
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 INVERSE_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class TensorSource(Protocol):
-    """Where tensors are read from, some rows at a time: a folder of Hugging Face's, or a checkpoint."""
-
-    def names(self) -> Iterable[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def where(self, name: str) -> str: ...
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 class Part(NamedTuple):

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from moe_lm.config_file import dump_config
 from moe_lm.errors import UsageError
-from moe_lm.interop.checkpoint_reader import CheckpointTensors
 from moe_lm.interop.hf_config import read_config
 from moe_lm.interop.hf_folder import CONFIG, GENERATION, HFFolder
 from moe_lm.interop.hf_tensors import check_complete, tensor_pairs
 from moe_lm.interop.proof import Case, Proof, prove
-from moe_lm.interop.safetensors_file import write_files
 from moe_lm.interop.staging import whole_or_not
 from moe_lm.interop.transfer import DTYPES, Meter, Tell, no_one, outputs_of_ours
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
+from moe_lm.train.checkpoint_reader import CheckpointTensors
+from moe_lm.train.safetensors_file import write_files
 
 FILE_BYTES = 4 << 30  # tensors go into files of about this size
 

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from moe_lm.config_file import build_config, dump_config
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.interop.checkpoint_reader import CheckpointTensors, open_tensors
 from moe_lm.interop.exporting import read_model_config
 from moe_lm.interop.families import Family
 from moe_lm.interop.hf_config import nearest_family
 from moe_lm.interop.hf_folder import read_json
-from moe_lm.interop.hf_tensors import ROUTER_BIAS, TensorSource, tensor_pairs
-from moe_lm.interop.safetensors_file import read_header
+from moe_lm.interop.hf_tensors import ROUTER_BIAS, tensor_pairs
 from moe_lm.interop.staging import whole_or_not
 from moe_lm.lora_config import LoraConfig
 from moe_lm.model import lora
@@ -32,6 +30,8 @@ from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.logical import is_expert
 from moe_lm.train import adapters, checkpoint
 from moe_lm.train.checkpoint import MODEL_PREFIX
+from moe_lm.train.checkpoint_reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.train.safetensors_file import read_header
 
 SETTINGS, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"
 PREFIX = "base_model.model."

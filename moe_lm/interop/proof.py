@@ -20,11 +20,12 @@ from moe_lm.errors import MoeLmError
 from moe_lm.interop import sides
 from moe_lm.interop.families import Family
 from moe_lm.interop.hf_folder import HFFolder
-from moe_lm.interop.hf_tensors import Pair, TensorSource
+from moe_lm.interop.hf_tensors import Pair
 from moe_lm.interop.logits import Comparison, compare
 from moe_lm.interop.transfer import Meter, audit
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
+from moe_lm.train.checkpoint_reader import TensorSource
 
 PROOF = "proof.json"
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.interop.hf_tensors import ROUTER_BIAS, TensorSource
+from moe_lm.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.interop.logits import Seen, with_noise
-from moe_lm.interop.safetensors_file import pieces_of
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.count import FLOAT32, count_parameters
 from moe_lm.model.transformer import LanguageModel, ModelOutput
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train.checkpoint import MODEL_PREFIX
+from moe_lm.train.checkpoint_reader import TensorSource
+from moe_lm.train.safetensors_file import pieces_of
 
 TOKENS = 512
 LONGEST_ROW = 128

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError
-from moe_lm.interop.hf_tensors import Pair, Part, TensorSource
-from moe_lm.interop.safetensors_file import Output, as_bytes, pieces_of
+from moe_lm.interop.hf_tensors import Pair, Part
+from moe_lm.train.checkpoint_reader import TensorSource
+from moe_lm.train.safetensors_file import Output, as_bytes, pieces_of
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

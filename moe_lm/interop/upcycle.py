@@ -23,20 +23,19 @@ from torch import Tensor
 from moe_lm.config_file import build_config, dump_config
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.interop import sides
-from moe_lm.interop.checkpoint_reader import CheckpointTensors, open_tensors
 from moe_lm.interop.exporting import read_model_config
 from moe_lm.interop.hf_folder import GENERATION
-from moe_lm.interop.hf_tensors import TensorSource
 from moe_lm.interop.importing import FILE_BYTES
 from moe_lm.interop.logits import Comparison, Seen, compare
 from moe_lm.interop.proof import PROOF
-from moe_lm.interop.safetensors_file import Output, pieces_of, write_files
 from moe_lm.interop.staging import whole_or_not
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
 from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import checkpoint
 from moe_lm.train.checkpoint import MODEL_PREFIX
+from moe_lm.train.checkpoint_reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.train.safetensors_file import Output, pieces_of, write_files
 
 
 @dataclass(frozen=True)

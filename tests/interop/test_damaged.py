@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe_lm.errors import MoeLmError
 from moe_lm.interop import importing
-from moe_lm.interop.safetensors_file import MAX_HEADER_BYTES, Output, read_header, write_file
 from moe_lm.tokenization import Tokenizer
+from moe_lm.train.safetensors_file import MAX_HEADER_BYTES, Output, read_header, write_file
 from tests.interop.folders import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

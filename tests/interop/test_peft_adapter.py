@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moe_lm.config_file import dump_config
 from moe_lm.generate.session import Session
-from moe_lm.interop.checkpoint_reader import CheckpointTensors
 from moe_lm.interop.exporting import read_model_config
 from moe_lm.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.interop.peft_adapter import import_adapter
@@ -27,6 +26,7 @@ from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenization import Tokenizer
 from moe_lm.train import adapters, checkpoint
+from moe_lm.train.checkpoint_reader import CheckpointTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]

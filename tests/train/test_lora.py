@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from moe_lm.config import FinetuneConfig
 from moe_lm.config_file import load_config
 from moe_lm.generate.session import Session
-from moe_lm.interop.checkpoint_reader import open_tensors
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.build import place_model
 from moe_lm.train import adapters, checkpoint
+from moe_lm.train.checkpoint_reader import open_tensors
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_lm.errors import MoeLmError
-from moe_lm.interop.hf_tensors import TensorSource
-from moe_lm.interop.safetensors_file import Stored, read_header
 from moe_lm.model import lora
 from moe_lm.train import adapters, checkpoint
 from moe_lm.train.checkpoint_tensors import piece_places
+from moe_lm.train.safetensors_file import Stored, read_header
+
+
+class TensorSource(Protocol):
+    """Where tensors are read from, some rows at a time: a folder of Hugging Face's, or a checkpoint."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def where(self, name: str) -> str: ...
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 def open_tensors(folder: Path, base: Path | None = None) -> TensorSource:
