@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,6 +79,10 @@ class Page:
         self.find("send").click()
         self.ended()
 
+    def newest(self) -> int:
+        """Experts that are marked as the newest token's."""
+        return len(self.browser.find_elements(By.CSS_SELECTOR, "#strip .layer i.now"))
+
     def set(self, name: str, value: object) -> None:
         script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
         self.browser.execute_script(script, self.find(name), str(value))
@@ -109,7 +114,7 @@ def test_a_message_gets_an_answer_with_its_speed_and_its_experts(
     assert "layer 2 mostly expert" in label
     shares = [float(str(cell.get_attribute("title")).split(": ")[1].split("%")[0]) for cell in cells]
     assert sum(shares[:4]) == pytest.approx(200, abs=3)  # two experts a token
-    assert len(here.browser.find_elements(By.CSS_SELECTOR, "#strip .layer i.now")) == 4
+    here.wait(lambda: here.newest() == 0)
 
     here.find("text").send_keys("and a", Keys.SHIFT, Keys.ENTER, Keys.NULL, "class?", Keys.ENTER)
     here.wait(lambda: len(here.said("assistant")) == 2)
@@ -126,26 +131,27 @@ def test_a_message_gets_an_answer_with_its_speed_and_its_experts(
 
 
 def test_stop_ends_the_answer_and_frees_its_row(serve: Serve, session: Session, page: Open) -> None:
-    """Each step of this model waits for a lock, so that the answer is surely still being written."""
+    """The model holds still after 20 steps, so that the answer is surely still being written."""
     served = serve(slots=1)
     here = page(served)
     here.set("max-tokens", 100)
     here.find("continue").click()
-    model, steps = session.model.model, []
+    go_on, steps = threading.Event(), []
 
-    def slow(*_: object) -> None:
+    def hold(*_: object) -> None:
         steps.append(1)
         if len(steps) > 20:
-            served.wait(lambda: here.find("send").is_displayed() or len(steps) > 60)
+            go_on.wait(60)
 
-    hook = model.register_forward_pre_hook(slow)
+    hook = session.model.model.register_forward_pre_hook(hold)
     try:
         here.type("import os")
         here.find("send").click()
-        here.wait(lambda: len(steps) > 5)
+        here.wait(lambda: here.newest() == 4)  # two layers with two experts each
         here.find("stop").click()
         here.ended()
     finally:
+        go_on.set()
         hook.remove()
     assert "stopped" in here.browser.find_element(By.CLASS_NAME, "figures").text
     assert here.said("text")[0].startswith("import os")
