@@ -173,10 +173,8 @@ class Decoder:
         vocab_size: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        weight = model.lm_head.weight
         self.model, self.vocab_size, self.prefill_tokens = model, vocab_size, prefill_tokens
-        with torch.inference_mode():
-            self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
+        self.cache = self._empty_cache(slots, capacity)
         self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
         self._rows: list[_Row] = []  # being written, in the order of the cache
         self._waiting: deque[_Row] = deque()
@@ -219,6 +217,19 @@ class Decoder:
                 self._free(place)
                 return True
         return False
+
+    def clear(self) -> None:
+        """Forget every request, and what a step that failed has left in the cache: there 0 times NaN is NaN."""
+        self._rows, self._growing = [], None
+        self._waiting.clear()
+        rows, capacity = self.cache.keys.shape[1], self.cache.keys.shape[3]
+        del self.cache  # first, so that there is room for the next one
+        self.cache = self._empty_cache(rows, capacity)
+
+    @torch.inference_mode()
+    def _empty_cache(self, rows: int, capacity: int) -> KVCache:
+        weight = self.model.lm_head.weight
+        return KVCache(self.model.config, rows, capacity, weight.device, weight.dtype)
 
     def run(self) -> Iterator[Step]:
         """Step until nothing is left to do."""

@@ -156,8 +156,11 @@ class Engine:
         return list({ticket: None for ticket, _ in self._working.values()})
 
     def _drop(self, error: ApiError, tickets: Sequence[Ticket]) -> None:
-        for number in list(self._working):
-            self._end(number)
+        """End these tickets, which are all that have rows at work."""
+        for ticket in tickets:
+            ticket.running = 0
+        self._working.clear()
+        self._decoder.clear()
         with self._wake:
             self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
         self._tell(dict.fromkeys(tickets, error))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from collections.abc import Sequence
 
 import pytest
 import torch
 
-from moe_lm.errors import UsageError
+from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.decode import Decoder, Settings, Step, generate
 from moe_lm.generate.penalties import Penalties, Text
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.model import few_rows
 from moe_lm.model.transformer import LanguageModel
 from tests.generate.test_decode import BASE, CONFIGS, build, full_logits, full_output
 
@@ -213,3 +216,28 @@ def test_experts_are_those_that_predicted_the_token(prefill_tokens: int) -> None
         assert step.token is not None
         texts[step.request].append(step.token)
     assert [len(text) for text in texts] == [12, 2, 8]
+
+
+@pytest.mark.parametrize("prefill_tokens", [4, 2048])
+def test_after_a_step_that_failed_a_cleared_decoder_is_as_new(
+    model: LanguageModel, prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the native attention, which never reads what a row does not hold; 0 times NaN is NaN."""
+    monkeypatch.setattr(few_rows, "serves", lambda *_: False)
+    settings = Settings(6, Sampling(0.0, penalties=Penalties(logit_bias=((7, -math.inf),))))
+    prompts = [[5, 6], [9] * 20]
+    expected = {place: by_hand(model, prompt, settings) for place, prompt in enumerate(prompts, 3)}
+    decoder = Decoder(model, 2, 40, prefill_tokens=prefill_tokens)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[7] = math.nan
+    decoder.model = broken
+    for prompt in ([7] * 20, [7] * 19, [7] * 30):
+        decoder.add(prompt, Settings(9))
+    with pytest.raises(MoeLmError, match="not numbers"):
+        list(decoder.run())
+    decoder.clear()
+    assert not decoder.busy
+    for prompt in prompts:
+        decoder.add(prompt, settings)
+    assert texts(list(decoder.run())) == expected
