@@ -39,12 +39,21 @@ static inline Floats load(const bfloat16* from) {
     return (Floats)(__builtin_convertvector(x, Bits) << 16);
 }
 
-// Into the second cache, far ahead and over the end of a matrix into the next one: this, and nothing that loads sooner
-// or into the first cache, doubles the speed of reading weights (eval/LOG.md).
+// Into the second cache, some 16 KB ahead: this, and nothing that loads sooner or into the first cache, doubles the speed
+// of reading weights (eval/LOG.md). It may point behind a matrix.
+constexpr int64_t AHEAD = 16384;
+
 template <class T>
-static inline void prefetch(const T* from) {
-    __builtin_prefetch((const char*)from + 16384, 0, 2);
+static inline void prefetch(const T* from, int64_t ahead) {
+    __builtin_prefetch((const char*)from + ahead, 0, 2);
 }
+
+// Keeps the compiler from loading x again for every product with it: loads are what a tile in the cache waits for.
+#if defined(__x86_64__)
+static inline void pin(Floats& x) { asm("" : "+v"(x)); }
+#else
+static inline void pin(Floats&) {}
+#endif
 
 static inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
@@ -82,10 +91,21 @@ static inline float sum(Floats x) {
 
 // The sums of four vectors, added up as `sum` does.
 static inline Four sums_of(Floats a, Floats b, Floats c, Floats d) {
-    Four w = fold(a), x = fold(b), y = fold(c), z = fold(d);
-    Four wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
-    Four yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
-    return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+#ifdef __AVX512F__
+#define HALVES(a, b, i) \
+    __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, i + 4, i + 5, i + 6, i + 7, i + 16, i + 17, i + 18, i + 19, \
+                            i + 20, i + 21, i + 22, i + 23)
+#define QUARTERS(a, b, i) \
+    __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, i + 8, i + 9, i + 10, i + 11, i + 16, i + 17, i + 18, i + 19, \
+                            i + 24, i + 25, i + 26, i + 27)
+    Floats ab = HALVES(a, b, 0) + HALVES(a, b, 8), cd = HALVES(c, d, 0) + HALVES(c, d, 8);
+    Floats all = QUARTERS(ab, cd, 0) + QUARTERS(ab, cd, 4);
+    all += __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    all += __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(all, all, 0, 4, 8, 12);
+#else
+    return Four{sum(a), sum(b), sum(c), sum(d)};
+#endif
 }
 
 // Memory of this thread, which grows and is kept: a new one would cost page faults in every call.
@@ -106,22 +126,24 @@ static float* scratch(int64_t size) {
 
 // ---- y[r, o] = sum_i x[r, i] * w[o, i] ----
 
-template <int R, int O, class T>
+template <int R, int O, bool CACHED, class T>
 static inline void dot_tile(const float* x, int64_t x_step, const T* w, int64_t w_step, int64_t inputs, float* y,
-                            int64_t y_step) {
+                            int64_t y_step, int64_t ahead) {
     Floats sums[R][O] = {};
     int64_t i = 0;
     for (; i + LANES <= inputs; i += LANES) {
         Floats weights[O];
         for (int o = 0; o < O; o++) {
             weights[o] = load(w + o * w_step + i);
-            prefetch(w + o * w_step + i);
+            CACHED ? pin(weights[o]) : prefetch(w + o * w_step + i, ahead);
         }
         for (int r = 0; r < R; r++) {
             Floats row = load(x + r * x_step + i);
+            if (CACHED) pin(row);
             for (int o = 0; o < O; o++) sums[r][o] += row * weights[o];
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
         float totals[O];
         if constexpr (O == 4) {
@@ -129,48 +151,52 @@ static inline void dot_tile(const float* x, int64_t x_step, const T* w, int64_t 
             std::memcpy(totals, &four, sizeof four);
         } else
             totals[0] = sum(sums[r][0]);
-        for (int o = 0; o < O; o++) {
-            for (int64_t j = i; j < inputs; j++) totals[o] += x[r * x_step + j] * one(w + o * w_step + j);
-            y[r * y_step + o] = totals[o];
-        }
+        std::memcpy(y + r * y_step, totals, sizeof totals);
     }
+    for (; i < inputs; i++)
+        for (int r = 0; r < R; r++)
+            for (int o = 0; o < O; o++) y[r * y_step + o] += x[r * x_step + i] * one(w + o * w_step + i);
 }
 
 template <int O, class T>
 static inline void dot_rows(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
-                            float* y, int64_t y_step) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-        dot_tile<ROWS, O>(x + r * x_step, x_step, w, w_step, inputs, y + r * y_step, y_step);
-    const float* rest = x + r * x_step;
-    float* to = y + r * y_step;
-    if (rows - r == 3) dot_tile<3, O>(rest, x_step, w, w_step, inputs, to, y_step);
-    if (rows - r == 2) dot_tile<2, O>(rest, x_step, w, w_step, inputs, to, y_step);
-    if (rows - r == 1) dot_tile<1, O>(rest, x_step, w, w_step, inputs, to, y_step);
+                            float* y, int64_t y_step, int64_t ahead) {
+    for (bool first = true; rows >= ROWS; first = false, rows -= ROWS, x += ROWS * x_step, y += ROWS * y_step)
+        first ? dot_tile<ROWS, O, false>(x, x_step, w, w_step, inputs, y, y_step, ahead)
+              : dot_tile<ROWS, O, true>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 3) dot_tile<3, O, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 2) dot_tile<2, O, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 1) dot_tile<1, O, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
 }
 
+// What lies `ahead` bytes behind w is needed next.
 template <class T>
 static void times_transposed(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
-                             int64_t outputs, float* y, int64_t y_step) {
+                             int64_t outputs, float* y, int64_t y_step, int64_t ahead = AHEAD) {
     int64_t o = 0;
-    for (; o + 4 <= outputs; o += 4) dot_rows<4>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step);
-    for (; o < outputs; o++) dot_rows<1>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step);
+    for (; o + 4 <= outputs; o += 4) dot_rows<4>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step, ahead);
+    for (; o < outputs; o++) dot_rows<1>(x, x_step, rows, w + o * w_step, w_step, inputs, y + o, y_step, ahead);
 }
 
 // ---- y[r, o] = sum_i x[r, i] * w[i, o] ----
 
-template <int R, int C, class T>
+template <int R, int C, bool CACHED, class T>
 static inline void sum_tile(const float* x, int64_t x_step, const T* w, int64_t w_step, int64_t inputs, float* y,
-                            int64_t y_step) {
-    Floats sums[R][C] = {};
-    for (int64_t i = 0; i < inputs; i++) {
+                            int64_t y_step, int64_t ahead) {
+    Floats sums[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = load(y + r * y_step + c * LANES);
+    for (int64_t i = 0; i < inputs; i++, w += w_step) {
         Floats weights[C];
         for (int c = 0; c < C; c++) {
-            weights[c] = load(w + i * w_step + c * LANES);
-            prefetch(w + i * w_step + c * LANES);
+            weights[c] = load(w + c * LANES);
+            CACHED ? pin(weights[c]) : prefetch(w + c * LANES, ahead);
         }
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += x[r * x_step + i] * weights[c];
+        for (int r = 0; r < R; r++) {
+            Floats row = Floats{} + x[r * x_step + i];
+            if (CACHED) pin(row);
+            for (int c = 0; c < C; c++) sums[r][c] += row * weights[c];
+        }
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(y + r * y_step + c * LANES, sums[r][c]);
@@ -178,32 +204,35 @@ static inline void sum_tile(const float* x, int64_t x_step, const T* w, int64_t 
 
 template <int C, class T>
 static inline void sum_rows(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
-                            float* y, int64_t y_step) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-        sum_tile<ROWS, C>(x + r * x_step, x_step, w, w_step, inputs, y + r * y_step, y_step);
-    const float* rest = x + r * x_step;
-    float* to = y + r * y_step;
-    if (rows - r == 3) sum_tile<3, C>(rest, x_step, w, w_step, inputs, to, y_step);
-    if (rows - r == 2) sum_tile<2, C>(rest, x_step, w, w_step, inputs, to, y_step);
-    if (rows - r == 1) sum_tile<1, C>(rest, x_step, w, w_step, inputs, to, y_step);
+                            float* y, int64_t y_step, int64_t ahead) {
+    for (bool first = true; rows >= ROWS; first = false, rows -= ROWS, x += ROWS * x_step, y += ROWS * y_step)
+        first ? sum_tile<ROWS, C, false>(x, x_step, w, w_step, inputs, y, y_step, ahead)
+              : sum_tile<ROWS, C, true>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 3) sum_tile<3, C, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 2) sum_tile<2, C, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
+    if (rows == 1) sum_tile<1, C, false>(x, x_step, w, w_step, inputs, y, y_step, ahead);
 }
 
+// Whole rows of w after each other, some 16 KB at a time, so that it is read in the order of memory; `next` is the
+// matrix after it, and `cached` says that this one was prefetched as such.
 template <class T>
 static void times(const float* x, int64_t x_step, int64_t rows, const T* w, int64_t w_step, int64_t inputs,
-                  int64_t outputs, float* y, int64_t y_step) {
-    int64_t o = 0;
-    for (; rows <= 2 && o + 2 * COLUMNS * LANES <= outputs; o += 2 * COLUMNS * LANES)
-        sum_rows<2 * COLUMNS>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
-    for (; o + COLUMNS * LANES <= outputs; o += COLUMNS * LANES)
-        sum_rows<COLUMNS>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
-    for (; o + LANES <= outputs; o += LANES) sum_rows<1>(x, x_step, rows, w + o, w_step, inputs, y + o, y_step);
-    for (; o < outputs; o++)
-        for (int64_t r = 0; r < rows; r++) {
-            float total = 0;
-            for (int64_t i = 0; i < inputs; i++) total += x[r * x_step + i] * one(w + i * w_step + o);
-            y[r * y_step + o] = total;
-        }
+                  int64_t outputs, float* y, int64_t y_step, const T* next, bool cached) {
+    for (int64_t r = 0; r < rows; r++) std::memset(y + r * y_step, 0, outputs * sizeof *y);
+    int64_t depth = std::max<int64_t>(AHEAD / (w_step * sizeof(T)), 4);
+    for (int64_t from = 0; from < inputs; from += depth, x += depth, w += depth * w_step) {
+        int64_t size = std::min(depth, inputs - from), o = 0;
+        int64_t ahead = (from + depth < inputs && !cached ? depth * w_step : next - w) * sizeof(T);
+        if (cached) next += depth * w_step;
+        for (; rows <= 2 && o + 2 * COLUMNS * LANES <= outputs; o += 2 * COLUMNS * LANES)
+            sum_rows<2 * COLUMNS>(x, x_step, rows, w + o, w_step, size, y + o, y_step, ahead);
+        for (; o + COLUMNS * LANES <= outputs; o += COLUMNS * LANES)
+            sum_rows<COLUMNS>(x, x_step, rows, w + o, w_step, size, y + o, y_step, ahead);
+        for (; o + LANES <= outputs; o += LANES) sum_rows<1>(x, x_step, rows, w + o, w_step, size, y + o, y_step, ahead);
+        for (; o < outputs; o++)
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < size; i++) y[r * y_step + o] += x[r * x_step + i] * one(w + i * w_step + o);
+    }
 }
 
 // ---- what a step calls; T is the data type of everything that has no other ----
@@ -285,11 +314,10 @@ static inline Floats exp(Floats x) {
 static void softmax(float* scores, int64_t size, float scale) {
     float largest = -INFINITY;
     for (int64_t i = 0; i < size; i++) largest = scores[i] > largest ? scores[i] : largest;
-    for (int64_t i = size; i < size + LANES; i++) scores[i] = -INFINITY;
+    for (int64_t i = size; i < size + LANES; i++) scores[i] = -INFINITY;  // whose share is 1e-38
     Floats totals = {};
     for (int64_t i = 0; i < size; i += LANES) {
         Floats shares = exp((load(scores + i) - largest) * scale);
-        for (int64_t j = size - i; j < LANES; j++) shares[j] = 0;
         store(scores + i, shares);
         totals += shares;
     }
@@ -303,19 +331,21 @@ template <class T>
 static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const int64_t* lengths, int64_t row_step,
                    int64_t head_step, int64_t step, int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
                    int64_t value_size, float scale, T* out) {
-    int64_t sharing = heads / key_heads;
+    int64_t sharing = heads / key_heads, to_values = (const char*)values - (const char*)keys;
+    auto start_of = [=](int64_t task) { return task / key_heads * row_step + task % key_heads * head_step; };
 #pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (int64_t task = 0; task < rows * key_heads; task++) {
-        int64_t length = lengths[task / key_heads], start = task / key_heads * row_step + task % key_heads * head_step;
+        int64_t length = lengths[task / key_heads], start = start_of(task);
         std::memcpy(keys + start + length * step, k + task * size, size * sizeof(T));
         if (v) std::memcpy(values + start + length * step, v + task * value_size, value_size * sizeof(T));
         int64_t places = length + 1, room = places + LANES;
         const float* q32 = as_floats(q + task * sharing * size, sharing * size, scratch<0>(sharing * size));
         float* scores = scratch<1>(sharing * room);
-        times_transposed(q32, size, sharing, keys + start, step, size, places, scores, room);
+        const T* next = keys + start_of(task + 1 < rows * key_heads ? task + 1 : task);
+        times_transposed(q32, size, sharing, keys + start, step, size, places, scores, room, to_values);
         for (int64_t h = 0; h < sharing; h++) softmax(scores + h * room, places, scale);
         float* mixed = scratch<2>(sharing * value_size);
-        times(scores, room, sharing, values + start, step, places, value_size, mixed, value_size);
+        times(scores, room, sharing, values + start, step, places, value_size, mixed, value_size, next, true);
         for (int64_t i = 0; i < sharing * value_size; i++) put(out + task * sharing * value_size + i, mixed[i]);
     }
 }
@@ -402,14 +432,18 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < hidden; i++)
                 in[r * hidden + i] = one(x + sorted[first + r] / per_token * hidden + i);
-        times(in, hidden, rows, up + e * hidden * width, width, hidden, width, h, width);
+        int64_t following = e + 1;
+        while (following < number && ends[following] == ends[following - 1]) following++;
+        const T *own_up = up + e * hidden * width, *own_down = down + e * hidden * width;
+        const T *own_gate = gate ? gate + e * hidden * width : nullptr, *next_up = up + following % number * hidden * width;
+        times(in, hidden, rows, own_up, width, hidden, width, h, width, gate ? own_gate : own_down, false);
         if (gate) {
-            times(in, hidden, rows, gate + e * hidden * width, width, hidden, width, g, width);
+            times(in, hidden, rows, own_gate, width, hidden, width, g, width, own_down, false);
             activate(g, rows * width, activation);
             for (int64_t i = 0; i < rows * width; i++) h[i] *= g[i];
         } else
             activate(h, rows * width, activation);
-        times(h, width, rows, down + e * hidden * width, hidden, width, hidden, outs + first * hidden, hidden);
+        times(h, width, rows, own_down, hidden, width, hidden, outs + first * hidden, hidden, next_up, false);
     }
     float* total = scratch<2>(hidden);
     for (int64_t t = 0; t < tokens; t++) {
