@@ -64,6 +64,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(keys * size, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> Tensor:
+        if few_rows.serves(x_BSD, self.o_proj.weight) and self._plain():
+            layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
+            q, k, v = few_rows.project(x_BSD, layers, norms, self.head_size, angles, self.interleave)
+            return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self._heads(self.v_proj(x_BSD))
         if self.norms_heads:
             q, k = self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
@@ -72,6 +76,10 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = (rotate(x, *angles, self.interleave) for x in (q, k))
         return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+
+    def _plain(self) -> bool:
+        """Whether no adapter changes the first products."""
+        return type(self.q_proj) is type(self.k_proj) is type(self.v_proj) is Linear
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))

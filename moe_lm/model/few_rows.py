@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lm.native import build
 
-MAX_ROWS = 64  # PyTorch's own products are as fast from here on
+Angles = tuple[Tensor, Tensor]
+MAX_ROWS = 64  # of a product with a matrix that serves all of them; PyTorch reads it at more than enough speed for more
+ANY = 1 << 62  # rows
+MAX_EXPERT_OUTPUTS = 1 << 22  # float32 numbers that `experts` keeps memory for
 ACTIVATIONS = ("silu", "relu", "gelu")  # numbered as in the C++
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor, most: int = MAX_ROWS) -> bool:
     """Whether the operations here may be used: few rows on a CPU, one data type, no gradient, nothing traced.
 
     Rows are the first dimension of two, else the first two.
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()
+        torch.is_inference_mode_enabled()
+        and not torch.compiler.is_compiling()
         and x.is_cpu
         and x.dtype == weight.dtype
-        and (x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]) <= MAX_ROWS
+        and (x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]) <= most
         and not torch.is_autocast_enabled("cpu")
         and _functions(x.dtype) is not None
     )
@@ -81,6 +85,31 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor
     return out
 
 
+def project(
+    x_BSD: Tensor, projections: Sequence[nn.Linear], norms: tuple[nn.Module, nn.Module], size: int, angles: Angles | None,
+    interleave: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries `[B, S, H, N]`, keys and values `[B, S, K, N]`: what `Attention` gives to `attend`."""
+    x_BSD = x_BSD.contiguous()
+    rows, positions, inputs = x_BSD.shape
+    pointers = [pointer for layer in projections for pointer in _pointers(layer)]
+    q, k, v = (x_BSD.new_empty(rows, positions, len(layer.weight) // size, size) for layer in projections)
+    heads, key_heads, eps = q.shape[2], k.shape[2], 0.0
+    over = [heads, key_heads]
+    for place, norm in enumerate(norms):
+        weight = getattr(norm, "weight", None)
+        pointers.append(None if weight is None else weight.data_ptr())
+        if weight is not None:
+            over[place], eps = len(weight) // size, norm.eps
+    cos, sin = (None, None) if angles is None else angles
+    turned = (None, None) if cos is None else (cos.data_ptr(), sin.data_ptr())
+    _of(x_BSD).project(
+        x_BSD.data_ptr(), *pointers, *turned, rows * positions, inputs, heads, key_heads, size, *over, eps,
+        0 if cos is None else cos.shape[-1], interleave, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+    )  # fmt: skip
+    return q, k, v
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
@@ -126,20 +155,17 @@ def experts(
     return out
 
 
-class Functions(NamedTuple):
-    """In the order of the table at the end of the C++."""
-
-    linear: Callable[..., None]
-    widen: Callable[..., None]
-    rms_norm: Callable[..., None]
-    rotate: Callable[..., None]
-    attend: Callable[..., None]
-    route: Callable[..., None]
-    experts: Callable[..., None]
-
-
-# p a pointer, i an int64, f a float32
-SIGNATURES = ("pippiip", "pippppiiip", "piipfp", "pppiiiiip", "ppppppiiiiiiiifp", "ppiiiiifppp", "pppiiipppiiip")
+# In the order of the table at the end of the C++: p a pointer, i an int64, f a float32.
+SIGNATURES = {
+    "linear": "pippiip",
+    "widen": "pippppiiip",
+    "rms_norm": "piipfp",
+    "rotate": "pppiiiiip",
+    "project": "pppppppppppiiiiiiifiippp",
+    "attend": "ppppppiiiiiiiifp",
+    "route": "ppiiiiifppp",
+    "experts": "pppiiipppiiip",
+}
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -147,22 +173,18 @@ def _pointers(layer: nn.Linear) -> tuple[int, int | None]:
     return layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
 
 
-def _of(x: Tensor) -> Functions:
-    functions = _functions(x.dtype)
-    assert functions is not None
-    return functions
+def _of(x: Tensor) -> Any:
+    return _functions(x.dtype)
 
 
 @functools.cache
-def _functions(dtype: torch.dtype) -> Functions | None:
+def _functions(dtype: torch.dtype) -> SimpleNamespace | None:
+    """The functions of a data type by their names."""
     library = build.library()
     if library is None or dtype not in (torch.float32, torch.bfloat16):
         return None
-    name = f"few_rows_{str(dtype).removeprefix('torch.')}"
-    table = (ctypes.c_void_p * len(SIGNATURES)).in_dll(library, name)
-    return Functions(
-        *(
-            ctypes.CFUNCTYPE(None, *map(KINDS.__getitem__, signature))(address)
-            for signature, address in zip(SIGNATURES, table, strict=True)
-        )
-    )
+    table = (ctypes.c_void_p * len(SIGNATURES)).in_dll(library, f"few_rows_{str(dtype).removeprefix('torch.')}")
+    functions = {}
+    for (name, signature), address in zip(SIGNATURES.items(), table, strict=True):
+        functions[name] = ctypes.CFUNCTYPE(None, *map(KINDS.__getitem__, signature))(address)
+    return SimpleNamespace(**functions)

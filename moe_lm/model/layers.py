@@ -21,9 +21,10 @@ class Linear(nn.Linear):
     """A linear layer that reads its weights at full speed for the few rows of a decoding step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_rows.serves(x, self.weight):
-            return few_rows.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        weight = self.weight
+        if few_rows.serves(x, weight):
+            return few_rows.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -35,11 +36,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_rows.serves(x, self.weight):
-            return few_rows.rms_norm(x, self.weight, self.eps)
+        weight = self.weight
+        if few_rows.serves(x, weight, few_rows.ANY):
+            return few_rows.rms_norm(x, weight, self.eps)
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        return (normed * weight).to(x.dtype)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

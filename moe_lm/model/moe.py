@@ -82,7 +82,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_BSD: Tensor) -> Routing:
-        if few_rows.serves(x_BSD, x_BSD) and self.config.n_group == 1:
+        if self.config.n_group == 1 and few_rows.serves(x_BSD, x_BSD, few_rows.ANY):
             routing = self._of_few_rows(x_BSD)
         else:
             with torch.autocast(x_BSD.device.type, enabled=False):
@@ -96,7 +96,8 @@ class Router(nn.Module):
 
     def _of_few_rows(self, x_BSD: Tensor) -> Routing:
         config = self.config
-        logits = few_rows.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
+        x_TD, weight = x_BSD.flatten(0, 1).float(), self.weight.float()
+        logits = (few_rows.linear if len(x_TD) <= few_rows.MAX_ROWS else F.linear)(x_TD, weight)
         bias, sigmoid = self.e_score_correction_bias.float(), config.scoring_func == "sigmoid"
         how = config.num_experts_per_tok, sigmoid, config.norm_topk_prob, config.routed_scaling_factor
         return Routing(logits, *few_rows.route(logits, bias, *how))
@@ -159,6 +160,12 @@ class Experts(nn.Module):
         hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
         return self.multiply("down_proj", hidden, ends_E)
 
+    def serve_natively(self, x_TD: Tensor, routing: Routing) -> bool:
+        """Whether no adapter and no other device has a part in these experts, and the C++ may run them."""
+        size = routing.experts.numel() * x_TD.shape[-1]
+        few = size <= few_rows.MAX_EXPERT_OUTPUTS
+        return few and type(self) is Experts and few_rows.serves(x_TD, self.up_proj, few_rows.ANY)
+
     def of_few_rows(self, x_TD: Tensor, routing: Routing) -> Tensor:
         gate = self.gate_proj if self.gated else None
         chosen, weights = routing.experts, routing.weights
@@ -192,7 +199,7 @@ def dispatch_locally(
     x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
-    if type(experts) is Experts and few_rows.serves(x_TD, experts.up_proj):
+    if experts.serve_natively(x_TD, routing):
         return experts.of_few_rows(x_TD, routing), meanwhile()
     if routing.experts.numel() <= FEW_SLOTS and experts.can_run_few(x_TD):
         return _few_tokens(x_TD, routing, experts), meanwhile()

@@ -246,6 +246,7 @@ static const float* as_floats(const T* x, int64_t size, float* memory) {
 static const float* as_floats(const float* x, int64_t, float*) { return x; }
 
 constexpr int64_t BLOCK = 64;  // of outputs, which a thread computes at a time
+constexpr int64_t MANY = 64;   // rows, below which a loop over them is too short for more than one thread
 
 template <class T>
 static void add(float* y, int64_t rows, int64_t size, const T* bias, int64_t from) {
@@ -271,32 +272,54 @@ static void linear(const T* x, int64_t rows, const T* w, const T* bias, int64_t 
 // y = x / sqrt(mean(x^2) + eps) * w, row by row
 template <class T>
 static void rms_norm(const T* x, int64_t rows, int64_t size, const T* w, float eps, T* y) {
-    for (int64_t r = 0; r < rows; r++, x += size, y += size) {
-        const float* x32 = as_floats(x, size, scratch<0>(size));
+#pragma omp parallel for schedule(static) if (rows > MANY)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* x32 = as_floats(x + r * size, size, scratch<0>(size));
         Floats squares = {};
         int64_t i = 0;
         for (; i + LANES <= size; i += LANES) squares += load(x32 + i) * load(x32 + i);
         float total = sum(squares);
         for (; i < size; i++) total += x32[i] * x32[i];
         float factor = 1 / std::sqrt(total / size + eps);
-        for (i = 0; i < size; i++) put(y + i, x32[i] * factor * one(w + i));
+        for (i = 0; i < size; i++) put(y + r * size + i, x32[i] * factor * one(w + i));
     }
 }
 
 // Heads x [R, H, N]: the first 2 * half entries rotated by the angles [R, half], as rotary.rotate does
 template <class T>
-static void rotate(const T* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t size,
+static void rotate(const T* heads_x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t size,
                    int64_t half, int64_t interleave, T* y) {
     int64_t step = interleave ? 2 : 1, apart = interleave ? 1 : half;
-    for (int64_t r = 0; r < rows; r++, cos += half, sin += half)
-        for (int64_t h = 0; h < heads; h++, x += size, y += size) {
-            for (int64_t i = 0; i < half; i++) {
-                float first = one(x + i * step), second = one(x + i * step + apart);
-                put(y + i, first * cos[i] - second * sin[i]);
-                put(y + half + i, second * cos[i] + first * sin[i]);
-            }
-            std::memcpy(y + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+#pragma omp parallel for schedule(static) if (rows > MANY)
+    for (int64_t head = 0; head < rows * heads; head++) {
+        const float *c = cos + head / heads * half, *s = sin + head / heads * half;
+        T *x = (T*)scratch<0>(size), *out = y + head * size;
+        std::memcpy(x, heads_x + head * size, size * sizeof(T));  // y may be where the heads are
+        for (int64_t i = 0; i < half; i++) {
+            float first = one(x + i * step), second = one(x + i * step + apart);
+            put(out + i, first * c[i] - second * s[i]);
+            put(out + half + i, second * c[i] + first * s[i]);
         }
+        std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+    }
+}
+
+// Of x [R, I] the queries [R, H, N], keys [R, K, N] and values [R, K, N], normed where there is a norm (over `norm_heads`
+// and `norm_key_heads` heads together) and rotated where there are angles
+template <class T>
+static void project(const T* x, const T* w_q, const T* bias_q, const T* w_k, const T* bias_k, const T* w_v,
+                    const T* bias_v, const T* norm_q, const T* norm_k, const float* cos, const float* sin, int64_t rows,
+                    int64_t inputs, int64_t heads, int64_t key_heads, int64_t size, int64_t norm_heads,
+                    int64_t norm_key_heads, float eps, int64_t half, int64_t interleave, T* q, T* k, T* v) {
+    linear(x, rows, w_q, bias_q, inputs, heads * size, q);
+    linear(x, rows, w_k, bias_k, inputs, key_heads * size, k);
+    linear(x, rows, w_v, bias_v, inputs, key_heads * size, v);
+    if (norm_q) rms_norm(q, rows * heads / norm_heads, norm_heads * size, norm_q, eps, q);
+    if (norm_k) rms_norm(k, rows * key_heads / norm_key_heads, norm_key_heads * size, norm_k, eps, k);
+    if (cos) {
+        rotate(q, cos, sin, rows, heads, size, half, interleave, q);
+        rotate(k, cos, sin, rows, key_heads, size, half, interleave, k);
+    }
 }
 
 static inline Floats exp(Floats x) {
@@ -352,10 +375,14 @@ static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const
 
 // The `per_token` experts with the best score plus bias, the best one first, and their weights out of the scores alone:
 // logits [T, E] -> scores [T, E], chosen [T, k], weights [T, k], as moe.route does without groups
-static void route(const float* logits, const float* bias, int64_t tokens, int64_t number, int64_t per_token,
-                  int64_t sigmoid, int64_t normalise, float factor, float* scores, int64_t* chosen, float* weights) {
-    float* choice = scratch<0>(number);
-    for (int64_t t = 0; t < tokens; t++, logits += number, scores += number, chosen += per_token, weights += per_token) {
+static void route(const float* all_logits, const float* bias, int64_t tokens, int64_t number, int64_t per_token,
+                  int64_t sigmoid, int64_t normalise, float factor, float* all_scores, int64_t* all_chosen,
+                  float* all_weights) {
+#pragma omp parallel for schedule(static) if (tokens > MANY)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* logits = all_logits + t * number;
+        float *choice = scratch<0>(number), *scores = all_scores + t * number, *weights = all_weights + t * per_token;
+        int64_t* chosen = all_chosen + t * per_token;
         float largest = logits[0], total = 0;
         for (int64_t e = 1; e < number; e++) largest = logits[e] > largest ? logits[e] : largest;
         for (int64_t e = 0; e < number; e++) {
@@ -445,8 +472,9 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
             activate(h, rows * width, activation);
         times(h, width, rows, own_down, hidden, width, hidden, outs + first * hidden, hidden, next_up, false);
     }
-    float* total = scratch<2>(hidden);
+#pragma omp parallel for schedule(static) if (tokens > MANY)
     for (int64_t t = 0; t < tokens; t++) {
+        float* total = scratch<2>(hidden);
         std::memset(total, 0, hidden * sizeof *total);
         for (int64_t j = t * per_token; j < (t + 1) * per_token; j++)
             for (int64_t i = 0; i < hidden; i++) total[i] += weights[j] * outs[place[j] * hidden + i];
@@ -455,7 +483,7 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
 }
 
 #define FUNCTIONS(T)                                                                                                 \
-    {(void*)linear<T>, (void*)widen<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)attend<T>, (void*)route,        \
+    {(void*)linear<T>, (void*)widen<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)project<T>, (void*)attend<T>, (void*)route,        \
      (void*)experts<T>}
 extern "C" {
 void* few_rows_float32[] = FUNCTIONS(float);
