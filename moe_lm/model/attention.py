@@ -65,8 +65,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> Tensor:
         if few_rows.serves(x_BSD, self.o_proj.weight) and self._plain():
-            layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
-            q, k, v = few_rows.project(x_BSD, layers, norms, self.head_size, angles, self.interleave)
+            layers, norms, eps = (self.q_proj, self.k_proj, self.v_proj), None, 0.0
+            if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+                norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+            q, k, v = few_rows.project(x_BSD, layers, norms, eps, self.head_size, angles, self.interleave)
             return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self._heads(self.v_proj(x_BSD))
         if self.norms_heads:

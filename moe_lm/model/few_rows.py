@@ -86,26 +86,28 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor
 
 
 def project(
-    x_BSD: Tensor, projections: Sequence[nn.Linear], norms: tuple[nn.Module, nn.Module], size: int, angles: Angles | None,
+    x_BSD: Tensor,
+    projections: Sequence[nn.Linear],
+    norms: Sequence[Tensor] | None,
+    eps: float,
+    size: int,
+    angles: Angles | None,
     interleave: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries `[B, S, H, N]`, keys and values `[B, S, K, N]`: what `Attention` gives to `attend`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[B, S, H, N]`, keys and values `[B, S, K, N]`: what `Attention` gives to `attend`.
+
+    `norms` are the weights for queries and for keys, as long as what is normed together.
+    """
     x_BSD = x_BSD.contiguous()
     rows, positions, inputs = x_BSD.shape
-    pointers = [pointer for layer in projections for pointer in _pointers(layer)]
     q, k, v = (x_BSD.new_empty(rows, positions, len(layer.weight) // size, size) for layer in projections)
-    heads, key_heads, eps = q.shape[2], k.shape[2], 0.0
-    over = [heads, key_heads]
-    for place, norm in enumerate(norms):
-        weight = getattr(norm, "weight", None)
-        pointers.append(None if weight is None else weight.data_ptr())
-        if weight is not None:
-            over[place], eps = len(weight) // size, norm.eps
-    cos, sin = (None, None) if angles is None else angles
-    turned = (None, None) if cos is None else (cos.data_ptr(), sin.data_ptr())
+    norm_q, norm_k = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    over = (1, 1) if norms is None else (len(norms[0]) // size, len(norms[1]) // size)
+    cos, sin, half = (None, None, 0) if angles is None else (*(x.data_ptr() for x in angles), angles[0].shape[-1])
     _of(x_BSD).project(
-        x_BSD.data_ptr(), *pointers, *turned, rows * positions, inputs, heads, key_heads, size, *over, eps,
-        0 if cos is None else cos.shape[-1], interleave, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        x_BSD.data_ptr(), *(pointer for layer in projections for pointer in _pointers(layer)), norm_q, norm_k, cos, sin,
+        rows * positions, inputs, q.shape[2], k.shape[2], size, *over, eps, half, interleave,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(),
     )  # fmt: skip
     return q, k, v
 

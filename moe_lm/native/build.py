@@ -1,4 +1,4 @@
-"""Compiles the C++ of this package once a machine, in two seconds, and loads it; nothing here needs torch.
+"""Compiles the C++ of this package once a machine, in three seconds, and loads it; nothing here needs torch.
 
 The library lies in the user's cache under a name that is a hash of everything that it depends on. It is written under
 another name and then renamed: several processes may build at once, and one that is killed leaves nothing to wait for.
@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
+HEADER = SOURCE.with_name("products.hpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 THREADS = ("-fopenmp",)  # torch's own threads, because torch has loaded the same library
 TIMEOUT = 120  # seconds, for a machine that is busy with other things
@@ -79,7 +80,7 @@ def compiler_path() -> str | None:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
-    parts = (SOURCE.read_bytes(), version, repr((FLAGS, THREADS)).encode(), _processor().encode())
+    parts = (SOURCE.read_bytes(), HEADER.read_bytes(), version, repr((FLAGS, THREADS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
