@@ -35,8 +35,8 @@ class Endpoints:
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self._check(body, len(body.prompt))
         prompts, echoes = await run_in_threadpool(self._prompts, body)
-        shape = CompletionShape()
-        return await self._answer(request, body, prompts, shape, body.max_tokens, body.logprobs, echoes)
+        most = min(body.max_tokens, self.limits.max_tokens or body.max_tokens)
+        return await self._answer(request, body, prompts, CompletionShape(), most, body.logprobs, echoes)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check(body, 1)
@@ -51,7 +51,7 @@ class Endpoints:
             raise ApiError(404, message, "model", "model_not_found")
         most = self.limits.max_tokens
         for name in ("max_tokens", "max_completion_tokens"):
-            wanted = getattr(body, name, None)
+            wanted = getattr(body, name) if name in body.model_fields_set else None
             if most is not None and wanted is not None and wanted > most:
                 raise ApiError(400, f"{name}={wanted} is more than this server gives; at most {most}", name)
         if prompts * body.n > self.engine.most:
@@ -78,10 +78,11 @@ class Endpoints:
                 raise ApiError(400, str(error), "prompt") from error
         else:
             prompts = [item for item in body.prompt if isinstance(item, list)]
-            texts = [] if not body.echo else [tokenizer.decode(ids) for ids in prompts]
         for ids in prompts:
             self._check_prompt(ids, "prompt")
-        return prompts, texts if body.echo else [""] * len(prompts)
+        if not body.echo:
+            return prompts, [""] * len(prompts)
+        return prompts, texts or [tokenizer.decode(ids) for ids in prompts]
 
     def _chat_prompt(self, body: ChatRequest) -> list[int]:
         messages = [message.for_template() for message in body.messages]

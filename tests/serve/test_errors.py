@@ -200,10 +200,16 @@ def test_a_prompt_longer_than_the_context(served: Served) -> None:
     assert served.post("completions", prompt=[5] * CONTEXT, max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize("ids", [[5, -1], [5, 1 << 70], [1024]])
+def test_ids_that_are_no_tokens_are_not_echoed(served: Served, ids: list[int]) -> None:
+    assert check(served.post("completions", prompt=ids, echo=True), 400)["param"] == "prompt"
+
+
 def test_limits_of_length(serve: Serve) -> None:
     served = serve(max_tokens=5, context=20, max_body=300)
     assert "at most 5" in check(served.post("completions", prompt="x", max_tokens=6), 400)["message"]
     check(served.post("chat/completions", messages=CHAT, max_completion_tokens=6), 400)
+    assert served.post("completions", prompt="x").json()["usage"]["completion_tokens"] <= 5
     answer = served.post("chat/completions", messages=CHAT, temperature=0)
     assert answer.json()["usage"]["completion_tokens"] <= 5
     check(served.post("completions", prompt=[5] * 21), 400)
@@ -270,7 +276,7 @@ def test_a_page_that_rebinds_its_name_is_not_answered(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_ended(serve: Serve, stream: bool) -> None:
-    served = serve(timeout=0.05)
+    served = serve(timeout=0.3)
     body: dict[str, Any] = {"prompt": "x", "max_tokens": 120, "n": 128, "temperature": 0, "stream": stream}
     body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
     answer = served.post("completions", **body)

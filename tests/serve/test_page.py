@@ -181,6 +181,7 @@ def test_what_people_and_models_write_stays_text(served: Served, page: Open) -> 
 
 def test_a_long_conversation_loses_its_beginning_and_an_error_is_shown(served: Served, page: Open) -> None:
     here = page(served)
+    here.set("temperature", 0)
     here.set("max-tokens", 8)
     for _ in range(4):
         here.send("what is an import and what is a class in a module of a package?")
