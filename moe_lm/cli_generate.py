@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_lm.generate.batch import Prompt
     from moe_lm.generate.beams import BeamSettings
     from moe_lm.generate.penalties import Penalties
+    from moe_lm.parallel.dispatch import Spread
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 Base = Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")]
@@ -28,6 +29,14 @@ TopP = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
 Truncate = Annotated[Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")]
+DeviceMap = Annotated[
+    Literal["auto"] | None, typer.Option(help="auto: spread a model over devices, host memory and disk.")
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DEVICE=SIZE", help="Like cpu=4GiB or 0=20GiB. Repeatable."),
+]
+OffloadFolder = Annotated[Path | None, typer.Option(help="Where the rest of --device-map lies on the disk.")]
 TEMPERATURE = 0.8
 
 
@@ -84,10 +93,14 @@ def sample(
         typer.Option(min=-1, metavar="[LAYER]", help="Colour tokens by their strongest expert, in the last layer."),
     ] = None,
     truncate: Truncate = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     base: Base = None,
 ) -> None:
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
     _one_source(stdin, prompt, file)
+    spread = _spread(device_map, max_memory, offload_folder)
     penalties: dict[str, Any] = {
         "repetition": repetition_penalty,
         "presence": presence_penalty,
@@ -120,7 +133,7 @@ def sample(
     one = len(texts) == 1 and num == 1 and file is None and out is None
     if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
         rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
-        rest["show_routing"] = show_routing
+        rest |= {"show_routing": show_routing, "spread": spread}
         commands.sample(run, texts[0].text, **drawing, **rest)
         return
     settings = (
@@ -129,7 +142,7 @@ def sample(
 
     from moe_lm.generate.session import Session
 
-    session = Session.load(run, base=base)
+    session = Session.load(run, base=base, spread=spread)
     batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
 
 
@@ -143,6 +156,9 @@ def chat(
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Remember what is typed, in ~/.local/state/moe-lm.")
     ] = True,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     base: Base = None,
 ) -> None:
     """Talk to a fine-tuned run; /help there lists what it can do."""
@@ -151,7 +167,8 @@ def chat(
     from moe_lm.generate.chat import chat as talk
 
     heat = _temperature(temperature, greedy=False)
-    talk(run, commands.settings_of(max_new_tokens, heat, top_k, top_p, seed), base, history)
+    settings = commands.settings_of(max_new_tokens, heat, top_k, top_p, seed)
+    talk(run, settings, base, history, _spread(device_map, max_memory, offload_folder))
 
 
 def explain(
@@ -176,6 +193,17 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--{option} {text} is no list of numbers; give them like 0,3") from error
+
+
+def _spread(device_map: str | None, max_memory: list[str] | None, offload_folder: Path | None) -> Spread | None:
+    if device_map is None:
+        for option, value in (("--max-memory", max_memory), ("--offload-folder", offload_folder)):
+            if value:
+                raise UsageError(f"{option} belongs to a model on several devices; give --device-map auto too")
+        return None
+    from moe_lm.parallel.dispatch import Spread
+
+    return Spread(dict(item.partition("=")[::2] for item in max_memory or ()), offload_folder)
 
 
 def _temperature(temperature: float | None, greedy: bool) -> float:

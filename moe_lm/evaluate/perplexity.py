@@ -89,7 +89,7 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
     window = min(config.data.sequence_length if config else WINDOW, session.model.config.max_position_embeddings)
     precision = config.train.precision if config else "auto"
-    dtype = pick_dtype(precision, session.model.lm_head.weight.device)
+    dtype = pick_dtype(precision, session.model.device)
     nll_sum, tokens = score_documents(session.model, text.documents, window, stride, dtype=dtype)
     if not math.isfinite(nll_sum):
         raise MoeLmError(
@@ -117,7 +117,7 @@ def score_documents(
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UsageError(f"stride={stride} does not fit windows of {window} tokens; give 1 to {window}")
-    device = model.lm_head.weight.device
+    device = model.device
     every_window = chain.from_iterable(_windows(np.asarray(ids, np.int64), window, stride) for ids in documents)
     nll_sum = torch.zeros((), dtype=torch.float64)
     tokens = 0

@@ -51,7 +51,7 @@ class Recording:
 @torch.inference_mode()
 def record(model: LanguageModel, ids: list[int]) -> Recording:
     """Run a model over the ids. Their number is at most `max_position_embeddings`."""
-    device = model.lm_head.weight.device
+    device = model.device
     attend = RecordingAttention()
     positions = torch.arange(len(ids), device=device)
     logits_1SV, routings = model(torch.tensor([ids], device=device), positions[None], attend)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import UsageError
-from moe_lm.generate.decode import capacity_for, check_prompt, extend, prefill, room
+from moe_lm.generate.decode import cache_for, capacity_for, check_prompt, extend, prefill, room
 from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
 from moe_lm.generate.strategies import check_logits
-from moe_lm.model.attention import KVCache
 from moe_lm.model.transformer import LanguageModel
 
 NEVER = -1e9  # a score that no text has
@@ -98,11 +97,10 @@ def search(
     stops = frozenset(stop_ids)
     groups = [_Group(prompt, settings, stops, limit, ends) for _ in range(settings.groups)]
     width = settings.beams // settings.groups
-    weight = model.lm_head.weight
     capacity = capacity_for(model.config, [len(prompt)], limit)
-    cache = KVCache(model.config, settings.beams, capacity, weight.device, weight.dtype)
+    cache = cache_for(model, settings.beams, capacity)
     logits_RV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(settings.beams, -1)
-    cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=weight.device))
+    cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=model.device))
     while True:
         check_logits(logits_RV)
         log_p_RV = logits_RV[:, :vocab_size].float().log_softmax(-1)
@@ -117,7 +115,7 @@ def search(
             places += [first + parent for parent in parents]
         if all(group.done for group in groups):
             break
-        cache.take_rows(torch.tensor(places, device=weight.device))
+        cache.take_rows(torch.tensor(places, device=model.device))
         logits_RV = extend(model, cache, [ids[-1:] for group in groups for ids in group.running]).logits
     finished = [beam for group in groups for beam in group.texts()]
     return sorted(finished, key=lambda beam: -beam.score)[: settings.best]

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_lm.errors import UsageError
 from moe_lm.generate.conversation import Conversation, Reply
@@ -17,17 +18,22 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.terminal import colours, printable
 
+if TYPE_CHECKING:
+    from moe_lm.parallel.dispatch import Spread
+
 COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # what has a second slash is a path, and so no command
 KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands, Ctrl-D ends"
 
 
-def chat(run: Path, settings: Settings, base: Path | None = None, history: bool = True) -> None:
-    """Talk until /quit or Ctrl-D.
+def chat(
+    run: Path, settings: Settings, base: Path | None = None, history: bool = True, spread: Spread | None = None
+) -> None:
+    """Talk until /quit or Ctrl-D. `base` and `spread` are as in `Session.load`.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
     chat template.
     """
-    session = Session.load(run, base=base)
+    session = Session.load(run, base=base, spread=spread)
     if not session.tokenizer.has_chat_template:
         raise UsageError(
             f"the tokenizer of {run} has no chat template, so no conversation can be written for the model; continue "

@@ -6,7 +6,7 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.painter import Painter
@@ -14,6 +14,9 @@ from moe_lm.generate.penalties import NO_PENALTIES, Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.terminal import colours, printable
+
+if TYPE_CHECKING:
+    from moe_lm.parallel.dispatch import Spread
 
 
 def sample(
@@ -29,14 +32,15 @@ def sample(
     truncate: bool = False,
     base: Path | None = None,
     show_routing: int | None = None,
+    spread: Spread | None = None,
     **more: Any,
 ) -> None:
     """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`.
 
-    `show_routing` is the layer whose experts the tokens are coloured by.
+    `show_routing` is the layer whose experts the tokens are coloured by, `spread` is as in `Session.load`.
     """
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
-    session = Session.load(run, base=base)
+    session = Session.load(run, base=base, spread=spread)
     painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
     text = session.complete(prompt, settings, stop, truncate, None if painter is None else painter.see)
     show: Callable[[str], str] = str

@@ -154,6 +154,12 @@ def capacity_for(config: ModelConfig, lengths: Iterator[int] | Sequence[int], ne
     return min(config.max_position_embeddings, max(lengths, default=1) + new_tokens - 1)
 
 
+def cache_for(model: LanguageModel, rows: int, capacity: int) -> KVCache:
+    """A cache that lies where the model's layers do."""
+    layers = None if model.placement is None else model.placement.layers
+    return KVCache(model.config, rows, capacity, model.device, model.lm_head.weight.dtype, layers)
+
+
 class Decoder:
     """Writes many texts at once into one cache whose `slots` rows are refilled as texts end.
 
@@ -228,8 +234,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _empty_cache(self, rows: int, capacity: int) -> KVCache:
-        weight = self.model.lm_head.weight
-        return KVCache(self.model.config, rows, capacity, weight.device, weight.dtype)
+        return cache_for(self.model, rows, capacity)
 
     def run(self) -> Iterator[Step]:
         """Step until nothing is left to do."""
@@ -364,6 +369,10 @@ class Ahead(NamedTuple):
     routings: list[Routing]  # of every MoE layer, and all tokens that were given
     last: Tensor | slice  # the row's last token among them
 
+    def of_last(self, x: Tensor) -> Tensor:
+        """What the last token of each row has, `[R, ...]`, of all that the tokens have."""
+        return x[self.last.to(x.device) if isinstance(self.last, Tensor) else self.last]
+
 
 def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Ahead:
     """Fill the empty rows of the cache with the prompts, packed."""
@@ -376,7 +385,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: KVCac
     hidden_1TD, routings = model.model(input_ids[None], position_ids[None], attend)
     cache.lengths += ends.diff()
     last_R = ends[1:] - 1
-    return Ahead(model.lm_head(hidden_1TD[0, last_R]), routings, last_R)
+    return Ahead(model.lm_head(hidden_1TD[0].to(device)[last_R]), routings, last_R)
 
 
 def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]) -> Ahead:
@@ -393,8 +402,8 @@ def experts_by_row(ahead: Sequence[Ahead]) -> list[tuple[tuple[int, ...], ...]]:
     """Of each row, of each MoE layer, the experts of the last token, the one with the largest weight first."""
     layers = []
     for layer in range(len(ahead[0].routings)):
-        experts_Rk = torch.cat([part.routings[layer].experts[part.last] for part in ahead])
-        weights_Rk = torch.cat([part.routings[layer].weights[part.last] for part in ahead])
+        experts_Rk = torch.cat([part.of_last(part.routings[layer].experts) for part in ahead])
+        weights_Rk = torch.cat([part.of_last(part.routings[layer].weights) for part in ahead])
         layers.append(experts_Rk.gather(-1, weights_Rk.argsort(-1, descending=True)).tolist())
     rows = range(sum(len(part.logits) for part in ahead))
     return [tuple(tuple(experts_Rk[row]) for experts_Rk in layers) for row in rows]

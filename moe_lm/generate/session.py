@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -23,6 +23,9 @@ from moe_lm.model_config import ModelConfig
 from moe_lm.tokenization import Message, Tokenizer
 from moe_lm.train import adapters, checkpoint
 
+if TYPE_CHECKING:
+    from moe_lm.parallel.dispatch import Spread
+
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 
 
@@ -35,15 +38,20 @@ class Session:
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, run: Path, device: str = "auto", base: Path | None = None) -> Session:
+    def load(cls, run: Path, device: str = "auto", base: Path | None = None, spread: Spread | None = None) -> Session:
         """Load the newest checkpoint of a run folder, or one checkpoint; adapters are merged into their base.
 
-        `base` is where that base is when it has moved. Raises UsageError when there is no complete checkpoint, no such
-        base or no such device, MoeLmError naming a file that is damaged.
+        `base` is where that base is when it has moved. With `spread` a model that is too large for one device lies on
+        all of them, in the host's memory and on the disk; it is never held whole.
+
+        Raises UsageError when there is no complete checkpoint, no such base or no such device, MoeLmError naming a
+        file that is damaged.
         """
         folder = checkpoint.resolve(run)
         target = pick_device(device)
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
+        if spread is not None:
+            return cls(folder, spread_model(folder, tokenizer, spread, base), tokenizer)
         return cls(folder, load_model(folder, tokenizer, target, base), tokenizer)
 
     def complete(
@@ -109,17 +117,36 @@ def _tokens(chosen: Iterator[Step], see: Callable[[Step], object] | None) -> Ite
 
 
 def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device, base: Path | None = None) -> LanguageModel:
-    """The model of a checkpoint. Experts take every token that chose them, also where training had a capacity:
+    """The model of a checkpoint, on one device."""
+    config = _model_config(folder, tokenizer)
+    with device, _NoInitialValues():
+        model = LanguageModel(config)
+    adapters.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
+    return model.eval()
+
+
+def spread_model(folder: Path, tokenizer: Tokenizer, spread: Spread, base: Path | None = None) -> LanguageModel:
+    """The model of a checkpoint, its layers where there is room for them."""
+    from moe_lm.parallel.dispatch import dispatch
+    from moe_lm.train.checkpoint_reader import open_tensors
+
+    config = _model_config(folder, tokenizer)
+    with torch.device("meta"), _NoInitialValues():
+        model = LanguageModel(config).eval()
+    source = open_tensors(folder, base)
+    dispatch(model, lambda name, start, stop: source.rows(f"model.{name}", start, stop), spread)
+    return model
+
+
+def _model_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
+    """What a checkpoint's model is built by. Experts take every token that chose them, with or without a capacity:
 
     what is dropped would depend on the texts beside it and, token by token, on those that are not written yet.
     """
     values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
     config = build_config(ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"))
     check_vocabulary(config, tokenizer.vocab_size)
-    with device, _NoInitialValues():
-        model = LanguageModel(config)
-    adapters.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
-    return model.eval()
+    return config
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -110,17 +110,37 @@ class KVCache:
     """Keys and values of every layer, `[layers, rows, K, capacity, N]`, and how many positions each row holds.
 
     Latent attention keeps one key a position for all heads, and the first part of it is its value: there `values` is
-    a view of `keys`.
+    a view of `keys`. With `layers`, the devices of a model that lies on several, each layer is on its own one.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+    keys: Tensor | ByLayer
+    values: Tensor | ByLayer
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: Sequence[torch.device] | None = None,
+    ) -> None:
         self.latent_size = config.kv_lora_rank
         if self.latent_size is None:
             heads, size = config.kv_heads, config.head_size
         else:
             heads, size = 1, self.latent_size + config.rotary_size
-        self.keys = torch.zeros(config.num_hidden_layers, rows, heads, capacity, size, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys) if self.latent_size is None else self.keys[..., : self.latent_size]
+        shape = (rows, heads, capacity, size)
+
+        def room() -> Tensor | ByLayer:
+            if layers is None or len(set(layers)) == 1:
+                return torch.zeros(
+                    config.num_hidden_layers, *shape, device=layers[0] if layers else device, dtype=dtype
+                )
+            return ByLayer([torch.zeros(shape, device=place, dtype=dtype) for place in layers])
+
+        self.keys = room()
+        self.values = room() if self.latent_size is None else self.keys[..., : self.latent_size]
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
 
     def view(self, start: int, stop: int) -> KVCache:
@@ -150,9 +170,33 @@ class KVCache:
             kept[:, changed, :, :longest] = kept[:, sources, :, :longest]
         self.lengths[changed] = self.lengths[sources]
 
-    def _memory(self) -> list[Tensor]:
+    def _memory(self) -> list[Tensor | ByLayer]:
         """The tensors that do not lie within another one."""
         return [self.keys, self.values] if self.latent_size is None else [self.keys]
+
+
+class ByLayer:
+    """Stands for a tensor `[layers, ...]` whose layers lie on several devices; an index of all layers gives another."""
+
+    def __init__(self, layers: list[Tensor]) -> None:
+        self._layers = layers
+        self.dtype = layers[0].dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            return self._layers[index]
+        return ByLayer([layer[self._within(layer, index)] for layer in self._layers])
+
+    def __setitem__(self, index: tuple[Any, ...], value: Any) -> None:
+        if isinstance(index[0], int):
+            self._layers[index[0]][index[1:]] = value
+            return
+        for layer, new in zip(self._layers, value._layers, strict=True):
+            layer[self._within(layer, index)] = new
+
+    def _within(self, layer: Tensor, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        rest = index if index[0] is Ellipsis else index[1:]
+        return tuple(part.to(layer.device) if isinstance(part, Tensor) else part for part in rest)
 
 
 @dataclass(frozen=True)
@@ -175,7 +219,7 @@ class PrefillAttention:
         for row, (row_keys, row_values) in enumerate(pieces):
             self.cache.keys[layer, row, :, : len(row_keys)] = row_keys.transpose(0, 1)
             self.cache.values[layer, row, :, : len(row_values)] = row_values.transpose(0, 1)
-        return PackedAttention(self.cu_seqlens, max(self.lengths))(layer, q, k, v, scale)
+        return PackedAttention(self.cu_seqlens.to(q.device), max(self.lengths))(layer, q, k, v, scale)
 
 
 class CachedAttention:
@@ -191,16 +235,18 @@ class CachedAttention:
         self.cache = cache
         lengths = cache.lengths.tolist()
         self.longest, self.even = max(lengths), min(lengths) == max(lengths)
-        self._of_new: tuple[int, Tensor, Tensor | None] | None = None
+        self._of_new: tuple[tuple[int, torch.device], Tensor, Tensor | None] | None = None
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
     ) -> Tensor:
         new, key_heads = q.shape[1], k.shape[2]
-        if new == 1 and few_rows.serves(q, self.cache.keys):
-            return self._natively(layer, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-        sharing = q.shape[2] // key_heads
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if new == 1 and few_rows.serves(q, keys):
+            separate = v if self.cache.latent_size is None else None
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return few_rows.attend(q, k, separate, keys, values, self.cache.lengths, scale)
+        sharing = q.shape[2] // key_heads
         positions, visible = self._positions(new, sharing, q.device)
         stop = self.longest + new
         if self.even:  # no index: the places are the same in every row
@@ -220,19 +266,14 @@ class CachedAttention:
         )
         return out.unflatten(2, (sharing, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _natively(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        cache = self.cache
-        separate = v if cache.latent_size is None else None
-        return few_rows.attend(q, k, separate, cache.keys[layer], cache.values[layer], cache.lengths, scale)
-
     def _positions(self, new: int, sharing: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Positions of the new tokens `[rows, S]` and which places they see; None when all of them. Once a pass."""
-        if self._of_new is None or self._of_new[0] != new:
-            positions, visible = self.cache.lengths[:, None] + torch.arange(new, device=device), None
+        if self._of_new is None or self._of_new[0] != (new, device):
+            positions, visible = self.cache.lengths[:, None].to(device) + torch.arange(new, device=device), None
             if new > 1 or not self.even:
                 places = torch.arange(self.longest + new, device=device)
                 visible = (places <= positions[:, None, :, None]).repeat(1, 1, sharing, 1)
-            self._of_new = (new, positions, visible)
+            self._of_new = ((new, device), positions, visible)
         return self._of_new[1:]
 
 

@@ -27,12 +27,20 @@ class ModelOutput(NamedTuple):
     routings: list[Routing]
 
 
+class Placement(NamedTuple):
+    """Where a model that lies on several devices takes its ids, and where each of its layers runs."""
+
+    entry: torch.device
+    layers: tuple[torch.device, ...]
+
+
 class LanguageModel(nn.Module):
     """Token ids in, next-token logits out. Parameters are named as in Hugging Face's `dots1` and `deepseek_v3`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.placement: Placement | None = None  # on one device
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self._tie()
@@ -40,6 +48,11 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:
         hidden_BSD, routings = self.model(input_ids_BS, position_ids_BS, attend)
         return ModelOutput(self.lm_head(hidden_BSD), routings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go in."""
+        return self.lm_head.weight.device if self.placement is None else self.placement.entry
 
     @property
     def moe_layers(self) -> list[MoE]:
