@@ -154,6 +154,7 @@ def capacity_for(config: ModelConfig, lengths: Iterator[int] | Sequence[int], ne
     return min(config.max_position_embeddings, max(lengths, default=1) + new_tokens - 1)
 
 
+@torch.inference_mode()
 def cache_for(model: LanguageModel, rows: int, capacity: int) -> KVCache:
     """A cache that lies where the model's layers do."""
     layers = None if model.placement is None else model.placement.layers
@@ -180,8 +181,8 @@ class Decoder:
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self.model, self.vocab_size, self.prefill_tokens = model, vocab_size, prefill_tokens
-        self.cache = self._empty_cache(slots, capacity)
         self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
+        self.cache = cache_for(model, self.slots, self.capacity)
         self._rows: list[_Row] = []  # being written, in the order of the cache
         self._waiting: deque[_Row] = deque()
         self._growing: _Row | None = None
@@ -228,13 +229,8 @@ class Decoder:
         """Forget every request, and what a step that failed has left in the cache: there 0 times NaN is NaN."""
         self._rows, self._growing = [], None
         self._waiting.clear()
-        rows, capacity = self.cache.keys.shape[1], self.cache.keys.shape[3]
         del self.cache  # first, so that there is room for the next one
-        self.cache = self._empty_cache(rows, capacity)
-
-    @torch.inference_mode()
-    def _empty_cache(self, rows: int, capacity: int) -> KVCache:
-        return cache_for(self.model, rows, capacity)
+        self.cache = cache_for(self.model, self.slots, self.capacity)
 
     def run(self) -> Iterator[Step]:
         """Step until nothing is left to do."""
