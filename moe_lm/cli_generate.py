@@ -100,7 +100,7 @@ def sample(
 ) -> None:
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
     _one_source(stdin, prompt, file)
-    spread = _spread(device_map, max_memory, offload_folder)
+    spread = read_spread(device_map, max_memory, offload_folder)
     penalties: dict[str, Any] = {
         "repetition": repetition_penalty,
         "presence": presence_penalty,
@@ -168,7 +168,7 @@ def chat(
 
     heat = _temperature(temperature, greedy=False)
     settings = commands.settings_of(max_new_tokens, heat, top_k, top_p, seed)
-    talk(run, settings, base, history, _spread(device_map, max_memory, offload_folder))
+    talk(run, settings, base, history, read_spread(device_map, max_memory, offload_folder))
 
 
 def explain(
@@ -195,7 +195,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise UsageError(f"--{option} {text} is no list of numbers; give them like 0,3") from error
 
 
-def _spread(device_map: str | None, max_memory: list[str] | None, offload_folder: Path | None) -> Spread | None:
+def read_spread(device_map: str | None, max_memory: list[str] | None, offload_folder: Path | None) -> Spread | None:
     if device_map is None:
         for option, value in (("--max-memory", max_memory), ("--offload-folder", offload_folder)):
             if value:

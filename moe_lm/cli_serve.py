@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moe_lm.cli_generate import Base, DeviceMap, MaxMemory, OffloadFolder, RunPath, read_spread
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.native import build as native
-
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,11 +38,17 @@ def serve(
         str | None, typer.Option(help="What clients call it; without, the run folder's name.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
-    base: Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")] = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    base: Base = None,
 ) -> None:
     """Answer OpenAI's clients over HTTP, and serve a chat page."""
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise UsageError("--api-key is empty or has a character that no header can carry; give printable ASCII")
+    spread = read_spread(device_map, max_memory, offload_folder)
+    if spread is not None and device != "auto":
+        raise UsageError(f"--device {device} names one device and --device-map takes all; give one of them")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -70,4 +74,5 @@ def serve(
         model=model_name,
         device=device,
         base=base,
+        spread=spread,
     )

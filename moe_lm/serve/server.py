@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -23,6 +24,9 @@ from moe_lm.serve.engine import Engine
 from moe_lm.serve.gate import LOOPBACK_NAMES, Limits
 from moe_lm.serve.metrics import Metrics
 from moe_lm.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from moe_lm.parallel.dispatch import Spread
 
 BACKLOG = 2048  # connections that wait to be accepted
 
@@ -43,6 +47,7 @@ def serve(
     model: str | None,
     device: str,
     base: Path | None,
+    spread: Spread | None,
 ) -> None:
     """Serve until a signal; then give what runs `grace` seconds to end."""
     with listen(host, port) as listener:
@@ -53,7 +58,7 @@ def serve(
                 f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
                 file=sys.stderr,
             )
-        session = Session.load(run, device, base)
+        session = Session.load(run, device, base, spread)
         list(session.complete("", Settings(max_new_tokens=1)))  # the first forward pass imports parts of torch
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings

@@ -16,6 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.session import Session
+from moe_lm.generate.strategies import Sampling
 from tests.conftest import Done
 from tests.processes import free_port
 
@@ -69,15 +72,23 @@ def test_options_reach_the_server_and_what_does_not_end_in_time_is_told(served_r
     assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
 
 
-def test_beyond_the_loopback_without_a_key_is_warned_of(served_run: Path, start_moe_lm: Start) -> None:
-    """At once; who comes while the model loads is answered when it is there."""
-    process = start_moe_lm("serve", served_run, "--host", "0.0.0.0", "--port", 0, "--device", "cpu")
+def test_beyond_the_loopback_without_a_key_is_warned_of(
+    served_run: Path, session: Session, start_moe_lm: Start, tmp_path: Path
+) -> None:
+    """At once; who comes while the model loads is answered when it is there. This one lies on the disk."""
+    on_disk = ["--device-map", "auto", "--max-memory", "cpu=0MiB", "--offload-folder", tmp_path / "offload"]
+    process = start_moe_lm("serve", served_run, "--host", "0.0.0.0", "--port", 0, *on_disk)
     assert process.stderr is not None
     warning = process.stderr.readline()
     assert warning.startswith("warning: 0.0.0.0:")
     assert "can be reached by others, and there is no --api-key" in warning
     port = warning.split(" ")[1].rpartition(":")[2]
-    assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).json() == {"status": "ok"}
+    url = f"http://127.0.0.1:{port}"
+    assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
+    assert list((tmp_path / "offload").glob("*/*.dat"))
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 5, "seed": 1}, timeout=60)
+    expected = "".join(session.complete("x", Settings(5, Sampling(1.0), seed=1)))
+    assert answer.json()["choices"][0]["text"] == expected
     process.terminate()
     assert process.wait(timeout=60) == 0
 
@@ -100,6 +111,8 @@ def test_a_port_in_use_is_one_sentence(served_run: Path, moe_lm: Callable[..., D
         (["--api-key", ""], 2, "--api-key is empty"),
         (["--api-key", "schlüssel"], 2, "--api-key is empty or has a character"),
         (["--max-concurrent", "0"], 2, "max-concurrent"),
+        (["--max-memory", "cpu=1GiB"], 2, "--max-memory belongs to a model on several devices"),
+        (["--device-map", "auto", "--device", "cpu"], 2, "--device cpu names one device"),
     ],
 )
 def test_what_cannot_be_served(
