@@ -93,6 +93,7 @@ def search(
     prompt that is empty or too long, MoeLmError for logits that are no distribution.
     """
     check_prompt(model.config, prompt, model.config.max_position_embeddings)
+    settings.penalties.check_ids(vocab_size or model.config.vocab_size)
     limit = min(settings.max_new_tokens, room(model.config, prompt))
     stops = frozenset(stop_ids)
     groups = [_Group(prompt, settings, stops, limit, ends) for _ in range(settings.groups)]

@@ -200,9 +200,10 @@ class Decoder:
     def add(self, prompt: Sequence[int], settings: Settings, stop_ids: Collection[int] = ()) -> int:
         """The number that names the request in `step` and `cancel`: 0, 1, 2 and so on.
 
-        Raises UsageError for a prompt that is empty or too long.
+        Raises UsageError for a prompt that is empty or too long, or a bias of a token that is not there.
         """
         check_prompt(self.model.config, prompt, self.capacity)
+        settings.sampling.penalties.check_ids(self.vocab_size or self.model.config.vocab_size)
         left = min(settings.max_new_tokens, self.capacity - len(prompt) + 1)
         row = _Row(self._requests, list(prompt), len(prompt), settings, frozenset(stop_ids), left)
         self._waiting.append(row)

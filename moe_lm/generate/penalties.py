@@ -58,6 +58,12 @@ class Penalties:
         if len(dict(self.logit_bias)) < len(self.logit_bias):
             raise UsageError(f"logit_bias={self.logit_bias} names an id twice; give each once")
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise UsageError for a bias of a token that is not there."""
+        for token, bias in self.logit_bias:
+            if token >= vocab_size:
+                raise UsageError(f"logit_bias {token}={bias} names no token; the ids end at {vocab_size - 1}")
+
     def __bool__(self) -> bool:
         return self != NO_PENALTIES
 

@@ -58,3 +58,32 @@ def test_sampling_imports_nothing_that_only_training_needs(run: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_bad_input_is_refused_in_a_sentence(run: Path, moe_lm: Callable, tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    (tmp_path / "half.jsonl").write_text('"fine"\n{"prompt": "a\\ud800"}')
+    long = "1 2 3 4 5 6 7 8 9 " * 20
+    for options, error in {
+        ("-p", long): "max_position_embeddings=64; shorten it, or drop its beginning with --truncate left",
+        ("-p", "a", "--stop", ""): "a stop string is empty",
+        ("-p", "a", "--logit-bias", "1024=1"): "logit_bias 1024=1.0 names no token; the ids end at 1023",
+        ("-p", "a", "--logit-bias", "1024=1", "--beams", 2): "logit_bias 1024=1.0 names no token; the ids end at 1023",
+        ("--file", tmp_path / "latin.jsonl"): "latin.jsonl is not UTF-8 text at byte 15",
+        ("--file", tmp_path / "half.jsonl"): "half.jsonl, line 2: the text holds half of a surrogate pair",
+    }.items():
+        done = moe_lm("sample", run, *options)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("error: ")
+        assert error in done.err
+    assert moe_lm("sample", run, "-p", long, "--truncate", "left", "--max-new-tokens", 2).code == 0
+    assert moe_lm("sample", run, "-p", "a", "--top-k", 10**6, "--max-new-tokens", 2).code == 0
+
+
+def test_a_checkpoint_that_is_not_complete_is_refused_by_every_verb(run: Path, moe_lm: Callable) -> None:
+    [complete] = run.glob("checkpoints/*/COMPLETE")
+    complete.unlink()
+    for verb in (("sample", run, "-p", "a"), ("chat", run), ("explain", run, "-p", "a")):
+        done = moe_lm(*verb)
+        assert (done.code, done.out) == (2, "")
+        assert "holds no complete checkpoint" in done.err
