@@ -32,8 +32,8 @@ def serves(x: Tensor, weight: Tensor, most: int = MAX_ROWS) -> bool:
     Rows are the first dimension of two, else the first two.
     """
     return (
-        torch.is_inference_mode_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first: a compiler cannot trace the next one
+        and torch.is_inference_mode_enabled()
         and x.is_cpu
         and x.dtype == weight.dtype
         and (x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]) <= most
