@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import UsageError
+from moe_lm.generate.compiled import CompiledStep
 from moe_lm.generate.penalties import Text
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import CachedAttention, KVCache, PrefillAttention
@@ -170,6 +171,9 @@ class Decoder:
 
     Rows that are being written are the first of the cache, so that a step reads them without a copy: a row that ends
     is overwritten by the last one. A prompt that is taken in piece by piece grows in the cache's last row.
+
+    `compiled` steps are for GPUs (compiled.py): the first ones wait for `torch.compile`. Raises UsageError for a model
+    that lies on several devices.
     """
 
     def __init__(
@@ -179,10 +183,12 @@ class Decoder:
         capacity: int,
         vocab_size: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        compiled: bool = False,
     ) -> None:
         self.model, self.vocab_size, self.prefill_tokens = model, vocab_size, prefill_tokens
         self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
         self.cache = cache_for(model, self.slots, self.capacity)
+        self._compiled = CompiledStep(model) if compiled else None
         self._rows: list[_Row] = []  # being written, in the order of the cache
         self._waiting: deque[_Row] = deque()
         self._growing: _Row | None = None
@@ -243,7 +249,7 @@ class Decoder:
         """One more token for every row; what happened, at most once a request. Raises MoeLmError for broken logits."""
         ahead = []
         if self._rows:
-            ahead.append(extend(self.model, self.cache.view(0, len(self._rows)), [row.ids[-1:] for row in self._rows]))
+            ahead.append(self._extend())
         ahead += self._take_in()
         if not ahead:
             return []
@@ -264,6 +270,12 @@ class Decoder:
         for place in reversed(ended):
             self._free(place)
         return steps
+
+    def _extend(self) -> Ahead:
+        if self._compiled is None:
+            return extend(self.model, self.cache.view(0, len(self._rows)), [row.ids[-1:] for row in self._rows])
+        logits, routings = self._compiled(self.cache, [row.ids[-1] for row in self._rows])
+        return Ahead(logits, routings, slice(0, len(self._rows)))
 
     def _free(self, place: int) -> None:
         last = self._rows.pop()

@@ -232,7 +232,8 @@ class CachedAttention:
     from_cache: ClassVar[bool] = True
 
     def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+        self.keys, self.values, self.lengths = cache.keys, cache.values, cache.lengths
+        self.values_in_keys = cache.latent_size is not None
         lengths = cache.lengths.tolist()
         self.longest, self.even = max(lengths), min(lengths) == max(lengths)
         self._of_new: tuple[tuple[int, torch.device], Tensor, Tensor | None] | None = None
@@ -241,11 +242,11 @@ class CachedAttention:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
     ) -> Tensor:
         new, key_heads = q.shape[1], k.shape[2]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
         if new == 1 and few_rows.serves(q, keys):
-            separate = v if self.cache.latent_size is None else None
+            separate = None if self.values_in_keys else v
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return few_rows.attend(q, k, separate, keys, values, self.cache.lengths, scale)
+            return few_rows.attend(q, k, separate, keys, values, self.lengths.to(q.device), scale)
         sharing = q.shape[2] // key_heads
         positions, visible = self._positions(new, sharing, q.device)
         stop = self.longest + new
@@ -269,12 +270,21 @@ class CachedAttention:
     def _positions(self, new: int, sharing: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Positions of the new tokens `[rows, S]` and which places they see; None when all of them. Once a pass."""
         if self._of_new is None or self._of_new[0] != (new, device):
-            positions, visible = self.cache.lengths[:, None].to(device) + torch.arange(new, device=device), None
+            positions, visible = self.lengths[:, None].to(device) + torch.arange(new, device=device), None
             if new > 1 or not self.even:
                 places = torch.arange(self.longest + new, device=device)
                 visible = (places <= positions[:, None, :, None]).repeat(1, 1, sharing, 1)
             self._of_new = ((new, device), positions, visible)
         return self._of_new[1:]
+
+
+class StaticAttention(CachedAttention):
+    """The same with shapes that do not depend on the lengths: every query reads the whole cache, behind a mask."""
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.longest, self.even = keys.shape[3] - 1, False
+        self._of_new = None
 
 
 def varlen_attention(
