@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.errors import UsageError
-from moe_lm.model.attention import KVCache, StaticAttention
+from moe_lm.model.attention import StaticAttention
+from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
 

@@ -19,7 +19,8 @@ from moe_lm.errors import UsageError
 from moe_lm.generate.compiled import CompiledStep
 from moe_lm.generate.penalties import Text
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.model.attention import CachedAttention, KVCache, PrefillAttention
+from moe_lm.model.attention import CachedAttention, PrefillAttention
+from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig

@@ -17,7 +17,7 @@ from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
-from moe_lm.model.attention import ByLayer
+from moe_lm.model.kv_cache import ByLayer
 from moe_lm.model.transformer import Placement
 from moe_lm.parallel.dispatch import Spread
 from tests.conftest import ROOT

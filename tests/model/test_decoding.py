@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.model.attention import CachedAttention, KVCache, PackedAttention, PrefillAttention
+from moe_lm.model.attention import CachedAttention, PackedAttention, PrefillAttention
+from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.model import few_rows
-from moe_lm.model.attention import CachedAttention, KVCache
+from moe_lm.model.attention import CachedAttention
+from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.layers import MLP, Linear, RMSNorm
 from moe_lm.model.moe import MoE
 from moe_lm.model.rotary import rotate
