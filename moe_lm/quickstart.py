@@ -37,7 +37,7 @@ from moe_lm.model.device import compiling_needs, pick_device
 from moe_lm.terminal import byte_bar
 from moe_lm.tokenization import Tokenizer, train_tokenizer
 from moe_lm.train import finetune, pretrain
-from moe_lm.train.loop import this_command, this_program
+from moe_lm.train.loop import this_program
 
 HOUSE = Path(__file__).parents[1]
 MINUTES = 8.0
@@ -101,8 +101,7 @@ def run(minutes: float | None, corpus: Path | None, run_dir: Path) -> None:
             samples = show_samples(walk, config)
         with stage(walk, "evaluate"):
             figures = measure(walk, config)
-    except StageStoppedError:
-        walk.console.print(f"Stopped. To go on, run again: {this_command()}")
+    except StageStoppedError:  # which has said how to go on
         return
     summarise(walk, config, figures | {"samples": samples})
 

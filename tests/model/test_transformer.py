@@ -257,3 +257,14 @@ def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
             assert F.cosine_similarity(grad.flatten(), grads[name].flatten(), dim=0) > 0.98, name
         else:
             torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["moe", "deepseek_v3"])
+def test_blocks_are_traced_whole(kind: str) -> None:
+    """A break would leave training compiled in pieces, slow and without a word; tracing alone takes no compiler."""
+    model = build(**KINDS[kind], num_hidden_layers=2)
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    loss_and_gradients(model)
+    torch._dynamo.reset()
