@@ -37,6 +37,13 @@ MaxMemory = Annotated[
     typer.Option(metavar="DEVICE=SIZE", help="Like cpu=4GiB or 0=20GiB. Repeatable."),
 ]
 OffloadFolder = Annotated[Path | None, typer.Option(help="Where the rest of --device-map lies on the disk.")]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="For GPUs: steps as one compiled program; its first tokens take tens of seconds. A CPU is slower so.",
+    ),
+]
 TEMPERATURE = 0.8
 
 
@@ -93,6 +100,7 @@ def sample(
         typer.Option(min=-1, metavar="[LAYER]", help="Colour tokens by their strongest expert, in the last layer."),
     ] = None,
     truncate: Truncate = None,
+    compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
@@ -101,6 +109,7 @@ def sample(
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
     _one_source(stdin, prompt, file)
     spread = read_spread(device_map, max_memory, offload_folder)
+    refuse_compile(compiled, spread, beams)
     penalties: dict[str, Any] = {
         "repetition": repetition_penalty,
         "presence": presence_penalty,
@@ -133,7 +142,7 @@ def sample(
     one = len(texts) == 1 and num == 1 and file is None and out is None
     if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
         rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
-        rest |= {"show_routing": show_routing, "spread": spread}
+        rest |= {"show_routing": show_routing, "spread": spread, "compiled": compiled}
         commands.sample(run, texts[0].text, **drawing, **rest)
         return
     settings = (
@@ -142,7 +151,7 @@ def sample(
 
     from moe_lm.generate.session import Session
 
-    session = Session.load(run, base=base, spread=spread)
+    session = Session.load(run, base=base, spread=spread, compiled=compiled)
     batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
 
 
@@ -204,6 +213,13 @@ def read_spread(device_map: str | None, max_memory: list[str] | None, offload_fo
     from moe_lm.parallel.dispatch import Spread
 
     return Spread(dict(item.partition("=")[::2] for item in max_memory or ()), offload_folder)
+
+
+def refuse_compile(compiled: bool, spread: Spread | None, beams: int | None = None) -> None:
+    """Raise UsageError for --compile beside what decodes in another way."""
+    for option, value in (("--beams", beams), ("--device-map", spread)):
+        if compiled and value is not None:
+            raise UsageError(f"--compile and {option} do not go together; leave one of them out")
 
 
 def _temperature(temperature: float | None, greedy: bool) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_lm.cli_generate import Base, DeviceMap, MaxMemory, OffloadFolder, RunPath, read_spread
+from moe_lm.cli_generate import Base, Compile, DeviceMap, MaxMemory, OffloadFolder, RunPath, read_spread, refuse_compile
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.native import build as native
 
@@ -38,6 +38,7 @@ def serve(
         str | None, typer.Option(help="What clients call it; without, the run folder's name.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
@@ -49,6 +50,7 @@ def serve(
     spread = read_spread(device_map, max_memory, offload_folder)
     if spread is not None and device != "auto":
         raise UsageError(f"--device {device} names one device and --device-map takes all; give one of them")
+    refuse_compile(compiled, spread)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -75,4 +77,5 @@ def serve(
         device=device,
         base=base,
         spread=spread,
+        compiled=compiled,
     )

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.completion import Completion, Writer
-from moe_lm.generate.decode import SLOTS, Decoder, Settings, Step, capacity_for
+from moe_lm.generate.decode import SLOTS, Settings, Step
 from moe_lm.generate.painter import Painter, by_layer
 from moe_lm.generate.session import Session
 from moe_lm.terminal import colours
@@ -136,12 +136,8 @@ def _draws(
     painter: Painter | None,
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Prompt, number and values of every sample, in this order, while they are written side by side."""
-    decoder = Decoder(
-        session.model,
-        min(SLOTS, len(prompts) * num),
-        capacity_for(session.model.config, [len(prompt) for prompt in prompts], settings.max_new_tokens),
-        session.tokenizer.vocab_size,
-    )
+    slots = min(SLOTS, len(prompts) * num)
+    decoder = session.decoder(slots, session.capacity_for(prompts, settings.max_new_tokens))
     drafts = []
     for place in range(len(prompts) * num):
         seed = (settings.seed + place) % (1 << 32)

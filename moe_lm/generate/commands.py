@@ -33,14 +33,16 @@ def sample(
     base: Path | None = None,
     show_routing: int | None = None,
     spread: Spread | None = None,
+    compiled: bool = False,
     **more: Any,
 ) -> None:
     """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`.
 
-    `show_routing` is the layer whose experts the tokens are coloured by, `spread` is as in `Session.load`.
+    `show_routing` is the layer whose experts the tokens are coloured by; `spread` and `compiled` are as in
+    `Session.load`.
     """
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
-    session = Session.load(run, base=base, spread=spread)
+    session = Session.load(run, base=base, spread=spread, compiled=compiled)
     painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
     text = session.complete(prompt, settings, stop, truncate, None if painter is None else painter.see)
     show: Callable[[str], str] = str

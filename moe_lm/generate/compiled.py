@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_lm.errors import UsageError
+from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.model.attention import StaticAttention
+from moe_lm.model.device import compiling_needs
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
@@ -23,6 +24,8 @@ class CompiledStep:
 
     There are two programs, each compiled when it is first needed: for one row and for all rows of the cache. Rows that
     are not being written are computed along; what that leaves in them lies behind what they hold.
+
+    Raises UsageError for a model that lies on several devices, and where `torch.compile` lacks something.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -30,6 +33,8 @@ class CompiledStep:
             raise UsageError(
                 "compiled decoding needs the whole model on one device, but it lies on several; leave it out"
             )
+        if needed := compiling_needs(model.device):
+            raise UsageError(f"compiled decoding needs {needed}; install it, or leave it out")
         self.model = model
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         self._run = torch.compile(self._forward, fullgraph=True, dynamic=False, mode=mode)
@@ -39,7 +44,7 @@ class CompiledStep:
     def __call__(self, cache: KVCache, tokens: Sequence[int]) -> tuple[Tensor, list[Routing]]:
         """Logits `[R, V]` after the tokens, and what the routers decided for each row of the program.
 
-        They are overwritten by the next call on a GPU.
+        They are overwritten by the next call on a GPU. Raises MoeLmError when the program cannot be compiled.
         """
         if cache is not self._cache:
             self._cache, self._parts = cache, {}
@@ -49,7 +54,12 @@ class CompiledStep:
             self._parts[size] = _memory_of(cache.view(0, size))
         ids_R1 = torch.tensor([[token] for token in [*tokens, *[0] * (size - len(tokens))]], device=self.model.device)
         torch.compiler.cudagraph_mark_step_begin()
-        logits_RV, routings = self._run(*self._parts[size], ids_R1, cache.lengths[:size].clamp(max=capacity - 1))
+        try:
+            logits_RV, routings = self._run(*self._parts[size], ids_R1, cache.lengths[:size].clamp(max=capacity - 1))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise MoeLmError(
+                f"the decoding step does not compile here ({str(error).strip().splitlines()[0]}); leave compiling out"
+            ) from error
         cache.lengths[: len(tokens)] += 1
         return logits_RV[: len(tokens)], routings
 

@@ -173,8 +173,7 @@ class Decoder:
     Rows that are being written are the first of the cache, so that a step reads them without a copy: a row that ends
     is overwritten by the last one. A prompt that is taken in piece by piece grows in the cache's last row.
 
-    `compiled` steps are for GPUs (compiled.py): the first ones wait for `torch.compile`. Raises UsageError for a model
-    that lies on several devices.
+    `compiled` steps are for GPUs (compiled.py, which says what it raises): the first ones wait for `torch.compile`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from moe_lm.config import check_vocabulary
 from moe_lm.config_file import build_config
 from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Completion
-from moe_lm.generate.decode import Settings, Step, room, steps
+from moe_lm.generate.decode import Decoder, Settings, Step, capacity_for, room
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
@@ -26,19 +26,28 @@ from moe_lm.train import adapters, checkpoint
 if TYPE_CHECKING:
     from moe_lm.parallel.dispatch import Spread
 
+COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths find what was compiled before
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready to write, in float32."""
+    """A model that is ready to write, in float32; in `compiled` steps (compiled.py) if so."""
 
     checkpoint: Path
     model: LanguageModel
     tokenizer: Tokenizer
+    compiled: bool = False
 
     @classmethod
-    def load(cls, run: Path, device: str = "auto", base: Path | None = None, spread: Spread | None = None) -> Session:
+    def load(
+        cls,
+        run: Path,
+        device: str = "auto",
+        base: Path | None = None,
+        spread: Spread | None = None,
+        compiled: bool = False,
+    ) -> Session:
         """Load the newest checkpoint of a run folder, or one checkpoint; adapters are merged into their base.
 
         `base` is where that base is when it has moved. With `spread` a model that is too large for one device lies on
@@ -52,7 +61,16 @@ class Session:
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
         if spread is not None:
             return cls(folder, spread_model(folder, tokenizer, spread, base), tokenizer)
-        return cls(folder, load_model(folder, tokenizer, target, base), tokenizer)
+        return cls(folder, load_model(folder, tokenizer, target, base), tokenizer, compiled)
+
+    def decoder(self, slots: int, capacity: int) -> Decoder:
+        """What writes up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""
+        return Decoder(self.model, slots, capacity, self.tokenizer.vocab_size, compiled=self.compiled)
+
+    def capacity_for(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+        """Positions that a cache needs for these prompts; more, where another number would be compiled anew."""
+        capacity = capacity_for(self.model.config, [len(prompt) for prompt in prompts], new_tokens)
+        return capacity + -capacity % COMPILED_FOR if self.compiled else capacity
 
     def complete(
         self,
@@ -104,8 +122,9 @@ class Session:
         stop: Sequence[str] = (),
         see: Callable[[Step], object] | None = None,
     ) -> Completion:
-        chosen = steps(self.model, [prompt], settings, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
-        return Completion(_tokens(chosen, see), self.tokenizer.decode, stop)
+        decoder = self.decoder(1, self.capacity_for([prompt], settings.max_new_tokens))
+        decoder.add(prompt, settings, self.tokenizer.stop_ids)
+        return Completion(_tokens(decoder.run(), see), self.tokenizer.decode, stop)
 
 
 def _tokens(chosen: Iterator[Step], see: Callable[[Step], object] | None) -> Iterator[int]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from moe_lm.errors import MoeLmError
-from moe_lm.generate.decode import Decoder, Step
+from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
 from moe_lm.serve.errors import ApiError, broken
 from moe_lm.serve.metrics import Metrics
@@ -27,19 +27,31 @@ class Engine:
 
     def __init__(self, session: Session, slots: int, capacity: int, max_queue: int, metrics: Metrics) -> None:
         try:
-            self._decoder = Decoder(session.model, slots, capacity, session.tokenizer.vocab_size)
+            self._decoder = session.decoder(slots, capacity)
         except RuntimeError as error:  # torch's allocators raise nothing more special
             raise MoeLmError(
                 f"a cache of {slots} rows of {capacity} positions does not fit into memory "
                 f"({str(error).splitlines()[0]}); give a smaller --max-concurrent or --max-context"
             ) from error
-        self.slots, self.capacity, self.max_queue, self._metrics = slots, self._decoder.capacity, max_queue, metrics
+        self.slots, self.capacity, self.max_queue, self._metrics = slots, capacity, max_queue, metrics
+        self._bos_id = session.tokenizer.bos_id
         self._wake = threading.Condition()
         self._waiting: list[Ticket] = []  # that have rows to start, in the order in which they came
         self._left: list[Ticket] = []  # whose rows are to be dropped
         self._working: dict[int, tuple[Ticket, Row]] = {}  # by the decoder's number; only the thread changes it
         self._refusing = self._closed = False
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+
+    def warm_up(self) -> None:
+        """Write two short texts alone and side by side: the first steps import parts of torch, or compile.
+
+        Raises MoeLmError when that fails.
+        """
+        for together in (1, min(2, self.slots)):
+            for _ in range(together):
+                self._decoder.add([self._bos_id], Settings(max_new_tokens=2))
+            for _ in self._decoder.run():
+                pass
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """`loop` is where the tickets are read."""

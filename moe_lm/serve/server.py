@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from moe_lm.errors import MoeLmError
-from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.serve.app import build_app
 from moe_lm.serve.engine import Engine
@@ -48,6 +47,7 @@ def serve(
     device: str,
     base: Path | None,
     spread: Spread | None,
+    compiled: bool,
 ) -> None:
     """Serve until a signal; then give what runs `grace` seconds to end."""
     with listen(host, port) as listener:
@@ -58,11 +58,11 @@ def serve(
                 f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
                 file=sys.stderr,
             )
-        session = Session.load(run, device, base, spread)
-        list(session.complete("", Settings(max_new_tokens=1)))  # the first forward pass imports parts of torch
+        session = Session.load(run, device, base, spread, compiled)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
         engine = Engine(session, slots, min(max_context or positions, positions), max_queue, metrics)
+        engine.warm_up()
         hosts = LOOPBACK_NAMES if at_home and not api_key else None
         limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
         app = build_app(session, engine, limits, metrics, model or run.resolve().name)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from moe_lm.generate.decode import Decoder, Settings
+from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.device import compiling_needs
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
+from tests.conftest import Done
+
+MoeLm = Callable[..., Done]
+needs_compiler = pytest.mark.skipif(
+    compiling_needs(torch.device("cpu")) is not None, reason="torch.compile lacks something here"
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -38,7 +47,7 @@ def written(model: LanguageModel, sampling: Sampling, compiled: bool) -> dict[in
     return found
 
 
-@pytest.mark.skipif(compiling_needs(torch.device("cpu")) is not None, reason="torch.compile lacks something here")
+@needs_compiler
 @pytest.mark.parametrize("attention", [GROUPED, LATENT], ids=["grouped", "latent"])
 def test_compiled_equals_not_compiled(attention: dict[str, Any]) -> None:
     model = LanguageModel(ModelConfig(**SHAPE, **attention))
@@ -55,3 +64,73 @@ def test_cuda_graphs_equal_single_kernels(attention: dict[str, Any]) -> None:
     model.cuda()
     for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9)):
         assert written(model, sampling, compiled=True) == written(model, sampling, compiled=False)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes of what is compiled; it is traced, but inductor's half minute of building kernels is left out."""
+    found: list[str] = []
+
+    def trace(function: Callable[..., Any], *, mode: str, **options: Any) -> Callable[..., Any]:
+        found.append(mode)
+        return compile_(function, backend="eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    return found
+
+
+@needs_compiler
+def test_every_way_of_sampling_can_be_compiled(moe_lm: MoeLm, run: Path, tmp_path: Path, programs: list[str]) -> None:
+    (tmp_path / "prompts.jsonl").write_text('"import "\n"def f("\n')
+    always = ("--seed", 3, "--max-new-tokens", 6)
+    for number, options in enumerate(
+        [("-p", "import "), ("-p", "import ", "--num", 3), ("--file", tmp_path / "prompts.jsonl")], 1
+    ):
+        expected = moe_lm("sample", run, *options, *always)
+        assert (expected.code, len(programs)) == (0, number - 1)
+        assert moe_lm("sample", run, *options, *always, "--compile").out == expected.out
+        assert programs == ["default"] * number
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_sample_is_the_one_that_is_not(moe_lm: MoeLm, run: Path) -> None:
+    options = ("-p", "import ", "--num", 3, "--seed", 3, "--max-new-tokens", 6)
+    assert moe_lm("sample", run, *options, "--compile").out == moe_lm("sample", run, *options).out
+
+
+@needs_compiler
+def test_prompts_of_other_lengths_find_what_was_compiled_before(run: Path) -> None:
+    session = Session.load(run, "cpu", compiled=True)
+    assert session.capacity_for([[1] * 3], 200) == session.capacity_for([[1] * 9, [1]], 190)
+
+
+def test_what_does_not_compile_is_refused_in_a_sentence(
+    moe_lm: MoeLm, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb, *options in (
+        ("sample", "-p", "a", "--beams", "2"),
+        ("sample", "-p", "a", "--device-map", "auto"),
+        ("serve", "--device-map", "auto"),
+    ):
+        done = moe_lm(verb, run, *options, "--compile")
+        assert done.code == 2
+        assert f"--compile and {options[-2]} do not go together; leave one of them out" in done.err
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    for verb, *options in (("sample", "-p", "a"), ("serve", "--port", "0")):
+        done = moe_lm(verb, run, *options, "--compile")
+        assert done.code == 2
+        assert (
+            "compiled decoding needs a C++ compiler (Debian: apt-get install g++); install it, or leave it" in done.err
+        )
+
+
+@needs_compiler
+def test_a_compiler_that_fails_ends_in_a_sentence(start_moe_lm: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    process = start_moe_lm("sample", run, "-p", "a", "--compile", CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "the decoding step does not compile here" in err.splitlines()[-1]
+    assert "Traceback" not in err

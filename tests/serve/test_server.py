@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
+from moe_lm.model.device import compiling_needs
 from tests.conftest import Done
 from tests.processes import free_port
 
@@ -47,6 +49,16 @@ def test_sigterm_lets_what_runs_end_and_nothing_new_begin(served_run: Path, star
         assert [line for line in lines if line][-1] == "data: [DONE]"
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiling_needs(torch.device("cpu")) is not None, reason="torch.compile lacks something here")
+def test_a_compiled_server_writes_the_same(served_run: Path, session: Session, start_moe_lm: Start) -> None:
+    _, url = start(start_moe_lm, served_run, "--compile", "--max-concurrent", 3)
+    body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "n": 2}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    text = "".join(session.complete("import ", Settings(8)))
+    assert [choice["text"] for choice in answer["choices"]] == [text, text]
 
 
 def test_options_reach_the_server_and_what_does_not_end_in_time_is_told(served_run: Path, start_moe_lm: Start) -> None:
