@@ -81,18 +81,24 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("interrupted", file=sys.stderr)
-        _flush_quietly()
+        unwritten = _flush_quietly()
+        if unwritten and not stop.code:
+            _stop(unwritten, 1, debug, verb)
         raise
     except MoeLmError as error:
         _stop(f"error: {error}", error.exit_code, debug, verb, error.common)
     except Exception as error:
         if hasattr(error, "format_message"):  # wrong use, which Typer shows in a box, but not in one for every rank
             _stop(f"error: {error.format_message()}", 2, debug, verb, common=True)
+        unwritten = _flush_quietly()
+        if unwritten:
+            _stop(unwritten, 1, debug, verb)
         hint = "" if debug else "; run again with --debug for the traceback"
         _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug, verb)
 
 
 def _stop(message: str, code: int, debug: bool, verb: str, common: bool = False) -> None:
+    _flush_quietly()
     if debug:
         traceback.print_exc()
     if _is_one_of_many(verb):
@@ -146,12 +152,18 @@ def _with_a_number(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _flush_quietly() -> None:
-    """A reader that went away (`moe-lm ... | head`) is no error; without this Python complains when it exits."""
+def _flush_quietly() -> str | None:
+    """What is wrong where the rest of the output cannot be written; without this Python complains when it exits.
+
+    A reader that went away (`moe-lm ... | head`) is no error.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            return f"error: stdout cannot be written ({error.strerror}); free some space, or send it elsewhere"
+    return None
 
 
 @app.callback()

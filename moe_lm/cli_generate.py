@@ -10,12 +10,21 @@ import typer
 
 from moe_lm.errors import UsageError
 from moe_lm.native import build as native
+from moe_lm.signals import ended_by_sigterm
+from moe_lm.terminal import check_typed
 
 if TYPE_CHECKING:
     from moe_lm.generate.batch import Prompt
     from moe_lm.generate.beams import BeamSettings
     from moe_lm.generate.penalties import Penalties
     from moe_lm.parallel.dispatch import Spread
+
+
+def _typed(prompt: str | None) -> str | None:
+    if prompt is not None:
+        check_typed("--prompt", prompt)
+    return prompt
+
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in it.")]
 Base = Annotated[Path | None, typer.Option(help="Where the base of adapters is now, if it has moved.")]
@@ -44,20 +53,21 @@ Compile = Annotated[
         help="For GPUs: steps as one compiled program; its first tokens take tens of seconds. A CPU is slower so.",
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 TEMPERATURE = 0.8
 
 
 def add_to(app: typer.Typer) -> None:
     """Put the verbs behind those that are there."""
-    app.command(rich_help_panel="Use")(sample)
-    app.command(rich_help_panel="Use")(chat)
+    app.command(rich_help_panel="Use")(ended_by_sigterm()(sample))
+    app.command(rich_help_panel="Use")(ended_by_sigterm()(chat))  # what lies on the disk goes with the model
     app.command(rich_help_panel="Use")(explain)
 
 
 def sample(
     run: RunPath,
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="The prompt is what comes in on stdin.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=_typed, help="Text to continue.")] = None,
     file: Annotated[
         Path | None, typer.Option(help='Prompts, a JSON line each: "text" or {"prompt": "text"}; - is stdin.')
     ] = None,
@@ -100,6 +110,7 @@ def sample(
         typer.Option(min=-1, metavar="[LAYER]", help="Colour tokens by their strongest expert, in the last layer."),
     ] = None,
     truncate: Truncate = None,
+    device: Device = "auto",
     compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -108,8 +119,9 @@ def sample(
 ) -> None:
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
     _one_source(stdin, prompt, file)
-    spread = read_spread(device_map, max_memory, offload_folder)
+    spread = read_spread(device_map, max_memory, offload_folder, device)
     refuse_compile(compiled, spread, beams)
+    heat = _temperature(temperature, greedy)
     penalties: dict[str, Any] = {
         "repetition": repetition_penalty,
         "presence": presence_penalty,
@@ -137,12 +149,12 @@ def sample(
     texts = [batch.Prompt(prompt)] if prompt is not None else _read(stdin, file)
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     all_penalties = Penalties(**penalties, logit_bias=biases)
-    drawing |= lengths | {"temperature": _temperature(temperature, greedy), "penalties": all_penalties}
+    drawing |= lengths | {"temperature": heat, "penalties": all_penalties}
     drawing |= {"routing": drawing.pop("show_routing") is not None}
     one = len(texts) == 1 and num == 1 and file is None and out is None
     if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
         rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
-        rest |= {"show_routing": show_routing, "spread": spread, "compiled": compiled}
+        rest |= {"show_routing": show_routing, "spread": spread, "compiled": compiled, "device": device}
         commands.sample(run, texts[0].text, **drawing, **rest)
         return
     settings = (
@@ -151,7 +163,7 @@ def sample(
 
     from moe_lm.generate.session import Session
 
-    session = Session.load(run, base=base, spread=spread, compiled=compiled)
+    session = Session.load(run, device, base, spread, compiled)
     batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
 
 
@@ -165,24 +177,27 @@ def chat(
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Remember what is typed, in ~/.local/state/moe-lm.")
     ] = True,
+    device: Device = "auto",
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
     base: Base = None,
 ) -> None:
     """Talk to a fine-tuned run; /help there lists what it can do."""
+    spread = read_spread(device_map, max_memory, offload_folder, device)
+
     native.start()
     from moe_lm.generate import commands
     from moe_lm.generate.chat import chat as talk
 
     heat = _temperature(temperature, greedy=False)
     settings = commands.settings_of(max_new_tokens, heat, top_k, top_p, seed)
-    talk(run, settings, base, history, read_spread(device_map, max_memory, offload_folder))
+    talk(run, settings, base, history, spread, device)
 
 
 def explain(
     run: RunPath,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to look at.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", callback=_typed, help="The text to look at.")],
     out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("explain.png"),
     layers: Annotated[str | None, typer.Option(metavar="0,3", help="These alone; without, at most 6.")] = None,
     heads: Annotated[str | None, typer.Option(metavar="0,3", help="These alone; without, at most 8.")] = None,
@@ -204,12 +219,16 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise UsageError(f"--{option} {text} is no list of numbers; give them like 0,3") from error
 
 
-def read_spread(device_map: str | None, max_memory: list[str] | None, offload_folder: Path | None) -> Spread | None:
+def read_spread(
+    device_map: str | None, max_memory: list[str] | None, offload_folder: Path | None, device: str
+) -> Spread | None:
     if device_map is None:
         for option, value in (("--max-memory", max_memory), ("--offload-folder", offload_folder)):
             if value:
                 raise UsageError(f"{option} belongs to a model on several devices; give --device-map auto too")
         return None
+    if device != "auto":
+        raise UsageError(f"--device {device} names one device and --device-map takes all; give one of them")
     from moe_lm.parallel.dispatch import Spread
 
     return Spread(dict(item.partition("=")[::2] for item in max_memory or ()), offload_folder)
@@ -223,6 +242,8 @@ def refuse_compile(compiled: bool, spread: Spread | None, beams: int | None = No
 
 
 def _temperature(temperature: float | None, greedy: bool) -> float:
+    if greedy and temperature is not None:
+        raise UsageError(f"--temperature {temperature} draws and --greedy never does; give one of them")
     if greedy:
         return 0.0
     return TEMPERATURE if temperature is None else temperature

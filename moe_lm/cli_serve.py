@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from moe_lm.cli_generate import Base, Compile, DeviceMap, MaxMemory, OffloadFolder, RunPath, read_spread, refuse_compile
+from moe_lm.cli_generate import (
+    Base,
+    Compile,
+    Device,
+    DeviceMap,
+    MaxMemory,
+    OffloadFolder,
+    RunPath,
+    read_spread,
+    refuse_compile,
+)
 from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.native import build as native
 
@@ -37,7 +47,7 @@ def serve(
     model_name: Annotated[
         str | None, typer.Option(help="What clients call it; without, the run folder's name.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: Device = "auto",
     compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -47,9 +57,7 @@ def serve(
     """Answer OpenAI's clients over HTTP, and serve a chat page."""
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise UsageError("--api-key is empty or has a character that no header can carry; give printable ASCII")
-    spread = read_spread(device_map, max_memory, offload_folder)
-    if spread is not None and device != "auto":
-        raise UsageError(f"--device {device} names one device and --device-map takes all; give one of them")
+    spread = read_spread(device_map, max_memory, offload_folder, device)
     refuse_compile(compiled, spread)
     try:
         import fastapi  # noqa: F401

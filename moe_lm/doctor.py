@@ -110,9 +110,10 @@ def _program(name: str, commands: tuple[str, ...], remedy: str) -> Finding:
 def _native() -> Finding:
     """Whether decoding on a CPU runs in C++; this builds it where it was not built yet."""
     try:
-        return Finding("decoding in C++", "ok", str(build.build()))
+        return Finding("decoding in C++", "ok", build.load()._name)
     except build.UnavailableError as error:
-        return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", "install g++")
+        remedy = "" if build.compiler_path() else "install g++"
+        return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", remedy)
 
 
 def _disk(folder: Path) -> Finding:
@@ -136,7 +137,8 @@ def _build_locks(folder: Path) -> Iterator[Finding]:
 
 def _extensions_dir() -> Path:
     """Where torch builds extensions, DeepSpeed's ops among them."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    cache = os.path.join(os.path.expanduser("~"), ".cache")  # torch's own way, which needs no home folder
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
 
 
 def _cores() -> int:

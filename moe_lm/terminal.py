@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from moe_lm.errors import UsageError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,6 +28,14 @@ def byte_bar(console: Console, title: str) -> Iterator[Callable[[int, int | None
 def colours(file: TextIO) -> bool:
     """Whether to write colours: on a terminal that has them, unless NO_COLOR is set (https://no-color.org)."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def check_typed(name: str, text: str) -> None:
+    """Raises UsageError for bytes that are not UTF-8, which Python keeps as halves of surrogate pairs (PEP 383)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text at character {error.start}; type it in UTF-8") from error
 
 
 PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}

@@ -64,3 +64,14 @@ def test_lock_of_a_killed_build_is_reported(tmp_path: Path) -> None:
     found = finding("build lock")
     assert found.status == "warning"
     assert found.remedy.endswith(f"rm {lock}")
+
+
+def test_no_home_folder_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert doctor.run() == 0
+    assert finding("decoding in C++").status == "optional"

@@ -50,14 +50,18 @@ def explain(
             file=sys.stderr,
         )
     words = prompt if len(prompt) <= 60 else f"{prompt[:29]} … {prompt[-29:]}"
-    name = session.checkpoint.resolve().parents[1].name
-    title = f"{name}, {session.checkpoint.name}: {words!r}\n{_legend(bool(recording.routings))}"
+    title = f"{_name(run, session.checkpoint)}: {words!r}\n{_legend(bool(recording.routings))}"
 
     def decode(id_: int) -> str:
         return session.tokenizer.decode([id_], skip_special=False)
 
     picture.save(picture.draw(recording, decode, choice, config.n_routed_experts, title), out)
     print(f"{out}: layers {_listed(choice.layers)}, heads {_listed(choice.heads)}", file=sys.stderr)
+
+
+def _name(run: Path, checkpoint: Path) -> str:
+    """The run's name and its checkpoint's; one of them where a checkpoint was given, wherever it lies."""
+    return ", ".join(dict.fromkeys(filter(None, (run.resolve().name, checkpoint.resolve().name))))
 
 
 def _legend(routed: bool) -> str:

@@ -116,11 +116,10 @@ def _output(out: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     try:
-        file = out.open("w", encoding="utf-8")
-    except OSError as error:
+        with out.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:  # while it is written, too: a disk can be full
         raise MoeLmError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
-    with file:
-        yield file
 
 
 def _block(line: Mapping[str, Any]) -> str:

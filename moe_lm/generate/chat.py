@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lm.errors import UsageError
+from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.conversation import Conversation, Reply
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
-from moe_lm.terminal import colours, printable
+from moe_lm.terminal import check_typed, colours, printable
 
 if TYPE_CHECKING:
     from moe_lm.parallel.dispatch import Spread
@@ -26,14 +26,19 @@ KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help 
 
 
 def chat(
-    run: Path, settings: Settings, base: Path | None = None, history: bool = True, spread: Spread | None = None
+    run: Path,
+    settings: Settings,
+    base: Path | None = None,
+    history: bool = True,
+    spread: Spread | None = None,
+    device: str = "auto",
 ) -> None:
-    """Talk until /quit or Ctrl-D. `base` and `spread` are as in `Session.load`.
+    """Talk until /quit or Ctrl-D. `base`, `spread` and `device` are as in `Session.load`.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
     chat template.
     """
-    session = Session.load(run, base=base, spread=spread)
+    session = Session.load(run, device, base, spread)
     if not session.tokenizer.has_chat_template:
         raise UsageError(
             f"the tokenizer of {run} has no chat template, so no conversation can be written for the model; continue "
@@ -73,7 +78,7 @@ class Chat:
         for line in lines:
             try:
                 self._take(line.strip())
-            except UsageError as error:
+            except MoeLmError as error:  # the conversation stays
                 print(f"error: {error}", file=sys.stderr)
             except KeyboardInterrupt:  # that came between two answers
                 print()
@@ -100,18 +105,22 @@ class Chat:
             raise UsageError(f"/{name} takes nothing, but {argument!r} was given; leave it out")
         run(argument)
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, question: str) -> bool:
+        """Whether an answer came, and was not stopped."""
+        check_typed("the question", question)
         reply = self.conversation.ask(question)
         if reply.forgotten:
             fitting = len(self.conversation.turns) + 1 - reply.forgotten
             self.note(f"(only the last {fitting} messages fit)")
         shown, stopped = self._show(reply)
-        if not self.conversation.keep(question, shown, whole=not (stopped or reply.is_cut)):
-            self.note("(an answer without words: the question is forgotten)")
+        kept = self.conversation.keep(question, shown, whole=not (stopped or reply.is_cut))
+        if not kept:
+            self.note("(an answer without words: question and answer are forgotten)")
         elif self.at_terminal:
             speed = f", {reply.text.speed:.1f} tokens/s" if reply.text.speed else ""
             end = ", stopped" if stopped else ", cut at its longest" if reply.is_cut else ""
             self.note(f"{reply.text.tokens} tokens{speed}{end}")
+        return kept and not stopped
 
     def _show(self, reply: Reply) -> tuple[str, bool]:
         """Print an answer as it comes, until it or Ctrl-C ends it; what was printed, and whether it was stopped."""
@@ -122,10 +131,12 @@ class Chat:
                 shown += piece
         except KeyboardInterrupt:
             stopped = True
-        print(flush=True)
+        finally:
+            print(flush=True)
         return shown, stopped
 
     def _system(self, text: str) -> None:
+        check_typed("/system", text)
         self.conversation.system = text
         self.note("(the model is told so from now on)" if text else "(the model is told nothing)")
 
@@ -146,7 +157,14 @@ class Chat:
         self.note(f"(added to {text}{why})")
 
     def _retry(self, _: str) -> None:
-        self._ask(self.conversation.undo())
+        before, answered = list(self.conversation.turns), False
+        question = self.conversation.undo()
+        try:
+            answered = self._ask(question)
+        finally:
+            if not answered:
+                self.conversation.turns = before
+                self.note("(the answer that was there before stays)")
 
     def _undo(self, _: str) -> None:
         self.note(f"(forgotten: {self.conversation.undo()!r})")

@@ -34,15 +34,16 @@ def sample(
     show_routing: int | None = None,
     spread: Spread | None = None,
     compiled: bool = False,
+    device: str = "auto",
     **more: Any,
 ) -> None:
     """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`.
 
-    `show_routing` is the layer whose experts the tokens are coloured by; `spread` and `compiled` are as in
+    `show_routing` is the layer whose experts the tokens are coloured by; `spread`, `compiled` and `device` are as in
     `Session.load`.
     """
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
-    session = Session.load(run, base=base, spread=spread, compiled=compiled)
+    session = Session.load(run, device, base, spread, compiled)
     painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
     text = session.complete(prompt, settings, stop, truncate, None if painter is None else painter.see)
     show: Callable[[str], str] = str

@@ -82,12 +82,13 @@ class Conversation:
         """
         if not self.turns:
             raise UsageError("nothing was said yet; there is no conversation to save")
-        line = json.dumps({"messages": self._with_system(self.turns)}, ensure_ascii=False)
         try:
-            with file.expanduser().open("a", encoding="utf-8") as opened:
-                opened.write(line + "\n")
-        except OSError as error:
-            raise UsageError(f"{file} cannot be written ({error.strerror}); name another file") from error
+            line = json.dumps({"messages": self._with_system(self.turns)}, ensure_ascii=False).encode("utf-8") + b"\n"
+            with file.expanduser().open("ab") as opened:
+                opened.write(line)
+        except (OSError, RuntimeError, ValueError) as error:  # ~ of nobody is a RuntimeError, a NUL a ValueError
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"{file} cannot be written ({why}); name another file") from error
         return any(turn.get("train", True) for turn in self.turns[1::2])
 
     def _recent(self, turns: Sequence[Message]) -> Sequence[Message]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
@@ -24,7 +24,7 @@ def typed_lines(words: Sequence[str], history: bool = True) -> Iterator[str]:
         multiline=True,
         prompt_continuation=lambda width, number, wrapped: "." * (width - 1) + " ",
         key_bindings=_keys(),
-        history=_KeptHistory() if history else InMemoryHistory(),
+        history=_history() if history else InMemoryHistory(),
         completer=WordCompleter(list(words), sentence=True),
         complete_while_typing=False,
         enable_suspend=True,
@@ -46,10 +46,17 @@ def typed_lines(words: Sequence[str], history: bool = True) -> Iterator[str]:
 
 
 def history_file() -> Path:
-    """Where XDG's base directories have state that outlives a program."""
+    """Where XDG's base directories have state that outlives a program. Raises RuntimeError without a home folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
     return folder / "moe-lm" / "chat_history"
+
+
+def _history() -> History:
+    try:
+        return _KeptHistory()
+    except RuntimeError:  # a container's user may have no home folder
+        return InMemoryHistory()
 
 
 class _KeptHistory(FileHistory):

@@ -33,9 +33,18 @@ class UnavailableError(Exception):
 def library() -> ctypes.CDLL | None:
     """The functions of few_rows.cpp, or None where they cannot be had."""
     try:
-        return ctypes.CDLL(str(build()))
-    except (UnavailableError, OSError):
+        return load()
+    except UnavailableError:
         return None
+
+
+def load() -> ctypes.CDLL:
+    """The same; raises UnavailableError with the reason."""
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # as on a disk that is mounted noexec
+        raise UnavailableError(f"it cannot be loaded: {error}; XDG_CACHE_HOME can name another folder") from error
 
 
 def start() -> None:
@@ -71,7 +80,11 @@ def build() -> Path:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
+    """Raises UnavailableError for a user without a home folder, as containers have."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
+    except RuntimeError as error:
+        raise UnavailableError("no home folder; XDG_CACHE_HOME can name one for the cache") from error
 
 
 def compiler_path() -> str | None:

@@ -49,11 +49,13 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]
     from accelerate.utils import set_module_tensor_to_device
 
     limits = _limits(spread.max_memory)
+    folder = None if spread.offload_folder is None else _folder(model, spread.offload_folder)
     with _quiet():
         device_map = infer_auto_device_map(model, limits, no_split_module_classes=WHOLE)
     devices = [device for device in device_map.values() if device not in ("cpu", DISK)]
     main = torch.device(devices[0] if devices else "cpu")
-    folder = _folder(model, spread.offload_folder) if DISK in device_map.values() else None
+    if folder is None and DISK in device_map.values():
+        folder = _folder(model, None)
     buffers, index = dict(model.named_buffers()), dict[str, Any]()
     tied = model.config.tie_word_embeddings and _place_of(HEAD, device_map) == _place_of(EMBEDDING, device_map)
     for name, tensor in model.state_dict().items():
@@ -72,7 +74,7 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]
             model,
             device_map,
             main_device=devices[0] if devices else "cpu",
-            offload_dir=folder,
+            offload_dir=folder if DISK in device_map.values() else None,
             offload_index=index or None,
             preload_module_classes=WHOLE,
         )
@@ -94,7 +96,7 @@ def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:
             there = ", ".join(map(str, limits))
             raise UsageError(f"--max-memory {name}={size} names no device of this machine; it has {there}")
         try:
-            limits[device] = convert_file_size_to_int(size)
+            limits[device] = 0 if size == "0" else convert_file_size_to_int(size)
         except ValueError as error:
             raise UsageError(f"--max-memory {name}={size} is no size; give it like {name}=4GiB") from error
     return limits

@@ -6,7 +6,6 @@ import atexit
 import os
 import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -120,8 +119,12 @@ def end(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for output in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        try:
             output.flush()
+        except BrokenPipeError:
+            continue  # a reader that went away is no error
+        except OSError:
+            code = code or 1  # what was to be said is not on the disk
     os._exit(code)
 
 

@@ -147,6 +147,13 @@ def test_by_default_layers_and_heads_are_spread() -> None:
     assert verb._chosen("head", [3, 1, 3], 4, 6) == [3, 1]
 
 
+def test_the_title_has_the_name_that_was_given(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "moe", tmp_path / "moe/checkpoints/step-00000010"
+    assert verb._name(run, checkpoint) == "moe, step-00000010"
+    assert verb._name(checkpoint, checkpoint) == "step-00000010"
+    assert verb._name(Path("/copied"), Path("/copied")) == "copied"
+
+
 def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: Callable, tmp_path: Path) -> None:
     run = save_run(built(GROUPED))
     done = moe_lm(
@@ -160,6 +167,7 @@ def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: Callab
         ("--layers", "3"): "--layers names layer 3; this model has layers 0 to 2",
         ("--heads", "x"): "--heads x is no list of numbers",
         ("--out", tmp_path / "a.doc"): "does not end like a picture; expected one of .png, .svg, .pdf",
+        ("--prompt", "caf\udce9"): "--prompt is not UTF-8 text at character 3",
         ("--prompt", "1 2 3 " * 40): "max_position_embeddings=64; shorten it",
     }.items():
         done = moe_lm("explain", run, "-p", "a", *options)

@@ -6,7 +6,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from moe_lm.chat_config import ChatSource
 from moe_lm.data.conversations import read_dialogues
 from moe_lm.data.files import Report
-from moe_lm.errors import UsageError
+from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate import chat as verb
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
@@ -109,6 +109,53 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(session: Session, run: Path, m
     assert output.getvalue() in [f"{whole[:end]}\n{then(whole[:end])}\n" for end in range(1, len(whole))]
 
 
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_an_answer_stays_when_another_one_is_stopped(
+    session: Session, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
+    talk.through(["a", "b"])
+    before = list(talk.conversation.turns)
+
+    def written(self: object) -> Iterator[str]:
+        yield from ["a piece"] * pieces
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("moe_lm.generate.completion.Completion.__iter__", written)
+    talk.through(["/retry"])
+    assert talk.conversation.turns == before
+    assert "(the answer that was there before stays)" in capsys.readouterr().err
+
+
+def test_the_conversation_outlives_an_answer_that_fails(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
+    talk.through(["a"])
+    before = list(talk.conversation.turns)
+
+    def failing(self: object) -> Iterator[str]:
+        yield "a piece"
+        raise MoeLmError("the logits are broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_lm.generate.completion.Completion.__iter__", failing)
+        talk.through(["b", "/retry"])
+    assert talk.conversation.turns == before
+    captured = capsys.readouterr()
+    assert captured.err.count("error: the logits are broken") == 2
+    assert captured.out.endswith("\na piece\na piece\n")
+
+
+def test_what_is_not_utf8_is_refused_where_it_is_typed(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
+    talk.through(["/system caf\udce9", "caf\udce9", "a"])
+    captured = capsys.readouterr()
+    assert "error: /system is not UTF-8 text at character 3" in captured.err
+    assert "error: the question is not UTF-8 text at character 3" in captured.err
+    assert captured.out == answers(session, "a")[0] + "\n"
+
+
 def test_commands_change_the_conversation(
     session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,8 +235,18 @@ def test_a_saved_conversation_is_what_fine_tuning_reads(session: Session, tmp_pa
 def test_a_conversation_that_cannot_be_written_says_why(session: Session, tmp_path: Path) -> None:
     conversation = verb.Conversation(session, Settings())
     conversation.keep("a", "b", whole=True)
-    with pytest.raises(UsageError, match=r"none/talk.jsonl cannot be written \(No such file or directory\)"):
-        conversation.save(tmp_path / "none" / "talk.jsonl")
+    for name, why in {
+        f"{tmp_path}/none/talk.jsonl": r"none/talk.jsonl cannot be written \(No such file or directory\)",
+        "~nosuchuser/talk.jsonl": r"~nosuchuser/talk.jsonl cannot be written \(Could not determine home directory.\)",
+        f"{tmp_path}/a\0b": r"cannot be written \(embedded null byte\)",
+        f"{tmp_path}/\ud800": r"cannot be written \(.* surrogates not allowed\)",
+    }.items():
+        with pytest.raises(UsageError, match=why):
+            conversation.save(Path(name))
+    conversation.system = "half \ud800"
+    with pytest.raises(UsageError, match="surrogates not allowed"):
+        conversation.save(tmp_path / "talk.jsonl")
+    assert not (tmp_path / "talk.jsonl").exists()
 
 
 def test_an_answer_that_was_cut_is_not_trained_on(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

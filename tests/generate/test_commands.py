@@ -66,6 +66,10 @@ def test_bad_input_is_refused_in_a_sentence(run: Path, moe_lm: Callable, tmp_pat
     long = "1 2 3 4 5 6 7 8 9 " * 20
     for options, error in {
         ("-p", long): "max_position_embeddings=64; shorten it, or drop its beginning with --truncate left",
+        ("-p", "caf\udce9"): "--prompt is not UTF-8 text at character 3",
+        ("-p", "a", "--device", "tpu"): "device 'tpu' is not available on this machine",
+        ("-p", "a", "--num", 2, "--device", "tpu"): "device 'tpu' is not available on this machine",
+        ("-p", "a", "--greedy", "--temperature", 0.9): "--temperature 0.9 draws and --greedy never does",
         ("-p", "a", "--stop", ""): "a stop string is empty",
         ("-p", "a", "--logit-bias", "1024=1"): "logit_bias 1024=1.0 names no token; the ids end at 1023",
         ("-p", "a", "--logit-bias", "1024=1", "--beams", 2): "logit_bias 1024=1.0 names no token; the ids end at 1023",
@@ -87,3 +91,17 @@ def test_a_checkpoint_that_is_not_complete_is_refused_by_every_verb(run: Path, m
         done = moe_lm(*verb)
         assert (done.code, done.out) == (2, "")
         assert "holds no complete checkpoint" in done.err
+
+
+def test_a_full_disk_is_a_sentence(run: Path, moe_lm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = moe_lm("sample", run, "-p", "a", "--max-new-tokens", 2, "--out", "/dev/full")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "error: /dev/full cannot be written (No space left on device); choose another --out\n"
+    for verb in (["sample", run, "-p", "a"], ["sample", run, "-p", "a", "--num", 2], ["--version"]):
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            done = moe_lm(*verb)
+        assert done.code == 1
+        assert done.err == (
+            "error: stdout cannot be written (No space left on device); free some space, or send it elsewhere\n"
+        )

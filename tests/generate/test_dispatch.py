@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +105,8 @@ def test_sample_and_chat_take_it(make_run: MakeRun, moe_lm: Callable, tmp_path: 
     done = moe_lm("sample", run, "-p", "import", "--greedy", "--max-new-tokens", 9, *spread)
     assert (done.code, done.out) == (0, usual.out)
     for options, error in {
+        ("--device", "tpu"): "device 'tpu' is not available on this machine",
+        ("--device-map", "auto", "--device", "cpu"): "--device cpu names one device and --device-map takes all",
         ("--max-memory", "cpu=1GiB"): "--max-memory belongs to a model on several devices; give --device-map auto too",
         ("--device-map", "auto", "--max-memory", "cpu=much"): "--max-memory cpu=much is no size; give it like cpu=4GiB",
         ("--device-map", "auto", "--max-memory", "99=1GiB"): "--max-memory 99=1GiB names no device of this machine",
@@ -111,9 +115,39 @@ def test_sample_and_chat_take_it(make_run: MakeRun, moe_lm: Callable, tmp_path: 
         assert (done.code, done.out) == (2, "")
         assert error in done.err
     (tmp_path / "file").touch()
-    done = moe_lm("sample", run, "-p", "a", *spread[:-1], tmp_path / "file" / "x")
-    assert done.code == 1
-    assert re.search(r"--offload-folder .* cannot be written \(Not a directory\)", done.err)
+    for memory in ("cpu=0", "cpu=1GiB"):  # and so where nothing lies on the disk
+        options = ["--device-map", "auto", "--max-memory", memory, "--offload-folder", tmp_path / "file" / "x"]
+        done = moe_lm("sample", run, "-p", "a", *options)
+        assert done.code == 1
+        assert re.search(r"--offload-folder .* cannot be written \(Not a directory\)", done.err)
+
+
+def test_sigterm_takes_what_lies_on_the_disk_along(
+    run: Path, moe_lm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, where SIGTERM would be ignored otherwise."""
+    offload, seen = tmp_path / "offload", []
+
+    class Terminated(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.strip():
+                seen.append(list(offload.glob("*/*.dat")))
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        for verb in (["sample", run, "-p", "import"], ["chat", run]):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+            monkeypatch.setattr(sys, "stdout", Terminated())
+            options = ["--device-map", "auto", "--max-memory", "cpu=0", "--offload-folder", offload]
+            assert moe_lm(*verb, *options, "--temperature", 0).code == 128 + signal.SIGTERM
+            gc.collect()
+            assert list(offload.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert len(seen) == 2
+    assert all(seen)
 
 
 PROGRAM = """

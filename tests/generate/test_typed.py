@@ -80,6 +80,16 @@ def test_a_history_that_cannot_be_written_or_read_is_done_without(state: Path) -
     assert lines_of("c" + ENTER) == ["c"]
 
 
+def test_without_a_home_folder_the_history_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert lines_of("a" + ENTER, UP + ENTER) == ["a", "a"]
+
+
 def test_ctrl_d_ends_and_ctrl_c_does_when_it_comes_twice() -> None:
     assert lines_of("a" + ENTER, CTRL_D) == ["a"]
     with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):

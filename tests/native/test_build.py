@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lm import doctor
 from moe_lm.native import build
 
 BUILD = "from moe_lm.native import build; print(build.build())"
@@ -69,3 +70,34 @@ def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.OFF, "0")
     with pytest.raises(build.UnavailableError, match="turns it off"):
         build.build()
+
+
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is in no passwd."""
+
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    homeless(monkeypatch)
+    monkeypatch.setattr(build, "compiler_path", lambda: "true")
+    with pytest.raises(build.UnavailableError, match="no home folder; XDG_CACHE_HOME"):
+        build.build()
+
+
+def test_what_cannot_be_loaded_says_why(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$1" = --version ] || echo junk > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.build().is_file()
+    with pytest.raises(build.UnavailableError, match=r"cannot be loaded: .*few_rows-.*\.so"):
+        build.load()
+    found = doctor._native()
+    assert found.status == "optional"
+    assert "cannot be loaded" in found.found
