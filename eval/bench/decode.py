@@ -2,8 +2,9 @@
 
 The same weights (`moe-lm export`), float32, the same prompts, greedy, as many new tokens for every row, prefill
 included. `python eval/bench/decode.py [--rounds N] [--compiled] [--out FILE]` prints medians over the rounds and the
-ratio to the best of transformers, at batch 1 and at batch 32 with prompts of unequal length. Ratios are those of medians over the
-rounds' pairs, by the clock and by the CPU time of the process: a shared machine moves the first and hardly the second.
+ratio to the best of transformers, at batch 1 and at batch 32 with prompts of unequal length. Ratios are those of
+medians over the rounds' pairs, by the clock and by the CPU time of the process: a shared machine moves the first
+and hardly the second.
 transformers' third way with experts, batched_mm, copies the weights of every token's experts and is slower still.
 """
 
