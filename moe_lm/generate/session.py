@@ -17,6 +17,7 @@ from moe_lm.config_file import build_config
 from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Decoder, Settings, Step, capacity_for, room
+from moe_lm.model import huge_pages
 from moe_lm.model.device import pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
@@ -140,6 +141,8 @@ def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device, base: P
     config = _model_config(folder, tokenizer)
     with device, _NoInitialValues():
         model = LanguageModel(config)
+    if device.type == "cpu":
+        huge_pages.move(model)
     adapters.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
     return model.eval()
 

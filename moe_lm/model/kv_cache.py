@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lm.model import huge_pages
 from moe_lm.model_config import ModelConfig
 
 
@@ -40,9 +41,10 @@ class KVCache:
 
         def room() -> Tensor | ByLayer:
             if layers is None or len(set(layers)) == 1:
-                return torch.zeros(
-                    config.num_hidden_layers, *shape, device=layers[0] if layers else device, dtype=dtype
-                )
+                place, whole = layers[0] if layers else device, (config.num_hidden_layers, *shape)
+                if place.type == "cpu":
+                    return huge_pages.zeros(whole, dtype)
+                return torch.zeros(whole, device=place, dtype=dtype)
             return ByLayer([torch.zeros(shape, device=place, dtype=dtype) for place in layers])
 
         self.keys = room()

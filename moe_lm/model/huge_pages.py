@@ -1,0 +1,39 @@
+"""Memory in huge pages, for what a decoding step reads whole: weights and the cache.
+
+A pass over memory in pages of 4 KB waits for their addresses; pages of 2 MB are found in the processor's own table.
+Linux gives them to whoever asks before the memory is first written; elsewhere this is ordinary memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST = 4 << 20  # bytes that are worth it: two pages
+ALIGNED = 64  # bytes: a cache line
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`torch.zeros` on a CPU."""
+    size = math.prod(shape)
+    if size * dtype.itemsize < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def move(model: nn.Module) -> None:
+    """Give the parameters of a model that is not filled yet memory beside each other, to be filled."""
+    parameters = list(model.parameters())
+    sizes = [-(-p.numel() * p.element_size() // ALIGNED) * ALIGNED for p in parameters]
+    memory = zeros([sum(sizes)], torch.uint8)
+    for parameter, part in zip(parameters, memory.split(sizes), strict=True):
+        own = part[: parameter.numel() * parameter.element_size()]
+        parameter.data = own.view(parameter.dtype).view(parameter.shape)
