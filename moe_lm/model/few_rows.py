@@ -53,14 +53,16 @@ def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor
     return out
 
 
-def widen(x: Tensor, gate: nn.Linear | None, up: nn.Linear, activation: str) -> Tensor:
-    """`act(gate(x)) * up(x)`, or `act(up(x))` without a gate."""
+def feed_forward(x: Tensor, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, activation: str) -> Tensor:
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
     x = x.contiguous()
-    outputs, inputs = up.weight.shape
-    out = x.new_empty(*x.shape[:-1], outputs)
-    pointers = (*(_pointers(gate) if gate is not None else (None, None)), *_pointers(up))
-    size = x.numel() // inputs
-    _of(x).widen(x.data_ptr(), size, *pointers, inputs, outputs, ACTIVATIONS.index(activation), out.data_ptr())
+    width, size = up.weight.shape
+    rows = x.numel() // size
+    hidden, out = x.new_empty(rows, width), torch.empty_like(x)
+    pointers = (*(_pointers(gate) if gate is not None else (None, None)), *_pointers(up), *_pointers(down))
+    _of(x).feed_forward(
+        x.data_ptr(), rows, *pointers, size, width, ACTIVATIONS.index(activation), hidden.data_ptr(), out.data_ptr()
+    )
     return out
 
 
@@ -130,17 +132,18 @@ def attend(
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor, per_token: int, sigmoid: bool, normalise: bool, factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`moe.route` without groups: scores `[T, E]`, experts `[T, k]` and weights `[T, k]`."""
-    tokens, number = logits_TE.shape
-    scores, weights = torch.empty_like(logits_TE), logits_TE.new_empty(tokens, per_token)
-    chosen = torch.empty(tokens, per_token, dtype=torch.int64)
-    _of(logits_TE).route(
-        logits_TE.data_ptr(), bias_E.data_ptr(), tokens, number, per_token, sigmoid, normalise, factor,
-        scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, per_token: int, sigmoid: bool, normalise: bool, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`moe.route` without groups, in float32: logits and scores `[T, E]`, experts and weights `[T, k]`."""
+    x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+    (tokens, size), number = x_TD.shape, len(weight_ED)
+    logits, scores = x_TD.new_empty(2, tokens, number)
+    weights, chosen = x_TD.new_empty(tokens, per_token), torch.empty(tokens, per_token, dtype=torch.int64)
+    _of(x_TD).route(
+        x_TD.data_ptr(), weight_ED.data_ptr(), bias_E.data_ptr(), tokens, size, number, per_token, sigmoid, normalise,
+        factor, logits.data_ptr(), scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
-    return scores, chosen, weights
+    return logits, scores, chosen, weights
 
 
 def experts(
@@ -160,12 +163,12 @@ def experts(
 # In the order of the table at the end of the C++: p a pointer, i an int64, f a float32.
 SIGNATURES = {
     "linear": "pippiip",
-    "widen": "pippppiiip",
+    "feed_forward": "pippppppiiipp",
     "rms_norm": "piipfp",
     "rotate": "pppiiiiip",
     "project": "pppppppppppiiiiiiifiippp",
     "attend": "ppppppiiiiiiiifp",
-    "route": "ppiiiiifppp",
+    "route": "pppiiiiiifpppp",
     "experts": "pppiiipppiiip",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

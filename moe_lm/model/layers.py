@@ -67,14 +67,16 @@ class MLP(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         if few_rows.serves(x_BSD, self.up_proj.weight) and self._plain():
             gate = self.gate_proj if self.gated else None
-            return self.down_proj(few_rows.widen(x_BSD, gate, self.up_proj, self.activation_name))
+            return few_rows.feed_forward(x_BSD, gate, self.up_proj, self.down_proj, self.activation_name)
         up = self.up_proj(x_BSD)
         hidden = self.activation(self.gate_proj(x_BSD)) * up if self.gated else self.activation(up)
         return self.down_proj(hidden)
 
     def _plain(self) -> bool:
-        """Whether no adapter changes the first products."""
-        return type(self.up_proj) is Linear and (not self.gated or type(self.gate_proj) is Linear)
+        """Whether no adapter changes the products."""
+        return type(self.up_proj) is type(self.down_proj) is Linear and (
+            not self.gated or type(self.gate_proj) is Linear
+        )
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int) -> Tensor:

@@ -97,10 +97,9 @@ class Router(nn.Module):
     def _of_few_rows(self, x_BSD: Tensor) -> Routing:
         config = self.config
         x_TD, weight = x_BSD.flatten(0, 1).float(), self.weight.float()
-        logits = (few_rows.linear if len(x_TD) <= few_rows.MAX_ROWS else F.linear)(x_TD, weight)
         bias, sigmoid = self.e_score_correction_bias.float(), config.scoring_func == "sigmoid"
         how = config.num_experts_per_tok, sigmoid, config.norm_topk_prob, config.routed_scaling_factor
-        return Routing(logits, *few_rows.route(logits, bias, *how))
+        return Routing(*few_rows.route(x_TD, weight, bias, *how))
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:

@@ -142,10 +142,11 @@ static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const
 }
 
 // The `per_token` experts with the best score plus bias, the best one first, and their weights out of the scores alone:
-// logits [T, E] -> scores [T, E], chosen [T, k], weights [T, k], as moe.route does without groups
-static void route(const float* all_logits, const float* bias, int64_t tokens, int64_t number, int64_t per_token,
-                  int64_t sigmoid, int64_t normalise, float factor, float* all_scores, int64_t* all_chosen,
-                  float* all_weights) {
+// x [T, D] times w [E, D].T -> logits [T, E], scores [T, E], chosen [T, k], weights [T, k], as moe.route without groups
+static void route(const float* x, const float* w, const float* bias, int64_t tokens, int64_t size, int64_t number,
+                  int64_t per_token, int64_t sigmoid, int64_t normalise, float factor, float* all_logits,
+                  float* all_scores, int64_t* all_chosen, float* all_weights) {
+    linear(x, tokens, w, (const float*)nullptr, size, number, all_logits);
 #pragma omp parallel for schedule(static) if (tokens > MANY)
     for (int64_t t = 0; t < tokens; t++) {
         const float* logits = all_logits + t * number;
@@ -205,6 +206,15 @@ static void widen(const T* x, int64_t rows, const T* gate, const T* gate_bias, c
     }
 }
 
+// y [R, D] = the rows widened as above, times down [D, F].T + down_bias; hidden [R, F] is memory for what lies between
+template <class T>
+static void feed_forward(const T* x, int64_t rows, const T* gate, const T* gate_bias, const T* up, const T* up_bias,
+                         const T* down, const T* down_bias, int64_t size, int64_t width, int64_t activation, T* hidden,
+                         T* y) {
+    widen(x, rows, gate, gate_bias, up, up_bias, size, width, activation, hidden);
+    linear(hidden, rows, down, down_bias, width, size, y);
+}
+
 // y [T, D] = sum over a token's experts of weights [T, k] * down(act(gate(x)) * up(x)); stacks are [E, D, F], [E, F, D].
 // Only the chosen experts are read, each once for all of its tokens. Without `gate` it is down(act(up(x))).
 template <class T>
@@ -250,9 +260,9 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
     }
 }
 
-#define FUNCTIONS(T)                                                                                                 \
-    {(void*)linear<T>, (void*)widen<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)project<T>, (void*)attend<T>, (void*)route,        \
-     (void*)experts<T>}
+#define FUNCTIONS(T)                                                                                                  \
+    {(void*)linear<T>,  (void*)feed_forward<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)project<T>, (void*)attend<T>, \
+     (void*)route, (void*)experts<T>}
 extern "C" {
 void* few_rows_float32[] = FUNCTIONS(float);
 void* few_rows_bfloat16[] = FUNCTIONS(bfloat16);
