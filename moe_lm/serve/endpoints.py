@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,12 +12,12 @@ from typing import Any
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from moe_lm.errors import UsageError
 from moe_lm.generate.completion import Writer
 from moe_lm.generate.session import Session
-from moe_lm.serve.answers import Answer, ChatShape, CompletionShape, Shape, written
+from moe_lm.serve.answers import Answer, ChatShape, CompletionShape, Shape, dumps, written
 from moe_lm.serve.engine import Engine
 from moe_lm.serve.errors import GONE, ApiError
 from moe_lm.serve.gate import Limits
@@ -25,12 +25,15 @@ from moe_lm.serve.metrics import Metrics
 from moe_lm.serve.requests import SEEDS, ChatRequest, CompletionRequest, GenerationRequest
 from moe_lm.serve.ticket import Piece, Row, Ticket
 
+MOST_VALUES = 1 << 20  # of an answer in one piece: about 25 MB
+
 
 class Endpoints:
     """What writes text, under the name `model`."""
 
     def __init__(self, session: Session, engine: Engine, limits: Limits, metrics: Metrics, model: str) -> None:
         self.session, self.engine, self.limits, self.metrics, self.model = session, engine, limits, metrics, model
+        self.name = functools.cache(lambda token: session.tokenizer.decode([token], skip_special=False))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self._check(body, len(body.prompt))
@@ -115,11 +118,20 @@ class Endpoints:
         logprobs: int | None,
         echoes: Sequence[str] = ("",),
     ) -> Response:
+        tokens = min(max_tokens, self.engine.capacity - min(map(len, prompts)) + 1)
+        values = len(prompts) * body.n * tokens * self._values(body, logprobs)
+        if values > MOST_VALUES and not body.stream:
+            raise ApiError(
+                400,
+                f"the answer could have {values} log-probabilities and experts, more than {MOST_VALUES}; ask for fewer "
+                "texts, tokens or logprobs, or for a stream",
+                code="answer_too_large",
+            )
         ticket = Ticket(self._rows(body, prompts, max_tokens, logprobs, echoes))
         answer = Answer(
             shape,
             self.model,
-            lambda token: self.session.tokenizer.decode([token], skip_special=False),
+            self.name,
             sum(map(len, prompts)),
             logprobs is not None,
             body.routing,
@@ -133,7 +145,12 @@ class Endpoints:
             while news:
                 pieces += news
                 news = await ticket.next()
-        return JSONResponse(answer.whole(pieces))
+        return await run_in_threadpool(lambda: Response(answer.whole(pieces), media_type="application/json"))
+
+    def _values(self, body: GenerationRequest, logprobs: int | None) -> int:
+        """What a token has beside its text."""
+        experts = len(self.session.model.moe_layers) * self.session.model.config.num_experts_per_tok
+        return (0 if logprobs is None else 1 + logprobs) + (experts if body.routing else 0)
 
     async def _stream(self, request: Request, ticket: Ticket, answer: Answer) -> Response:
         """Server-sent events. What fails before the first token is told with a status of its own."""
@@ -153,7 +170,7 @@ class Endpoints:
             try:
                 while news:
                     tokens += written(news)
-                    if text := opening + _events_of(answer.chunks(news)):
+                    if text := opening + await run_in_threadpool(_news, answer, news):
                         yield text
                     opening, news = "", await ticket.next()
             except ApiError as error:
@@ -216,5 +233,10 @@ class Endpoints:
         return rows
 
 
+def _news(answer: Answer, pieces: Sequence[Piece]) -> str:
+    """Many of them, when a client reads slowly."""
+    return _events_of(answer.chunks(pieces))
+
+
 def _events_of(chunks: Sequence[dict[str, Any]]) -> str:
-    return "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks)
+    return "".join(f"data: {dumps(chunk)}\n\n" for chunk in chunks)

@@ -114,12 +114,16 @@ class Engine:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._take_in():
-            try:
-                self._give(self._decoder.step())
-            except Exception as error:
-                self._fail(error)
-        self._drop(stopping(), [*self._waiting, *self._at_work()])
+        try:
+            while not self._closed:
+                try:
+                    if self._take_in():
+                        self._give(self._decoder.step())
+                except Exception as error:
+                    self._fail(error)
+        finally:  # also of a decoder that cannot go on: nobody is to wait for it
+            self.refuse()
+            self._drop(stopping(), [*self._waiting, *self._at_work()])
 
     def _take_in(self) -> bool:
         """Wait until there is something to do and fill the free rows; False when it is time to end."""
@@ -131,10 +135,17 @@ class Engine:
             self._left.clear()
             while self._waiting and self.running < self.slots:
                 ticket = min(self._waiting, key=lambda ticket: ticket.running)
-                row = ticket.waiting.popleft()
+                row = ticket.waiting[0]
+                try:
+                    number = self._decoder.add(row.prompt, row.settings, row.stop_ids)
+                except Exception as error:  # here it is known whose it was
+                    self.leave(ticket)
+                    self._tell({ticket: _told(error)})
+                    continue
+                ticket.waiting.popleft()
                 if not ticket.waiting:
                     self._waiting.remove(ticket)
-                self._working[self._decoder.add(row.prompt, row.settings, row.stop_ids)] = ticket, row
+                self._working[number] = ticket, row
                 ticket.running += 1
             return not self._closed
 
@@ -157,12 +168,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """A step that fails fails for all rows: nobody knows whose it was."""
-        if isinstance(error, MoeLmError):
-            log.error("%s", error)
-            self._drop(broken(str(error)), self._at_work())
-        else:
-            log.exception("a decoding step failed")
-            self._drop(broken("the model failed; the server's log says why"), self._at_work())
+        self._drop(_told(error), self._at_work())
 
     def _at_work(self) -> list[Ticket]:
         return list({ticket: None for ticket, _ in self._working.values()})
@@ -172,10 +178,10 @@ class Engine:
         for ticket in tickets:
             ticket.running = 0
         self._working.clear()
-        self._decoder.clear()
         with self._wake:
             self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
         self._tell(dict.fromkeys(tickets, error))
+        self._decoder.clear()  # last: it may fail too
 
     def _tell(self, news: dict[Ticket, list[Piece]] | dict[Ticket, ApiError]) -> None:
         def put() -> None:
@@ -183,6 +189,15 @@ class Engine:
                 ticket.put(item)
 
         self._loop.call_soon_threadsafe(put)
+
+
+def _told(error: Exception) -> ApiError:
+    """Once for the log and once for who asked."""
+    if isinstance(error, MoeLmError):
+        log.error("%s", error)
+        return broken(str(error))
+    log.error("a decoding step failed", exc_info=error)
+    return broken("the model failed; the server's log says why")
 
 
 def stopping() -> ApiError:

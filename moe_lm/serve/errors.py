@@ -68,7 +68,18 @@ def _in_words(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(405, f"{place} is not served; use {allowed}", headers=error.headers)
+    if error.status_code == HTTPStatus.BAD_REQUEST and error.__cause__ is not None:
+        return ApiError(400, f"the body is not JSON: {_unread(error.__cause__)}", code="invalid_json")
     return ApiError(error.status_code, str(error.detail), headers=error.headers)
+
+
+def _unread(cause: BaseException) -> str:
+    """What the parser of JSON raises beside its own error."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"byte {cause.start} is not {cause.encoding.upper()}; send UTF-8"
+    if isinstance(cause, RecursionError):
+        return "lists and objects lie too deep in each other; flatten them"
+    return f"a number in it cannot be read ({str(cause).partition(';')[0]}); send a smaller one"
 
 
 def explain(item: Mapping[str, Any], content_type: str = "application/json") -> ApiError:

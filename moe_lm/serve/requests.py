@@ -35,6 +35,8 @@ NEUTRAL: Mapping[str, Any] = {
 MOST_CHOICES = 128
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
+MOST_NESTING = 100  # far below what chat templates and encoders can follow
+TOO_DEEP = f"lists and objects lie more than {MOST_NESTING} deep in each other; flatten them"
 MOST_BIASES = 1024  # each costs time in every step
 SEEDS = 1 << 32
 
@@ -64,6 +66,20 @@ def read_prompt(value: Any) -> list[str] | list[list[int]]:
 
 def _ids(value: list[Any]) -> bool:
     return all(type(item) is int for item in value)
+
+
+def check_nesting(value: Any) -> Any:
+    level = [value]
+    for _ in range(MOST_NESTING + 1):
+        level = [
+            item
+            for part in level
+            if isinstance(part, dict | list)
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return value
+    raise ValueError(TOO_DEEP)
 
 
 class Strict(BaseModel):
@@ -103,7 +119,7 @@ class GenerationRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_harmless(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        if not isinstance(check_nesting(values), dict):
             return values
         return {
             key: item
@@ -177,9 +193,11 @@ def read_arguments(value: Any) -> Any:
         parsed = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ValueError(f"expected a JSON object as text ({error})") from error
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     if not isinstance(parsed, dict):
         raise ValueError("expected a JSON object as text")
-    return parsed
+    return check_nesting(parsed)
 
 
 class Function(Strict):

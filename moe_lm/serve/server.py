@@ -19,6 +19,7 @@ import uvicorn
 from moe_lm.errors import MoeLmError
 from moe_lm.generate.session import Session
 from moe_lm.serve.app import build_app
+from moe_lm.serve.connections import BACKLOG, Config
 from moe_lm.serve.engine import Engine
 from moe_lm.serve.gate import LOOPBACK_NAMES, Limits
 from moe_lm.serve.metrics import Metrics
@@ -26,8 +27,6 @@ from moe_lm.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from moe_lm.parallel.dispatch import Spread
-
-BACKLOG = 2048  # connections that wait to be accepted
 
 
 def serve(
@@ -66,12 +65,11 @@ def serve(
         hosts = LOOPBACK_NAMES if at_home and not api_key else None
         limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
         app = build_app(session, engine, limits, metrics, model or run.resolve().name)
-        config = uvicorn.Config(
+        config = Config(
             app,
-            log_level="warning",
+            texts=engine.most,
             access_log=False,
             server_header=False,
-            ws="none",
             timeout_graceful_shutdown=math.ceil(grace) + 5,  # only for a client that does not take what is sent to it
         )
         logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -100,7 +98,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(config: uvicorn.Config, engine: Engine, listener: socket.socket, grace: float) -> None:
+async def _run(config: Config, engine: Engine, listener: socket.socket, grace: float) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(config)
     engine.start(loop)
@@ -114,6 +112,11 @@ async def _run(config: uvicorn.Config, engine: Engine, listener: socket.socket, 
 
 class _Server(uvicorn.Server):
     """One that leaves signals alone: uvicorn raises them again when it is done, and we exit with 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # the kernel may hold more than are accepted in one go
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.model_config import ModelConfig
 from moe_lm.serve.app import build_app
+from moe_lm.serve.connections import HEAD_SECONDS, Config
 from moe_lm.serve.engine import Engine
 from moe_lm.serve.gate import Limits
 from moe_lm.serve.metrics import Metrics
@@ -102,7 +103,12 @@ def serve(session: Session) -> Iterator[Serve]:
     ends: list[Callable[[], None]] = []
 
     def start(
-        own: Session | None = None, slots: int = 4, max_queue: int = 256, context: int = CONTEXT, **limits: Any
+        own: Session | None = None,
+        slots: int = 4,
+        max_queue: int = 256,
+        context: int = CONTEXT,
+        head_seconds: float = HEAD_SECONDS,
+        **limits: Any,
     ) -> Served:
         metrics = Metrics()
         engine = Engine(own or session, slots, context, max_queue, metrics)
@@ -110,7 +116,8 @@ def serve(session: Session) -> Iterator[Serve]:
             own or session, engine, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
         )
         listener = listen("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
+        config = Config(app, texts=engine.most, head_seconds=head_seconds, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
 
         async def main() -> None:
             engine.start(asyncio.get_running_loop())

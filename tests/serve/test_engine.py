@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import threading
@@ -217,6 +218,56 @@ def test_broken_logits_end_what_runs_and_not_the_server(broken: Served, stream: 
     assert "not numbers" in str(ended[0])
     assert broken.post("completions", prompt=[5], max_tokens=3, **NEVER_END).status_code == 200
     assert broken.http.get("/health").status_code == 200
+
+
+def test_a_row_that_cannot_begin_fails_alone(session: Session) -> None:
+    """What is wrong with it was not seen before; another text of its request has begun."""
+
+    async def main() -> None:
+        engine = Engine(session, 3, 64, 10, Metrics())
+        other, wrong = ticket(session, 1, 9), ticket(session, 2, 50)
+        wrong.waiting[1] = dataclasses.replace(wrong.waiting[1], prompt=[])
+        engine._waiting += [other, wrong]
+        engine.start(asyncio.get_running_loop())
+        with pytest.raises(ApiError, match="no token to start from") as error:
+            await finished(wrong, [], "")
+        assert error.value.status_code == 500
+        order = list[str]()
+        await finished(other, order, "other")
+        assert order == ["other0"]
+        engine.submit(later := ticket(session, 3))
+        await finished(later, order, "later")
+        assert order[1:] == ["later0", "later1", "later2"]
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_decoder_that_cannot_go_on_lets_nobody_wait(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a new cache after a step that failed: the thread ends, and all are told."""
+
+    def no_memory() -> None:
+        raise RuntimeError("out of memory")
+
+    async def main() -> None:
+        engine = Engine(session, 1, 64, 10, Metrics())
+        monkeypatch.setattr(engine._decoder, "step", no_memory)
+        monkeypatch.setattr(engine._decoder, "clear", no_memory)
+        running, waiting = ticket(session, 1), ticket(session, 1)
+        engine._waiting += [running, waiting]
+        engine.start(asyncio.get_running_loop())
+        for one, status in ((running, 500), (waiting, 503)):
+            with pytest.raises(ApiError) as error:
+                await finished(one, [], "")
+            assert error.value.status_code == status
+        assert not engine.healthy
+        with pytest.raises(ApiError):
+            engine.submit(ticket(session, 1))
+        engine.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)  # which prints the traceback
+        asyncio.run(main())
 
 
 def test_metrics(serve: Serve) -> None:

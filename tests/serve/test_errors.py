@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from moe_lm.generate.session import Session
+from moe_lm.serve import endpoints
 from tests.serve.conftest import CONTEXT, MODEL, Serve, Served, connect, head
 
 CHAT = [{"role": "user", "content": "a"}]
@@ -150,6 +155,39 @@ def test_a_malformed_body_is_refused(served: Served, body: bytes) -> None:
         check(served.http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"}), 400)
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+        (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "too deep in each other"),
+        (b'{"prompt": ' + b"[" * 101 + b"]" * 101 + b"}", "more than 100 deep in each other"),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "send a smaller one"),
+    ],
+    ids=lambda value: str(value[:24]),
+)
+def test_what_a_parser_of_json_cannot_take_is_said(served: Served, body: bytes, said: str) -> None:
+    error = check(served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}), 400)
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a":' + "[" * 200000, '{"a":' + "[" * 101 + "]" * 101 + "}"], ids=["endless", "valid"]
+)
+def test_arguments_that_lie_too_deep_are_refused_by_name(serve: Serve, arguments: str) -> None:
+    served = serve(max_body=1 << 20)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    error = check(served.post("chat/completions", messages=[*CHAT, call, *CHAT], max_tokens=2), 400)
+    assert error["param"] == "messages.1.tool_calls.0.function.arguments"
+    assert "more than 100 deep" in error["message"]
+
+
+def test_arguments_as_deep_as_they_may_be_are_read(served: Served) -> None:
+    arguments = '{"a":' + "[" * 100 + "]" * 100 + "}"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    answer = served.post("chat/completions", messages=[*CHAT, call, *CHAT], max_tokens=2)
+    assert "deep" not in answer.text
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_a_body_that_does_not_call_itself_json_is_refused(served: Served, content_type: str | None) -> None:
     """A web page may send these to any server without asking it first."""
@@ -225,6 +263,46 @@ def test_a_conversation_of_very_many_messages_is_refused(served: Served) -> None
 def test_more_texts_than_there_is_room_for_are_refused_before_they_are_read(served: Served) -> None:
     error = check(served.post("completions", prompt=["x"] * 10000, n=100), 400)
     assert error["code"] == "too_many_texts"
+
+
+def test_an_answer_with_more_log_probabilities_than_can_be_built_is_refused(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "MOST_VALUES", 2 * 10 * 21)
+    fits: dict[str, Any] = {"prompt": "x", "n": 2, "max_tokens": 10, "logprobs": 20, "routing": False}
+    assert served.post("completions", **fits).status_code == 200
+    for more in ({"n": 3}, {"max_tokens": 11}, {"routing": True}):
+        error = check(served.post("completions", **fits | more), 400)
+        assert error["code"] == "answer_too_large"
+        assert f"more than {2 * 10 * 21}; ask for fewer" in error["message"]
+    assert served.post("completions", **fits | {"n": 3, "stream": True}).status_code == 200
+    assert served.post("completions", **fits | {"n": 3, "logprobs": None}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_are_built_beside_the_event_loop_and_names_are_kept(
+    serve: Serve, session: Session, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Every name is read once, in no thread that others wait for."""
+    served = serve()
+    read: list[tuple[int, int]] = []
+    decode = session.tokenizer.decode
+
+    def spy(ids: Sequence[int], skip_special: bool = True) -> str:
+        if not skip_special:
+            read.append((ids[0], threading.get_ident()))
+        return decode(ids, skip_special)
+
+    monkeypatch.setattr(session.tokenizer, "decode", spy)
+    loop: Future[int] = Future()
+    served.engine._loop.call_soon_threadsafe(lambda: loop.set_result(threading.get_ident()))
+    for _ in range(2):
+        body = {"prompt": "x", "max_tokens": 20, "n": 3, "logprobs": 5, "seed": 1, "stream": stream}
+        assert served.post("completions", **body).status_code == 200
+    tokens = [token for token, _ in read]
+    assert len(tokens) > 20
+    assert len(set(tokens)) == len(tokens)
+    assert loop.result(60) not in {thread for _, thread in read}
 
 
 def test_a_body_that_is_longer_than_it_says_or_says_nothing(serve: Serve) -> None:
