@@ -54,6 +54,10 @@ Compile = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+DType = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option(help="bfloat16: half the memory, on a CPU with C++ 1.3 times as fast at one row; logits are rounded."),
+]
 TEMPERATURE = 0.8
 
 
@@ -111,6 +115,7 @@ def sample(
     ] = None,
     truncate: Truncate = None,
     device: Device = "auto",
+    dtype: DType = "float32",
     compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -155,6 +160,7 @@ def sample(
     if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
         rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
         rest |= {"show_routing": show_routing, "spread": spread, "compiled": compiled, "device": device}
+        rest |= {"dtype": dtype}
         commands.sample(run, texts[0].text, **drawing, **rest)
         return
     settings = (
@@ -163,7 +169,7 @@ def sample(
 
     from moe_lm.generate.session import Session
 
-    session = Session.load(run, device, base, spread, compiled)
+    session = Session.load(run, device, base, spread, compiled, dtype)
     batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
 
 
@@ -178,6 +184,7 @@ def chat(
         bool, typer.Option("--history/--no-history", help="Remember what is typed, in ~/.local/state/moe-lm.")
     ] = True,
     device: Device = "auto",
+    dtype: DType = "float32",
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
@@ -192,7 +199,7 @@ def chat(
 
     heat = _temperature(temperature, greedy=False)
     settings = commands.settings_of(max_new_tokens, heat, top_k, top_p, seed)
-    talk(run, settings, base, history, spread, device)
+    talk(run, settings, base, history, spread, device, dtype)
 
 
 def explain(

@@ -11,6 +11,7 @@ from moe_lm.cli_generate import (
     Compile,
     Device,
     DeviceMap,
+    DType,
     MaxMemory,
     OffloadFolder,
     RunPath,
@@ -48,6 +49,7 @@ def serve(
         str | None, typer.Option(help="What clients call it; without, the run folder's name.")
     ] = None,
     device: Device = "auto",
+    dtype: DType = "float32",
     compiled: Compile = False,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -83,6 +85,7 @@ def serve(
         grace=grace,
         model=model_name,
         device=device,
+        dtype=dtype,
         base=base,
         spread=spread,
         compiled=compiled,

@@ -32,13 +32,14 @@ def chat(
     history: bool = True,
     spread: Spread | None = None,
     device: str = "auto",
+    dtype: str = "float32",
 ) -> None:
-    """Talk until /quit or Ctrl-D. `base`, `spread` and `device` are as in `Session.load`.
+    """Talk until /quit or Ctrl-D. `base`, `spread`, `device` and `dtype` are as in `Session.load`.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
     chat template.
     """
-    session = Session.load(run, device, base, spread)
+    session = Session.load(run, device, base, spread, dtype=dtype)
     if not session.tokenizer.has_chat_template:
         raise UsageError(
             f"the tokenizer of {run} has no chat template, so no conversation can be written for the model; continue "

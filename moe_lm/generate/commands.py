@@ -35,15 +35,16 @@ def sample(
     spread: Spread | None = None,
     compiled: bool = False,
     device: str = "auto",
+    dtype: str = "float32",
     **more: Any,
 ) -> None:
     """Write the text that follows `prompt`; on a terminal after the prompt itself. `more` is as in `settings_of`.
 
-    `show_routing` is the layer whose experts the tokens are coloured by; `spread`, `compiled` and `device` are as in
-    `Session.load`.
+    `show_routing` is the layer whose experts the tokens are coloured by; `spread`, `compiled`, `device` and `dtype`
+    are as in `Session.load`.
     """
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, seed, **more)
-    session = Session.load(run, device, base, spread, compiled)
+    session = Session.load(run, device, base, spread, compiled, dtype)
     painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
     text = session.complete(prompt, settings, stop, truncate, None if painter is None else painter.see)
     show: Callable[[str], str] = str

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_lm.config import check_vocabulary
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from moe_lm.parallel.dispatch import Spread
 
 COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths find what was compiled before
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready to write, in float32; in `compiled` steps (compiled.py) if so."""
+    """A model that is ready to write; in `compiled` steps (compiled.py) if so."""
 
     checkpoint: Path
     model: LanguageModel
@@ -48,21 +50,24 @@ class Session:
         base: Path | None = None,
         spread: Spread | None = None,
         compiled: bool = False,
+        dtype: str = "float32",
     ) -> Session:
         """Load the newest checkpoint of a run folder, or one checkpoint; adapters are merged into their base.
 
         `base` is where that base is when it has moved. With `spread` a model that is too large for one device lies on
-        all of them, in the host's memory and on the disk; it is never held whole.
+        all of them, in the host's memory and on the disk; it is never held whole. `dtype` is "float32" or "bfloat16",
+        for weights and cache; weights are rounded as they are read, adapters merged before.
 
         Raises UsageError when there is no complete checkpoint, no such base or no such device, MoeLmError naming a
         file that is damaged.
         """
         folder = checkpoint.resolve(run)
         target = pick_device(device)
+        number = DTYPES[dtype]
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
         if spread is not None:
-            return cls(folder, spread_model(folder, tokenizer, spread, base), tokenizer)
-        return cls(folder, load_model(folder, tokenizer, target, base), tokenizer, compiled)
+            return cls(folder, spread_model(folder, tokenizer, spread, base, number), tokenizer)
+        return cls(folder, load_model(folder, tokenizer, target, base, number), tokenizer, compiled)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
         """What writes up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""
@@ -136,24 +141,51 @@ def _tokens(chosen: Iterator[Step], see: Callable[[Step], object] | None) -> Ite
             yield step.token
 
 
-def load_model(folder: Path, tokenizer: Tokenizer, device: torch.device, base: Path | None = None) -> LanguageModel:
+def load_model(
+    folder: Path,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
     """The model of a checkpoint, on one device."""
     config = _model_config(folder, tokenizer)
-    with device, _NoInitialValues():
+    with device, _default_dtype(dtype), _NoInitialValues():
         model = LanguageModel(config)
     if device.type == "cpu":
         huge_pages.move(model)
-    adapters.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if dtype == torch.float32:
+        adapters.load_weights(folder, tensors, base)
+    else:
+        _round_into(tensors, folder, base)
     return model.eval()
 
 
-def spread_model(folder: Path, tokenizer: Tokenizer, spread: Spread, base: Path | None = None) -> LanguageModel:
+def _round_into(tensors: Mapping[str, Tensor], folder: Path, base: Path | None) -> None:
+    """Fill a model's tensors some rows at a time: none is held whole in the data type that it was saved in."""
+    from moe_lm.parallel.dispatch import pieces
+    from moe_lm.train.checkpoint_reader import open_tensors
+
+    source = open_tensors(folder, base)
+    for name, tensor in tensors.items():
+        for start, stop in pieces(tensor):
+            tensor[start:stop] = source.rows(name, start, stop)
+
+
+def spread_model(
+    folder: Path,
+    tokenizer: Tokenizer,
+    spread: Spread,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
     """The model of a checkpoint, its layers where there is room for them."""
     from moe_lm.parallel.dispatch import dispatch
     from moe_lm.train.checkpoint_reader import open_tensors
 
     config = _model_config(folder, tokenizer)
-    with torch.device("meta"), _NoInitialValues():
+    with torch.device("meta"), _default_dtype(dtype), _NoInitialValues():
         model = LanguageModel(config).eval()
     source = open_tensors(folder, base)
     dispatch(model, lambda name, start, stop: source.rows(f"model.{name}", start, stop), spread)
@@ -169,6 +201,17 @@ def _model_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     config = build_config(ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"))
     check_vocabulary(config, tokenizer.vocab_size)
     return config
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What layers are built in; buffers that name their own keep it, as the router's bias does."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -123,8 +123,8 @@ def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
     """Put a tensor on the disk as Accelerate reads it; what its index says of it."""
     try:
         with file.open("wb") as opened:
-            for start, stop in _pieces(tensor):
-                opened.write(read(name, start, stop).to(tensor.dtype).contiguous().numpy().data)
+            for start, stop in pieces(tensor):
+                opened.write(read(name, start, stop).to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
     except OSError as error:
         raise MoeLmError(
             f"{file} cannot be written ({error.strerror}); give a folder on a larger disk with --offload-folder"
@@ -134,12 +134,13 @@ def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
 
 def _filled(name: str, tensor: Tensor, device: torch.device, read: Read) -> Tensor:
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    for start, stop in _pieces(tensor):
+    for start, stop in pieces(tensor):
         out[start:stop] = read(name, start, stop)
     return out
 
 
-def _pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
+def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows from and to of parts of a tensor that may be in memory at once."""
     rows = max(1, PIECE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
     for start in range(0, len(tensor), rows):
         yield start, min(start + rows, len(tensor))

@@ -44,6 +44,7 @@ def serve(
     grace: float,
     model: str | None,
     device: str,
+    dtype: str,
     base: Path | None,
     spread: Spread | None,
     compiled: bool,
@@ -57,7 +58,7 @@ def serve(
                 f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
                 file=sys.stderr,
             )
-        session = Session.load(run, device, base, spread, compiled)
+        session = Session.load(run, device, base, spread, compiled, dtype)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
         engine = Engine(session, slots, min(max_context or positions, positions), max_queue, metrics)

@@ -110,6 +110,9 @@ def test_merged_is_unmerged_and_the_base_stays(
     for name, tensor in state.items():
         assert torch.equal(exported.rows(f"model.{name}", 0, len(tensor)), tensor)
 
+    rounded = Session.load(tmp_path / "run", "cpu", dtype="bfloat16").model.state_dict()  # once, after merging
+    assert all(torch.equal(rounded[name], tensor.to(rounded[name].dtype)) for name, tensor in state.items())
+
 
 def test_a_dry_run_says_what_would_be_trained(
     lora_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
