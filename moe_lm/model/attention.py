@@ -153,6 +153,8 @@ class CachedAttention:
         if new == 1 and few_rows.serves(q, keys):
             separate = None if self.values_in_keys else v
             scale = q.shape[-1] ** -0.5 if scale is None else scale
+            if self.longest >= keys.shape[2]:  # torch would see it by itself
+                raise IndexError(f"a row of the cache holds {self.longest} positions and has room for no other")
             return few_rows.attend(q, k, separate, keys, values, self.lengths.to(q.device), scale)
         sharing = q.shape[2] // key_heads
         positions, visible = self._positions(new, sharing, q.device)

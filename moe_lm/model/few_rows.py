@@ -35,6 +35,7 @@ def serves(x: Tensor, weight: Tensor, most: int = MAX_ROWS) -> bool:
         not torch.compiler.is_compiling()  # first: a compiler cannot trace the next one
         and torch.is_inference_mode_enabled()
         and x.is_cpu
+        and weight.is_cpu
         and x.dtype == weight.dtype
         and (x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]) <= most
         and not torch.is_autocast_enabled("cpu")
@@ -80,10 +81,11 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor
     x_BSHN = x_BSHN.contiguous()
     out = torch.empty_like(x_BSHN)
     rows, positions, heads, size = x_BSHN.shape
-    angles = cos.data_ptr(), sin.data_ptr()
+    cos, sin = (angle.expand(rows, positions, 1, -1).contiguous() for angle in (cos, sin))
     _of(out).rotate(
-        x_BSHN.data_ptr(), *angles, rows * positions, heads, size, cos.shape[-1], interleave, out.data_ptr()
-    )
+        x_BSHN.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows * positions, heads, size, cos.shape[-1], interleave,
+        out.data_ptr(),
+    )  # fmt: skip
     return out
 
 

@@ -18,9 +18,9 @@ import threading
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
-HEADER = SOURCE.with_name("products.hpp")
+HEADERS = (SOURCE.with_name("products.hpp"), SOURCE.with_name("threads.hpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-THREADS = ("-fopenmp",)  # torch's own threads, because torch has loaded the same library
+THREADS = ("-fopenmp",)  # tells how many threads torch was told to use, because torch has loaded the same library
 TIMEOUT = 120  # seconds, for a machine that is busy with other things
 OFF = "MOE_LM_NATIVE"  # "0" in the environment: everything runs in torch
 
@@ -93,7 +93,8 @@ def compiler_path() -> str | None:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
-    parts = (SOURCE.read_bytes(), HEADER.read_bytes(), version, repr((FLAGS, THREADS)).encode(), _processor().encode())
+    sources = (file.read_bytes() for file in (SOURCE, *HEADERS))
+    parts = (*sources, version, repr((FLAGS, THREADS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

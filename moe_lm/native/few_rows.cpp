@@ -3,7 +3,10 @@
 // Plain pointers and no header of torch: it compiles in three seconds. The reference of every function is the torch code
 // beside its caller, which runs where there is no compiler. T is the data type of everything that has no other.
 
+#include <numeric>
+
 #include "products.hpp"
+#include "threads.hpp"
 
 template <class T>
 static const float* as_floats(const T* x, int64_t size, float* memory) {
@@ -12,6 +15,9 @@ static const float* as_floats(const T* x, int64_t size, float* memory) {
 }
 
 static const float* as_floats(const float* x, int64_t, float*) { return x; }
+
+// Whether products of so many rows with so many weights take 20 us or more, for which another thread is worth waking
+static bool is_large(int64_t weights, int64_t rows) { return weights * (8 + rows) > 1 << 20; }
 
 constexpr int64_t BLOCK = 64;  // of outputs, which a thread computes at a time
 constexpr int64_t MANY = 64;   // rows, below which a loop over them is too short for more than one thread
@@ -26,22 +32,21 @@ static void add(float* y, int64_t rows, int64_t size, const T* bias, int64_t fro
 template <class T>
 static void linear(const T* x, int64_t rows, const T* w, const T* bias, int64_t inputs, int64_t outputs, T* y) {
     const float* x32 = as_floats(x, rows * inputs, scratch<0>(rows * inputs));
-#pragma omp parallel for schedule(static) if (inputs * outputs > 32768)
-    for (int64_t from = 0; from < outputs; from += BLOCK) {
+    in_blocks((outputs + BLOCK - 1) / BLOCK, is_large(inputs * outputs, rows), [&](int64_t block) {
+        int64_t from = block * BLOCK;
         int64_t size = std::min(BLOCK, outputs - from);
         float* out = scratch<1>(rows * size);
         times_transposed(x32, inputs, rows, w + from * inputs, inputs, inputs, size, out, size);
         add(out, rows, size, bias, from);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t o = 0; o < size; o++) put(y + r * outputs + from + o, out[r * size + o]);
-    }
+    });
 }
 
 // y = x / sqrt(mean(x^2) + eps) * w, row by row
 template <class T>
 static void rms_norm(const T* x, int64_t rows, int64_t size, const T* w, float eps, T* y) {
-#pragma omp parallel for schedule(static) if (rows > MANY)
-    for (int64_t r = 0; r < rows; r++) {
+    in_blocks(rows, rows > MANY, [&](int64_t r) {
         const float* x32 = as_floats(x + r * size, size, scratch<0>(size));
         Floats squares = {};
         int64_t i = 0;
@@ -50,7 +55,7 @@ static void rms_norm(const T* x, int64_t rows, int64_t size, const T* w, float e
         for (; i < size; i++) total += x32[i] * x32[i];
         float factor = 1 / std::sqrt(total / size + eps);
         for (i = 0; i < size; i++) put(y + r * size + i, x32[i] * factor * one(w + i));
-    }
+    });
 }
 
 // Heads x [R, H, N]: the first 2 * half entries rotated by the angles [R, half], as rotary.rotate does
@@ -58,8 +63,7 @@ template <class T>
 static void rotate(const T* heads_x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t size,
                    int64_t half, int64_t interleave, T* y) {
     int64_t step = interleave ? 2 : 1, apart = interleave ? 1 : half;
-#pragma omp parallel for schedule(static) if (rows > MANY)
-    for (int64_t head = 0; head < rows * heads; head++) {
+    in_blocks(rows * heads, rows > MANY, [&](int64_t head) {
         const float *c = cos + head / heads * half, *s = sin + head / heads * half;
         T *x = (T*)scratch<0>(size), *out = y + head * size;
         std::memcpy(x, heads_x + head * size, size * sizeof(T));  // y may be where the heads are
@@ -69,7 +73,7 @@ static void rotate(const T* heads_x, const float* cos, const float* sin, int64_t
             put(out + half + i, second * c[i] + first * s[i]);
         }
         std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
-    }
+    });
 }
 
 // Of x [R, I] the queries [R, H, N], keys [R, K, N] and values [R, K, N], normed where there is a norm (over `norm_heads`
@@ -124,8 +128,8 @@ static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const
                    int64_t value_size, float scale, T* out) {
     int64_t sharing = heads / key_heads, to_values = (const char*)values - (const char*)keys;
     auto start_of = [=](int64_t task) { return task / key_heads * row_step + task % key_heads * head_step; };
-#pragma omp parallel for schedule(dynamic) if (rows > 1)
-    for (int64_t task = 0; task < rows * key_heads; task++) {
+    int64_t kept = std::accumulate(lengths, lengths + rows, rows) * key_heads * (size + value_size);
+    in_blocks(rows * key_heads, is_large(kept, sharing), [&](int64_t task) {
         int64_t length = lengths[task / key_heads], start = start_of(task);
         std::memcpy(keys + start + length * step, k + task * size, size * sizeof(T));
         if (v) std::memcpy(values + start + length * step, v + task * value_size, value_size * sizeof(T));
@@ -138,7 +142,7 @@ static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const
         float* mixed = scratch<2>(sharing * value_size);
         times(scores, room, sharing, values + start, step, places, value_size, mixed, value_size, next, true);
         for (int64_t i = 0; i < sharing * value_size; i++) put(out + task * sharing * value_size + i, mixed[i]);
-    }
+    });
 }
 
 // The `per_token` experts with the best score plus bias, the best one first, and their weights out of the scores alone:
@@ -147,8 +151,7 @@ static void route(const float* x, const float* w, const float* bias, int64_t tok
                   int64_t per_token, int64_t sigmoid, int64_t normalise, float factor, float* all_logits,
                   float* all_scores, int64_t* all_chosen, float* all_weights) {
     linear(x, tokens, w, (const float*)nullptr, size, number, all_logits);
-#pragma omp parallel for schedule(static) if (tokens > MANY)
-    for (int64_t t = 0; t < tokens; t++) {
+    in_blocks(tokens, tokens > MANY, [&](int64_t t) {
         const float* logits = all_logits + t * number;
         float *choice = scratch<0>(number), *scores = all_scores + t * number, *weights = all_weights + t * per_token;
         int64_t* chosen = all_chosen + t * per_token;
@@ -159,26 +162,32 @@ static void route(const float* x, const float* w, const float* bias, int64_t tok
             total += scores[e];
         }
         for (int64_t e = 0; e < number; e++) choice[e] = (scores[e] /= sigmoid ? 1 : total) + bias[e];
+        bool broken = total != total;  // NaN is greater than nothing: as many experts all the same
         total = 1e-20f;
         for (int64_t j = 0; j < per_token; j++) {
-            int64_t best = 0;
-            for (int64_t e = 1; e < number; e++) best = choice[e] > choice[best] ? e : best;
+            int64_t best = broken ? j : 0;
+            for (int64_t e = 1; e < number && !broken; e++) best = choice[e] > choice[best] ? e : best;
             chosen[j] = best;
             total += weights[j] = scores[best];
             choice[best] = -INFINITY;
         }
         for (int64_t j = 0; j < per_token; j++) weights[j] = weights[j] / (normalise ? total : 1) * factor;
-    }
+    });
 }
 
 enum Activation { SILU, RELU, GELU };
 
 static void activate(float* x, int64_t size, int64_t activation) {
     int64_t i = 0;
-    if (activation == SILU)
+    if (activation == SILU) {
         for (; i + LANES <= size; i += LANES) store(x + i, load(x + i) / (1 + exp(-load(x + i))));
+        Floats rest = {};  // in a vector too: std::exp rounds otherwise, and what is last depends on the number of rows
+        std::memcpy(&rest, x + i, (size - i) * sizeof *x);
+        rest = rest / (1 + exp(-rest));
+        std::memcpy(x + i, &rest, (size - i) * sizeof *x);
+        return;
+    }
     for (; i < size; i++) {
-        if (activation == SILU) x[i] = x[i] / (1 + std::exp(-x[i]));
         if (activation == RELU) x[i] = x[i] < 0 ? 0 : x[i];
         if (activation == GELU) x[i] = x[i] * 0.5f * (1 + std::erf(x[i] * 0.70710678f));
     }
@@ -189,8 +198,8 @@ template <class T>
 static void widen(const T* x, int64_t rows, const T* gate, const T* gate_bias, const T* up, const T* up_bias,
                   int64_t inputs, int64_t outputs, int64_t activation, T* y) {
     const float* x32 = as_floats(x, rows * inputs, scratch<0>(rows * inputs));
-#pragma omp parallel for schedule(static) if (inputs * outputs > 16384)
-    for (int64_t from = 0; from < outputs; from += BLOCK) {
+    in_blocks((outputs + BLOCK - 1) / BLOCK, is_large((gate ? 2 : 1) * inputs * outputs, rows), [&](int64_t block) {
+        int64_t from = block * BLOCK;
         int64_t size = std::min(BLOCK, outputs - from);
         float *u = scratch<1>(rows * size), *g = scratch<2>(rows * size);
         times_transposed(x32, inputs, rows, up + from * inputs, inputs, inputs, size, u, size);
@@ -203,7 +212,7 @@ static void widen(const T* x, int64_t rows, const T* gate, const T* gate_bias, c
         for (int64_t r = 0; r < rows; r++)
             for (int64_t o = 0; o < size; o++)
                 put(y + r * outputs + from + o, gate ? g[r * size + o] * u[r * size + o] : u[r * size + o]);
-    }
+    });
 }
 
 // y [R, D] = the rows widened as above, times down [D, F].T + down_bias; hidden [R, F] is memory for what lies between
@@ -229,10 +238,9 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
     for (int64_t e = 0; e < number; e++) ends[e + 1] += ends[e];
     for (int64_t slot = 0; slot < slots; slot++) sorted[place[slot] = ends[chosen[slot]]++] = slot;
     float* outs = scratch<1>(slots * hidden);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t e = 0; e < number; e++) {
+    in_blocks(number, is_large(3 * hidden * width * std::min(number, slots), slots / number), [&](int64_t e) {
         int64_t first = e ? ends[e - 1] : 0, rows = ends[e] - first;
-        if (rows == 0) continue;
+        if (rows == 0) return;
         float *in = scratch<2>(rows * hidden), *h = scratch<3>(rows * width), *g = scratch<4>(rows * width);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < hidden; i++)
@@ -249,20 +257,19 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
         } else
             activate(h, rows * width, activation);
         times(h, width, rows, own_down, hidden, width, hidden, outs + first * hidden, hidden, next_up, false);
-    }
-#pragma omp parallel for schedule(static) if (tokens > MANY)
-    for (int64_t t = 0; t < tokens; t++) {
+    });
+    in_blocks(tokens, tokens > MANY, [&](int64_t t) {
         float* total = scratch<2>(hidden);
         std::memset(total, 0, hidden * sizeof *total);
         for (int64_t j = t * per_token; j < (t + 1) * per_token; j++)
             for (int64_t i = 0; i < hidden; i++) total[i] += weights[j] * outs[place[j] * hidden + i];
         for (int64_t i = 0; i < hidden; i++) put(y + t * hidden + i, total[i]);
-    }
+    });
 }
 
-#define FUNCTIONS(T)                                                                                                  \
-    {(void*)linear<T>,  (void*)feed_forward<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)project<T>, (void*)attend<T>, \
-     (void*)route, (void*)experts<T>}
+#define FUNCTIONS(T)                                                                                              \
+    {(void*)linear<T>,  (void*)feed_forward<T>, (void*)rms_norm<T>, (void*)rotate<T>, (void*)project<T>,          \
+     (void*)attend<T>, (void*)route, (void*)experts<T>}
 extern "C" {
 void* few_rows_float32[] = FUNCTIONS(float);
 void* few_rows_bfloat16[] = FUNCTIONS(bfloat16);

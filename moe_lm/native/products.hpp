@@ -119,6 +119,7 @@ static float* scratch(int64_t size) {
     if (memory.size < size) {
         std::free(memory.floats);
         memory.floats = (float*)std::aligned_alloc(64, (size * 4 + 63) / 64 * 64);
+        if (!memory.floats) std::abort();
         memory.size = size;
     }
     return memory.floats;

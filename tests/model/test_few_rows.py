@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -149,8 +150,10 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_get_the_same_bits_whatever_is_beside_them(dtype: torch.dtype) -> None:
-    model = build(**KINDS["moe"], head_dim=32).to(dtype)
+@pytest.mark.parametrize("width", [32, 24, 40])  # of vectors whole ones, and a rest
+def test_rows_get_the_same_bits_whatever_is_beside_them(width: int, dtype: torch.dtype) -> None:
+    widths = {"intermediate_size": width, "moe_intermediate_size": width}
+    model = build(**KINDS["moe"] | widths, head_dim=32).to(dtype)
     with torch.inference_mode():
         cache, rows = empty_cache(model, 4, dtype), range(4)
         prefill(model, random_prompts(), cache)
@@ -175,6 +178,48 @@ def test_a_step_of_the_whole_model(kind: str, monkeypatch: pytest.MonkeyPatch) -
 
     found, expected = both_ways(compute, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_threads_change_no_bit() -> None:
+    """Also when two callers come at the same time, of whom one finds the helpers taken."""
+    layer, x = Linear(256, 4096, bias=False), random(3, 1, 256)
+    before = torch.get_num_threads()
+
+    def compute(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return torch.stack([layer(x) for _ in range(300)])
+
+    try:
+        expected = compute(1)[0]
+        with ThreadPoolExecutor(2) as callers:
+            for found in (compute(3), *callers.map(compute, (3, 3))):
+                assert all(result.equal(expected) for result in found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_has_no_room_in_the_cache_is_not_written() -> None:
+    model = build(**KINDS["moe"])
+    cache = empty_cache(model, 1)
+    cache.lengths += cache.keys.shape[3]
+    with torch.inference_mode(), pytest.raises(IndexError, match="has room for no other"):
+        extend(model, torch.tensor([[1]]), cache)
+
+
+def test_broken_logits_choose_different_experts() -> None:
+    nothing = torch.full((2, 16), torch.nan)
+    *_, chosen, weights = few_rows.route(nothing, random(8, 16), torch.zeros(8), 3, True, True, 1.0)
+    assert chosen.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert weights.isnan().all()
+
+
+def test_angles_of_one_row_serve_all() -> None:
+    x, angles = random(3, 2, 4, 12), random(1, 2, 1, 6, seed=1)
+    with torch.inference_mode():
+        assert rotate(x, angles.cos(), angles.sin()).equal(
+            rotate(x, *(a.expand(3, -1, -1, -1) for a in (angles.cos(), angles.sin())))
+        )
 
 
 def test_broken_weights_give_no_numbers() -> None:
