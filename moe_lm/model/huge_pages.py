@@ -23,7 +23,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape)
     if size * dtype.itemsize < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device="cpu")
-    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):  # there is not so much: torch says it as it does everywhere
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
