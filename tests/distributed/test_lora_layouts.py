@@ -66,6 +66,7 @@ def saved_names(run: Path) -> set[str]:
     return {name for file in folder.rglob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_moves_through_stages_and_engines(
     lora_config: Path, tmp_path: Path, run_ranks: RunRanks, moe_lm: MoeLm
 ) -> None:

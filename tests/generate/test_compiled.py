@@ -48,7 +48,10 @@ def written(model: LanguageModel, sampling: Sampling, compiled: bool) -> dict[in
 
 
 @needs_compiler
-@pytest.mark.parametrize("attention", [GROUPED, LATENT], ids=["grouped", "latent"])
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(GROUPED, id="grouped"), pytest.param(LATENT, id="latent", marks=pytest.mark.slow)],
+)
 def test_compiled_equals_not_compiled(attention: dict[str, Any]) -> None:
     model = LanguageModel(ModelConfig(**SHAPE, **attention))
     model.initialise(0)

@@ -43,6 +43,7 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
         assert name in layouts
 
 
+@pytest.mark.slow
 def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(start_moe_lm: Start) -> None:
     process = start_moe_lm(
         "verify", CONFIG, f"model={ROOT / 'configs' / 'model' / 'deepseek-v3.yaml'}", "--world-sizes", "2",
