@@ -97,7 +97,7 @@ def test_a_run_of_adapters_moves_through_stages_and_engines(
         pytest.param(1, ("lora.targets=[attention]",), id="frozen experts, ZeRO 1", marks=pytest.mark.slow),
         pytest.param(2, ("lora=null", "train.freeze_router=true"), id="frozen router, ZeRO 2", marks=pytest.mark.slow),
         pytest.param(3, ("lora.targets=[attention]",), id="frozen experts, ZeRO 3", marks=pytest.mark.slow),
-        pytest.param(3, ("lora=null", "train.freeze_router=true"), id="frozen router, ZeRO 3"),
+        pytest.param(3, ("lora=null", "train.freeze_router=true"), id="frozen router, ZeRO 3", marks=pytest.mark.slow),
         pytest.param(
             3,
             ("lora.targets=[experts]", "train.freeze_router=true"),

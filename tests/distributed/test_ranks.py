@@ -63,6 +63,7 @@ def test_a_rank_that_hangs_is_not_waited_for(tiny_pretrain: Path, tmp_path: Path
     assert "in train_step" in err or "in any_rank" in err
 
 
+@pytest.mark.slow
 def test_a_save_may_take_longer_than_ranks_wait_for_each_other(tiny_pretrain: Path, tmp_path: Path) -> None:
     program = Path(__file__).parent / "slow_saves.py"
     settings = ("train.steps=4", "checkpoint.every=2", "parallel.timeout_seconds=3", "train.eval_every=0")
