@@ -209,7 +209,7 @@ def test_flops_of_a_hand_counted_model() -> None:
 
 def test_counting_needs_no_torch() -> None:
     code = "import sys, moe_lm.model.count; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_a_rank_keeps_its_experts_and_its_share_of_what_zero_divides() -> None:

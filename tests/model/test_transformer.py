@@ -263,8 +263,10 @@ def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
 def test_blocks_are_traced_whole(kind: str) -> None:
     """A break would leave training compiled in pieces, slow and without a word; tracing alone takes no compiler."""
     model = build(**KINDS[kind], num_hidden_layers=2)
+    loss, _ = loss_and_gradients(model)
     torch._dynamo.reset()
     for layer in model.model.layers:
         layer.compile(backend="eager", fullgraph=True)
-    loss_and_gradients(model)
+    traced, _ = loss_and_gradients(model)
     torch._dynamo.reset()
+    torch.testing.assert_close(traced, loss, rtol=1e-5, atol=0)
