@@ -84,24 +84,12 @@ def generate(
     vocab_size: int | None = None,
     slots: int = SLOTS,
 ) -> list[list[int]]:
-    """The continuation of every prompt; see `stream`."""
+    """The continuation of every prompt; see `steps`."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, settings, stop_ids, vocab_size, slots):
-        texts[row].append(token)
+    for step in steps(model, prompts, settings, stop_ids, vocab_size, slots):
+        if step.token is not None:
+            texts[step.request].append(step.token)
     return texts
-
-
-def stream(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    settings: Settings,
-    stop_ids: Collection[int] = (),
-    vocab_size: int | None = None,
-    slots: int = SLOTS,
-) -> Iterator[tuple[int, int]]:
-    """Pairs (row, token) as they are chosen, step by step, of at most `slots` rows at a time; see `steps`."""
-    found = steps(model, prompts, settings, stop_ids, vocab_size, slots)
-    return ((step.request, step.token) for step in found if step.token is not None)
 
 
 def steps(
@@ -112,7 +100,7 @@ def steps(
     vocab_size: int | None = None,
     slots: int = SLOTS,
 ) -> Iterator[Step]:
-    """What happens to every row, step by step; `request` is the row.
+    """What happens to every row, step by step, of at most `slots` rows at a time; `request` is the row.
 
     A row ends before a token of `stop_ids`, after `max_new_tokens`, or when the model has no position left.
     Only ids below `vocab_size` are chosen: a model may have more than its tokenizer has tokens for. Raises, before
