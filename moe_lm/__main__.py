@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_lm import cli
+from moe_lm.cli import main as cli
 
 
 def main() -> None:

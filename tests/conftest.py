@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import yaml
 
-from moe_lm.config import PretrainConfig
-from moe_lm.config_file import dump_config, load_config
-from moe_lm.tokenization import Tokenizer
+from moe_lm.config.file import dump_config, load_config
+from moe_lm.config.run import PretrainConfig
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.processes import start_ranks
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Done(NamedTuple):
 @pytest.fixture
 def moe_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs `moe-lm` with these arguments in this process."""
-    from moe_lm.cli import main
+    from moe_lm.cli.main import main
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["moe-lm", *map(str, arguments)])
@@ -230,7 +230,7 @@ def ragged() -> BatchSource:
 @pytest.fixture
 def save_run(tmp_path: Path, tiny_tokenizer: Tokenizer) -> SaveRun:
     """Makes a run folder with one checkpoint of a model, as training leaves it."""
-    from moe_lm.train import checkpoint
+    from moe_lm.checkpoint import checkpoint
 
     def save(model: LanguageModel, config: str = "") -> Path:
         run = tmp_path / "run"

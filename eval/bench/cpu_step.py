@@ -21,13 +21,13 @@ import torch
 import transformers
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from moe_lm.config import OptimizerConfig, ParallelConfig, TrainConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import OptimizerConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
+from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.count import count_parameters, flops_per_token
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.torch_engine import TorchEngine
 
 HOUSE = Path(__file__).parents[2]
 ROWS, LENGTH = 16, 256

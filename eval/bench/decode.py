@@ -25,14 +25,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from moe_lm.config_file import dump_config, load_config
+from moe_lm.checkpoint import checkpoint
+from moe_lm.config.file import dump_config, load_config
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
-from moe_lm.interop.exporting import export_run
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.exporting import export_run
 
 HOUSE = Path(__file__).parents[2]
 NEW_TOKENS = 48

@@ -27,12 +27,12 @@ import torch
 from deepspeed.moe.layer import MoE as PeerMoE
 from torch import Tensor, nn
 
-from moe_lm.config import OptimizerConfig, ParallelConfig, TrainConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import OptimizerConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import pack
+from moe_lm.engine.build import PlacedModel, build_engine, place_model
 from moe_lm.model.layers import MLP
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.build import PlacedModel, build_engine, place_model
 
 HOUSE = Path(__file__).parents[2]
 RANKS = 2

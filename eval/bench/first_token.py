@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.config import PretrainConfig
-from moe_lm.config_file import dump_config, load_config
+from moe_lm.checkpoint import checkpoint
+from moe_lm.config.file import dump_config, load_config
+from moe_lm.config.run import PretrainConfig
 from moe_lm.model.count import count_parameters
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 HOUSE = Path(__file__).parents[2]
 

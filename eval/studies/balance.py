@@ -21,13 +21,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from moe_lm.config import BalanceConfig, PretrainConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.run import BalanceConfig, PretrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.generate.session import Session
-from moe_lm.tokenization import Tokenizer
+from moe_lm.objective.losses import TrainingLoss
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import pretrain
-from moe_lm.train.losses import TrainingLoss
 from moe_lm.train.metrics import load_statistics
 
 NO_BALANCE = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "batch_loss": 0.0, "z_loss": 0.0}

@@ -28,16 +28,17 @@ import torch
 import yaml
 from sacrebleu.metrics import CHRF
 
-from moe_lm.config import FinetuneConfig, PreferenceConfig
-from moe_lm.config_file import load_config
+from moe_lm.checkpoint import checkpoint
+from moe_lm.config.file import load_config
+from moe_lm.config.run import FinetuneConfig, PreferenceConfig
 from moe_lm.data.preferences import PairRows, read_preferences
-from moe_lm.data.split import held_out
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
-from moe_lm.train import checkpoint, cost, finetune
-from moe_lm.train.losses import TrainingLoss
-from moe_lm.train.preference import answer_log_probs
+from moe_lm.objective.losses import TrainingLoss
+from moe_lm.objective.preference import answer_log_probs
+from moe_lm.text.split import held_out
+from moe_lm.train import cost, finetune
 
 RECIPES = Path(__file__).with_suffix("")
 WORK = Path("runs/finetune-study")

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_lm.common.errors import UsageError
 from moe_lm.data.mixing import Mixture
 from moe_lm.data.shards import TokenShards, TokenStream
 from moe_lm.data.targets import IGNORE
-from moe_lm.errors import UsageError
 
 PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
 

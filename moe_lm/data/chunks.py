@@ -24,11 +24,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from moe_lm.common.errors import MoeLmError
 from moe_lm.data.shards import INDEX_DTYPE, token_dtype
-from moe_lm.data.sources import Document
-from moe_lm.data.split import document_hash
-from moe_lm.errors import MoeLmError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.sources import Document
+from moe_lm.text.split import document_hash
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, so that there are not too many files
 

@@ -14,12 +14,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from moe_lm.chat_config import ChatSource
-from moe_lm.data.files import Report, read_rows
+from moe_lm.common.errors import UsageError
+from moe_lm.config.chat import ChatSource
 from moe_lm.data.formats import Dialogue, Message, Pair, Unusable, dialogue_of, pair_of
-from moe_lm.data.sources import read_dataset
-from moe_lm.data.split import document_hash, held_out_of
-from moe_lm.errors import UsageError
+from moe_lm.text.files import Report, read_rows
+from moe_lm.text.sources import read_dataset
+from moe_lm.text.split import document_hash, held_out_of
 
 ContentT = TypeVar("ContentT", Dialogue, Pair)
 

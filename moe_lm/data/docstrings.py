@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_lm.config import SourceConfig
-from moe_lm.data.sources import Report, read_documents
+from moe_lm.config.run import SourceConfig
+from moe_lm.text.sources import Report, read_documents
 
 MIN_ANSWER, MAX_ANSWER = 20, 400  # characters
 IMPLEMENTATIONS = {"posixpath": "os.path", "_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io"}

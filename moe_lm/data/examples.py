@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.chat_config import ChatDataConfig, ChatSource
+from moe_lm.common.errors import UsageError
+from moe_lm.config.chat import ChatDataConfig, ChatSource
 from moe_lm.data.conversations import nothing_usable, read_dialogues, split_held_out
-from moe_lm.data.files import Report
 from moe_lm.data.formats import Dialogue
 from moe_lm.data.targets import next_tokens
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.files import Report
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lm.chat.template import ROLES
-from moe_lm.chat_config import ChatSource, template_fields
-from moe_lm.data.files import text_problem
+from moe_lm.config.chat import ChatSource, template_fields
+from moe_lm.text.files import text_problem
+from moe_lm.tokenizer.chat.template import ROLES
 
 Message = dict[str, Any]
 

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.config import DataConfig, SourceConfig
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.run import DataConfig, SourceConfig
 from moe_lm.data.chunks import Workers, appearing, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
-from moe_lm.data.sources import TEXT_SUFFIXES, Report, read_documents, source_files
-from moe_lm.data.split import held_out_of
-from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.sources import TEXT_SUFFIXES, Report, read_documents, source_files
+from moe_lm.text.split import held_out_of
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 64 << 20
 

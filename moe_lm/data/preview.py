@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_lm.chat_config import ChatDataConfig
+from moe_lm.config.chat import ChatDataConfig
 from moe_lm.data.examples import ChatData
 from moe_lm.data.packing import Document
 from moe_lm.data.preferences import PreferenceData
 from moe_lm.data.targets import IGNORE
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"
 MARKS = "⟦", "⟧"  # around what is trained on, where there are no colours

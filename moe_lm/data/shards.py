@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from moe_lm.errors import UsageError
-from moe_lm.section import Section
+from moe_lm.common.errors import UsageError
+from moe_lm.config.section import Section
 
 if TYPE_CHECKING:
-    from moe_lm.tokenization import Tokenizer
+    from moe_lm.tokenizer.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")

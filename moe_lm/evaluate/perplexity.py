@@ -21,19 +21,19 @@ import torch.nn.functional as F
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
-from moe_lm.config import FinetuneConfig, PretrainConfig, RunConfig, SourceConfig
-from moe_lm.config_file import build_config
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import build_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, SourceConfig
 from moe_lm.data.batches import IGNORE, Batch, pack
-from moe_lm.data.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.data.shards import TokenShards
-from moe_lm.data.sources import ROW_SUFFIXES, read_documents
-from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate.session import Session
+from moe_lm.kernels.device import pick_dtype
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.device import pick_dtype
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
+from moe_lm.text.sources import ROW_SUFFIXES, read_documents
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 BATCH_ROWS = 8  # windows at once
 WINDOW = 2048  # tokens, where no training says how long its rows were

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.terminal import colours
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.completion import Completion, Writer
 from moe_lm.generate.decode import SLOTS, Settings, Step
 from moe_lm.generate.painter import Painter, by_layer
 from moe_lm.generate.session import Session
-from moe_lm.terminal import colours
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.terminal import check_typed, colours, printable
 from moe_lm.generate.conversation import Conversation, Reply
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
-from moe_lm.terminal import check_typed, colours, printable
 
 if TYPE_CHECKING:
-    from moe_lm.parallel.dispatch import Spread
+    from moe_lm.parallel.spread import Spread
 
 COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # what has a second slash is a path, and so no command
 KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands, Ctrl-D ends"

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lm.common.terminal import colours, printable
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.painter import Painter
 from moe_lm.generate.penalties import NO_PENALTIES, Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
-from moe_lm.terminal import colours, printable
 
 if TYPE_CHECKING:
-    from moe_lm.parallel.dispatch import Spread
+    from moe_lm.parallel.spread import Spread
 
 
 def sample(

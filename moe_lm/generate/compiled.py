@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.kernels.device import compiling_needs
 from moe_lm.model.attention import StaticAttention
-from moe_lm.model.device import compiling_needs
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel

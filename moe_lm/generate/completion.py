@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 
 UNFINISHED = "\ufffd"  # what the bytes of a character decode to before its last one has come
 

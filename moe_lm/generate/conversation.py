@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
-from moe_lm.tokenization import Message
+from moe_lm.tokenizer.tokenizer import Message
 
 
 class Reply(NamedTuple):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.compiled import CompiledStep
 from moe_lm.generate.penalties import Text
 from moe_lm.generate.strategies import GREEDY, Sampling
@@ -23,7 +24,6 @@ from moe_lm.model.attention import CachedAttention, PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 SLOTS = 32  # rows that are written at a time
 PREFILL_TOKENS = 2048  # of prompts, in one step

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.common.terminal import printable
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Step
-from moe_lm.model_config import ModelConfig
-from moe_lm.terminal import printable
 
 LAST = -1  # in place of a layer's number
 IN_LEGEND = 16  # experts, those with the most tokens

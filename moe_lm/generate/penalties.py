@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 
 
 class Text(NamedTuple):

@@ -13,20 +13,20 @@ import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.config import check_vocabulary
-from moe_lm.config_file import build_config
-from moe_lm.errors import UsageError
+from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.common.errors import UsageError
+from moe_lm.config.file import build_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import check_vocabulary
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Decoder, Settings, Step, capacity_for, room
-from moe_lm.model import huge_pages
-from moe_lm.model.device import pick_device
+from moe_lm.kernels import huge_pages
+from moe_lm.kernels.device import pick_device
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.tokenization import Message, Tokenizer
-from moe_lm.train import adapters, checkpoint
+from moe_lm.tokenizer.tokenizer import Message, Tokenizer
 
 if TYPE_CHECKING:
-    from moe_lm.parallel.dispatch import Spread
+    from moe_lm.parallel.spread import Spread
 
 COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths find what was compiled before
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -164,8 +164,8 @@ def load_model(
 
 def _round_into(tensors: Mapping[str, Tensor], folder: Path, base: Path | None) -> None:
     """Fill a model's tensors some rows at a time: none is held whole in the data type that it was saved in."""
-    from moe_lm.parallel.dispatch import pieces
-    from moe_lm.train.checkpoint_reader import open_tensors
+    from moe_lm.checkpoint.reader import open_tensors
+    from moe_lm.parallel.spread import pieces
 
     source = open_tensors(folder, base)
     for name, tensor in tensors.items():
@@ -181,8 +181,8 @@ def spread_model(
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """The model of a checkpoint, its layers where there is room for them."""
-    from moe_lm.parallel.dispatch import dispatch
-    from moe_lm.train.checkpoint_reader import open_tensors
+    from moe_lm.checkpoint.reader import open_tensors
+    from moe_lm.parallel.spread import dispatch
 
     config = _model_config(folder, tokenizer)
     with torch.device("meta"), _default_dtype(dtype), _NoInitialValues():

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model import few_rows
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import few_rows
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.layers import Linear, RMSNorm
 from moe_lm.model.rotary import Angles, rotate
-from moe_lm.model_config import ModelConfig
 
 
 class Attend(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from moe_lm.model_config import ModelConfig
+from moe_lm.config.model import ModelConfig
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lm.model import huge_pages
-from moe_lm.model_config import ModelConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import huge_pages
 
 
 class KVCache:

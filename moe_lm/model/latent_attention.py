@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import Attend
 from moe_lm.model.layers import Linear, RMSNorm
 from moe_lm.model.rotary import Angles, rotate, yarn_mscale
-from moe_lm.model_config import ModelConfig
 
 LATENT_EPS = 1e-6  # in every DeepSeek model, whatever its rms_norm_eps
 

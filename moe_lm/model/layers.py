@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model import few_rows
-from moe_lm.model_config import ModelConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import few_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 

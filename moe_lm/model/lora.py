@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.errors import UsageError
-from moe_lm.lora_config import LoraConfig
-from moe_lm.model.grouped_mm import grouped_mm
+from moe_lm.common.errors import UsageError
+from moe_lm.config.lora import LoraConfig
+from moe_lm.kernels.grouped_mm import grouped_mm
 from moe_lm.model.moe import Experts
 from moe_lm.model.transformer import LanguageModel, generator_of
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.model import few_rows
-from moe_lm.model.grouped_mm import Runs, grouped_mm, mm_by_runs, runs_of
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import few_rows
+from moe_lm.kernels.grouped_mm import Runs, grouped_mm, mm_by_runs, runs_of
 from moe_lm.model.layers import ACTIVATIONS, MLP, Linear
-from moe_lm.model_config import ModelConfig
 
 
 class Routing(NamedTuple):

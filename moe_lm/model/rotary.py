@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lm.model import few_rows
-from moe_lm.model_config import ModelConfig, RopeScaling
+from moe_lm.config.model import ModelConfig, RopeScaling
+from moe_lm.kernels import few_rows
 
 Angles = tuple[Tensor, Tensor]
 

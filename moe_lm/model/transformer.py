@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import Attend, Attention
 from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, Linear, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
 from moe_lm.model.rotary import Angles, rotary_angles
-from moe_lm.model_config import ModelConfig
 
 
 class ModelOutput(NamedTuple):

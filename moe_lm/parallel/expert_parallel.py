@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, compute_dtype, sorting
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology

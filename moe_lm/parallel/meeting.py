@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 
 if TYPE_CHECKING:
     from moe_lm.parallel.topology import Topology

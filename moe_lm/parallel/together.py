@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from moe_lm.errors import MoeLmError
+from moe_lm.common.errors import MoeLmError
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.parallel.meeting import end_meeting, meet
 
 PATIENCE_SECONDS = 30.0  # that the back end has beyond the config's

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import moe_lm
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.parallel.meeting import why_lost
 from moe_lm.parallel.topology import Topology
 

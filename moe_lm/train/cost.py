@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moe_lm.config import FinetuneConfig, RunConfig
-from moe_lm.config_file import dump_config
-from moe_lm.lora_config import LoraConfig
+from moe_lm.config.file import dump_config
+from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import FinetuneConfig, RunConfig
+from moe_lm.engine.deepspeed_config import deepspeed_json
+from moe_lm.kernels.device import pick_device, pick_dtype
 from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
-from moe_lm.model.device import pick_device, pick_dtype
 from moe_lm.model.lora import freeze, narrow_frozen
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.deepspeed_config import deepspeed_json
 from moe_lm.parallel.logical import is_expert
 from moe_lm.parallel.topology import current_topology
 

@@ -9,23 +9,24 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from moe_lm.config import FinetuneConfig, check_positions, check_router, rows_at_once
-from moe_lm.config_file import build_config
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.start import Start, find_start
+from moe_lm.config.file import build_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import FinetuneConfig, check_positions, check_router, rows_at_once
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat
 from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
 from moe_lm.data.preview import show_conversations, show_pairs
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.engine import Engine
+from moe_lm.engine.engine import Engine
 from moe_lm.parallel.topology import current_topology
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint, cost
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train import cost
 from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult
 from moe_lm.train.reference import add_reference
 from moe_lm.train.run import Recipe, run_recipe
-from moe_lm.train.start import Start, find_start
 
 
 def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.config import CheckpointConfig, TrainConfig, rows_at_once
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.saver import Saver
+from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.config.run import CheckpointConfig, TrainConfig, rows_at_once
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.parallel.engine import Engine, StepResult
-from moe_lm.parallel.pace import Pace
+from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.engine.pace import Pace
+from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
-from moe_lm.signals import STOP_SIGNALS
-from moe_lm.train import checkpoint
-from moe_lm.train.checkpoint_saver import Saver
 from moe_lm.train.metrics import (
     MetricsLog,
     load_statistics,
@@ -31,7 +32,6 @@ from moe_lm.train.metrics import (
     model_flops_utilisation,
     peak_flops,
 )
-from moe_lm.train.scheduled_sampling import with_own_tokens
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moe_lm.config import LogConfig
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import LogConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.train.display import Display, Status
 from moe_lm.train.trackers import open_trackers

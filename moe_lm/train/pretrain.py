@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 
-from moe_lm.config import PretrainConfig, check_vocabulary, rows_at_once
+from moe_lm.config.run import PretrainConfig, check_vocabulary, rows_at_once
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
-from moe_lm.parallel.build import build_engine, place_model
+from moe_lm.engine.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 

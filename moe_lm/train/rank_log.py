@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import moe_lm
-from moe_lm.errors import MoeLmError
+from moe_lm.common.errors import MoeLmError
 from moe_lm.parallel.topology import Topology
 
 

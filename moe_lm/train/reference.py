@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from moe_lm.checkpoint.start import Start, lost_reference
 from moe_lm.data.preferences import PairRows
-from moe_lm.parallel.engine import Engine
+from moe_lm.engine.engine import Engine
 from moe_lm.parallel.together import Ranks
-from moe_lm.train.start import Start, lost_reference
 
 FILE = "reference.safetensors"
 

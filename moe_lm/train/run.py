@@ -11,25 +11,25 @@ from typing import Any
 
 import yaml
 
-from moe_lm.config import FinetuneConfig, RunConfig
-from moe_lm.config_file import build_config, dump_config
+from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.checkpoint.start import FILE as START
+from moe_lm.checkpoint.start import Start
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import build_config, dump_config
+from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import FinetuneConfig, RunConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.lora_config import LoraConfig
+from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
+from moe_lm.engine.engine import Engine
 from moe_lm.model.count import flops_per_token
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.build import PlacedModel, build_engine, place_model, rank_device
-from moe_lm.parallel.engine import Engine
 from moe_lm.parallel.topology import current_topology, join
 from moe_lm.parallel.watch import Watchdog, agree, end_with_launcher, losses_are_said
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import adapters, checkpoint
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
 from moe_lm.train.rank_log import rank_log
 from moe_lm.train.run_folder import RunFolder, compare_config, flat_settings
-from moe_lm.train.start import FILE as START
-from moe_lm.train.start import Start
 
 # Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
 # goes on.

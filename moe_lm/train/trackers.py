@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from moe_lm.config import LogConfig
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import LogConfig
 
 
 class Tracker(Protocol):

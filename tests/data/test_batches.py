@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lm.common.errors import UsageError
 from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches, evaluation_batches
 from moe_lm.data.shards import TokenShards, TokenStream
-from moe_lm.errors import UsageError
 
 LENGTH = 8
 

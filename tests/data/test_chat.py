@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lm.chat_config import ChatDataConfig, ChatSource
+from moe_lm.common.errors import UsageError
+from moe_lm.config.chat import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
 from moe_lm.data.mixing import MIX_BLOCK
 from moe_lm.data.packing import pack_rows
-from moe_lm.data.sources import Report
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.sources import Report
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 PAD = 2
 NO_ROLE = "a message without a role of system, user, assistant, tool"

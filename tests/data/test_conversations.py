@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moe_lm.chat_config import ChatSource
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.chat import ChatSource
 from moe_lm.data.conversations import read_dialogues, read_pairs, split_held_out
-from moe_lm.data.files import Report
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.text.files import Report
 
 ROWS = [{"prompt": f"q{number}", "completion": f"a{number}"} for number in range(3)]
 

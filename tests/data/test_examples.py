@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from moe_lm.chat_config import ChatDataConfig, ChatSource
+from moe_lm.common.errors import UsageError
+from moe_lm.config.chat import ChatDataConfig, ChatSource
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
-from moe_lm.data.files import Report, read_rows
 from moe_lm.data.targets import IGNORE
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
-from tests.chat.foreign import CHATML, GLM, MISTRAL, save
+from moe_lm.text.files import Report, read_rows
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save
 
 
 def write(path: Path, rows: list[Any]) -> Path:

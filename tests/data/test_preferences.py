@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lm.chat_config import ChatDataConfig
+from moe_lm.common.errors import UsageError
+from moe_lm.config.chat import ChatDataConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
 

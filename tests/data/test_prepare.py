@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_lm.config import DataConfig
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.run import DataConfig
 from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.chunks import Workers
 from moe_lm.data.prepare import PrepareProgress, prepare
 from moe_lm.data.shards import TokenShards, read_manifest, token_dtype
-from moe_lm.data.sources import Report, read_documents
-from moe_lm.data.split import held_out
-from moe_lm.errors import MoeLmError, UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.sources import Report, read_documents
+from moe_lm.text.split import held_out
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
 
@@ -110,7 +110,7 @@ def test_shards_of_another_size_hold_the_same_stream(
 PREPARE_AND_DIE = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
-    from moe_lm.config import DataConfig
+    from moe_lm.config.run import DataConfig
     from moe_lm.data import chunks, prepare
 
     def die(countdown=[int(sys.argv[3])]):

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lm.config import DataConfig
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import DataConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
-from moe_lm.errors import UsageError
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
 GPT2 = Path("vectors", "gpt2")

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from moe_lm.__main__ import main
-from moe_lm.train import checkpoint
+from moe_lm.checkpoint import checkpoint
 
 settle = checkpoint._settle
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_lm.config import ParallelConfig, TrainConfig
-from moe_lm.model_config import ModelConfig
-from moe_lm.parallel.build import build_engine, place_model
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.engine.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology, end
 from moe_lm.train.loop import local_micro_batches
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.parallel.topology import Topology, current_topology
 from tests.processes import Start, finish, free_port, losses, rank_environment, start_program, start_ranks
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_lm.generate.session import Session
-from moe_lm.interop.exporting import export_run
 from moe_lm.model.attention import PackedAttention
+from moe_lm.tools.interop.exporting import export_run
 
 ROOT = Path(__file__).parents[2]
 PAIRS = 40

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config import ChatDataConfig, DataConfig, FinetuneConfig, PretrainConfig, SourceConfig, TrainConfig
-from moe_lm.config_file import dump_config
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import dump_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ChatDataConfig, DataConfig, FinetuneConfig, PretrainConfig, SourceConfig, TrainConfig
 from moe_lm.data.prepare import prepare
-from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, score_documents, unigram_bits_per_byte
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SaveRun = Callable[..., Path]
 WINDOW = 12

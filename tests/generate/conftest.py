@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 MakeRun = Callable[..., Path]
 

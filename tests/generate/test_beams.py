@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lm.config_file import dump_config
-from moe_lm.errors import UsageError
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.errors import UsageError
+from moe_lm.config.file import dump_config
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.beams import Beam, BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
-from moe_lm.interop.exporting import export_run
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
-from moe_lm.tokenization import Tokenizer
-from moe_lm.train import checkpoint
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.exporting import export_run
 from tests.generate.test_decode import BASE, CONFIGS, build, full_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

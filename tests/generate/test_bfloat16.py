@@ -15,10 +15,10 @@ from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.model import few_rows
+from moe_lm.kernels import few_rows
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.dispatch import Spread
+from moe_lm.parallel.spread import Spread
 from tests.conftest import Done
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.chat_config import ChatSource
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.chat import ChatSource
 from moe_lm.data.conversations import read_dialogues
-from moe_lm.data.files import Report
-from moe_lm.errors import MoeLmError, UsageError
 from moe_lm.generate import chat as verb
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
+from moe_lm.text.files import Report
 
 MakeRun = Callable[..., Path]
 
@@ -256,6 +256,6 @@ def test_an_answer_that_was_cut_is_not_trained_on(run: Path, monkeypatch: pytest
 
 
 def test_a_run_without_a_chat_template_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_lm.tokenization.Tokenizer.has_chat_template", False)
+    monkeypatch.setattr("moe_lm.tokenizer.tokenizer.Tokenizer.has_chat_template", False)
     with pytest.raises(UsageError, match=r"has no chat template.*moe-lm sample"):
         chat(run, "a\n", monkeypatch)

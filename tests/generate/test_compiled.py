@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Decoder, Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.model.device import compiling_needs
+from moe_lm.kernels.device import compiling_needs
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 from tests.conftest import Done
 
 MoeLm = Callable[..., Done]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.generate.completion import Completion
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TEXT = "naïve café — 你好，世界 👩‍👩‍👧 and plain words"
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Settings, generate, steps
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, ModelOutput
-from moe_lm.model_config import ModelConfig
 
 BASE = ModelConfig(
     vocab_size=97,

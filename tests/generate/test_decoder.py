@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.generate.decode import Decoder, Settings, Step, generate
 from moe_lm.generate.penalties import Penalties, Text
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.model import few_rows
+from moe_lm.kernels import few_rows
 from moe_lm.model.transformer import LanguageModel
 from tests.generate.test_decode import BASE, CONFIGS, build, full_logits, full_output
 

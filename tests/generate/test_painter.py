@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lm.common.terminal import printable
+from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.painter import LAST, RESET, Painter, colour
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model_config import ModelConfig
-from moe_lm.terminal import printable
 
 MakeRun = Callable[..., Path]
 DEEP = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process
 
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
 from moe_lm.generate.penalties import Penalties, Text, repeating
 from moe_lm.generate.strategies import GREEDY, Sampling
 

@@ -10,13 +10,13 @@ import pytest
 import tokenizers
 import torch
 
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.tokenization import Tokenizer
-from tests.chat.foreign import STYLES, save
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.chat.foreign import STYLES, save
 
 MakeRun = Callable[..., Path]
 VARIED = Settings(30, Sampling(1.5), seed=3)

@@ -22,13 +22,13 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from moe_lm.chat_config import ChatSource
+from moe_lm.common.terminal import printable
+from moe_lm.config.chat import ChatSource
 from moe_lm.data.conversations import read_dialogues
-from moe_lm.data.files import Report
 from moe_lm.generate.typed import history_file, typed_lines
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.terminal import printable
-from moe_lm.tokenization import Tokenizer
+from moe_lm.text.files import Report
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 MakeRun = Callable[..., Path]
 ENTER, NEW_LINE, UP, CTRL_A, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x01", "\x03", "\x04"

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 LADDER = ("modern-dense", "every-expert", "switch", "gshard", "deepseekmoe")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import CachedAttention, PackedAttention, PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 VOCABULARY = 64
 PROMPTS = [5, 1, 11, 8]

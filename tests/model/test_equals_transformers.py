@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Dots1Config, Dots1ForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 from tests.model.transformers_models import (
     VOCABULARY,
     Tensors,

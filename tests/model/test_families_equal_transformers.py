@@ -12,8 +12,8 @@ import pytest
 import transformers
 from transformers import PreTrainedModel
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 from tests.model.transformers_models import (
     VOCABULARY,
     assert_same_logits_experts_and_gradients,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.layers import MLP, RMSNorm, build_norm, sinusoidal_positions
-from moe_lm.model_config import ModelConfig
 
 
 def config_with(**changes: Any) -> ModelConfig:

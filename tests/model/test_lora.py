@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.errors import UsageError
-from moe_lm.lora_config import LoraConfig
+from moe_lm.common.errors import UsageError
+from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import ModelConfig
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
 from moe_lm.model.moe import Experts
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.moe import MoE, Routing, expert_counts, route, within_capacity
-from moe_lm.model_config import ModelConfig
 
 ROWS, POSITIONS, HIDDEN, WIDTH = 3, 5, 8, 16
 Array = np.ndarray[Any, np.dtype[np.float64]]

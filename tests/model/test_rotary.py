@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.rotary import rotary_angles, rotate
-from moe_lm.model_config import ModelConfig
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
-from moe_lm.model_config import ModelConfig
 
 VOCABULARY, HIDDEN = 64, 32
 SHAPE: dict[str, Any] = {

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 
 VOCABULARY = 64
 Tensors = dict[str, Tensor]

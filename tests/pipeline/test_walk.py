@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_lm.config import PretrainConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.run import PretrainConfig
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ MoeLm = Callable[..., Any]
 # Runs a verb and says which of the heavy packages it brought in.
 WATCHED = (
     "import atexit, sys\n"
-    "from moe_lm.cli import main\n"
+    "from moe_lm.cli.main import main\n"
     "heavy = {'accelerate', 'datasets', 'deepspeed', 'transformers'}\n"
     "atexit.register(lambda: print('imported:', *sorted(heavy & sys.modules.keys()), file=sys.stderr))\n"
     "main()\n"

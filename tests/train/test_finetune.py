@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from moe_lm.config import FinetuneConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.run import FinetuneConfig
 from moe_lm.data.chat import ChatBatches
 from moe_lm.data.examples import read_chat
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
-from moe_lm.tokenization import Tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import finetune
 from tests.processes import metrics
 

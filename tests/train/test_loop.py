@@ -16,14 +16,14 @@ from typing import Any, overload
 import pytest
 import torch
 
-from moe_lm.config import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.errors import MoeLmError
+from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.model_config import ModelConfig
 from moe_lm.parallel.topology import Topology
-from moe_lm.parallel.torch_engine import TorchEngine
-from moe_lm.train import checkpoint
 from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, stop_signals, this_command, train
 from moe_lm.train.metrics import MetricsLog
 

@@ -12,15 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moe_lm.config import FinetuneConfig
-from moe_lm.config_file import load_config
+from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.checkpoint.reader import open_tensors
+from moe_lm.config.file import load_config
+from moe_lm.config.run import FinetuneConfig
+from moe_lm.engine.build import place_model
 from moe_lm.generate.session import Session
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.build import place_model
-from moe_lm.train import adapters, checkpoint
-from moe_lm.train.checkpoint_reader import open_tensors
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,7 +321,7 @@ def test_wrong_settings_are_refused(lora_config: Path, moe_lm: MoeLm, settings: 
 def test_experts_of_a_model_that_has_none_are_refused(
     lora_config: Path, tmp_path: Path, save_run: Callable[..., Path], moe_lm: MoeLm
 ) -> None:
-    from moe_lm.model_config import ModelConfig
+    from moe_lm.config.model import ModelConfig
 
     config = ModelConfig(
         vocab_size=1024, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

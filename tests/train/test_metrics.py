@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lm.config import LogConfig
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import LogConfig
 from moe_lm.train.display import Status, format_seconds
 from moe_lm.train.metrics import (
     LineFile,

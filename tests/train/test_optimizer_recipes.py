@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_lm.config import PretrainConfig
-from moe_lm.config_file import load_config
+from moe_lm.config.file import load_config
+from moe_lm.config.run import PretrainConfig
 from tests.processes import losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import moe_lm
-from moe_lm.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.train.run_folder import RunFolder, compare_config
 
 HOLD = (

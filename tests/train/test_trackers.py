@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from moe_lm.config import LogConfig
-from moe_lm.errors import UsageError
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import LogConfig
 from moe_lm.train.metrics import MetricsLog
 
 

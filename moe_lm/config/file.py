@@ -1,0 +1,131 @@
+"""Reading a config: a YAML file, sections of their own files, overrides, and errors that say what to do.
+
+A section may be written in place or be the path of a file (relative to the config) that holds it:
+`model: ../model/deepseekmoe.yaml`. On the command line `section.key=value` overrides, with the value read as YAML;
+`model=configs/model/switch.yaml` takes another file, relative to the working folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.section import Section
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply `section.key=value` overrides and check everything.
+
+    Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
+    """
+    values = _read_yaml(path)
+    _read_sections(kind, values, path.parent)
+    for override in overrides:
+        _apply_override(values, override)
+        _read_sections(kind, values, Path())
+    return build_config(kind, values, origin=str(path))
+
+
+def has_key(path: Path, key: str) -> bool:
+    """Whether a config file says something of `key`, which tells what kind of run it is of."""
+    return key in _read_yaml(path)
+
+
+def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
+    """Check `values` against a config class; `origin` names the file in error messages."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
+
+
+def dump_config(config: Section) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds {type(values).__name__}, expected `key: value` lines")
+    return values
+
+
+def _read_sections(kind: type[BaseModel], values: dict[str, Any], folder: Path) -> None:
+    """Put the content of a file where a section names one."""
+    for key, value in values.items():
+        if isinstance(value, str) and _section_type(kind, key) is not None:
+            values[key] = _read_yaml(folder / value)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override {override!r} is not of the form section.key=value, like train.steps=100")
+    *parents, leaf = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"override {override!r}: {parent} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
+    location = [part for part in item["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = _nearest(kind, location)
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
+    if item["type"] == "missing":
+        return f"{key} is missing; set it"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
+    """The known key most like an unknown one: first among its siblings, then in the whole config."""
+    section: type[BaseModel] = kind
+    for part in location[:-1]:
+        section = _section_type(section, part) or section
+    siblings = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.6)
+    if siblings:
+        return ".".join([*location[:-1], siblings[0]])
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in _all_keys(kind)}
+    found = difflib.get_close_matches(location[-1], everywhere, n=1, cutoff=0.6)
+    return everywhere[found[0]] if found else None
+
+
+def _section_type(kind: type[BaseModel], key: str) -> type[BaseModel] | None:
+    field = kind.model_fields.get(key)
+    if field is None:
+        return None
+    candidates = [field.annotation, *get_args(field.annotation)]
+    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+    return sections[0] if sections else None
+
+
+def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name in kind.model_fields:
+        yield prefix + name
+        section = _section_type(kind, name)
+        if section is not None:
+            yield from _all_keys(section, f"{prefix}{name}.")

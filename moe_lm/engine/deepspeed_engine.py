@@ -1,0 +1,277 @@
+"""The engine on DeepSpeed: expert and data parallelism with ZeRO 1, 2 or 3.
+
+DeepSpeed finds experts by class and by attributes that are internal to it (`_mark_experts`), and keeps weights and
+moments in flat partitions whose layout is its own (`_Zero`). What is used of that is all in this file;
+tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed moves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig
+from moe_lm.data.batches import Batch
+from moe_lm.engine.deepspeed_config import deepspeed_json
+from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size
+from moe_lm.kernels.device import pick_dtype
+from moe_lm.model.lora import left_to_base, narrow_frozen
+from moe_lm.model.moe import MoE
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.losses import LossParts, StepCounts
+from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
+from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
+from moe_lm.parallel.topology import current_topology, leave
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine(Engine):
+    """Float32 weights, gradients and moments, divided as ZeRO's stage says; products in bfloat16 under autocast."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        mesh: DeviceMesh,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        device: torch.device,
+        pad_id: int,
+        preference: PreferenceConfig | None = None,
+    ) -> None:
+        self.topology = current_topology()
+        check_batch_size(train, self.topology)
+        stage = parallel.zero_stage or 1
+        if train.compile and stage == 3:
+            raise UsageError(
+                "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the "
+                "operations of a block; set one of them otherwise",
+                common=True,
+            )
+        self.config, self.model, self.mesh, self.device = train, model, mesh, device
+        self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
+        self.dtype = pick_dtype(train.precision, device)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference)
+        settings = deepspeed_json(train, parallel, self.topology.world_size, cuda=device.type == "cuda")
+        deepspeed = _import_deepspeed()
+        _mark_experts(model, mesh.size(1), stage)
+        groups = adamw_groups((parameter for _, parameter in self.trained()), train.optimizer)
+        optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        try:
+            self.wrapped, *_ = deepspeed.initialize(model=self.loss, optimizer=optimizer, config=settings)
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
+            reason = " ".join(str(error).split())
+            raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {reason}; correct it", common=True) from error
+        self.zero = _Zero(self.wrapped.optimizer, stage)
+        if stage < 3:  # which would gather and divide them once more
+            narrow_frozen(model, self.dtype)
+
+    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
+        parts: LossParts = self.wrapped(batch, counts)
+        return parts
+
+    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        part = self._forward(batch, counts)
+        # DeepSpeed averages over the ranks, for experts too, but the parts already add up to the global loss.
+        self.wrapped.backward(part.loss * self.topology.world_size, scale_wrt_gas=False)
+        if not last:
+            self.wrapped.step()  # counts the micro-batch
+        return part
+
+    def _update(self, factor: float, finite: bool) -> Update:
+        # A loss that is not finite has a gradient that is not, which DeepSpeed sees in the norm of all ranks.
+        set_learning_rate([self.wrapped.optimizer], factor)
+        self.wrapped.step()
+        grad_norm = float(self.wrapped.get_global_grad_norm())
+        return Update(grad_norm, skipped=not self.wrapped.was_step_applied() or not math.isfinite(grad_norm))
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: self._divide(name, safe_get_full_grad(p)) for name, p in self.trained()}
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {}
+        for name, parameter in self._kept_frozen():
+            with self.zero.gathered(parameter):
+                state[f"model.{name}"] = self._divide(name, parameter.detach())
+        for name, parameter in self.trained():
+            state[f"model.{name}"] = self._divide(name, safe_get_full_fp32_param(parameter))
+            for key in MOMENTS:
+                state[f"{key}.{name}"] = self._divide(name, safe_get_full_optimizer_state(parameter, key))
+            state[f"step.{name}"] = host_copy(self.zero.steps(parameter))
+        if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
+            state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
+        state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
+        state["random.cpu"] = torch.get_rng_state()
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self._kept_frozen():
+            with torch.no_grad(), self.zero.gathered(parameter, change=True):
+                parameter.copy_(self._undivide(name, state[f"model.{name}"]))
+        for name, parameter in self.trained():
+            safe_set_full_fp32_param(parameter, self._undivide(name, state[f"model.{name}"]))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, self._undivide(name, state[f"{key}.{name}"]), key)
+            self.zero.steps(parameter).copy_(state[f"step.{name}"])
+        self.zero.weights_changed()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state[f"model.{name}"])
+        torch.set_rng_state(state["random.cpu"])
+
+    def _kept_frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Frozen parameters that a checkpoint holds all the same."""
+        elsewhere = left_to_base(self.model)
+        named = self.model.named_parameters()
+        return ((name, p) for name, p in named if not p.requires_grad and name not in elsewhere)
+
+    def _divide(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.view(self.shapes[name])
+        return divide_experts(tensor, self.mesh) if is_expert(name) else divide(tensor, self.ranks)
+
+    def _undivide(self, name: str, part: Tensor) -> Tensor:
+        return undivide(part, is_expert(name)).to(self.device)
+
+    def close(self, part: bool = True) -> None:
+        self.wrapped.destroy()
+        if part:
+            leave()
+
+
+class _Zero:
+    """DeepSpeed's ZeRO optimizer, with the moments there from the start, so that a checkpoint can be loaded at once."""
+
+    def __init__(self, optimizer: Any, stage: int) -> None:
+        self.optimizer, self.stage = optimizer, stage
+        if stage == 3:
+            self.flat = optimizer.fp32_partitioned_groups_flat
+        else:
+            self.flat = optimizer.single_partition_of_fp32_groups
+        for partition in self.flat:
+            optimizer.optimizer.state[partition] = {
+                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+        if stage == 3:
+            groups = [[parameter.ds_id for parameter in group] for group in optimizer.fp16_groups]
+            self.partition_of = {number: index for index, group in enumerate(groups) for number in group}
+        else:
+            # DeepSpeed does this after the first group's first step, and so for that group alone.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+            self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
+
+    def steps(self, parameter: nn.Parameter) -> Tensor:
+        """AdamW's count of steps for the partition that holds this parameter."""
+        key = parameter.ds_id if self.stage == 3 else id(parameter)  # type: ignore[attr-defined]
+        steps: Tensor = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]["step"]
+        return steps
+
+    def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
+        """Within this a frozen parameter is whole on every rank; with `change` what rank 0 writes into it stays."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        context: AbstractContextManager[None] = GatheredParameters(
+            [parameter], modifier_rank=0 if change else None, enabled=self.stage == 3
+        )
+        return context
+
+    def weights_changed(self) -> None:
+        """Give the model the float32 weights that were set in the partitions."""
+        if self.stage == 3:
+            # After a forward pass, as that of a reference, some whole weights are still here, and are the old ones.
+            self.optimizer.parameter_offload.partition_all_parameters()
+            for index in range(len(self.flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        else:
+            self.optimizer.update_lp_params()
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its chatter, and without its shared-memory op.
+
+    On a CPU that op is compiled at the first start, for 40 s, and hangs for ever on the lock of a build that was
+    killed; gloo does its work.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it finds nothing else
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.comm
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # for DeepSpeed's authors
+    topology = current_topology()
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # a single process has none, DeepSpeed wants one
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -> None:
+    """What DeepSpeed looks for: the class of the layer, and on its experts the names of their groups."""
+    trained = any(p.requires_grad for layer in model.moe_layers for p in layer.experts.parameters())
+    layer_class, group_name = _layer_class(trained or stage == 3), f"ep_size_{expert_parallel_size}"
+    for layer in model.moe_layers:
+        layer.__class__ = layer_class
+        vars(layer).update(num_experts=model.config.n_routed_experts, expert_parallel_size=expert_parallel_size)
+        for parameter in layer.experts.parameters():
+            for attribute, value in {
+                "allreduce": False,
+                "group_name": group_name,
+                "ds_zero_placement_family": "autoep_expert",
+                "ds_zero_partition_group_name": group_name,
+            }.items():
+                setattr(parameter, attribute, value)
+
+
+def _layer_class(known: bool) -> type[MoE]:
+    """Our layer under the one base class that DeepSpeed knows experts by in every stage.
+
+    Stages 1 and 2 then insist on a group of experts for the optimizer: frozen ones must not be known there, and need
+    their process groups alone. In stage 3 they must be, or it divides them over ranks that have other experts.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.utils import groups
+
+    class GroupedMoE(MoE):
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: object) -> None:
+            groups._create_expert_and_data_parallel(
+                self.expert_parallel_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+
+    class DeepSpeedMoE(GroupedMoE, AutoEPMoELayer):
+        pass
+
+    return DeepSpeedMoE if known else GroupedMoE
+
+
+def _split_off_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of parameters that are reduced over the same ranks; DeepSpeed wants a name for each."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    named = [{**group, "name": f"weight_decay={group['weight_decay']}"} for group in groups]
+    split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
+    return [group for group in split if group["params"]]

@@ -1,0 +1,107 @@
+"""The engine without DeepSpeed: one device, or plain data parallelism, on Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig
+from moe_lm.data.batches import Batch
+from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size
+from moe_lm.kernels.device import pick_device, pick_dtype
+from moe_lm.model.lora import left_to_base, narrow_frozen
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.losses import LossParts, StepCounts
+from moe_lm.optim.groups import build_optimizers, set_learning_rate
+from moe_lm.parallel.topology import current_topology, leave
+
+
+class TorchEngine(Engine):
+    """Float32 weights and optimizer states; products in bfloat16 under autocast where the device is fast at it."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        pad_id: int,
+        preference: PreferenceConfig | None = None,
+    ) -> None:
+        self.topology = current_topology()
+        check_batch_size(train, self.topology)
+        device = pick_device(parallel.device)
+        self.dtype = pick_dtype(train.precision, device)
+        self.config = train
+        self.model = model
+        AcceleratorState._reset_state()  # a process-wide singleton there; a process may hold two engines
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",  # the loss runs under autocast by itself
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device = self.accelerator.device
+        narrow_frozen(model, self.dtype)
+        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference).to(self.device)
+        self.optimizers = build_optimizers(model, train.optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less
+            self.wrapped: nn.Module = self.accelerator.prepare(self.loss)
+
+    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
+        parts: LossParts = self.wrapped(batch, counts)
+        return parts
+
+    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            part = self._forward(batch, counts)
+            # DDP averages gradients over the ranks, but the parts already add up to the global loss.
+            (part.loss * self.topology.world_size).backward()
+        return part
+
+    def _update(self, factor: float, finite: bool) -> Update:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
+        skipped = not (math.isfinite(grad_norm) and finite)
+        if not skipped:
+            set_learning_rate(self.optimizers, factor)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return Update(grad_norm, skipped)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.trained()}
+
+    def state(self) -> dict[str, Tensor]:
+        elsewhere = left_to_base(self.model)
+        state = {f"model.{name}": t for name, t in self.model.state_dict().items() if name not in elsewhere}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, tensors in optimizer.state.items():
+                state |= {f"{key}.{names[parameter]}": tensor for key, tensor in tensors.items()}
+        state["random.cpu"] = torch.get_rng_state()
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        torch.set_rng_state(state["random.cpu"])
+
+    def close(self, part: bool = True) -> None:
+        # A process group whose last owner is DDP hangs when it is freed (pytorch/pytorch#190489), so DDP goes first.
+        self.wrapped = self.loss
+        self.accelerator.free_memory()
+        gc.collect()
+        AcceleratorState._reset_state(reset_partial_state=part)
+        if part:
+            leave()

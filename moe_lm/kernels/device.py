@@ -1,0 +1,46 @@
+"""Which device to compute on, and in which data type."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from moe_lm.common.errors import UsageError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` prefers CUDA, then MPS, then the CPU. Raises UsageError for a device that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(wanted):
+        choices = ", ".join(["auto", *(kind for kind, there in available.items() if there)])
+        raise UsageError(f"device {wanted!r} is not available on this machine; choose one of {choices}")
+    return torch.device(wanted)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device has instructions for it; elsewhere bfloat16 is slower than float32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def compiling_needs(device: torch.device) -> str | None:
+    """What `torch.compile` lacks here, or None: it builds its kernels with a C++ compiler against Python's headers."""
+    if device.type not in ("cpu", "cuda"):
+        return f"a CPU or CUDA device, not {device.type}"
+    compilers = [os.environ.get("CXX") or "g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return "a C++ compiler (Debian: apt-get install g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Debian: apt-get install python3-dev)"
+    return None

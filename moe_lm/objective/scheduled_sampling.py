@@ -1,0 +1,58 @@
+"""Scheduled sampling (arXiv 1506.03099), in the two passes that a Transformer needs (arXiv 1906.07651).
+
+A share of the tokens that the model was trained to give, where they stand in the input of later ones, becomes what the
+model itself would have given there. It is trained on the true targets all the same, and so learns to go on from its
+own mistakes. The losses make the pass without gradient; here is decided where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_lm.config.run import ScheduledSamplingConfig
+from moe_lm.data.batches import IGNORE, Batch
+from moe_lm.data.shuffle import shuffle_key
+
+
+def with_own_tokens(batch: Batch, config: ScheduledSamplingConfig, seed: int, step: int, rows: range) -> Batch:
+    """The batch of these rows of global step `step`, with the places where the model's own token is to stand.
+
+    A pure function of (seed, step, row, position): every layout and a resumed run choose the same places.
+    """
+    share = share_of(step, config)
+    chosen = torch.from_numpy(_uniform(seed, step, rows, batch.input_ids.shape[1]) < share)
+    return replace(batch, own_tokens=chosen & is_target_prefix(batch))
+
+
+def share_of(step: int, config: ScheduledSamplingConfig) -> float:
+    """The share at step `step` (counted from 0), which grows in a line over the first `ramp_steps`."""
+    return config.share * min(1.0, step / config.ramp_steps) if config.ramp_steps else config.share
+
+
+def is_target_prefix(batch: Batch) -> Tensor:
+    """Whether an input token was the target of the position before it, [rows, sequence] bool."""
+    before, positions = batch.targets[:, :-1], batch.position_ids
+    follows = positions[:, 1:] == positions[:, :-1] + 1  # not the first of a document
+    found = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    found[:, 1:] = (before != IGNORE) & (before == batch.input_ids[:, 1:]) & follows
+    return found
+
+
+def mixed(batch: Batch, logits_BSV: Tensor) -> Batch:
+    """The inputs of the second pass: at the chosen places the likeliest token after all that stands before it."""
+    assert batch.own_tokens is not None
+    likeliest = logits_BSV[:, :-1].argmax(-1)
+    input_ids = batch.input_ids.clone()
+    input_ids[:, 1:] = torch.where(batch.own_tokens[:, 1:], likeliest, input_ids[:, 1:])
+    return replace(batch, input_ids=input_ids, own_tokens=None)
+
+
+def _uniform(seed: int, step: int, rows: range, length: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), [rows, length]."""
+    row, position = np.asarray(rows)[:, None], np.arange(length)[None]
+    return (shuffle_key(seed, step, row, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,100 @@
+"""Optimizers by parameter group, learning-rate schedules, the router-bias update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lm.config.run import OptimizerConfig, ScheduleConfig
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.optim.lamb import Lamb
+from moe_lm.optim.muon import Muon
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
+
+    Frozen parameters are left out. Weight decay is decoupled and acts on matrices only. Every state tensor exists from
+    the start, so that a checkpoint can be loaded into an optimizer that has not stepped yet.
+    """
+    muon: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        (muon if config.name == "muon" and is_hidden_matrix(name, parameter) else others).append(parameter)
+    groups = adamw_groups(others, config)
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "lamb":
+        optimizers.append(Lamb(groups, config.lr, config.betas, config.eps))
+    else:
+        optimizers.append(build_adamw(groups, config))
+        for parameter in others:
+            optimizers[0].state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    if muon:
+        optimizers.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def adamw_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without; a group without parameters is left out."""
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, and not a router or gate."""
+    return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
+
+
+def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
+    """The learning rate of step `step` (counted from 0) over its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.name == "cosine":
+        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if config.name == "wsd":
+        decay_steps = config.decay_fraction * total_steps
+        left = max(0.0, min(1.0, (total_steps - step) / decay_steps))
+        return config.min_ratio + (1 - config.min_ratio) * left
+    if config.name == "multistep":
+        passed = sum(step >= milestone * total_steps for milestone in config.milestones)
+        return config.factor**passed
+    return 1.0
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+@torch.no_grad()
+def update_router_biases(model: LanguageModel, load: Tensor, rate: float) -> None:
+    """Move every expert's bias by `rate` towards an even load (DeepSeek-V3, section 2.1.2).
+
+    `load [layers, E]` are the integer counts of the whole global batch; compared with their mean in integers, so that
+    no device rounds its way to another sign.
+    """
+    for layer, counts in zip(model.moe_layers, load, strict=True):
+        layer.gate.e_score_correction_bias += rate * torch.sign(counts.sum() - counts * len(counts))

@@ -1,0 +1,158 @@
+"""A model that is larger than one device: its layers on several devices, in the host's memory and on the disk.
+
+Accelerate decides what goes where and brings the weights of a layer to its device before it runs. What is read here is
+never held whole: each tensor goes to its place some rows at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.model.transformer import LanguageModel, Placement
+
+PIECE_BYTES = 1 << 26  # of a tensor, in memory at once
+WHOLE = ["Block"]  # a residual connection does not leave its device, and weights are used without their layer's forward
+DISK = "disk"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in this order
+
+Read = Callable[[str, int, int], Tensor]  # rows from and to of a parameter or buffer, by its name in the model
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much each device may hold, like `{"cpu": "4GiB", "0": "20GiB"}`, and where the rest lies on the disk.
+
+    Without `max_memory` a device may hold what it has free.
+    """
+
+    max_memory: Mapping[str, str] | None = None
+    offload_folder: Path | None = None
+
+
+def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]:
+    """Give a model on the meta device its weights, each where it fits; what lies where, by the names of modules.
+
+    Raises UsageError for memory that is none, MoeLmError when the disk cannot take its share.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import set_module_tensor_to_device
+
+    limits = _limits(spread.max_memory)
+    folder = None if spread.offload_folder is None else _folder(model, spread.offload_folder)
+    with _quiet():
+        device_map = infer_auto_device_map(model, limits, no_split_module_classes=WHOLE)
+    devices = [device for device in device_map.values() if device not in ("cpu", DISK)]
+    main = torch.device(devices[0] if devices else "cpu")
+    if folder is None and DISK in device_map.values():
+        folder = _folder(model, None)
+    buffers, index = dict(model.named_buffers()), dict[str, Any]()
+    tied = model.config.tie_word_embeddings and _place_of(HEAD, device_map) == _place_of(EMBEDDING, device_map)
+    for name, tensor in model.state_dict().items():
+        place = _place_of(name, device_map)
+        if name == HEAD and tied and place != DISK:
+            model.lm_head.weight = model.model.embed_tokens.weight
+            continue
+        if place == DISK and name not in buffers:
+            assert folder is not None
+            index[name] = _write(folder / f"{name}.dat", name, tensor, read)
+        else:
+            device = main if place == DISK else torch.device(place)
+            set_module_tensor_to_device(model, name, device, value=_filled(name, tensor, device, read))
+    with _quiet():
+        dispatch_model(
+            model,
+            device_map,
+            main_device=devices[0] if devices else "cpu",
+            offload_dir=folder if DISK in device_map.values() else None,
+            offload_index=index or None,
+            preload_module_classes=WHOLE,
+        )
+    runs = {name: main if place in ("cpu", DISK) else torch.device(place) for name, place in device_map.items()}
+    layers = range(model.config.num_hidden_layers)
+    model.placement = Placement(main, tuple(_place_of(f"model.layers.{layer}", runs) for layer in layers))
+    return {name: str(place) for name, place in device_map.items()}
+
+
+def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:
+    """Bytes by device; of those that are not given, what is free."""
+    from accelerate.utils import get_max_memory
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    limits: dict[int | str, int] = get_max_memory()
+    for name, size in (given or {}).items():
+        device = int(name) if name.isdigit() else name
+        if device not in limits:
+            there = ", ".join(map(str, limits))
+            raise UsageError(f"--max-memory {name}={size} names no device of this machine; it has {there}")
+        try:
+            limits[device] = 0 if size == "0" else convert_file_size_to_int(size)
+        except ValueError as error:
+            raise UsageError(f"--max-memory {name}={size} is no size; give it like {name}=4GiB") from error
+    return limits
+
+
+def _place_of(name: str, places: Mapping[str, Any]) -> Any:
+    """Where a parameter or module is, by its own name or that of a module around it."""
+    return next(place for module, place in places.items() if not module or f"{name}.".startswith(f"{module}."))
+
+
+def _folder(model: LanguageModel, parent: Path | None) -> Path:
+    """A folder for what lies on the disk, which goes with the model."""
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix="moe-lm-offload-", dir=parent)
+    except OSError as error:
+        raise MoeLmError(f"--offload-folder {parent} cannot be written ({error.strerror}); give another one") from error
+    weakref.finalize(model, temporary.cleanup)
+    return Path(temporary.name)
+
+
+def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
+    """Put a tensor on the disk as Accelerate reads it; what its index says of it."""
+    try:
+        with file.open("wb") as opened:
+            for start, stop in pieces(tensor):
+                opened.write(read(name, start, stop).to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise MoeLmError(
+            f"{file} cannot be written ({error.strerror}); give a folder on a larger disk with --offload-folder"
+        ) from error
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _filled(name: str, tensor: Tensor, device: torch.device, read: Read) -> Tensor:
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    for start, stop in pieces(tensor):
+        out[start:stop] = read(name, start, stop)
+    return out
+
+
+def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows from and to of parts of a tensor that may be in memory at once."""
+    rows = max(1, PIECE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
+    for start in range(0, len(tensor), rows):
+        yield start, min(start + rows, len(tensor))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Accelerate warns that weights are on the meta device, which is what was asked for."""
+    logger = logging.getLogger("accelerate")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,264 @@
+"""Documents out of text files, JSON rows, Parquet, `datasets` data sets and the Python standard library.
+
+One bad document never stops a corpus: what cannot be used is counted in a `Report` by reason, with the first place
+where it was met. Memory is bounded whatever the size of a file. The order is the same on every run.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.run import SourceConfig
+from moe_lm.text.files import (
+    MAX_LINE_BYTES,
+    UNREADABLE,
+    Report,
+    kind_of,
+    open_decompressed,
+    open_parquet,
+    read_lines,
+    read_rows,
+    text_problem,
+)
+
+PIECE_BYTES = 64 << 10  # a longer text file comes in pieces of about this size, so that some of it can be held out
+
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".yaml", ".toml", ".sql", ".sh"}
+    | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".js", ".ts", ".rs"}
+)
+ROW_SUFFIXES = frozenset({".jsonl", ".json", ".parquet"})
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+TOPICS = "pydoc_data/topics.py"  # the language's documentation: one large dictionary of texts
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `id` is stable across runs: the path in its folder, or for rows a hash of the text."""
+
+    id: str
+    text: str
+
+
+def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
+    """The documents of a source in a fixed order, up to `source.max_bytes` of text.
+
+    Raises UsageError when the source does not exist, or when nothing in it can be used.
+    """
+    before = report.documents
+    budget = report.text_bytes + source.max_bytes if source.max_bytes is not None else None
+    for document, where in _candidates(source, report):
+        problem = text_problem(document.text) if document.text.strip() else "empty document"
+        if problem is not None:
+            report.skip(problem, where)
+            continue
+        report.documents += 1
+        report.text_bytes += len(document.text.encode("utf-8"))
+        yield document
+        if budget is not None and report.text_bytes >= budget:
+            return
+    if report.documents == before:
+        reasons = "; ".join(report.skipped_lines()) or "it is empty"
+        raise UsageError(f"source {source.name!r} ({origin(source)}) has no usable document: {reasons}")
+
+
+def source_files(source: SourceConfig, report: Report | None = None) -> list[tuple[str, Path]]:
+    """The files of a `path` or `stdlib` source, sorted, each with its name: the posix path relative to the root."""
+    if source.stdlib:
+        return _stdlib_files()
+    path = Path(source.path or "").expanduser()
+    if path.is_dir():
+        files = _folder_files(path, report or Report())
+    elif path.is_file():
+        files = [(path.name, path)]
+    elif glob.has_magic(str(path)):
+        files = _glob_files(str(path))
+    else:
+        raise UsageError(f"source {source.name!r}: path {source.path} does not exist; correct the path")
+    if not files:
+        raise UsageError(
+            f"source {source.name!r}: path {source.path} matches no file to read; "
+            f"expected text, .jsonl, .json or .parquet, each also .gz, .xz or .zst"
+        )
+    return files
+
+
+def origin(source: SourceConfig) -> str:
+    """What a source reads, in words for messages."""
+    return source.path or source.dataset or "the Python standard library"
+
+
+def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+    """Every document with its place (`file:line`), before the checks that any text must pass."""
+    if source.dataset is not None:
+        yield from _dataset_documents(source, report)
+        return
+    for name, path in source_files(source, report):
+        kind = kind_of(path)
+        if source.stdlib and name == TOPICS:
+            yield from _topics()
+        elif kind not in ROW_SUFFIXES:
+            # A module of the standard library stays whole, so that it is held out whole.
+            yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else PIECE_BYTES, report)
+        elif kind == ".parquet":
+            yield from _parquet_documents(path, name, source.text_field, report)
+        else:
+            for where, row in read_rows(path, name, report):
+                yield from _row_document(row, source.text_field, where, report)
+
+
+def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[Document, str]]:
+    try:
+        with open_decompressed(path) as file:
+            for index, (line, piece) in enumerate(_pieces(file, name, piece_bytes, report)):
+                where = f"{name}:{line}"
+                try:
+                    text = piece.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    line += piece.count(b"\n", 0, error.start)
+                    report.skip("invalid UTF-8", f"{name}:{line}")
+                    continue
+                yield Document(f"{name}#{index}" if index else name, text), where
+    except UNREADABLE as error:
+        report.skip("unreadable file", f"{name}: {error}")
+
+
+def _topics() -> Iterator[tuple[Document, str]]:
+    """The texts behind `help("TOPIC")`, a document each, as a reader sees them and not as their module quotes them."""
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"pydoc_data/topics/{name}", text), TOPICS
+
+
+def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[int, bytes]]:
+    """A file cut at blank lines into pieces of about `piece_bytes`, each with the number of its first line."""
+    lines: list[bytes] = []
+    size = first = 0
+    for number, line in read_lines(file, name, report):
+        first = first or number
+        lines.append(line)
+        size += len(line)
+        if size >= piece_bytes and (not line.strip() or size >= 4 * piece_bytes):
+            yield first, b"".join(lines)
+            lines, size, first = [], 0, 0
+    if lines or not first:
+        yield max(first, 1), b"".join(lines)
+
+
+def _row_document(row: dict[str, Any], text_field: str, where: str, report: Report) -> Iterator[tuple[Document, str]]:
+    text = row.get(text_field)
+    if isinstance(text, str):
+        yield _row(text), where
+    elif text_field in row:
+        report.skip(f"field {text_field!r} is not text", where)
+    else:
+        report.skip(f"no field {text_field!r}", f"{where}, which has {', '.join(map(repr, list(row)[:8])) or 'none'}")
+
+
+def _row(text: str) -> Document:
+    """A row's place in its file is no name for it; equal texts are one document, on one side of the split."""
+    return Document(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), text)
+
+
+def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -> Iterator[tuple[Document, str]]:
+    import pyarrow
+
+    try:
+        with open_parquet(path) as table:
+            schema = table.schema_arrow
+            if text_field not in schema.names:
+                report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(schema.names)}")
+                return
+            kind = schema.field(text_field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                report.skip(f"field {text_field!r} is not text", f"{name}, where it is {kind}")
+                return
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                # As bytes: pyarrow raises for a whole column when one string is not UTF-8.
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    row += 1
+                    where = f"{name}:{row}"
+                    if value is None:
+                        report.skip(f"field {text_field!r} is not text", where)
+                        continue
+                    try:
+                        yield _row(value.decode("utf-8")), where
+                    except UnicodeDecodeError:
+                        report.skip("invalid UTF-8", where)
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
+        report.skip("unreadable file", f"{name}: {error}")
+
+
+def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+    for where, row in read_dataset(source.dataset or "", source.subset, source.split, f"source {source.name!r}"):
+        yield from _row_document(row, source.text_field, where, report)
+
+
+def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a `datasets` data set as they come, each with its place, like `name:7`.
+
+    Raises MoeLmError, which names the `reader`, for whatever the library, the network or the file formats raise.
+    """
+    import datasets
+
+    try:
+        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
+        for number, row in enumerate(rows, 1):
+            yield f"{name}:{number}", row
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise MoeLmError(
+            f"{reader}: data set {name} (subset {subset}, split {split}) cannot be read: {message}"
+        ) from error
+
+
+def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:
+    """Files of a known kind under a folder; hidden ones are not looked at."""
+    files: list[tuple[str, Path]] = []
+    for name, path in _walk(root, left_out=frozenset()):
+        if kind_of(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
+            files.append((name, path))
+        else:
+            report.skip("unknown kind of file", name)
+    return files
+
+
+def _glob_files(pattern: str) -> list[tuple[str, Path]]:
+    parts = Path(pattern).parts
+    plain = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:plain])
+    found = (Path(name) for name in glob.glob(pattern, recursive=True))
+    return sorted((_name(path, root), path) for path in found if path.is_file())
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [(name, path) for name, path in _walk(root, STDLIB_LEFT_OUT) if path.suffix == ".py"]
+    if not files:
+        raise UsageError(f"this Python has no library source in {root}; set path to a folder of text instead")
+    return files
+
+
+def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[str, Path]]:
+    found: list[tuple[str, Path]] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in left_out and not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [(_name(path, root), path) for path in paths if path.is_file()]
+    return sorted(found)
+
+
+def _name(path: Path, root: Path) -> str:
+    """The path below the root as printable text, also where the file system holds bytes that are not UTF-8."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")

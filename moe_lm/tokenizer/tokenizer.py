@@ -1,0 +1,412 @@
+"""Train, load and measure a byte-level BPE tokenizer; render conversations and mark what an assistant is trained on.
+
+Text and structure never mix: what a user writes is encoded as plain text, even where it spells `<|end|>`; the ids of
+special tokens come only from the chat template and from whoever packs documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.run import SourceConfig, TokenizerRecipe
+from moe_lm.text.sources import Report, read_documents
+from moe_lm.text.split import held_out
+from moe_lm.tokenizer.chat.template import ChatTemplate, Message
+from moe_lm.tokenizer.chat.turns import Turns
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+# GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
+# punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
+# quadratic in its length: a million times the letter a, met as one word, took 486 s uncut and takes 1 s cut.
+PRE_TOKENS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}{1,128}|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]{1,128}[\r\n]{0,128}|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
+)
+
+# `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
+# where the splits of GPT-2, GPT-4 and ours all begin a new pre-token whatever stands around: the ids stay the same.
+PIECE_CHARS = 1 << 16
+PIECES_AT_ONCE = 64
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
+HALF_PAIR = "the text holds half of a surrogate pair; expected valid Unicode"
+
+NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no template contains them
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that never reads special tokens out of text, and a chat template.
+
+    `config` is what `tokenizer_config.json` holds: the names of the bos, eos and pad tokens and the chat template.
+    Raises UsageError when `backend` has no token that ends a text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._config = dict(config)
+        self._renamed_backends: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
+        self.eos_id = self._special_id("eos_token")
+        self.bos_id = self._special_id("bos_token", self.eos_id)
+        self.pad_id = self._special_id("pad_token", self.eos_id)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a folder with `tokenizer.json`, or with GPT-2's vocabulary and merges.
+
+        Raises UsageError naming the folder or file that is missing or broken.
+        """
+        if (path / "tokenizer.json").is_file():
+            return cls(_parse(path / "tokenizer.json", tokenizers.Tokenizer.from_str), _read_config(path))
+        for vocabulary, merges in GPT2_FILES:
+            if (path / vocabulary).is_file() and (path / merges).is_file():
+                return cls(_gpt2_backend(path / vocabulary, path / merges), _read_config(path))
+        raise UsageError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Through the constructor: a pickled backend alone forgets that special tokens in text are plain text."""
+        return type(self), (self._backend, self._config)
+
+    def save(self, path: Path) -> None:
+        """Write `files()` into a folder, each file whole or not at all."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files().items():
+                partial = path / f"{name}.partial"
+                partial.write_text(content, encoding="utf-8")
+                os.replace(partial, path / name)
+        except OSError as error:
+            raise MoeLmError(f"cannot write the tokenizer to {path}: {error.strerror}") from error
+
+    def files(self) -> dict[str, str]:
+        """What a saved tokenizer consists of, by file name; `transformers.AutoTokenizer` loads it."""
+        return {
+            "tokenizer_config.json": json.dumps(self._config, indent=2, ensure_ascii=False) + "\n",
+            "tokenizer.json": self._backend.to_str(pretty=True) + "\n",
+        }
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows an embedding needs."""
+        return 1 + max(self._backend.get_vocab().values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of `tokenizer.json` in canonical form: equal exactly where all ids mean the same."""
+        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that text alone can never give, with their ids."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: id_ for id_, token in added.items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of them special."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores. Raises UsageError for a text that is not valid Unicode."""
+        batch: list[list[int]] = [[] for _ in texts]
+        pieces = ((row, piece) for row, text in enumerate(texts) for piece in split_text(text))
+        while group := list(islice(pieces, PIECES_AT_ONCE)):
+            try:
+                encoded = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            except TypeError as error:
+                raise UsageError(HALF_PAIR) from error
+            for (row, _), encoding in zip(group, encoded, strict=True):
+                batch[row].extend(encoding.ids)
+        return batch
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The conversation as the template writes it, to look at: for ids use `encode_chat`.
+
+        Raises UsageError for a message without a known role or without text, and when the template refuses.
+        """
+        return self.chat_template.render(messages, tools, add_generation_prompt).text
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, and for each whether it is trained on: what an assistant has to write.
+
+        That is its turns, with calls of tools, and the token that ends them, but for messages with `train: False`. Only
+        the template's own text gives special tokens, what the messages say never does. Raises UsageError as
+        `render_chat` does.
+        """
+        rendering = self.chat_template.render(messages, tools, add_generation_prompt)
+        trained = self._turns.trained(messages, tools, rendering)
+        mark = NAME_MARK
+        while mark in rendering.text:
+            mark += NAME_END
+        backend, ids_of_names = self._renamed_backend(mark)
+        # The special tokens that the template means get names that no text can hold; all else is tokenized as it is.
+        pieces, flags, done = list[str](), list[np.ndarray[Any, Any]](), 0
+        for begin, end in self._turns.specials(rendering):
+            name = f"{mark}{self.special_tokens[rendering.text[begin:end]]}{NAME_END}"
+            pieces += [rendering.text[done:begin], name]
+            flags += [trained[done:begin], np.full(len(name), trained[begin])]
+            done = end
+        try:
+            encoding = backend.encode("".join([*pieces, rendering.text[done:]]), add_special_tokens=False)
+        except TypeError as error:
+            raise UsageError(HALF_PAIR) from error
+        trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        return [ids_of_names.get(id_, id_) for id_ in encoding.ids], (
+            trained_before[ends] > trained_before[begins]
+        ).tolist()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._config.get("chat_template"))
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an assistant's answer, by the chat template; without one, eos."""
+        return self.special_tokens[self._turns.end] if self.has_chat_template else self.eos_id
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens after which an answer or a call of tools is complete: eos, and those of the chat template."""
+        try:
+            ends = self._turns.ends
+        except UsageError:  # text can be written without a template, or with one that fails
+            ends = set()
+        return frozenset({self.eos_id, *(self.special_tokens[token] for token in ends)})
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises UsageError when the tokenizer has none, or one that is no template."""
+        source = self._config.get("chat_template")
+        if not isinstance(source, str | list):
+            raise UsageError("this tokenizer has no chat template; add chat_template.jinja to its folder")
+        names = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
+        return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
+
+    @cached_property
+    def _turns(self) -> Turns:
+        return Turns(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
+
+    def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The same tokenizer with other names for its special tokens, and the ids that these stand for."""
+        if mark not in self._renamed_backends:
+            content = json.loads(self._backend.to_str())
+            content["post_processor"] = None
+            for token in content["added_tokens"]:
+                if token["special"]:
+                    token["content"] = f"{mark}{token['id']}{NAME_END}"
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+            names = {f"{mark}{id_}{NAME_END}": id_ for id_ in self.special_tokens.values()}
+            new_ids = backend.get_vocab(with_added_tokens=True)
+            self._renamed_backends[mark] = backend, {new_ids[name]: id_ for name, id_ in names.items()}
+        return self._renamed_backends[mark]
+
+    def _special_id(self, name: str, otherwise: int | None = None) -> int:
+        """The id of the token that the config calls `name`, else of GPT-2's only special token, else `otherwise`."""
+        content = _content(self._config.get(name))
+        found: int | None = self._backend.token_to_id(content or "<|endoftext|>")
+        if found is None and not content:
+            found = otherwise
+        if found is None:
+            raise UsageError(
+                f"the tokenizer has no {name} {content or '<|endoftext|>'!r}; correct tokenizer_config.json"
+            )
+        return found
+
+
+def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] | None = None) -> Tokenizer:
+    """Build a byte-level BPE tokenizer; the same recipe and text give the same files to the byte.
+
+    The text is streamed; memory grows with the number of different words, so give large sources a `max_bytes`.
+    `progress` is called with what was read and skipped so far, after every document and once at the end of the text.
+    The vocabulary comes out smaller than asked when the text has too few repeated pairs.
+    Raises UsageError when a source does not exist or has no usable document.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        _training_text(recipe, progress or (lambda report: None)),
+        trainers.BpeTrainer(
+            vocab_size=recipe.vocab_size,
+            min_frequency=2,  # a pair seen once is not worth an id
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=recipe.max_token_bytes + 1,  # the library's limit is exclusive
+            show_progress=False,
+        ),
+    )
+    # For other programs, which ask for special tokens around a text: a document begins with <|bos|>.
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", SPECIAL_TOKENS.index("<|bos|>"))]
+    )
+    return Tokenizer(
+        backend,
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": "<|eos|>",
+            "pad_token": "<|pad|>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": resources.files("moe_lm.tokenizer")
+            .joinpath("chat_template.jinja")
+            .read_text(encoding="utf-8"),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class SourceMeasure:
+    """How a tokenizer does on one source: one language, if the sources are divided so."""
+
+    name: str
+    read: Report
+    tokens: int
+    round_trip_failures: int  # documents that decode to another text
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.read.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class TokenizerMeasure:
+    """What `inspect` found out."""
+
+    vocab_size: int
+    fingerprint: str
+    sources: tuple[SourceMeasure, ...]
+    longest_tokens: tuple[str, ...]  # longest first, by bytes
+    unused_ids: int  # ids, special ones aside, that no document of the sources needed
+
+    def __str__(self) -> str:
+        lines = [f"vocabulary {self.vocab_size:,}, fingerprint {self.fingerprint[:12]}"]
+        for source in self.sources:
+            lines += [
+                f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, "
+                f"{source.bytes_per_token:.3f} bytes a token, {source.round_trip_failures} that do not round-trip",
+                *(f"  {line}" for line in source.read.skipped_lines()),
+            ]
+        if self.sources:
+            lines.append(f"ids that none of this text needs: {self.unused_ids:,}")
+        return "\n".join([*lines, "longest tokens: " + " ".join(map(repr, self.longest_tokens))])
+
+
+def inspect(tokenizer: Tokenizer, sources: Sequence[SourceConfig], longest: int = 20) -> TokenizerMeasure:
+    """Measure compression and round trips on each source, document by document, and list the longest tokens."""
+    used: set[int] = set()
+    measures = []
+    for source in sources:
+        read = Report()
+        tokens = failures = 0
+        for document in read_documents(source, read):
+            ids = tokenizer.encode(document.text)
+            tokens += len(ids)
+            failures += tokenizer.decode(ids) != document.text
+            used.update(ids)
+        measures.append(SourceMeasure(source.name, read, tokens, failures))
+    ordinary = set(range(tokenizer.vocab_size)) - set(tokenizer.special_tokens.values())
+    texts = sorted((tokenizer.decode([id_]) for id_ in ordinary), key=lambda text: (-len(text.encode()), text))
+    return TokenizerMeasure(
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint,
+        sources=tuple(measures),
+        longest_tokens=tuple(texts[:longest]),
+        unused_ids=len(ordinary - used),
+    )
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Cut a long text into pieces of at most PIECE_CHARS whose ids, one after the other, are those of the text.
+
+    Only a text without any place to cut, a run of half PIECE_CHARS without a space or a line end, is cut anywhere.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        safe = SAFE_CUT.search(text, start + PIECE_CHARS // 2, start + PIECE_CHARS)
+        stop = safe.start() if safe else start + PIECE_CHARS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _training_text(recipe: TokenizerRecipe, progress: Callable[[Report], None]) -> Iterator[str]:
+    report = Report()
+    for source in recipe.sources:
+        for document in read_documents(source, report):
+            if not held_out(document.id, recipe.validation_fraction):
+                yield from split_text(document.text)
+            progress(report)
+    progress(report)
+
+
+def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises nothing more special
+        raise UsageError(f"{vocabulary} and {merges} are no GPT-2 vocabulary: {error}; copy them again") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return backend
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, with the chat template that newer programs write into a file of its own."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config: dict[str, Any] = _parse(file, lambda text: dict(json.loads(text))) if file.is_file() else {}
+    if template.is_file():
+        config["chat_template"] = _parse(template, str)
+    return config
+
+
+def _parse(file: Path, parser: Callable[[str], Any]) -> Any:
+    try:
+        return parser(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise UsageError(f"{file} is broken: {error}; copy or train the tokenizer again") from error
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token in `tokenizer_config.json`, which may be an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

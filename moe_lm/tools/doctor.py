@@ -1,0 +1,168 @@
+"""`moe-lm doctor`: what this machine has, what is missing and how to install it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe_lm import __version__
+from moe_lm.kernels.native import build
+
+Status = Literal["ok", "missing", "optional", "warning"]
+
+GIB = 1 << 30
+LOW_DISK_GIB = 5  # a small run with its shards and two checkpoints
+INSTALL = "pip install -e ."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `missing` is required and fails the examination; the other states do not."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def run() -> int:
+    """Print the report; the exit code is 1 when something required is missing, else 0."""
+    findings = list(examine())
+    _show(findings)
+    return int(any(finding.status == "missing" for finding in findings))
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, in the order of the report."""
+    yield Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+    yield Finding("moe-lm", "ok", __version__)
+    yield _package("torch", INSTALL)
+    yield from _devices()
+    yield _bf16_on_cpu()
+    for name in ("deepspeed", "accelerate", "tokenizers", "datasets", "safetensors"):
+        yield _package(name, INSTALL)
+    yield _package("flash-attn", 'pip install --no-build-isolation -e ".[flash]" (CUDA only)', required=False)
+    yield _package("fastapi", 'pip install -e ".[serve]" (only `moe-lm serve` needs it)', required=False)
+    yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
+    yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
+    yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
+    yield _native()
+    yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
+    yield Finding("processor", "ok", f"{_cores()} cores, {_memory_gib():.0f} GiB memory")
+    yield _disk(Path.cwd())
+    yield from _build_locks(_extensions_dir())
+
+
+def _package(name: str, remedy: str, required: bool = True) -> Finding:
+    try:
+        return Finding(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "missing" if required else "optional", "not installed", remedy)
+
+
+def _devices() -> Iterator[Finding]:
+    """The accelerators that torch sees. Torch is really imported: a build that does not fit the driver fails here."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("devices", "missing", f"torch does not load: {error}", f"{INSTALL} --force-reinstall")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Finding(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB")
+    if torch.cuda.is_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding("CUDA", "ok", f"{torch.version.cuda}, NCCL {nccl}")
+    elif torch.backends.mps.is_available():
+        yield Finding("mps", "ok", "Apple GPU")
+    elif shutil.which("nvidia-smi"):
+        yield Finding("CUDA", "warning", "an NVIDIA driver, but torch sees no device", "install a CUDA build of torch")
+    else:
+        yield Finding("devices", "ok", "the CPU alone")
+
+
+def _bf16_on_cpu() -> Finding:
+    """Whether the processor multiplies bfloat16 matrices in hardware; without it, float32 is faster."""
+    import torch
+
+    from moe_lm.kernels.device import pick_dtype
+
+    fast = pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    return Finding("bfloat16 on the CPU", "ok", "fast" if fast else "slow here; float32 is used")
+
+
+def _program(name: str, commands: tuple[str, ...], remedy: str) -> Finding:
+    places = [place for place in map(shutil.which, commands) if place]
+    return Finding(name, "ok", places[0]) if places else Finding(name, "optional", "not found", remedy)
+
+
+def _native() -> Finding:
+    """Whether decoding on a CPU runs in C++; this builds it where it was not built yet."""
+    try:
+        return Finding("decoding in C++", "ok", build.load()._name)
+    except build.UnavailableError as error:
+        remedy = "" if build.compiler_path() else "install g++"
+        return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", remedy)
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / GIB
+    if free < LOW_DISK_GIB:
+        return Finding("disk", "warning", f"{free:.1f} GiB free here", "free some space, or run in another folder")
+    return Finding("disk", "ok", f"{free:.0f} GiB free here")
+
+
+def _build_locks(folder: Path) -> Iterator[Finding]:
+    """Lock files of torch extensions: a killed build leaves one, on which every later run hangs silently."""
+    for lock in sorted(folder.glob("**/lock")):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        yield Finding(
+            "build lock",
+            "warning",
+            f"{lock}, {minutes:.0f} min old; runs that need this op wait for it",
+            f"if no build is running: rm {lock}",
+        )
+
+
+def _extensions_dir() -> Path:
+    """Where torch builds extensions, DeepSpeed's ops among them."""
+    cache = os.path.join(os.path.expanduser("~"), ".cache")  # torch's own way, which needs no home folder
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {
+        "ok": ("ok", "green"),
+        "missing": ("missing", "bold red"),
+        "optional": ("-", "dim"),
+        "warning": ("!", "yellow"),
+    }
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(Text(*marks[finding.status]), Text(finding.name), Text(finding.found), Text(finding.remedy))
+    Console().print(table)

@@ -1,0 +1,83 @@
+"""The verb `explain`: one picture of what a model attends to and which experts take its tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_lm.common.errors import UsageError
+from moe_lm.generate.session import Session
+from moe_lm.tools.explain import picture
+from moe_lm.tools.explain.recording import record
+
+MOST_LAYERS, MOST_HEADS = 6, 8  # unless they are chosen
+MOST_PANELS = 128
+
+
+def explain(
+    run: Path,
+    prompt: str,
+    out: Path,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    truncate: bool = False,
+    base: Path | None = None,
+) -> None:
+    """Draw the attention of these layers and heads over `prompt`, the last tokens of it when it is long.
+
+    Without a choice at most 6 layers and 8 heads, evenly spread. Raises UsageError for layers, heads, a prompt or a
+    name that cannot be, MoeLmError when matplotlib is not installed or the picture cannot be written.
+    """
+    picture.check_name(out)
+    picture.need_matplotlib()
+    session = Session.load(run, base=base)
+    config = session.model.config
+    choice = picture.Choice(
+        _chosen("layer", layers, config.num_hidden_layers, MOST_LAYERS),
+        _chosen("head", heads, config.num_attention_heads, MOST_HEADS),
+    )
+    if len(choice.layers) * len(choice.heads) > MOST_PANELS:
+        raise UsageError(
+            f"{len(choice.layers)} layers by {len(choice.heads)} heads are more than the {MOST_PANELS} panels that one "
+            "picture can hold; choose fewer with --layers and --heads"
+        )
+    recording = record(session.model, session.prompt_ids(prompt, 1, truncate))
+    if len(recording.ids) > picture.TOKENS:
+        print(
+            f"the prompt has {len(recording.ids)} tokens; the picture shows the last {picture.TOKENS}, and the "
+            "attention to those before them in one column",
+            file=sys.stderr,
+        )
+    words = prompt if len(prompt) <= 60 else f"{prompt[:29]} … {prompt[-29:]}"
+    title = f"{_name(run, session.checkpoint)}: {words!r}\n{_legend(bool(recording.routings))}"
+
+    def decode(id_: int) -> str:
+        return session.tokenizer.decode([id_], skip_special=False)
+
+    picture.save(picture.draw(recording, decode, choice, config.n_routed_experts, title), out)
+    print(f"{out}: layers {_listed(choice.layers)}, heads {_listed(choice.heads)}", file=sys.stderr)
+
+
+def _name(run: Path, checkpoint: Path) -> str:
+    """The run's name and its checkpoint's; one of them where a checkpoint was given, wherever it lies."""
+    return ", ".join(dict.fromkeys(filter(None, (run.resolve().name, checkpoint.resolve().name))))
+
+
+def _legend(routed: bool) -> str:
+    blue = "blue: what each token (a row) attends to (columns)"
+    return f"{blue}; orange: its routed experts, by weight" if routed else blue
+
+
+def _chosen(kind: str, chosen: Sequence[int] | None, number: int, most: int) -> Sequence[int]:
+    if chosen is None:
+        shown = min(number, most)
+        return [round(place * (number - 1) / max(shown - 1, 1)) for place in range(shown)]
+    for place in chosen:
+        if not 0 <= place < number:
+            raise UsageError(f"--{kind}s names {kind} {place}; this model has {kind}s 0 to {number - 1}")
+    return list(dict.fromkeys(chosen))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

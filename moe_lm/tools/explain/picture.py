@@ -1,0 +1,175 @@
+"""A recording as one picture: a row a layer, a panel a head, and beside them which experts took each token.
+
+Every panel has the reading tokens from top to bottom, so that the names on the left are those of the whole row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.tools.explain.recording import Recording, shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TOKENS = 32  # that have names one can read
+INCHES = 0.13  # a token
+SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "←"})
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC",
+         "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
+FORMATS = (".png", ".svg", ".pdf")
+NEVER = "#eeeeee"  # what a token cannot see
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which layers and heads are drawn."""
+
+    layers: Sequence[int]
+    heads: Sequence[int]
+
+
+def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, experts: int, title: str) -> Figure:
+    """The last `TOKENS` tokens; what they look at before those is added up in one column, so that rows sum to 1.
+
+    `decode` gives the text of one id. Raises MoeLmError when matplotlib is not installed.
+    """
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    fonts = installed_fonts()
+    before = max(0, len(recording.ids) - TOKENS)
+    names = [label(id_, decode(id_), fonts) for id_ in recording.ids[before:]]
+    seen = [f"{before} before", *names] if before else names
+    wide = experts if recording.routings else 0
+    sizes = [max(len(seen), 8) * INCHES] * len(choice.heads)
+    sizes += [min(max(wide, 8), 2 * TOKENS) * INCHES] if wide else []
+    high = max(len(names) * INCHES, 1.0)
+    margins = {"left": 1.1, "right": 0.9, "top": 0.8, "bottom": 0.9}
+    width = max(sum(sizes) + 0.25 * (len(sizes) - 1) + margins["left"] + margins["right"], 7.0)
+    height = (high + 0.45) * len(choice.layers) + margins["top"] + margins["bottom"]
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 7, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(width, height), dpi=120)
+        figure.suptitle(
+            spelled(title, fonts), parse_math=False, x=0.1 / width, y=1 - 0.15 / height, ha="left", va="top", fontsize=9
+        )
+        rest = {"wspace": 0.25 / (sum(sizes) / len(sizes)), "hspace": 0.45 / high, "width_ratios": sizes}
+        inches = {"left": margins["left"] / width, "right": 1 - margins["right"] / width}
+        inches |= {"top": 1 - margins["top"] / height, "bottom": margins["bottom"] / height}
+        grid = figure.add_gridspec(len(choice.layers), len(sizes), **inches, **rest)
+        norm = PowerNorm(0.5, 0, 1)
+        for row, layer in enumerate(choice.layers):
+            is_last = row == len(choice.layers) - 1
+            for column, head in enumerate(choice.heads):
+                axes = figure.add_subplot(grid[row, column])
+                weights = fold(recording.attention[layer][head], before)
+                axes.set_facecolor(NEVER)
+                axes.imshow(weights, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
+                axes.set_title(f"layer {layer}, head {head}" if column == 0 else f"head {head}", loc="left", pad=3)
+                _name(axes, names if column == 0 else None, seen if is_last else None)
+            if wide:
+                axes = figure.add_subplot(grid[row, -1])
+                _draw_experts(axes, recording, layer, before, wide, norm)
+        bar = figure.add_axes((1 - 0.6 / width, margins["bottom"] / height, 0.12 / width, min(1.5, high) / height))
+        figure.colorbar(matplotlib.cm.ScalarMappable(norm, "Greys"), cax=bar, label="share")
+        figure.canvas.draw()  # within the context, which the fonts are looked up in
+    return figure
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Raises MoeLmError when it cannot be written."""
+    try:
+        figure.savefig(out)
+    except OSError as error:
+        raise MoeLmError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def check_name(out: Path) -> None:
+    """Raise UsageError for a name whose ending is no kind of picture."""
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out} does not end like a picture; expected one of {', '.join(FORMATS)}")
+
+
+def fold(weights_SS: Tensor, before: int) -> Any:
+    """The weights of the tokens from `before` on, those on earlier tokens added up in a first column.
+
+    What comes after a token is masked, so that it cannot be taken for a small weight.
+    """
+    import numpy as np
+
+    rows = weights_SS[before:]
+    shown = rows[:, before:]
+    later = torch.ones_like(shown, dtype=torch.bool).triu(1)
+    if before:
+        shown = torch.cat((rows[:, :before].sum(-1, keepdim=True), shown), dim=1)
+        later = torch.cat((torch.zeros_like(later[:, :1]), later), dim=1)
+    return np.ma.masked_array(shown.numpy(), later.numpy())
+
+
+def label(id_: int, text: str, fonts: Sequence[str]) -> str:
+    """A token's name: its text with signs for white space, or its number where no font has it or it is no text."""
+    text = text.translate(SIGNS)
+    if not text or not text.isprintable() or "\ufffd" in text or not _has_glyphs(text, fonts):
+        return f"#{id_}"
+    return text if len(text) <= 12 else text[:11] + "…"
+
+
+def spelled(text: str, fonts: Sequence[str]) -> str:
+    """The text with escapes in place of what no font has."""
+    return "".join(
+        sign if sign == "\n" or _has_glyphs(sign, fonts) else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def installed_fonts() -> list[str]:
+    """Those of `FONTS` that are here; the first one comes with matplotlib."""
+    need_matplotlib()
+    from matplotlib import font_manager
+
+    here = set(font_manager.get_font_names())
+    return [name for name in FONTS if name in here]
+
+
+def need_matplotlib() -> None:
+    """Raise MoeLmError when it is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MoeLmError("pictures are drawn by matplotlib, which is not installed; pip install 'moe-lm[plot]'")
+
+
+def _has_glyphs(text: str, fonts: Sequence[str]) -> bool:
+    from matplotlib import font_manager
+
+    faces = [font_manager.get_font(font_manager.findfont(name)) for name in fonts]
+    return all(any(face.get_char_index(ord(sign)) for face in faces) for sign in text)
+
+
+def _draw_experts(axes: Axes, recording: Recording, layer: int, before: int, experts: int, norm: Any) -> None:
+    if layer not in recording.routings:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "a dense layer", ha="center", va="center", color="grey", transform=axes.transAxes)
+        return
+    share_SE = shares(recording.routings[layer], experts)[before:]
+    axes.imshow(share_SE.numpy(), cmap="Oranges", norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_title("experts", loc="left", pad=3)
+    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if experts / step <= 16 or step == 128)
+    axes.set_xticks(range(0, experts, step))
+    axes.set_yticks([])
+    axes.tick_params(length=0, pad=2)
+
+
+def _name(axes: Axes, rows: Sequence[str] | None, columns: Sequence[str] | None) -> None:
+    axes.tick_params(length=0, pad=2)
+    axes.set_yticks(range(len(rows or ())), rows or (), parse_math=False)
+    axes.set_xticks(range(len(columns or ())), columns or (), parse_math=False, rotation=90)

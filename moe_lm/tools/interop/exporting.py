@@ -1,0 +1,155 @@
+"""`moe-lm export`: a checkpoint of ours becomes a folder of Hugging Face's, proven equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.reader import TensorSource, open_tensors
+from moe_lm.checkpoint.safetensors_file import Output, write_files
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import build_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.families import Family, family_of, known_families
+from moe_lm.tools.interop.hf_config import nearest_family, write_config
+from moe_lm.tools.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder, read_json
+from moe_lm.tools.interop.hf_tensors import Pair, tensor_pairs
+from moe_lm.tools.interop.proof import Case, Proof, prove
+from moe_lm.tools.interop.staging import whole_or_not
+from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, first_unwritable, no_one, outputs_of_theirs
+
+SHARD_BYTES = 4 << 30
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    family_name: str | None = None,
+    dtype: str | None = None,
+    base: Path | None = None,
+    proof_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    tell: Tell | None = None,
+) -> Proof:
+    """Write `out` with the newest checkpoint of a run, or one checkpoint, and return the proof that it is that model.
+
+    `family_name` None takes the first family that holds the model exactly; `dtype`, `proof_bytes` and `tell` are as in
+    `import_folder`. Adapters are merged into their base, and `base` is where that is when it has moved. Raises
+    UsageError when the family cannot hold the model, MoeLmError when the checkpoint is damaged or the proof fails;
+    nothing is left at `out` then.
+    """
+    folder = checkpoint.resolve(run)
+    tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
+    config = read_model_config(folder)
+    family = _family(family_name, config)
+    hf_config = write_config(config, family)
+    ours = open_tensors(folder, base)
+    pairs = tensor_pairs(config, family)
+    _check_holds(ours, pairs, family)
+    rounded_to = DTYPES[dtype] if dtype else None
+    outputs = outputs_of_theirs(ours, pairs, rounded_to)
+    meter = Meter(tell or no_one, sum(output.size for output in outputs))
+    weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
+    hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
+    with whole_or_not(out) as unfinished:
+        _write_tensors(unfinished, meter.watch(outputs), shard_bytes)
+        _write_json(unfinished / CONFIG, hf_config)
+        (unfinished / GENERATION).write_text(_generation_config(folder, tokenizer), encoding="utf-8")
+        _write_tokenizer(unfinished, tokenizer)
+        case = Case(
+            what=f"export {folder.name}",
+            config=config,
+            family=family,
+            pairs=pairs,
+            ours=ours,
+            theirs=HFFolder(unfinished),
+            importing=False,
+            rounded_to=rounded_to,
+            tokenizer=tokenizer,
+            tokenizer_of_theirs=unfinished,
+        )
+        proof = prove(case, _notes(config), proof_bytes, meter)
+        proof.write(unfinished)
+    return proof
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a checkpoint."""
+    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
+    return build_config(ModelConfig, values, origin=str(folder / "model.yaml"))
+
+
+def _family(name: str | None, config: ModelConfig) -> Family:
+    if name is None:
+        return nearest_family(config)
+    family = family_of(name)
+    if family is None:
+        raise UsageError(f"--format {name} is unknown; choose one of {known_families()}")
+    return family
+
+
+def _check_holds(ours: TensorSource, pairs: Sequence[Pair], family: Family) -> None:
+    unknown = sorted(set(ours.names()) - {pair.ours for pair in pairs})
+    if unknown:
+        raise MoeLmError(
+            f"{ours.where(unknown[0])} holds the tensor {unknown[0]}, which its model.yaml does not explain"
+        )
+    for pair in pairs:
+        if ours.shape(pair.ours) != pair.shape:
+            raise MoeLmError(
+                f"tensor {pair.ours} in {ours.where(pair.ours)} is {list(ours.shape(pair.ours))}, expected "
+                f"{list(pair.shape)} by its model.yaml"
+            )
+    lost = first_unwritable(ours, pairs)
+    if lost is not None:
+        raise UsageError(
+            f"the family {family.model_type} has no router bias, but {lost} is not zero; choose another --format, or "
+            "train with train.balance.bias_update_rate=0"
+        )
+
+
+def _notes(config: ModelConfig) -> list[str]:
+    if config.capacity_factor is None:
+        return []
+    return [f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling"]
+
+
+def _write_tensors(folder: Path, outputs: Sequence[Output], shard_bytes: int) -> None:
+    placed = write_files(folder, outputs, {"format": "pt"}, shard_bytes)
+    if len(set(placed.values())) > 1:
+        total = sum(output.size for output in outputs)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """As it came, but a class whose code was not taken along gives way to the one that reads any `tokenizer.json`."""
+    tokenizer.save(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    if config.pop("auto_map", None) is not None:
+        _write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _generation_config(folder: Path, tokenizer: Tokenizer) -> str:
+    """What came with the model that was imported; else the ids that end a text."""
+    if (folder / GENERATION).is_file():
+        return checkpoint.read_text(folder, GENERATION)
+    return json.dumps(_ids(tokenizer), indent=2) + "\n"
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    ends = list(dict.fromkeys([tokenizer.eos_id, tokenizer.end_id]))
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,236 @@
+"""config.json of a family -> ModelConfig and back; what one side cannot say is refused, with its name and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.file import build_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, family_of, known_families
+
+Values = dict[str, Any]
+# Settings of ours that mean nothing where no layer has experts.
+OF_EXPERTS = (
+    "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size",
+    "shared_expert_gate", "first_k_dense_replace", "moe_layer_freq", "mlp_only_layers", "scoring_func",
+    "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+)  # fmt: skip
+OF_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+OF_WINDOWS = ("sliding_window", "layer_types", "max_window_layers", "use_sliding_window")
+OF_DENSE_LAYERS = {
+    "first": ("first_k_dense_replace",),
+    "listed": ("mlp_only_layers", "decoder_sparse_step"),
+    "none": (),
+}
+
+
+class Read(NamedTuple):
+    """What a config.json came to."""
+
+    family: Family
+    config: ModelConfig
+    unused: list[str]  # keys that were not understood, with their values
+
+
+def read_config(hf: Mapping[str, Any], origin: str) -> Read:
+    """The model that a config.json describes; `origin` names the file in errors.
+
+    Raises UsageError for an unknown `model_type`, and for a key whose value this program or the family cannot express.
+    """
+    family = family_of(hf.get("model_type"))
+    if family is None:
+        raise UsageError(
+            f"{origin}: model_type={hf.get('model_type')!r} is unknown; expected one of {known_families()}"
+        )
+    if hf.get("quantization_config") is not None:
+        raise UsageError(f"{origin}: quantization_config={hf['quantization_config']!r:.80} is not for import; "
+                         "take the checkpoint in bfloat16 or float32")  # fmt: skip
+    values: Values = dict(family.always)
+    known = {*WITHOUT_MEANING, *OF_ROPE, *OF_WINDOWS, "quantization_config", *OF_DENSE_LAYERS[family.dense_layers]}
+    for name, allowed in family.constants.items():
+        known.add(name)
+        choices = allowed if isinstance(allowed, tuple) else (allowed,)
+        if hf.get(name) is not None and hf[name] not in choices:
+            raise _refused(origin, family, name, hf[name], " or ".join(repr(choice) for choice in choices))
+    for key in family.keys:
+        names = (key.theirs, *key.other_names)
+        known.update(names)
+        value = next((hf[name] for name in names if hf.get(name) is not None), key.default)
+        if value is REQUIRED:
+            raise UsageError(f"{origin} has no {key.theirs}, which a model of type {family.model_type} needs")
+        values.update(dict.fromkeys(key.ours, value))
+    if "n_shared_experts" in {key.theirs for key in family.keys} and values["n_shared_experts"] == 0:
+        raise _refused(origin, family, "n_shared_experts", 0, "at least 1")
+    values |= _read_rope(hf, family, origin)
+    _check_full_attention(hf, values["num_hidden_layers"], values["max_position_embeddings"], family, origin)
+    values |= _read_dense_layers(hf, family, values["num_hidden_layers"])
+    if family.model_type == "deepseek_v2" and hf.get("topk_method", "greedy") == "greedy":
+        values |= {"n_group": 1, "topk_group": 1}
+    if "kv_lora_rank" in values:
+        known |= {"head_dim", "num_key_value_heads"}
+        _check_latent_heads(hf, values, family, origin)
+    config = build_config(ModelConfig, values, origin)
+    return Read(family, config, [f"{name}={value!r:.60}" for name, value in hf.items() if name not in known])
+
+
+def write_config(config: ModelConfig, family: Family) -> Values:
+    """The config.json of a model in a family. Raises UsageError naming every setting that the family cannot hold."""
+    ours = config.model_dump() | {
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "moe_intermediate_size": config.expert_size,
+        "shared_expert_intermediate_size": config.shared_width,
+    }
+    hf: Values = {"architectures": [family.architecture], "model_type": family.model_type}
+    for key in family.keys:
+        hf[key.theirs] = ours.get(key.ours[-1])
+    for name, allowed in family.constants.items():
+        hf[name] = allowed[0] if isinstance(allowed, tuple) else allowed
+    if family.model_type == "deepseek_v2" and config.n_group == 1:
+        hf["topk_method"] = "greedy"
+    if config.kv_lora_rank is not None:
+        hf |= {"num_key_value_heads": config.num_attention_heads, "qk_head_dim": None, "head_dim": None}
+        del hf["qk_head_dim"], hf["head_dim"]
+    hf |= _write_rope(config, family) | _write_dense_layers(config, family)
+    if not config.moe_layers and "n_routed_experts" not in family.always:
+        raise _cannot(family, ["n_routed_experts=0"])
+    try:
+        back = read_config(hf, "config.json").config
+    except UsageError as error:  # a setting that is not even a config of the family
+        raise UsageError(f"the family {family.model_type} cannot hold this model: {error}") from error
+    found, wanted = effective(back), effective(config)
+    differing = [name for name in wanted if found[name] != wanted[name]]
+    if "n_routed_experts" in differing and not back.moe_layers:
+        differing = ["n_routed_experts"]  # and with it all that is about experts
+    if differing:
+        said = {name: f"{name}={getattr(config, name)!r}" for name in differing}
+        if "mlp_only_layers" in said:
+            said["mlp_only_layers"] = f"experts in layers {config.moe_layers}"
+        raise _cannot(family, list(said.values()))
+    return hf
+
+
+def nearest_family(config: ModelConfig) -> Family:
+    """The first family that holds the model exactly. Raises UsageError saying what the nearest lacks when none does."""
+    refusals = []
+    for family in FAMILIES:
+        try:
+            write_config(config, family)
+        except UsageError as error:
+            refusals.append(str(error))
+        else:
+            return family
+    nearest = min(refusals, key=lambda refusal: ("n_routed_experts=" in refusal, refusal.count("="), len(refusal)))
+    raise UsageError(f"no family of Hugging Face holds this model; as for the nearest, {nearest}")
+
+
+def effective(config: ModelConfig) -> Values:
+    """The settings that decide what a model computes, so that equal ones mean equal functions of equal weights.
+
+    A capacity, which drops tokens while training, is none of them: models are used without one.
+    """
+    values = config.model_dump() | {
+        "capacity_factor": None,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "moe_intermediate_size": config.expert_size,
+        "shared_expert_intermediate_size": config.shared_width,
+        "n_shared_experts": min(1, config.n_shared_experts),
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "mlp_only_layers": config.moe_layers,
+    }
+    if config.kv_lora_rank is not None:
+        values |= {"num_key_value_heads": None, "head_dim": None, "use_qk_norm": False}
+    if not config.n_shared_experts:
+        values["shared_expert_gate"] = False
+    if config.n_group == 1:
+        values["topk_group"] = 1
+    if len(config.moe_layers) == config.num_hidden_layers:
+        values["intermediate_size"] = None
+    if not config.moe_layers:
+        values |= {"n_routed_experts": 0, **dict.fromkeys(OF_EXPERTS)}
+    return values
+
+
+def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
+    """Both ways of writing it: `rope_parameters`, and before transformers 5 `rope_theta` beside `rope_scaling`."""
+    rope: Values = {"rope_theta": family.rope_theta, "partial_rotary_factor": family.partial_rotary_factor}
+    rope |= {name: hf[name] for name in ("rope_theta", "partial_rotary_factor") if hf.get(name) is not None}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = hf.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise UsageError(f"{origin}: {name}={part!r} is no table")
+        rope |= {key: value for key, value in part.items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    values = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    if kind == "default":
+        return values
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    return values | {"rope_scaling": {"rope_type": kind, **rope}}
+
+
+def _write_rope(config: ModelConfig, family: Family) -> Values:
+    """Both ways, for readers of every age."""
+    scaling = config.rope_scaling
+    table = (
+        {"rope_type": "default"} if scaling is None else scaling.model_dump(exclude_none=True, exclude_defaults=True)
+    )
+    partial = {}
+    if {config.partial_rotary_factor, family.partial_rotary_factor} != {1.0}:
+        partial = {"partial_rotary_factor": config.partial_rotary_factor}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else table,
+        "rope_parameters": {"rope_theta": config.rope_theta, **partial, **table},
+        **partial,
+    }
+
+
+def _check_full_attention(hf: Mapping[str, Any], layers: int, positions: int, family: Family, origin: str) -> None:
+    kinds = hf.get("layer_types")
+    if kinds is not None:
+        if set(kinds) - {"full_attention"}:
+            raise _refused(origin, family, "layer_types", sorted(set(kinds)), "full_attention in every layer")
+    elif hf.get("use_sliding_window", True):
+        window, first = hf.get("sliding_window"), hf.get("max_window_layers", 0)
+        if window and window < positions and first < layers and "use_sliding_window" not in family.constants:
+            raise _refused(origin, family, "sliding_window", window, "null: every layer sees all positions")
+
+
+def _check_latent_heads(hf: Mapping[str, Any], values: Values, family: Family, origin: str) -> None:
+    heads = hf.get("num_key_value_heads")
+    if heads is not None and heads != values["num_attention_heads"]:
+        raise _refused(
+            origin, family, "num_key_value_heads", heads, f"num_attention_heads={values['num_attention_heads']}"
+        )
+
+
+def _read_dense_layers(hf: Mapping[str, Any], family: Family, layers: int) -> Values:
+    if family.dense_layers == "first":
+        return {"first_k_dense_replace": hf.get("first_k_dense_replace") or 0}
+    if family.dense_layers == "none":
+        return {}
+    every, listed = hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
+    return {"mlp_only_layers": [layer for layer in range(layers) if layer in listed or (layer + 1) % every]}
+
+
+def _write_dense_layers(config: ModelConfig, family: Family) -> Values:
+    dense = [layer for layer in range(config.num_hidden_layers) if not config.is_moe_layer(layer)]
+    if family.dense_layers == "first":
+        return {"first_k_dense_replace": len(dense)}
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1} if family.dense_layers == "listed" else {}
+
+
+def _refused(origin: str, family: Family, name: str, value: object, expected: str) -> UsageError:
+    return UsageError(
+        f"{origin}: {name}={value!r} cannot be expressed here, expected {expected} of a {family.model_type}"
+    )
+
+
+def _cannot(family: Family, settings: list[str]) -> UsageError:
+    return UsageError(f"the family {family.model_type} cannot hold a model with {', '.join(settings)}")

@@ -1,0 +1,132 @@
+"""Which tensors of a Hugging Face folder make up each tensor of ours.
+
+Ours are those of `LanguageModel`, in a checkpoint under `model.` and their name. The routed experts of a layer are one
+stack `[E, in, out]` here and E matrices `[out, in]` there; everything else is the same tensor, perhaps renamed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
+from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.checkpoint.safetensors_file import pieces_of
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.tools.interop.families import Family
+
+LISTED = 5  # names in an error; the others are counted
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROUTER_BIAS = "e_score_correction_bias"
+INVERSE_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+class Part(NamedTuple):
+    """A tensor of theirs. It is expert `expert` of our stack, turned, or all of our tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None
+
+
+class Pair(NamedTuple):
+    """A tensor of ours and what it is there: nothing for a router's bias in a family without one."""
+
+    ours: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    copied: bool = False  # a tied head, which a folder does not hold a second time
+
+    @property
+    def is_bias_of_router(self) -> bool:
+        return self.ours.endswith(ROUTER_BIAS)
+
+
+def tensor_pairs(config: ModelConfig, family: Family) -> list[Pair]:
+    """Every tensor of the model, in the model's order."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    pairs = []
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name.endswith(ROUTER_BIAS) and not family.router_bias:
+            parts: tuple[Part, ...] = ()
+        elif ".experts." in name:
+            layer, matrix = name.split("mlp.experts.")
+            one = (shape[2], shape[1])
+            form = layer + family.expert_tensors[matrix]
+            parts = tuple(Part(form.format(expert=expert), one, expert) for expert in range(shape[0]))
+        else:
+            theirs = EMBEDDING if name == HEAD and config.tie_word_embeddings else name
+            for ours, other in family.tensors.items():
+                theirs = theirs.replace(ours, other)
+            parts = (Part(theirs, shape, None),)
+        copied = name == HEAD and config.tie_word_embeddings
+        pairs.append(Pair(MODEL_PREFIX + name, shape, parts, copied))
+    return pairs
+
+
+def check_complete(source: TensorSource, pairs: Sequence[Pair], config: ModelConfig, origin: str) -> list[str]:
+    """Compare what a folder holds with what the model needs; a sentence for every kind of tensor that is left out.
+
+    Raises MoeLmError listing what is missing or unknown, or naming file and tensor of a wrong shape or data type.
+    """
+    needed = {part.name: part for pair in pairs for part in pair.parts}
+    present = set(source.names())
+    missing = sorted(needed.keys() - present)
+    if missing:
+        raise MoeLmError(f"{origin} lacks {len(missing)} tensors that its config.json promises: {_some(missing)}")
+    for name, part in needed.items():
+        shape = source.shape(name)
+        if shape != part.shape:
+            raise MoeLmError(
+                f"{source.where(name)}: tensor {name} is {list(shape)}, expected {list(part.shape)} by config.json"
+            )
+        source.dtype(name)
+    if config.tie_word_embeddings and HEAD in present:
+        _check_tied(source, origin)
+    left_out: dict[str, list[str]] = {}
+    for name in sorted(present - needed.keys()):
+        left_out.setdefault(_why_left_out(name, config), []).append(name)
+    unknown = left_out.pop("", [])
+    if unknown:
+        raise MoeLmError(
+            f"{origin} holds {len(unknown)} tensors that its config.json does not explain: {_some(unknown)}; "
+            "dropping them would change the model"
+        )
+    return [f"left out: {why}, {len(names)} tensors ({_some(names)})" for why, names in left_out.items()]
+
+
+def _check_tied(source: TensorSource, origin: str) -> None:
+    """A head that is there although config.json says that it is the embedding must be the embedding."""
+    shape = source.shape(EMBEDDING)
+    same = source.shape(HEAD) == shape and all(
+        torch.equal(source.rows(HEAD, start, stop), source.rows(EMBEDDING, start, stop))
+        for start, stop in pieces_of(shape, 4)
+    )
+    if not same:
+        raise MoeLmError(
+            f"{origin}: tie_word_embeddings=True, but {HEAD} is another tensor than {EMBEDDING}; correct config.json"
+        )
+
+
+def _why_left_out(name: str, config: ModelConfig) -> str:
+    layer = LAYER.match(name)
+    if layer and int(layer[1]) >= config.num_hidden_layers:
+        return "layers for multi-token prediction, which this program does not have"
+    if INVERSE_FREQUENCIES.search(name):
+        return "rotary frequencies, which config.json gives"
+    if name == HEAD and config.tie_word_embeddings:
+        return "the head, which config.json says is the embedding"
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

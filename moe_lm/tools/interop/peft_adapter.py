@@ -1,0 +1,242 @@
+"""Adapters in the format of `peft`: adapter_model.safetensors and adapter_config.json, in a folder of their own.
+
+There an adapter is named by the layer of the published model that it stands beside, and every routed expert is such a
+layer. What the format, or `peft` itself, cannot express is refused; merged weights (`moe-lm export`) always can be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
+from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.checkpoint.safetensors_file import read_header
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import build_config, dump_config
+from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.model import lora
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.logical import is_expert
+from moe_lm.tools.interop.exporting import read_model_config
+from moe_lm.tools.interop.families import Family
+from moe_lm.tools.interop.hf_config import nearest_family
+from moe_lm.tools.interop.hf_folder import read_json
+from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS, tensor_pairs
+from moe_lm.tools.interop.staging import whole_or_not
+
+SETTINGS, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"
+PREFIX = "base_model.model."
+# Keys of adapter_config.json that say what is read here, or nothing about the numbers. Any other one must be off.
+UNDERSTOOD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+OFF: tuple[Any, ...] = (None, False, [], {}, "none", 0)
+
+
+class Place(NamedTuple):
+    """Where a factor of ours is in the file: in the tensor `theirs`, for a stack as its expert, turned."""
+
+    ours: str
+    theirs: str
+    expert: int | None
+    shape: tuple[int, ...]  # of the tensor there
+
+
+def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
+    """Write `out` with the adapters of a run, and return what there is to say of them.
+
+    `base` is where their base is when it has moved. Raises UsageError when the run has no adapters, or changed what
+    the format does not hold.
+    """
+    folder = checkpoint.resolve(run)
+    adapter = adapters.read(folder)
+    if adapter is None:
+        raise UsageError(
+            f"{folder} holds a whole model and no adapters; leave --format out, or give one of the families"
+        )
+    place = adapters.base_of(folder, base)
+    model, own = read_model_config(folder), CheckpointTensors(folder)
+    family = nearest_family(model)
+    _check_layers(own, model, family)
+    _check_nothing_else_trained(own, open_tensors(place))
+    tensors: dict[str, Tensor] = {}
+    for spot in places(model, adapter.lora, family):
+        factor = own.rows(spot.ours, *_rows_of(own, spot))
+        tensors[spot.theirs] = factor.contiguous() if spot.expert is None else factor[0].T.contiguous()
+    layers = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": adapter.lora.rank,
+        # As alpha / rank: `peft` doubles the rank of experts that it fuses, which would change a root.
+        "lora_alpha": lora.scale(adapter.lora) * adapter.lora.rank, "use_rslora": False,
+        "lora_dropout": 0.0,  # theirs leaves out other inputs for every token, and cannot for experts
+        "target_modules": layers, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        "inference_mode": True, "base_model_name_or_path": None,
+    }  # fmt: skip
+    with whole_or_not(out) as unfinished:
+        save_file(tensors, unfinished / TENSORS, {"format": "pt"})
+        (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (unfinished / BASE).write_text(adapter.fingerprint + "\n", encoding="utf-8")
+        _check_written(unfinished / TENSORS, tensors)
+    return (
+        f"adapters of rank {adapter.lora.rank} in the names of {family.model_type}, {len(tensors)} tensors beside "
+        f"{', '.join(layers)}\n"
+        f"their base is {place} (fingerprint {adapter.fingerprint}); export that too, and give it to peft"
+    )
+
+
+def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
+    """Make a run of adapters beside the model of `base`, and return what there is to say of them.
+
+    Layers that the file does not adapt get adapters that add nothing. Raises UsageError for what only `peft` knows,
+    MoeLmError when the file does not fit the model or is damaged; nothing is left at `run_dir` then.
+    """
+    if base is None:
+        raise UsageError(f"{source} holds an adapter; say with --base which run it stands beside")
+    place = checkpoint.resolve(base)
+    model = read_model_config(place)
+    family = nearest_family(model)
+    settings = read_settings(read_json(source / SETTINGS), source / SETTINGS)
+    fingerprint = adapters.fingerprint(place)
+    if (source / BASE).is_file() and (known := (source / BASE).read_text(encoding="utf-8").strip()) != fingerprint:
+        raise UsageError(
+            f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {place} is "
+            f"another one (fingerprint {fingerprint}); give the one that they were trained beside"
+        )
+    header = read_header(source / TENSORS)
+    by_name = {spot.theirs: spot for spot in places(model, settings, family)}
+    unknown = sorted(header.tensors.keys() - by_name.keys())
+    if unknown:
+        raise MoeLmError(
+            f"{source / TENSORS} holds {len(unknown)} tensors that belong to no layer of {place} in "
+            f"{family.model_type}'s names: {', '.join(unknown[:5])}"
+        )
+    alone = [name for name in header.tensors if _other(name) not in header.tensors]
+    if alone:
+        raise MoeLmError(f"{source / TENSORS} holds {alone[0]} without {_other(alone[0])}; it is not whole")
+    state = _empty(model, settings)
+    for name, stored in header.tensors.items():
+        spot = by_name[name]
+        if stored.shape != spot.shape:
+            raise MoeLmError(f"{source / TENSORS}: tensor {name} is {list(stored.shape)}, expected {list(spot.shape)}")
+        tensor = stored.rows(0, stored.shape[0]).float()
+        if spot.expert is None:
+            state[spot.ours].copy_(tensor)
+        else:
+            state[spot.ours][spot.expert].copy_(tensor.T)
+    beneath = open_tensors(place)
+    for name in beneath.names():
+        if name.endswith(ROUTER_BIAS):
+            state[name] = beneath.rows(name, 0, beneath.shape(name)[0])
+    files: dict[str, checkpoint.Content] = {
+        "model.yaml": dump_config(model),
+        "tokenizer": checkpoint.verified_path(place, "tokenizer"),
+        adapters.FILE: adapters.describe(place, settings),
+    }
+    with whole_or_not(run_dir) as unfinished:
+        checkpoint.save(unfinished / "checkpoints", 0, state, files)
+    layers = sum("lora_A" in name for name in header.tensors)
+    of_all = sum("lora_A" in name for name in by_name)
+    return (
+        f"adapters of rank {settings.rank} for {layers} of {of_all} layers, beside {place} (fingerprint {fingerprint})"
+    )
+
+
+def read_settings(values: Mapping[str, Any], origin: Path) -> LoraConfig:
+    """What our adapters are called for these. Raises UsageError naming the key that has no meaning here."""
+    if values.get("peft_type") != "LORA":
+        raise UsageError(f"{origin}: peft_type={values.get('peft_type')!r}, expected 'LORA'; merge it with peft first")
+    for key, value in values.items():
+        plain = key == "init_lora_weights" and value in (True, "gaussian")
+        patterns = key in ("alpha_pattern", "rank_pattern") and value
+        if (key not in UNDERSTOOD or patterns) and value not in OFF and not plain:
+            raise UsageError(f"{origin}: {key}={value!r} has no meaning here; merge the adapter with peft first")
+    known = {
+        "rank": values.get("r"), "alpha": values.get("lora_alpha"), "rank_stabilised": values.get("use_rslora", False),
+        "dropout": values.get("lora_dropout", 0.0),
+    }  # fmt: skip
+    return build_config(LoraConfig, known, str(origin))
+
+
+def places(model: ModelConfig, settings: LoraConfig, family: Family) -> Iterator[Place]:
+    """Every factor that adapters of these settings have, and its tensors in the file."""
+    factors = {name: tuple(tensor.shape) for name, tensor in _empty(model, settings, "meta").items()}
+    for pair in tensor_pairs(model, family):
+        for factor in lora.factors_of(pair.ours):
+            if factor in factors:
+                shape = factors[factor] if len(factors[factor]) == 2 else factors[factor][:0:-1]
+                for part in pair.parts:
+                    layer = part.name.removesuffix(".weight")
+                    yield Place(factor, f"{PREFIX}{layer}.{factor[-6:]}.weight", part.expert, shape)
+
+
+def _empty(model: ModelConfig, settings: LoraConfig, device: str = "cpu") -> dict[str, Tensor]:
+    """The factors of adapters that add nothing."""
+    with torch.device("meta"):
+        built = LanguageModel(model)
+    lora.add_adapters(built, settings)
+    return {
+        MODEL_PREFIX + name: torch.zeros(parameter.shape, device=device)
+        for name, parameter in built.named_parameters()
+        if lora.is_factor(name)
+    }
+
+
+def _other(factor: str) -> str:
+    """The name of A for that of B, and of B for that of A."""
+    letter, other = ("lora_A", "lora_B") if "lora_A" in factor else ("lora_B", "lora_A")
+    return factor.replace(letter, other)
+
+
+def _rows_of(own: CheckpointTensors, spot: Place) -> tuple[int, int]:
+    return (0, own.shape(spot.ours)[0]) if spot.expert is None else (spot.expert, spot.expert + 1)
+
+
+def _check_layers(own: CheckpointTensors, model: ModelConfig, family: Family) -> None:
+    """Raise UsageError for adapters that `peft` (0.21, with transformers 5) would load wrong, without a word."""
+    of_experts = any(lora.is_factor(name) and is_expert(name) for name in own.names())
+    of_others = any(lora.is_factor(name) and ".mlp." in name and not is_expert(name) for name in own.names())
+    if model.moe_layers and of_others:
+        raise UsageError(
+            f"{own.folder} has adapters of dense layers or shared experts, whose names peft takes for routed experts; "
+            "train with lora.targets=[attention, experts], or leave --format out for merged weights"
+        )
+    if family.model_type == "qwen2_moe" and of_experts:
+        raise UsageError(
+            f"{own.folder} has adapters of routed experts, which peft does not find in a qwen2_moe; train with "
+            "lora.targets=[attention], or leave --format out for merged weights"
+        )
+
+
+def _check_nothing_else_trained(own: CheckpointTensors, base: TensorSource) -> None:
+    """Raise UsageError for a router or its bias that is not the base's any more."""
+    for name in own.names():
+        if lora.is_factor(name):
+            continue
+        whole = (0, own.shape(name)[0])
+        if not torch.equal(own.rows(name, *whole), base.rows(name, *whole)):
+            what = "train.balance.bias_update_rate=0" if name.endswith(ROUTER_BIAS) else "train.freeze_router=true"
+            raise UsageError(
+                f"{own.folder} has trained {name.removeprefix(MODEL_PREFIX)}, which peft's format does not hold; train "
+                f"with {what}, or leave --format out for merged weights"
+            )
+
+
+def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise MoeLmError unless the file holds exactly these."""
+    header = read_header(path)
+    same = header.tensors.keys() == tensors.keys() and all(
+        torch.equal(stored.rows(0, stored.shape[0]), tensors[name]) for name, stored in header.tensors.items()
+    )
+    if not same:
+        raise MoeLmError(f"{path} does not hold what was written to it; the disk or its file system is damaged")

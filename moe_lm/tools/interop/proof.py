@@ -1,0 +1,136 @@
+"""What is shown before anything counts as imported or exported, printed and kept as proof.json.
+
+Every value of every tensor is read back from the disk and compared (transfer.py). Then both models, one after the
+other, read the same random and real tokens in float32: their logits must agree, and so must the experts that they
+choose. Where a whole model is too large for that, its first layers are compared and the proof says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop import sides
+from moe_lm.tools.interop.families import Family
+from moe_lm.tools.interop.hf_folder import HFFolder
+from moe_lm.tools.interop.hf_tensors import Pair
+from moe_lm.tools.interop.logits import Comparison, compare
+from moe_lm.tools.interop.transfer import Meter, audit
+
+PROOF = "proof.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on both sides, one of which was just written."""
+
+    what: str
+    config: ModelConfig
+    family: Family
+    pairs: Sequence[Pair]
+    ours: TensorSource
+    theirs: HFFolder
+    importing: bool
+    rounded_to: torch.dtype | None  # what weights were written in, None what they were in
+    tokenizer: Tokenizer
+    tokenizer_of_theirs: Path
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven and what was not."""
+
+    what: str
+    family: str
+    our_tensors: int
+    their_tensors: int
+    values_equal: int
+    sha256: dict[str, str]  # of the files with their tensors
+    compared_with: str | None = None
+    layers: str | None = None
+    logits: tuple[Comparison, ...] = ()
+    tokenizer: str | None = None
+    notes: list[str] = field(default_factory=list)
+    not_proven: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        (folder / PROOF).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.what} ({self.family}): {self.our_tensors} tensors here, {self.their_tensors} there, all "
+            f"{self.values_equal:,} values equal",
+            *self.notes,
+        ]
+        if self.compared_with:
+            lines.append(f"compared with {self.compared_with}, float32, {self.layers} layers")
+            lines += [str(comparison) for comparison in self.logits]
+        if self.tokenizer:
+            lines.append(self.tokenizer)
+        return "\n".join([*lines, *(f"not proven: {line}" for line in self.not_proven)])
+
+
+def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter | None = None) -> Proof:
+    """Audit the tensors, then compare logits and experts within `max_bytes` of memory (None: half of what is free).
+
+    Raises MoeLmError saying what differs.
+    """
+    audited = audit(case.ours, case.theirs, case.pairs, case.ours if case.importing else case.theirs, meter)
+    known: dict[str, Any] = {
+        "what": case.what,
+        "family": case.family.model_type,
+        "our_tensors": audited.our_tensors,
+        "their_tensors": audited.their_tensors,
+        "values_equal": audited.values,
+        "sha256": {path.name: _sha256(path) for path in case.theirs.files},
+        "notes": list(notes),
+    }
+    library, missing = sides.find_transformers(case.family.model_type)
+    if library is None:
+        return Proof(**known, not_proven=[f"logits and experts: {missing}"])
+    layers, why = sides.layers_that_fit(case.config, max_bytes)
+    not_proven = [why] if why else []
+    comparisons: tuple[Comparison, ...] = ()
+    if layers:
+        comparisons = _compare_models(case, layers)
+    tokenizer, why = sides.compare_tokenizers(case.tokenizer, case.tokenizer_of_theirs)
+    if why:
+        not_proven.append(why)
+    return Proof(
+        **known,
+        compared_with=library,
+        layers=f"{layers} of {case.config.num_hidden_layers}" if layers else "no",
+        logits=comparisons,
+        tokenizer=tokenizer or None,
+        not_proven=not_proven,
+    )
+
+
+def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
+    texts = sides.token_batches(case.config, case.tokenizer)
+    rounded = None
+    if not case.importing:
+        rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
+    seen_here = sides.run_ours(sides.our_model(case.config, layers, case.ours, rounded), texts)
+    routers = sum(layer < layers for layer in case.config.moe_layers)
+    seen_there = sides.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None)
+    comparisons = tuple(compare(name, seen_here[name], seen_there[name]) for name in texts)
+    failed = [comparison for comparison in comparisons if not comparison.equal]
+    if failed:
+        raise MoeLmError(f"the proof failed: {failed[0]}; nothing was kept")
+    return comparisons
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,239 @@
+"""The two models of a proof: ours out of a checkpoint, theirs through `transformers`, each alone in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
+from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.checkpoint.safetensors_file import pieces_of
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.model import ModelConfig
+from moe_lm.model.attention import PackedAttention
+from moe_lm.model.count import FLOAT32, count_parameters
+from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
+from moe_lm.tools.interop.logits import Seen, with_noise
+
+TOKENS = 512
+LONGEST_ROW = 128
+DISTURBANCE = 1e-7  # relative: about one rounding in float32
+CONTAINER = Path("/sys/fs/cgroup")
+OVERHEAD = 1.5  # activations, and their experts while they are put together
+CONVERSATION = [{"role": "user", "content": "1 < 2?"}, {"role": "assistant", "content": "Yes."}]
+
+
+def find_transformers(model_type: str) -> tuple[str | None, str]:
+    """Name and version of the library that knows the family, or what is missing."""
+    if importlib.util.find_spec("transformers") is None:
+        return None, "transformers is not installed (pip install transformers)"
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return None, f"transformers {transformers.__version__} does not know {model_type}"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return f"transformers {transformers.__version__}", ""
+
+
+def layers_that_fit(config: ModelConfig, max_bytes: int | None) -> tuple[int, str]:
+    """How many first layers either model can have within `max_bytes`, and what stays unproven if it is not all.
+
+    0 when not even the first layer with experts fits.
+    """
+    limit = max_bytes if max_bytes is not None else _free_bytes() // 2
+    needed = 1 + (config.moe_layers[0] if config.moe_layers else 0)
+    for layers in range(config.num_hidden_layers, needed - 1, -1):
+        if bytes_to_compare(config, layers) <= limit:
+            missing = (
+                f"logits after layer {layers}: the whole model needs {_gib(config)} GiB, {limit / 2**30:.1f} are there"
+            )
+            return layers, missing if layers < config.num_hidden_layers else ""
+    return 0, (
+        f"logits and experts: the first {needed} layers need more than the {limit / 2**30:.1f} GiB that are there; "
+        "every tensor was compared"
+    )
+
+
+def bytes_to_compare(config: ModelConfig, layers: int) -> int:
+    """Memory for one model of so many layers in float32, and for the logits of both."""
+    weights = FLOAT32 * count_parameters(_first_layers(config, layers)).total
+    return int(OVERHEAD * weights) + 6 * FLOAT32 * TOKENS * config.vocab_size
+
+
+def token_batches(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """TOKENS random tokens and TOKENS of a real text, as rows: the source of one of Python's own modules."""
+    length = min(LONGEST_ROW, config.max_position_embeddings, TOKENS)
+    count = TOKENS // length * length
+    random = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    source = importlib.util.find_spec("argparse")
+    assert source is not None
+    assert source.origin is not None
+    text = Path(source.origin).read_text(encoding="utf-8")
+    real = torch.tensor(tokenizer.encode(text[: 32 * TOKENS])[:count])
+    count = len(real) // length * length
+    return {"random": random.view(-1, length), "real": real[:count].view(-1, length)}
+
+
+@torch.inference_mode()
+def our_model(
+    config: ModelConfig, layers: int, tensors: TensorSource, rounded_to: Mapping[str, torch.dtype] | None = None
+) -> LanguageModel:
+    """The first `layers` layers out of a checkpoint, in float32, after the rounding of each tensor that is named."""
+    with torch.device("meta"):
+        model = LanguageModel(_first_layers(config, layers))
+    model.materialise(torch.device("cpu"))
+    for name, tensor in model.state_dict().items():
+        dtype = (rounded_to or {}).get(MODEL_PREFIX + name, torch.float32)
+        for start, stop in pieces_of(tensor.shape, FLOAT32):
+            tensor[start:stop].copy_(tensors.rows(MODEL_PREFIX + name, start, stop).to(dtype))
+    return model.eval()
+
+
+@torch.inference_mode()
+def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, Seen]:
+    """What our model makes of some rows of tokens."""
+    seen = {}
+    for name, tokens in texts.items():
+        rows, positions = tokens.shape
+        attend = PackedAttention(torch.arange(rows + 1, dtype=torch.int32) * positions, positions)
+        position_ids = torch.arange(positions).expand(rows, -1)
+        once = _seen(model, model(tokens, position_ids, attend), tokens)
+        with _disturbed(model):
+            seen[name] = with_noise(once, _seen(model, model(tokens, position_ids, attend), tokens))
+    return seen
+
+
+def _seen(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> Seen:
+    biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
+    return Seen(
+        output.logits,
+        [routing.experts.unflatten(0, tokens.shape) for routing in output.routings],
+        [(r.scores + bias).unflatten(0, tokens.shape) for r, bias in zip(output.routings, biases, strict=True)],
+    )
+
+
+@torch.inference_mode()
+def run_theirs(
+    folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
+) -> dict[str, Seen]:
+    """The same of their first `layers` layers, with so many routers, after the rounding that our weights went through.
+
+    Raises MoeLmError when the library finds tensors missing, or does not show what the routers chose.
+    """
+    model = _their_model(folder, layers)
+    if rounded_to is not None:
+        for name, parameter in model.named_parameters():
+            if not name.endswith(ROUTER_BIAS):
+                parameter.copy_(parameter.to(rounded_to))
+    chosen: list[Tensor] = []
+    for module in model.modules():
+        if type(module).__name__.lower().endswith("router"):
+            module.register_forward_hook(lambda _, __, out: chosen.append(out[-1]))
+    seen = {}
+    for name, tokens in texts.items():
+        chosen.clear()
+        logits = model(input_ids=tokens, use_cache=False).logits
+        if len(chosen) != routers:
+            raise MoeLmError(
+                f"the proof failed: transformers shows what {len(chosen)} of {routers} routers chose; its version is "
+                "not one that can be compared with, install 5.23"
+            )
+        seen[name] = Seen(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [])
+    return seen
+
+
+def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
+    """That `AutoTokenizer` gives the same ids and renders the same conversation, or why it cannot be asked.
+
+    Raises MoeLmError when it says something else.
+    """
+    import transformers
+
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):  # it advises to run the code
+            why = "its class is code in the folder, which is never run"
+        return "", f"tokenizer: {why}"
+    text = "def f(x):\n    return x  # 1 < 2, naïve 中文 🙂\n"
+    if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
+        raise MoeLmError(f"the proof failed: AutoTokenizer gives other ids than this program for {text!r}")
+    try:
+        rendered = ours.render_chat(CONVERSATION)
+    except UsageError as error:
+        return f"AutoTokenizer gives the same ids; no conversation was compared ({error})", ""
+    if theirs.apply_chat_template(CONVERSATION, tokenize=False) != rendered:
+        raise MoeLmError("the proof failed: the chat template renders another conversation in AutoTokenizer")
+    return "AutoTokenizer gives the same ids and renders the same conversation", ""
+
+
+def _their_model(folder: Path, layers: int) -> Any:
+    import transformers
+
+    safely = {"trust_remote_code": False, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(folder, **safely)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        use_safetensors=True,
+        output_loading_info=True,
+        **safely,
+    )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if found[kind]:
+            raise MoeLmError(f"the proof failed: transformers reports {kind} {sorted(map(str, found[kind]))[:5]}")
+    return model.eval()
+
+
+@contextmanager
+def _disturbed(model: LanguageModel) -> Iterator[None]:
+    """Changes what every layer reads by a rounding, so that what this does to the logits can be measured."""
+    generator = torch.Generator().manual_seed(1)
+
+    def disturb(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = arguments
+        return x * (1 + DISTURBANCE * torch.randn(x.shape, generator=generator)), *others
+
+    handles = [layer.register_forward_pre_hook(disturb) for layer in (*model.model.layers, model.model.norm)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _first_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    dense = tuple(layer for layer in config.mlp_only_layers if layer < layers)
+    return config.model_copy(update={"num_hidden_layers": layers, "mlp_only_layers": dense, "capacity_factor": None})
+
+
+def _gib(config: ModelConfig) -> str:
+    return f"{bytes_to_compare(config, config.num_hidden_layers) / 2**30:.1f}"
+
+
+def _free_bytes() -> int:
+    """Memory that the system, or the container that this runs in, can give without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free

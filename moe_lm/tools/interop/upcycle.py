@@ -1,0 +1,239 @@
+"""`moe-lm upcycle`: a dense checkpoint becomes a Mixture of Experts that computes the same, with a new router.
+
+Every feed-forward layer is cut into `split` pieces along its width, whose outputs add up to the layer's. The first
+`shared` pieces become the shared experts. Of the others every copy of the layer has all, as routed experts side by
+side. The router's rows are drawn anew for every copy and alike for its pieces, so that a token chooses whole copies:
+with k = m times the pieces of a copy, m copies, whose weights add up to 1. Each piece counts as often as a copy has
+pieces: `routed_scaling_factor` says so beside shared experts; without any, where no family knows that setting, the
+pieces' last matrices are multiplied by it.
+Sparse upcycling: arXiv 2212.05055; fine-grained, with routers alike within a copy: arXiv 2410.07524.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
+from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.file import build_config, dump_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.model.transformer import LanguageModel, initialise_tensor
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop import sides
+from moe_lm.tools.interop.exporting import read_model_config
+from moe_lm.tools.interop.hf_folder import GENERATION
+from moe_lm.tools.interop.importing import FILE_BYTES
+from moe_lm.tools.interop.logits import Comparison, Seen, compare
+from moe_lm.tools.interop.proof import PROOF
+from moe_lm.tools.interop.staging import whole_or_not
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a dense model is cut and copied."""
+
+    experts: int
+    per_token: int
+    split: int = 1
+    shared: int = 0
+    first_dense: int = 0
+    seed: int = 1234
+
+    @property
+    def pieces(self) -> int:
+        """Routed experts that are one copy of a feed-forward layer together."""
+        return self.split - self.shared
+
+    @property
+    def factor(self) -> int:
+        """What the last matrices of the routed experts are multiplied by."""
+        return 1 if self.shared else self.pieces
+
+
+@dataclass(frozen=True)
+class UpcyclingProof:
+    """The dense model beside what became of it."""
+
+    what: str
+    layers: str
+    loss_before: float  # nats a token, of a real text
+    loss_after: float
+    logits: tuple[Comparison, ...]
+    not_proven: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.what}, compared over {self.layers} layers",
+                f"loss {self.loss_before:.6f} before, {self.loss_after:.6f} after",
+                *map(str, self.logits),
+                *(f"not proven: {line}" for line in self.not_proven),
+            ]
+        )
+
+
+def upcycle(
+    run: Path, run_dir: Path, how: Upcycling, base: Path | None = None, proof_bytes: int | None = None
+) -> UpcyclingProof:
+    """Write `run_dir` with a checkpoint of step 0 of the new model, and return the proof that it computes the same.
+
+    Raises UsageError when the model is not dense or cannot be cut so, MoeLmError when the proof fails; nothing is left
+    at `run_dir` then.
+    """
+    folder = checkpoint.resolve(run)
+    dense = read_model_config(folder)
+    config = upcycled_config(dense, how)
+    tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
+    before = open_tensors(folder, base)
+
+    def write_tensors(path: Path) -> None:
+        path.mkdir()
+        write_files(path, _outputs(before, config, how), {"format": "pt"}, FILE_BYTES)
+
+    files: dict[str, checkpoint.Content] = {
+        "model.yaml": dump_config(config),
+        "tokenizer": tokenizer.save,
+        checkpoint.MODEL: write_tensors,
+    }
+    if (folder / GENERATION).is_file():
+        files[GENERATION] = checkpoint.read_text(folder, GENERATION)
+    with whole_or_not(run_dir) as unfinished:
+        after = CheckpointTensors(checkpoint.save(unfinished / "checkpoints", 0, {}, files))
+        proof = _prove(f"upcycle {run.name}", dense, before, config, after, tokenizer, proof_bytes)
+        (unfinished / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+    return proof
+
+
+def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
+    """The shape of the new model. Raises UsageError naming what does not fit."""
+    if dense.moe_layers:
+        raise UsageError(f"the model has experts already (n_routed_experts={dense.n_routed_experts}); give a dense one")
+    if dense.mlp_bias:
+        raise UsageError("mlp_bias=True cannot be upcycled: experts have no bias")
+    if not 0 <= how.shared < how.split:
+        raise UsageError(f"--shared {how.shared} leaves none of --split {how.split} pieces to be routed; choose fewer")
+    if dense.intermediate_size % how.split:
+        raise UsageError(
+            f"--split {how.split} does not divide intermediate_size={dense.intermediate_size}; choose a divisor"
+        )
+    for name, value in (("experts", how.experts), ("per-token", how.per_token)):
+        if value % how.pieces:
+            raise UsageError(
+                f"--{name} {value} is not a multiple of {how.pieces}, the routed pieces of a copy "
+                "(--split less --shared)"
+            )
+    values = dense.model_dump() | {
+        "n_routed_experts": how.experts,
+        "num_experts_per_tok": how.per_token,
+        "moe_intermediate_size": dense.intermediate_size // how.split,
+        "n_shared_experts": how.shared,
+        "first_k_dense_replace": how.first_dense,
+        # As the families have it that can hold the result: with shared experts Dots1 and GLM, without Qwen3-MoE.
+        "scoring_func": "sigmoid" if how.shared else "softmax",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": float(how.pieces) if how.shared else 1.0,
+    }
+    return build_config(ModelConfig, values, "upcycle")
+
+
+def _outputs(before: TensorSource, config: ModelConfig, how: Upcycling) -> list[Output]:
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    scaled = ".experts.down_proj" if how.factor != 1 else "none"
+    outputs = []
+    for name, tensor in model.state_dict().items():
+        shape, ours = tuple(tensor.shape), MODEL_PREFIX + name
+        new = ".mlp.gate." in name or scaled in name
+        dtype = torch.float32 if new else before.dtype(_dense_name(ours))
+        outputs.append(Output(ours, shape, dtype, _pieces(before, ours, shape, config, how)))
+    return outputs
+
+
+def _pieces(
+    before: TensorSource, name: str, shape: tuple[int, ...], config: ModelConfig, how: Upcycling
+) -> Callable[[], Iterator[Tensor]]:
+    width = config.expert_size
+
+    def copied() -> Iterator[Tensor]:
+        for start, stop in pieces_of(shape, 4):
+            yield before.rows(name, start, stop)
+
+    def router() -> Iterator[Tensor]:
+        rows = torch.empty(how.experts // how.pieces, *shape[1:])
+        initialise_tensor(name, rows, config, how.seed)
+        yield rows.repeat_interleave(how.pieces, dim=0)
+
+    def shared() -> Iterator[Tensor]:
+        dense = _dense_name(name)
+        if name.endswith("down_proj.weight"):
+            yield before.rows(dense, 0, shape[0])[:, : how.shared * width]
+        else:
+            yield before.rows(dense, 0, how.shared * width)
+
+    def routed() -> Iterator[Tensor]:
+        dense = _dense_name(name)
+        whole = before.rows(dense, 0, before.shape(dense)[0])
+        whole = whole if name.endswith("down_proj") else whole.mT  # the width is last
+        for expert in range(how.experts):
+            start = (how.shared + expert % how.pieces) * width
+            piece = whole[:, start : start + width]
+            yield piece.mT.float() * how.factor if name.endswith("down_proj") else piece
+
+    if ".mlp.gate." in name:
+        return router
+    if ".shared_experts." in name:
+        return shared
+    return routed if ".experts." in name else copied
+
+
+def _dense_name(name: str) -> str:
+    """The tensor of the dense model that one of the new model is made of."""
+    name = name.replace(".shared_experts.", ".")
+    return f"{name.replace('.experts.', '.')}.weight" if ".experts." in name else name
+
+
+def _prove(
+    what: str,
+    dense: ModelConfig,
+    before: TensorSource,
+    config: ModelConfig,
+    after: TensorSource,
+    tokenizer: Tokenizer,
+    max_bytes: int | None,
+) -> UpcyclingProof:
+    layers, missing = sides.layers_that_fit(config, max_bytes)
+    if not layers:
+        raise MoeLmError(f"nothing could be proven: {missing}; give --proof-memory more")
+    texts = sides.token_batches(config, tokenizer)
+    old = sides.run_ours(sides.our_model(dense, layers, before), texts)
+    new = sides.run_ours(sides.our_model(config, layers, after), texts)
+    comparisons = tuple(compare(name, _without_experts(old[name]), _without_experts(new[name])) for name in texts)
+    failed = [comparison for comparison in comparisons if not comparison.equal]
+    if failed:
+        raise MoeLmError(f"the proof failed: {failed[0]}; nothing was kept")
+    return UpcyclingProof(
+        what=what,
+        layers=f"{layers} of {config.num_hidden_layers}",
+        loss_before=_loss(old["real"].logits, texts["real"]),
+        loss_after=_loss(new["real"].logits, texts["real"]),
+        logits=comparisons,
+        not_proven=(missing,) if missing else (),
+    )
+
+
+def _without_experts(seen: Seen) -> Seen:
+    return seen._replace(experts=[], choices=[], noise_of_choices=())
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> float:
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))

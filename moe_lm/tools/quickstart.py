@@ -1,0 +1,335 @@
+"""The whole walk on one machine: tokenizer, shards, pretraining, fine-tuning, samples, evaluation.
+
+Its settings are the files `quickstart*.yaml` in `tokenizer/` and `configs/`; here are only the order of the stages,
+the time that training may take and what is shown. Every stage goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moe_lm.common.terminal import byte_bar
+from moe_lm.config.file import load_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
+from moe_lm.data.docstrings import docstring_pairs
+from moe_lm.data.prepare import prepare
+from moe_lm.data.shards import TokenShards
+from moe_lm.evaluate.perplexity import compression_baselines, evaluate, unigram_bits_per_byte
+from moe_lm.generate.completion import Completion
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.session import Session
+from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.kernels.device import compiling_needs, pick_device
+from moe_lm.model.count import count_parameters
+from moe_lm.text.split import held_out
+from moe_lm.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from moe_lm.train import finetune, pretrain
+from moe_lm.train.loop import this_program
+
+HOUSE = Path(__file__).parents[2]
+MINUTES = 8.0
+PRETRAIN_SHARE, FINETUNE_SHARE = 0.68, 0.08  # of the time
+CONTINUE = Settings(max_new_tokens=80, sampling=Sampling(temperature=0.7, top_p=0.9), seed=1)
+ANSWER = Settings(max_new_tokens=60, sampling=GREEDY)
+PROMPTS = ("def read_file(path):\n", "class Stack:\n")  # what the pretrained model goes on with
+MIN_STEPS = 8
+QUESTIONS = 4  # held-out ones that the fine-tuned model answers
+
+
+ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
+
+
+class StageStoppedError(Exception):
+    """A signal ended a stage; its checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where the walk writes, what it reads, and the terminal."""
+
+    run_dir: Path
+    corpus: SourceConfig
+    minutes: float
+    console: Console
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.run_dir / "tokenizer"
+
+    @property
+    def pretrain_dir(self) -> Path:
+        return self.run_dir / "pretrain"
+
+    @property
+    def finetune_dir(self) -> Path:
+        return self.run_dir / "finetune"
+
+    def chat_file(self, split: str) -> Path:
+        return self.run_dir / "chat" / f"{split}.jsonl"
+
+
+def run(minutes: float | None, corpus: Path | None, run_dir: Path) -> None:
+    """Walk from text to an evaluated, fine-tuned model in about `minutes`, and write `run_dir/summary.json`.
+
+    The corpus is Python's standard library, or the text in `corpus`. Raises UsageError when that has none.
+    """
+    source = {"stdlib": True} if corpus is None else {"path": str(corpus)}
+    walk = Walk(run_dir, SourceConfig(name="corpus", **source), minutes or MINUTES, Console())
+    try:
+        with stage(walk, "tokenizer"):
+            make_tokenizer(walk)
+        with stage(walk, "shards"):
+            config = make_shards(walk)
+        with stage(walk, "pretrain"):
+            config = do_pretrain(walk, config)
+        with stage(walk, "finetune"):
+            do_finetune(walk, config)
+        with stage(walk, "samples"):
+            samples = show_samples(walk, config)
+        with stage(walk, "evaluate"):
+            figures = measure(walk, config)
+    except StageStoppedError:  # which has said how to go on
+        return
+    summarise(walk, config, figures | {"samples": samples})
+
+
+def make_tokenizer(walk: Walk) -> None:
+    """Train the tokenizer on the documents that are not held out."""
+    if (walk.tokenizer / "tokenizer.json").exists():
+        return
+    recipe = load_config(TokenizerRecipe, HOUSE / "tokenizer/quickstart-4k.yaml", [override("output", walk.tokenizer)])
+    recipe = recipe.model_copy(update={"sources": (walk.corpus,)})
+    with byte_bar(walk.console, "reading and merging") as advance:
+        train_tokenizer(recipe, lambda report: advance(report.text_bytes, None)).save(recipe.output)
+
+
+def make_shards(walk: Walk) -> PretrainConfig:
+    """Tokenize the corpus; returns the config of the pretraining, its steps not yet fitted to the time."""
+    preset = "quickstart-cuda" if torch.cuda.is_available() else "quickstart"
+    config = load_config(
+        PretrainConfig,
+        HOUSE / f"configs/pretrain/{preset}.yaml",
+        [
+            override("run_dir", walk.pretrain_dir),
+            override("data.tokenizer", walk.tokenizer),
+            override("data.shards", walk.run_dir / "shards"),
+        ],
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (walk.corpus,)})})
+    config = compiled_if_possible(walk, config)
+    with byte_bar(walk.console, "tokenizing") as advance:
+        report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
+    walk.console.print(str(report), highlight=False)
+    return config
+
+
+def do_pretrain(walk: Walk, config: PretrainConfig) -> PretrainConfig:
+    """Pretrain for the walk's share of time; returns the config with the steps that were chosen."""
+    saved = walk.pretrain_dir / "config.yaml"
+    if saved.exists():
+        config = load_config(PretrainConfig, saved)
+    else:
+        walk.console.print("measuring the speed of a step; torch.compile takes its time first ...")
+        seconds = pretrain.seconds_per_step(config)
+        config = with_steps(config, int(PRETRAIN_SHARE * walk.minutes * 60 / seconds))
+    if pretrain.run(config).stopped:
+        raise StageStoppedError
+    return config
+
+
+def do_finetune(walk: Walk, pretrained: PretrainConfig) -> None:
+    """Fine-tune on questions about the functions of the modules that were not held out."""
+    write_conversations(walk, pretrained.data.validation_fraction)
+    saved = walk.finetune_dir / "config.yaml"
+    if saved.exists():
+        config = load_config(FinetuneConfig, saved)
+    else:
+        config = load_config(
+            FinetuneConfig,
+            HOUSE / "configs/finetune/quickstart.yaml",
+            [
+                override("run_dir", walk.finetune_dir),
+                override("start_from", walk.pretrain_dir),
+                override("data.train", [walk.chat_file("train")]),
+                override("data.validation", [walk.chat_file("validation")]),
+            ],
+        )
+        tokens = config.train.global_batch_size * config.data.sequence_length
+        seconds = tokens / median_speed(walk.pretrain_dir)
+        config = compiled_if_possible(walk, config)
+        config = with_steps(config, int(FINETUNE_SHARE * walk.minutes * 60 / seconds))
+    if finetune.run(config).stopped:
+        raise StageStoppedError
+
+
+def write_conversations(walk: Walk, validation_fraction: float) -> None:
+    """Questions and answers as JSONL; those on a module that was held out of pretraining are held out here too."""
+    lines: dict[str, list[str]] = {"train": [], "validation": []}
+    for pair in docstring_pairs():
+        split = "validation" if held_out(pair.document_id, validation_fraction) else "train"
+        lines[split].append(json.dumps(pair.conversation, ensure_ascii=False) + "\n")
+    for split, rows in lines.items():
+        walk.chat_file(split).parent.mkdir(parents=True, exist_ok=True)
+        walk.chat_file(split).write_text("".join(rows), encoding="utf-8")
+    walk.console.print(f"{len(lines['train']):,} questions to train on, {len(lines['validation']):,} held out")
+
+
+def show_samples(walk: Walk, config: PretrainConfig) -> list[dict[str, str]]:
+    """Print, as they are generated, the pretrained model's continuations and the fine-tuned model's answers."""
+    samples = []
+    session = Session.load(walk.pretrain_dir, device=config.parallel.device)
+    for prompt in PROMPTS:
+        text = show(walk, prompt, session.complete(prompt, CONTINUE))
+        samples.append({"model": "pretrain", "prompt": prompt, "text": text})
+    session = Session.load(walk.finetune_dir, device=config.parallel.device)
+    rows = [json.loads(line)["messages"] for line in walk.chat_file("validation").read_text("utf-8").splitlines()]
+    for question, reference in rows[:: max(1, len(rows) // QUESTIONS)][:QUESTIONS]:
+        text = show(walk, question["content"] + "\n", session.chat([question], ANSWER))
+        samples.append(
+            {
+                "model": "finetune",
+                "prompt": question["content"],
+                "text": text,
+                "reference": reference["content"],
+            }
+        )
+    return samples
+
+
+def show(walk: Walk, prompt: str, pieces: Completion) -> str:
+    """Stream a text to the terminal after its prompt."""
+    walk.console.print(prompt, style="bold", end="", markup=False, highlight=False)
+    text = ""
+    for piece in pieces:
+        walk.console.out(piece, end="", highlight=False)
+        text += piece
+    walk.console.print("\n")
+    return text
+
+
+def measure(walk: Walk, config: PretrainConfig) -> dict[str, Any]:
+    """Bits per byte on the held-out documents: the model's, xz's and those of token frequencies."""
+    evaluation = evaluate(walk.pretrain_dir)
+    tokenizer = Tokenizer.load(walk.tokenizer)
+    train, validation = (
+        TokenShards.open(config.data.shards / walk.corpus.name, split, verify=False)
+        for split in ("train", "validation")
+    )
+    counts = np.bincount(train.tokens(0, train.num_tokens), minlength=tokenizer.vocab_size)
+    counts[tokenizer.bos_id] = 0
+    predicted = validation.tokens(0, validation.num_tokens)
+    text = tokenizer.decode(predicted.tolist()).encode()
+    predicted = predicted[predicted != tokenizer.bos_id]
+    return {
+        "val_bits_per_byte": evaluation.bits_per_byte,
+        "val_perplexity": evaluation.perplexity,
+        "val_bytes": evaluation.text_bytes,
+        "val_documents": evaluation.documents,
+        **compression_baselines(text),
+        "unigram_bits_per_byte": unigram_bits_per_byte(counts, predicted, validation.text_bytes),
+    }
+
+
+def summarise(walk: Walk, config: PretrainConfig, figures: dict[str, Any]) -> None:
+    """Write summary.json, show the table, and say what to type next."""
+    parameters = count_parameters(config.model)
+    losses = [line["val_loss"] for line in metrics(walk.finetune_dir) if "val_loss" in line]
+    summary = {
+        "seconds": read_seconds(walk),
+        "tokens_per_second": median_speed(walk.pretrain_dir),
+        "pretrain_tokens": sum(line["tokens"] for line in metrics(walk.pretrain_dir)),
+        **figures,
+        "sft_val_loss_before": losses[0],
+        "sft_val_loss_after": losses[-1],
+        "params_total": parameters.total,
+        "params_active": parameters.active,
+        "device": pick_device(config.parallel.device).type,
+    }
+    (walk.run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+    table = Table(title="The walk", show_header=False)
+    for name, value in (
+        ("parameters", f"{parameters.total:,} in all, {parameters.active:,} active a token"),
+        ("pretraining", f"{summary['pretrain_tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "held-out text",
+            f"{figures['val_bits_per_byte']:.3f} bits a byte (perplexity {figures['val_perplexity']:.1f})",
+        ),
+        ("  the same by xz -9", f"{figures['xz_bits_per_byte']:.3f} bits a byte"),
+        ("  by token frequencies", f"{figures['unigram_bits_per_byte']:.3f} bits a byte"),
+        ("held-out questions", f"loss {losses[0]:.3f} before fine-tuning, {losses[-1]:.3f} after"),
+        ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())),
+    ):
+        table.add_row(name, value)
+    walk.console.print(table)
+    program = shlex.join(this_program())
+    walk.console.print(
+        f"Everything is in {walk.run_dir}: summary.json, tokenizer/, shards/, pretrain/, chat/, finetune/. Type next:\n"
+        f"  {program} chat {shlex.quote(str(walk.finetune_dir))}\n"
+        f"  {program} sample {shlex.quote(str(walk.pretrain_dir))} --prompt 'import os'\n"
+        f"  {program} eval {shlex.quote(str(walk.pretrain_dir))} {shlex.quote(str(HOUSE / 'README.md'))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def stage(walk: Walk, name: str) -> Iterator[None]:
+    """Head a stage, and add its seconds, also of a stage that is stopped, to those of earlier runs."""
+    walk.console.rule(name)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = read_seconds(walk)
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
+        walk.run_dir.mkdir(parents=True, exist_ok=True)
+        (walk.run_dir / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def read_seconds(walk: Walk) -> dict[str, float]:
+    file = walk.run_dir / "seconds.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def median_speed(run_dir: Path) -> float:
+    """Tokens a second of the median step."""
+    return statistics.median(line["tokens_per_second"] for line in metrics(run_dir) if "tokens_per_second" in line)
+
+
+def override(key: str, value: Path | list[Path]) -> str:
+    """`key=value` for paths of any spelling: JSON is YAML."""
+    return f"{key}={json.dumps(value, default=str)}"
+
+
+def compiled_if_possible(walk: Walk, config: ConfigT) -> ConfigT:
+    """The config without `torch.compile` on a machine that lacks something for it."""
+    needed = compiling_needs(pick_device(config.parallel.device))
+    if needed is None:
+        return config
+    walk.console.print(f"torch.compile is left out: it needs {needed}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+
+
+def with_steps(config: ConfigT, steps: int) -> ConfigT:
+    """The config with at most `steps` steps, and a warm-up that fits them."""
+    steps = max(MIN_STEPS, min(steps, config.train.steps))
+    schedule = config.train.schedule
+    schedule = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 4)})
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "schedule": schedule})})

@@ -1,0 +1,112 @@
+"""The application: which path leads where."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from importlib import resources
+from typing import Any
+
+import yaml
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.errors import UsageError
+from moe_lm.generate.session import Session
+from moe_lm.tools.serve.endpoints import Endpoints
+from moe_lm.tools.serve.engine import Engine
+from moe_lm.tools.serve.errors import ApiError, add_handlers
+from moe_lm.tools.serve.gate import Gate, Limits
+from moe_lm.tools.serve.metrics import Metrics
+
+PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+
+
+def build_app(session: Session, engine: Engine, limits: Limits, metrics: Metrics, model: str) -> FastAPI:
+    """An ASGI application around an engine that was started, which serves under the name `model`."""
+    app = FastAPI(title="moe-lm", openapi_url=None, redirect_slashes=False)
+    endpoints = Endpoints(session, engine, limits, metrics, model)
+    app.post("/v1/completions", response_model=None)(endpoints.complete)
+    app.post("/v1/chat/completions", response_model=None)(endpoints.chat)
+    metrics.watch("running_rows", "Texts that are being written.", lambda: engine.running)
+    metrics.watch("queued_rows", "Texts that wait for a row.", lambda: engine.queued)
+    metrics.watch("slots", "Texts that can be written at a time.", lambda: engine.slots)
+    described, page, policy = describe(session, engine, model), _page(), _policy(_page())
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [described]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> JSONResponse:
+        if name != model:
+            raise ApiError(
+                404, f"there is no model {name!r:.80}; this server has {model!r}", "model", "model_not_found"
+            )
+        return JSONResponse(described)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok" if engine.healthy else "stopping"}, 200 if engine.healthy else 503)
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def chat_page() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+
+    add_handlers(app)
+    app.add_middleware(Gate, limits=limits, metrics=metrics, endpoints=PATHS)
+    return app
+
+
+def describe(session: Session, engine: Engine, model: str) -> dict[str, Any]:
+    """The model as /v1/models lists it; beside what is OpenAI's, what the page needs to know."""
+    config = session.model.config
+    layers = len(session.model.moe_layers)
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "moe-lm",
+        "max_model_len": engine.capacity,
+        "chat": chats(session),
+        "moe_layers": layers,
+        "experts": config.n_routed_experts if layers else 0,
+        "experts_per_token": config.num_experts_per_tok if layers else 0,
+    }
+
+
+def chats(session: Session) -> str:
+    """ "yes", "no" where there is no chat template, and "untrained" where no fine-tuning has taught it yet."""
+    try:
+        session.tokenizer.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    except UsageError:
+        return "no"
+    if not checkpoint.verify(session.checkpoint, "config.yaml"):  # imported
+        return "yes"
+    config = yaml.safe_load(checkpoint.read_text(session.checkpoint, "config.yaml")) or {}
+    return "untrained" if "model" in config and "start_from" not in config else "yes"
+
+
+def _page() -> str:
+    return resources.files("moe_lm.tools.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _policy(page: str) -> str:
+    """Nothing but the page's own script and style, and requests to where it comes from."""
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0].encode()).digest())
+        for tag in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script'].decode()}'; "
+        f"style-src 'sha256-{hashes['style'].decode()}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,242 @@
+"""From a request's body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from moe_lm.common.errors import UsageError
+from moe_lm.generate.completion import Writer
+from moe_lm.generate.session import Session
+from moe_lm.tools.serve.answers import Answer, ChatShape, CompletionShape, Shape, dumps, written
+from moe_lm.tools.serve.engine import Engine
+from moe_lm.tools.serve.errors import GONE, ApiError
+from moe_lm.tools.serve.gate import Limits
+from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.requests import SEEDS, ChatRequest, CompletionRequest, GenerationRequest
+from moe_lm.tools.serve.ticket import Piece, Row, Ticket
+
+MOST_VALUES = 1 << 20  # of an answer in one piece: about 25 MB
+
+
+class Endpoints:
+    """What writes text, under the name `model`."""
+
+    def __init__(self, session: Session, engine: Engine, limits: Limits, metrics: Metrics, model: str) -> None:
+        self.session, self.engine, self.limits, self.metrics, self.model = session, engine, limits, metrics, model
+        self.name = functools.cache(lambda token: session.tokenizer.decode([token], skip_special=False))
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        self._check(body, len(body.prompt))
+        prompts, echoes = await run_in_threadpool(self._prompts, body)
+        most = min(body.max_tokens, self.limits.max_tokens or body.max_tokens)
+        return await self._answer(request, body, prompts, CompletionShape(), most, body.logprobs, echoes)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        self._check(body, 1)
+        prompt = await run_in_threadpool(self._chat_prompt, body)
+        most = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens or self.engine.capacity
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await self._answer(request, body, [prompt], ChatShape(), most, logprobs)
+
+    def _check(self, body: GenerationRequest, prompts: int) -> None:
+        if body.model not in (None, self.model):
+            message = f"there is no model {body.model!r:.80}; this server has {self.model!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        most = self.limits.max_tokens
+        for name in ("max_tokens", "max_completion_tokens"):
+            wanted = getattr(body, name) if name in body.model_fields_set else None
+            if most is not None and wanted is not None and wanted > most:
+                raise ApiError(400, f"{name}={wanted} is more than this server gives; at most {most}", name)
+        if prompts * body.n > self.engine.most:
+            raise ApiError(
+                400,
+                f"the request asks for {prompts * body.n} texts, prompts times n, and this server takes "
+                f"{self.engine.most} at a time; ask for fewer",
+                "n",
+                "too_many_texts",
+            )
+        for token in body.bias:
+            if token >= self.session.tokenizer.vocab_size:
+                message = f"logit_bias names the token {token}; the ids end at {self.session.tokenizer.vocab_size - 1}"
+                raise ApiError(400, message, "logit_bias")
+
+    def _prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """The ids of each prompt, a text's with the token that begins a document; and what an echo would say."""
+        tokenizer = self.session.tokenizer
+        texts = [item for item in body.prompt if isinstance(item, str)]
+        if texts:
+            try:
+                prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+            except UsageError as error:
+                raise ApiError(400, str(error), "prompt") from error
+        else:
+            prompts = [item for item in body.prompt if isinstance(item, list)]
+        for ids in prompts:
+            self._check_prompt(ids, "prompt")
+        if not body.echo:
+            return prompts, [""] * len(prompts)
+        return prompts, texts or [tokenizer.decode(ids) for ids in prompts]
+
+    def _chat_prompt(self, body: ChatRequest) -> list[int]:
+        messages = [message.for_template() for message in body.messages]
+        try:
+            ids, _ = self.session.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        except UsageError as error:
+            raise ApiError(400, str(error), "messages") from error
+        self._check_prompt(ids, "messages")
+        return ids
+
+    def _check_prompt(self, ids: Sequence[int], param: str) -> None:
+        if len(ids) > self.engine.capacity:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens, more than the context's {self.engine.capacity}; shorten it",
+                param,
+                "context_length_exceeded",
+            )
+        if min(ids) < 0 or max(ids) >= self.session.tokenizer.vocab_size:
+            last = self.session.tokenizer.vocab_size - 1
+            raise ApiError(400, f"the prompt has ids from {min(ids)} to {max(ids)}; expected 0 to {last}", param)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        shape: Shape,
+        max_tokens: int,
+        logprobs: int | None,
+        echoes: Sequence[str] = ("",),
+    ) -> Response:
+        tokens = min(max_tokens, self.engine.capacity - min(map(len, prompts)) + 1)
+        values = len(prompts) * body.n * tokens * self._values(body, logprobs)
+        if values > MOST_VALUES and not body.stream:
+            raise ApiError(
+                400,
+                f"the answer could have {values} log-probabilities and experts, more than {MOST_VALUES}; ask for fewer "
+                "texts, tokens or logprobs, or for a stream",
+                code="answer_too_large",
+            )
+        ticket = Ticket(self._rows(body, prompts, max_tokens, logprobs, echoes))
+        answer = Answer(
+            shape,
+            self.model,
+            self.name,
+            sum(map(len, prompts)),
+            logprobs is not None,
+            body.routing,
+            body.stream_options.include_usage,
+        )
+        if body.stream:
+            return await self._stream(request, ticket, answer)
+        pieces: list[Piece] = []
+        async with self._served(request, ticket):
+            news = await self._first(ticket, answer)
+            while news:
+                pieces += news
+                news = await ticket.next()
+        return await run_in_threadpool(lambda: Response(answer.whole(pieces), media_type="application/json"))
+
+    def _values(self, body: GenerationRequest, logprobs: int | None) -> int:
+        """What a token has beside its text."""
+        experts = len(self.session.model.moe_layers) * self.session.model.config.num_experts_per_tok
+        return (0 if logprobs is None else 1 + logprobs) + (experts if body.routing else 0)
+
+    async def _stream(self, request: Request, ticket: Ticket, answer: Answer) -> Response:
+        """Server-sent events. What fails before the first token is told with a status of its own."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._served(request, ticket))
+            news = await self._first(ticket, answer)
+            events = self._events(request, ticket, answer, news, stack.pop_all())
+        return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    async def _events(
+        self, request: Request, ticket: Ticket, answer: Answer, news: list[Piece], served: AsyncExitStack
+    ) -> AsyncIterator[str]:
+        tokens, opening = 0, ""
+        if isinstance(answer.shape, ChatShape):
+            opening = _events_of([answer.chunk([answer.shape.opening(row)]) for row in range(ticket.rows)])
+        async with served:
+            try:
+                while news:
+                    tokens += written(news)
+                    if text := opening + await run_in_threadpool(_news, answer, news):
+                        yield text
+                    opening, news = "", await ticket.next()
+            except ApiError as error:
+                request.scope["moe_lm.status"] = error.status_code
+                yield _events_of([error.body])
+                return
+        if answer.include_usage:
+            yield _events_of([answer.usage_chunk(tokens)])
+        yield "data: [DONE]\n\n"
+
+    @asynccontextmanager
+    async def _served(self, request: Request, ticket: Ticket) -> AsyncIterator[None]:
+        """While the engine works on a ticket. A client that goes away ends it at once, and so does the clock."""
+        self.engine.submit(ticket)
+
+        def end(error: ApiError) -> None:
+            ticket.put(error)
+            self.engine.leave(ticket)
+
+        async def end_when_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            end(ApiError(GONE, "the client went away"))
+
+        limit = self.limits.timeout
+        late = ApiError(504, f"the answer was not ready within the server's {limit:g} s; ask for less", code="timeout")
+        timer = asyncio.get_running_loop().call_later(limit, end, late)
+        watch = asyncio.create_task(end_when_gone())
+        try:
+            yield
+        finally:
+            timer.cancel()
+            watch.cancel()
+            self.engine.leave(ticket)
+
+    async def _first(self, ticket: Ticket, answer: Answer) -> list[Piece]:
+        waited = time.monotonic()
+        news = await ticket.next()
+        self.metrics.first_token_seconds.observe(time.monotonic() - waited)
+        self.metrics.prompt_tokens.inc(answer.prompt_tokens)
+        return news
+
+    def _rows(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        logprobs: int | None,
+        echoes: Sequence[str],
+    ) -> list[Row]:
+        """Text j of prompt i draws with `seed + i * n + j`, as `moe-lm sample --num` does."""
+        tokenizer = self.session.tokenizer
+        settings = body.settings(max_tokens, logprobs)
+        rows = []
+        for index in range(len(prompts) * body.n):
+            own = dataclasses.replace(settings, seed=(settings.seed + index) % SEEDS)
+            writer = Writer(tokenizer.decode, body.stop)
+            prompt, echo = prompts[index // body.n], echoes[index // body.n]
+            rows.append(Row(index, prompt, own, tokenizer.stop_ids, writer, echo))
+        return rows
+
+
+def _news(answer: Answer, pieces: Sequence[Piece]) -> str:
+    """Many of them, when a client reads slowly."""
+    return _events_of(answer.chunks(pieces))
+
+
+def _events_of(chunks: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"data: {dumps(chunk)}\n\n" for chunk in chunks)

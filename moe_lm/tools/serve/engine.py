@@ -1,0 +1,204 @@
+"""Continuous batching: one thread drives one decoder, and requests take turns for its rows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+
+from moe_lm.common.errors import MoeLmError
+from moe_lm.generate.decode import Settings, Step
+from moe_lm.generate.session import Session
+from moe_lm.tools.serve.errors import ApiError, broken
+from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.ticket import Piece, Row, Ticket
+
+log = logging.getLogger("moe_lm.serve")
+
+
+class Engine:
+    """Writes what tickets ask for, `slots` rows at a time; at most `max_queue` rows wait.
+
+    A free row goes to the ticket that has the fewest rows at work, among equals to the one that came first. So single
+    requests are served as they come, and one that wants a hundred texts leaves room for the others.
+    Raises MoeLmError when the cache of `slots` rows of `capacity` positions does not fit into memory.
+    """
+
+    def __init__(self, session: Session, slots: int, capacity: int, max_queue: int, metrics: Metrics) -> None:
+        try:
+            self._decoder = session.decoder(slots, capacity)
+        except RuntimeError as error:  # torch's allocators raise nothing more special
+            raise MoeLmError(
+                f"a cache of {slots} rows of {capacity} positions does not fit into memory "
+                f"({str(error).splitlines()[0]}); give a smaller --max-concurrent or --max-context"
+            ) from error
+        self.slots, self.capacity, self.max_queue, self._metrics = slots, capacity, max_queue, metrics
+        self._bos_id = session.tokenizer.bos_id
+        self._wake = threading.Condition()
+        self._waiting: list[Ticket] = []  # that have rows to start, in the order in which they came
+        self._left: list[Ticket] = []  # whose rows are to be dropped
+        self._working: dict[int, tuple[Ticket, Row]] = {}  # by the decoder's number; only the thread changes it
+        self._refusing = self._closed = False
+        self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+
+    def warm_up(self) -> None:
+        """Write two short texts alone and side by side: the first steps import parts of torch, or compile.
+
+        Raises MoeLmError when that fails.
+        """
+        for together in (1, min(2, self.slots)):
+            for _ in range(together):
+                self._decoder.add([self._bos_id], Settings(max_new_tokens=2))
+            for _ in self._decoder.run():
+                pass
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is where the tickets are read."""
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and not self._refusing
+
+    @property
+    def running(self) -> int:
+        """Rows at work."""
+        return len(self._working)
+
+    @property
+    def queued(self) -> int:
+        """Rows that wait for one."""
+        return sum(len(ticket.waiting) for ticket in self._waiting)
+
+    @property
+    def most(self) -> int:
+        """Rows that can be here at a time."""
+        return self.slots + self.max_queue
+
+    def submit(self, ticket: Ticket) -> None:
+        """Raises ApiError when there is no room, or when it is too late."""
+        with self._wake:
+            if not self.healthy:
+                raise stopping()
+            if self.running + self.queued + ticket.rows > self.most:
+                raise ApiError(
+                    429,
+                    f"the queue is full ({self.queued} texts wait, at most {self.max_queue} may); try again later",
+                    code="queue_full",
+                    headers={"Retry-After": "1"},
+                )
+            self._waiting.append(ticket)
+            self._wake.notify()
+
+    def leave(self, ticket: Ticket) -> None:
+        """Free what a ticket has here, if anything."""
+        with self._wake:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            if ticket.running:
+                self._left.append(ticket)
+                self._wake.notify()
+
+    def refuse(self) -> None:
+        """Take no ticket any more; what is there goes on."""
+        with self._wake:
+            self._refusing = True
+
+    def close(self) -> None:
+        """End whatever is still there, and the thread."""
+        with self._wake:
+            self._refusing = self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while not self._closed:
+                try:
+                    if self._take_in():
+                        self._give(self._decoder.step())
+                except Exception as error:
+                    self._fail(error)
+        finally:  # also of a decoder that cannot go on: nobody is to wait for it
+            self.refuse()
+            self._drop(stopping(), [*self._waiting, *self._at_work()])
+
+    def _take_in(self) -> bool:
+        """Wait until there is something to do and fill the free rows; False when it is time to end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._waiting or self._working or self._left or self._closed)
+            for number, (ticket, _) in list(self._working.items()):
+                if ticket in self._left:
+                    self._end(number)
+            self._left.clear()
+            while self._waiting and self.running < self.slots:
+                ticket = min(self._waiting, key=lambda ticket: ticket.running)
+                row = ticket.waiting[0]
+                try:
+                    number = self._decoder.add(row.prompt, row.settings, row.stop_ids)
+                except Exception as error:  # here it is known whose it was
+                    self.leave(ticket)
+                    self._tell({ticket: _told(error)})
+                    continue
+                ticket.waiting.popleft()
+                if not ticket.waiting:
+                    self._waiting.remove(ticket)
+                self._working[number] = ticket, row
+                ticket.running += 1
+            return not self._closed
+
+    def _give(self, steps: Sequence[Step]) -> None:
+        """Bring each ticket what its rows have got."""
+        news: dict[Ticket, list[Piece]] = {}
+        for step in steps:
+            ticket, row = self._working[step.request]
+            piece = row.take(step)
+            news.setdefault(ticket, []).append(piece)
+            if piece.finish is not None:
+                self._end(step.request)
+        self._metrics.wrote(sum(step.token is not None for step in steps))
+        self._tell(news)
+
+    def _end(self, number: int) -> None:
+        ticket, _ = self._working.pop(number)
+        ticket.running -= 1
+        self._decoder.cancel(number)  # nothing, when the decoder itself has ended it
+
+    def _fail(self, error: Exception) -> None:
+        """A step that fails fails for all rows: nobody knows whose it was."""
+        self._drop(_told(error), self._at_work())
+
+    def _at_work(self) -> list[Ticket]:
+        return list({ticket: None for ticket, _ in self._working.values()})
+
+    def _drop(self, error: ApiError, tickets: Sequence[Ticket]) -> None:
+        """End these tickets, which are all that have rows at work."""
+        for ticket in tickets:
+            ticket.running = 0
+        self._working.clear()
+        with self._wake:
+            self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
+        self._tell(dict.fromkeys(tickets, error))
+        self._decoder.clear()  # last: it may fail too
+
+    def _tell(self, news: dict[Ticket, list[Piece]] | dict[Ticket, ApiError]) -> None:
+        def put() -> None:
+            for ticket, item in news.items():
+                ticket.put(item)
+
+        self._loop.call_soon_threadsafe(put)
+
+
+def _told(error: Exception) -> ApiError:
+    """Once for the log and once for who asked."""
+    if isinstance(error, MoeLmError):
+        log.error("%s", error)
+        return broken(str(error))
+    log.error("a decoding step failed", exc_info=error)
+    return broken("the model failed; the server's log says why")
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping; try again later", code="stopping", headers={"Retry-After": "10"})

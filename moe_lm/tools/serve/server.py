@@ -1,0 +1,144 @@
+"""The verb `serve`: a socket, a model, and an end without a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from moe_lm.common.errors import MoeLmError
+from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.generate.session import Session
+from moe_lm.tools.serve.app import build_app
+from moe_lm.tools.serve.connections import BACKLOG, Config
+from moe_lm.tools.serve.engine import Engine
+from moe_lm.tools.serve.gate import LOOPBACK_NAMES, Limits
+from moe_lm.tools.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from moe_lm.parallel.spread import Spread
+
+
+def serve(
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    slots: int,
+    max_queue: int,
+    max_context: int | None,
+    max_tokens: int | None,
+    max_body: int,
+    timeout: float,
+    grace: float,
+    model: str | None,
+    device: str,
+    dtype: str,
+    base: Path | None,
+    spread: Spread | None,
+    compiled: bool,
+) -> None:
+    """Serve until a signal; then give what runs `grace` seconds to end."""
+    with listen(host, port) as listener:
+        address = listener.getsockname()
+        at_home = ip_address(address[0]).is_loopback
+        if not (at_home or api_key):
+            print(
+                f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
+                file=sys.stderr,
+            )
+        session = Session.load(run, device, base, spread, compiled, dtype)
+        metrics = Metrics()
+        positions = session.model.config.max_position_embeddings
+        engine = Engine(session, slots, min(max_context or positions, positions), max_queue, metrics)
+        engine.warm_up()
+        hosts = LOOPBACK_NAMES if at_home and not api_key else None
+        limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
+        app = build_app(session, engine, limits, metrics, model or run.resolve().name)
+        config = Config(
+            app,
+            texts=engine.most,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(grace) + 5,  # only for a client that does not take what is sent to it
+        )
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+        asyncio.run(_run(config, engine, listener, grace))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that who comes while the model loads waits; 0 is any free port.
+
+    Raises MoeLmError when the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise MoeLmError(f"--host {host} is no address of this machine ({error.strerror}); try 127.0.0.1") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise MoeLmError(
+            f"cannot listen on {host}:{port} ({error.strerror}); end what uses it or choose another --port"
+        ) from error
+    return listener
+
+
+async def _run(config: Config, engine: Engine, listener: socket.socket, grace: float) -> None:
+    loop = asyncio.get_running_loop()
+    server = _Server(config)
+    engine.start(loop)
+    host, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving on http://{where}:{port}; Ctrl-C stops", file=sys.stderr, flush=True)
+    with _signals(loop, server, engine, grace):
+        await server.serve(sockets=[listener])
+    engine.close()
+
+
+class _Server(uvicorn.Server):
+    """One that leaves signals alone: uvicorn raises them again when it is done, and we exit with 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # the kernel may hold more than are accepted in one go
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Engine, grace: float) -> Iterator[None]:
+    """The first one lets what runs come to its end within `grace` seconds, a second one does not wait."""
+
+    def stop() -> None:
+        if server.should_exit:
+            engine.close()
+            return
+        engine.refuse()
+        server.should_exit = True
+        loop.call_later(grace, engine.close)
+
+    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""Batches out of a seed: packed documents of unequal length, padding, rows with many targets, few or none; or pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.packing import pack_documents
+from moe_lm.data.preferences import SIDES, Pair, Side, pack_pairs
+from moe_lm.data.targets import IGNORE
+from moe_lm.engine.engine import Engine
+from moe_lm.tools.verify.scale import BATCH, LENGTH, PAD, VOCABULARY
+
+DOCUMENTS = 2  # in a row; so many pairs, when it holds pairs
+
+
+class Document(NamedTuple):
+    input_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+class Source(BatchSource, Protocol):
+    """What the gate trains on."""
+
+    def prepare(self, engine: Engine, steps: range) -> None:
+        """Called with the model of step 0, before anything is trained or loaded."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A batch source. The documents of a step are the same, `packed` or each in a row of its own."""
+
+    seed: int
+    packed: bool = True
+    fingerprint: str = "synthetic"
+
+    def prepare(self, engine: Engine, steps: range) -> None:
+        """There is nothing to know ahead."""
+
+    def batch(self, step: int, rows: range) -> Batch:
+        if self.packed:
+            found = [self._row(step, row) for row in rows]
+        else:
+            found = [[self._row(step, row // DOCUMENTS)[row % DOCUMENTS]] for row in rows]
+        return pack_documents(found, LENGTH, PAD)[0]
+
+    def _row(self, step: int, row: int) -> list[Document]:
+        draw = np.random.default_rng([self.seed, step, row])
+        used = LENGTH if row == 0 else int(draw.integers(6, LENGTH))
+        tokens = _tokens(draw, used + 1)
+        trained = draw.random(used) < (0.0, 0.2, 0.9, 1.0)[(row + step + 2) % 4]
+        targets = np.where(trained, tokens[1:], IGNORE)
+        cut = used // 3
+        return [Document(tokens[:cut], targets[:cut]), Document(tokens[cut:-1], targets[cut:])]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch source of pairs, `packed` DOCUMENTS to a row or each in one of its own; some rows have none."""
+
+    seed: int
+    packed: bool = True
+    fingerprint: str = "synthetic pairs"
+    reference: dict[int, Tensor] = field(default_factory=dict)  # by step: [pairs, 2]
+
+    def prepare(self, engine: Engine, steps: range) -> None:
+        """The reference, as a run computes it."""
+        rows = range(BATCH if self.packed else BATCH * DOCUMENTS)
+        for step in steps:
+            self.reference[step] = engine.answer_log_probs([self._pack(step, rows[row : row + 1]) for row in rows])
+
+    def batch(self, step: int, rows: range) -> Batch:
+        batch = self._pack(step, rows)
+        first = len(self._pairs(step, range(rows.start)))
+        return replace(batch, reference=self.reference[step][first : first + batch.num_pairs])
+
+    def _pack(self, step: int, rows: range) -> Batch:
+        return pack_pairs([self._pairs(step, rows[n : n + 1]) for n in range(len(rows))], LENGTH, PAD)
+
+    def _pairs(self, step: int, rows: range) -> list[Pair]:
+        """Those in these rows, in order; halves of the rows have unequally many."""
+        places = range(rows.start * DOCUMENTS, rows.stop * DOCUMENTS) if self.packed else rows
+        return [self._pair(step, place) for place in places if (step + place) // DOCUMENTS % 3 != 1]
+
+    def _pair(self, step: int, place: int) -> Pair:
+        draw = np.random.default_rng([self.seed, step, place])
+        room = LENGTH // DOCUMENTS // SIDES
+        prompt = _tokens(draw, int(draw.integers(2, room - 1)))
+        sides = []
+        for _ in range(SIDES):
+            tokens = np.concatenate([prompt, _tokens(draw, int(draw.integers(1, room + 2 - len(prompt))))])
+            trained = np.arange(1, len(tokens)) >= len(prompt)
+            sides.append(Side(tokens[:-1].astype(np.int32), np.where(trained, tokens[1:], IGNORE).astype(np.int32)))
+        return Pair(sides[0], sides[1], hash=place)
+
+
+def _tokens(draw: np.random.Generator, number: int) -> NDArray[np.int64]:
+    """Some ids are frequent, as in text."""
+    return np.minimum(7 + draw.geometric(0.06, number), VOCABULARY - 1)

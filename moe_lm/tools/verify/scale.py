@@ -1,0 +1,136 @@
+"""A model of the same kind that trains in milliseconds, and the training that the gate puts it through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import BalanceConfig, OptimizerConfig, PreferenceConfig, RunConfig, ScheduleConfig, TrainConfig
+from moe_lm.model.transformer import generator_of
+
+if TYPE_CHECKING:  # the command that only starts processes does not import what they run
+    from moe_lm.engine.build import PlacedModel
+
+STEPS = 5
+BATCH = 8  # rows of a global batch, so that 4 ranks have 2 each to accumulate over
+LENGTH = 24  # tokens of a row
+VOCABULARY = 64
+EXPERTS = 8
+LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+REACH = 3  # times the positions that rotary scaling begins from
+PAD = 2
+FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts whose router bias makes them get most tokens, and none at all
+LIKED, HATED = 0.3, -100.0
+ADAPTED = 0.1  # standard deviation of the second factors of adapters
+
+
+def small_model(model: ModelConfig) -> ModelConfig:
+    """The same kind of model: routing, norms, attention and ties stay as they are, every size shrinks."""
+    dense_layers = bool(model.n_routed_experts) and len(model.moe_layers) < model.num_hidden_layers
+    sizes: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3 if dense_layers else 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": None if model.kv_heads == model.num_attention_heads else 2,
+        "head_dim": None if model.head_dim is None else 16,
+        **(LATENT_SIZES if model.kv_lora_rank else {}),
+        "q_lora_rank": None if model.q_lora_rank is None else 16,
+        "intermediate_size": 48,
+        "moe_intermediate_size": None if model.moe_intermediate_size is None else 16,
+        "max_position_embeddings": LENGTH,
+        "first_k_dense_replace": min(model.first_k_dense_replace, 1),
+        "moe_layer_freq": min(model.moe_layer_freq, 2),
+        "mlp_only_layers": (1,) if model.mlp_only_layers else (),
+        "n_shared_experts": min(model.n_shared_experts, 2),
+        "shared_expert_intermediate_size": None if model.shared_expert_intermediate_size is None else 24,
+        "partial_rotary_factor": 0.5 if model.partial_rotary_factor < 1 else 1.0,
+        # Large enough for weights this small to matter, and for a router to have opinions; latent attention has two
+        # matrices one after the other, with a norm between that magnifies rounding.
+        "initializer_range": 0.15 if model.kv_lora_rank else 0.2,
+    }
+    return ModelConfig.model_validate(model.model_dump() | sizes | _rope(model) | _routing(model))
+
+
+def _rope(model: ModelConfig) -> dict[str, object]:
+    """The same scaling, but from few positions to the few that there are.
+
+    YaRN's attention grows sharper with the factor, and magnifies rounding beyond what the gate lets pass.
+    """
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    sizes = {"factor": min(scaling.factor, REACH)}
+    if scaling.original_max_position_embeddings is not None:
+        sizes["original_max_position_embeddings"] = LENGTH // REACH
+    return {"rope_scaling": scaling.model_dump() | sizes}
+
+
+def _routing(model: ModelConfig) -> dict[str, int]:
+    if not model.n_routed_experts:
+        return {}
+    if model.num_experts_per_tok == model.n_routed_experts:  # weights every expert
+        return {"n_routed_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "n_group": 1, "topk_group": 1}
+    groups = 1 if model.n_group == 1 else 2 if model.n_group < 4 else 4
+    kept = max(1, min(groups, round(model.topk_group * groups / model.n_group)))
+    reachable = kept * EXPERTS // groups
+    return {
+        "n_routed_experts": EXPERTS,
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": min(model.num_experts_per_tok, 3, reachable - 1),  # one can be avoided
+    }
+
+
+def small_lora(lora: LoraConfig | None) -> LoraConfig | None:
+    """The same adapters, of a rank that suits the small model, and no louder: alpha magnifies rounding too."""
+    rank = min(lora.rank, 4) if lora else 0
+    return lora and lora.model_copy(update={"rank": rank, "alpha": float(rank)})
+
+
+def strong_preference(preference: PreferenceConfig | None) -> PreferenceConfig | None:
+    """The same loss, with a beta that gives it gradients long enough to be clipped."""
+    return preference and preference.model_copy(update={"beta": max(preference.beta, 0.5)})
+
+
+def training(config: RunConfig) -> TrainConfig:
+    """A few steps in which every part of the update does something that can be seen.
+
+    All balance terms are on, with weights that matter, whatever the config gives them: in it they may be too small for
+    a wrong one to show. AdamW, since it is what every engine has; its eps is not tiny, because a gradient that is
+    rounding noise alone would otherwise move a weight as far as a real one.
+    """
+    sampling = config.train.scheduled_sampling
+    return TrainConfig(
+        steps=STEPS,
+        global_batch_size=BATCH,
+        seed=config.train.seed,
+        precision="bfloat16" if config.train.precision == "bfloat16" else "float32",
+        optimizer=OptimizerConfig(lr=0.01, betas=config.train.optimizer.betas, eps=1e-4),
+        schedule=ScheduleConfig(name="constant", warmup_steps=2),
+        freeze_router=config.train.freeze_router,
+        scheduled_sampling=sampling and sampling.model_copy(update={"ramp_steps": 0}),
+        balance=BalanceConfig(bias_update_rate=0.01, sequence_loss=0.3, batch_loss=0.5, z_loss=0.1),
+        clip_norm=0.5,  # every step's gradient is longer; the gate makes sure
+    )
+
+
+@torch.no_grad()
+def initialise(placed: PlacedModel, seed: int) -> None:
+    """The weights of step 0, with a router that prefers one expert and avoids another, and adapters that do something.
+
+    An adapter's second factor begins at zero, and would leave the first without a gradient.
+    """
+    placed.initialise(seed)
+    placed.initialise_adapters(seed)
+    for name, factor in placed.model.named_parameters():
+        if name.endswith("lora_B"):
+            parts = enumerate(factor, placed.first_expert) if ".experts." in name else [(0, factor)]
+            for expert, part in parts:
+                part.copy_(torch.randn(part.shape, generator=generator_of(f"{seed}/{name}/{expert}")) * ADAPTED)
+    for layer in placed.model.moe_layers:
+        layer.gate.e_score_correction_bias[FAVOURED] += LIKED
+        layer.gate.e_score_correction_bias[AVOIDED] += HATED

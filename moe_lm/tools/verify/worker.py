@@ -1,0 +1,120 @@
+"""One rank of the gate: goes through the layouts of its world size and writes down every step.
+
+Run as `python -m moe_lm.tools.verify.worker FOLDER`, with RANK and WORLD_SIZE in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.engine.build import build_engine, place_model, rank_device
+from moe_lm.engine.engine import Engine
+from moe_lm.parallel import logical
+from moe_lm.parallel.topology import current_topology, end, join, leave
+from moe_lm.parallel.watch import end_with_parent
+from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs, Source
+from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
+from moe_lm.tools.verify.scale import PAD, initialise
+from moe_lm.train.loop import local_micro_batches
+
+
+def main(folder: Path) -> None:
+    end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    torch.set_num_threads(1)
+    plan = Plan.model_validate_json((folder / PLAN).read_text(encoding="utf-8"))
+    if plan.sabotage is not None:
+        runpy.run_path(str(plan.sabotage))
+    topology = current_topology()
+    if topology.world_size > 1:
+        join(topology, rank_device(plan.parallel, topology), plan.parallel.timeout_seconds)
+    for number, layout in enumerate(plan.layouts):
+        if layout.world_size == topology.world_size:
+            print(f"layout: {layout.name}", flush=True)
+            run(layout, plan, folder, folder / f"{number}")
+    leave()
+
+
+def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
+    """The steps of one layout, from the beginning or from another one's checkpoint."""
+    train = training_of(layout, plan.train)
+    parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
+    placed = place_model(plan.model, parallel, plan.lora, train.freeze_router)
+    initialise(placed, train.seed)
+    engine = build_engine(placed, train, parallel, PAD, plan.preference)
+    batches: Source = Pairs(train.seed, layout.packed) if plan.preference else Documents(train.seed, layout.packed)
+    batches.prepare(engine, layout.steps)
+    if layout.load_from is not None:
+        state = engine.state()
+        checkpoint.load(checkpoint.resolve(folder / layout.load_from), state)
+        engine.load_state(state)
+    gradients: dict[str, Tensor] = {}
+    engine.on_gradients = lambda: gradients.update(whole(engine.gradients()))
+    steps = []
+    for step in layout.steps:
+        if step == CHANGE and layout.save_as is not None:
+            checkpoint.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
+        result = engine.train_step(step, local_micro_batches(engine, batches, train, step))
+        observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | buffers(engine)
+        if step in (0, CHANGE, layout.steps[-1]):  # gathering them is most of the time; gradients tell of the others
+            observed |= weights(engine)
+        if engine.topology.is_main:
+            results.mkdir(exist_ok=True)
+            save_file(observed, results / f"{step}.safetensors")
+        steps.append(
+            {
+                "step": step,
+                "loss": result.loss,
+                "balance loss": result.balance_loss,
+                "gradient norm": result.grad_norm,
+                "expert counts": result.load.tolist(),
+            }
+        )
+    if engine.topology.is_main:
+        (results / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+    engine.close(part=False)
+
+
+def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
+    """The training of this layout: the same steps on the same documents."""
+    changes: dict[str, object] = {
+        "micro_batch_size": layout.micro_batch_size,
+        "activation_checkpointing": layout.activation_checkpointing,
+    }
+    if not layout.packed:
+        changes["global_batch_size"] = train.global_batch_size * DOCUMENTS
+    if not layout.sequence_loss:
+        changes["balance"] = train.balance.model_copy(update={"sequence_loss": 0.0})
+    return train.model_copy(update=changes)
+
+
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """Router biases, which every rank has."""
+    return {f"weight/{name}": logical.host_copy(tensor) for name, tensor in engine.model.named_buffers()}
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    """Parameters and router biases as a checkpoint would have them."""
+    state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
+    return {f"weight/{name.removeprefix('model.')}": tensor for name, tensor in whole(state).items()}
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the ranks divide, put together on the host."""
+    return {name: logical.host_copy(logical.whole(tensor)) for name, tensor in tensors.items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    end(0)

@@ -1,0 +1,159 @@
+"""One of two ranks that save and load together; run twice by test_checkpoint_death.py. Arguments: folder, rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.saver import Saver
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.run import CheckpointConfig
+from moe_lm.parallel.together import Ranks
+from moe_lm.parallel.topology import end
+
+CONFIG = {"config.yaml": "a: 1\n"}
+
+
+def main(root: Path, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root / 'rendezvous'}", rank=rank, world_size=2)
+    act_together(rank)
+    folder = save_and_load(root / "run" / "checkpoints", root, rank)
+    refuse_damage(folder, rank)
+    see_the_same(root, rank)
+    save_in_the_background(root / "background", rank)
+    dist.destroy_process_group()
+
+
+def act_together(rank: int) -> None:
+    ranks = Ranks()
+    assert (ranks.rank, ranks.size) == (rank, 2)
+    assert ranks.each(lambda: rank + 10, ()) == [10, 11]
+    assert ranks.first(lambda: f"of rank {rank}", ()) == "of rank 0"
+
+    def fail() -> None:
+        if rank == 1:
+            raise MoeLmError("rank 1 has failed")
+
+    expect_error(lambda: ranks.each(fail, (MoeLmError,)), "rank 1 has failed")
+    ranks.first(fail, (MoeLmError,))
+
+
+def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
+    hashed = []
+    entry = checkpoint._entry
+    checkpoint._entry = lambda path: hashed.append(path.name) or entry(path)  # type: ignore[func-returns-value]
+    folder = checkpoint.save(checkpoints, 10, sharded(1, Shard(0)), CONFIG)
+    own = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+    assert hashed == [own, own, "config.yaml"][: 3 - rank]
+    for placement in (Shard(0), Shard(1), Replicate()):
+        loaded = sharded(0, placement)
+        hashed.clear()
+        checkpoint.load(folder, loaded)
+        assert len(hashed) == 3 - rank  # of five files, each is verified by one rank
+        for name, tensor in sharded(1, placement).items():
+            assert torch.equal(local(loaded[name]), local(tensor)), (name, placement)
+    checkpoint._entry = entry
+    expect_error(lambda: checkpoint.save(checkpoints, 20, sharded(1, Shard(0)), {"a": root / "absent"}), "absent")
+    return folder
+
+
+def refuse_damage(folder: Path, rank: int) -> None:
+    """Whichever rank finds it, both refuse, and touch nothing."""
+    for name in (*CONFIG, *(path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*")))):
+        content = (folder / name).read_bytes()
+        dist.barrier()
+        if rank == 0:
+            (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        dist.barrier()
+        loaded = sharded(0, Shard(0))
+        expect_error(lambda: checkpoint.load(folder, loaded), f"{name} does not have the sha256")  # noqa: B023
+        assert not any(local(tensor).any() for tensor in loaded.values())
+        dist.barrier()
+        if rank == 0:
+            (folder / name).write_bytes(content)
+    dist.barrier()
+
+
+def see_the_same(root: Path, rank: int) -> None:
+    """Hosts that do not share the folder of the run are told."""
+    checkpoints = root / "run" / "checkpoints"
+    assert checkpoint.latest_of_all(checkpoints) == checkpoints / "step-00000010"
+    elsewhere = root / "another host" / "checkpoints"
+    mine = checkpoints if rank == 0 else elsewhere
+    expect_error(lambda: checkpoint.latest_of_all(mine), "rank 1 does not see .*step-00000010 that rank 0 goes on from")
+    expect_error(
+        lambda: checkpoint.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
+    )
+    assert not (mine / "step-00000030.tmp").exists()
+
+
+def save_in_the_background(checkpoints: Path, rank: int) -> None:
+    """Two saves, while the training's own process group is in use; the second fails on one rank alone."""
+    config = CheckpointConfig(background=True, keep=1)
+    with Saver(checkpoints, config) as saver:
+        state = sharded(1, Shard(0))
+        saver.start(1, state, CONFIG)
+        for tensor in state.values():
+            local(tensor).zero_()
+        for _ in range(100):
+            dist.all_reduce(torch.ones(1000))
+        saver.wait()
+        assert [saved.step for saved in saver.outcomes()] == [1]
+        loaded = sharded(0, Shard(0))
+        checkpoint.load(checkpoints / "step-00000001", loaded)
+        for name, tensor in sharded(1, Shard(0)).items():
+            assert torch.equal(local(loaded[name]), local(tensor)), name
+
+        sync = os.fsync
+        os.fsync = full if rank == 1 else sync
+        saver.start(2, state, CONFIG)
+        for _ in range(100):
+            dist.all_reduce(torch.ones(1000))
+        saver.wait()
+        os.fsync = sync
+        (saved,) = saver.outcomes()
+        assert saved.folder is None
+        assert "No space left" in str(saved.error)
+        folder = saver.save(3, state, CONFIG)
+    dist.barrier()
+    assert [path.name for path in checkpoints.iterdir()] == [folder.name] == ["step-00000003"]
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+
+
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def sharded(factor: int, placement: Placement) -> dict[str, torch.Tensor]:
+    """Experts spread over the two ranks, and a norm that both hold."""
+    mesh = init_device_mesh("cpu", (2,))
+    experts = factor * torch.arange(24.0).view(4, 3, 2)
+    state = {}
+    for name, sign in (("model", 1), ("exp_avg", -1)):
+        state[f"{name}.experts"] = distribute_tensor(sign * experts, mesh, [placement])
+        state[f"{name}.norm"] = torch.full((5,), float(sign * factor))
+    return state
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def expect_error(action: Callable[[], object], word: str) -> None:
+    with pytest.raises(MoeLmError, match=word):
+        action()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
+    end(0)

@@ -1,0 +1,270 @@
+"""Saving in the background: the state of its step, never two at a time, errors told at the next step (FAULTS 11-13)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.saver import Saver
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.train.loop import Training, train
+from moe_lm.train.metrics import MetricsLog
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Disk:
+    """Holds up every save at its beginning until it is `free`, and counts; `error` is what writing then raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free, self.begun = threading.Event(), threading.Event()
+        self.writers, self.most_writers, self.saves = 0, 0, 0
+        self.error: Callable[[int], Exception | None] = lambda save: None
+        self.real_save = checkpoint.save
+        monkeypatch.setattr(checkpoint, "save", self.save)
+
+    def save(self, checkpoints: Path, step: int, *more: object) -> Path:
+        self.writers += 1
+        self.saves += 1
+        self.most_writers = max(self.most_writers, self.writers)
+        self.begun.set()
+        try:
+            assert self.free.wait(timeout=60)
+            error = self.error(step)
+            if error is not None:
+                raise error
+            return self.real_save(checkpoints, step, *more)  # type: ignore[arg-type]
+        finally:
+            self.writers -= 1
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.free.set()
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
+
+
+def state_of(value: int) -> dict[str, Tensor]:
+    tensor = torch.full((6, 5), float(value))
+    return {"model.weight": tensor, "model.tied": tensor, "exp_avg.weight": -tensor.T, "step": torch.tensor(value)}
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    state = {name: torch.zeros_like(tensor) for name, tensor in state_of(0).items()}
+    checkpoint.load(folder, state)
+    return state
+
+
+def in_background(keep: int = 9, every: int = 0) -> CheckpointConfig:
+    return CheckpointConfig(background=True, keep=keep, every=every)
+
+
+# The saver
+
+
+def test_what_is_saved_is_the_state_at_the_start_of_the_save(tmp_path: Path, disk: Disk) -> None:
+    state = state_of(1)
+    with Saver(tmp_path, in_background()) as saver:
+        saver.start(1, state, {"trainer.json": "1"})
+        for tensor in state.values():
+            tensor.add_(100)  # training goes on
+        assert saver.outcomes() == []
+        assert checkpoint.latest(tmp_path) is None
+        disk.free.set()
+        saver.wait()
+        assert [(saved.step, saved.folder, saved.error) for saved in saver.outcomes()] == [
+            (1, tmp_path / "step-00000001", None)
+        ]
+        assert saver.outcomes() == []
+    for name, tensor in loaded(tmp_path / "step-00000001").items():
+        assert torch.equal(tensor, state_of(1)[name]), name
+
+
+def test_a_second_save_waits_for_the_first_and_old_ones_go(tmp_path: Path, disk: Disk) -> None:
+    with Saver(tmp_path, in_background(keep=2)) as saver:
+        for step in (1, 2, 3):
+            threading.Timer(0.1, disk.free.set).start()
+            saver.start(step, state_of(step), {})
+        folder = saver.save(4, state_of(4), {})
+        assert [saved.step for saved in saver.outcomes()] == [1, 2, 3]
+    assert (disk.saves, disk.most_writers) == (4, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert torch.equal(loaded(folder)["step"], torch.tensor(4))
+
+
+def test_an_error_of_the_writing_thread_is_told(tmp_path: Path, disk: Disk) -> None:
+    disk.free.set()
+    disk.error = lambda step: {1: MoeLmError("disk full"), 3: RuntimeError("a fault")}.get(step)
+    with Saver(tmp_path, in_background()) as saver:
+        saver.start(1, state_of(1), {})
+        saver.start(2, state_of(2), {})
+        saver.wait()
+        first, second = saver.outcomes()
+        assert (first.step, first.folder, str(first.error)) == (1, None, "disk full")
+        assert (second.step, second.error) == (2, None)
+        saver.start(3, state_of(3), {})
+        with pytest.raises(RuntimeError, match="a fault"):  # no policy knows it, so it ends the run
+            saver.wait()
+
+
+def test_a_save_that_cannot_end_does_not_keep_a_failed_run(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_lm.checkpoint.saver.PATIENCE_SECONDS", 0.1)
+
+    def fail() -> None:
+        with Saver(tmp_path, in_background()) as saver:
+            saver.start(1, state_of(1), {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert disk.writers == 1
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "checkpoint")
+
+
+# The loop
+
+
+class Source:
+    """Batches; `at(step)` is called before the batch of a step."""
+
+    fingerprint = "batches"
+
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
+        self.at: Callable[[int], None] = lambda step: None
+
+    def batch(self, step: int, rows: range) -> Batch:
+        self.at(step)
+        return self.source.batch(step, rows)
+
+
+class Run:
+    """Six steps in a folder, a checkpoint after every second one."""
+
+    def __init__(self, folder: Path, ragged: BatchSource) -> None:
+        self.folder, self.source = folder, Source(ragged)
+        self.config = TrainConfig(steps=6, global_batch_size=4, precision="float32")
+        self.checkpointing = in_background(every=2)
+        folder.mkdir(exist_ok=True)
+
+    def __call__(self) -> bool:
+        """Train; whether a signal ended it."""
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        model = LanguageModel(ModelConfig(vocab_size=64, **sizes))
+        model.initialise(seed=3)
+        engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), 2)
+        with MetricsLog(self.folder, LogConfig(every=3), 6, "test", 0) as log:
+            parts = Training(
+                engine=engine, batches=self.source, validation=[], config=self.config, checkpoint=self.checkpointing,
+                checkpoints=self.folder / "checkpoints", log=log, files={}, flops_per_token=1e6,
+            )  # fmt: skip
+            self.blank = {name: torch.zeros_like(tensor) for name, tensor in engine.state().items()}
+            return train(parts, 0).stopped
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        state = {key: tensor.clone() for key, tensor in self.blank.items()}
+        checkpoint.load(self.folder / "checkpoints" / name, state)
+        return state
+
+
+@pytest.fixture
+def run(tmp_path: Path, ragged: BatchSource) -> Run:
+    return Run(tmp_path / "run", ragged)
+
+
+def steps(*numbers: int) -> list[str]:
+    return [f"step-{number:08d}" for number in numbers]
+
+
+def test_training_goes_on_and_the_checkpoints_are_those_of_a_run_that_waits(
+    run: Run, tmp_path: Path, ragged: BatchSource, disk: Disk
+) -> None:
+    waiting = Run(tmp_path / "waiting", ragged)
+    waiting.checkpointing = run.checkpointing.model_copy(update={"background": False})
+    disk.free.set()
+    waiting()
+    disk.free.clear()
+    seen = []
+
+    def at(step: int) -> None:
+        if step == 3:  # the fourth step, whose save must wait for that of the second
+            seen.append((disk.begun.is_set(), disk.writers, run.checkpoints))
+            threading.Timer(0.2, disk.free.set).start()
+
+    disk.begun.clear()
+    run.source.at = at
+    run()
+    assert seen == [(True, 1, [])]
+    assert disk.most_writers == 1
+    assert run.checkpoints == waiting.checkpoints == steps(2, 4, 6)
+    for name in run.checkpoints:
+        expected = waiting.saved(name)
+        assert [key for key, tensor in run.saved(name).items() if not torch.equal(tensor, expected[key])] == []
+
+
+def test_an_error_is_a_warning_at_the_next_step(run: Run, disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
+    disk.error = lambda step: MoeLmError("cannot write") if step == 2 else None
+    told = []
+
+    def at(step: int) -> None:
+        if step == 2:
+            disk.free.set()
+            time.sleep(0.2)  # until the save has failed
+        told.append("warning" in capsys.readouterr().out)
+
+    run.source.at = at
+    run()
+    assert told == [False, False, False, True, False, False]
+    assert run.checkpoints == steps(4, 6)
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_step(run: Run, disk: Disk) -> None:
+    def at(step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)  # another thread takes it
+            threading.Timer(0.2, disk.free.set).start()
+
+    run.source.at = at
+    assert run()
+    assert run.checkpoints == steps(2, 3)
+    assert disk.most_writers == 1
+
+
+@pytest.mark.parametrize("error", [MoeLmError("a corrupt shard"), ZeroDivisionError()])
+def test_an_error_of_training_leaves_the_checkpoint_under_way_whole(run: Run, disk: Disk, error: Exception) -> None:
+    def at(step: int) -> None:
+        if step == 3:
+            threading.Timer(0.2, disk.free.set).start()
+            raise error
+
+    run.source.at = at
+    with pytest.raises(type(error)):
+        run()
+    assert disk.writers == 0
+    assert run.checkpoints == steps(2)
+    run.saved(run.checkpoints[0])

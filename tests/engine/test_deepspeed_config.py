@@ -1,0 +1,79 @@
+"""DeepSpeed's JSON is generated from our config; what may be added, and what is refused with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.engine.deepspeed_config import deepspeed_json
+
+TRAIN = TrainConfig(steps=10, global_batch_size=64, micro_batch_size=4, clip_norm=0.5)
+
+
+def generated(world_size: int = 8, cuda: bool = False, **parallel: Any) -> dict[str, Any]:
+    return deepspeed_json(TRAIN, ParallelConfig(engine="deepspeed", **parallel), world_size, cuda)
+
+
+def test_batch_sizes_clipping_and_stage_come_from_our_config() -> None:
+    found = generated(zero_stage=2)
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (64, 4)
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["gradient_clipping"] == 0.5
+    assert found["zero_optimization"]["stage"] == 2
+    assert "offload_optimizer" not in found["zero_optimization"]
+
+
+def test_a_rank_with_fewer_rows_than_a_micro_batch_takes_what_it_has() -> None:
+    found = generated(world_size=32)
+    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 1)
+
+
+def test_communication_overlaps_on_gpus_alone() -> None:
+    assert generated(cuda=True)["zero_optimization"]["overlap_comm"] is True
+    assert generated(cuda=False)["zero_optimization"]["overlap_comm"] is False
+
+
+def test_the_optimizer_can_be_offloaded() -> None:
+    found = generated(offload_optimizer=True, cuda=True)["zero_optimization"]["offload_optimizer"]
+    assert found == {"device": "cpu", "pin_memory": True}
+
+
+def test_other_keys_are_passed_on_beside_ours() -> None:
+    found = generated(zero_stage=3, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "dump_state": True})
+    assert found["dump_state"] is True
+    assert found["zero_optimization"]["reduce_bucket_size"] == 7
+    assert found["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"train_batch_size": 3}, "is decided by train.global_batch_size"),
+        ({"zero_optimization": {"stage": 0}}, "is decided by parallel.zero_stage"),
+        ({"bf16": {"enabled": True}}, "is decided by train.precision"),
+        ({"fp16": {"enabled": True}}, "is refused: float16 needs loss scaling"),
+        ({"communication_data_type": "bf16"}, "is refused: gradients would be rounded"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "is refused: the gradient's norm"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "is refused: gradients of experts"),
+        ({"comms_loger": {}}, "is not one of the keys that are passed on: zero_optimization,"),
+    ],
+)
+def test_keys_that_cannot_stand_are_refused_with_the_reason(extra: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        generated(deepspeed=extra)
+
+
+@pytest.mark.parametrize("setting", [{"zero_stage": 2}, {"expert_parallel_size": 2}, {"offload_optimizer": True}])
+def test_the_torch_engine_ignores_no_setting(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="needs engine=deepspeed"):
+        ParallelConfig(**setting)
+
+
+def test_stage_0_does_not_exist() -> None:
+    """With clipping it diverges, and its gradient norm leaves the experts out."""
+    with pytest.raises(ValidationError, match="zero_stage"):
+        ParallelConfig(engine="deepspeed", zero_stage=0)

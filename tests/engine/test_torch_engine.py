@@ -1,0 +1,319 @@
+"""The engine's step: against a plain loop, however it is cut into micro-batches, and when a gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.data.batches import IGNORE, BatchSource
+from moe_lm.engine.engine import StepResult
+from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.model.attention import PackedAttention
+from moe_lm.model.transformer import LanguageModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAD = 2
+ROWS = 8
+BALANCES = {
+    "bias and sequence loss": {},
+    "every loss": {"bias_update_rate": 0.01, "sequence_loss": 0.3, "batch_loss": 0.5, "z_loss": 0.1},
+}
+
+
+def build_model(**changes: Any) -> LanguageModel:
+    values = {
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = LanguageModel(ModelConfig(**values | changes))
+    model.initialise(seed=3)
+    return model
+
+
+def build_engine(model: LanguageModel | None = None, **changes: Any) -> TorchEngine:
+    values = {
+        "steps": 10, "global_batch_size": ROWS, "precision": "float32", "schedule": {"warmup_steps": 2},
+        "optimizer": {"lr": 0.01},
+    }  # fmt: skip
+    return TorchEngine(model or build_model(), TrainConfig(**values | changes), ParallelConfig(device="cpu"), PAD)
+
+
+def train(engine: TorchEngine, source: BatchSource, sizes: Sequence[int] = (ROWS,), steps: int = 3) -> list[StepResult]:
+    """Steps of which each is cut into micro-batches of these sizes."""
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    rows = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [engine.train_step(step, [source.batch(step, part) for part in rows]) for step in range(steps)]
+
+
+def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in engine.state().items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("sizes", [[1] * 8, [2] * 4, [5, 3]])
+def test_accumulation_changes_nothing(ragged: BatchSource, sizes: list[int], balance: str, optimizer: str) -> None:
+    """1 x 8 = 8 x 1: rows have unequal numbers of targets, one has none, and most end in padding."""
+    # An epsilon above rounding: Adam's default turns a gradient of 1e-9, which is rounding, into a step of full size.
+    options: dict[str, Any] = {
+        "balance": BALANCES[balance],
+        "optimizer": {"name": optimizer, "lr": 0.01, "eps": 1e-4},
+    }
+    whole, cut = build_engine(**options), build_engine(**options)
+    steps = 1 if optimizer == "muon" else 3  # Newton-Schulz runs in bfloat16, which the next gradients would feel
+    for expected, found in zip(train(whole, ragged, steps=steps), train(cut, ragged, sizes, steps), strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert found.balance_loss == pytest.approx(expected.balance_loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert (found.tokens, found.targets) == (expected.tokens, expected.targets)
+        assert torch.equal(found.load, expected.load)
+    expected_state, state = snapshot(whole), snapshot(cut)
+    for name, tensor in expected_state.items():
+        tolerance = 2e-6
+        if name.endswith("correction_bias"):
+            tolerance = 0
+        elif f"momentum_buffer.{name.removeprefix('model.')}" in state:
+            tolerance = 1e-3
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_accumulated_gradients_are_those_of_one_pass(ragged: BatchSource, balance: str) -> None:
+    """After the first step AdamW's first moment is a tenth of the clipped gradient."""
+    states = []
+    for sizes in ([ROWS], [1] * ROWS):
+        engine = build_engine(balance=BALANCES[balance])
+        train(engine, ragged, sizes, steps=1)
+        states.append(snapshot(engine))
+    for name, tensor in states[0].items():
+        if name.startswith("exp_avg."):
+            torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-8)
+
+
+# A plain loop
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_steps_are_those_of_a_plain_loop(ragged: BatchSource, clip_norm: float | None) -> None:
+    """Documents alone through the model, `F.cross_entropy` averaged over all targets, clipping and AdamW by torch."""
+    changes: dict[str, Any] = {
+        "clip_norm": clip_norm,
+        "balance": {"bias_update_rate": 0.01, "sequence_loss": 0},
+        "optimizer": {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.2},
+    }
+    engine, model = build_engine(**changes), build_model()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4)
+    for step, result in enumerate(train(engine, ragged, [4, 4])):
+        loss, load = reference_loss(model, ragged, step)
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
+        for group in adamw.param_groups:
+            group["lr"] = 0.01 * (1 / 3, 2 / 3, 1.0)[step]
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, clip_norm / norm) if clip_norm else 1.0
+        adamw.step()
+        adamw.zero_grad()
+        for layer, counts in zip(model.moe_layers, load, strict=True):
+            layer.gate.e_score_correction_bias -= 0.01 * (counts - counts.double().mean()).sign()
+        assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert result.learning_rate == pytest.approx(adamw.param_groups[0]["lr"])
+        assert torch.equal(result.load, load)
+        assert 2 * result.tokens == int(load[0].sum())
+        assert not result.skipped
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(engine.model.state_dict()[name], tensor, rtol=0, atol=2e-6)
+
+
+def reference_loss(model: LanguageModel, source: BatchSource, step: int) -> tuple[Tensor, Tensor]:
+    batch = source.batch(step, range(ROWS))
+    logits, targets, load = [], [], torch.zeros(2, 8, dtype=torch.int64)
+    for start, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist(), strict=False):
+        ids = batch.input_ids.flatten()[None, start:end]
+        attend = PackedAttention(torch.tensor([0, end - start], dtype=torch.int32), end - start)
+        output = model(ids, torch.arange(end - start)[None], attend)
+        logits.append(output.logits[0])
+        targets.append(batch.targets.flatten()[start:end])
+        for layer, routing in enumerate(output.routings):
+            load[layer] += routing.experts[ids[0] != PAD].flatten().bincount(minlength=8)
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE), load
+
+
+def test_bias_moves_by_the_global_counts_of_the_step(ragged: BatchSource) -> None:
+    engine = build_engine(balance={"bias_update_rate": 0.25})
+    (result,) = train(engine, ragged, [2, 2, 4], steps=1)
+    even = result.load.sum(1, keepdim=True) / 8
+    expected = 0.25 * (even - result.load).sign()
+    found = torch.stack([layer.gate.e_score_correction_bias for layer in engine.model.moe_layers])
+    assert torch.equal(found, expected)
+    assert result.bias_range == [0.5, 0.5]
+    assert set(expected.flatten().tolist()) >= {-0.25, 0.25}
+
+
+# What is not finite (FAULTS rows 18 and 22)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["a gradient", "the logits"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+def test_a_step_that_is_not_finite_is_skipped(ragged: BatchSource, value: float, place: str, optimizer: str) -> None:
+    engine = build_engine(optimizer={"name": optimizer}, balance=BALANCES["every loss"])
+    train(engine, ragged, steps=2)
+    before = snapshot(engine)
+    head = engine.model.lm_head
+    if place == "a gradient":
+        hook = engine.model.model.norm.weight.register_hook(lambda gradient: gradient * value)
+    else:
+        hook = head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor(30), value))
+    spoilt = engine.train_step(2, [ragged.batch(2, range(4)), ragged.batch(2, range(4, ROWS))])
+    hook.remove()
+    assert spoilt.skipped
+    assert not (math.isfinite(spoilt.loss) and math.isfinite(spoilt.grad_norm))
+    assert_equal(snapshot(engine), before)
+    twin = build_engine(optimizer={"name": optimizer}, balance=BALANCES["every loss"])
+    twin.load_state(before)
+    after, expected = (e.train_step(3, [ragged.batch(3, range(ROWS))]) for e in (engine, twin))
+    assert not after.skipped
+    assert (after.loss, after.grad_norm) == (expected.loss, expected.grad_norm)
+    assert_equal(snapshot(engine), snapshot(twin))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+def test_every_token_to_one_expert_trains_on(ragged: BatchSource, optimizer: str) -> None:
+    engine = build_engine(build_model(num_experts_per_tok=1), optimizer={"name": optimizer, "lr": 0.01})
+    for layer in engine.model.moe_layers:
+        layer.gate.e_score_correction_bias[3] = 100.0
+    results = train(engine, ragged, [4, 4])
+    for result in results:
+        assert result.load[:, 3].gt(0).all()
+        assert result.load.sum() == result.load[:, 3].sum()
+        assert not result.skipped
+    assert all(tensor.isfinite().all() for tensor in snapshot(engine).values())
+    moments = engine.state()["exp_avg.model.layers.1.mlp.gate.weight"]
+    assert moments.any()  # the sequence loss moves the router
+    assert engine.model.moe_layers[0].gate.e_score_correction_bias[3] == pytest.approx(100 - 3e-3)
+
+
+def test_a_step_without_any_target_changes_no_more_than_decay_does(ragged: BatchSource) -> None:
+    engine = build_engine(balance={"bias_update_rate": 0, "sequence_loss": 0}, optimizer={"weight_decay": 0})
+    batch, before = ragged.batch(0, range(ROWS)), snapshot(engine)
+    batch.targets.fill_(IGNORE)
+    result = engine.train_step(0, [batch])
+    assert (result.loss, result.grad_norm, result.skipped) == (0.0, 0.0, False)
+    weights = {name: tensor for name, tensor in snapshot(engine).items() if name.startswith("model.")}
+    assert_equal(weights, {name: before[name] for name in weights})
+
+
+# Evaluation
+
+
+def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSource) -> None:
+    engine = build_engine()
+    train(engine, ragged, steps=1)
+    before = snapshot(engine)
+    batches = [ragged.batch(step, range(size)) for step, size in ((5, 3), (6, 8), (7, 1))]
+    nll, targets, _ = engine.evaluate(batches)
+    assert targets == sum(batch.num_targets for batch in batches)
+    with torch.no_grad():
+        whole = [F.cross_entropy(engine.loss.run_model(batch).logits.flatten(0, 1), batch.targets.flatten(),
+                                 ignore_index=IGNORE, reduction="sum") for batch in batches]  # fmt: skip
+    assert nll == pytest.approx(float(sum(whole)), rel=1e-6)
+    assert engine.evaluate([]) == (0.0, 0, [])
+    assert_equal(snapshot(engine), before)
+
+
+# State
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"n_routed_experts": 0}])
+def test_a_loaded_state_goes_on_to_the_bit(ragged: BatchSource, changes: dict[str, Any], optimizer: str) -> None:
+    first, second = (build_engine(build_model(**changes), optimizer={"name": optimizer}) for _ in range(2))
+    train(first, ragged, steps=2)
+    second.load_state(snapshot(first))
+    assert_equal(snapshot(second), snapshot(first))
+    results = [engine.train_step(2, [ragged.batch(2, range(ROWS))]) for engine in (first, second)]
+    assert results[0].loss == results[1].loss
+    assert_equal(snapshot(second), snapshot(first))
+
+
+def test_state_is_named_by_parameter_and_holds_the_random_state() -> None:
+    engine = build_engine(optimizer={"name": "muon"})
+    state = engine.state()
+    parameters = dict(engine.model.named_parameters())
+    for name, parameter in parameters.items():
+        moments = [key for key in state if key.endswith(f".{name}") and key != f"model.{name}"]
+        hidden = f"momentum_buffer.{name}" in state
+        expected = {"momentum_buffer"} if hidden else {"step", "exp_avg", "exp_avg_sq"}
+        assert {key.split(".")[0] for key in moments} == expected
+        assert state[f"model.{name}"].data_ptr() == parameter.data_ptr()
+    biases = [key for key in state if key.endswith("e_score_correction_bias")]
+    assert biases == [f"model.model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
+    torch.manual_seed(5)
+    saved = snapshot(engine)
+    drawn = torch.rand(3)
+    engine.load_state(saved)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+# Precision and memory
+
+
+def test_bfloat16_keeps_weights_and_moments_in_float32_and_stays_near(ragged: BatchSource) -> None:
+    exact, near = build_engine(), build_engine(precision="bfloat16")
+    for expected, found in zip(train(exact, ragged), train(near, ragged), strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=0.01)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.1)
+    assert near.dtype == torch.bfloat16
+    assert {tensor.dtype for name, tensor in near.state().items() if name != "random.cpu"} == {torch.float32}
+
+
+def test_precisions_do_not_leak_from_one_engine_into_the_next(ragged: BatchSource) -> None:
+    expected = train(build_engine(), ragged, steps=1)[0].loss
+    train(build_engine(precision="bfloat16"), ragged, steps=1)
+    assert train(build_engine(), ragged, steps=1)[0].loss == expected
+
+
+def test_activation_checkpointing_changes_nothing(ragged: BatchSource) -> None:
+    engines = [build_engine(activation_checkpointing=checkpointing) for checkpointing in (False, True)]
+    losses = [[result.loss for result in train(engine, ragged, [4, 4])] for engine in engines]
+    assert losses[0] == losses[1]
+    assert_equal(snapshot(engines[1]), snapshot(engines[0]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_more_than_rounding(ragged: BatchSource) -> None:
+    plain, compiled = build_engine(), build_engine(compile=True)
+    for expected, found in zip(train(plain, ragged, [4, 4]), train(compiled, ragged, [4, 4]), strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert compiled.state().keys() == plain.state().keys()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"train\.global_batch_size=8 is not divisible by the 3 processes"):
+        build_engine()

@@ -1,0 +1,260 @@
+"""The C++ of a decoding step against the torch code that runs without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import few_rows
+from moe_lm.kernels.native import build as native
+from moe_lm.model.attention import CachedAttention
+from moe_lm.model.kv_cache import KVCache
+from moe_lm.model.layers import MLP, Linear, RMSNorm
+from moe_lm.model.moe import MoE
+from moe_lm.model.rotary import rotate
+from tests.model.test_decoding import KINDS, build, empty_cache, extend, prefill, random_prompts
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
+DTYPES = list(TOLERANCE)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def both_ways(compute: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What the C++ gives and what torch gives."""
+    with torch.inference_mode():
+        natively = compute()
+        with monkeypatch.context() as patch:
+            patch.setattr(few_rows, "serves", lambda *_: False)
+            return natively, compute()
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """As near as the data type allows for the size of the largest entry: bfloat16 is rounded in other places."""
+    atol = TOLERANCE[expected.dtype] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (7, 1), (33, 70), (100, 131)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 33])
+def test_linear(
+    rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Linear(inputs, outputs, bias=bias, dtype=dtype)
+    x = random(rows, 1, inputs, dtype=dtype)
+    assert_near(*both_ways(lambda: layer(x), monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", few_rows.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_feed_forward(
+    bias: bool, gated: bool, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"vocab_size": 8, "hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(**shape, intermediate_size=70, mlp_bias=bias, mlp_gated=gated, hidden_act=activation)
+    mlp, x = MLP(config, 70).to(dtype), random(5, 1, 20, dtype=dtype)
+    assert_near(*both_ways(lambda: mlp(x), monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [5, 64, 100])
+def test_rms_norm(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = RMSNorm(size, 1e-6)
+    norm.weight.data = random(size, dtype=dtype)
+    x = random(3, 1, 2 * size, dtype=dtype)[..., size:]  # not contiguous, as the latent of latent attention
+    assert_near(*both_ways(lambda: norm(x), monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("size", [12, 20])  # of which 12 are rotated
+def test_rotate(size: int, interleave: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, angles = random(3, 2, 4, size, dtype=dtype), random(3, 2, 1, 6, seed=1)
+    assert_near(*both_ways(lambda: rotate(x, angles.cos(), angles.sin(), interleave), monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[0], [3, 0, 40, 17], [9, 9]])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 10), (8, 1, 64)])
+def test_attention_over_a_cache(
+    heads: int, key_heads: int, size: int, lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(
+        vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=key_heads,
+        head_dim=size, intermediate_size=8,
+    )  # fmt: skip
+    rows = len(lengths)
+    q = random(rows, 1, heads, size, dtype=dtype)
+    k, v = (random(rows, 1, key_heads, size, dtype=dtype, seed=seed) for seed in (1, 2))
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        cache = KVCache(config, rows + 1, 48, torch.device("cpu"), dtype).view(0, rows)
+        cache.keys.copy_(random(*cache.keys.shape, dtype=dtype, seed=3))
+        cache.values.copy_(random(*cache.values.shape, dtype=dtype, seed=4))
+        cache.lengths.copy_(torch.tensor(lengths))
+        return CachedAttention(cache)(1, q, k, v), cache.keys, cache.values
+
+    found, expected = both_ways(compute, monkeypatch)
+    assert_near(found[0], expected[0])
+    assert found[1].equal(expected[1])
+    assert found[2].equal(expected[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", few_rows.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+def test_experts(
+    tokens: int, gated: bool, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = mixture(dtype, mlp_gated=gated, hidden_act=activation)
+    x = random(tokens, 1, 48, dtype=dtype)
+    assert_near(*both_ways(lambda: moe(x)[0], monkeypatch))
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router(dtype: torch.dtype, normalise: bool, scoring: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = mixture(dtype, scoring_func=scoring, norm_topk_prob=normalise, routed_scaling_factor=2.5)
+    moe.gate.e_score_correction_bias = random(8, seed=5)
+    x = random(9, 1, 48, dtype=dtype)
+    found, expected = both_ways(lambda: moe.gate(x), monkeypatch)
+    assert found.experts.equal(expected.experts)
+    for name in ("logits", "scores", "weights"):
+        assert_near(getattr(found, name), getattr(expected, name))
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    moe = mixture(torch.float32)
+    x = random(1, 1, 48)
+    with torch.inference_mode():
+        expected, routing = moe(x)
+        others = [expert for expert in range(8) if expert not in routing.experts]
+        for stack in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj):
+            stack[others] = torch.nan
+        assert moe(x)[0].equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 24, 40])  # of vectors whole ones, and a rest
+def test_rows_get_the_same_bits_whatever_is_beside_them(width: int, dtype: torch.dtype) -> None:
+    widths = {"intermediate_size": width, "moe_intermediate_size": width}
+    model = build(**KINDS["moe"] | widths, head_dim=32).to(dtype)
+    with torch.inference_mode():
+        cache, rows = empty_cache(model, 4, dtype), range(4)
+        prefill(model, random_prompts(), cache)
+        alone = []
+        for row in rows:
+            cache_of_row = empty_cache(model, 1, dtype)
+            cache_of_row.keys.copy_(cache.keys[:, row : row + 1])
+            cache_of_row.values.copy_(cache.values[:, row : row + 1])
+            cache_of_row.lengths = cache.lengths[row : row + 1].clone()
+            alone.append(extend(model, torch.tensor([[row]]), cache_of_row))
+        assert extend(model, torch.tensor(rows)[:, None], cache).equal(torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_the_whole_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(**KINDS[kind])
+
+    def compute() -> Tensor:
+        cache = empty_cache(model, 4)
+        prefill(model, random_prompts(), cache)
+        return extend(model, torch.tensor([[1], [2], [3], [4]]), cache)
+
+    found, expected = both_ways(compute, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_threads_change_no_bit() -> None:
+    """Also when two callers come at the same time, of whom one finds the helpers taken."""
+    layer, x = Linear(256, 4096, bias=False), random(3, 1, 256)
+    before = torch.get_num_threads()
+
+    def compute(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return torch.stack([layer(x) for _ in range(300)])
+
+    try:
+        expected = compute(1)[0]
+        with ThreadPoolExecutor(2) as callers:
+            for found in (compute(3), *callers.map(compute, (3, 3))):
+                assert all(result.equal(expected) for result in found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_has_no_room_in_the_cache_is_not_written() -> None:
+    model = build(**KINDS["moe"])
+    cache = empty_cache(model, 1)
+    cache.lengths += cache.keys.shape[3]
+    with torch.inference_mode(), pytest.raises(IndexError, match="has room for no other"):
+        extend(model, torch.tensor([[1]]), cache)
+
+
+def test_broken_logits_choose_different_experts() -> None:
+    nothing = torch.full((2, 16), torch.nan)
+    *_, chosen, weights = few_rows.route(nothing, random(8, 16), torch.zeros(8), 3, True, True, 1.0)
+    assert chosen.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert weights.isnan().all()
+
+
+def test_angles_of_one_row_serve_all() -> None:
+    x, angles = random(3, 2, 4, 12), random(1, 2, 1, 6, seed=1)
+    with torch.inference_mode():
+        assert rotate(x, angles.cos(), angles.sin()).equal(
+            rotate(x, *(a.expand(3, -1, -1, -1) for a in (angles.cos(), angles.sin())))
+        )
+
+
+def test_broken_weights_give_no_numbers() -> None:
+    layer, norm = Linear(64, 8, bias=False), RMSNorm(64, 1e-6)
+    x = random(2, 1, 64)
+    x[0, 0, 3] = torch.nan
+    torch.nn.init.ones_(norm.weight)
+    with torch.inference_mode():
+        out = layer(norm(x))
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
+def test_serves_few_rows_without_a_gradient_alone() -> None:
+    x, weight = random(2, 1, 8), random(4, 8)
+    assert not few_rows.serves(x, weight)
+    with torch.no_grad():
+        assert not few_rows.serves(x, weight)
+    with torch.inference_mode():
+        assert few_rows.serves(x, weight)
+        assert not few_rows.serves(random(few_rows.MAX_ROWS + 1, 8), weight)
+        assert not few_rows.serves(x.bfloat16(), weight)
+        assert not few_rows.serves(x.double(), weight.double())
+        with torch.autocast("cpu"):
+            assert not few_rows.serves(x, weight)
+
+
+def mixture(dtype: torch.dtype, **changes: Any) -> MoE:
+    config = ModelConfig(
+        vocab_size=8, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        moe_intermediate_size=40, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, **changes,
+    )  # fmt: skip
+    moe = MoE(config).to(dtype)
+    with torch.no_grad():
+        for index, parameter in enumerate(moe.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=index) * 0.3)
+        moe.gate.e_score_correction_bias.zero_()
+    return moe

@@ -1,0 +1,226 @@
+"""The loss of a step: against one document at a time, in parts that add up, and where there is nothing to learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import BalanceConfig
+from moe_lm.data.batches import IGNORE, Batch, BatchSource
+from moe_lm.model.attention import PackedAttention
+from moe_lm.model.moe import Routing
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAD = 2
+ROWS = 6
+OFF = BalanceConfig(bias_update_rate=0, sequence_loss=0)
+ALL = BalanceConfig(sequence_loss=0.3, batch_loss=0.5, z_loss=0.1)
+
+
+def build_loss(balance: BalanceConfig, **changes: Any) -> TrainingLoss:
+    values = {
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = LanguageModel(ModelConfig(**values | changes))
+    model.initialise(seed=3)
+    return TrainingLoss(model, balance, PAD)
+
+
+def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
+    tokens = int((batch.input_ids != PAD).sum())
+    return StepCounts(batch.num_targets, tokens, len(batch.input_ids), load)
+
+
+def gradients(loss: TrainingLoss, parts: list[LossParts]) -> dict[str, Tensor]:
+    loss.zero_grad()
+    torch.stack([part.loss for part in parts]).sum().backward()
+    found = {name: parameter.grad for name, parameter in loss.model.named_parameters()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def routings(loss: TrainingLoss, batch: Batch) -> list[Routing]:
+    return loss.run_model(batch).routings
+
+
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# Cross-entropy
+
+
+def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchSource) -> None:
+    loss, batch = build_loss(OFF), ragged.batch(0, range(ROWS))
+    part = loss(batch, counts_of(batch))
+    logits, targets = [], []
+    for start, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist(), strict=False):
+        ids = batch.input_ids.flatten()[None, start:end]
+        attend = PackedAttention(torch.tensor([0, end - start], dtype=torch.int32), end - start)
+        logits.append(loss.model(ids, torch.arange(end - start)[None], attend).logits[0])
+        targets.append(batch.targets.flatten()[start:end])
+    reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
+    torch.testing.assert_close(part.loss, reference)
+    torch.testing.assert_close(part.objective_sum, reference.detach() * batch.num_targets)
+    found = gradients(loss, [part])
+    loss.zero_grad()
+    reference.backward()
+    expected = {name: parameter.grad for name, parameter in loss.model.named_parameters() if parameter.grad is not None}
+    assert_same_gradients(found, expected)
+
+
+def test_nll_is_minus_the_log_probability_of_each_target() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[4, IGNORE, 0], [IGNORE, 2, 2]])
+    probability = logits.double().softmax(-1)
+    expected = -sum(probability[place].log().item() for place in [(0, 0, 4), (0, 2, 0), (1, 1, 2), (1, 2, 2)])
+    assert next_token_nll(logits, targets).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nll_of_bfloat16_logits_is_summed_in_float32() -> None:
+    logits = torch.zeros(4, 1000, 8, dtype=torch.bfloat16)
+    nll = next_token_nll(logits, torch.zeros(4, 1000, dtype=torch.int64))
+    assert nll.dtype == torch.float32
+    assert nll.item() == pytest.approx(4000 * torch.tensor(8.0).log().item(), rel=1e-6)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("sizes", [[6], [1] * 6, [4, 1, 1], [2, 4]])
+def test_parts_add_up_whatever_the_micro_batches(ragged: BatchSource, sizes: list[int]) -> None:
+    loss, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
+    expected = loss(whole, counts_of(whole))
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    batches = [ragged.batch(0, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    counts = counts_of(whole, load=loss.load(whole, loss.run_model(whole)))
+    parts = [loss(batch, counts) for batch in batches]
+    for name in ("loss", "objective_sum", "balance"):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
+    assert torch.equal(torch.stack([part.load for part in parts]).sum(0), expected.load)
+    assert_same_gradients(gradients(loss, parts), gradients(loss, [loss(whole, counts_of(whole))]))
+
+
+def test_without_a_given_load_the_batch_loss_sums_it_over_the_ranks(ragged: BatchSource) -> None:
+    """Two ranks with a half each: what one rank reduces is what both hold."""
+    loss, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
+    halves = [ragged.batch(0, range(start, start + 3)) for start in (0, 3)]
+    total = loss.load(whole, loss.run_model(whole))
+    loss.all_reduce = lambda load: total
+    parts = [loss(half, counts_of(whole)) for half in halves]
+    torch.testing.assert_close(parts[0].balance + parts[1].balance, loss(whole, counts_of(whole)).balance)
+
+
+# Balance
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_z_loss_is_a_mean_over_tokens_summed_over_layers(ragged: BatchSource, weight: float) -> None:
+    loss, batch = build_loss(BalanceConfig(sequence_loss=0, z_loss=weight)), ragged.batch(0, range(ROWS))
+    counted = (batch.input_ids != PAD).flatten()
+    expected = sum(routing.logits[counted].logsumexp(-1).square().mean() for routing in routings(loss, batch))
+    torch.testing.assert_close(loss(batch, counts_of(batch)).balance, weight * expected.detach())
+
+
+def test_batch_loss_is_experts_times_load_share_times_mean_score(ragged: BatchSource) -> None:
+    loss, batch = build_loss(BalanceConfig(sequence_loss=0, batch_loss=0.5)), ragged.batch(0, range(ROWS))
+    counted = (batch.input_ids != PAD).flatten()
+    expected = 0.0
+    for routing in routings(loss, batch):
+        chosen = F.one_hot(routing.experts[counted], 8).sum((0, 1)) / routing.experts[counted].numel()
+        shares = (routing.scores / routing.scores.sum(-1, keepdim=True))[counted].mean(0)
+        expected += 8 * (chosen * shares).sum().item()
+    assert loss(batch, counts_of(batch)).balance.item() == pytest.approx(0.5 * expected, rel=1e-5)
+
+
+def test_sequence_loss_is_a_mean_over_rows(ragged: BatchSource) -> None:
+    loss = build_loss(BalanceConfig(sequence_loss=0.5))
+    whole = ragged.batch(0, range(ROWS))
+    rows = [ragged.batch(0, range(row, row + 1)) for row in range(ROWS)]
+    alone = [loss(row, counts_of(row)).balance.item() for row in rows]
+    assert loss(whole, counts_of(whole)).balance.item() == pytest.approx(sum(alone) / ROWS, rel=1e-5)
+
+
+def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(ragged: BatchSource) -> None:
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    part = loss(batch, counts_of(batch))
+    torch.testing.assert_close(part.loss, part.objective_sum / batch.num_targets + part.balance)
+    batch.targets.fill_(IGNORE)
+    found = gradients(loss, [loss(batch, StepCounts(1, 100, ROWS))])
+    assert float(found["model.layers.2.mlp.gate.weight"].abs().max()) > 0
+    assert float(found["model.layers.2.mlp.experts.down_proj"].abs().max()) == 0
+    assert float(found["lm_head.weight"].abs().max()) == 0
+
+
+def test_everything_but_the_loss_is_detached(ragged: BatchSource) -> None:
+    """A step keeps the parts of all its micro-batches; a graph in them would keep their activations."""
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    part = loss(batch, counts_of(batch))
+    assert [name for name, tensor in part._asdict().items() if tensor.requires_grad] == ["loss"]
+
+
+# Load
+
+
+def test_load_counts_every_token_but_padding_in_every_layer(ragged: BatchSource) -> None:
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    load = loss(batch, counts_of(batch)).load
+    counted = (batch.input_ids != PAD).flatten()
+    assert load.dtype == torch.int64
+    expected = [routing.experts[counted].flatten().bincount(minlength=8) for routing in routings(loss, batch)]
+    assert torch.equal(load, torch.stack(expected))
+    assert load.sum(1).tolist() == [2 * int(counted.sum())] * 2
+
+
+def test_a_dense_model_has_no_load_and_no_balance(ragged: BatchSource) -> None:
+    loss, batch = build_loss(ALL, n_routed_experts=0), ragged.batch(0, range(ROWS))
+    part = loss(batch, counts_of(batch))
+    assert (part.load.shape, part.entropy.shape, float(part.balance)) == ((0, 0), (0,), 0.0)
+
+
+# Nothing to learn from (FAULTS rows 22 and 23)
+
+
+def test_a_batch_without_targets_has_loss_0_and_zero_gradients(ragged: BatchSource) -> None:
+    loss, batch = build_loss(OFF), ragged.batch(0, range(ROWS))
+    batch.targets.fill_(IGNORE)
+    part = loss(batch, StepCounts(targets=1, tokens=100, rows=ROWS))
+    assert part.loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(loss, [part]).values())
+
+
+def test_a_batch_of_padding_alone_is_finite(ragged: BatchSource) -> None:
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    batch.input_ids.fill_(PAD)
+    batch.targets.fill_(IGNORE)
+    part = loss(batch, StepCounts(targets=1, tokens=1, rows=ROWS))
+    assert part.loss.item() == 0
+    assert int(part.load.sum()) == 0
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, [part]).values())
+
+
+def test_experts_without_a_token_get_zero_gradients(ragged: BatchSource) -> None:
+    """A bias sends every token to experts 0 and 1; the others' gradients are zero, not None."""
+    loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
+    for layer in loss.model.moe_layers:
+        layer.gate.e_score_correction_bias[:2] = 100.0
+    part = loss(batch, counts_of(batch))
+    assert part.load[:, 2:].eq(0).all()
+    assert part.load[:, :2].gt(0).all()
+    found = gradients(loss, [part])
+    assert found.keys() == dict(loss.model.named_parameters()).keys()
+    for layer in (1, 2):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            gradient = found[f"model.layers.{layer}.mlp.experts.{name}"]
+            assert not gradient[2:].any()
+            assert all(gradient[expert].any() for expert in (0, 1))

@@ -1,0 +1,162 @@
+"""A server on a port of its own, around a small model of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.config.file import dump_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.generate.session import Session
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.serve.app import build_app
+from moe_lm.tools.serve.connections import HEAD_SECONDS, Config
+from moe_lm.tools.serve.engine import Engine
+from moe_lm.tools.serve.gate import Limits
+from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.server import listen
+
+CONTEXT = 128
+MODEL = "tiny"
+
+
+def make_run(folder: Path, tokenizer: Path) -> Path:
+    model = LanguageModel(
+        ModelConfig(
+            vocab_size=1100,  # more than the tokenizer has
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=CONTEXT,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            initializer_range=0.3,
+        )
+    )
+    model.initialise(seed=1)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    files: dict[str, Any] = {"model.yaml": dump_config(model.config), "trainer.json": "{}", "tokenizer": tokenizer}
+    checkpoint.save(folder / "run" / "checkpoints", 1, state, {"config.yaml": "", **files})
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    tiny_tokenizer.save(folder / "tokenizer")
+    return make_run(folder, folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def session(served_run: Path) -> Session:
+    return Session.load(served_run, device="cpu")
+
+
+@dataclass
+class Served:
+    """A server that runs, what is behind it, and how to ask it."""
+
+    url: str
+    engine: Engine
+    app: FastAPI
+    http: httpx.Client
+    openai: openai.OpenAI
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(f"/v1/{path}", json=body)
+
+    def metric(self, name: str) -> float:
+        """A figure of /metrics; `name` may have labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until something has happened, which it must within a minute."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture(scope="module")
+def serve(session: Session) -> Iterator[Serve]:
+    """Starts servers; `limits` by keyword."""
+    ends: list[Callable[[], None]] = []
+
+    def start(
+        own: Session | None = None,
+        slots: int = 4,
+        max_queue: int = 256,
+        context: int = CONTEXT,
+        head_seconds: float = HEAD_SECONDS,
+        **limits: Any,
+    ) -> Served:
+        metrics = Metrics()
+        engine = Engine(own or session, slots, context, max_queue, metrics)
+        app = build_app(
+            own or session, engine, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
+        )
+        listener = listen("127.0.0.1", 0)
+        config = Config(app, texts=engine.most, head_seconds=head_seconds, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+
+        async def main() -> None:
+            engine.start(asyncio.get_running_loop())
+            await server.serve(sockets=[listener])
+            engine.close()
+
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=asyncio.run, args=[main()])
+        thread.start()
+        key = limits.get("api_key") or "none"
+        headers = {"Authorization": f"Bearer {key}"}
+        http = httpx.Client(base_url=url, headers=headers, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+
+        def end() -> None:
+            http.close()
+            client.close()
+            server.should_exit = True
+            thread.join()
+
+        ends.append(end)
+        return Served(url, engine, app, http, client)
+
+    yield start
+    for end in reversed(ends):
+        end()
+
+
+@pytest.fixture(scope="module")
+def served(serve: Serve) -> Served:
+    return serve()
+
+
+def head(length: int) -> bytes:
+    """Of a request for a completion whose body has so many bytes."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)))

@@ -1,0 +1,304 @@
+"""Who gets a row and when, what comes of those who leave, and of a model that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+
+from moe_lm.generate.completion import Writer
+from moe_lm.generate.decode import Settings
+from moe_lm.generate.penalties import Penalties
+from moe_lm.generate.session import Session
+from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.tools.serve.engine import Engine
+from moe_lm.tools.serve.errors import ApiError
+from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.ticket import Row, Ticket
+from tests.tools.serve.conftest import MODEL, Serve, Served, connect, head
+
+NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}  # no token that ends a text
+
+
+def ticket(session: Session, rows: int, tokens: int = 6, settings: Settings | None = None) -> Ticket:
+    settings = settings or Settings(tokens, GREEDY)
+    return Ticket([Row(index, [5, 6], settings, (), Writer(session.tokenizer.decode)) for index in range(rows)])
+
+
+async def finished(asked: Ticket, order: list[str], name: str) -> None:
+    while news := await asked.next():
+        order += [f"{name}{piece.row}" for piece in news if piece.finish]
+
+
+def run(session: Session, slots: int, asked: dict[str, Ticket], max_queue: int = 1000) -> list[str]:
+    """The order in which the texts of tickets end that are all there from the start."""
+
+    async def main() -> list[str]:
+        engine, order = Engine(session, slots, 64, max_queue, Metrics()), list[str]()
+        for one in asked.values():
+            engine._waiting.append(one)
+        engine.start(asyncio.get_running_loop())
+        await asyncio.gather(*(finished(one, order, name) for name, one in asked.items()))
+        assert engine.running == engine.queued == 0
+        engine.close()
+        return order
+
+    return asyncio.run(main())
+
+
+def test_single_requests_are_served_in_the_order_in_which_they_came(session: Session) -> None:
+    names = [f"r{number}-" for number in range(20)]
+    assert run(session, 3, {name: ticket(session, 1) for name in names}) == [f"{name}0" for name in names]
+
+
+def test_a_request_for_many_texts_leaves_room_for_those_behind_it(session: Session) -> None:
+    """It has both rows while it is alone; then each who waits gets a row of the two, and it keeps the other."""
+
+    async def main() -> list[str]:
+        engine, order = Engine(session, 2, 64, 100, Metrics()), list[str]()
+        engine.start(asyncio.get_running_loop())
+        many, single = ticket(session, 10), [ticket(session, 1), ticket(session, 1)]
+        engine.submit(many)
+        ends = [asyncio.create_task(finished(many, order, "many"))]
+        while not order:
+            await asyncio.sleep(0)
+        for name, one in zip("ab", single, strict=True):
+            engine.submit(one)
+            ends.append(asyncio.create_task(finished(one, order, name)))
+        await asyncio.gather(*ends)
+        engine.close()
+        return order
+
+    order = asyncio.run(main())
+    assert order[:2] == ["many0", "many1"]
+    assert order.index("a0") < order.index("b0") < 10
+    assert [name for name in order if name.startswith("many")] == [f"many{index}" for index in range(10)]
+
+
+def test_a_queue_that_is_there_is_shared_row_by_row(session: Session) -> None:
+    order = run(session, 2, {"many": ticket(session, 6), "a": ticket(session, 1), "b": ticket(session, 1)})
+    assert order == ["many0", "a0", "many1", "b0", "many2", "many3", "many4", "many5"]
+
+
+def test_of_two_that_want_many_texts_each_has_half_of_the_rows(session: Session) -> None:
+    order = run(session, 4, {"a": ticket(session, 12), "b": ticket(session, 12)})
+    for half in (order[:12], order[12:]):
+        assert sum(name.startswith("b") for name in half) == 6
+
+
+def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
+    every = tuple((token, float("-inf")) for token in range(1024) if token != 70)
+    once = Settings(9, Sampling(0.0, penalties=Penalties(no_repeat_ngram=1, logit_bias=every)))
+
+    async def main() -> None:
+        engine = Engine(session, 2, 64, 10, Metrics())
+        engine.start(asyncio.get_running_loop())
+        short, long = ticket(session, 1, settings=once), ticket(session, 1, tokens=9)
+        engine.submit(short)
+        engine.submit(long)
+        pieces = []
+        while news := await short.next():
+            pieces += news
+        assert [(piece.step.token, piece.finish) for piece in pieces] == [(70, None), (None, "exhausted")]
+        tokens = 0
+        while news := await long.next():
+            tokens += len(news)
+        assert tokens == 9
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_is_said_at_once(serve: Serve) -> None:
+    served = serve(slots=1, max_queue=2)
+    body = {"prompt": "x", "max_tokens": 120, **NEVER_END}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: served.post("completions", **body), range(8)))
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(200) >= 3
+    assert set(statuses) <= {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "queue_full"
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+    answer = served.post("completions", prompt="x", n=4)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "too_many_texts"
+
+
+def test_100_clients_at_once_lose_nothing(served: Served, session: Session) -> None:
+    """Four rows, streams and whole answers, of one text and of three, and each gets what it would get alone."""
+    draw = random.Random(1)
+    asked = [
+        {"prompt": "import os"[: draw.randrange(9)], "max_tokens": draw.randrange(1, 25), "seed": number}
+        | {"stream": bool(number % 2), "n": 3 if number % 10 == 0 else 1}
+        for number in range(100)
+    ]
+    every = httpx.Limits(max_connections=100)
+    with httpx.Client(base_url=served.url, timeout=120, limits=every) as client, ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda body: client.post("/v1/completions", json=body), asked))
+    for body, answer in zip(asked, answers, strict=True):
+        assert answer.status_code == 200
+        texts = [""] * body["n"]
+        if body["stream"]:
+            assert answer.text.endswith("data: [DONE]\n\n")
+            for line in answer.text.split("\n\n")[:-2]:
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    texts[choice["index"]] += choice["text"]
+        else:
+            texts = [choice["text"] for choice in answer.json()["choices"]]
+        for index, text in enumerate(texts):
+            settings = Settings(body["max_tokens"], Sampling(1.0), seed=body["seed"] + index)
+            assert text == "".join(session.complete(body["prompt"], settings))
+    assert served.engine.running == served.engine.queued == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_rows(serve: Serve, stream: bool) -> None:
+    """One that is being written, and one that waits behind it."""
+    served = serve(slots=1)
+    body = json.dumps({"prompt": "x", "max_tokens": 120, "n": 100, "stream": stream} | NEVER_END)
+    first, second = connect(served.url), connect(served.url)
+    first.sendall(head(len(body)) + body.encode())
+    served.wait(lambda: served.engine.running == 1)
+    second.sendall(head(len(body)) + body.encode())
+    served.wait(lambda: served.metric("moe_lm_queued_rows") > 150)
+    second.close()
+    served.wait(lambda: served.metric("moe_lm_queued_rows") < 100)
+    first.close()
+    served.wait(lambda: served.metric("moe_lm_queued_rows") == served.metric("moe_lm_running_rows") == 0)
+    assert served.metric("moe_lm_generated_tokens_total") < 12000
+    status = served.metric('moe_lm_requests_total{endpoint="/v1/completions",status="499"}')
+    assert status == 2
+    assert served.post("completions", prompt="x", max_tokens=3).status_code == 200
+
+
+@pytest.fixture
+def broken(serve: Serve, session: Session) -> Iterator[Served]:
+    """A server whose model gives NaN after the token 7."""
+    weight = session.model.model.embed_tokens.weight
+    before = weight[7].clone()
+    with torch.no_grad():
+        weight[7] = float("nan")
+    yield serve()
+    with torch.no_grad():
+        weight[7] = before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_broken_logits_end_what_runs_and_not_the_server(broken: Served, stream: bool) -> None:
+    body = {"prompt": [5], "max_tokens": 100, **NEVER_END, "stream": True}
+    ended = []
+
+    def bystander() -> None:
+        with pytest.raises(openai.APIError) as error:
+            for _ in broken.openai.completions.create(model=MODEL, **body, n=100):
+                pass
+        ended.append(error.value)
+
+    other = threading.Thread(target=bystander)
+    other.start()
+    broken.wait(lambda: broken.engine.running > 0)
+    answer = broken.post("completions", prompt=[7], max_tokens=3, stream=stream)
+    other.join()
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "model_error")
+    assert "not numbers" in error["message"]
+    assert "not numbers" in str(ended[0])
+    assert broken.post("completions", prompt=[5], max_tokens=3, **NEVER_END).status_code == 200
+    assert broken.http.get("/health").status_code == 200
+
+
+def test_a_row_that_cannot_begin_fails_alone(session: Session) -> None:
+    """What is wrong with it was not seen before; another text of its request has begun."""
+
+    async def main() -> None:
+        engine = Engine(session, 3, 64, 10, Metrics())
+        other, wrong = ticket(session, 1, 9), ticket(session, 2, 50)
+        wrong.waiting[1] = dataclasses.replace(wrong.waiting[1], prompt=[])
+        engine._waiting += [other, wrong]
+        engine.start(asyncio.get_running_loop())
+        with pytest.raises(ApiError, match="no token to start from") as error:
+            await finished(wrong, [], "")
+        assert error.value.status_code == 500
+        order = list[str]()
+        await finished(other, order, "other")
+        assert order == ["other0"]
+        engine.submit(later := ticket(session, 3))
+        await finished(later, order, "later")
+        assert order[1:] == ["later0", "later1", "later2"]
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_decoder_that_cannot_go_on_lets_nobody_wait(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a new cache after a step that failed: the thread ends, and all are told."""
+
+    def no_memory() -> None:
+        raise RuntimeError("out of memory")
+
+    async def main() -> None:
+        engine = Engine(session, 1, 64, 10, Metrics())
+        monkeypatch.setattr(engine._decoder, "step", no_memory)
+        monkeypatch.setattr(engine._decoder, "clear", no_memory)
+        running, waiting = ticket(session, 1), ticket(session, 1)
+        engine._waiting += [running, waiting]
+        engine.start(asyncio.get_running_loop())
+        for one, status in ((running, 500), (waiting, 503)):
+            with pytest.raises(ApiError) as error:
+                await finished(one, [], "")
+            assert error.value.status_code == status
+        assert not engine.healthy
+        with pytest.raises(ApiError):
+            engine.submit(ticket(session, 1))
+        engine.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)  # which prints the traceback
+        asyncio.run(main())
+
+
+def test_metrics(serve: Serve) -> None:
+    served = serve()
+    answer = served.post("completions", prompt=[5, 6, 7], max_tokens=10, n=2, **NEVER_END)
+    assert answer.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
+    served.post("completions", prompt=5)
+    served.http.get("/nothing")
+    assert served.metric("moe_lm_generated_tokens_total") == 20
+    assert served.metric("moe_lm_prompt_tokens_total") == 3
+    for endpoint, status in (("/v1/completions", 200), ("/v1/completions", 400), ("other", 404)):
+        assert served.metric(f'moe_lm_requests_total{{endpoint="{endpoint}",status="{status}"}}') == 1
+    assert served.metric("moe_lm_time_to_first_token_seconds_count") == 1
+    assert served.metric('moe_lm_request_seconds_count{endpoint="/v1/completions"}') == 2
+    assert served.metric("moe_lm_tokens_per_second") == 2
+    assert served.metric("moe_lm_slots") == 4
+
+
+def test_an_engine_that_stops_ends_what_is_left(session: Session) -> None:
+    async def main() -> None:
+        engine = Engine(session, 1, 64, 10, Metrics())
+        engine.start(asyncio.get_running_loop())
+        running, waiting = ticket(session, 1, 60), ticket(session, 1, 60)
+        engine.submit(running)
+        engine.submit(waiting)
+        engine.close()
+        for one in (running, waiting):
+            with pytest.raises(ApiError) as error:
+                await finished(one, [], "")
+            assert error.value.status_code == 503
+        with pytest.raises(ApiError):
+            engine.submit(ticket(session, 1))
+
+    asyncio.run(main())

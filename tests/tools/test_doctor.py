@@ -1,0 +1,77 @@
+"""What `moe-lm doctor` reports, on machines that lack something."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from moe_lm.tools import doctor
+
+
+def finding(name: str) -> doctor.Finding:
+    return next(item for item in doctor.examine() if item.name == name)
+
+
+@pytest.fixture(autouse=True)
+def _no_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+
+def lacking(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+
+
+def test_whole_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run() == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("Python", "torch", "deepspeed", "bfloat16", "cores", "GiB"))
+
+
+def test_missing_requirement_fails_and_says_how_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking("accelerate", monkeypatch)
+    assert doctor.run() == 1
+    assert finding("accelerate") == doctor.Finding("accelerate", "missing", "not installed", doctor.INSTALL)
+    assert "pip install" in capsys.readouterr().out
+
+
+def test_missing_extra_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking("flash-attn", monkeypatch)
+    assert finding("flash-attn").status == "optional"
+    assert doctor.run() == 0
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert finding("C++ compiler").status == "optional"
+    assert "g++" in finding("C++ compiler").remedy
+
+
+def test_lock_of_a_killed_build_is_reported(tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    found = finding("build lock")
+    assert found.status == "warning"
+    assert found.remedy.endswith(f"rm {lock}")
+
+
+def test_no_home_folder_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert doctor.run() == 0
+    assert finding("decoding in C++").status == "optional"

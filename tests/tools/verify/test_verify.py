@@ -1,0 +1,137 @@
+"""The parity gate: it passes on this code, and each of four errors planted into its processes makes it fail."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_lm.common.errors import UsageError
+from moe_lm.tools.verify.gate import check_devices
+
+ROOT = Path(__file__).parents[3]
+CONFIG = ROOT / "configs" / "pretrain" / "deepseekmoe-2b.yaml"
+PLANTED = Path(__file__).parent / "planted"
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) -> None:
+    process = start_moe_lm("verify", CONFIG, "--quick", "--json", tmp_path / "report.json", COLUMNS=120)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "2 x DeepSpeed, EP 2, ZeRO 3" in out
+    assert "FAIL" not in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    layouts = {layout["name"]: layout for layout in report["layouts"]}
+    assert report["ok"]
+    assert all(layout["counts_equal"] and layout["worst"]["loss"] <= 1e-6 for layout in layouts.values())
+    assert all(max(layout["worst"].values()) <= 1e-5 for layout in layouts.values())
+    for name in (
+        "2 x DeepSpeed, EP 1, ZeRO 1",
+        "2 x DeepSpeed, EP 2, ZeRO 2 after 4 processes",
+        "4 x DeepSpeed, EP 2, ZeRO 3",
+        "2 x DeepSpeed, EP 2, ZeRO 3, offload, after ZeRO 2",
+        "1 process after DeepSpeed",
+        "documents in rows of their own",
+    ):
+        assert name in layouts
+
+
+@pytest.mark.slow
+def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(start_moe_lm: Start) -> None:
+    process = start_moe_lm(
+        "verify", CONFIG, f"model={ROOT / 'configs' / 'model' / 'deepseek-v3.yaml'}", "--world-sizes", "2",
+        "--only", "2 x DeepSpeed, EP 2, ZeRO 3", "--json", "-",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    layouts = {layout["name"]: layout for layout in json.loads(out)["layouts"]}
+    assert layouts["2 x DeepSpeed, EP 2, ZeRO 3"]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("planted", "layout", "named", "precision"),
+    [
+        ("norm_without_experts", "2 x DeepSpeed, EP 2, ZeRO 1", "step 0: gradient norm: expected", "float32"),
+        ("balance_times_ranks", "2 x torch", "step 0: balance loss: expected", "float32"),
+        pytest.param(
+            "balance_times_ranks", "2 x torch", "step 0: balance loss: expected", "bfloat16", marks=pytest.mark.slow
+        ),
+        ("bias_from_local_counts", "2 x torch", "step 0: router bias model.layers.", "float32"),
+        (
+            "moments_of_another_expert",
+            "2 x DeepSpeed, EP 2, ZeRO 3 after ZeRO 2",
+            "step 2: weight model.layers.0.mlp.experts.",
+            "float32",
+        ),
+    ],
+)
+def test_a_planted_error_is_found_and_named(
+    start_moe_lm: Start, planted: str, layout: str, named: str, precision: str
+) -> None:
+    process = start_moe_lm(
+        "verify", CONFIG, "--world-sizes", "2", "--only", layout, "--json", "-",
+        "--sabotage", PLANTED / f"{planted}.py", f"train.precision={precision}",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    report = next(item for item in json.loads(out)["layouts"] if item["name"] == layout)
+    assert not report["ok"]
+    line = next(line for line in err.splitlines() if line.startswith(f"{layout} is not like 'one process': "))
+    assert named in line
+
+
+def test_what_a_failed_rank_said_last_is_shown(start_moe_lm: Start, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise RuntimeError('the cable is loose')\n")
+    process = start_moe_lm("verify", CONFIG, "--world-sizes", "1", "--quick", "--sabotage", tmp_path / "fails.py")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "error: rank 0 of 1 failed with exit code 1; its last lines:" in err
+    assert "RuntimeError: the cable is loose" in err
+
+
+def test_bfloat16_is_compared_with_its_own_tolerance(start_moe_lm: Start) -> None:
+    layout = ("--world-sizes", "2", "--only", "2 x DeepSpeed, EP 2, ZeRO 2")
+    process = start_moe_lm("verify", CONFIG, "train.precision=bfloat16", *layout, "--json", "-")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    report = json.loads(out)
+    assert report["precision"] == "bfloat16"
+    (layout,) = report["layouts"]
+    assert 1e-6 < layout["worst"]["loss"] <= 1e-2, "it was not computed in bfloat16"
+    assert max(layout["worst"].values()) <= 1e-2
+
+
+def test_nothing_is_left_behind_when_it_is_told_to_stop(start_moe_lm: Start, tmp_path: Path) -> None:
+    process = start_moe_lm("verify", CONFIG, "--world-sizes", "2", TMPDIR=tmp_path)
+    workers: list[str] = []
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(workers) < 2:
+        assert time.monotonic() < deadline
+        workers = children.read_text().split()
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not list(tmp_path.glob("moe-lm-verify-*"))
+
+
+def test_more_processes_than_devices_are_refused_when_asked_for() -> None:
+    assert check_devices(None, devices=2) == [1, 2]
+    assert check_devices([1, 2], devices=2) == [1, 2]
+    with pytest.raises(UsageError, match="--world-sizes 4 needs as many CUDA devices, here are 2"):
+        check_devices([1, 4], devices=2)
+
+
+@pytest.mark.parametrize("sizes", ["3", "two", ""])
+def test_world_sizes_that_it_does_not_know(moe_lm: Callable[..., object], sizes: str) -> None:
+    done = moe_lm("verify", CONFIG, "--world-sizes", sizes)
+    assert done.code == 2
+    assert done.err.startswith(f"error: --world-sizes {sizes} is not a choice of 1, 2, 4")
