@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from moe_lm.config.run import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.moe import (
-    batch_balance_loss,
-    expert_counts,
-    router_entropy,
-    router_z_loss,
-    sequence_balance_loss,
-)
+from moe_lm.model.moe import expert_counts
 from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.objective.balance import batch_balance_loss, router_entropy, router_z_loss, sequence_balance_loss
 from moe_lm.objective.preference import FIGURES, answer_log_probs, figure_sums, pair_losses
 from moe_lm.objective.scheduled_sampling import mixed
 

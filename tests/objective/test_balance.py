@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.moe import (
-    Routing,
-    batch_balance_loss,
-    expert_counts,
-    route,
-    router_entropy,
-    router_z_loss,
-    sequence_balance_loss,
-)
+from moe_lm.model.moe import Routing, expert_counts, route
+from moe_lm.objective.balance import batch_balance_loss, router_entropy, router_z_loss, sequence_balance_loss
 
 ROWS, POSITIONS, EXPERTS, PER_TOKEN = 4, 6, 8, 3
 TOKENS = ROWS * POSITIONS
