@@ -101,8 +101,6 @@ def sample(
     early_stopping: Annotated[
         Literal["false", "true", "never"] | None, typer.Option(help="When beams stop, as in transformers. false")
     ] = None,
-    beam_groups: Annotated[int | None, typer.Option(min=1, help="Groups of beams that are kept apart.")] = None,
-    diversity: Annotated[float | None, typer.Option(min=0.0, help="How far apart. 0")] = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     logprobs: Annotated[
@@ -136,12 +134,7 @@ def sample(
     biases = tuple(_bias(item) for item in logit_bias or ())
     drawing: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "seed": seed, "min_p": min_p, "typical_p": typical_p}
     drawing |= {"logprobs": logprobs, "show_routing": show_routing}
-    searching = {
-        "length_penalty": length_penalty,
-        "early_stopping": early_stopping,
-        "groups": beam_groups,
-        "diversity": diversity,
-    }
+    searching = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     if beams is None:
         _refuse(searching, "belongs to a beam search; give --beams too")
     else:
@@ -284,9 +277,8 @@ def _bias(item: str) -> tuple[int, float]:
 def _refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
         if value is not None:
-            option = "beam-groups" if name == "groups" else name.replace("_", "-")
             shown = "" if value is True or value == -1 else f"{value} "
-            raise UsageError(f"--{option} {shown}{why}")
+            raise UsageError(f"--{name.replace('_', '-')} {shown}{why}")
 
 
 def _search(

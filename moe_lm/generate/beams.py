@@ -1,13 +1,12 @@
-"""Beam search: the most probable continuations of a prompt, and groups of beams that are kept apart.
+"""Beam search: the most probable continuations of a prompt.
 
 Scores, candidates and the three ways of stopping are those of transformers' `generate`, so that both give the same
-tokens. Shapes: K beams of a group, V vocabulary.
+tokens. Shapes: K beams, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -26,23 +25,19 @@ NEVER = -1e9  # a score that no text has
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """How wide to search, and when to stop.
+    """How wide to search, when to stop, and how many of the `best` texts to return.
 
-    A text's score is its log-probability over its length, stop token included, to the power of `length_penalty`: above
-    0 longer texts gain. `early_stopping` True ends with as many texts as beams, False also goes on until the running
-    beams, as long as they are now, are no better than the worst of those, "never" until they could not become better.
-    `groups` of equally many beams search one after the other in every step, and a token costs a group `diversity` for
-    each beam of the groups before it that has just taken it (arXiv 1610.02424, with Hamming distance). `best` texts
-    are returned. The penalties change log-probabilities here, not logits.
-    Raises UsageError for values without a meaning.
+    A text's score is its log-probability divided by its length, stop token included, to the power of
+    `length_penalty`: above 0 it favours longer texts. The search ends when as many texts as beams have ended and, by
+    `early_stopping`: True, at once; False, when no running beam would beat the worst of them if it ended now; "never",
+    when no running beam could ever beat it. The penalties change log-probabilities here, not logits.
+    Raises UsageError for values out of range.
     """
 
     beams: int = 4
     best: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    groups: int = 1
-    diversity: float = 0.0
     max_new_tokens: int = 200
     min_new_tokens: int = 0
     penalties: Penalties = NO_PENALTIES
@@ -52,20 +47,14 @@ class BeamSettings:
             raise UsageError(f"beams={self.beams} searches nothing; give at least 1")
         if not 1 <= self.best <= self.beams:
             raise UsageError(f"best={self.best} is not between 1 and beams={self.beams}; change one of them")
-        if self.groups < 1 or self.beams % self.groups:
-            raise UsageError(f"beams={self.beams} cannot be divided into groups={self.groups}; give a divisor")
-        if not (math.isfinite(self.diversity) and self.diversity >= 0):
-            raise UsageError(f"diversity={self.diversity} is not a finite number of at least 0; 0 is none")
-        if self.diversity and self.groups == 1:
-            raise UsageError(f"diversity={self.diversity} keeps groups apart, but groups=1; give at least 2 groups")
         if not math.isfinite(self.length_penalty):
             raise UsageError(f"length_penalty={self.length_penalty} is not a finite number; 0 is none")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(f"early_stopping={self.early_stopping!r} is unknown; choose one of True, False, 'never'")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
             raise UsageError(
-                f"max_new_tokens={self.max_new_tokens}, min_new_tokens={self.min_new_tokens} is no range of at least "
-                "one token; change one of them"
+                f"max_new_tokens={self.max_new_tokens}, min_new_tokens={self.min_new_tokens} leave no text of at "
+                "least one token; change one of them"
             )
 
 
@@ -88,41 +77,27 @@ def search(
 ) -> list[Beam]:
     """The `best` texts after the prompt, best first.
 
-    A text ends before a token of `stop_ids`, when `ends` says so of what was written (a stop string is complete; it
-    stays in the text), or at its greatest length. Only ids below `vocab_size` are chosen. Raises UsageError for a
-    prompt that is empty or too long, MoeLmError for logits that are no distribution.
+    A text ends before a token of `stop_ids`, at its greatest length, or when `ends` says so of its ids, which then
+    stay as they are: a stop string is complete. Only ids below `vocab_size` are chosen. Raises UsageError for a
+    prompt that is empty or too long, MoeLmError for logits that are not a distribution.
     """
     check_prompt(model.config, prompt, model.config.max_position_embeddings)
     settings.penalties.check_ids(vocab_size or model.config.vocab_size)
     limit = min(settings.max_new_tokens, room(model.config, prompt))
-    stops = frozenset(stop_ids)
-    groups = [_Group(prompt, settings, stops, limit, ends) for _ in range(settings.groups)]
-    width = settings.beams // settings.groups
-    capacity = capacity_for(model.config, [len(prompt)], limit)
-    cache = cache_for(model, settings.beams, capacity)
-    logits_RV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(settings.beams, -1)
+    beams = _Beams(prompt, settings, frozenset(stop_ids), limit, ends)
+    cache = cache_for(model, settings.beams, capacity_for(model.config, [len(prompt)], limit))
+    logits_KV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(settings.beams, -1)
     cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=model.device))
     while True:
-        check_logits(logits_RV)
-        log_p_RV = logits_RV[:, :vocab_size].float().log_softmax(-1)
-        taken: Counter[int] = Counter()
-        places: list[int] = []
-        for number, group in enumerate(groups):
-            first = number * width
-            parents = list(range(width))
-            if not group.done:
-                parents = group.advance(log_p_RV[first : first + width], taken, settings.diversity)
-                taken.update(group.taken)
-            places += [first + parent for parent in parents]
-        if all(group.done for group in groups):
-            break
-        cache.take_rows(torch.tensor(places, device=model.device))
-        logits_RV = extend(model, cache, [ids[-1:] for group in groups for ids in group.running]).logits
-    finished = [beam for group in groups for beam in group.texts()]
-    return sorted(finished, key=lambda beam: -beam.score)[: settings.best]
+        check_logits(logits_KV)
+        parents = beams.advance(logits_KV[:, :vocab_size].float().log_softmax(-1))
+        if beams.done:
+            return sorted(beams.texts(), key=lambda beam: -beam.score)[: settings.best]
+        cache.take_rows(torch.tensor(parents, device=model.device))
+        logits_KV = extend(model, cache, [ids[-1:] for ids in beams.running]).logits
 
 
-class _Group:
+class _Beams:
     """K beams that compete, and the K best texts that have ended."""
 
     def __init__(
@@ -133,30 +108,24 @@ class _Group:
         limit: int,
         ends: Callable[[Sequence[int]], bool],
     ) -> None:
-        width = settings.beams // settings.groups
         self.prompt, self.settings, self.stop_ids, self.limit, self.ends = prompt, settings, stop_ids, limit, ends
-        self.width, self.candidates = width, max(2, 1 + len(stop_ids)) * width
-        self.running: list[list[int]] = [[] for _ in range(width)]
+        self.width, self.candidates = settings.beams, max(2, 1 + len(stop_ids)) * settings.beams
+        self.running: list[list[int]] = [[] for _ in range(self.width)]
         # All beams begin with the same text: only the first one's continuations count.
-        self.scores = torch.tensor([0.0] + [NEVER] * (width - 1))
-        self.ended: list[list[int]] = [[] for _ in range(width)]
-        self.ended_scores = torch.full((width,), NEVER)
-        self.full = torch.zeros(width, dtype=torch.bool)  # which of the ended are there
-        self.taken: list[int] = []  # the last tokens of the K best candidates, ended or not
+        self.scores = torch.tensor([0.0] + [NEVER] * (self.width - 1))
+        self.ended: list[list[int]] = [[] for _ in range(self.width)]
+        self.ended_scores = torch.full((self.width,), NEVER)
+        self.full = torch.zeros(self.width, dtype=torch.bool)  # places of `ended` that hold a text
         self.improvable, self.done = True, False
 
-    def advance(self, log_p_KV: Tensor, taken: Counter[int], diversity: float) -> list[int]:
-        """Every beam a token longer; which beam each one of them was before."""
+    def advance(self, log_p_KV: Tensor) -> list[int]:
+        """Make every beam a token longer. Returns, for each, the number of the beam that it continues."""
         log_p_KV = self._penalised(log_p_KV)
-        if diversity and taken:
-            costs = [diversity * times for times in taken.values()]
-            log_p_KV[:, list(taken)] -= torch.tensor(costs, device=log_p_KV.device)
         total = (log_p_KV.cpu() + self.scores[:, None]).flatten()
         log_p_C, index_C = total.topk(min(self.candidates, len(total)))
         vocabulary = log_p_KV.shape[-1]
         parents, tokens = (index_C // vocabulary).tolist(), (index_C % vocabulary).tolist()
         texts = [[*self.running[parent], token] for parent, token in zip(parents, tokens, strict=True)]
-        self.taken = tokens[: self.width]
         hits_C = torch.tensor([self._ends(ids) for ids in texts])
         self._collect(texts, log_p_C, hits_C)
         going_on = log_p_C + hits_C.float() * NEVER
@@ -167,6 +136,7 @@ class _Group:
         return [parents[place] for place in best.tolist()]
 
     def texts(self) -> list[Beam]:
+        """The texts that have ended."""
         beams = []
         for ids, score, there in zip(self.ended, self.ended_scores.tolist(), self.full.tolist(), strict=True):
             if there:
@@ -186,8 +156,10 @@ class _Group:
         return len(ids) >= self.limit or ids[-1] in self.stop_ids or self.ends(ids)
 
     def _collect(self, texts: list[list[int]], log_p_C: Tensor, hits_C: Tensor) -> None:
-        """Keep the best of the texts that have ended. Only the first K candidates count; the others are there so that
-        enough beams go on."""
+        """Keep the best texts that have ended.
+
+        Only the first K candidates count; the others are there so that K beams can go on.
+        """
         new_C = hits_C & (torch.arange(len(hits_C)) < self.width)
         if not self.improvable or (self.settings.early_stopping is True and bool(self.full.all())):
             return
@@ -199,7 +171,7 @@ class _Group:
         self.ended_scores, self.full = scores[best], there[best]
 
     def _judge(self, all_hit: bool) -> None:
-        """Whether going on could give a better text, as `early_stopping` sees it."""
+        """Decide by `early_stopping` whether a running beam could still give a better text."""
         never = self.settings.early_stopping == "never" and self.settings.length_penalty > 0
         length = self.limit if never else len(self.running[0])
         possible = self.scores[0] / length**self.settings.length_penalty

@@ -113,22 +113,11 @@ def test_beams_are_the_best_texts_and_end_before_a_stop_string(moe_lm: MoeLm, ru
     assert not any(stop in line["text"] for line in stopped)
 
 
-def test_groups_of_beams_and_penalties_reach_the_search(moe_lm: MoeLm, run: Path, session: Session) -> None:
-    options = (
-        "--beams",
-        4,
-        "--beam-groups",
-        2,
-        "--diversity",
-        1.5,
-        "--repetition-penalty",
-        1.3,
-        "--logit-bias",
-        "9=-inf",
-    )
+def test_penalties_reach_the_beam_search(moe_lm: MoeLm, run: Path, session: Session) -> None:
+    options = ("--beams", 4, "--repetition-penalty", 1.3, "--logit-bias", "9=-inf")
     found = lines(moe_lm("sample", run, "-p", "import ", "--num", 4, "--max-new-tokens", 6, *options).out)
     penalties = Penalties(1.3, logit_bias=((9, float("-inf")),))
-    settings = BeamSettings(4, 4, groups=2, diversity=1.5, max_new_tokens=6, penalties=penalties)
+    settings = BeamSettings(4, 4, max_new_tokens=6, penalties=penalties)
     ids, tokenizer = session.prompt_ids("import ", 6), session.tokenizer
     expected = search(session.model, ids, settings, tokenizer.stop_ids, tokenizer.vocab_size)
     assert [line["score"] for line in found] == pytest.approx([beam.score for beam in expected])
@@ -202,7 +191,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(
     [
         ([], "nothing given to continue"), (["-", "-p", "a"], "- and --prompt given"), (["b"], "b is no source"),
         (["-p", "a", "--length-penalty", 2], "--length-penalty 2.0 belongs to a beam search"),
-        (["-p", "a", "--beam-groups", 2], "--beam-groups 2 belongs to a beam search"),
+        (["-p", "a", "--early-stopping", "never"], "--early-stopping never belongs to a beam search"),
         (["-p", "a", "--beams", 2, "--top-k", 3], "--top-k 3 draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--greedy"], "--greedy draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--seed", 3], "--seed 3 draws nothing"),

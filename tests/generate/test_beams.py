@@ -130,33 +130,25 @@ def model() -> LanguageModel:
 
 
 @torch.inference_mode()
-def by_definition(
-    model: LanguageModel, prompt: Sequence[int], width: int, groups: int, diversity: float, new: int
-) -> list[tuple[list[int], float]]:
-    """Diverse beams without a cache and without stop tokens, sentence by sentence of the paper's algorithm 1."""
-    beams: list[list[tuple[list[int], float]]] = [[([], 0.0)] for _ in range(groups)]
+def by_definition(model: LanguageModel, prompt: Sequence[int], width: int, new: int) -> list[tuple[list[int], float]]:
+    """Beams without a cache and without stop tokens."""
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
     for _ in range(new):
-        taken: list[int] = []
-        for number, group in enumerate(beams):
-            options = []
-            for ids, score in group:
-                log_p = full_logits(model, [*prompt, *ids])[-1].log_softmax(-1).tolist()
-                options += [
-                    ([*ids, token], score + value - diversity * taken.count(token)) for token, value in enumerate(log_p)
-                ]
-            beams[number] = sorted(options, key=lambda option: -option[1])[:width]
-            taken += [ids[-1] for ids, _ in beams[number]]
-    return sorted(((ids, score / new) for group in beams for ids, score in group), key=lambda option: -option[1])
+        options = []
+        for ids, score in beams:
+            log_p = full_logits(model, [*prompt, *ids])[-1].log_softmax(-1).tolist()
+            options += [([*ids, token], score + value) for token, value in enumerate(log_p)]
+        beams = sorted(options, key=lambda option: -option[1])[:width]
+    return [(ids, score / new) for ids, score in beams]
 
 
 @pytest.mark.parametrize("kind", ["grouped-query", "latent"])
-@pytest.mark.parametrize(("groups", "diversity"), [(1, 0.0), (2, 0.0), (2, 1.5), (3, 4.0)])
-def test_diverse_beams_follow_the_definition(kind: str, groups: int, diversity: float) -> None:
+@pytest.mark.parametrize("width", [2, 5])
+def test_beams_follow_the_definition(kind: str, width: int) -> None:
     model, prompt = build(CONFIGS[kind]), [5, 6, 7]
-    settings = BeamSettings(2 * groups, 2 * groups, groups=groups, diversity=diversity, max_new_tokens=6)
-    found = search(model, prompt, settings)
-    expected = by_definition(model, prompt, 2, groups, diversity, 6)
-    assert sorted(beam.ids for beam in found) == sorted(ids for ids, _ in expected)
+    found = search(model, prompt, BeamSettings(width, width, max_new_tokens=6))
+    expected = by_definition(model, prompt, width, 6)
+    assert [beam.ids for beam in found] == [ids for ids, _ in expected]
     assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
 
 
@@ -197,8 +189,7 @@ def test_only_ids_of_the_tokenizer_are_chosen(model: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"beams": 0}, "beams=0"), ({"beams": 2, "best": 3}, "best=3"), ({"beams": 4, "groups": 3}, "groups=3"),
-        ({"groups": 2, "diversity": -1.0}, "diversity=-1.0"), ({"diversity": 1.0}, "groups=1"),
+        ({"beams": 0}, "beams=0"), ({"beams": 2, "best": 3}, "best=3"),
         ({"length_penalty": math.nan}, "length_penalty=nan"), ({"early_stopping": "maybe"}, "early_stopping='maybe'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens=4"),
     ],
