@@ -211,7 +211,7 @@ def tokenizer_train(
     from rich.console import Console
 
     from moe_lm.common.terminal import byte_bar
-    from moe_lm.tokenizer.tokenizer import inspect, train_tokenizer
+    from moe_lm.tokenizer.training import inspect, train_tokenizer
 
     with byte_bar(Console(stderr=True), "reading and merging") as advance:
         tokenizer = train_tokenizer(settings, lambda report: advance(report.text_bytes, None))
@@ -227,7 +227,8 @@ def tokenizer_inspect(
 ) -> None:
     """Report vocabulary, bytes per token and round-trip exactness."""
     from moe_lm.config.run import SourceConfig
-    from moe_lm.tokenizer.tokenizer import Tokenizer, inspect
+    from moe_lm.tokenizer.tokenizer import Tokenizer
+    from moe_lm.tokenizer.training import inspect
 
     named = {re.sub(r"[^A-Za-z0-9._-]", "-", file.name).lstrip(".-_") or "text": file for file in files or ()}
     sources = [SourceConfig(name=name, path=str(file)) for name, file in named.items()]

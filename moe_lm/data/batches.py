@@ -1,13 +1,13 @@
 """The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
 
-The token stream of a source is cut into consecutive windows of `sequence_length`, which mixing.py shuffles: sequence g
+The token stream of a source is cut into consecutive windows of `sequence_length`, which order.py shuffles: sequence g
 of the run is visit g. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lm.common.errors import UsageError
-from moe_lm.data.mixing import Mixture
+from moe_lm.data.order import Mixture
 from moe_lm.data.shards import TokenShards, TokenStream
-from moe_lm.data.targets import IGNORE
 
+IGNORE = -100  # the target of a position that is not trained
 PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
 
 
@@ -154,15 +154,6 @@ class EvaluationBatches:
         return batch
 
 
-def evaluation_batches(
-    shards: TokenShards, sequence_length: int, batch_size: int, separate_documents: bool
-) -> Iterator[Batch]:
-    """The batches of EvaluationBatches, one after the other."""
-    batches = EvaluationBatches(shards, sequence_length, batch_size, separate_documents)
-    for step in range(batches.steps_per_epoch):
-        yield batches.batch(step, range(batch_size))
-
-
 class _Windows:
     """Windows of one length in a token stream, cut at the starts of documents when those are given."""
 
@@ -215,6 +206,12 @@ def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArr
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=int(lengths.max()),
     )
+
+
+def next_tokens(ids: Sequence[int], trained: Sequence[bool]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Inputs and targets [tokens - 1] of a sequence of ids, where `trained` says which of them are to be learnt."""
+    tokens = np.array(ids, np.int32)
+    return tokens[:-1], np.where(trained[1:], tokens[1:], np.int32(IGNORE))
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moe_lm.data.batches import Batch
 from moe_lm.data.examples import Conversation
-from moe_lm.data.mixing import Mixture
+from moe_lm.data.order import Mixture
 from moe_lm.data.packing import pack_documents, pack_rows
 
 

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.data.batches import Batch, pack
-from moe_lm.data.targets import IGNORE
+from moe_lm.data.batches import IGNORE, Batch, pack
 
 
 class Document(Protocol):

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from moe_lm.common.errors import UsageError
 from moe_lm.config.chat import ChatDataConfig, ChatSource
 from moe_lm.data import formats
-from moe_lm.data.batches import Batch
+from moe_lm.data.batches import IGNORE, Batch, next_tokens
 from moe_lm.data.conversations import nothing_usable, read_pairs, split_held_out
 from moe_lm.data.examples import render
 from moe_lm.data.formats import Dialogue, Message
-from moe_lm.data.mixing import Mixture
+from moe_lm.data.order import Mixture
 from moe_lm.data.packing import pack_documents, pack_rows
-from moe_lm.data.targets import IGNORE, next_tokens
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 

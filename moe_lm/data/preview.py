@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lm.config.chat import ChatDataConfig
+from moe_lm.data.batches import IGNORE
 from moe_lm.data.examples import ChatData
 from moe_lm.data.packing import Document
 from moe_lm.data.preferences import PreferenceData
-from moe_lm.data.targets import IGNORE
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"

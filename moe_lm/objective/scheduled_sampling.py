@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_lm.config.run import ScheduledSamplingConfig
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.data.shuffle import shuffle_key
+from moe_lm.data.order import shuffle_key
 
 
 def with_own_tokens(batch: Batch, config: ScheduledSamplingConfig, seed: int, step: int, rows: range) -> Batch:

@@ -1,4 +1,4 @@
-"""Train, load and measure a byte-level BPE tokenizer; render conversations and mark what an assistant is trained on.
+"""A byte-level BPE tokenizer: load, encode and decode; render conversations and mark what an assistant is trained on.
 
 Text and structure never mix: what a user writes is encoded as plain text, even where it spells `<|end|>`; the ids of
 special tokens come only from the chat template and from whoever packs documents.
@@ -11,33 +11,18 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.run import SourceConfig, TokenizerRecipe
-from moe_lm.text.sources import Report, read_documents
-from moe_lm.text.split import held_out
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
 from moe_lm.tokenizer.chat.turns import Turns
-
-SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-
-# GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
-# punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
-# quadratic in its length: a million times the letter a, met as one word, took 486 s uncut and takes 1 s cut.
-PRE_TOKENS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}{1,128}|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]{1,128}[\r\n]{0,128}|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
-)
 
 # `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
 # where the splits of GPT-2, GPT-4 and ours all begin a new pre-token whatever stands around: the ids stay the same.
@@ -246,113 +231,6 @@ class Tokenizer:
         return found
 
 
-def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] | None = None) -> Tokenizer:
-    """Build a byte-level BPE tokenizer; the same recipe and text give the same files to the byte.
-
-    The text is streamed; memory grows with the number of different words, so give large sources a `max_bytes`.
-    `progress` is called with what was read and skipped so far, after every document and once at the end of the text.
-    The vocabulary comes out smaller than asked when the text has too few repeated pairs.
-    Raises UsageError when a source does not exist or has no usable document.
-    """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        _training_text(recipe, progress or (lambda report: None)),
-        trainers.BpeTrainer(
-            vocab_size=recipe.vocab_size,
-            min_frequency=2,  # a pair seen once is not worth an id
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            max_token_length=recipe.max_token_bytes + 1,  # the library's limit is exclusive
-            show_progress=False,
-        ),
-    )
-    # For other programs, which ask for special tokens around a text: a document begins with <|bos|>.
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", SPECIAL_TOKENS.index("<|bos|>"))]
-    )
-    return Tokenizer(
-        backend,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|bos|>",
-            "eos_token": "<|eos|>",
-            "pad_token": "<|pad|>",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": resources.files("moe_lm.tokenizer")
-            .joinpath("chat_template.jinja")
-            .read_text(encoding="utf-8"),
-        },
-    )
-
-
-@dataclass(frozen=True)
-class SourceMeasure:
-    """How a tokenizer does on one source: one language, if the sources are divided so."""
-
-    name: str
-    read: Report
-    tokens: int
-    round_trip_failures: int  # documents that decode to another text
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.read.text_bytes / self.tokens
-
-
-@dataclass(frozen=True)
-class TokenizerMeasure:
-    """What `inspect` found out."""
-
-    vocab_size: int
-    fingerprint: str
-    sources: tuple[SourceMeasure, ...]
-    longest_tokens: tuple[str, ...]  # longest first, by bytes
-    unused_ids: int  # ids, special ones aside, that no document of the sources needed
-
-    def __str__(self) -> str:
-        lines = [f"vocabulary {self.vocab_size:,}, fingerprint {self.fingerprint[:12]}"]
-        for source in self.sources:
-            lines += [
-                f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, "
-                f"{source.bytes_per_token:.3f} bytes a token, {source.round_trip_failures} that do not round-trip",
-                *(f"  {line}" for line in source.read.skipped_lines()),
-            ]
-        if self.sources:
-            lines.append(f"ids that none of this text needs: {self.unused_ids:,}")
-        return "\n".join([*lines, "longest tokens: " + " ".join(map(repr, self.longest_tokens))])
-
-
-def inspect(tokenizer: Tokenizer, sources: Sequence[SourceConfig], longest: int = 20) -> TokenizerMeasure:
-    """Measure compression and round trips on each source, document by document, and list the longest tokens."""
-    used: set[int] = set()
-    measures = []
-    for source in sources:
-        read = Report()
-        tokens = failures = 0
-        for document in read_documents(source, read):
-            ids = tokenizer.encode(document.text)
-            tokens += len(ids)
-            failures += tokenizer.decode(ids) != document.text
-            used.update(ids)
-        measures.append(SourceMeasure(source.name, read, tokens, failures))
-    ordinary = set(range(tokenizer.vocab_size)) - set(tokenizer.special_tokens.values())
-    texts = sorted((tokenizer.decode([id_]) for id_ in ordinary), key=lambda text: (-len(text.encode()), text))
-    return TokenizerMeasure(
-        vocab_size=tokenizer.vocab_size,
-        fingerprint=tokenizer.fingerprint,
-        sources=tuple(measures),
-        longest_tokens=tuple(texts[:longest]),
-        unused_ids=len(ordinary - used),
-    )
-
-
 def split_text(text: str) -> Iterator[str]:
     """Cut a long text into pieces of at most PIECE_CHARS whose ids, one after the other, are those of the text.
 
@@ -365,16 +243,6 @@ def split_text(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
-
-
-def _training_text(recipe: TokenizerRecipe, progress: Callable[[Report], None]) -> Iterator[str]:
-    report = Report()
-    for source in recipe.sources:
-        for document in read_documents(source, report):
-            if not held_out(document.id, recipe.validation_fraction):
-                yield from split_text(document.text)
-            progress(report)
-    progress(report)
 
 
 def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

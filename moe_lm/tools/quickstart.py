@@ -24,7 +24,6 @@ from rich.table import Table
 from moe_lm.common.terminal import byte_bar
 from moe_lm.config.file import load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
-from moe_lm.data.docstrings import docstring_pairs
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, unigram_bits_per_byte
@@ -35,7 +34,9 @@ from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.kernels.device import compiling_needs, pick_device
 from moe_lm.model.count import count_parameters
 from moe_lm.text.split import held_out
-from moe_lm.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tokenizer.training import train_tokenizer
+from moe_lm.tools.docstrings import docstring_pairs
 from moe_lm.train import finetune, pretrain
 from moe_lm.train.loop import this_program
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
-from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches, evaluation_batches
+from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import TokenShards, TokenStream
 
 LENGTH = 8
@@ -22,6 +22,11 @@ def train(shards: list[TokenShards], batch_size: int = 4, weights=None, separate
     return PackedBatches(shards, weights or [1.0] * len(shards), LENGTH, batch_size, seed, separate)
 
 
+def evaluation_batches(shards: TokenShards, batch_size: int, separate: bool) -> list[Batch]:
+    batches = EvaluationBatches(shards, LENGTH, batch_size, separate)
+    return [batches.batch(step, range(batch_size)) for step in range(batches.steps_per_epoch)]
+
+
 def assert_same(left: Batch, right: Batch) -> None:
     for name in ("input_ids", "targets", "position_ids", "cu_seqlens"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
@@ -33,7 +38,7 @@ DOCUMENTS = [[0, 10, 11, 1], [0, 20, 21, 22, 23, 24, 25, 1], [0, 30, 31, 1], [0,
 
 def test_packing_by_hand_without_attention_across_documents(make_shards) -> None:
     """Three windows of 8 over documents of 4, 8, 4 and 9 tokens; 25 tokens, so that the last is a target only."""
-    [batch] = evaluation_batches(make_shards(DOCUMENTS), LENGTH, 3, separate_documents=True)
+    [batch] = evaluation_batches(make_shards(DOCUMENTS), 3, separate=True)
     assert batch.input_ids.tolist() == [
         [0, 10, 11, 1, 0, 20, 21, 22],
         [23, 24, 25, 1, 0, 30, 31, 1],
@@ -55,7 +60,7 @@ def test_packing_by_hand_without_attention_across_documents(make_shards) -> None
 
 
 def test_packing_by_hand_with_attention_across_documents(make_shards) -> None:
-    [batch] = evaluation_batches(make_shards(DOCUMENTS), LENGTH, 3, separate_documents=False)
+    [batch] = evaluation_batches(make_shards(DOCUMENTS), 3, separate=False)
     assert batch.targets[0].tolist() == [10, 11, 1, 0, 20, 21, 22, 23]
     assert batch.position_ids.tolist() == [list(range(8))] * 3
     assert batch.cu_seqlens.tolist() == [0, 8, 16, 24]
@@ -201,7 +206,7 @@ def test_windows_leave_no_document_boundary_out_when_files_are_cut(make_shards) 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 33, 49, 50])
 def test_evaluation_predicts_every_token_once_and_pads_the_rest(make_shards, tokens: int, separate: bool) -> None:
     shards = numbered(make_shards, tokens, first=100)
-    batches = list(evaluation_batches(shards, LENGTH, 2, separate))
+    batches = evaluation_batches(shards, 2, separate)
     targets = torch.cat([batch.targets.flatten() for batch in batches])
     assert targets[targets != IGNORE].tolist() == list(range(101, 100 + tokens))
     assert all(batch.input_ids.shape == (2, LENGTH) for batch in batches)
@@ -210,7 +215,7 @@ def test_evaluation_predicts_every_token_once_and_pads_the_rest(make_shards, tok
 
 
 def test_padding_attends_to_itself_alone(make_shards) -> None:
-    [batch] = evaluation_batches(numbered(make_shards, 12, first=100), LENGTH, 3, separate_documents=False)
+    [batch] = evaluation_batches(numbered(make_shards, 12, first=100), 3, separate=False)
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16, 24]
 
 
@@ -223,7 +228,7 @@ def test_ranks_slice_evaluation_batches_as_they_do_training_batches(make_shards)
 
 def test_an_empty_split_has_no_evaluation_batches(make_shards) -> None:
     empty = TokenShards("a", "validation", (), np.empty(0, np.int64), np.empty(0, np.int64), "test")
-    assert list(evaluation_batches(empty, LENGTH, 2, separate_documents=True)) == []
+    assert evaluation_batches(empty, 2, separate=True) == []
 
 
 def test_a_source_shorter_than_a_sequence_is_refused(make_shards) -> None:

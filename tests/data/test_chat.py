@@ -17,7 +17,7 @@ from moe_lm.config.chat import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
-from moe_lm.data.mixing import MIX_BLOCK
+from moe_lm.data.order import MIX_BLOCK
 from moe_lm.data.packing import pack_rows
 from moe_lm.text.sources import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.chat import ChatDataConfig, ChatSource
+from moe_lm.data.batches import IGNORE
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
-from moe_lm.data.targets import IGNORE
 from moe_lm.text.files import Report, read_rows
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save

@@ -14,11 +14,11 @@ from rich.console import Console
 from moe_lm.config.chat import ChatDataConfig
 from moe_lm.config.file import load_config
 from moe_lm.config.run import FinetuneConfig
+from moe_lm.data.batches import IGNORE
 from moe_lm.data.conversations import read_dialogues
 from moe_lm.data.examples import Conversation, read_chat
 from moe_lm.data.preferences import read_preferences
 from moe_lm.data.preview import masked_text, show_conversations, show_pairs
-from moe_lm.data.targets import IGNORE
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 

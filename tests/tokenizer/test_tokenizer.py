@@ -19,16 +19,8 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.file import load_config
 from moe_lm.config.run import SourceConfig, TokenizerRecipe
 from moe_lm.text.sources import Report
-from moe_lm.tokenizer.tokenizer import (
-    PIECE_CHARS,
-    PRE_TOKENS,
-    SAFE_CUT,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    inspect,
-    split_text,
-    train_tokenizer,
-)
+from moe_lm.tokenizer.tokenizer import PIECE_CHARS, SAFE_CUT, Tokenizer, split_text
+from moe_lm.tokenizer.training import PRE_TOKENS, SPECIAL_TOKENS, inspect, train_tokenizer
 
 STAGE = Path(__file__).parents[2] / "tokenizer"
 TEMPLATE = STAGE / "chat_template.jinja"

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.data.packing import pack_documents
 from moe_lm.data.preferences import SIDES, Pair, Side, pack_pairs
-from moe_lm.data.targets import IGNORE
 from moe_lm.engine.engine import Engine
 from moe_lm.tools.verify.scale import BATCH, LENGTH, PAD, VOCABULARY
 

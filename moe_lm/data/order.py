@@ -1,0 +1,103 @@
+"""The order of training: which item of which source comes when, a pure function of the seed and the visit's number.
+
+Nothing is stored between steps: any visit can be asked for, in any order, by any rank. Position i of a shuffled
+sequence is computed from i and a key alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIX_BLOCK = 4096  # visits in which the sources have their exact shares
+_ROUNDS = 8  # four make a random permutation in theory (Luby and Rackoff); a small range needs more to be even
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Mixture:
+    """Sources of `sizes` items each, visited by weight (relative shares of the visits).
+
+    A visit takes its source from a shuffled block of exact shares, and its item from a shuffle of the source's items, a
+    new one each epoch: within an epoch of a source every item comes once.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self._sizes = sizes
+        self._seed = seed
+        self._shares = block_shares(weights)
+
+    def items(self, visits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sources of these visits, counted over the whole run, and the items in them. [n] -> [n], [n]"""
+        if len(self._sizes) == 1:
+            return np.zeros_like(visits), self._item(0, visits)
+        block, place = np.divmod(visits, MIX_BLOCK)
+        place = shuffled(place, MIX_BLOCK, shuffle_key(self._seed, 0, block))
+        bounds = np.cumsum(self._shares)
+        sources = np.searchsorted(bounds, place, side="right")
+        items = np.empty_like(visits)
+        for source, share in enumerate(self._shares):
+            mine = sources == source
+            # The block's places of a source are numbered through, block after block: its own visits, each once.
+            items[mine] = self._item(source, block[mine] * share + place[mine] - (bounds[source] - share))
+        return sources, items
+
+    def _item(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The item of a source's own visits [n]: every item once an epoch."""
+        epoch, place = np.divmod(visits, self._sizes[source])
+        return shuffled(place, self._sizes[source], shuffle_key(self._seed, 1 + source, epoch))
+
+
+def block_shares(weights: Sequence[float]) -> list[int]:
+    """How many of MIX_BLOCK visits each source gets: by largest remainder, at least one."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * MIX_BLOCK
+    shares = np.maximum(1, np.floor(exact)).astype(int)
+    while (missing := MIX_BLOCK - int(shares.sum())) != 0:
+        place = np.argmax(exact - shares) if missing > 0 else np.argmax(shares)
+        shares[place] += np.sign(missing)
+    return [int(share) for share in shares]
+
+
+def shuffle_key(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A 64-bit key per element out of non-negative numbers, like (seed, source, epoch); scalars broadcast."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = _mix(key ^ _mix(np.atleast_1d(np.asarray(part, np.uint64))))
+    return key
+
+
+def shuffled(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The permutation of range(size) that `key` names, at `positions` [n]; `key` is [1] or one a position [n].
+
+    A Feistel network over the bits that `size` needs; what falls outside the range is sent through it again (cycle
+    walking), which takes fewer than two turns on average because the domain is below 2 x size.
+    """
+    bits = max(2, (size - 1).bit_length())
+    result = positions.astype(np.uint64)
+    keys = np.broadcast_to(key, result.shape)
+    outside = np.arange(len(result))
+    while len(outside):
+        walked = _feistel(result[outside], bits, keys[outside])
+        result[outside] = walked
+        outside = outside[walked >= size]
+    return result.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    right_bits = np.uint64(bits // 2)
+    left_mask, right_mask = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1)
+    left, right = values >> right_bits, values & right_mask
+    for _ in range(_ROUNDS // 2):
+        left = left ^ (_mix(right ^ key) & left_mask)
+        right = right ^ (_mix(left ^ (key + _GOLDEN)) & right_mask)
+        key = key + _GOLDEN + _GOLDEN
+    return left << right_bits | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every output bit depends on every input bit."""
+    values = values + _GOLDEN
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
