@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moe_lm.checkpoint import checkpoint_tensors
 from moe_lm.checkpoint.checkpoint_tensors import reason
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import UNFINISHED, sha256_of, sync, unfinished_path
 from moe_lm.parallel.together import Ranks
 
 COMPLETE = "COMPLETE"
@@ -64,7 +65,7 @@ def save(
     the older checkpoints are untouched then.
     """
     folder = checkpoints / f"step-{step:08d}"
-    unfinished = folder.with_name(f"{folder.name}.tmp")
+    unfinished = unfinished_path(folder)
     try:
         ranks.first(lambda: _make_empty(unfinished), (OSError,))
         for part, tensors in _parts(state).items():
@@ -221,7 +222,7 @@ def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[s
             _put(unfinished / name, content)
             paths += _files_of(unfinished / name)
     for path in paths:
-        _sync(path)
+        sync(path)
     return {path.relative_to(unfinished).as_posix(): _entry(path) for path in paths}
 
 
@@ -232,19 +233,19 @@ def _finish(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> Non
             raise FileNotFoundError(f"{name} is only on the host that wrote it, run_dir must be on all hosts the same")
     manifest = json.dumps(dict(sorted(entries.items())), indent=1)
     _put(unfinished / MANIFEST, manifest)
-    _sync(unfinished / MANIFEST)
+    sync(unfinished / MANIFEST)
     for path in [unfinished, *unfinished.rglob("*")]:
         if path.is_dir():
-            _sync(path)
+            sync(path)
     _put(unfinished / COMPLETE, hashlib.sha256(manifest.encode()).hexdigest() + "\n")
-    _sync(unfinished / COMPLETE)
-    _sync(unfinished)
+    sync(unfinished / COMPLETE)
+    sync(unfinished)
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     unfinished.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     if replaced.exists():
         _delete(replaced)
 
@@ -326,7 +327,7 @@ def _step_folders(checkpoints: Path) -> Iterator[tuple[Path, int, str]]:
 
 def _delete(folder: Path) -> None:
     """Delete a folder so that a kill half-way leaves a `.tmp`, never half a checkpoint under its name."""
-    doomed = folder if folder.suffix == ".tmp" else folder.with_name(f"{folder.name}.tmp")
+    doomed = folder if folder.suffix == UNFINISHED else unfinished_path(folder)
     with suppress(OSError):
         if doomed != folder:
             shutil.rmtree(doomed, ignore_errors=True)
@@ -361,18 +362,8 @@ def _put(path: Path, content: Content) -> None:
 
 
 def _entry(path: Path) -> Entry:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

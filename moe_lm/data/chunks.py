@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context, parent_process
@@ -25,6 +24,7 @@ from typing import Any, Self
 import numpy as np
 
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import whole_file
 from moe_lm.data.shards import INDEX_DTYPE, token_dtype
 from moe_lm.text.sources import Document
 from moe_lm.text.split import document_hash
@@ -85,17 +85,6 @@ class Workers:
             ) from error
 
 
-@contextmanager
-def appearing(path: Path) -> Iterator[Any]:
-    """A binary file to write that appears under its name whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _cut(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chunk: list[Document] = []
     size = number = 0
@@ -121,7 +110,7 @@ def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fi
         sizes = [(len(ids), len(item.text.encode())) for ids, item in zip(framed, documents, strict=True)]
         index = np.array(sizes, INDEX_DTYPE)
         hashes = np.array([document_hash(document.id) for document in documents], np.uint64)
-        with appearing(path) as file:
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:  # given a name, savez appends .npz
             np.savez(file, tokens=np.concatenate(framed), index=index, hashes=hashes)
     tokens, text_bytes = index.sum(axis=0).tolist()
     return Chunk(path, len(index), text_bytes, tokens)

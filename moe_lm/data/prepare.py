@@ -7,7 +7,6 @@ processes nor on interruptions.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.config.run import DataConfig, SourceConfig
-from moe_lm.data.chunks import Workers, appearing, write_chunks
+from moe_lm.data.chunks import Workers, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
 from moe_lm.text.sources import TEXT_SUFFIXES, Report, read_documents, source_files
 from moe_lm.text.split import held_out_of
@@ -154,14 +154,15 @@ def _total_bytes(source: SourceConfig, files: Sequence[tuple[str, Path]]) -> int
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second `prepare`. The kernel lets go of it whatever way this process ends."""
+    """Holds the folder against a second `prepare`. The lock ends with this process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process is preparing {folder}; wait for it, or stop it") from error
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise UsageError(f"another process is preparing {folder}; wait for it, or stop it")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _work_folder(folder: Path, made_from: dict[str, Any]) -> Path:
@@ -180,7 +181,8 @@ def _remove_work(folder: Path, keep: Path | None = None) -> None:
 
 
 def _join(chunks: Sequence[Path], folder: Path, validation_fraction: float) -> dict[Split, tuple[Shard, ...]]:
-    for pattern in ("train-?????.*", "validation-?????.*", ".*.partial"):
+    old = ".*.partial"  # what earlier versions of this program left unfinished
+    for pattern in ("train-?????.*", "validation-?????.*", f"*{UNFINISHED}", old):
         for leftover in folder.glob(pattern):
             leftover.unlink()
     held_out = held_out_of(np.concatenate([_read(path, "hashes") for path in chunks]), validation_fraction)
@@ -243,8 +245,8 @@ class _ShardWriter:
 
 def _write(path: Path, data: bytes | memoryview) -> str:
     """Write a file that appears whole or not at all. Returns its sha256."""
-    with appearing(path) as file:
-        file.write(data)
+    with whole_file(path) as file:
+        file.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import whole_file
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
 from moe_lm.tokenizer.chat.turns import Turns
 
@@ -75,9 +75,8 @@ class Tokenizer:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name, content in self.files().items():
-                partial = path / f"{name}.partial"
-                partial.write_text(content, encoding="utf-8")
-                os.replace(partial, path / name)
+                with whole_file(path / name) as file:
+                    file.write_text(content, encoding="utf-8")
         except OSError as error:
             raise MoeLmError(f"cannot write the tokenizer to {path}: {error.strerror}") from error
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.errors import UsageError
+from moe_lm.common.files import whole_file
 from moe_lm.config.run import LogConfig
 from moe_lm.parallel.topology import current_topology
 from moe_lm.train.display import Display, Status
@@ -168,12 +169,8 @@ def drop_later_steps(path: Path, last_step: int) -> None:
     """Rewrite a `metrics.jsonl` without the lines of steps after `last_step`, and without torn lines."""
     if not path.exists():
         return
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with path.open("rb") as old, unfinished.open("wb") as new:
+    with whole_file(path) as kept, path.open("rb") as old, kept.open("wb") as new:
         new.writelines(line for line in old if _step_of(line) <= last_step)
-        new.flush()
-        os.fsync(new.fileno())
-    unfinished.replace(path)
 
 
 def load_statistics(load: Tensor) -> list[dict[str, float]]:

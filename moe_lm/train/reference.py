@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from moe_lm.checkpoint.start import Start, lost_reference
+from moe_lm.common.files import whole_file
 from moe_lm.data.preferences import PairRows
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.together import Ranks
@@ -71,9 +72,8 @@ def _read(path: Path, key: str, pairs: int) -> NDArray[np.float32] | None:
 
 
 def _write(path: Path, key: str, found: NDArray[np.float32]) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(save({"log_probs": found}, {"sha256": _digest(key, found)}))
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write_bytes(save({"log_probs": found}, {"sha256": _digest(key, found)}))
 
 
 def _digest(key: str, found: NDArray[np.float32]) -> str:

@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import try_lock, whole_file
 
 
 class RunFolder:
@@ -25,7 +24,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock")
         self._holder = path / ".lock-holder.json"  # not in the lock file itself, which a second job may truncate
 
     @property
@@ -35,13 +33,13 @@ class RunFolder:
     def __enter__(self) -> Self:
         for folder in (self.path, self.checkpoints):
             _make_writable(folder)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
+        lock = try_lock(self.path / ".lock")
+        if lock is None:
             raise MoeLmError(
                 f"the run folder {self.path} is in use by {self._describe_holder()}; wait for it, stop it, or choose "
                 "another run_dir"
-            ) from error
+            )
+        self._lock = lock
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -56,9 +54,8 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keep the resolved config; a kill leaves the old file or the new one."""
-        unfinished = self.path / "config.yaml.tmp"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.path / "config.yaml")
+        with whole_file(self.path / "config.yaml") as file:
+            file.write_text(text, encoding="utf-8")
 
     def _describe_holder(self) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -13,9 +13,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import threading
 from pathlib import Path
+
+from moe_lm.common.files import whole_file
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
 HEADERS = (SOURCE.with_name("products.hpp"), SOURCE.with_name("threads.hpp"))
@@ -109,13 +110,11 @@ def _processor() -> str:
 
 def _compile(compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        made = Path(folder) / target.name
+    with whole_file(target, contested=True) as library:
         for flags in ((*FLAGS, *THREADS), FLAGS):  # Apple's compiler has no OpenMP
-            command = [compiler, *flags, str(SOURCE), "-o", str(made)]
+            command = [compiler, *flags, str(SOURCE), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
             if done.returncode == 0:
-                os.replace(made, target)
                 return
-    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-    raise UnavailableError(f"{compiler} fails: {said[0]}")
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UnavailableError(f"{compiler} fails: {said[0]}")

@@ -13,6 +13,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.reader import TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import Output, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import whole_folder
 from moe_lm.config.file import build_config
 from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import Pair, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove
-from moe_lm.tools.interop.staging import whole_or_not
 from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, first_unwritable, no_one, outputs_of_theirs
 
 SHARD_BYTES = 4 << 30
@@ -57,7 +57,7 @@ def export_run(
     meter = Meter(tell or no_one, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
-    with whole_or_not(out) as unfinished:
+    with whole_folder(out) as unfinished:
         _write_tensors(unfinished, meter.watch(outputs), shard_bytes)
         _write_json(unfinished / CONFIG, hf_config)
         (unfinished / GENERATION).write_text(_generation_config(folder, tokenizer), encoding="utf-8")

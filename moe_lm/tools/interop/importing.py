@@ -8,6 +8,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.reader import CheckpointTensors
 from moe_lm.checkpoint.safetensors_file import write_files
 from moe_lm.common.errors import UsageError
+from moe_lm.common.files import whole_folder
 from moe_lm.config.file import dump_config
 from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -15,7 +16,6 @@ from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG, GENERATION, HFFolder
 from moe_lm.tools.interop.hf_tensors import check_complete, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove
-from moe_lm.tools.interop.staging import whole_or_not
 from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, no_one, outputs_of_ours
 
 FILE_BYTES = 4 << 30  # tensors go into files of about this size
@@ -68,7 +68,7 @@ def import_folder(
     generation = folder.generation_config()
     if generation is not None:
         files[GENERATION] = generation
-    with whole_or_not(run_dir) as unfinished:
+    with whole_folder(run_dir) as unfinished:
         saved = checkpoint.save(unfinished / "checkpoints", 0, {}, files)
         case = Case(
             what=f"import {source.name}",

@@ -20,6 +20,7 @@ from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
 from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import read_header
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import whole_folder
 from moe_lm.config.file import build_config, dump_config
 from moe_lm.config.lora import LoraConfig
 from moe_lm.config.model import ModelConfig
@@ -31,7 +32,6 @@ from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_config import nearest_family
 from moe_lm.tools.interop.hf_folder import read_json
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS, tensor_pairs
-from moe_lm.tools.interop.staging import whole_or_not
 
 SETTINGS, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"
 PREFIX = "base_model.model."
@@ -83,7 +83,7 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
         "target_modules": layers, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "base_model_name_or_path": None,
     }  # fmt: skip
-    with whole_or_not(out) as unfinished:
+    with whole_folder(out) as unfinished:
         save_file(tensors, unfinished / TENSORS, {"format": "pt"})
         (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (unfinished / BASE).write_text(adapter.fingerprint + "\n", encoding="utf-8")
@@ -143,7 +143,7 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
         "tokenizer": checkpoint.verified_path(place, "tokenizer"),
         adapters.FILE: adapters.describe(place, settings),
     }
-    with whole_or_not(run_dir) as unfinished:
+    with whole_folder(run_dir) as unfinished:
         checkpoint.save(unfinished / "checkpoints", 0, state, files)
     layers = sum("lora_A" in name for name in header.tensors)
     of_all = sum("lora_A" in name for name in by_name)

@@ -25,6 +25,7 @@ from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
 from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import whole_folder
 from moe_lm.config.file import build_config, dump_config
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
@@ -35,7 +36,6 @@ from moe_lm.tools.interop.hf_folder import GENERATION
 from moe_lm.tools.interop.importing import FILE_BYTES
 from moe_lm.tools.interop.logits import Comparison, Seen, compare
 from moe_lm.tools.interop.proof import PROOF
-from moe_lm.tools.interop.staging import whole_or_not
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def upcycle(
     }
     if (folder / GENERATION).is_file():
         files[GENERATION] = checkpoint.read_text(folder, GENERATION)
-    with whole_or_not(run_dir) as unfinished:
+    with whole_folder(run_dir) as unfinished:
         after = CheckpointTensors(checkpoint.save(unfinished / "checkpoints", 0, {}, files))
         proof = _prove(f"upcycle {run.name}", dense, before, config, after, tokenizer, proof_bytes)
         (unfinished / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")

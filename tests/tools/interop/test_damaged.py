@@ -374,7 +374,7 @@ def test_code_in_the_folder_is_never_run(
 
 def test_interrupt_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
-        assert (tmp_path / "run.unfinished" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
+        assert (tmp_path / "run.tmp" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importing, "prove", interrupt)
@@ -387,7 +387,7 @@ def test_sigterm_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monke
     """What a scheduler or `kill` sends; the same command can be given again."""
 
     def end(*_: object) -> None:
-        assert (tmp_path / "run.unfinished").is_dir()
+        assert (tmp_path / "run.tmp").is_dir()
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody took care of the signal"))

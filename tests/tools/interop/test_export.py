@@ -196,7 +196,7 @@ def test_folder_in_the_way_and_one_left_by_a_kill(
     (tmp_path / "out" / "mine").write_text("kept")
     assert "exists already" in moe_lm("export", run, tmp_path / "out").err
     assert (tmp_path / "out" / "mine").read_text() == "kept"
-    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new.tmp").mkdir()
     assert "another process is writing" in moe_lm("export", run, tmp_path / "new").err
     (tmp_path / "empty").mkdir()
     assert moe_lm("export", run, tmp_path / "empty", "--proof-memory", 0).code == 0
