@@ -22,7 +22,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.processes import start_ranks
 
 if TYPE_CHECKING:
-    from moe_lm.data.batches import Batch, BatchSource
+    from moe_lm.data.batches import BatchSource
     from moe_lm.model.transformer import LanguageModel
 
 SaveRun = Callable[..., Path]
@@ -194,56 +194,21 @@ def run_ranks(start_moe_lm: Callable[..., subprocess.Popen[str]]) -> Callable[..
     return run
 
 
-class RaggedBatches:
-    """A batch source of all that packing can come to: rows of 2 documents and padding, some with few targets or none.
-
-    Ids are 7 to 63, padding is 2.
-    """
-
-    fingerprint = "ragged"
-    length = 24
-
-    def batch(self, step: int, rows: range) -> Batch:
-        import numpy as np
-
-        from moe_lm.data.batches import IGNORE, pack
-
-        input_ids = np.full((len(rows), self.length), 2)
-        targets = np.full_like(input_ids, IGNORE)
-        bounds = {0, input_ids.size}
-        for place, row in enumerate(rows):
-            draw = np.random.default_rng([step, row])
-            used = self.length if row == 0 else int(draw.integers(4, self.length))
-            tokens = draw.integers(7, 64, used + 1)
-            trained = draw.random(used) < (0.0, 0.2, 0.9, 1.0)[(row + step + 2) % 4]
-            input_ids[place, :used] = tokens[:-1]
-            targets[place, :used] = np.where(trained, tokens[1:], IGNORE)
-            bounds |= {place * self.length + end for end in (0, used // 3, used)}
-        return pack(input_ids, targets, np.array(sorted(bounds)))
-
-
 @pytest.fixture
 def ragged() -> BatchSource:
-    return RaggedBatches()
+    """Packed documents of unequal length with padding; some rows have few targets or none."""
+    from moe_lm.tools.verify.documents import Documents
+
+    return Documents(seed=1)
 
 
 @pytest.fixture
 def save_run(tmp_path: Path, tiny_tokenizer: Tokenizer) -> SaveRun:
     """Makes a run folder with one checkpoint of a model, as training leaves it."""
-    from moe_lm.checkpoint import checkpoint
+    from tests.tiny import write_run
 
     def save(model: LanguageModel, config: str = "") -> Path:
-        run = tmp_path / "run"
-        tiny_tokenizer.save(tmp_path / "tokenizer")
-        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        files = {
-            "config.yaml": config,
-            "model.yaml": dump_config(model.config),
-            "trainer.json": "{}",
-            "tokenizer": tmp_path / "tokenizer",
-        }
-        checkpoint.save(run / "checkpoints", 1, state, files)
-        return run
+        return write_run(tmp_path / "run", model, tiny_tokenizer, config)
 
     return save
 

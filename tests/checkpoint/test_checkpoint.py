@@ -54,11 +54,6 @@ def checkpoints(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-@pytest.fixture
-def newest(checkpoints: Path) -> Path:
-    return checkpoints / "step-00001000"
-
-
 # What a user gets back
 
 

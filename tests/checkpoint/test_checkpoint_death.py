@@ -13,29 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import moe_lm
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
-
-
-def state_of(value: int) -> dict[str, Tensor]:
-    return {"model.weight": torch.full((6, 5), float(value)), "exp_avg.weight": torch.full((6, 5), float(-value))}
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
-    """A folder of two checkpoints, of steps 500 and 1000."""
-    for step in (500, 1000):
-        checkpoint.save(tmp_path / "checkpoints", step, state_of(step), {"config.yaml": f"step: {step}\n"})
-    return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def newest(checkpoints: Path) -> Path:
-    return checkpoints / "step-00001000"
-
+from tests.checkpoint.conftest import state_of
 
 # Failures while saving
 

@@ -7,9 +7,7 @@ whether the state stayed as it was, then the number of values in the last state 
 from __future__ import annotations
 
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from moe_lm.engine.build import build_engine, place_model
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.logical import host_copy, whole
 from moe_lm.parallel.topology import end
+from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 
 POISONED = 2
@@ -46,7 +45,7 @@ def main(stage: int, factor: float) -> None:
     if placed.first_expert > 0:
         parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
     engine = build_engine(placed, train, parallel, pad_id=2)
-    batches = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RaggedBatches"]()
+    batches = Documents(seed=1)
     found, before = [], state_of(engine)
     for step in range(train.steps):
         result = engine.train_step(step, local_micro_batches(engine, batches, train, step))

@@ -6,9 +6,7 @@ Rank 0 prints the losses of three steps, and the norm of the gradient of each ex
 from __future__ import annotations
 
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,6 +15,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, TrainConfig
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology, end
+from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 
 
@@ -40,7 +39,7 @@ def main(engine_name: str) -> None:
         for layer in placed.model.moe_layers:
             layer.gate.e_score_correction_bias[:2] += 10
     engine = build_engine(placed, train, parallel, pad_id=2)
-    batches = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RaggedBatches"]()
+    batches = Documents(seed=1)
     gradients: dict[str, list[float]] = {}
 
     def keep() -> None:

@@ -1,0 +1,42 @@
+"""Models that train and sample in milliseconds, and run folders around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.config.file import dump_config
+from moe_lm.config.model import ModelConfig
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.tokenizer.tokenizer import Tokenizer
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 64, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "initializer_range": 0.2,
+}  # fmt: skip
+LATENT: dict[str, Any] = {  # changes of SHAPE: latent attention
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+    "num_key_value_heads": None, "use_qk_norm": False,
+}  # fmt: skip
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """A dense layer, then two with experts; grouped-query attention. `initializer_range` makes every weight matter."""
+    return ModelConfig(**SHAPE | changes)
+
+
+def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
+    """A model of `tiny(**changes)` with random weights."""
+    model = LanguageModel(tiny(**changes))
+    model.initialise(seed)
+    return model
+
+
+def write_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, config: str = "", step: int = 1) -> Path:
+    """Give the folder `run` one checkpoint of the model, as training leaves it; returns `run`."""
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    files: dict[str, Any] = {"model.yaml": dump_config(model.config), "trainer.json": "{}", "tokenizer": tokenizer.save}
+    checkpoint.save(run / "checkpoints", step, state, {"config.yaml": config} | files)
+    return run
