@@ -1,18 +1,16 @@
-"""`python -m moe_lm` is `moe-lm`: the command line, in a process of its own."""
-
-import sys
+"""`python -m moe_lm` is `moe-lm`: the command line in a process of its own."""
 
 from moe_lm.cli import main as cli
+from moe_lm.common.process import end
 
 
 def main() -> None:
-    """Run the verb that `sys.argv` names and end with its code."""
+    """Run the verb that `sys.argv` names and end the process with its exit code."""
     try:
         cli.main()
     except SystemExit as stop:
-        topology = sys.modules.get("moe_lm.parallel.topology")
-        if topology is not None and isinstance(stop.code, int):
-            topology.end(stop.code)
+        if isinstance(stop.code, int):
+            end(stop.code)
         raise
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -109,23 +106,6 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     end_meeting()
-
-
-def end(code: int) -> NoReturn:
-    """End a process that may have been a rank, without the interpreter's own end.
-
-    A thread of gloo may still be letting go of a tensor of the last exchange; where it finds the interpreter ending,
-    torch aborts the process, and a run that went well ends with SIGABRT.
-    """
-    atexit._run_exitfuncs()
-    for output in (sys.stdout, sys.stderr):
-        try:
-            output.flush()
-        except BrokenPipeError:
-            continue  # a reader that went away is no error
-        except OSError:
-            code = code or 1  # what was to be said is not on the disk
-    os._exit(code)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

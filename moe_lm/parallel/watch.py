@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import hashlib
 import os
-import signal
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +15,10 @@ import torch.distributed as dist
 
 import moe_lm
 from moe_lm.common.errors import UsageError
+from moe_lm.common.process import end_with_parent
 from moe_lm.parallel.meeting import why_lost
 from moe_lm.parallel.topology import Topology
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # What the back ends say when another rank has gone, or has not answered in time.
 LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
 
@@ -34,12 +31,6 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
         end_with_parent()
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends; Linux alone can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def agree(topology: Topology, what: Mapping[str, object]) -> None:

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moe_lm.common.process import this_program
 from moe_lm.common.terminal import byte_bar
 from moe_lm.config.file import load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
@@ -38,7 +39,6 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.training import train_tokenizer
 from moe_lm.tools.docstrings import docstring_pairs
 from moe_lm.train import finetune, pretrain
-from moe_lm.train.loop import this_program
 
 HOUSE = Path(__file__).parents[2]
 MINUTES = 8.0

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shlex
-import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.saver import Saver
-from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.common.process import this_command
+from moe_lm.common.signals import stop_signals
 from moe_lm.config.run import CheckpointConfig, TrainConfig, rows_at_once
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine, StepResult
@@ -199,52 +193,3 @@ def step_record(parts: Training, step: int, result: StepResult, seconds: float) 
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Sequence[int]]:
-    """SIGTERM and SIGINT are noted in the list that this yields; a second one ends the process at once.
-
-    A thread takes them, whatever the main thread waits for. The main thread blocks them, which the processes that it
-    starts inherit: Ctrl-C reaches every process of a terminal, and would kill the compilers of `torch.compile`.
-    """
-    received: list[int] = []
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] not in STOP_SIGNALS:
-                continue  # the pipe tells of every signal that Python handles
-            if received:
-                os._exit(128 + number[0])
-            received.append(number[0])
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield received
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(writer)
-        watcher.join()
-        os.close(reader)
-
-
-def this_command() -> str:
-    """The command line that this process was started with, as a person would type it."""
-    return shlex.join([*this_program(), *sys.argv[1:]])
-
-
-def this_program() -> list[str]:
-    """What to type for this program: its name where the shell finds it, else its path."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        return [sys.executable, "-m", "moe_lm"]
-    return [program.name if shutil.which(program.name) else str(program)]

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.process import end
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.parallel.together import Ranks
-from moe_lm.parallel.topology import end
 
 CONFIG = {"config.yaml": "a: 1\n"}
 

@@ -12,12 +12,12 @@ import sys
 import torch
 from torch import Tensor
 
+from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, TrainConfig
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.logical import host_copy, whole
-from moe_lm.parallel.topology import end
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from moe_lm.checkpoint import checkpoint
+from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, TrainConfig
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.topology import end, leave
+from moe_lm.parallel.topology import leave
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 

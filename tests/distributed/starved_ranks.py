@@ -11,10 +11,11 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
+from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, TrainConfig
 from moe_lm.engine.build import build_engine, place_model
-from moe_lm.parallel.topology import current_topology, end
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 

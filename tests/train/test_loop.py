@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,17 +16,17 @@ import torch
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology
-from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, stop_signals, this_command, train
+from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, train
 from moe_lm.train.metrics import MetricsLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[2]
 PAD = 2
 Record = dict[str, Any]
 
@@ -340,39 +338,6 @@ def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource) -
     result = run()
     assert (result.step, result.stopped, asked) == (3, True, [False, False, False])
     assert run.checkpoints == ["step-00000003"]
-
-
-WAITING = (
-    "import sys, time\n"
-    "from moe_lm.train.loop import stop_signals\n"
-    "with stop_signals() as signalled:\n"
-    "    print('ready', flush=True)\n"
-    "    while not signalled: time.sleep(0.01)\n"
-    "    print(*signalled, flush=True)\n"
-    "    time.sleep(600)\n"
-)
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        child.send_signal(signal.SIGTERM)
-        assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
-        child.send_signal(second)
-        assert child.wait(timeout=60) == 128 + second
-
-
-def test_ctrl_c_spares_the_processes_that_training_starts() -> None:
-    """A terminal sends SIGINT to every process; compilers of `torch.compile` that die of it would fail the step."""
-    program = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
-    with stop_signals():
-        inside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    outside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(json.loads(inside.stdout)) >= {signal.SIGTERM, signal.SIGINT}
-    assert not set(json.loads(outside.stdout)) & {signal.SIGTERM, signal.SIGINT}
 
 
 # Rows and ranks

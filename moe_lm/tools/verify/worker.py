@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint
+from moe_lm.common.process import end, end_with_parent
 from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.config.run import ParallelConfig, TrainConfig
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel import logical
-from moe_lm.parallel.topology import current_topology, end, join, leave
-from moe_lm.parallel.watch import end_with_parent
+from moe_lm.parallel.topology import current_topology, join, leave
 from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs, Source
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.tools.verify.scale import PAD, initialise

@@ -1,15 +1,13 @@
-"""What is typed to go on, and which signals stop a run."""
+"""The command that starts a run again, and the end of a process."""
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
 import sys
-import time
 
 import pytest
 
-from moe_lm.train.loop import stop_signals, this_command
+from moe_lm.common.process import this_command
 
 
 def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,13 +23,12 @@ def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatc
         assert this_command() == f"{typed} pretrain 'my runs/a.yaml' train.steps=10"
 
 
-def test_a_signal_that_is_not_for_stopping_stops_nothing() -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with stop_signals() as received:
-            for _ in range(3):
-                os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.2)
-            assert list(received) == []
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+@pytest.mark.parametrize(("device", "code"), [("/dev/full", 1), ("/dev/null", 0)])
+def test_a_process_whose_last_output_is_lost_fails(device: str, code: int) -> None:
+    program = (
+        "import sys; from moe_lm.common.process import end\n"
+        "sys.stdout = open(1, 'w', closefd=False)  # buffered, whatever PYTHONUNBUFFERED says\n"
+        "sys.stdout.write('said'); end(0)"
+    )
+    with open(device, "w", encoding="utf-8") as output:
+        assert subprocess.run([sys.executable, "-c", program], stdout=output).returncode == code

@@ -1,0 +1,51 @@
+"""This process: the command that started it, and how it ends."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def this_command() -> str:
+    """The command line of this process, as a person would type it."""
+    return shlex.join([*this_program(), *sys.argv[1:]])
+
+
+def this_program() -> list[str]:
+    """The words that start this program: its name if the shell finds it, else its path."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return [sys.executable, "-m", "moe_lm"]
+    return [program.name if shutil.which(program.name) else str(program)]
+
+
+def end(code: int) -> NoReturn:
+    """End the process with this code, or with 1 if its last output cannot be written, without Python's own shutdown.
+
+    After training, a thread of gloo may still be releasing a tensor. If it finds the interpreter shutting down, torch
+    aborts the process, and a successful run ends with SIGABRT.
+    """
+    atexit._run_exitfuncs()
+    for output in (sys.stdout, sys.stderr):
+        try:
+            output.flush()
+        except BrokenPipeError:
+            continue  # the reader has gone away, which is not an error
+        except OSError:
+            code = code or 1
+    os._exit(code)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
