@@ -1,0 +1,1 @@
+"""Documents out of files and data sets.  Reading order: sources.py, files.py, split.py."""

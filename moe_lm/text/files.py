@@ -1,7 +1,7 @@
-"""Lines and rows of files that may be compressed and may be broken; memory is bounded whatever their size.
+"""Lines and rows of files that may be compressed or damaged, in memory bounded whatever their size.
 
 One bad line never stops a file: what cannot be used is counted in a `Report` by reason, with the first place where
-it was met.
+that happened.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -22,21 +23,24 @@ from typing import Any, BinaryIO, cast
 from moe_lm.common.errors import UsageError
 
 try:
-    import zstandard
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
 except ImportError:
-    zstandard = None  # type: ignore[assignment]
+    zstd = None  # type: ignore[assignment]
 
-MAX_LINE_BYTES = 16 << 20  # a longer line is skipped: it would have to be held in memory whole
-MAX_JSON_BYTES = 128 << 20  # a .json array is parsed whole; beyond this it has to be .jsonl
+MAX_LINE_BYTES = 16 << 20  # a longer line is skipped: a line is held in memory whole
+MAX_JSON_BYTES = 128 << 20  # a .json file is parsed whole; a larger one has to be .jsonl
 COMPRESSED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
 UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
-if zstandard is not None:
-    UNREADABLE += (zstandard.ZstdError,)
+if zstd is not None:
+    UNREADABLE += (zstd.ZstdError,)
 
 
 @dataclass
 class Report:
-    """What was read and what was left out or shortened: counts by reason, and for each reason the first place."""
+    """Counts of what was read, and by reason of what was left out or shortened, with the first place of each reason."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -49,21 +53,21 @@ class Report:
         self.examples.setdefault(reason, where)
 
     def shorten(self, reason: str, where: str) -> None:
-        """Count what is used, but not whole."""
+        """Count a document or conversation of which a part is used."""
         self.shortened[reason] = self.shortened.get(reason, 0) + 1
         self.examples.setdefault(reason, where)
 
     def skipped_lines(self) -> list[str]:
-        """One line a reason, like `3 skipped: invalid UTF-8 (first: a.txt:7)`."""
+        """One line per reason, like `3 skipped: invalid UTF-8 (first: a.txt:7)`."""
         return [
-            f"{count} {what}: {reason} (first: {self.examples[reason]})"
-            for what, counts in (("skipped", self.skipped), ("shortened", self.shortened))
+            f"{count} {done}: {reason} (first: {self.examples[reason]})"
+            for done, counts in (("skipped", self.skipped), ("shortened", self.shortened))
             for reason, count in counts.items()
         ]
 
 
 def kind_of(path: Path) -> str:
-    """The suffix under any compression suffix, in lower case: `.jsonl` for `a.JSONL.xz`."""
+    """The suffix before any compression suffix, in lower case: `.jsonl` for `a.JSONL.xz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -71,21 +75,28 @@ def kind_of(path: Path) -> str:
 
 
 def open_decompressed(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed when its name ends in .gz, .xz or .zst."""
+    """The content of a file, decompressed when its name ends in .gz, .xz or .zst."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
     if suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstandardFile(path), 1 << 16))
+        if zstd is None:
+            raise UsageError(f"{path} needs the package backports.zstd to be read; run: pip install backports.zstd")
+        return cast(BinaryIO, zstd.open(path, "rb"))
     return open(path, "rb")
 
 
-def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a .jsonl, .json or .parquet file (compressed or not), each with its place, like `a.jsonl:7`."""
+def read_rows(
+    path: Path, name: str, report: Report, text_field: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a .jsonl, .json or .parquet file (compressed or not), each with its place, like `a.jsonl:7`.
+
+    With `text_field` only this column of a Parquet file is read; a file in which it is missing or not text counts once.
+    """
     if kind_of(path) == ".parquet":
-        yield from _parquet_rows(path, name, report)
+        yield from _parquet_rows(path, name, report, text_field)
         return
     try:
         with open_decompressed(path) as file:
@@ -99,21 +110,8 @@ def read_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict
         report.skip("unreadable file", f"{name}: {error}")
 
 
-@contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; Parquet begins with its end, so a compressed one is unpacked into a file."""
-    import pyarrow.parquet
-
-    with open_decompressed(path) as stream, tempfile.TemporaryFile() as seekable:
-        file: BinaryIO = stream
-        if path.suffix.lower() in COMPRESSED_SUFFIXES:
-            shutil.copyfileobj(stream, seekable)
-            file = cast(BinaryIO, seekable)
-        yield pyarrow.parquet.ParquetFile(file)
-
-
 def text_problem(text: str) -> str | None:
-    """Why a text must not reach the tokenizer, or None."""
+    """The reason why a text must not reach the tokenizer, or None."""
     if "\0" in text:
         return "NUL byte"
     try:
@@ -124,7 +122,7 @@ def text_problem(text: str) -> str | None:
 
 
 def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1; one over MAX_LINE_BYTES is passed over without being held."""
+    """The lines of a file, numbered from 1. A line over MAX_LINE_BYTES is skipped without being held in memory."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
@@ -136,23 +134,67 @@ def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int,
         yield number, line
 
 
-def _parquet_rows(path: Path, name: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(
+    path: Path, name: str, report: Report, text_field: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
 
     try:
-        with open_parquet(path) as table:
+        with _open_parquet(path) as table:
+            if text_field is not None and (problem := _column_problem(table.schema_arrow, text_field)):
+                reason, detail = problem
+                report.skip(reason, f"{name}, {detail}")
+                return
             number = 0
-            for batch in table.iter_batches(batch_size=256):
-                for index in range(batch.num_rows):
+            for batch in table.iter_batches(batch_size=256, columns=text_field and [text_field]):
+                for row in _batch_rows(batch):
                     number += 1
-                    try:
-                        [row] = batch.slice(index, 1).to_pylist()
-                    except UnicodeDecodeError:
+                    if row is None:
                         report.skip("invalid UTF-8", f"{name}:{number}")
-                        continue
-                    yield f"{name}:{number}", row
+                    else:
+                        yield f"{name}:{number}", row
     except (pyarrow.ArrowException, *UNREADABLE) as error:
         report.skip("unreadable file", f"{name}: {error}")
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. Its index stands at its end, so a compressed file is unpacked to disk first."""
+    import pyarrow.parquet
+
+    with open_decompressed(path) as stream, tempfile.TemporaryFile() as seekable:
+        file: BinaryIO = stream
+        if path.suffix.lower() in COMPRESSED_SUFFIXES:
+            shutil.copyfileobj(stream, seekable)
+            file = cast(BinaryIO, seekable)
+        yield pyarrow.parquet.ParquetFile(file)
+
+
+def _column_problem(schema: Any, text_field: str) -> tuple[str, str] | None:
+    """The reason why a column cannot be read as text, with the detail; None when it can."""
+    import pyarrow
+
+    if text_field not in schema.names:
+        return f"no field {text_field!r}", f"which has {', '.join(schema.names)}"
+    kind = schema.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        return f"field {text_field!r} is not text", f"where it is {kind}"
+    return None
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a record batch, None for one with a string that is not UTF-8."""
+
+    def one(index: int) -> dict[str, Any] | None:
+        try:
+            return cast(dict[str, Any], batch.slice(index, 1).to_pylist()[0])
+        except UnicodeDecodeError:
+            return None
+
+    try:
+        return cast(list[dict[str, Any] | None], batch.to_pylist())
+    except UnicodeDecodeError:  # raised for all rows because of one
+        return [one(index) for index in range(batch.num_rows)]
 
 
 def _json_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str, Any]]:
@@ -162,7 +204,7 @@ def _json_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str
 
 
 def _json_values(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[str, Any]]:
-    """The elements of one JSON array, placed as `file[index]`, or one object; many .json files are really lines."""
+    """The elements of one JSON array, placed as `file[index]`, or one object; many .json files hold JSON lines."""
     text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         report.skip(f".json file over {MAX_JSON_BYTES >> 20} MiB, convert it to .jsonl", name)
@@ -183,41 +225,3 @@ def _json_value(line: bytes, where: str, report: Report) -> Iterator[tuple[str, 
         report.skip("invalid UTF-8", where)
     except (ValueError, RecursionError):
         report.skip("NUL byte" if b"\0" in line else "broken JSON", where)
-
-
-class _ZstandardFile(io.RawIOBase):
-    """Decompresses frame after frame. The library's own reader takes a file cut short for one that ends there."""
-
-    def __init__(self, path: Path) -> None:
-        if zstandard is None:
-            raise UsageError(f"{path} needs the package zstandard to be read; run: pip install zstandard")
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if self._frame.eof:
-                compressed, self._begun = self._frame.unused_data, False
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            else:
-                compressed = b""
-            compressed = compressed or self._file.read(1 << 13)
-            if not compressed:
-                if self._begun:
-                    raise EOFError("the compressed data end in the middle of a frame")
-                return 0
-            self._begun = True
-            self._ready = memoryview(self._frame.decompress(compressed))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()

@@ -1,7 +1,7 @@
-"""Documents out of text files, JSON rows, Parquet, `datasets` data sets and the Python standard library.
+"""Documents from text files, JSON rows, Parquet, `datasets` data sets and the Python standard library.
 
 One bad document never stops a corpus: what cannot be used is counted in a `Report` by reason, with the first place
-where it was met. Memory is bounded whatever the size of a file. The order is the same on every run.
+where that happened. Memory is bounded whatever the size of a file. The order is the same on every run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from moe_lm.text.files import (
     Report,
     kind_of,
     open_decompressed,
-    open_parquet,
     read_lines,
     read_rows,
     text_problem,
 )
 
-PIECE_BYTES = 64 << 10  # a longer text file comes in pieces of about this size, so that some of it can be held out
+PIECE_BYTES = 64 << 10  # a longer text file is cut into pieces of about this size, so that some can be held out
 
 TEXT_SUFFIXES = frozenset(
     {".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".yaml", ".toml", ".sql", ".sh"}
@@ -38,7 +37,7 @@ TEXT_SUFFIXES = frozenset(
 ROW_SUFFIXES = frozenset({".jsonl", ".json", ".parquet"})
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
-TOPICS = "pydoc_data/topics.py"  # the language's documentation: one large dictionary of texts
+TOPICS = "pydoc_data/topics.py"  # Python's language documentation: one large dictionary of texts
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
 
 
 def source_files(source: SourceConfig, report: Report | None = None) -> list[tuple[str, Path]]:
-    """The files of a `path` or `stdlib` source, sorted, each with its name: the posix path relative to the root."""
+    """The files of a `path` or `stdlib` source, sorted, each with its name: its POSIX path relative to the root."""
     if source.stdlib:
         return _stdlib_files()
     path = Path(source.path or "").expanduser()
@@ -93,12 +92,12 @@ def source_files(source: SourceConfig, report: Report | None = None) -> list[tup
 
 
 def origin(source: SourceConfig) -> str:
-    """What a source reads, in words for messages."""
+    """The path, data set or library of a source, for messages."""
     return source.path or source.dataset or "the Python standard library"
 
 
 def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
-    """Every document with its place (`file:line`), before the checks that any text must pass."""
+    """Every document with its place (`file:line`), before the checks that every text must pass."""
     if source.dataset is not None:
         yield from _dataset_documents(source, report)
         return
@@ -107,12 +106,10 @@ def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document
         if source.stdlib and name == TOPICS:
             yield from _topics()
         elif kind not in ROW_SUFFIXES:
-            # A module of the standard library stays whole, so that it is held out whole.
+            # A module of the standard library stays in one piece, so that all of it is held out or none.
             yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else PIECE_BYTES, report)
-        elif kind == ".parquet":
-            yield from _parquet_documents(path, name, source.text_field, report)
         else:
-            for where, row in read_rows(path, name, report):
+            for where, row in read_rows(path, name, report, source.text_field):
                 yield from _row_document(row, source.text_field, where, report)
 
 
@@ -133,7 +130,7 @@ def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> 
 
 
 def _topics() -> Iterator[tuple[Document, str]]:
-    """The texts behind `help("TOPIC")`, a document each, as a reader sees them and not as their module quotes them."""
+    """The texts behind `help("TOPIC")`, one document each, as readers see them and not as their module quotes them."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
@@ -141,7 +138,7 @@ def _topics() -> Iterator[tuple[Document, str]]:
 
 
 def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[int, bytes]]:
-    """A file cut at blank lines into pieces of about `piece_bytes`, each with the number of its first line."""
+    """The pieces of a file, cut at blank lines after about `piece_bytes`, each with the number of its first line."""
     lines: list[bytes] = []
     size = first = 0
     for number, line in read_lines(file, name, report):
@@ -158,46 +155,12 @@ def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iter
 def _row_document(row: dict[str, Any], text_field: str, where: str, report: Report) -> Iterator[tuple[Document, str]]:
     text = row.get(text_field)
     if isinstance(text, str):
-        yield _row(text), where
+        # Named by its text and not by its place: equal texts fall into the same split, and new rows rename none.
+        yield Document(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), text), where
     elif text_field in row:
         report.skip(f"field {text_field!r} is not text", where)
     else:
         report.skip(f"no field {text_field!r}", f"{where}, which has {', '.join(map(repr, list(row)[:8])) or 'none'}")
-
-
-def _row(text: str) -> Document:
-    """A row's place in its file is no name for it; equal texts are one document, on one side of the split."""
-    return Document(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), text)
-
-
-def _parquet_documents(path: Path, name: str, text_field: str, report: Report) -> Iterator[tuple[Document, str]]:
-    import pyarrow
-
-    try:
-        with open_parquet(path) as table:
-            schema = table.schema_arrow
-            if text_field not in schema.names:
-                report.skip(f"no field {text_field!r}", f"{name}, which has {', '.join(schema.names)}")
-                return
-            kind = schema.field(text_field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                report.skip(f"field {text_field!r} is not text", f"{name}, where it is {kind}")
-                return
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                # As bytes: pyarrow raises for a whole column when one string is not UTF-8.
-                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    row += 1
-                    where = f"{name}:{row}"
-                    if value is None:
-                        report.skip(f"field {text_field!r} is not text", where)
-                        continue
-                    try:
-                        yield _row(value.decode("utf-8")), where
-                    except UnicodeDecodeError:
-                        report.skip("invalid UTF-8", where)
-    except (pyarrow.ArrowException, *UNREADABLE) as error:
-        report.skip("unreadable file", f"{name}: {error}")
 
 
 def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
@@ -206,9 +169,9 @@ def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[D
 
 
 def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a `datasets` data set as they come, each with its place, like `name:7`.
+    """The rows of a `datasets` data set, streamed, each with its place, like `name:7`.
 
-    Raises MoeLmError, which names the `reader`, for whatever the library, the network or the file formats raise.
+    Raises MoeLmError, which begins with `reader`, for anything that the library, the network or a file format raises.
     """
     import datasets
 
@@ -224,7 +187,7 @@ def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iter
 
 
 def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:
-    """Files of a known kind under a folder; hidden ones are not looked at."""
+    """The files of a known kind under a folder, without hidden ones."""
     files: list[tuple[str, Path]] = []
     for name, path in _walk(root, left_out=frozenset()):
         if kind_of(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
@@ -260,5 +223,5 @@ def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[str, Path]]:
 
 
 def _name(path: Path, root: Path) -> str:
-    """The path below the root as printable text, also where the file system holds bytes that are not UTF-8."""
+    """The path relative to the root, as printable text even where a name is not UTF-8."""
     return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")

@@ -11,17 +11,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.run import SourceConfig
+from moe_lm.text.files import zstd
 from moe_lm.text.sources import Document, Report, read_documents, source_files
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
-    ".zst": zstandard.compress,
+    ".zst": zstd.compress,
 }
 
 
@@ -296,10 +296,10 @@ def test_a_source_without_text_is_refused_by_name(tmp_path: Path, path: str, mes
         read(tmp_path / path)
 
 
-def test_zstandard_that_is_not_installed_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"text"))
-    monkeypatch.setattr("moe_lm.text.files.zstandard", None)
-    with pytest.raises(UsageError, match="pip install zstandard"):
+def test_zstd_that_is_not_installed_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"text"))
+    monkeypatch.setattr("moe_lm.text.files.zstd", None)
+    with pytest.raises(UsageError, match=r"pip install backports\.zstd"):
         read(tmp_path)
 
 
