@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import yaml
 
-from moe_lm.config.file import dump_config, load_config
+from moe_lm.config.reading import dump_config, load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.processes import start_ranks

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moe_lm"
 LONGEST_FILE = 420  # lines
 LOOSE_END = re.compile(r"\b(TO-?DO|FIX-?ME|X{3})\b|raise\s+NotImplemented")  # spelled so that it does not find itself
 MODEL_IMPORTS = {
-    "torch", "flash_attn", "moe_lm.config.model", "moe_lm.config.lora", "moe_lm.common.errors", "moe_lm.model",
+    "torch", "flash_attn", "moe_lm.config.model", "moe_lm.common.errors", "moe_lm.model",
     "moe_lm.kernels",
 }  # fmt: skip
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.config.file import dump_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 

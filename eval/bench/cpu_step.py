@@ -21,9 +21,10 @@ import torch
 import transformers
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from moe_lm.config.file import load_config
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import OptimizerConfig, ParallelConfig, TrainConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.count import count_parameters, flops_per_token

@@ -26,8 +26,8 @@ import transformers
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.config.file import dump_config, load_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config, load_config
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel

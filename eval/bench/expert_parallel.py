@@ -27,9 +27,10 @@ import torch
 from deepspeed.moe.layer import MoE as PeerMoE
 from torch import Tensor, nn
 
-from moe_lm.config.file import load_config
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import OptimizerConfig, ParallelConfig, TrainConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import pack
 from moe_lm.engine.build import PlacedModel, build_engine, place_model
 from moe_lm.model.layers import MLP

@@ -21,8 +21,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from moe_lm.config.file import load_config
-from moe_lm.config.run import BalanceConfig, PretrainConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
+from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import Batch
 from moe_lm.generate.session import Session
 from moe_lm.objective.losses import TrainingLoss

@@ -29,8 +29,9 @@ import yaml
 from sacrebleu.metrics import CHRF
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.config.file import load_config
-from moe_lm.config.run import FinetuneConfig, PreferenceConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import FinetuneConfig
+from moe_lm.config.training import PreferenceConfig
 from moe_lm.data.preferences import PairRows, read_preferences
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
-from moe_lm.config.file import build_config
-from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import LoraConfig
+from moe_lm.config.reading import build_config
 from moe_lm.model import lora
 from moe_lm.parallel.logical import kept_here, room_beside
 
@@ -37,7 +37,7 @@ def read(folder: Path) -> Adapter | None:
     if FILE not in checkpoint.checksums(folder):
         return None
     values = yaml.safe_load(checkpoint.read_text(folder, FILE))
-    settings = build_config(LoraConfig, values["lora"], f"{folder}/{FILE}")
+    settings = build_config(LoraConfig, values["lora"], f"{folder}/{FILE}", saved=True)
     return Adapter(Path(values["base"]), values["fingerprint"], settings)
 
 

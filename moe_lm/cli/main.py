@@ -203,8 +203,8 @@ def tokenizer_train(
     overrides: Overrides = None,
 ) -> None:
     """Train a tokenizer and write it to the recipe's output folder."""
-    from moe_lm.config.file import load_config
-    from moe_lm.config.run import TokenizerRecipe
+    from moe_lm.config.data import TokenizerRecipe
+    from moe_lm.config.reading import load_config
 
     settings = load_config(TokenizerRecipe, recipe, overrides or ())
 
@@ -226,7 +226,7 @@ def tokenizer_inspect(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text to measure it on.")] = None,
 ) -> None:
     """Report vocabulary, bytes per token and round-trip exactness."""
-    from moe_lm.config.run import SourceConfig
+    from moe_lm.config.data import SourceConfig
     from moe_lm.tokenizer.tokenizer import Tokenizer
     from moe_lm.tokenizer.training import inspect
 
@@ -238,7 +238,7 @@ def tokenizer_inspect(
 @app.command(rich_help_panel="Build")
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Turn documents into token shards, in parallel; goes on where it was stopped."""
-    from moe_lm.config.file import load_config
+    from moe_lm.config.reading import load_config
     from moe_lm.config.run import PretrainConfig
 
     settings = load_config(PretrainConfig, config, overrides or ())
@@ -256,7 +256,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command(rich_help_panel="Build")
 def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
-    from moe_lm.config.file import load_config
+    from moe_lm.config.reading import load_config
     from moe_lm.config.run import PretrainConfig
 
     settings = load_config(PretrainConfig, config, overrides or ())
@@ -280,7 +280,7 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune a run on conversations, all weights or adapters; resumes like pretrain."""
-    from moe_lm.config.file import load_config
+    from moe_lm.config.reading import load_config
     from moe_lm.config.run import FinetuneConfig
 
     settings = load_config(FinetuneConfig, config, overrides or ())
@@ -317,7 +317,7 @@ def verify(
 
     CONFIG is that of a pretraining or a fine-tuning, with its adapters or preferences.
     """
-    from moe_lm.config.file import has_key, load_config
+    from moe_lm.config.reading import has_key, load_config
     from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 
     settings: RunConfig

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatSource
+from moe_lm.config.data import ChatSource
 from moe_lm.data.formats import Dialogue, Message, Pair, Unusable, dialogue_of, pair_of
 from moe_lm.text.files import Report, read_rows
 from moe_lm.text.sources import read_dataset

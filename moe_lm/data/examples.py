@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatDataConfig, ChatSource
+from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import next_tokens
 from moe_lm.data.conversations import nothing_usable, read_dialogues, split_held_out
 from moe_lm.data.formats import Dialogue

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lm.config.chat import ChatSource, template_fields
+from moe_lm.config.data import ChatSource, template_fields
 from moe_lm.text.files import text_problem
 from moe_lm.tokenizer.chat.template import ROLES
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatDataConfig, ChatSource
+from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data import formats
 from moe_lm.data.batches import IGNORE, Batch, next_tokens
 from moe_lm.data.conversations import nothing_usable, read_pairs, split_held_out

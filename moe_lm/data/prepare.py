@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
-from moe_lm.config.run import DataConfig, SourceConfig
+from moe_lm.config.data import DataConfig, SourceConfig
 from moe_lm.data.chunks import Workers, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
 from moe_lm.text.sources import TEXT_SUFFIXES, Report, read_documents, source_files

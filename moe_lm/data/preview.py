@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_lm.config.chat import ChatDataConfig
+from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.examples import ChatData
 from moe_lm.data.packing import Document

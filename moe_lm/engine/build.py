@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig, check_experts
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.run import ParallelConfig, check_experts
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels.device import pick_device
 from moe_lm.model import lora

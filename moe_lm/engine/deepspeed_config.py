@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import ParallelConfig, TrainConfig, rows_at_once
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 
 # What `parallel.deepspeed` may add. Everything else is either generated here, wrong with this engine, or not of use.
 PASSED_THROUGH = (
@@ -48,7 +49,7 @@ def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int
     Weights are float32 and products bfloat16 under autocast, in every layout, so DeepSpeed's own mixed precision,
     which rounds the weights that are multiplied, is off.
     """
-    micro = rows_at_once(train, world_size)
+    micro = train.rows_at_once(world_size)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage or 1,
         "contiguous_gradients": True,

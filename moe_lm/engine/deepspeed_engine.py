@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size

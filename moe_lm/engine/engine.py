@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import PreferenceConfig, TrainConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.kernels.device import compiling_needs
 from moe_lm.model.lora import draw_dropout

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size
 from moe_lm.kernels.device import pick_device, pick_dtype

@@ -23,8 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.file import build_config
-from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, SourceConfig
+from moe_lm.config.data import SourceConfig
+from moe_lm.config.reading import build_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 from moe_lm.data.batches import IGNORE, Batch, pack
 from moe_lm.data.shards import TokenShards
 from moe_lm.generate.session import Session
@@ -194,8 +195,8 @@ def _run_config(folder: Path) -> RunConfig | None:
     values = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     origin = str(folder / "config.yaml")
     if "start_from" in values:
-        return build_config(FinetuneConfig, values, origin)
-    return build_config(PretrainConfig, values, origin)
+        return build_config(FinetuneConfig, values, origin, saved=True)
+    return build_config(PretrainConfig, values, origin, saved=True)
 
 
 def _held_out_documents(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> Scorable:

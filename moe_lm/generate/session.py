@@ -15,9 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.common.errors import UsageError
-from moe_lm.config.file import build_config
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import check_vocabulary
+from moe_lm.config.model import ModelConfig, check_vocabulary
+from moe_lm.config.reading import build_config
 from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Decoder, Settings, Step, capacity_for, room
 from moe_lm.kernels import huge_pages
@@ -198,7 +197,9 @@ def _model_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     what is dropped would depend on the texts beside it and, token by token, on those that are not written yet.
     """
     values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
-    config = build_config(ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"))
+    config = build_config(
+        ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"), saved=True
+    )
     check_vocabulary(config, tokenizer.vocab_size)
     return config
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import LoraConfig
 from moe_lm.kernels.grouped_mm import grouped_mm
 from moe_lm.model.moe import Experts
 from moe_lm.model.transformer import LanguageModel, generator_of
@@ -102,7 +102,7 @@ class LoraExperts(Experts):
 
 def scale(lora: LoraConfig) -> float:
     """What an adapter's output is multiplied by."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rank_stabilised else lora.rank)
+    return lora.alpha / lora.rank
 
 
 def is_factor(name: str) -> bool:

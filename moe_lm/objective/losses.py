@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.config.run import BalanceConfig, PreferenceConfig
+from moe_lm.config.training import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import expert_counts

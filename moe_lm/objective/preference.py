@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config.run import PreferenceConfig
+from moe_lm.config.training import PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 
 FIGURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")  # means over the pairs

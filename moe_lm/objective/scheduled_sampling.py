@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lm.config.run import ScheduledSamplingConfig
+from moe_lm.config.training import ScheduledSamplingConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.order import shuffle_key
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lm.config.run import OptimizerConfig, ScheduleConfig
+from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.lamb import Lamb
 from moe_lm.optim.muon import Muon

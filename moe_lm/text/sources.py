@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.run import SourceConfig
+from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import (
     MAX_LINE_BYTES,
     UNREADABLE,

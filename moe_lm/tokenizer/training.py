@@ -9,12 +9,13 @@ from importlib import resources
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from moe_lm.config.run import SourceConfig, TokenizerRecipe
+from moe_lm.config.data import SourceConfig, TokenizerRecipe
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.text.split import held_out
 from moe_lm.tokenizer.tokenizer import Tokenizer, split_text
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+LONGEST_TOKEN = 16  # bytes
 
 # GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
 # punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
@@ -48,7 +49,7 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
             min_frequency=2,  # a pair seen once is not worth an id
             special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            max_token_length=recipe.max_token_bytes + 1,  # the library's limit is exclusive
+            max_token_length=LONGEST_TOKEN + 1,  # the library's limit is exclusive
             show_progress=False,
         ),
     )

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_lm.config.run import SourceConfig
+from moe_lm.config.data import SourceConfig
 from moe_lm.text.sources import Report, read_documents
 
 MIN_ANSWER, MAX_ANSWER = 20, 400  # characters

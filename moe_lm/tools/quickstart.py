@@ -23,8 +23,9 @@ from rich.table import Table
 
 from moe_lm.common.process import this_program
 from moe_lm.common.terminal import byte_bar
-from moe_lm.config.file import load_config
-from moe_lm.config.run import FinetuneConfig, PretrainConfig, SourceConfig, TokenizerRecipe
+from moe_lm.config.data import SourceConfig, TokenizerRecipe
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, unigram_bits_per_byte
@@ -141,7 +142,7 @@ def do_pretrain(walk: Walk, config: PretrainConfig) -> PretrainConfig:
     """Pretrain for the walk's share of time; returns the config with the steps that were chosen."""
     saved = walk.pretrain_dir / "config.yaml"
     if saved.exists():
-        config = load_config(PretrainConfig, saved)
+        config = load_config(PretrainConfig, saved, saved=True)
     else:
         walk.console.print("measuring the speed of a step; torch.compile takes its time first ...")
         seconds = pretrain.seconds_per_step(config)
@@ -156,7 +157,7 @@ def do_finetune(walk: Walk, pretrained: PretrainConfig) -> None:
     write_conversations(walk, pretrained.data.validation_fraction)
     saved = walk.finetune_dir / "config.yaml"
     if saved.exists():
-        config = load_config(FinetuneConfig, saved)
+        config = load_config(FinetuneConfig, saved, saved=True)
     else:
         config = load_config(
             FinetuneConfig,

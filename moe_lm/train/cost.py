@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moe_lm.config.file import dump_config
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import FinetuneConfig, RunConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.reading import dump_config
+from moe_lm.config.run import RunConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.kernels.device import pick_device, pick_dtype
 from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
@@ -52,13 +51,12 @@ def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost
 
 def cost_lines(config: RunConfig, model: ModelConfig) -> list[str]:
     """What is trained and what memory it takes; with adapters beside what training all weights would take."""
-    lora = config.lora if isinstance(config, FinetuneConfig) else None
-    it = cost(config, model, lora)
+    it = cost(config, model, config.lora)
     memory = (
         f"{_mib(it.memory.total)} MiB on each device of {processes(config)} ({_mib(it.memory.weights)} weights, "
         f"{_mib(it.memory.gradients)} gradients, {_mib(it.memory.optimizer)} optimizer), before activations"
     )
-    if lora is not None:
+    if config.lora is not None:
         memory += f"; {_mib(cost(config, model, None).memory.total)} MiB if all weights were trained"
     share = f"{it.trained:,} of {it.parameters:,} parameters ({100 * it.trained / it.parameters:.3g}%)"
     return [f"trained         {share}", f"memory          {memory}"]

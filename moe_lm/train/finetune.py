@@ -11,9 +11,9 @@ from rich.console import Console
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.start import Start, find_start
-from moe_lm.config.file import build_config
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import FinetuneConfig, check_positions, check_router, rows_at_once
+from moe_lm.config.reading import build_config
+from moe_lm.config.run import FinetuneConfig, check_positions, check_router
 from moe_lm.data.batches import Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat
@@ -71,7 +71,7 @@ def by_preference(config: FinetuneConfig, title: str, start: Start, tokenizer: T
     )
 
     def with_start(engine: Engine) -> list[Batch]:
-        size = rows_at_once(train, engine.topology.world_size)
+        size = train.rows_at_once(engine.topology.world_size)
         add_reference((rows, held_out), engine, size, config.run_dir, start)
         return at_most(config, (batch for _, batch in held_out.in_order(size)))
 
@@ -117,7 +117,7 @@ def preview(config: FinetuneConfig, count: int) -> None:
 def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
     """The shape of the starting point. Raises UsageError when `config` asks of it what it does not have."""
     values = yaml.safe_load(checkpoint.read_text(start, "model.yaml"))
-    model = build_config(ModelConfig, values, f"{start}/model.yaml")
+    model = build_config(ModelConfig, values, f"{start}/model.yaml", saved=True)
     check_positions(model, config.data.sequence_length)
     check_router(model, config.train)
     return model
@@ -127,7 +127,7 @@ def validation_batches(
     config: FinetuneConfig, conversations: Sequence[Conversation], tokenizer: Tokenizer
 ) -> list[Batch]:
     """The held-out conversations, in order."""
-    data, size = config.data, rows_at_once(config.train, current_topology().world_size)
+    data, size = config.data, config.train.rows_at_once(current_topology().world_size)
     return at_most(
         config,
         chat_evaluation_batches(conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id),
@@ -141,6 +141,6 @@ def at_most(config: FinetuneConfig, batches: Iterator[Batch]) -> list[Batch]:
         return list(batches)
     return list(
         islice(
-            batches, train.eval_batches * train.global_batch_size // rows_at_once(train, current_topology().world_size)
+            batches, train.eval_batches * train.global_batch_size // train.rows_at_once(current_topology().world_size)
         )
     )

@@ -13,7 +13,8 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
-from moe_lm.config.run import CheckpointConfig, TrainConfig, rows_at_once
+from moe_lm.config.run import CheckpointConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine, StepResult
 from moe_lm.engine.pace import Pace
@@ -109,7 +110,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
 def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
     rows = engine.topology.rows_of(config.global_batch_size)
-    size = rows_at_once(config, engine.topology.world_size)
+    size = config.rows_at_once(engine.topology.world_size)
     pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = [batches.batch(step, piece) for piece in pieces]
     if (sampling := config.scheduled_sampling) is None:

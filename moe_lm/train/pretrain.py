@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from moe_lm.config.run import PretrainConfig, check_vocabulary, rows_at_once
+from moe_lm.config.model import check_vocabulary
+from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.engine.build import build_engine, place_model
@@ -72,7 +73,7 @@ def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatc
 def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Batch]:
     """The held-out split of every source, in order; at most `train.eval_batches` global batches a source."""
     data, train = config.data, config.train
-    size = rows_at_once(train, current_topology().world_size)
+    size = train.rows_at_once(current_topology().world_size)
     batches: list[Batch] = []
     for shards in _open_shards(config, "validation", tokenizer):
         if shards.num_tokens > 1:

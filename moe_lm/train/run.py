@@ -15,10 +15,9 @@ from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.checkpoint.start import FILE as START
 from moe_lm.checkpoint.start import Start
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.file import build_config, dump_config
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import FinetuneConfig, RunConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.reading import build_config, dump_config
+from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
@@ -79,8 +78,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
                 checkpoint.pin(recipe.start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
         placed = place_model(recipe.model, config.parallel, recipe.lora, config.train.freeze_router)
         fill(placed, recipe)
-        preference = config.preference if isinstance(config, FinetuneConfig) else None
-        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, preference)
+        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, config.preference)
         watchdog = Watchdog(config.parallel.timeout_seconds if topology.world_size > 1 else None)
         engine.on_progress = watchdog.feed
         try:
@@ -187,6 +185,6 @@ def _as_now(folder: Path, config: RunConfig) -> dict[str, Any]:
     """The config that a checkpoint was trained with; a setting that is younger has its default."""
     values: dict[str, Any] = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     try:
-        return build_config(type(config), values, f"{folder}/config.yaml").model_dump(mode="json")
+        return build_config(type(config), values, f"{folder}/config.yaml", saved=True).model_dump(mode="json")
     except UsageError:  # another stage's, or with a setting that is gone
         return values

@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from moe_lm.cli.main import app
-from moe_lm.config.file import load_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.train import cost

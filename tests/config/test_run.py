@@ -12,9 +12,10 @@ import yaml
 
 from moe_lm.cli.main import main
 from moe_lm.common.errors import UsageError
-from moe_lm.config.file import build_config, dump_config, load_config
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import FinetuneConfig, PretrainConfig, SourceConfig, check_vocabulary
+from moe_lm.config.data import SourceConfig
+from moe_lm.config.model import ModelConfig, check_vocabulary
+from moe_lm.config.reading import build_config, dump_config, load_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig
 
 MODEL = {
     "vocab_size": 512,
@@ -200,6 +201,25 @@ def test_unknown_key_names_the_nearest(key: str, near: str | None) -> None:
     assert message.endswith(f"did you mean {near}?" if near else "remove it")
 
 
+@pytest.mark.parametrize(
+    ("key", "default", "other", "advice"),
+    [
+        ("model.moe_layer_freq", 1, 2, "name the dense layers in mlp_only_layers"),
+        ("lora.rank_stabilised", False, True, "multiply alpha by the root of rank"),
+    ],
+)
+def test_a_setting_that_is_gone_is_passed_over_only_in_a_saved_config_that_did_not_use_it(
+    key: str, default: Any, other: Any, advice: str
+) -> None:
+    kind: Any
+    kind, values = (PretrainConfig, PRETRAIN) if key.startswith("model") else (FinetuneConfig, FINETUNE | {"lora": {}})
+    old = changed(values, key, default)
+    assert build_config(kind, old, "x.yaml", saved=True) == build_config(kind, values, "x.yaml")
+    for gone, saved in ((old, False), (changed(values, key, other), True)):
+        with pytest.raises(UsageError, match=f"{key} is not a setting any more; remove it, and {advice}"):
+            build_config(kind, gone, "x.yaml", saved=saved)
+
+
 def test_missing_keys_are_all_named() -> None:
     message = refusal({"run_dir": "runs/x", "model": MODEL, "data": PRETRAIN["data"], "train": {}})
     assert "train.steps is missing" in message
@@ -305,9 +325,9 @@ def test_fine_tuning_leaves_router_biases_as_they_are_unless_told() -> None:
     assert PretrainConfig.model_validate(PRETRAIN).train.balance.bias_update_rate == 1e-3
 
 
-def test_moe_layers_follow_first_dense_and_frequency() -> None:
-    model = ModelConfig(**(MODEL | {"num_hidden_layers": 6, "moe_layer_freq": 2}))
-    assert model.moe_layers == [2, 4]
+def test_moe_layers_are_neither_first_nor_named() -> None:
+    model = ModelConfig(**(MODEL | {"num_hidden_layers": 6, "mlp_only_layers": (3, 5)}))
+    assert model.moe_layers == [1, 2, 4]
     assert ModelConfig(**(MODEL | {"n_routed_experts": 0})).moe_layers == []
 
 

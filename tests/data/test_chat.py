@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatDataConfig, ChatSource
+from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
 from moe_lm.data.examples import Conversation, read_chat, read_conversations

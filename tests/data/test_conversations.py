@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.chat import ChatSource
+from moe_lm.config.data import ChatSource
 from moe_lm.data.conversations import read_dialogues, read_pairs, split_held_out
 from moe_lm.text.files import Report
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatDataConfig, ChatSource
+from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.examples import Conversation, read_chat, read_conversations
 from moe_lm.text.files import Report, read_rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_lm.config.chat import ChatSource
+from moe_lm.config.data import ChatSource
 from moe_lm.data.formats import Unusable, dialogue_of, pair_of
 
 PLAIN = ChatSource(path="x.jsonl")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.chat import ChatDataConfig
+from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
 from moe_lm.tokenizer.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.run import DataConfig
+from moe_lm.config.data import DataConfig
 from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.chunks import Workers
@@ -110,7 +110,7 @@ def test_shards_of_another_size_hold_the_same_stream(
 PREPARE_AND_DIE = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
-    from moe_lm.config.run import DataConfig
+    from moe_lm.config.data import DataConfig
     from moe_lm.data import chunks, prepare
 
     def die(countdown=[int(sys.argv[3])]):

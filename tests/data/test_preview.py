@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_lm.config.chat import ChatDataConfig
-from moe_lm.config.file import load_config
+from moe_lm.config.data import ChatDataConfig
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.conversations import read_dialogues

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import DataConfig
+from moe_lm.config.data import DataConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
 from moe_lm.tokenizer.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.logical import host_copy, whole

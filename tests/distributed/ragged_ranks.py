@@ -16,7 +16,8 @@ import torch
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import leave

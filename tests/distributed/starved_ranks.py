@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from moe_lm.common.process import end
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
 
 TRAIN = TrainConfig(steps=10, global_batch_size=64, micro_batch_size=4, clip_norm=0.5)

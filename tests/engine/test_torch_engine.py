@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, BatchSource
 from moe_lm.engine.engine import StepResult
 from moe_lm.engine.torch_engine import TorchEngine

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.file import dump_config
+from moe_lm.config.data import ChatDataConfig, DataConfig, SourceConfig
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ChatDataConfig, DataConfig, FinetuneConfig, PretrainConfig, SourceConfig, TrainConfig
+from moe_lm.config.reading import dump_config
+from moe_lm.config.run import FinetuneConfig, PretrainConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, score_documents, unigram_bits_per_byte
 from moe_lm.model.attention import PackedAttention

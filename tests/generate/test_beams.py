@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
-from moe_lm.config.file import dump_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.generate.beams import Beam, BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.penalties import Penalties

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.train import pretrain

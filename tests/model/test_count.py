@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lm.config.file import load_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import load_config
 from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.model.transformer import LanguageModel
 
@@ -71,7 +71,6 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         shared_expert_gate=draw(st.booleans()) if n_shared_experts else False,
         mlp_only_layers=tuple(draw(st.sets(st.integers(0, layers - 1), max_size=1))),
         first_k_dense_replace=draw(st.integers(0, layers)),
-        moe_layer_freq=draw(st.integers(1, 3)),
         n_group=groups,
         topk_group=topk_group,
         norm_type=draw(st.sampled_from(("rmsnorm", "layernorm"))),

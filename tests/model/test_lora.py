@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
@@ -74,16 +73,14 @@ def filled(module: nn.Module, seed: int = 4) -> None:
 # What a layer computes
 
 
-@pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_a_linear_layer_is_the_sum_of_both_in_float64(rank_stabilised: bool) -> None:
+def test_a_linear_layer_is_the_sum_of_both_in_float64() -> None:
     layer = nn.Linear(24, 40).double()
     layer.__class__ = LoraLinear
-    layer.adapt(LoraConfig(rank=5, alpha=7.0, rank_stabilised=rank_stabilised))
+    layer.adapt(LoraConfig(rank=5, alpha=7.0))
     filled(layer)
     x = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     W, b, A, B = (p.detach().numpy() for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
-    factor = 7 / math.sqrt(5) if rank_stabilised else 7 / 5
-    np.testing.assert_allclose(layer(x).detach().numpy(), x.numpy() @ (W + factor * B @ A).T + b, rtol=1e-12)
+    np.testing.assert_allclose(layer(x).detach().numpy(), x.numpy() @ (W + 7 / 5 * B @ A).T + b, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 8])
@@ -125,21 +122,17 @@ def test_a_linear_layer_is_pefts() -> None:
     from peft import LoraConfig as PeftConfig
     from peft.tuners.lora import Linear as PeftLinear
 
-    for rank_stabilised in (False, True):
-        layer = nn.Linear(24, 40)
-        theirs = PeftLinear(
-            nn.Linear(24, 40), "default", r=4, lora_alpha=9,
-            config=PeftConfig(r=4, lora_alpha=9, use_rslora=rank_stabilised),
-        )  # fmt: skip
-        layer.__class__ = LoraLinear
-        layer.adapt(LoraConfig(rank=4, alpha=9.0, rank_stabilised=rank_stabilised))
-        filled(layer)
-        with torch.no_grad():
-            theirs.base_layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-            theirs.lora_A["default"].weight.copy_(layer.lora_A)
-            theirs.lora_B["default"].weight.copy_(layer.lora_B)
-        x = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(layer(x), theirs(x))
+    layer = nn.Linear(24, 40)
+    theirs = PeftLinear(nn.Linear(24, 40), "default", r=4, lora_alpha=9, config=PeftConfig(r=4, lora_alpha=9))
+    layer.__class__ = LoraLinear
+    layer.adapt(LoraConfig(rank=4, alpha=9.0))
+    filled(layer)
+    with torch.no_grad():
+        theirs.base_layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+        theirs.lora_A["default"].weight.copy_(layer.lora_A)
+        theirs.lora_B["default"].weight.copy_(layer.lora_B)
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), theirs(x))
 
 
 # What a model has

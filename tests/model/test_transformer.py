@@ -127,7 +127,7 @@ def test_rows_are_independent() -> None:
 
 
 def test_each_moe_layer_reports_its_routing() -> None:
-    model = build(**MOE, moe_layer_freq=2)
+    model = build(**MOE, mlp_only_layers=(1,))
     output = model(random_tokens(10), *packed([10]))
     assert [layer for layer in range(3) if model.config.is_moe_layer(layer)] == [0, 2]
     assert len(model.moe_layers) == len(output.routings) == 2

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import BalanceConfig
+from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import Routing

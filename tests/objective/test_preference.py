@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import BalanceConfig, PreferenceConfig
+from moe_lm.config.training import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.preferences import Pair, PairRows, Side
 from moe_lm.model.attention import PackedAttention

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import BalanceConfig, ParallelConfig, ScheduledSamplingConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import BalanceConfig, ScheduledSamplingConfig, TrainConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.attention import PackedAttention

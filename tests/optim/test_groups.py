@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import OptimizerConfig, ScheduleConfig
+from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.groups import build_optimizers, schedule_factor, set_learning_rate, update_router_biases
 from moe_lm.optim.muon import Muon

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from tests.processes import metrics
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.run import SourceConfig
+from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import zstd
 from moe_lm.text.sources import Document, Report, read_documents, source_files
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.data.chat import ChatBatches
 from moe_lm.data.examples import read_chat

@@ -18,7 +18,8 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig, TrainConfig
+from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel

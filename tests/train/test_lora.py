@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.checkpoint.reader import open_tensors
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.engine.build import place_model
 from moe_lm.generate.session import Session

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from tests.processes import losses
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.model.count import count_parameters

@@ -14,8 +14,8 @@ from moe_lm.checkpoint.reader import TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import Output, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
-from moe_lm.config.file import build_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import build_config
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.families import Family, family_of, known_families
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
@@ -82,7 +82,7 @@ def export_run(
 def read_model_config(folder: Path) -> ModelConfig:
     """The shape of the model in a checkpoint."""
     values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
-    return build_config(ModelConfig, values, origin=str(folder / "model.yaml"))
+    return build_config(ModelConfig, values, origin=str(folder / "model.yaml"), saved=True)
 
 
 def _family(name: str | None, config: ModelConfig) -> Family:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.file import build_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import build_config
 from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, family_of, known_families
 
 Values = dict[str, Any]
 # Settings of ours that mean nothing where no layer has experts.
 OF_EXPERTS = (
     "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size",
-    "shared_expert_gate", "first_k_dense_replace", "moe_layer_freq", "mlp_only_layers", "scoring_func",
+    "shared_expert_gate", "first_k_dense_replace", "mlp_only_layers", "scoring_func",
     "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
 )  # fmt: skip
 OF_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
@@ -139,7 +139,6 @@ def effective(config: ModelConfig) -> Values:
         "shared_expert_intermediate_size": config.shared_width,
         "n_shared_experts": min(1, config.n_shared_experts),
         "first_k_dense_replace": 0,
-        "moe_layer_freq": 1,
         "mlp_only_layers": config.moe_layers,
     }
     if config.kv_lora_rank is not None:

@@ -9,8 +9,8 @@ from moe_lm.checkpoint.reader import CheckpointTensors
 from moe_lm.checkpoint.safetensors_file import write_files
 from moe_lm.common.errors import UsageError
 from moe_lm.common.files import whole_folder
-from moe_lm.config.file import dump_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG, GENERATION, HFFolder

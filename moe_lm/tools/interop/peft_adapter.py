@@ -7,6 +7,7 @@ layer. What the format, or `peft` itself, cannot express is refused; merged weig
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,8 @@ from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tenso
 from moe_lm.checkpoint.safetensors_file import read_header
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
-from moe_lm.config.file import build_config, dump_config
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model import lora
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.logical import is_expert
@@ -161,11 +161,12 @@ def read_settings(values: Mapping[str, Any], origin: Path) -> LoraConfig:
         patterns = key in ("alpha_pattern", "rank_pattern") and value
         if (key not in UNDERSTOOD or patterns) and value not in OFF and not plain:
             raise UsageError(f"{origin}: {key}={value!r} has no meaning here; merge the adapter with peft first")
-    known = {
-        "rank": values.get("r"), "alpha": values.get("lora_alpha"), "rank_stabilised": values.get("use_rslora", False),
-        "dropout": values.get("lora_dropout", 0.0),
-    }  # fmt: skip
-    return build_config(LoraConfig, known, str(origin))
+    known = {"rank": values.get("r"), "alpha": values.get("lora_alpha"), "dropout": values.get("lora_dropout", 0.0)}
+    settings = build_config(LoraConfig, known, str(origin))
+    if not values.get("use_rslora"):
+        return settings
+    # There the output is multiplied by alpha / sqrt(rank) (arXiv 2312.03732).
+    return settings.model_copy(update={"alpha": settings.alpha * math.sqrt(settings.rank)})
 
 
 def places(model: ModelConfig, settings: LoraConfig, family: Family) -> Iterator[Place]:

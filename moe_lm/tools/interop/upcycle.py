@@ -26,8 +26,8 @@ from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tenso
 from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
-from moe_lm.config.file import build_config, dump_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import sides

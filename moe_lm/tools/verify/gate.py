@@ -17,7 +17,7 @@ from rich.table import Table
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.signals import ended_by_sigterm
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import FinetuneConfig, ParallelConfig, PretrainConfig, RunConfig
+from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.kernels.device import pick_device
 from moe_lm.tools.verify.compare import Comparison, Tolerance, compare, read_steps
 from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select
@@ -81,8 +81,8 @@ def verify(
     layouts = all_layouts(model, train, world_sizes, quick)
     plan = Plan(
         model=model,
-        lora=small_lora(config.lora) if isinstance(config, FinetuneConfig) else None,
-        preference=strong_preference(config.preference) if isinstance(config, FinetuneConfig) else None,
+        lora=small_lora(config.lora),
+        preference=strong_preference(config.preference),
         train=train,
         parallel=ParallelConfig.model_validate({"device": device, "timeout_seconds": timeout_seconds}),
         layouts=select(layouts, only) if only else layouts,

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import Field
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, PreferenceConfig, TrainConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.run import ParallelConfig
 from moe_lm.config.section import Section
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.tools.verify.scale import STEPS
 
 REFERENCE = "one process"

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_lm.config.lora import LoraConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import BalanceConfig, OptimizerConfig, PreferenceConfig, RunConfig, ScheduleConfig, TrainConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.run import RunConfig
+from moe_lm.config.training import BalanceConfig, OptimizerConfig, PreferenceConfig, ScheduleConfig, TrainConfig
 from moe_lm.model.transformer import generator_of
 
 if TYPE_CHECKING:  # the command that only starts processes does not import what they run
@@ -43,7 +43,6 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "moe_intermediate_size": None if model.moe_intermediate_size is None else 16,
         "max_position_embeddings": LENGTH,
         "first_k_dense_replace": min(model.first_k_dense_replace, 1),
-        "moe_layer_freq": min(model.moe_layer_freq, 2),
         "mlp_only_layers": (1,) if model.mlp_only_layers else (),
         "n_shared_experts": min(model.n_shared_experts, 2),
         "shared_expert_intermediate_size": None if model.shared_expert_intermediate_size is None else 24,

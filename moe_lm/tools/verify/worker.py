@@ -18,7 +18,8 @@ from torch import Tensor
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.process import end, end_with_parent
 from moe_lm.common.signals import STOP_SIGNALS
-from moe_lm.config.run import ParallelConfig, TrainConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel import logical

@@ -12,7 +12,7 @@ from pathlib import Path
 import deepspeed  # noqa: F401
 import torch
 
-from moe_lm.config.file import load_config
+from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.parallel.topology import leave
 from moe_lm.train import finetune

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.file import dump_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import families, hf_config, sides
@@ -57,7 +57,7 @@ def save(
         ("glm4_moe", MOE | {"use_qk_norm": False}), ("glm4_moe", MOE | {"attention_bias": True}),
         ("deepseek_v3", MOE | LATENT), ("deepseek_v2", MOE | LATENT | {
             "scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True}),
-        ("qwen3_moe", SOFTMAX), ("qwen3_moe", SOFTMAX | {"moe_layer_freq": 2}),
+        ("qwen3_moe", SOFTMAX), ("qwen3_moe", SOFTMAX | {"mlp_only_layers": (1,)}),
         ("qwen2_moe", SOFTMAX | {"use_qk_norm": False, "n_shared_experts": 1, "shared_expert_gate": True}),
         ("mixtral", SOFTMAX | {"use_qk_norm": False}), ("olmoe", SOFTMAX | {"qk_norm_over": "projection"}),
         ("qwen3", {}), ("llama", {"use_qk_norm": False, "mlp_bias": True}), ("dots1", MOE | {"capacity_factor": 1.5}),
@@ -74,7 +74,7 @@ def test_nearest_family(family: str, settings: dict[str, Any]) -> None:
         ("dots1", MOE | {"n_shared_experts": 0}, "n_shared_experts=0"),
         ("qwen3_moe", SOFTMAX | {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
         ("qwen3_moe", MOE, "scoring_func='sigmoid'"), ("mixtral", SOFTMAX, "use_qk_norm=True"),
-        ("dots1", MOE | {"moe_layer_freq": 2}, "experts in layers [0]"), ("qwen3", {"hidden_act": "relu"}, None),
+        ("dots1", MOE | {"mlp_only_layers": (1,)}, "experts in layers [0]"), ("qwen3", {"hidden_act": "relu"}, None),
         ("qwen3", {"norm_type": "layernorm"}, "norm_type='layernorm'"),
         ("qwen3", {"mlp_gated": False}, "mlp_gated=False"),
         ("qwen3", {"position_embedding": "learned"}, "position_embedding='learned'"),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.checkpoint.reader import CheckpointTensors
-from moe_lm.config.file import dump_config
-from moe_lm.config.lora import LoraConfig
+from moe_lm.config.model import LoraConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
@@ -102,7 +102,7 @@ def test_peft_computes_what_we_do_and_it_comes_back(
 ) -> None:
     from peft import PeftModel
 
-    settings = LoraConfig.model_validate({"rank": 4, "alpha": 6.0, "rank_stabilised": True, "targets": targets})
+    settings = LoraConfig.model_validate({"rank": 4, "alpha": 12.0, "targets": targets})
     run, out, back = adapter_run(variant, settings), tmp_path / "out", tmp_path / "back"
     done = moe_lm("export", run, out, "--format", "peft")
     assert done.code == 0
@@ -119,8 +119,11 @@ def test_peft_computes_what_we_do_and_it_comes_back(
     assert moe_lm("sample", back, "--prompt", "x", "--max-new-tokens", 2).code == 0
 
 
-def test_what_peft_wrote_is_read(imported_run: Folder, hf_folder: Folder, tmp_path: Path) -> None:
-    """Adapters of two layers of an attention block alone, as peft's defaults are for llama."""
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_what_peft_wrote_is_read(
+    imported_run: Folder, hf_folder: Folder, tmp_path: Path, rank_stabilised: bool
+) -> None:
+    """Adapters of only two layers of an attention block, as peft's defaults are for llama."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
@@ -128,7 +131,7 @@ def test_what_peft_wrote_is_read(imported_run: Folder, hf_folder: Folder, tmp_pa
         their_model(hf_folder("llama")),
         PeftConfig(
             r=3, lora_alpha=7, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian",
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM", use_rslora=rank_stabilised,
         ),
     ).eval()  # fmt: skip
     for name, parameter in theirs.named_parameters():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.config.file import load_config
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import load_config
 from moe_lm.model.count import count_parameters
 from moe_lm.tools.verify.scale import LENGTH, small_model
 
@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))
 SIZES = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "max_position_embeddings", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok",
-    "n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "moe_layer_freq",
+    "n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace",
     "mlp_only_layers", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "rope_scaling", "partial_rotary_factor", "initializer_range",
 }  # fmt: skip

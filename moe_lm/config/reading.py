@@ -1,6 +1,6 @@
-"""Reading a config: a YAML file, sections of their own files, overrides, and errors that say what to do.
+"""Reads a config: a YAML file, sections in files of their own, overrides, and errors that say what to do.
 
-A section may be written in place or be the path of a file (relative to the config) that holds it:
+A section may be written in place, or be the path of a file (relative to the config) that holds it:
 `model: ../model/deepseekmoe.yaml`. On the command line `section.key=value` overrides, with the value read as YAML;
 `model=configs/model/switch.yaml` takes another file, relative to the working folder.
 """
@@ -21,8 +21,16 @@ from moe_lm.config.section import Section
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, apply `section.key=value` overrides and check everything.
+# Settings that are gone: the value that changed nothing, which saved configs still hold, and what to do instead.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "moe_layer_freq": (1, "name the dense layers in mlp_only_layers"),
+    "rank_stabilised": (False, "multiply alpha by the root of rank"),
+    "max_token_bytes": (16, "a token has at most 16 bytes"),
+}
+
+
+def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = (), *, saved: bool = False) -> ConfigT:
+    """Read a YAML file, apply `section.key=value` overrides and check everything; `saved` as in `build_config`.
 
     Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
     """
@@ -31,18 +39,22 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     for override in overrides:
         _apply_override(values, override)
         _read_sections(kind, values, Path())
-    return build_config(kind, values, origin=str(path))
+    return build_config(kind, values, str(path), saved=saved)
 
 
 def has_key(path: Path, key: str) -> bool:
-    """Whether a config file says something of `key`, which tells what kind of run it is of."""
+    """Whether a config file sets `key`, which tells what kind of run it describes."""
     return key in _read_yaml(path)
 
 
-def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
-    """Check `values` against a config class; `origin` names the file in error messages."""
+def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str, *, saved: bool = False) -> ConfigT:
+    """Check `values` against a config class; `origin` names the file in error messages.
+
+    A config that this program `saved` may be older than it: settings that are gone since are passed over where they
+    changed nothing.
+    """
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(_without_removed(values) if saved else values)
     except ValidationError as error:
         raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
 
@@ -87,9 +99,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r}: the value is not valid YAML") from error
 
 
+def _without_removed(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    kept = {key: item for key, item in values.items() if key not in REMOVED or item != REMOVED[key][0]}
+    return {key: _without_removed(item) for key, item in kept.items()}
+
+
 def _explain(kind: type[BaseModel], item: Any) -> str:
     location = [part for part in item["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden" and location[-1] in REMOVED:
+        return f"{key} is not a setting any more; remove it, and {REMOVED[location[-1]][1]}"
     if item["type"] == "extra_forbidden":
         near = _nearest(kind, location)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
@@ -102,7 +123,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
 
 
 def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
-    """The known key most like an unknown one: first among its siblings, then in the whole config."""
+    """The known key most like an unknown key: first among its siblings, then in the whole config."""
     section: type[BaseModel] = kind
     for part in location[:-1]:
         section = _section_type(section, part) or section

@@ -1,0 +1,190 @@
+"""The settings of what is read: documents, token shards, conversations and preference pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from moe_lm.config.section import Section
+
+ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference"]
+
+# The fields of a row in each format. `system` and `tools` may stand in any row.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "input", "output", "history"),
+    "prompt_completion": ("prompt", "completion"),
+    "preference": ("prompt", "chosen", "rejected"),
+}
+COMMON_FIELDS = ("system", "tools")
+ASKS_IN_ONE_TEXT = ("alpaca", "prompt_completion", "preference")
+
+
+class SourceConfig(Section):
+    """Documents: local files (`path`), a `datasets` data set (`dataset`) or Python's standard library (`stdlib`)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in reports, and of its shards' folder")
+    path: str | None = Field(default=None, description="file, folder or glob: .txt .md .py .jsonl .json .parquet")
+    dataset: str | None = Field(default=None, description="anything that `datasets.load_dataset` takes")
+    subset: str | None = Field(default=None, description="the data set's configuration name")
+    split: str = Field(default="train", description="the data set's split")
+    text_field: str = Field(default="text", description="field of a row that holds the text")
+    stdlib: bool = Field(default=False, description="read the source of the running Python's standard library")
+    weight: float = Field(default=1.0, gt=0, description="share of the training sequences, relative to other sources")
+    max_bytes: int | None = Field(default=None, gt=0, description="bytes of text to stop after; null: read everything")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum([self.path is not None, self.dataset is not None, self.stdlib]) != 1:
+            raise ValueError(f"source {self.name!r} needs exactly one of path, dataset, stdlib")
+        if self.dataset is None and (self.is_set("subset") or self.is_set("split")):
+            raise ValueError(f"source {self.name!r}: subset and split belong to a dataset; remove them")
+        return self
+
+
+class TokenizerRecipe(Section):
+    """A byte-level BPE tokenizer and the text that `tokenizer train` learns it from."""
+
+    output: Path = Field(description="folder for tokenizer.json, tokenizer_config.json and the chat template")
+    vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes and merges")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to learn from")
+    validation_fraction: float = Field(
+        default=0, ge=0, lt=1, description="share of the documents to leave out, chosen by hash"
+    )
+
+
+class DataConfig(Section):
+    """Documents that `prepare` turns into token shards, and the rows that pretraining reads from them."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to train on")
+    tokenizer: Path = Field(description="folder of the tokenizer")
+    shards: Path = Field(description="folder of token shards, one subfolder a source")
+    validation_fraction: float = Field(
+        default=0.01, ge=0, lt=1, description="share of the documents held out, chosen by hash"
+    )
+    sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
+    separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")
+    workers: int | None = Field(default=None, gt=0, description="processes of `prepare`; null: one a core")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, got {names}")
+        return self
+
+
+class ChatSource(Section):
+    """One set of conversations or pairs; a plain string in its place is a `path`.
+
+    Question and answer under other names are `fields: {prompt: question, completion: answer}`.
+    """
+
+    path: str | None = Field(default=None, description="file or glob: .json .jsonl .parquet, also .gz .xz .zst")
+    dataset: str | None = Field(default=None, description="anything that `datasets.load_dataset` takes")
+    subset: str | None = Field(default=None, description="the data set's configuration name")
+    split: str = Field(default="train", description="the data set's split")
+    format: ChatFormat = Field(default="auto", description="form of a row; auto: told by each row's fields")
+    fields: dict[str, str] = Field(default={}, description="names that the format's fields have in this source")
+    prompt_template: str | None = Field(default=None, description="the user's text, like 'Translate: {prompt}'")
+    system: str | None = Field(default=None, description="system prompt of conversations that have none")
+    weight: float | None = Field(default=None, gt=0, description="share of the training rows, relative to others")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_path(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        return handler({"path": str(value)} if isinstance(value, str | Path) else value)
+
+    @model_serializer(mode="wrap")
+    def _to_path(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return self.path if self.path is not None and self == ChatSource(path=self.path) else handler(self)
+
+    @property
+    def origin(self) -> str:
+        """The path or the data set, for messages."""
+        return self.path or self.dataset or ""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("a source needs exactly one of path, dataset")
+        if self.dataset is None and (self.is_set("subset") or self.is_set("split")):
+            raise ValueError(f"{self.origin}: subset and split belong to a dataset; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_format(self) -> Self:
+        known = FIELDS.get(self.format) or tuple(dict.fromkeys(name for names in FIELDS.values() for name in names))
+        for name in self.fields:
+            if name not in known + COMMON_FIELDS:
+                raise ValueError(
+                    f"{self.origin}: fields.{name} is not a field of format={self.format}; it has "
+                    f"{', '.join(known + COMMON_FIELDS)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _template_can_be_filled(self) -> Self:
+        if self.prompt_template is None:
+            return self
+        if self.format not in ASKS_IN_ONE_TEXT:
+            raise ValueError(
+                f"{self.origin}: prompt_template needs format={' or '.join(ASKS_IN_ONE_TEXT)}, where the user asks in "
+                f"one text; set it, or take prompt_template away from format={self.format}"
+            )
+        if not template_fields(self.prompt_template):
+            raise ValueError(
+                f"{self.origin}: prompt_template={self.prompt_template!r} has no field; write one, like {{prompt}}"
+            )
+        return self
+
+
+class ChatDataConfig(Section):
+    """Conversations, prompts with answers, or (with `preference`) pairs of answers that fine-tuning reads."""
+
+    train: tuple[ChatSource, ...] = Field(min_length=1, description="rows to train on")
+    validation: tuple[ChatSource, ...] = Field(default=(), description="rows to evaluate on")
+    validation_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="share of `train` held out for evaluation, chosen by hash"
+    )
+    sequence_length: int = Field(default=512, gt=1, description="tokens of a row; of an answer when there are pairs")
+    truncate: Literal["skip", "left"] = Field(
+        default="skip",
+        description="what becomes of a conversation that is too long: it is skipped, or loses its oldest turns; an "
+        "answer is never cut",
+    )
+    separate_documents: bool = Field(default=True, description="no attention across conversations packed into one row")
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The shares of the sources; None when every row comes once an epoch."""
+        weights = [source.weight for source in self.train if source.weight is not None]
+        return weights or None
+
+    @model_validator(mode="after")
+    def _weights_have_a_use(self) -> Self:
+        given = [source.weight is not None for source in self.train]
+        if any(given) and not all(given):
+            lacking = self.train[given.index(False)].origin
+            raise ValueError(
+                f"train: {lacking} has no weight and another source has one; give all of them one, or none"
+            )
+        for source in self.validation:
+            if source.weight is not None:
+                raise ValueError(f"validation: {source.origin} has a weight, but all of it is read; remove the weight")
+        return self
+
+
+def template_fields(template: str) -> set[str]:
+    """The fields that a prompt template names. Raises ValueError for a field that is not written like `{name}`."""
+    names = set()
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is not None:
+            if not name.isidentifier() or form or conversion:
+                raise ValueError(f"prompt_template={template!r}: a field is written {{name}}, a brace {{{{ or }}}}")
+            names.add(name)
+    return names

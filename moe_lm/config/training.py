@@ -1,0 +1,124 @@
+"""The settings of the optimisation: steps, rates, balance, and the objective of preference tuning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.section import Section
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class BalanceConfig(Section):
+    """How the load of experts is kept even: a router bias that moves at a fixed rate, and losses that are added."""
+
+    bias_update_rate: float = Field(
+        default=1e-3,
+        ge=0,
+        description="change of a router bias in a step (DeepSeek-V3's gamma); 0 leaves biases as they are, which is "
+        "the default of fine-tuning",
+    )
+    sequence_loss: float = Field(
+        default=1e-4, ge=0, description="weight of the balance loss within each sequence (DeepSeek-V3's alpha)"
+    )
+    batch_loss: float = Field(
+        default=0.0, ge=0, description="weight of the balance loss over the global batch (Switch, GShard)"
+    )
+    z_loss: float = Field(default=0.0, ge=0, description="weight of the router z-loss (ST-MoE)")
+
+
+class OptimizerConfig(Section):
+    """AdamW or LAMB for all weights, or Muon for the hidden matrices and AdamW for the rest."""
+
+    name: Literal["adamw", "muon", "lamb"] = Field(default="adamw", description="optimizer")
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW or LAMB")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="decay of the first and second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, on matrices only")
+    muon_lr: float = Field(default=0.02, gt=0, description="peak learning rate of Muon, per unit of RMS update")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run: a linear warm-up, then a shape over the remaining steps."""
+
+    name: Literal["cosine", "wsd", "multistep", "constant"] = Field(default="cosine", description="shape")
+    warmup_steps: int = Field(default=100, ge=0, description="steps of the warm-up")
+    decay_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="wsd: last share of the steps, over which the rate falls linearly"
+    )
+    milestones: tuple[Share, ...] = Field(
+        default=(0.8, 0.9), description="multistep: shares of all steps at which the rate falls"
+    )
+    factor: float = Field(default=0.316, gt=0, lt=1, description="multistep: factor on the rate at a milestone")
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="cosine, wsd: final rate over peak rate")
+
+
+class ScheduledSamplingConfig(Section):
+    """Answer tokens replaced in the input by the model's own choice, from a forward pass without gradient."""
+
+    share: float = Field(gt=0, le=1, description="share of the answer tokens in the input to replace")
+    ramp_steps: int = Field(default=0, ge=0, description="steps over which the share grows linearly from 0")
+
+
+class PreferenceConfig(Section):
+    """Direct preference optimisation (arXiv 2305.18290); the reference is the model that training starts from."""
+
+    beta: float = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="assumed share of pairs with the wrong label (cDPO)"
+    )
+    sft_weight: float = Field(
+        default=0.0, ge=0, description="weight of the preferred answer's loss per token, added to the objective"
+    )
+
+
+class TrainConfig(Section):
+    """The optimisation: how many steps, of how many sequences, at which rates."""
+
+    steps: int = Field(gt=0, description="optimizer steps of the run")
+    global_batch_size: int = Field(gt=0, description="sequences of a step, over all devices")
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, description="sequences of a forward pass on one device; null: all of its share at once"
+    )
+    seed: int = Field(default=1234, ge=0, description="seed of initial weights, shuffling and dropout")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    balance: BalanceConfig = BalanceConfig()
+    scheduled_sampling: ScheduledSamplingConfig | None = Field(
+        default=None, description="null: the model always reads the answers of the data"
+    )
+    clip_norm: float | None = Field(default=1.0, gt=0, description="greatest norm of the gradient; null: no clipping")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="number format of the forward pass; auto: bfloat16 on GPUs that have it"
+    )
+    compile: bool = Field(default=False, description="run the model through torch.compile")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    freeze_router: bool | None = Field(
+        default=None, description="do not train the router's weights; null: only with lora"
+    )
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_batches: int | None = Field(default=None, gt=0, description="global batches of an evaluation; null: all")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.micro_batch_size is not None:
+            self.require_divisor("micro_batch_size", self.micro_batch_size, "global_batch_size")
+        return self
+
+    def rows_at_once(self, world_size: int) -> int:
+        """Rows of a forward pass on one rank. Raises UsageError when they do not divide its share of the batch."""
+        share = max(1, self.global_batch_size // world_size)
+        rows = min(self.micro_batch_size or share, share)
+        if share % rows:
+            raise UsageError(
+                f"train.micro_batch_size={rows} does not divide the {share} sequences of a rank, which are "
+                f"train.global_batch_size={self.global_batch_size} over {world_size} processes; choose a divisor",
+                common=True,
+            )
+        return rows
