@@ -111,9 +111,9 @@ def test_module_runs_as_a_program() -> None:
 def test_help_imports_no_stage() -> None:
     heavy = ("torch", "numpy", "pydantic", "tokenizers", "datasets", "deepspeed")
     program = (
-        "import sys; from moe_lm import cli\n"
+        "import sys; from moe_lm.cli.main import main\n"
         "sys.argv = ['moe-lm', '--help']\n"
-        "try: cli.main()\n"
+        "try: main()\n"
         f"except SystemExit: sys.exit(str(found) if (found := sys.modules.keys() & set({heavy})) else 0)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr == ""
