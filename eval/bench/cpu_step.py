@@ -27,7 +27,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
 from moe_lm.engine.torch_engine import TorchEngine
-from moe_lm.model.count import count_parameters, flops_per_token
+from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.model.transformer import LanguageModel
 
 HOUSE = Path(__file__).parents[2]

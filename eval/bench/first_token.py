@@ -23,7 +23,7 @@ import torch
 from moe_lm.checkpoint import checkpoint
 from moe_lm.config.reading import dump_config, load_config
 from moe_lm.config.run import PretrainConfig
-from moe_lm.model.count import count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 

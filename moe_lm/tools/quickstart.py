@@ -34,7 +34,7 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.kernels.device import compiling_needs, pick_device
-from moe_lm.model.count import count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.text.split import held_out
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.training import train_tokenizer

@@ -1,69 +1,52 @@
-"""What a run trains and what memory that takes, said before it starts."""
+"""The cost of a run before it starts: what is trained, memory per device, tokens, FLOPs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import nn
 
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import dump_config
-from moe_lm.config.run import RunConfig
+from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.kernels.device import pick_device, pick_dtype
-from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
 from moe_lm.model.lora import freeze, narrow_frozen
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.size import count_parameters, flops_per_token, on_meta
+from moe_lm.optim.groups import is_hidden_matrix
 from moe_lm.parallel.logical import is_expert
 from moe_lm.parallel.topology import current_topology
+
+FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, without activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters of a model, adapters included, those of them that are trained, and bytes on each device."""
+    """Numbers of parameters (adapters included) and of those that are trained, and the memory of each device."""
 
     parameters: int
     trained: int
-    memory: StateBytes
-
-
-def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost:
-    """Of training `model` as `config` says, with adapters or all its weights. Raises UsageError as `freeze` does."""
-    train, parallel = config.train, config.parallel
-    with torch.device("meta"):
-        built = LanguageModel(model)
-    freeze(built, lora, train.freeze_router)
-    if parallel.zero_stage != 3:
-        narrow_frozen(built, pick_dtype(train.precision, pick_device(parallel.device)))
-    parameters = dict(built.named_parameters())
-    weights = _divided(parameters, lambda p: p.numel() * p.element_size())
-    trained = _divided(parameters, lambda p: p.numel() * p.requires_grad)
-    if parallel.engine == "deepspeed":
-        layout = (processes(config), parallel.expert_parallel_size, parallel.zero_stage or 1)
-        memory = rank_bytes(weights, trained, *layout, parallel.offload_optimizer)
-    else:
-        memory = state_bytes(model, train.optimizer.name, sum(weights), sum(trained))
-    return Cost(sum(p.numel() for p in parameters.values()), sum(trained), memory)
-
-
-def cost_lines(config: RunConfig, model: ModelConfig) -> list[str]:
-    """What is trained and what memory it takes; with adapters beside what training all weights would take."""
-    it = cost(config, model, config.lora)
-    memory = (
-        f"{_mib(it.memory.total)} MiB on each device of {processes(config)} ({_mib(it.memory.weights)} weights, "
-        f"{_mib(it.memory.gradients)} gradients, {_mib(it.memory.optimizer)} optimizer), before activations"
-    )
-    if config.lora is not None:
-        memory += f"; {_mib(cost(config, model, None).memory.total)} MiB if all weights were trained"
-    share = f"{it.trained:,} of {it.parameters:,} parameters ({100 * it.trained / it.parameters:.3g}%)"
-    return [f"trained         {share}", f"memory          {memory}"]
+    memory: Memory
 
 
 def describe(config: RunConfig, model: ModelConfig) -> str:
-    """What `--dry-run` prints: the resolved config, then what it costs. Nothing is built on a device."""
+    """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device."""
     train, parallel, length = config.train, config.parallel, config.data.sequence_length
     parameters = count_parameters(model)
     tokens_per_step = train.global_batch_size * config.row_length
@@ -82,15 +65,73 @@ def describe(config: RunConfig, model: ModelConfig) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
+def cost_lines(config: RunConfig, model: ModelConfig) -> list[str]:
+    """The parameters that are trained and the memory that they need; with adapters, also that of training all."""
+    it = cost(config, model, config.lora)
+    memory = (
+        f"{_mib(it.memory.total)} MiB on each device of {processes(config)} ({_mib(it.memory.weights)} weights, "
+        f"{_mib(it.memory.gradients)} gradients, {_mib(it.memory.optimizer)} optimizer), before activations"
+    )
+    if config.lora is not None:
+        memory += f"; {_mib(cost(config, model, None).memory.total)} MiB if all weights were trained"
+    share = f"{it.trained:,} of {it.parameters:,} parameters ({100 * it.trained / it.parameters:.3g}%)"
+    return [f"trained         {share}", f"memory          {memory}"]
+
+
+def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost:
+    """Cost of training the adapters of `lora`, or all weights. Raises UsageError as `freeze` does."""
+    train, parallel = config.train, config.parallel
+    built = on_meta(model)
+    freeze(built, lora, train.freeze_router)
+    if parallel.zero_stage != 3:
+        narrow_frozen(built, pick_dtype(train.precision, pick_device(parallel.device)))
+    parameters = dict(built.named_parameters())
+    if parallel.engine == "deepspeed":
+        memory = divided_memory(parameters, parallel, processes(config))
+    else:
+        memory = whole_memory(built, train.optimizer.name)
+    return Cost(sum(p.numel() for p in parameters.values()), _trained(parameters), memory)
+
+
+def whole_memory(model: nn.Module, optimizer: Literal["adamw", "muon", "lamb"]) -> Memory:
+    """Memory of a device that keeps the whole model, with gradients and moments of what is trained.
+
+    AdamW and LAMB keep two moments per parameter. Muon keeps one for the hidden matrices; AdamW has the rest.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    muon = {name: p for name, p in trained.items() if optimizer == "muon" and is_hidden_matrix(name, p)}
+    return Memory(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        gradients=FLOAT32 * _trained(trained),
+        optimizer=FLOAT32 * (2 * _trained(trained) - _trained(muon)),
+    )
+
+
+def divided_memory(parameters: Mapping[str, nn.Parameter], parallel: ParallelConfig, world_size: int) -> Memory:
+    """Memory of each rank under DeepSpeed's AdamW.
+
+    Experts are divided over `expert_parallel_size` ranks. ZeRO divides over the ranks that keep the same ones, which
+    for everything else are all: float32 master weights and moments of what is trained from stage 1 on, gradients from
+    stage 2, the weights themselves in stage 3.
+    """
+    stage, ep = parallel.zero_stage or 1, parallel.expert_parallel_size
+    weights = gradients = optimizer = 0
+    for routed, division, copies in ((False, 1, world_size), (True, ep, world_size // ep)):
+        held = {name: parameter for name, parameter in parameters.items() if is_expert(name) is routed}
+        trained = _trained(held) // division
+        weights += sum(p.nbytes for p in held.values()) // division // (copies if stage == 3 else 1)
+        gradients += FLOAT32 * trained // (copies if stage >= 2 else 1)
+        optimizer += 3 * FLOAT32 * trained // copies
+    return Memory(weights, gradients, 0 if parallel.offload_optimizer else optimizer)
+
+
 def processes(config: RunConfig) -> int:
-    """Those that were started or, when none were, the fewest that the config allows."""
+    """The number of processes that were started, or else the smallest that the config allows."""
     return max(current_topology().world_size, config.parallel.expert_parallel_size)
 
 
-def _divided(parameters: dict[str, nn.Parameter], size: Callable[[nn.Parameter], int]) -> Divided:
-    total = sum(map(size, parameters.values()))
-    routed = sum(size(parameter) for name, parameter in parameters.items() if is_expert(name))
-    return Divided(routed, total - routed)
+def _trained(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
 
 
 def _mib(size: int) -> str:

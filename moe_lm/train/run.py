@@ -21,7 +21,7 @@ from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
-from moe_lm.model.count import flops_per_token
+from moe_lm.model.size import flops_per_token
 from moe_lm.parallel.topology import current_topology, join
 from moe_lm.parallel.watch import Watchdog, agree, end_with_launcher, losses_are_said
 from moe_lm.tokenizer.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
-from moe_lm.model.count import count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.train import pretrain
 from moe_lm.train.run_folder import RunFolder
 from tests.processes import metrics

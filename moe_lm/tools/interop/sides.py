@@ -18,12 +18,13 @@ from moe_lm.checkpoint.safetensors_file import pieces_of
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.count import FLOAT32, count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.model.transformer import LanguageModel, ModelOutput
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.logits import Seen, with_noise
 
+FLOAT32 = torch.float32.itemsize
 TOKENS = 512
 LONGEST_ROW = 128
 DISTURBANCE = 1e-7  # relative: about one rounding in float32

@@ -10,7 +10,7 @@ import math
 
 import pytest
 
-from moe_lm.model.count import count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.tools.interop.families import family_of
 from moe_lm.tools.interop.hf_config import effective, read_config, write_config
 from moe_lm.tools.interop.hf_tensors import tensor_pairs

@@ -8,7 +8,7 @@ import pytest
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
-from moe_lm.model.count import count_parameters
+from moe_lm.model.size import count_parameters
 from moe_lm.tools.verify.scale import LENGTH, small_model
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))

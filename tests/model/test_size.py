@@ -1,22 +1,18 @@
-"""Counting from the config alone equals the built model, for every file of the ladder and for any config."""
+"""Parameters and FLOPs: by part, of the whole model and of what one token passes through."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
-from moe_lm.model.count import Divided, StateBytes, count_parameters, flops_per_token, rank_bytes, state_bytes
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.size import Parameters, count_parameters, flops_per_token, on_meta
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 LADDER = ("modern-dense", "every-expert", "switch", "gshard", "deepseekmoe")
@@ -26,13 +22,8 @@ def config_named(name: str) -> ModelConfig:
     return load_config(ModelConfig, FILES[0].parent / f"{name}.yaml")
 
 
-def built_on_meta(config: ModelConfig) -> LanguageModel:
-    with torch.device("meta"):
-        return LanguageModel(config)
-
-
 def built_parameters(config: ModelConfig) -> int:
-    return sum(parameter.numel() for parameter in built_on_meta(config).parameters())
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
 
 
 @st.composite
@@ -93,7 +84,7 @@ def test_count_equals_the_built_model_for_every_file(path: Path) -> None:
 @settings(max_examples=150, deadline=None)
 @given(config=configs())
 def test_count_equals_the_built_model_for_any_config(config: ModelConfig) -> None:
-    count, model = count_parameters(config), built_on_meta(config)
+    count, model = count_parameters(config), on_meta(config)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     tables = [model.model.embed_positions] if config.position_embedding == "learned" else []
     tables += [] if config.tie_word_embeddings else [model.model.embed_tokens]
@@ -109,25 +100,6 @@ def test_active_parameters_are_those_of_a_model_with_only_the_chosen_experts(con
     count = count_parameters(config)
     assert count.active == built_parameters(chosen) + count.router - count_parameters(chosen).router
     assert count.active_non_embedding == count.active - count.embedding
-
-
-@settings(max_examples=50, deadline=None)
-@given(config=configs())
-def test_state_bytes_are_those_of_the_built_model(config: ModelConfig) -> None:
-    model = built_on_meta(config)
-    held = [*model.parameters(), *model.buffers()]
-    matrices = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.ndim >= 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
-    ]
-    adamw, muon = state_bytes(config, "adamw"), state_bytes(config, "muon")
-    assert state_bytes(config, "lamb") == adamw
-    assert adamw.weights == muon.weights == sum(tensor.nbytes for tensor in held)
-    assert adamw.gradients == muon.gradients == sum(weight.nbytes for weight in model.parameters())
-    assert adamw.optimizer == 2 * adamw.gradients
-    assert muon.optimizer == adamw.optimizer - sum(weight.nbytes for weight in matrices)
-    assert adamw.total == adamw.weights + adamw.gradients + adamw.optimizer
 
 
 @pytest.mark.parametrize(("name", "expected"), [("classic-gpt-438k", 437_764), ("classic-gpt-15m", 15_466_756)])
@@ -179,7 +151,7 @@ def test_deepseekmoe_2b_reproduces_the_papers_table_1() -> None:
 @given(config=configs(), sequence_length=st.integers(1, 64))
 def test_flops_are_six_for_every_multiplied_weight_plus_the_scores(config: ModelConfig, sequence_length: int) -> None:
     """Counted over the modules of the built model: every linear layer, and `k/E` of the stacked experts."""
-    model = built_on_meta(config)
+    model = on_meta(config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     router = sum(moe.gate.weight.numel() for moe in model.moe_layers)
     routed = sum(weight.numel() for moe in model.moe_layers for weight in moe.experts.parameters())
@@ -190,7 +162,7 @@ def test_flops_are_six_for_every_multiplied_weight_plus_the_scores(config: Model
     assert flops_per_token(config, sequence_length, causal_half=True) == 6 * (linear + router + chosen) + scores // 2
 
 
-def test_flops_of_a_hand_counted_model() -> None:
+def test_a_hand_counted_model() -> None:
     config = ModelConfig(
         vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=12, moe_intermediate_size=16, n_routed_experts=6, num_experts_per_tok=3, n_shared_experts=1,
@@ -204,24 +176,8 @@ def test_flops_of_a_hand_counted_model() -> None:
     expected = 6 * (attention + dense + experts + head)
     assert flops_per_token(config, 5, causal_half=False) == expected + scores
     assert flops_per_token(config, 5, causal_half=True) == expected + scores // 2
-
-
-def test_counting_needs_no_torch() -> None:
-    code = "import sys, moe_lm.model.count; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-
-
-def test_a_rank_keeps_its_experts_and_its_share_of_what_zero_divides() -> None:
-    config = config_named("deepseekmoe")
-    count = count_parameters(config)
-    shared, experts = count.total - count.routed, count.routed // 4
-    trained = Divided(count.routed, shared)
-    weights = Divided(4 * count.routed, 4 * shared)
-    one = rank_bytes(weights, trained, 1, 1, zero_stage=1, offload_optimizer=False)
-    assert one == StateBytes(4 * count.total, 4 * count.total, 12 * count.total)
-    first = rank_bytes(weights, trained, 8, 4, zero_stage=1, offload_optimizer=False)
-    assert first == StateBytes(4 * (shared + experts), 4 * (shared + experts), 12 * shared // 8 + 12 * experts // 2)
-    second = rank_bytes(weights, trained, 8, 4, zero_stage=2, offload_optimizer=True)
-    assert second == StateBytes(first.weights, 4 * shared // 8 + 4 * experts // 2, 0)
-    third = rank_bytes(weights, trained, 8, 4, zero_stage=3, offload_optimizer=False)
-    assert third == StateBytes(second.gradients, second.gradients, first.optimizer)
+    one_expert = 3 * 8 * 16
+    assert count_parameters(config) == Parameters(
+        embedding=10 * 8, attention=attention, dense=dense, router=6 * 8, shared=one_expert, routed=6 * one_expert,
+        routed_active=3 * one_expert, head=head, vectors=8 * (2 * 2 + 1) + 2 * 2 * 4,
+    )  # fmt: skip
