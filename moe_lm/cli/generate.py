@@ -14,9 +14,9 @@ from moe_lm.common.terminal import check_typed
 from moe_lm.kernels.native import build as native
 
 if TYPE_CHECKING:
-    from moe_lm.generate.batch import Prompt
     from moe_lm.generate.beams import BeamSettings
     from moe_lm.generate.penalties import Penalties
+    from moe_lm.generate.sample import Prompt
     from moe_lm.parallel.spread import Spread
 
 
@@ -141,29 +141,23 @@ def sample(
         _refuse(drawing | {"temperature": temperature, "greedy": greedy or None}, "draws nothing with --beams")
 
     native.start()
-    from moe_lm.generate import batch, commands
+    from moe_lm.generate import commands
     from moe_lm.generate.penalties import Penalties
+    from moe_lm.generate.sample import Prompt, write_samples
+    from moe_lm.generate.session import Session
 
-    texts = [batch.Prompt(prompt)] if prompt is not None else _read(stdin, file)
+    texts = [Prompt(prompt)] if prompt is not None else _read(stdin, file)
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     all_penalties = Penalties(**penalties, logit_bias=biases)
     drawing |= lengths | {"temperature": heat, "penalties": all_penalties}
     drawing |= {"routing": drawing.pop("show_routing") is not None}
-    one = len(texts) == 1 and num == 1 and file is None and out is None
-    if one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty()):
-        rest: dict[str, Any] = {"stop": stop or (), "truncate": truncate is not None, "base": base}
-        rest |= {"show_routing": show_routing, "spread": spread, "compiled": compiled, "device": device}
-        rest |= {"dtype": dtype}
-        commands.sample(run, texts[0].text, **drawing, **rest)
-        return
     settings = (
         commands.settings_of(**drawing) if beams is None else _search(beams, num, searching, lengths, all_penalties)
     )
-
-    from moe_lm.generate.session import Session
-
+    one = len(texts) == 1 and num == 1 and file is None and out is None
+    plain = one and beams is None and logprobs is None and (show_routing is None or sys.stdout.isatty())
     session = Session.load(run, device, base, spread, compiled, dtype)
-    batch.write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing)
+    write_samples(session, texts, num, settings, stop or (), truncate is not None, out, show_routing, plain)
 
 
 def chat(
@@ -259,11 +253,11 @@ def _one_source(stdin: str | None, prompt: str | None, file: Path | None) -> Non
 
 
 def _read(stdin: str | None, file: Path | None) -> list[Prompt]:
-    from moe_lm.generate import batch
+    from moe_lm.generate.sample import Prompt, read_prompts, read_text
 
     if file is not None:
-        return batch.read_prompts(file)
-    return [batch.Prompt(batch.read_text(Path(str(stdin))).removesuffix("\n"))]
+        return read_prompts(file)
+    return [Prompt(read_text(Path(str(stdin))).removesuffix("\n"))]
 
 
 def _bias(item: str) -> tuple[int, float]:

@@ -9,19 +9,22 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.terminal import check_typed, colours, printable
-from moe_lm.generate.conversation import Conversation, Reply
+from moe_lm.generate.conversation import Conversation
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
+from moe_lm.generate.text import Delta, Speed
 
 if TYPE_CHECKING:
     from moe_lm.parallel.spread import Spread
 
 COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # what has a second slash is a path, and so no command
+ENDS = {"interrupted": ", stopped", "length": ", cut at its longest"}
 KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands, Ctrl-D ends"
 
 
@@ -113,28 +116,27 @@ class Chat:
         if reply.forgotten:
             fitting = len(self.conversation.turns) + 1 - reply.forgotten
             self.note(f"(only the last {fitting} messages fit)")
-        shown, stopped = self._show(reply)
-        kept = self.conversation.keep(question, shown, whole=not (stopped or reply.is_cut))
+        text, end, speed = self._show(reply.deltas)
+        kept = self.conversation.keep(question, text, whole=end not in ENDS)
         if not kept:
             self.note("(an answer without words: question and answer are forgotten)")
         elif self.at_terminal:
-            speed = f", {reply.text.speed:.1f} tokens/s" if reply.text.speed else ""
-            end = ", stopped" if stopped else ", cut at its longest" if reply.is_cut else ""
-            self.note(f"{reply.text.tokens} tokens{speed}{end}")
-        return kept and not stopped
+            self.note(f"{speed}{ENDS.get(end, '')}")
+        return kept and end != "interrupted"
 
-    def _show(self, reply: Reply) -> tuple[str, bool]:
-        """Print an answer as it comes, until it or Ctrl-C ends it; what was printed, and whether it was stopped."""
-        shown, stopped = "", False
-        try:
-            for piece in reply.text:
-                print(printable(piece) if self.at_terminal else piece, end="", flush=True)
-                shown += piece
-        except KeyboardInterrupt:
-            stopped = True
-        finally:
-            print(flush=True)
-        return shown, stopped
+    def _show(self, deltas: Iterable[Delta]) -> tuple[str, str, Speed]:
+        """Print an answer as it comes. Returns its text, why it ended ("interrupted" by Ctrl-C), and its speed."""
+        text, end, speed = "", "interrupted", Speed()
+        with suppress(KeyboardInterrupt):
+            try:
+                for delta in deltas:
+                    print(printable(delta.text) if self.at_terminal else delta.text, end="", flush=True)
+                    text += delta.text
+                    speed.see(delta)
+                    end = delta.finish or end
+            finally:
+                print(flush=True)
+        return text, end, speed
 
     def _system(self, text: str) -> None:
         check_typed("/system", text)

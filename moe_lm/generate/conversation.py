@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lm.common.errors import UsageError
-from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
+from moe_lm.generate.text import Delta
 from moe_lm.tokenizer.tokenizer import Message
 
 
 class Reply(NamedTuple):
-    """An answer that is being written; `limit` tokens are all that it can have."""
+    """An answer that is being written, and how many of the oldest messages had to go to make room for it."""
 
-    text: Completion
-    limit: int
-    forgotten: int  # of the oldest messages, which leave it no room
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether it ended for want of room, and not because the model had said all."""
-        return self.text.tokens >= self.limit
+    deltas: Iterator[Delta]
+    forgotten: int
 
 
 class Conversation:
@@ -38,14 +32,12 @@ class Conversation:
         self._answers = 0
 
     def ask(self, question: str) -> Reply:
-        """Raises UsageError for a question that is too long by itself, or is no text."""
+        """Write the answer to a question. Raises UsageError for a question that is too long by itself."""
         turns = [*self.turns, {"role": "user", "content": question}]
         recent = self._recent(turns)
-        seed = (self.settings.seed + self._answers) % (1 << 32)
-        text = self.session.chat(recent, dataclasses.replace(self.settings, seed=seed))
+        deltas = self.session.chat(recent, self.settings.of_row(self._answers))
         self._answers += 1
-        limit = min(self.settings.max_new_tokens, self.session.chat_room(recent))
-        return Reply(text, limit, len(turns) + bool(self.system) - len(recent))
+        return Reply(deltas, len(turns) + bool(self.system) - len(recent))
 
     def keep(self, question: str, answer: str, whole: bool) -> bool:
         """Put a turn behind the others, unless the answer has no words; whether it was.

@@ -56,7 +56,11 @@ class Settings:
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed={self.seed} is out of range; give a number from 0 to 2**32 - 1")
         if self.logprobs is not None and self.logprobs < 0:
-            raise UsageError(f"logprobs={self.logprobs} is no number of tokens; give at least 0")
+            raise UsageError(f"logprobs={self.logprobs} is not a number of tokens; give at least 0")
+
+    def of_row(self, row: int) -> Settings:
+        """The settings of a batch's row, which draws with `seed + row`."""
+        return dataclasses.replace(self, seed=(self.seed + row) % (1 << 32))
 
 
 class Step(NamedTuple):
@@ -115,7 +119,7 @@ def steps(
         vocab_size=vocab_size,
     )
     for row, prompt in enumerate(prompts):
-        decoder.add(prompt, dataclasses.replace(settings, seed=(settings.seed + row) % (1 << 32)), stop_ids)
+        decoder.add(prompt, settings.of_row(row), stop_ids)
     return decoder.run()
 
 

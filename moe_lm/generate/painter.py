@@ -10,6 +10,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.common.terminal import printable
 from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Step
+from moe_lm.generate.text import Delta
 
 LAST = -1  # in place of a layer's number
 IN_LEGEND = 16  # experts, those with the most tokens
@@ -34,19 +35,17 @@ class Painter:
         self._tokens: Counter[int] = Counter()
         self._last = 0
 
-    def see(self, step: Step) -> None:
-        """Take in what was decided with `Settings.routing`, before the text that the token completes is painted."""
-        assert step.experts is not None
-        self._last = step.experts[self._place][0]
-        self._tokens[self._last] += 1
-
-    def paint(self, piece: str) -> str:
-        """The text that the last token completed."""
-        if not piece:
+    def paint(self, delta: Delta) -> str:
+        """The text of a delta, which was decided with `Settings.routing`."""
+        if delta.step.token is not None:
+            assert delta.step.experts is not None
+            self._last = delta.step.experts[self._place][0]
+            self._tokens[self._last] += 1
+        if not delta.text:
             return ""
         if not self._colours:
-            return f"{printable(piece)}[{self._last}]"
-        lines = printable(piece).split("\n")  # a terminal may paint the rest of a line that ends within a colour
+            return f"{printable(delta.text)}[{self._last}]"
+        lines = printable(delta.text).split("\n")  # a terminal may paint the rest of a line that ends within a colour
         return "\n".join(f"{colour(self._last)}{line}{RESET}" if line else "" for line in lines)
 
     def legend(self, colours: bool) -> str:

@@ -17,8 +17,8 @@ from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, check_vocabulary
 from moe_lm.config.reading import build_config
-from moe_lm.generate.completion import Completion
-from moe_lm.generate.decode import Decoder, Settings, Step, capacity_for, room
+from moe_lm.generate.decode import SLOTS, Decoder, Settings, capacity_for, room
+from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages
 from moe_lm.kernels.device import pick_device
 from moe_lm.model.transformer import LanguageModel
@@ -78,18 +78,28 @@ class Session:
         return capacity + -capacity % COMPILED_FOR if self.compiled else capacity
 
     def complete(
-        self,
-        prompt: str,
-        settings: Settings,
-        stop: Sequence[str] = (),
-        truncate: bool = False,
-        see: Callable[[Step], object] | None = None,
-    ) -> Completion:
-        """The text that follows `prompt`, which begins a document and may be empty; `truncate` as in `prompt_ids`.
+        self, prompt: str, settings: Settings, stop: Sequence[str] = (), truncate: bool = False
+    ) -> Iterator[Delta]:
+        """The text that follows `prompt`, which begins a document and may be empty; `truncate` as in `prompt_ids`."""
+        return self.write([self.prompt_ids(prompt, settings.max_new_tokens, truncate)], settings, stop)
 
-        `see` is told of every token before its text comes.
+    def chat(self, messages: Sequence[Message], settings: Settings) -> Iterator[Delta]:
+        """The assistant's next message."""
+        return self.write([self._chat_prompt(messages)], settings)
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, stop: Sequence[str] = (), num: int = 1
+    ) -> Iterator[Delta]:
+        """`num` texts after each prompt, written side by side.
+
+        Text j of prompt i is row `i * num + j`, and draws with `seed + row`. A row ends before the first string of
+        `stop`. Raises UsageError, before the first token, for an empty stop string or a prompt that does not fit.
         """
-        return self._completion(self.prompt_ids(prompt, settings.max_new_tokens, truncate), settings, stop, see)
+        rows = [Row(index, self.tokenizer.decode, stop) for index in range(len(prompts) * num)]
+        decoder = self.decoder(min(SLOTS, len(rows)), self.capacity_for(prompts, settings.max_new_tokens))
+        for row in rows:
+            decoder.add(prompts[row.index // num], settings.of_row(row.index), self.tokenizer.stop_ids)
+        return _deltas(decoder, rows)
 
     def prompt_ids(self, prompt: str, wanted: int, truncate: bool = False) -> list[int]:
         """The ids of a prompt that begins a document.
@@ -109,10 +119,6 @@ class Session:
             )
         return [self.tokenizer.bos_id, *ids]
 
-    def chat(self, messages: Sequence[Message], settings: Settings) -> Completion:
-        """The assistant's next message."""
-        return self._completion(self._chat_prompt(messages), settings)
-
     def chat_room(self, messages: Sequence[Message]) -> int:
         """Tokens that the assistant's next message can have; below 1 when the conversation is too long for any."""
         return room(self.model.config, self._chat_prompt(messages))
@@ -120,24 +126,15 @@ class Session:
     def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
 
-    def _completion(
-        self,
-        prompt: list[int],
-        settings: Settings,
-        stop: Sequence[str] = (),
-        see: Callable[[Step], object] | None = None,
-    ) -> Completion:
-        decoder = self.decoder(1, self.capacity_for([prompt], settings.max_new_tokens))
-        decoder.add(prompt, settings, self.tokenizer.stop_ids)
-        return Completion(_tokens(decoder.run(), see), self.tokenizer.decode, stop)
 
-
-def _tokens(chosen: Iterator[Step], see: Callable[[Step], object] | None) -> Iterator[int]:
-    for step in chosen:
-        if step.token is not None:
-            if see is not None:
-                see(step)
-            yield step.token
+def _deltas(decoder: Decoder, rows: Sequence[Row]) -> Iterator[Delta]:
+    """The text of every step, until all rows have ended."""
+    while decoder.busy:
+        for step in decoder.step():
+            delta = rows[step.request].take(step)
+            if delta.finish and not step.finish:  # at a stop string
+                decoder.cancel(step.request)
+            yield delta
 
 
 def load_model(

@@ -10,7 +10,7 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
 from moe_lm.evaluate.perplexity import compression_baselines, evaluate, unigram_bits_per_byte
-from moe_lm.generate.completion import Completion
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.generate.text import Delta
 from moe_lm.kernels.device import compiling_needs, pick_device
 from moe_lm.model.size import count_parameters
 from moe_lm.text.split import held_out
@@ -211,13 +211,13 @@ def show_samples(walk: Walk, config: PretrainConfig) -> list[dict[str, str]]:
     return samples
 
 
-def show(walk: Walk, prompt: str, pieces: Completion) -> str:
+def show(walk: Walk, prompt: str, deltas: Iterable[Delta]) -> str:
     """Stream a text to the terminal after its prompt."""
     walk.console.print(prompt, style="bold", end="", markup=False, highlight=False)
     text = ""
-    for piece in pieces:
-        walk.console.out(piece, end="", highlight=False)
-        text += piece
+    for delta in deltas:
+        walk.console.out(delta.text, end="", highlight=False)
+        text += delta.text
     walk.console.print("\n")
     return text
 

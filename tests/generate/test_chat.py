@@ -15,12 +15,15 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatSource
 from moe_lm.data.conversations import read_dialogues
 from moe_lm.generate import chat as verb
-from moe_lm.generate.decode import Settings
+from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
+from moe_lm.generate.text import Delta
 from moe_lm.text.files import Report
+from tests.texts import text_of
 
 MakeRun = Callable[..., Path]
+PIECE = Delta(0, "a piece", 0, Step(0, 9), None)
 
 
 def chat(run: Path, typed: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
@@ -34,7 +37,7 @@ def answers(session: Session, *questions: str, system: str = "") -> list[str]:
     told = len(messages)
     for question in questions:
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": "".join(session.chat(messages, Settings(12)))})
+        messages.append({"role": "assistant", "content": text_of(session.chat(messages, Settings(12)))})
     return [message["content"] for message in messages[told + 1 :: 2]]
 
 
@@ -103,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(session: Session, run: Path, m
         """The answer to the second question after a first one that was stopped there."""
         messages = [("user", "a"), ("assistant", shown), ("user", "b")]
         conversation = [{"role": role, "content": content} for role, content in messages]
-        return "".join(session.chat(conversation, Settings(12)))
+        return text_of(session.chat(conversation, Settings(12)))
 
     # The model is not trained, and may write line ends of its own.
     assert output.getvalue() in [f"{whole[:end]}\n{then(whole[:end])}\n" for end in range(1, len(whole))]
@@ -117,11 +120,11 @@ def test_an_answer_stays_when_another_one_is_stopped(
     talk.through(["a", "b"])
     before = list(talk.conversation.turns)
 
-    def written(self: object) -> Iterator[str]:
-        yield from ["a piece"] * pieces
+    def written(*_: object) -> Iterator[Delta]:
+        yield from [PIECE] * pieces
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("moe_lm.generate.completion.Completion.__iter__", written)
+    monkeypatch.setattr(Session, "chat", written)
     talk.through(["/retry"])
     assert talk.conversation.turns == before
     assert "(the answer that was there before stays)" in capsys.readouterr().err
@@ -134,12 +137,12 @@ def test_the_conversation_outlives_an_answer_that_fails(
     talk.through(["a"])
     before = list(talk.conversation.turns)
 
-    def failing(self: object) -> Iterator[str]:
-        yield "a piece"
+    def failing(*_: object) -> Iterator[Delta]:
+        yield PIECE
         raise MoeLmError("the logits are broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr("moe_lm.generate.completion.Completion.__iter__", failing)
+        patch.setattr(Session, "chat", failing)
         talk.through(["b", "/retry"])
     assert talk.conversation.turns == before
     captured = capsys.readouterr()
@@ -175,7 +178,7 @@ def test_retry_draws_another_answer_to_the_same_question(
 ) -> None:
     chat(run, "/temp 3\na\n/retry\n/temp 0\n/retry\n", monkeypatch, seed=4)
     question = [{"role": "user", "content": "a"}]
-    drawn = ["".join(session.chat(question, Settings(12, Sampling(3.0), seed))) for seed in (4, 5)]
+    drawn = [text_of(session.chat(question, Settings(12, Sampling(3.0), seed))) for seed in (4, 5)]
     assert capsys.readouterr().out == "\n".join([*drawn, *answers(session, "a"), "", ""])
     assert drawn[0] != drawn[1]
 

@@ -12,15 +12,19 @@ import pytest
 
 from moe_lm.generate import commands
 from moe_lm.generate.decode import Settings
+from moe_lm.generate.sample import Prompt, write_samples
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from tests.texts import text_of
 
 MakeRun = Callable[..., Path]
 
 
 def sample(run: Path, **changes: object) -> None:
-    options = {"max_new_tokens": 20, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0, "stop": ()}
-    commands.sample(run, "import ", **options | changes)  # type: ignore[arg-type]
+    options = {"max_new_tokens": 20, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0} | changes
+    stop: list[str] = options.pop("stop", [])  # type: ignore[assignment]
+    settings = commands.settings_of(**options)  # type: ignore[arg-type]
+    write_samples(Session.load(run), [Prompt("import ")], 1, settings, stop, plain=True)
 
 
 def test_sample_writes_the_text_alone_and_its_speed_beside_it(
@@ -28,7 +32,7 @@ def test_sample_writes_the_text_alone_and_its_speed_beside_it(
 ) -> None:
     sample(run)
     captured = capsys.readouterr()
-    assert captured.out == "".join(session.complete("import ", Settings(20, GREEDY))) + "\n"
+    assert captured.out == text_of(session.complete("import ", Settings(20, GREEDY))) + "\n"
     assert re.fullmatch(r"20 tokens, \d+\.\d tokens/s, seed 0\n", captured.err)
 
 
@@ -44,12 +48,12 @@ def test_sample_without_a_seed_says_the_one_that_gives_the_same_text(
     captured = capsys.readouterr()
     seed = int(captured.err.split()[-1])
     settings = Settings(20, Sampling(1.5, top_k=100, top_p=0.9), seed)
-    assert captured.out == "".join(session.complete("import ", settings, ["zz"])) + "\n"
+    assert captured.out == text_of(session.complete("import ", settings, ["zz"])) + "\n"
 
 
 def test_sampling_imports_nothing_that_only_training_needs(run: Path) -> None:
     program = (
-        "import sys; from moe_lm.cli import main\n"
+        "import sys; from moe_lm.cli.main import main\n"
         f"sys.argv = ['moe-lm', 'sample', {str(run)!r}, '--prompt', '', '--max-new-tokens', '2', '--greedy']\n"
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"

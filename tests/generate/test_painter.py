@@ -18,7 +18,9 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.painter import LAST, RESET, Painter, colour
 from moe_lm.generate.session import Session
+from moe_lm.generate.text import Delta
 from moe_lm.model.attention import PackedAttention
+from tests.texts import text_of
 
 MakeRun = Callable[..., Path]
 DEEP = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3}
@@ -68,10 +70,9 @@ def test_tokens_have_the_colour_of_their_strongest_expert(make_run: MakeRun, on_
     run = make_run(**DEEP)
     done = on_a_terminal("sample", run, "-p", "import", "--max-new-tokens", 30, "--greedy", "--show-routing", 1)
     session = Session.load(run)
-    chosen: list[Step] = []
-    text = "".join(session.complete("import", Settings(30, routing=True), see=chosen.append))
-    assert re.sub(r"\x1b\[[0-9;]*m", "", done.out) == f"import{printable(text)}\n"
-    layer = strongest(session, "import", [step.token for step in chosen if step.token is not None])[0]
+    deltas = list(session.complete("import", Settings(30, routing=True)))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", done.out) == f"import{printable(text_of(deltas))}\n"
+    layer = strongest(session, "import", [delta.step.token for delta in deltas if delta.step.token is not None])[0]
     seen = Counter(experts[0] for experts in layer)
     for expert in seen:
         assert colour(expert) in done.out
@@ -93,10 +94,9 @@ def test_a_colour_ends_before_the_line_does() -> None:
     sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     config = ModelConfig(**sizes, num_hidden_layers=1, n_routed_experts=4)
     painter = Painter(config, LAST, colours=True)
-    painter.see(Step(0, 1, experts=((2, 0),)))
-    assert painter.paint("") == ""
-    painter.see(Step(0, 1, experts=((3, 1),)))
-    assert painter.paint("a\n b\x1b") == f"{colour(3)}a{RESET}\n{colour(3)} b␛{RESET}"
+    assert painter.paint(Delta(0, "", 0, Step(0, 1, experts=((2, 0),)), None)) == ""
+    delta = Delta(0, "a\n b\x1b", 0, Step(0, 1, experts=((3, 1),)), None)
+    assert painter.paint(delta) == f"{colour(3)}a{RESET}\n{colour(3)} b␛{RESET}"
     assert painter.legend(colours=False).splitlines()[1:] == ["expert 2    50.0%", "expert 3    50.0%"]
     assert len({colour(expert) for expert in range(64)}) == 64
 

@@ -16,6 +16,7 @@ from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.texts import text_of
 from tests.tokenizer.chat.foreign import STYLES, save
 
 MakeRun = Callable[..., Path]
@@ -37,39 +38,39 @@ def test_complete_continues_a_document_that_begins_with_the_prompt(session: Sess
     tokenizer = session.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode("def main():")]
     [ids] = generate(session.model, [prompt], VARIED, {tokenizer.eos_id, tokenizer.end_id}, tokenizer.vocab_size)
-    completion = session.complete("def main():", VARIED)
-    assert "".join(completion) == tokenizer.decode(ids).removesuffix("\ufffd")
-    assert completion.tokens == len(ids) > 10
+    deltas = list(session.complete("def main():", VARIED))
+    assert text_of(deltas) == tokenizer.decode(ids).removesuffix("\ufffd")
+    assert [delta.step.token for delta in deltas] == ids
+    assert len(ids) > 10
 
 
 def test_an_empty_prompt_starts_from_bos(session: Session) -> None:
     [ids] = generate(session.model, [[session.tokenizer.bos_id]], Settings(10), vocab_size=1024)
-    assert "".join(session.complete("", Settings(10))) == session.tokenizer.decode(ids).removesuffix("\ufffd")
+    assert text_of(session.complete("", Settings(10))) == session.tokenizer.decode(ids).removesuffix("\ufffd")
 
 
 def test_the_same_seed_gives_the_same_text(session: Session) -> None:
-    texts = ["".join(session.complete("import ", Settings(20, Sampling(2.0), seed))) for seed in (1, 2, 1)]
+    texts = [text_of(session.complete("import ", Settings(20, Sampling(2.0), seed))) for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
 
 
 def test_complete_ends_before_a_stop_string(session: Session) -> None:
-    free = "".join(session.complete("import ", VARIED))
+    free = text_of(session.complete("import ", VARIED))
     stop = free[5:8]
-    assert "".join(session.complete("import ", VARIED, [stop])) == free[: free.index(stop)]
+    assert text_of(session.complete("import ", VARIED, [stop])) == free[: free.index(stop)]
 
 
 def test_chat_answers_the_rendered_conversation(session: Session) -> None:
     prompt, _ = session.tokenizer.encode_chat(QUESTION, add_generation_prompt=True)
     [ids] = generate(session.model, [prompt], VARIED, {1, 6}, session.tokenizer.vocab_size)
-    assert "".join(session.chat(QUESTION, VARIED)) == session.tokenizer.decode(ids).removesuffix("\ufffd")
+    assert text_of(session.chat(QUESTION, VARIED)) == session.tokenizer.decode(ids).removesuffix("\ufffd")
     assert session.chat_room(QUESTION) == 64 - len(prompt) + 1
 
 
 @pytest.mark.parametrize("token", ["eos", "end"])
 def test_an_answer_ends_at_eos_and_at_the_end_of_a_turn(make_run: MakeRun, token: str) -> None:
-    completion = Session.load(make_run(favour(token))).chat(QUESTION, Settings(5))
-    assert list(completion) == []
-    assert completion.tokens == 0
+    [delta] = Session.load(make_run(favour(token))).chat(QUESTION, Settings(5))
+    assert (delta.text, delta.step.token, delta.finish) == ("", None, "stop")
 
 
 def test_another_models_answer_ends_where_its_template_ends_a_turn(session: Session, tmp_path: Path) -> None:
@@ -78,9 +79,9 @@ def test_another_models_answer_ends_where_its_template_ends_a_turn(session: Sess
     for token, tokens in (("<|user|>", 0), ("<|observation|>", 0), ("<|endoftext|>", 0), ("<sop>", 5)):
         with torch.no_grad():
             session.model.lm_head.bias.zero_()[tokenizer.special_tokens[token]] = 1e4
-        completion = foreign.chat(QUESTION, Settings(5))
-        assert list(completion) == []
-        assert completion.tokens == tokens
+        deltas = list(foreign.chat(QUESTION, Settings(5)))
+        assert text_of(deltas) == ""
+        assert sum(delta.step.token is not None for delta in deltas) == tokens
 
 
 def test_text_is_written_without_a_chat_template_or_with_one_that_fails(session: Session) -> None:
@@ -90,8 +91,8 @@ def test_text_is_written_without_a_chat_template_or_with_one_that_fails(session:
     for template in (None, "{% for %}", "{{ messages[0].content }}"):
         tokenizer = Tokenizer(backend, config | {"chat_template": template})
         assert tokenizer.stop_ids == {tokenizer.eos_id}
-        completion = Session(session.checkpoint, session.model, tokenizer).complete("import", Settings(3))
-        assert len(list(completion)) <= 3
+        deltas = Session(session.checkpoint, session.model, tokenizer).complete("import", Settings(3))
+        assert len(list(deltas)) <= 3
 
 
 @pytest.mark.parametrize("settings", [{"tie_word_embeddings": True}, {"n_routed_experts": 0}])

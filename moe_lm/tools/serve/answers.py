@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moe_lm.generate.decode import Step
-from moe_lm.tools.serve.ticket import Piece
+from moe_lm.generate.text import Delta
 
 LEAST_LOGPROB = -9999.0  # OpenAI's for what is all but impossible; JSON has no -inf
 Name = Callable[[int], str]  # a token's own text
@@ -29,7 +29,7 @@ class Shape(Protocol):
 
     def whole(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]: ...
     def chunk(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]: ...
-    def logprobs(self, pieces: Sequence[Piece], name: Name) -> dict[str, Any]: ...
+    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def whole(self, pieces: Sequence[Piece]) -> str:
-        """Of all pieces there are, as JSON; the encoder lets no other thread run, so it gets a choice at a time."""
-        choices = ",".join(dumps(self._choice(self.shape.whole, part)) for part in _by_row(pieces))
-        around = self._around(self.shape.object, []) | {"usage": self.usage(written(pieces))}
+    def whole(self, deltas: Sequence[Delta]) -> str:
+        """Of all deltas there are, as JSON; the encoder lets no other thread run, so it gets a choice at a time."""
+        choices = ",".join(dumps(self._choice(self.shape.whole, part)) for part in _by_row(deltas))
+        around = self._around(self.shape.object, []) | {"usage": self.usage(written(deltas))}
         del around["choices"]
         return f'{dumps(around)[:-1]},"choices":[{choices}]}}'
 
-    def chunks(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    def chunks(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
         """One for each row that has something new."""
-        parts = [part for part in _by_row(pieces) if self._says_something(part)]
+        parts = [part for part in _by_row(deltas) if self._says_something(part)]
         return [self.chunk([self._choice(self.shape.chunk, part)]) for part in parts]
 
     def chunk(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class Answer:
         number = f"{self.shape.prefix}-{self.number}"
         return {"id": number, "object": kind, "created": self.created, "model": self.model, "choices": list(choices)}
 
-    def _choice(self, write: Callable[[str, str | None, Any], dict[str, Any]], part: Sequence[Piece]) -> dict[str, Any]:
+    def _choice(self, write: Callable[[str, str | None, Any], dict[str, Any]], part: Sequence[Delta]) -> dict[str, Any]:
         # There is no word of theirs for a text whose penalties leave no token: it has ended.
         finish = "stop" if part[-1].finish == "exhausted" else part[-1].finish
-        chosen = [piece for piece in part if piece.step.token is not None]
+        chosen = [delta for delta in part if delta.step.token is not None]
         logprobs = self.shape.logprobs(chosen, self.name) if self.logprobs else None
-        choice = {"index": part[0].row} | write("".join(piece.text for piece in part), finish, logprobs)
-        return choice | ({"routing": [piece.step.experts for piece in chosen]} if self.routing else {})
+        choice = {"index": part[0].row} | write("".join(delta.text for delta in part), finish, logprobs)
+        return choice | ({"routing": [delta.step.experts for delta in chosen]} if self.routing else {})
 
-    def _says_something(self, part: Sequence[Piece]) -> bool:
+    def _says_something(self, part: Sequence[Delta]) -> bool:
         """A token may have no text yet: half a character, or the beginning of a stop string."""
-        return bool(self.logprobs or self.routing or part[-1].finish or any(piece.text for piece in part))
+        return bool(self.logprobs or self.routing or part[-1].finish or any(delta.text for delta in part))
 
 
 class CompletionShape:
@@ -94,12 +94,12 @@ class CompletionShape:
 
     chunk = whole
 
-    def logprobs(self, pieces: Sequence[Piece], name: Name) -> dict[str, Any]:
+    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]:
         return {
-            "tokens": [name(_token(piece.step)) for piece in pieces],
-            "token_logprobs": [_finite(piece.step.logprob) for piece in pieces],
-            "top_logprobs": [self._likeliest(piece.step, name) for piece in pieces],
-            "text_offset": [piece.start for piece in pieces],
+            "tokens": [name(_token(delta.step)) for delta in deltas],
+            "token_logprobs": [_finite(delta.step.logprob) for delta in deltas],
+            "top_logprobs": [self._likeliest(delta.step, name) for delta in deltas],
+            "text_offset": [delta.start for delta in deltas],
         }
 
     def _likeliest(self, step: Step, name: Name) -> dict[str, float]:
@@ -125,11 +125,11 @@ class ChatShape:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def logprobs(self, pieces: Sequence[Piece], name: Name) -> dict[str, Any]:
+    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]:
         content = []
-        for piece in pieces:
-            best = [self._probable(token, logprob, name) for token, logprob in piece.step.alternatives]
-            own = self._probable(_token(piece.step), piece.step.logprob, name)
+        for delta in deltas:
+            best = [self._probable(token, logprob, name) for token, logprob in delta.step.alternatives]
+            own = self._probable(_token(delta.step), delta.step.logprob, name)
             content.append(own | {"top_logprobs": best})
         return {"content": content, "refusal": None}
 
@@ -144,15 +144,15 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def written(pieces: Sequence[Piece]) -> int:
+def written(deltas: Sequence[Delta]) -> int:
     """Tokens in them."""
-    return sum(piece.step.token is not None for piece in pieces)
+    return sum(delta.step.token is not None for delta in deltas)
 
 
-def _by_row(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    rows: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        rows.setdefault(piece.row, []).append(piece)
+def _by_row(deltas: Sequence[Delta]) -> list[list[Delta]]:
+    rows: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        rows.setdefault(delta.row, []).append(delta)
     return [rows[row] for row in sorted(rows)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,15 +14,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from moe_lm.common.errors import UsageError
-from moe_lm.generate.completion import Writer
 from moe_lm.generate.session import Session
+from moe_lm.generate.text import Delta, Row
 from moe_lm.tools.serve.answers import Answer, ChatShape, CompletionShape, Shape, dumps, written
 from moe_lm.tools.serve.engine import Engine
 from moe_lm.tools.serve.errors import GONE, ApiError
 from moe_lm.tools.serve.gate import Limits
 from moe_lm.tools.serve.metrics import Metrics
-from moe_lm.tools.serve.requests import SEEDS, ChatRequest, CompletionRequest, GenerationRequest
-from moe_lm.tools.serve.ticket import Piece, Row, Ticket
+from moe_lm.tools.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from moe_lm.tools.serve.ticket import Job, Ticket
 
 MOST_VALUES = 1 << 20  # of an answer in one piece: about 25 MB
 
@@ -127,7 +126,7 @@ class Endpoints:
                 "texts, tokens or logprobs, or for a stream",
                 code="answer_too_large",
             )
-        ticket = Ticket(self._rows(body, prompts, max_tokens, logprobs, echoes))
+        ticket = Ticket(self._jobs(body, prompts, max_tokens, logprobs, echoes))
         answer = Answer(
             shape,
             self.model,
@@ -139,13 +138,13 @@ class Endpoints:
         )
         if body.stream:
             return await self._stream(request, ticket, answer)
-        pieces: list[Piece] = []
+        deltas: list[Delta] = []
         async with self._served(request, ticket):
             news = await self._first(ticket, answer)
             while news:
-                pieces += news
+                deltas += news
                 news = await ticket.next()
-        return await run_in_threadpool(lambda: Response(answer.whole(pieces), media_type="application/json"))
+        return await run_in_threadpool(lambda: Response(answer.whole(deltas), media_type="application/json"))
 
     def _values(self, body: GenerationRequest, logprobs: int | None) -> int:
         """What a token has beside its text."""
@@ -161,7 +160,7 @@ class Endpoints:
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     async def _events(
-        self, request: Request, ticket: Ticket, answer: Answer, news: list[Piece], served: AsyncExitStack
+        self, request: Request, ticket: Ticket, answer: Answer, news: list[Delta], served: AsyncExitStack
     ) -> AsyncIterator[str]:
         tokens, opening = 0, ""
         if isinstance(answer.shape, ChatShape):
@@ -206,36 +205,32 @@ class Endpoints:
             watch.cancel()
             self.engine.leave(ticket)
 
-    async def _first(self, ticket: Ticket, answer: Answer) -> list[Piece]:
+    async def _first(self, ticket: Ticket, answer: Answer) -> list[Delta]:
         waited = time.monotonic()
         news = await ticket.next()
         self.metrics.first_token_seconds.observe(time.monotonic() - waited)
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return news
 
-    def _rows(
+    def _jobs(
         self,
         body: GenerationRequest,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         logprobs: int | None,
         echoes: Sequence[str],
-    ) -> list[Row]:
-        """Text j of prompt i draws with `seed + i * n + j`, as `moe-lm sample --num` does."""
-        tokenizer = self.session.tokenizer
-        settings = body.settings(max_tokens, logprobs)
-        rows = []
+    ) -> list[Job]:
+        """Text j of prompt i draws with `seed + i * n + j`, as in `moe-lm sample --num`."""
+        tokenizer, settings, jobs = self.session.tokenizer, body.settings(max_tokens, logprobs), []
         for index in range(len(prompts) * body.n):
-            own = dataclasses.replace(settings, seed=(settings.seed + index) % SEEDS)
-            writer = Writer(tokenizer.decode, body.stop)
-            prompt, echo = prompts[index // body.n], echoes[index // body.n]
-            rows.append(Row(index, prompt, own, tokenizer.stop_ids, writer, echo))
-        return rows
+            row = Row(index, tokenizer.decode, body.stop, prefix=echoes[index // body.n])
+            jobs.append(Job(row, prompts[index // body.n], settings.of_row(index), tokenizer.stop_ids))
+        return jobs
 
 
-def _news(answer: Answer, pieces: Sequence[Piece]) -> str:
+def _news(answer: Answer, deltas: Sequence[Delta]) -> str:
     """Many of them, when a client reads slowly."""
-    return _events_of(answer.chunks(pieces))
+    return _events_of(answer.chunks(deltas))
 
 
 def _events_of(chunks: Sequence[dict[str, Any]]) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from moe_lm.common.errors import MoeLmError
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
+from moe_lm.generate.text import Delta
 from moe_lm.tools.serve.errors import ApiError, broken
 from moe_lm.tools.serve.metrics import Metrics
-from moe_lm.tools.serve.ticket import Piece, Row, Ticket
+from moe_lm.tools.serve.ticket import Job, Ticket
 
 log = logging.getLogger("moe_lm.serve")
 
@@ -38,7 +39,7 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: list[Ticket] = []  # that have rows to start, in the order in which they came
         self._left: list[Ticket] = []  # whose rows are to be dropped
-        self._working: dict[int, tuple[Ticket, Row]] = {}  # by the decoder's number; only the thread changes it
+        self._working: dict[int, tuple[Ticket, Job]] = {}  # by the decoder's number; only the thread changes it
         self._refusing = self._closed = False
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
 
@@ -60,7 +61,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._refusing
+        return not self._refusing
 
     @property
     def running(self) -> int:
@@ -135,9 +136,9 @@ class Engine:
             self._left.clear()
             while self._waiting and self.running < self.slots:
                 ticket = min(self._waiting, key=lambda ticket: ticket.running)
-                row = ticket.waiting[0]
+                job = ticket.waiting[0]
                 try:
-                    number = self._decoder.add(row.prompt, row.settings, row.stop_ids)
+                    number = self._decoder.add(job.prompt, job.settings, job.stop_ids)
                 except Exception as error:  # here it is known whose it was
                     self.leave(ticket)
                     self._tell({ticket: _told(error)})
@@ -145,18 +146,18 @@ class Engine:
                 ticket.waiting.popleft()
                 if not ticket.waiting:
                     self._waiting.remove(ticket)
-                self._working[number] = ticket, row
+                self._working[number] = ticket, job
                 ticket.running += 1
             return not self._closed
 
     def _give(self, steps: Sequence[Step]) -> None:
         """Bring each ticket what its rows have got."""
-        news: dict[Ticket, list[Piece]] = {}
+        news: dict[Ticket, list[Delta]] = {}
         for step in steps:
-            ticket, row = self._working[step.request]
-            piece = row.take(step)
-            news.setdefault(ticket, []).append(piece)
-            if piece.finish is not None:
+            ticket, job = self._working[step.request]
+            delta = job.row.take(step)
+            news.setdefault(ticket, []).append(delta)
+            if delta.finish is not None:
                 self._end(step.request)
         self._metrics.wrote(sum(step.token is not None for step in steps))
         self._tell(news)
@@ -183,7 +184,7 @@ class Engine:
         self._tell(dict.fromkeys(tickets, error))
         self._decoder.clear()  # last: it may fail too
 
-    def _tell(self, news: dict[Ticket, list[Piece]] | dict[Ticket, ApiError]) -> None:
+    def _tell(self, news: dict[Ticket, list[Delta]] | dict[Ticket, ApiError]) -> None:
         def put() -> None:
             for ticket, item in news.items():
                 ticket.put(item)

@@ -10,6 +10,7 @@ from moe_lm.generate.decode import Decoder, Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Serve, Served
 
 TALK: list[Any] = [
@@ -21,7 +22,7 @@ TALK: list[Any] = [
 
 
 def test_the_assistants_next_message_as_chat_gives_it(served: Served, session: Session) -> None:
-    expected = "".join(session.chat(TALK, Settings(20, GREEDY)))
+    expected = text_of(session.chat(TALK, Settings(20, GREEDY)))
     answer = served.openai.chat.completions.create(model=MODEL, messages=TALK, max_tokens=20, temperature=0)
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.role == "assistant"
@@ -32,7 +33,7 @@ def test_the_assistants_next_message_as_chat_gives_it(served: Served, session: S
 
 def test_a_stream_opens_with_the_role_and_ends_with_a_reason(served: Served, session: Session) -> None:
     settings = Settings(20, Sampling(0.8), seed=11)
-    expected = ["".join(session.chat(TALK, Settings(20, Sampling(0.8), seed=seed))) for seed in (11, 12)]
+    expected = [text_of(session.chat(TALK, Settings(20, Sampling(0.8), seed=seed))) for seed in (11, 12)]
     texts, reasons = ["", ""], {}
     chunks = list(
         served.openai.chat.completions.create(
@@ -76,7 +77,7 @@ def test_log_probabilities(served: Served, session: Session, stream: bool) -> No
 
 
 def test_stop_strings_and_the_end_of_the_context(served: Served, session: Session) -> None:
-    whole = "".join(session.chat(TALK, Settings(128, Sampling(1.2), seed=3)))
+    whole = text_of(session.chat(TALK, Settings(128, Sampling(1.2), seed=3)))
     stop = whole[5:8]
     asked: dict[str, Any] = {"model": MODEL, "messages": TALK, "temperature": 1.2, "seed": 3}
     choice = served.openai.chat.completions.create(**asked, stop=stop).choices[0]

@@ -8,6 +8,7 @@ from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Served
 
 PROMPTS = ["import os", "", "x"]
@@ -18,7 +19,7 @@ def test_same_seed_same_text_as_sample(served: Served, session: Session) -> None
     answer = served.openai.completions.create(
         model=MODEL, prompt="import os", max_tokens=20, temperature=0.9, top_p=0.95, seed=7
     )
-    assert answer.choices[0].text == "".join(session.complete("import os", settings))
+    assert answer.choices[0].text == text_of(session.complete("import os", settings))
     assert answer.object == "text_completion"
     assert answer.model == MODEL
 
@@ -49,7 +50,7 @@ def test_prompts_times_n_draw_with_seeds_in_order(served: Served, session: Sessi
         texts = [choice.text for choice in answer.choices]
     for index, text in enumerate(texts):
         expected = session.complete(PROMPTS[index // 3], Settings(9, Sampling(1.0), seed=40 + index))
-        assert text == "".join(expected)
+        assert text == text_of(expected)
 
 
 def test_ids_are_taken_as_they_are(served: Served, session: Session) -> None:
@@ -75,12 +76,12 @@ def test_penalties_bias_and_our_own_fields_reach_the_decoder(served: Served, ses
         logit_bias={"70": 3, "80": -100},
         extra_body={"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.4},
     )
-    assert answer.choices[0].text == "".join(session.complete("def", settings))
+    assert answer.choices[0].text == text_of(session.complete("def", settings))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_text_before_them(served: Served, session: Session, stream: bool) -> None:
-    whole = "".join(session.complete("import os", Settings(30, Sampling(1.0), seed=1)))
+    whole = text_of(session.complete("import os", Settings(30, Sampling(1.0), seed=1)))
     stop = whole[10:13]
     expected = whole[: whole.index(stop)]
     asked = {"model": MODEL, "prompt": "import os", "max_tokens": 30, "seed": 1, "stop": ["never there", stop]}
@@ -118,7 +119,7 @@ def test_log_probabilities_are_the_decoders(served: Served, session: Session) ->
 
 
 def test_echo_says_the_prompt_first(served: Served, session: Session) -> None:
-    text = "".join(session.complete("import os", Settings(5, GREEDY)))
+    text = text_of(session.complete("import os", Settings(5, GREEDY)))
     asked = {"model": MODEL, "prompt": "import os", "max_tokens": 5, "temperature": 0, "echo": True}
     assert served.openai.completions.create(**asked).choices[0].text == "import os" + text
     chunks = served.openai.completions.create(**asked, stream=True)

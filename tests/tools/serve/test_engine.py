@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import random
 import threading
@@ -15,15 +14,16 @@ import openai
 import pytest
 import torch
 
-from moe_lm.generate.completion import Writer
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.generate.text import Row
 from moe_lm.tools.serve.engine import Engine
 from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
-from moe_lm.tools.serve.ticket import Row, Ticket
+from moe_lm.tools.serve.ticket import Job, Ticket
+from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Serve, Served, connect, head
 
 NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}  # no token that ends a text
@@ -31,12 +31,12 @@ NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}  # no token
 
 def ticket(session: Session, rows: int, tokens: int = 6, settings: Settings | None = None) -> Ticket:
     settings = settings or Settings(tokens, GREEDY)
-    return Ticket([Row(index, [5, 6], settings, (), Writer(session.tokenizer.decode)) for index in range(rows)])
+    return Ticket([Job(Row(index, session.tokenizer.decode), [5, 6], settings, ()) for index in range(rows)])
 
 
 async def finished(asked: Ticket, order: list[str], name: str) -> None:
     while news := await asked.next():
-        order += [f"{name}{piece.row}" for piece in news if piece.finish]
+        order += [f"{name}{delta.row}" for delta in news if delta.finish]
 
 
 def run(session: Session, slots: int, asked: dict[str, Ticket], max_queue: int = 1000) -> list[str]:
@@ -45,7 +45,7 @@ def run(session: Session, slots: int, asked: dict[str, Ticket], max_queue: int =
     async def main() -> list[str]:
         engine, order = Engine(session, slots, 64, max_queue, Metrics()), list[str]()
         for one in asked.values():
-            engine._waiting.append(one)
+            engine.submit(one)
         engine.start(asyncio.get_running_loop())
         await asyncio.gather(*(finished(one, order, name) for name, one in asked.items()))
         assert engine.running == engine.queued == 0
@@ -105,10 +105,10 @@ def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
         short, long = ticket(session, 1, settings=once), ticket(session, 1, tokens=9)
         engine.submit(short)
         engine.submit(long)
-        pieces = []
+        deltas = []
         while news := await short.next():
-            pieces += news
-        assert [(piece.step.token, piece.finish) for piece in pieces] == [(70, None), (None, "exhausted")]
+            deltas += news
+        assert [(delta.step.token, delta.finish) for delta in deltas] == [(70, None), (None, "exhausted")]
         tokens = 0
         while news := await long.next():
             tokens += len(news)
@@ -159,7 +159,7 @@ def test_100_clients_at_once_lose_nothing(served: Served, session: Session) -> N
             texts = [choice["text"] for choice in answer.json()["choices"]]
         for index, text in enumerate(texts):
             settings = Settings(body["max_tokens"], Sampling(1.0), seed=body["seed"] + index)
-            assert text == "".join(session.complete(body["prompt"], settings))
+            assert text == text_of(session.complete(body["prompt"], settings))
     assert served.engine.running == served.engine.queued == 0
 
 
@@ -226,8 +226,9 @@ def test_a_row_that_cannot_begin_fails_alone(session: Session) -> None:
     async def main() -> None:
         engine = Engine(session, 3, 64, 10, Metrics())
         other, wrong = ticket(session, 1, 9), ticket(session, 2, 50)
-        wrong.waiting[1] = dataclasses.replace(wrong.waiting[1], prompt=[])
-        engine._waiting += [other, wrong]
+        wrong.waiting[1] = wrong.waiting[1]._replace(prompt=[])
+        engine.submit(other)
+        engine.submit(wrong)
         engine.start(asyncio.get_running_loop())
         with pytest.raises(ApiError, match="no token to start from") as error:
             await finished(wrong, [], "")
@@ -254,7 +255,8 @@ def test_a_decoder_that_cannot_go_on_lets_nobody_wait(session: Session, monkeypa
         monkeypatch.setattr(engine._decoder, "step", no_memory)
         monkeypatch.setattr(engine._decoder, "clear", no_memory)
         running, waiting = ticket(session, 1), ticket(session, 1)
-        engine._waiting += [running, waiting]
+        engine.submit(running)
+        engine.submit(waiting)
         engine.start(asyncio.get_running_loop())
         for one, status in ((running, 500), (waiting, 503)):
             with pytest.raises(ApiError) as error:

@@ -18,6 +18,7 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.texts import text_of
 from tests.tools.serve.conftest import Serve, Served
 
 
@@ -101,7 +102,7 @@ def test_a_message_gets_an_answer_with_its_speed_and_its_experts(
     here.set("max-tokens", 20)
     here.send("what is an import?")
     talk = [{"role": "user", "content": "what is an import?"}]
-    expected = "".join(session.chat(talk, Settings(20, GREEDY)))
+    expected = text_of(session.chat(talk, Settings(20, GREEDY)))
     assert here.said("user") == ["what is an import?"]
     assert here.said("assistant") == [expected]
     figures = here.browser.find_element(By.CLASS_NAME, "figures").text
@@ -121,7 +122,7 @@ def test_a_message_gets_an_answer_with_its_speed_and_its_experts(
     here.ended()
     talk += [{"role": "assistant", "content": expected}, {"role": "user", "content": "and a\nclass?"}]
     assert here.said("user")[1] == "and a\nclass?"
-    assert here.said("assistant")[1] == "".join(session.chat(talk, Settings(20, GREEDY)))
+    assert here.said("assistant")[1] == text_of(session.chat(talk, Settings(20, GREEDY)))
     file = tmp_path / "chat.png"
     assert here.browser.save_screenshot(str(file))
     assert file.stat().st_size > 10_000
@@ -167,7 +168,7 @@ def test_without_a_chat_template_the_page_continues_texts(serve: Serve, session:
     here.set("temperature", 0)
     here.set("max-tokens", 12)
     here.send("import os")
-    assert here.said("text") == ["import os" + "".join(plain.complete("import os", Settings(12, GREEDY)))]
+    assert here.said("text") == ["import os" + text_of(plain.complete("import os", Settings(12, GREEDY)))]
 
 
 def test_what_people_and_models_write_stays_text(served: Served, page: Open) -> None:

@@ -23,6 +23,7 @@ from moe_lm.generate.strategies import Sampling
 from moe_lm.kernels.device import compiling_needs
 from tests.conftest import Done
 from tests.processes import free_port
+from tests.texts import text_of
 
 Start = Callable[..., subprocess.Popen[str]]
 NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}
@@ -57,7 +58,7 @@ def test_a_compiled_server_writes_the_same(served_run: Path, session: Session, s
     _, url = start(start_moe_lm, served_run, "--compile", "--max-concurrent", 3)
     body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "n": 2}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
-    text = "".join(session.complete("import ", Settings(8)))
+    text = text_of(session.complete("import ", Settings(8)))
     assert [choice["text"] for choice in answer["choices"]] == [text, text]
 
 
@@ -99,7 +100,7 @@ def test_beyond_the_loopback_without_a_key_is_warned_of(
     assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
     assert list((tmp_path / "offload").glob("*/*.dat"))
     answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 5, "seed": 1}, timeout=60)
-    expected = "".join(session.complete("x", Settings(5, Sampling(1.0), seed=1)))
+    expected = text_of(session.complete("x", Settings(5, Sampling(1.0), seed=1)))
     assert answer.json()["choices"][0]["text"] == expected
     process.terminate()
     assert process.wait(timeout=60) == 0

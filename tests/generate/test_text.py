@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
-from moe_lm.generate.completion import Completion
+from moe_lm.generate.decode import Step
+from moe_lm.generate.text import Row, Speed
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TEXT = "naïve café — 你好，世界 👩‍👩‍👧 and plain words"
 
 
+def written(ids: Iterable[int], decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()) -> list[str]:
+    """The texts, none of them empty, that the steps of a row add until a stop string or the last one ends it."""
+    row, texts = Row(0, decode, stop), []
+    for step in [*(Step(0, token) for token in ids), Step(0, None, "length")]:
+        delta = row.take(step)
+        assert delta.start == len("".join(texts))
+        texts += [delta.text] if delta.text else []
+        if delta.finish is not None:
+            break
+    return texts
+
+
 def bytes_of(tokens: list[bytes], stop: tuple[str, ...] = ()) -> list[str]:
-    """The pieces of a completion whose tokens are these bytes."""
-    return list(
-        Completion(range(len(tokens)), lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"), stop)
-    )
+    """The texts that a row of tokens with these bytes is written in."""
+    return written(range(len(tokens)), lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"), stop)
 
 
 def before_first_complete_stop(text: str, stop: tuple[str, ...]) -> str:
@@ -31,7 +45,7 @@ def before_first_complete_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def test_pieces_of_real_tokens_are_the_text_in_whole_characters(tiny_tokenizer: Tokenizer) -> None:
     ids = tiny_tokenizer.encode(TEXT)
-    pieces = list(Completion(ids, tiny_tokenizer.decode))
+    pieces = written(ids, tiny_tokenizer.decode)
     assert "".join(pieces) == TEXT
     assert len(pieces) > 20
     assert not any("\ufffd" in piece for piece in pieces)
@@ -77,14 +91,23 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     assert "".join(bytes_of(tokens, stop)) == before_first_complete_stop("".join(pieces), stop)
 
 
-def test_tokens_are_counted_and_not_asked_for_after_a_stop() -> None:
-    tokens = iter(range(10))
-    completion = Completion(tokens, lambda ids: "".join(map(str, ids)), stop=("3",))
-    assert "".join(completion) == "012"
-    assert completion.tokens == 4
-    assert next(tokens) == 4
+def test_a_stop_string_ends_a_row_before_its_decoder_does() -> None:
+    row = Row(7, lambda ids: "".join(map(str, ids)), stop=("23",), prefix="ab")
+    deltas = [row.take(Step(0, token)) for token in range(4)]
+    assert [(delta.row, delta.text, delta.start, delta.finish) for delta in deltas] == [
+        (7, "ab0", 0, None), (7, "1", 3, None), (7, "", 4, None), (7, "", 4, "stop"),
+    ]  # fmt: skip
+
+
+def test_speed_counts_tokens_and_not_steps_without_one() -> None:
+    row, speed = Row(0, str), Speed()
+    speed.see(row.take(Step(0, 5)))
+    speed.see(row.take(Step(0, None, "stop")))
+    assert str(speed) == "1 tokens"
+    speed.see(row.take(Step(0, 5)))
+    assert re.fullmatch(r"2 tokens, \d+\.\d tokens/s", str(speed))
 
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
-        Completion([], str, stop=("a", ""))
+        Row(0, str, stop=("a", ""))

@@ -19,6 +19,7 @@ from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
 from tests.conftest import Done
+from tests.texts import text_of
 
 MoeLm = Callable[..., Done]
 MakeRun = Callable[..., Path]
@@ -50,7 +51,7 @@ def test_every_sample_of_a_file_is_a_line_with_a_seed_that_gives_it_again(
     assert [line.get("id") for line in found] == [7, 7, None, None, None, None]
     for line in found:
         settings = Settings(9, Sampling(1.3, min_p=0.01), line["seed"])
-        assert line["text"] == "".join(session.complete(line["prompt"], settings))
+        assert line["text"] == text_of(session.complete(line["prompt"], settings))
         assert line["finish"] in ("stop", "length")
     assert done.err.startswith("6 samples, ")
     alone = moe_lm("sample", run, "--prompt", "def ", "--seed", 43, *options)
@@ -131,7 +132,7 @@ def test_every_strategy_reaches_the_draw(moe_lm: MoeLm, run: Path, session: Sess
     )  # fmt: skip
     penalties = Penalties(1.2, 0.3, 0.2, 2, ((300, 1.5),))
     settings = Settings(12, Sampling(1.1, 90, 0.95, 0.001, 0.9, penalties), 3, 2)
-    assert done.out == "".join(session.complete("import ", settings)) + "\n"
+    assert done.out == text_of(session.complete("import ", settings)) + "\n"
 
 
 def test_stop_strings_end_each_sample_by_itself(moe_lm: MoeLm, run: Path) -> None:
