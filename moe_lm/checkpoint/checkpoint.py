@@ -30,7 +30,7 @@ from moe_lm.checkpoint import checkpoint_tensors
 from moe_lm.checkpoint.checkpoint_tensors import reason
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, sha256_of, sync, unfinished_path
-from moe_lm.parallel.together import Ranks
+from moe_lm.parallel.process_group import Ranks
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.parallel.logical import host_copy
-from moe_lm.parallel.together import Ranks
+from moe_lm.parallel.process_group import Ranks
 
 MAX_FILE_BYTES = 1 << 30  # a file is serialised in memory before it is written
 

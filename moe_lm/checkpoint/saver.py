@@ -15,7 +15,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint_tensors import snapshot
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
-from moe_lm.parallel.together import Ranks, part, ranks_of_their_own
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
 PATIENCE_SECONDS = 60.0  # with a save under way when training has failed: a rank that is gone may keep it from ending
@@ -39,7 +39,7 @@ class Saver:
     def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:
         self.checkpoints, self.keep, self.background = checkpoints, config.keep, config.background
         self.watchdog = watchdog
-        self.ranks = ranks_of_their_own() if config.background else Ranks()
+        self.ranks = Ranks.with_own_group() if config.background else Ranks()
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
 
@@ -96,7 +96,7 @@ class Saver:
             futures.wait([self._under_way[1]], None if error is None else PATIENCE_SECONDS)
             if not self._under_way[1].done():
                 return
-        part(self.ranks)
+        self.ranks.close()
 
 
 def _fulfil(outcome: futures.Future[Path], action: Callable[[], Path]) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +21,10 @@ from moe_lm.cli import generate as cli_generate
 from moe_lm.cli import interop as cli_interop
 from moe_lm.cli import serve as cli_serve
 from moe_lm.common.errors import MoeLmError
+from moe_lm.parallel.launch import launched_ranks
+
+if TYPE_CHECKING:
+    from moe_lm.parallel.meeting import Meeting
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
@@ -30,7 +33,6 @@ ALONE = {
     "--logprobs": "0",
     "--show-routing": "-1",
 }  # options whose number may be left out, and what it is then
-WORLD_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 class Walk(typer.core.TyperGroup):
@@ -75,61 +77,40 @@ def main() -> None:
     arguments = _without_local_rank([item for item in sys.argv[1:] if item != "--debug"])
     arguments = _with_a_number(arguments)
     verb = next((item for item in arguments if not item.startswith("-")), "")
-    if verb in OF_MANY_RANKS:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections hide our sentence
-    alone = not _is_one_of_many(verb)
+    ranks = None
     try:
-        code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=alone)
+        if verb in OF_MANY_RANKS:
+            ranks = launched_ranks()
+        code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=ranks is None, obj=ranks)
         sys.exit(code if isinstance(code, int) else 0)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("interrupted", file=sys.stderr)
         unwritten = _flush_quietly()
         if unwritten and not stop.code:
-            _stop(unwritten, 1, debug, verb)
+            _stop(unwritten, 1, debug, ranks)
         raise
     except MoeLmError as error:
-        _stop(f"error: {error}", error.exit_code, debug, verb, error.common)
+        _stop(f"error: {error}", error.exit_code, debug, ranks, error.common)
     except Exception as error:
         if hasattr(error, "format_message"):  # wrong use, which Typer shows in a box, but not in one for every rank
-            _stop(f"error: {error.format_message()}", 2, debug, verb, common=True)
+            _stop(f"error: {error.format_message()}", 2, debug, ranks, common=True)
         unwritten = _flush_quietly()
         if unwritten:
-            _stop(unwritten, 1, debug, verb)
+            _stop(unwritten, 1, debug, ranks)
         hint = "" if debug else "; run again with --debug for the traceback"
-        _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug, verb)
+        _stop(f"internal error: {type(error).__name__}: {error}{hint}", 1, debug, ranks)
 
 
-def _stop(message: str, code: int, debug: bool, verb: str, common: bool = False) -> None:
+def _stop(message: str, code: int, debug: bool, ranks: Meeting | None, common: bool = False) -> None:
     _flush_quietly()
     if debug:
         traceback.print_exc()
-    if _is_one_of_many(verb):
-        _stop_rank(message, code, common)
+    if ranks is None:
+        print(message, file=sys.stderr)
     else:
-        print(message, file=sys.stderr)
+        ranks.fail(message, code, common)
     sys.exit(code)
-
-
-def _is_one_of_many(verb: str) -> bool:
-    return verb in OF_MANY_RANKS and any(os.environ.get(name, "1") != "1" for name in WORLD_SIZES)
-
-
-def _stop_rank(message: str, code: int, common: bool) -> None:
-    """What several ranks have to say is said once; of an error that is `common` to all, rank 0 speaks."""
-    from moe_lm.parallel import meeting
-    from moe_lm.parallel.topology import current_topology
-
-    try:
-        topology = current_topology()
-    except MoeLmError:  # there are no others to ask
-        print(message, file=sys.stderr)
-        return
-    alone = topology.world_size == 1
-    if alone or (topology.is_main if common else meeting.say_for_all(topology, message, code)):
-        name = "" if topology.is_main else f"rank {topology.rank} on {socket.gethostname()}: "
-        print(f"{name}{message}", file=sys.stderr, flush=True)
-    meeting.part(topology)
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -254,7 +235,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Build")
-def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     from moe_lm.config.reading import load_config
     from moe_lm.config.run import PretrainConfig
@@ -266,11 +247,12 @@ def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = 
     if dry_run:
         print(cost.describe(settings, settings.model))
     else:
-        pretrain.run(settings)
+        pretrain.run(settings, ctx.obj)
 
 
 @app.command(rich_help_panel="Build")
 def finetune(
+    ctx: typer.Context,
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
@@ -292,7 +274,7 @@ def finetune(
     elif dry_run:
         print(finetune.describe(settings))
     else:
-        finetune.run(settings)
+        finetune.run(settings, ctx.obj)
 
 
 @app.command(rich_help_panel="Build")

@@ -20,7 +20,9 @@ from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.logical import divided_experts, is_expert
-from moe_lm.parallel.topology import Topology, current_topology, join
+from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.process_group import join
+from moe_lm.parallel.topology import Topology, current_topology
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def place_model(
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
     device = rank_device(parallel, topology)
-    join(topology, device, parallel.timeout_seconds)
+    join(Meeting(topology), device, parallel.timeout_seconds)
     with torch.device("meta"):
         model = LanguageModel(config)
     lora.freeze(model, adapters, freeze_router)

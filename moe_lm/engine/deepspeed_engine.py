@@ -33,7 +33,8 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.losses import LossParts, StepCounts
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
-from moe_lm.parallel.topology import current_topology, leave
+from moe_lm.parallel.process_group import leave
+from moe_lm.parallel.topology import current_topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

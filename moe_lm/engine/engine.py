@@ -20,7 +20,8 @@ from moe_lm.model.lora import draw_dropout
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
 from moe_lm.optim.groups import schedule_factor, update_router_biases
-from moe_lm.parallel.topology import Topology, all_reduce_sum, any_rank
+from moe_lm.parallel.process_group import all_reduce_sum, any_rank
+from moe_lm.parallel.topology import Topology
 
 
 @dataclass(frozen=True)

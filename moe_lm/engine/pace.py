@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.expert_parallel import AllToAllDispatcher
-from moe_lm.parallel.meeting import named
-from moe_lm.parallel.topology import all_reduce_sum
+from moe_lm.parallel.process_group import all_reduce_sum
 
 WINDOW = 10  # steps, of which the median counts: one that a garbage collection or a checkpoint delays says nothing
 SLOW = 1.5  # times what the others need
@@ -79,7 +78,8 @@ class Pace:
         elif self._silent <= 0:
             self._silent = REMIND
             return (
-                f"{named([slowest])} keeps the others waiting: a step needs {own[slowest]:.3g} s of its own there, "
+                f"{self._engine.topology.named([slowest])} keeps the others waiting: a step needs {own[slowest]:.3g} s "
+                "of its own there, "
                 f"{others:.3g} s on the others; see what else runs there, its clock rate and its disk"
             )
         return None

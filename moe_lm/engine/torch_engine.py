@@ -23,7 +23,8 @@ from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.losses import LossParts, StepCounts
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
-from moe_lm.parallel.topology import current_topology, leave
+from moe_lm.parallel.process_group import leave
+from moe_lm.parallel.topology import current_topology
 
 
 class TorchEngine(Engine):

@@ -1,7 +1,8 @@
-"""How ranks meet, and how they speak without a process group: through notes in a store at MASTER_ADDR:MASTER_PORT.
+"""The meeting of the ranks: how they find each other, and how they speak without a process group.
 
-Each rank knocks, and rank 0 answers with a name drawn for this meeting, under which all further notes are kept:
-torchrun's own store outlives the processes that it starts again, and remembers those that failed before.
+They share notes in a store at MASTER_ADDR:MASTER_PORT. Each rank knocks, and rank 0 answers with a name drawn for this
+meeting, which prefixes all further notes: torchrun's store outlives the processes that it restarts, and still holds
+the notes of those that failed before.
 """
 
 from __future__ import annotations
@@ -11,184 +12,214 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from moe_lm.common.errors import MoeLmError, UsageError
-
-if TYPE_CHECKING:
-    from moe_lm.parallel.topology import Topology
+from moe_lm.parallel.topology import Topology
 
 POLL_SECONDS = 0.1
-FAILED_SECONDS = 30.0  # how long a rank that fails before the ranks met looks for the others, to tell them
-ROLL_CALL_SECONDS = 2.0  # how long those that lost a rank wait for each other's word that they are still there
-LINGER_SECONDS = 3.0  # how long rank 0 keeps its store for those that still read why it ends
+FAILED_SECONDS = 30.0  # for which a rank that fails before the ranks met looks for the others, to tell them
+ROLL_CALL_SECONDS = 2.0  # for which ranks that lost one wait for each other's sign of life
+LINGER_SECONDS = 3.0  # for which rank 0 keeps its store, so that the others can read why it ends
+# How the back ends report a rank that has gone, or has not answered in time.
+LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
 
 
 class Meeting:
-    """The ranks of a run. `notes` is what all of them read and write, `hosts` is where each one runs."""
+    """The ranks of a run, and the notes by which they agree on what to say when one of them fails.
 
-    def __init__(self, topology: Topology, store: dist.Store, name: str) -> None:
+    `topology` names their hosts once they have met.
+    """
+
+    def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.notes = dist.PrefixStore(f"moe-lm/{name}", store)
-        self.hosts: list[str] = []
-        self.missing: Sequence[int] = ()
-        self._closed = threading.Event()
-        self._porter: threading.Thread | None = None
+        self._store: dist.Store | None = None  # the notes
+        self._unreachable = False  # rank 0 does not answer; to try again would take as long again
+        self._num_missing = 0
+        self._over = threading.Event()
+        self._answering: threading.Thread | None = None
 
-    def answer_knocks(self, store: dist.Store, name: str) -> None:
-        """As rank 0: tell ranks that knock the name of the meeting, in a thread, until each one is heard under it."""
-        doors = range(1, self.topology.world_size)
-        self._porter = threading.Thread(target=_answer_knocks, args=(store, name, doors, self._closed), daemon=True)
-        self._porter.start()
+    def gather(self, seconds: float) -> dist.Store:
+        """Wait until every rank is here, and return the notes.
 
-    def close(self) -> None:
-        """Let the porter go home: a process that ends while a thread of it speaks with the store may abort."""
-        self._closed.set()
-        if self._porter is not None:
-            self._porter.join()
+        Raises MoeLmError (UsageError) on every rank if one does not come in time, or has failed before.
+        """
+        notes, world_size = self._enter(seconds), self.topology.world_size
+        try:
+            notes.set(f"here/{self.topology.rank}", socket.gethostname())
+            if self.topology.is_main:
+                places = [f"here/{rank}" for rank in range(world_size)]
+                wait_until(lambda: notes.check(places) or notes.check(["failed"]), seconds)
+                missing = [rank for rank, place in enumerate(places) if not notes.check([place])]
+                if missing and not notes.check(["failed"]):
+                    self._num_missing = len(missing)
+                    self._report_failure(
+                        f"{self.topology.named(missing)} of {world_size} did not come to {_address()} within "
+                        f"{seconds:g} s; check that the launcher started every rank with this address, and that no "
+                        "firewall is in between",
+                        MoeLmError.exit_code,
+                    )
+                elif not missing:
+                    notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
+            met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
+            if met and notes.check(["failed"]):
+                raise _reported_failure(notes)
+            if met:
+                self.topology = replace(self.topology, hosts=tuple(json.loads(notes.get("hosts"))))
+                return notes
+        except dist.DistError:
+            pass
+        raise self._silence(f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
 
-    def named(self, ranks: Sequence[int]) -> str:
-        """`rank 3 on host-b`, `ranks 4 and 5 on host-c`, with no host while it is not known."""
-        words = "rank" if len(ranks) == 1 else "ranks"
-        *most, last = map(str, ranks)
-        names = f"{words} {', '.join(most)} and {last}" if most else f"{words} {last}"
-        hosts = dict.fromkeys(self.hosts[rank] for rank in ranks if rank < len(self.hosts))
-        return f"{names} on {', '.join(hosts)}" if hosts else names
+    @contextmanager
+    def lost_ranks_named(self) -> Iterator[None]:
+        """Turn the back end's error about a lost rank into one sentence (MoeLmError), the same on every rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.topology.world_size == 1 or not any(text in str(error) for text in LOST):
+                raise
+            raise self._loss() from error
 
-    def is_mine_to_say(self, message: str) -> bool:
-        """Whether this rank is the one to say what several have to say: rank 0, else the first to ask."""
-        message = message.removeprefix("error: ")  # ranks that hear of it raise it as an error of theirs
+    def fail(self, message: str, exit_code: int, common: bool = False) -> None:
+        """Print why this rank ends, unless another rank prints it, and stay until the others have read it.
+
+        Rank 0 prints what is `common` to all ranks.
+        """
+        topology = self.topology
+        if topology.is_main if common else self._must_print(message, exit_code):
+            name = "" if topology.is_main else f"rank {topology.rank} on {socket.gethostname()}: "
+            print(f"{name}{message}", file=sys.stderr, flush=True)
+        if self._store is not None:
+            self._linger(self._store)
+
+    def _loss(self) -> MoeLmError:
+        """The reason why the connection broke: the failure that a rank reported, else the ranks that are gone.
+
+        Rank 0 calls the roll, and all that are left say the same.
+        """
+        advice = "see what it said, then run the same command again to go on from the last checkpoint"
+        lost = f"lost {self.topology.named([0])}, which has ended or does not answer; {advice}"
+        notes, topology = self._store, self.topology
+        if notes is None:
+            return self._silence(lost)
+        with suppress(dist.DistError):
+            notes.set(f"left/{topology.rank}", "")
+            places = [f"left/{rank}" for rank in range(topology.world_size)]
+            if topology.is_main:
+                wait_until(lambda: notes.check(places) or notes.check(["failed"]), ROLL_CALL_SECONDS)
+                gone = [rank for rank, place in enumerate(places) if not notes.check([place])]
+                named = topology.named(gone) if gone else "the connection between the ranks"
+                lost = f"lost {named}, which has ended or does not answer; {advice}"
+                self._report_failure(lost, MoeLmError.exit_code)
+            wait_until(lambda: notes.check(["failed"]), ROLL_CALL_SECONDS + LINGER_SECONDS)
+            if notes.check(["failed"]):
+                return _reported_failure(notes)
+        return self._silence(lost)
+
+    def _must_print(self, message: str, exit_code: int) -> bool:
+        """Report a failure to the other ranks; whether it falls to this one to print it: rank 0, else the first."""
+        if self._unreachable:
+            return True
+        message = message.removeprefix("error: ")  # the others raise it as an error of their own
         key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
-        if not self.topology.is_main:
-            wait_until(lambda: self.notes.check([key]), 1)
         mine = str(self.topology.rank)
-        return self.notes.compare_set(key, "", mine) == mine.encode()
+        try:
+            notes = self._store or self._enter(FAILED_SECONDS)
+            if not self.topology.is_main:
+                wait_until(lambda: notes.check([key]), 1)
+            speaker = notes.compare_set(key, "", mine)
+            self._report_failure(message, exit_code)
+        except (MoeLmError, dist.DistError):  # there is no rank 0 to agree with
+            return True
+        return speaker == mine.encode()
 
-    def tell_failure(self, message: str, exit_code: int) -> None:
-        """End the meeting for all; the first failure counts."""
-        self.notes.compare_set("failed", "", json.dumps([message, exit_code]))
+    def _report_failure(self, message: str, exit_code: int) -> None:
+        """End the meeting for all ranks; the first failure counts."""
+        assert self._store is not None
+        self._store.compare_set("failed", "", json.dumps([message, exit_code]))
 
+    def _linger(self, notes: dist.Store) -> None:
+        """As rank 0, which may own the store, wait until the other ranks have read why it ends."""
+        others = self.topology.world_size - 1 - self._num_missing
+        seconds = LINGER_SECONDS if self.topology.hosts or self._num_missing else FAILED_SECONDS
+        with suppress(dist.DistError):
+            if self.topology.is_main:
+                wait_until(lambda: notes.add("parted", 0) >= others, seconds)
+            else:
+                notes.add("parted", 1)
+        # A process that ends while one of its threads speaks with the store may abort.
+        self._over.set()
+        if self._answering is not None:
+            self._answering.join()
 
-_current: Meeting | None = None
-_has_failed = False  # the store cannot be had; to try again would take as long again
-
-
-def named(ranks: Sequence[int]) -> str:
-    """`Meeting.named` of the current meeting."""
-    assert _current is not None
-    return _current.named(ranks)
-
-
-def end_meeting() -> None:
-    """Let go of the store."""
-    global _current
-    if _current is not None:
-        _current.close()
-    _current = None
-
-
-def meet(topology: Topology, seconds: float) -> Meeting:
-    """Wait until every rank is here.
-
-    Raises MoeLmError (UsageError) on every rank when one does not come in time, or has failed before.
-    """
-    global _current
-    meeting = _current = _enter(topology, seconds)
-    world = topology.world_size
-    notes = meeting.notes
-    try:
-        notes.set(f"here/{topology.rank}", socket.gethostname())
+    def _enter(self, seconds: float) -> dist.Store:
+        """Connect to the store, and return the notes of this meeting."""
+        topology, address, port = self.topology, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        listener = None
+        if topology.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            listener = _listen(port)
+        self._reach(address, port, seconds)
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=listener is not None,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+        nonce = secrets.token_hex(8)
         if topology.is_main:
-            places = [f"here/{rank}" for rank in range(world)]
-            wait_until(lambda: notes.check(places) or notes.check(["failed"]), seconds)
-            missing = [rank for rank, place in enumerate(places) if not notes.check([place])]
-            if missing and not notes.check(["failed"]):
-                meeting.missing = missing
-                meeting.tell_failure(
-                    f"{meeting.named(missing)} of {world} did not come to {_address()} within {seconds:g} s; see "
-                    "whether the launcher started every rank with this address, and whether a firewall is in between",
-                    MoeLmError.exit_code,
+            arguments = (store.clone(), nonce, range(1, topology.world_size), self._over)  # type: ignore[attr-defined]
+            self._answering = threading.Thread(target=_answer_knocks, args=arguments, daemon=True)
+            self._answering.start()
+            return self._notes(store, nonce)
+        answer = f"moe-lm/answer/{topology.rank}/{nonce}"
+        with suppress(dist.DistError):
+            store.set(f"moe-lm/knock/{topology.rank}", nonce)
+            if wait_until(lambda: store.check([answer]), seconds):
+                return self._notes(store, store.get(answer).decode())
+        raise self._silence(f"rank 0 at {_address()} does not answer; check that the launcher started it")
+
+    def _notes(self, store: dist.Store, name: str) -> dist.Store:
+        self._store = dist.PrefixStore(f"moe-lm/{name}", store)
+        return self._store
+
+    def _reach(self, address: str, port: int, seconds: float) -> None:
+        """Try until the store is there, without torch's warnings."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                socket.create_connection((address, port), max(1.0, deadline - time.monotonic())).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+            if time.monotonic() > deadline:
+                advice = "check that it runs there, and that no firewall is in between"
+                if self.topology.is_main:
+                    advice = "this is rank 0: set MASTER_ADDR to its host"
+                raise self._silence(
+                    f"cannot reach rank 0 of {self.topology.world_size} at {_address()} within {seconds:g} s "
+                    f"({reason}); {advice}"
                 )
-            elif not missing:
-                notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
-        met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
-        if met and notes.check(["failed"]):
-            raise _failure(notes)
-        if met:
-            meeting.hosts = json.loads(notes.get("hosts"))
-            return meeting
-    except dist.DistError:
-        pass
-    raise _silence(topology, f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
+            time.sleep(POLL_SECONDS)
 
-
-def say_for_all(topology: Topology, message: str, exit_code: int) -> bool:
-    """Tell the other ranks why this one ends. Returns whether the person hears it from this one."""
-    global _current
-    if _has_failed:
-        return True
-    try:
-        meeting = _current = _current or _enter(topology, FAILED_SECONDS)
-        is_mine = meeting.is_mine_to_say(message)
-        meeting.tell_failure(message, exit_code)
-    except (MoeLmError, dist.DistError):  # no rank 0 to agree with
-        return True
-    return is_mine
-
-
-def why_lost() -> MoeLmError:
-    """Why the connection between the ranks broke: what one of them failed at, else which of them is gone.
-
-    Rank 0 calls the roll, and all that are left say the same.
-    """
-    assert _current is not None
-    what_to_do = "see what it said, then run the same command again to go on from the last checkpoint"
-    lost = f"lost {_current.named([0])}, which has ended or does not answer; {what_to_do}"
-    notes, topology = _current.notes, _current.topology
-    with suppress(dist.DistError):
-        notes.set(f"left/{topology.rank}", "")
-        places = [f"left/{rank}" for rank in range(topology.world_size)]
-        if topology.is_main:
-            wait_until(lambda: notes.check(places) or notes.check(["failed"]), ROLL_CALL_SECONDS)
-            gone = [rank for rank, place in enumerate(places) if not notes.check([place])]
-            named = _current.named(gone) if gone else "the connection between the ranks"
-            lost = f"lost {named}, which has ended or does not answer; {what_to_do}"
-            _current.tell_failure(lost, MoeLmError.exit_code)
-        wait_until(lambda: notes.check(["failed"]), ROLL_CALL_SECONDS + LINGER_SECONDS)
-        if notes.check(["failed"]):
-            return _failure(notes)
-    return _silence(topology, lost)
-
-
-def _failure(notes: dist.Store) -> MoeLmError:
-    """The failure that ended the meeting, as an error of this rank's."""
-    message, exit_code = json.loads(notes.get("failed"))
-    return (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message.removeprefix("error: "))
-
-
-def part(topology: Topology) -> None:
-    """Before a rank ends after a failure: rank 0, whose store it may be, lets the others read why."""
-    if _current is None:
-        return
-    notes, others = _current.notes, topology.world_size - 1 - len(_current.missing)
-    seconds = LINGER_SECONDS if _current.hosts or _current.missing else FAILED_SECONDS
-    with suppress(dist.DistError):
-        if topology.is_main:
-            wait_until(lambda: notes.add("parted", 0) >= others, seconds)
-        else:
-            notes.add("parted", 1)
-    end_meeting()
+    def _silence(self, message: str) -> MoeLmError:
+        """An error about which ranks cannot agree: one rank a host prints it, and rank 1 in place of rank 0."""
+        self._unreachable = True
+        return MoeLmError(message, common=not (self.topology.local_rank == 0 or self.topology.rank == 1))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Look again and again; whether it came true in time."""
+    """Poll the condition; whether it came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -197,40 +228,11 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _enter(topology: Topology, seconds: float) -> Meeting:
-    """Come to the store, and learn the name of this meeting."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listener = None
-    if topology.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        listener = _listen(port)
-    _reach(topology, address, port, seconds)
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=listener is not None,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-        master_listen_fd=None if listener is None else listener.detach(),
-    )
-    nonce = secrets.token_hex(8)
-    if topology.is_main:
-        meeting = Meeting(topology, store, nonce)
-        meeting.answer_knocks(store.clone(), nonce)  # type: ignore[attr-defined]
-        return meeting
-    answer = f"moe-lm/answer/{topology.rank}/{nonce}"
-    try:
-        store.set(f"moe-lm/knock/{topology.rank}", nonce)
-        if wait_until(lambda: store.check([answer]), seconds):
-            return Meeting(topology, store, store.get(answer).decode())
-    except dist.DistError:
-        pass
-    raise _silence(topology, f"rank 0 at {_address()} does not answer; see whether the launcher started it")
-
-
-def _answer_knocks(store: dist.Store, name: str, doors: Sequence[int], closed: threading.Event) -> None:
-    waiting = list(doors)
+def _answer_knocks(store: dist.Store, name: str, ranks: Sequence[int], over: threading.Event) -> None:
+    """Tell ranks that knock the name of the meeting, until each of them has written a note under it."""
+    waiting = list(ranks)
     with suppress(dist.DistError):
-        while waiting and not closed.wait(POLL_SECONDS):
+        while waiting and not over.wait(POLL_SECONDS):
             for rank in waiting:
                 if store.check([f"moe-lm/knock/{rank}"]):
                     nonce = store.get(f"moe-lm/knock/{rank}").decode()
@@ -238,8 +240,14 @@ def _answer_knocks(store: dist.Store, name: str, doors: Sequence[int], closed: t
             waiting = [rank for rank in waiting if not store.check([f"moe-lm/{name}/here/{rank}"])]
 
 
+def _reported_failure(notes: dist.Store) -> MoeLmError:
+    """The failure that ended the meeting, as an error of this rank."""
+    message, exit_code = json.loads(notes.get("failed"))
+    return (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message)
+
+
 def _listen(port: int) -> socket.socket:
-    """A socket of our own: torch would print warnings and a stack of C++ about a port that is taken."""
+    """A listening socket; if the port is taken, torch's own would print warnings and a stack of C++."""
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
@@ -248,34 +256,6 @@ def _listen(port: int) -> socket.socket:
         raise MoeLmError(
             f"rank 0 cannot listen on port {port} ({error.strerror}); set MASTER_PORT to a free one"
         ) from error
-
-
-def _reach(topology: Topology, address: str, port: int, seconds: float) -> None:
-    """Try until the store is there, without torch's warnings."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((address, port), max(1.0, deadline - time.monotonic())).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            what_to_do = "this is rank 0: name its host in MASTER_ADDR"
-            if not topology.is_main:
-                what_to_do = "see whether it runs there, and whether a firewall is in between"
-            raise _silence(
-                topology,
-                f"cannot reach rank 0 of {topology.world_size} at {_address()} within {seconds:g} s ({reason}); "
-                f"{what_to_do}",
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _silence(topology: Topology, message: str) -> MoeLmError:
-    """An error that ranks cannot agree about: one rank a host says it, and rank 1, where rank 0 is missing."""
-    global _has_failed
-    _has_failed = True
-    return MoeLmError(message, common=not (topology.local_rank == 0 or topology.rank == 1))
 
 
 def _address() -> str:

@@ -1,29 +1,23 @@
-"""Ranks and what they share: the world's size, rank 0's privileges, sums and barriers."""
+"""The place of this process among the ranks of a run, as its launcher put it into the environment."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from moe_lm.common.errors import UsageError
-from moe_lm.parallel.meeting import end_meeting, meet
-
-PATIENCE_SECONDS = 30.0  # that the back end has beyond the config's
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands among all of them."""
+    """The rank of this process and the number of ranks; `hosts` by rank, once the ranks have met."""
 
     rank: int
     world_size: int
     local_rank: int
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -34,24 +28,32 @@ class Topology:
         share = global_batch_size // self.world_size
         return range(self.rank * share, (self.rank + 1) * share)
 
+    def named(self, ranks: Sequence[int]) -> str:
+        """`rank 3 on host-b` or `ranks 4 and 5 on host-c`; without the host while it is unknown."""
+        words = "rank" if len(ranks) == 1 else "ranks"
+        *most, last = map(str, ranks)
+        names = f"{words} {', '.join(most)} and {last}" if most else f"{words} {last}"
+        hosts = dict.fromkeys(self.hosts[rank] for rank in ranks if rank < len(self.hosts))
+        return f"{names} on {', '.join(hosts)}" if hosts else names
+
 
 def current_topology() -> Topology:
-    """The topology that the launcher put into the environment; a single process without one.
+    """The topology in the environment; a single process if there is none.
 
-    Raises UsageError when a part of it is missing.
+    Raises UsageError if a part of it is missing.
     """
-    _name_ranks()
+    _translate_launcher()
     if "WORLD_SIZE" not in os.environ and os.environ.get("RANK", "0") != "0":
         raise UsageError(
             f"RANK={os.environ['RANK']}, but WORLD_SIZE is not in the environment; start with a launcher (launch/), or "
-            "take RANK away"
+            "unset RANK"
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size > 1 and missing:
         raise UsageError(
-            f"WORLD_SIZE={world_size}, but {' and '.join(missing)} is not in the environment; start with a launcher "
-            "(launch/), or take WORLD_SIZE away"
+            f"WORLD_SIZE={world_size}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the "
+            "environment; start with a launcher (launch/), or unset WORLD_SIZE"
         )
     return Topology(
         rank=int(os.environ.get("RANK", 0)),
@@ -60,8 +62,8 @@ def current_topology() -> Topology:
     )
 
 
-def _name_ranks() -> None:
-    """Under `srun` or `mpirun`, which name ranks otherwise, fill what torch, Accelerate and DeepSpeed look for."""
+def _translate_launcher() -> None:
+    """Under `srun` or `mpirun`, set the variables that torch, Accelerate and DeepSpeed read."""
     environment = os.environ
     if "RANK" in environment:
         return
@@ -81,41 +83,3 @@ def _name_ranks() -> None:
     for name, theirs in names.items():
         if theirs in environment:
             environment.setdefault(name, environment[theirs])
-
-
-def join(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
-    """Meet the other ranks, unless that is done. A single process gets a group of its own, which DeepSpeed wants.
-
-    Raises MoeLmError when they are not all there in time.
-    """
-    if dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # The watchdog, which knows more and says it in fewer words, comes first.
-    timeout = timedelta(seconds=timeout_seconds + min(timeout_seconds, PATIENCE_SECONDS))
-    store: dist.Store
-    if topology.world_size == 1:
-        store = dist.HashStore()
-    else:
-        store = dist.PrefixStore("group", meet(topology, timeout_seconds).notes)
-    dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout)
-
-
-def leave() -> None:
-    """Part from the other ranks; a process that ends without this may crash."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    end_meeting()
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks; the tensor itself when there is one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank raised its flag, so that all act alike."""
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())

@@ -1,11 +1,9 @@
-"""What ranks do about each other: agree before they begin, notice a standstill, and say who was lost."""
+"""Checks between ranks: that they agree before they begin, and that none stands still."""
 
 from __future__ import annotations
 
 import faulthandler
 import hashlib
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,49 +13,33 @@ import torch.distributed as dist
 
 import moe_lm
 from moe_lm.common.errors import UsageError
-from moe_lm.common.process import end_with_parent
-from moe_lm.parallel.meeting import why_lost
 from moe_lm.parallel.topology import Topology
 
-# What the back ends say when another rank has gone, or has not answered in time.
-LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
 
-
-def end_with_launcher() -> None:
-    """`end_with_parent` where that is torchrun's agent or DeepSpeed's launcher; a shell may go and leave a rank behind.
-
-    They end their ranks unless they are killed themselves. A rank that outlives them would hold its device and the run
-    folder, and the ranks on other hosts would wait for it.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
-        end_with_parent()
-
-
-def agree(topology: Topology, what: Mapping[str, object]) -> None:
-    """Raise UsageError on every rank when `what`, the code or torch is another one on some rank."""
+def agree(topology: Topology, values: Mapping[str, object]) -> None:
+    """Raise UsageError on every rank if one of the `values`, the code or torch differs on some rank."""
     if topology.world_size == 1:
         return
-    mine = {name: str(value) for name, value in what.items()}
+    mine = {name: str(value) for name, value in values.items()}
     mine |= {"moe_lm's code": _code(), "torch": torch.__version__}
-    everyone: list[tuple[str, dict[str, str]] | None] = [None] * topology.world_size
-    dist.all_gather_object(everyone, (socket.gethostname(), mine))
-    hosts_and_values = [entry for entry in everyone if entry is not None]
-    host_0, first = hosts_and_values[0]
-    for rank, (host, values) in enumerate(hosts_and_values):
-        for name in [*first, *values]:
-            if first.get(name) != values.get(name):
+    everyone: list[dict[str, str]] = [{}] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        for name in [*first, *theirs]:
+            if first.get(name) != theirs.get(name):
                 raise UsageError(
-                    f"rank {rank} on {host} has {name}={values.get(name)}, rank 0 on {host_0} has {first.get(name)}; "
-                    "start every rank with the same config, code and versions",
+                    f"{topology.named([rank])} has {name}={theirs.get(name)}, {topology.named([0])} has "
+                    f"{first.get(name)}; start every rank with the same config, code and versions",
                     common=True,
                 )
 
 
 class Watchdog:
-    """Ends the process, with the stack of each of its threads on stderr, when nothing fed it for `seconds`.
+    """Ends the process, with the stack of each thread on stderr, when it has not been fed for `seconds`.
 
-    Without it a rank waits for one that hangs until the back end's own patience ends, and nobody sees where. A process
-    that is alone waits for nobody: with None it does nothing.
+    Without it a rank would wait for a hanging one until the back end gives up, and nobody would see where. A single
+    process waits for no other: with None the watchdog does nothing.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -72,24 +54,13 @@ class Watchdog:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """While something is written, which may take as long as it needs."""
+        """Not watching, while something is written that may take any time."""
         self.stop()
         yield
         self.feed()
 
 
 NO_WATCHDOG = Watchdog(None)
-
-
-@contextmanager
-def losses_are_said(topology: Topology) -> Iterator[None]:
-    """Turn the back end's error about a rank that has gone into one sentence (MoeLmError), on every rank the same."""
-    try:
-        yield
-    except RuntimeError as error:
-        if topology.world_size == 1 or not any(text in str(error) for text in LOST):
-            raise
-        raise why_lost() from error
 
 
 def _code() -> str:

@@ -20,6 +20,7 @@ from moe_lm.data.examples import Conversation, read_chat
 from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
 from moe_lm.data.preview import show_conversations, show_pairs
 from moe_lm.engine.engine import Engine
+from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import cost
@@ -29,7 +30,7 @@ from moe_lm.train.reference import add_reference
 from moe_lm.train.run import Recipe, run_recipe
 
 
-def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
+def run(config: FinetuneConfig, meeting: Meeting | None = None) -> TrainingResult:
     """Fine-tune the model of `config.start_from`, or go on from the newest checkpoint in `config.run_dir`.
 
     The held-out loss is measured before the first step too. Raises UsageError when the data or the starting point
@@ -39,16 +40,16 @@ def run(config: FinetuneConfig, title: str = "finetune") -> TrainingResult:
     tokenizer = Tokenizer.load(checkpoint.verified_path(start.folder, "tokenizer"))
     model = model_of(config, start.folder)
     recipe = supervised if config.preference is None else by_preference
-    return run_recipe(recipe(config, title, start, tokenizer, model))
+    return run_recipe(recipe(config, start, tokenizer, model), meeting or Meeting(current_topology()))
 
 
-def supervised(config: FinetuneConfig, title: str, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+def supervised(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """The assistant's words of conversations are learnt."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
     shape = (data.sequence_length, train.global_batch_size)
     return Recipe(
-        title=title,
+        title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,
@@ -62,7 +63,7 @@ def supervised(config: FinetuneConfig, title: str, start: Start, tokenizer: Toke
     )
 
 
-def by_preference(config: FinetuneConfig, title: str, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
+def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """Of two answers one is made likelier than the other, as seen from the model that training starts from."""
     data, train = config.data, config.train
     pairs = read_preferences(data, tokenizer)
@@ -76,7 +77,7 @@ def by_preference(config: FinetuneConfig, title: str, start: Start, tokenizer: T
         return at_most(config, (batch for _, batch in held_out.in_order(size)))
 
     return Recipe(
-        title=title,
+        title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,

@@ -10,6 +10,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.engine.build import build_engine, place_model
+from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.loop import TrainingResult, local_micro_batches
@@ -18,21 +19,21 @@ from moe_lm.train.run import Recipe, run_recipe
 WARM_UP_STEPS = 3  # the first ones compile
 
 
-def run(config: PretrainConfig, title: str = "pretrain") -> TrainingResult:
+def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResult:
     """Train, or go on from the newest checkpoint in `config.run_dir`.
 
     Raises UsageError when config, tokenizer, shards and run folder do not fit together, before anything is built.
     """
     tokenizer = load_tokenizer(config)
     recipe = Recipe(
-        title=title,
+        title="pretrain",
         config=config,
         model=config.model,
         tokenizer=tokenizer,
         batches=training_batches(config, tokenizer),
         validation=validation_batches(config, tokenizer),
     )
-    return run_recipe(recipe)
+    return run_recipe(recipe, meeting or Meeting(current_topology()))
 
 
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:

@@ -22,8 +22,10 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.model.size import flops_per_token
-from moe_lm.parallel.topology import current_topology, join
-from moe_lm.parallel.watch import Watchdog, agree, end_with_launcher, losses_are_said
+from moe_lm.parallel.launch import end_with_launcher
+from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.process_group import join
+from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.loop import Training, TrainingResult, resume, train
 from moe_lm.train.metrics import MetricsLog
@@ -55,22 +57,23 @@ class Recipe:
     notes: Sequence[str] = ()  # what the person should know of the data, said at the start
 
 
-def run_recipe(recipe: Recipe) -> TrainingResult:
+def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     """Train to the last step, from the newest checkpoint of the run folder when there is one.
 
     Raises UsageError when the run folder was made with another config or tokenizer, MoeLmError when another process
     trains in it.
     """
-    config, topology = recipe.config, current_topology()
-    is_main = topology.is_main
+    config = recipe.config
     folder = RunFolder(config.run_dir)
-    if topology.world_size > 1:
+    if meeting.topology.world_size > 1:
         end_with_launcher()
-        join(topology, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
+        join(meeting, rank_device(config.parallel, meeting.topology), config.parallel.timeout_seconds)
+    topology = meeting.topology
+    is_main = topology.is_main
     settings = dict(flat_settings(config.model_dump(mode="json")))
     agree(topology, settings | {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint})
     here = folder if is_main else nullcontext()
-    with here, rank_log(topology, Path(config.run_dir)), losses_are_said(topology):
+    with here, rank_log(topology, Path(config.run_dir)), meeting.lost_ranks_named():
         changes = check_unchanged(recipe, folder.checkpoints)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
@@ -81,6 +84,7 @@ def run_recipe(recipe: Recipe) -> TrainingResult:
         engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, config.preference)
         watchdog = Watchdog(config.parallel.timeout_seconds if topology.world_size > 1 else None)
         engine.on_progress = watchdog.feed
+        engine.topology = topology  # which names the hosts
         try:
             result = train_with(engine, recipe, folder, watchdog, changes)
         except MoeLmError as error:

@@ -19,7 +19,7 @@ from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import end
 from moe_lm.config.run import CheckpointConfig
-from moe_lm.parallel.together import Ranks
+from moe_lm.parallel.process_group import Ranks
 
 CONFIG = {"config.yaml": "a: 1\n"}
 

@@ -20,7 +20,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.topology import leave
+from moe_lm.parallel.process_group import leave
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 

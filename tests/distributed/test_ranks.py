@@ -129,7 +129,7 @@ def test_half_an_environment_is_refused(tiny_pretrain: Path, start_moe_lm: Start
     rank = start_moe_lm("pretrain", tiny_pretrain, WORLD_SIZE=4)
     _, err = rank.communicate(timeout=60)
     assert rank.returncode == 2
-    assert "WORLD_SIZE=4, but RANK and MASTER_ADDR and MASTER_PORT is not in the environment" in err
+    assert "WORLD_SIZE=4, but RANK and MASTER_ADDR and MASTER_PORT are not in the environment" in err
 
 
 SLURM = {"STEP_ID": "0", "PROCID": "3", "NTASKS": "4", "LOCALID": "1", "JOB_ID": "71234", "STEP_NODELIST": "n[07-08]"}

@@ -23,7 +23,9 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel import logical
-from moe_lm.parallel.topology import current_topology, join, leave
+from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.process_group import join, leave
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs, Source
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.tools.verify.scale import PAD, initialise
@@ -39,7 +41,7 @@ def main(folder: Path) -> None:
         runpy.run_path(str(plan.sabotage))
     topology = current_topology()
     if topology.world_size > 1:
-        join(topology, rank_device(plan.parallel, topology), plan.parallel.timeout_seconds)
+        join(Meeting(topology), rank_device(plan.parallel, topology), plan.parallel.timeout_seconds)
     for number, layout in enumerate(plan.layouts):
         if layout.world_size == topology.world_size:
             print(f"layout: {layout.name}", flush=True)

@@ -14,7 +14,7 @@ import torch
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
-from moe_lm.parallel.topology import leave
+from moe_lm.parallel.process_group import leave
 from moe_lm.train import finetune
 from tests.processes import free_port, rank_environment
 

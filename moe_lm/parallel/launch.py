@@ -1,0 +1,36 @@
+"""This process as one of the ranks that a launcher started. Imports torch only if there are several."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from moe_lm.common.process import end_with_parent
+from moe_lm.parallel.topology import current_topology
+
+if TYPE_CHECKING:
+    from moe_lm.parallel.meeting import Meeting
+
+
+def launched_ranks() -> Meeting | None:
+    """The ranks that a launcher started together with this process; None if it is alone.
+
+    Raises UsageError if the launcher's environment is incomplete.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's warnings of lost connections hide our sentence
+    topology = current_topology()
+    if topology.world_size == 1:
+        return None
+    from moe_lm.parallel.meeting import Meeting
+
+    return Meeting(topology)
+
+
+def end_with_launcher() -> None:
+    """End when torchrun's agent or DeepSpeed's launcher ends; a shell may end and leave a rank running.
+
+    These launchers end their ranks unless they are killed themselves. A rank that outlives them would hold its device
+    and the run folder, and the ranks on other hosts would wait for it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
+        end_with_parent()
