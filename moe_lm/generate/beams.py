@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.errors import UsageError
-from moe_lm.generate.decode import cache_for, capacity_for, check_prompt, extend, prefill, room
+from moe_lm.generate.forward import cache_for, capacity_for, check_prompt, extend, prefill, room
 from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
 from moe_lm.generate.strategies import check_logits
 from moe_lm.model.transformer import LanguageModel

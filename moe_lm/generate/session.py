@@ -17,7 +17,8 @@ from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, check_vocabulary
 from moe_lm.config.reading import build_config
-from moe_lm.generate.decode import SLOTS, Decoder, Settings, capacity_for, room
+from moe_lm.generate.decode import SLOTS, Decoder, Settings
+from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages
 from moe_lm.kernels.device import pick_device

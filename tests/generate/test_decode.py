@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.generate.decode import Settings, generate, steps
+from moe_lm.generate.decode import Decoder, Settings, generate
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, ModelOutput
@@ -113,7 +113,10 @@ def test_rows_end_when_no_position_is_left(model: LanguageModel) -> None:
 
 
 def test_tokens_stream_step_by_step(model: LanguageModel) -> None:
-    pairs = [(step.request, step.token) for step in steps(model, PROMPTS[:2], Settings(3))]
+    decoder = Decoder(model, 2, 40)
+    for prompt in PROMPTS[:2]:
+        decoder.add(prompt, Settings(3))
+    pairs = [(step.request, step.token) for step in decoder.run()]
     assert [row for row, _ in pairs] == [0, 1, 0, 1, 0, 1]
     assert [token for row, token in pairs if row == 1] == generate(model, PROMPTS[:2], Settings(3))[1]
 
@@ -130,12 +133,12 @@ def test_no_prompts_give_no_texts(model: LanguageModel) -> None:
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_work(model: LanguageModel) -> None:
     with pytest.raises(UsageError, match="prompt has 41 tokens, more than the model's max_position_embeddings=40"):
-        steps(model, [[1], [1] * 41], Settings())
+        generate(model, [[1], [1] * 41], Settings())
 
 
 def test_a_prompt_without_a_token_is_refused(model: LanguageModel) -> None:
     with pytest.raises(UsageError, match="begin it with the tokenizer's bos"):
-        steps(model, [[1], []], Settings())
+        generate(model, [[1], []], Settings())
 
 
 def test_damaged_weights_are_a_clear_error() -> None:
