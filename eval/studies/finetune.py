@@ -32,7 +32,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.config.training import PreferenceConfig
-from moe_lm.data.preferences import PairRows, read_preferences
+from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
@@ -193,7 +193,7 @@ def raw_preference(run: Path, config: FinetuneConfig) -> dict[str, float]:
     """
     assert isinstance(config.preference, PreferenceConfig)
     session = Session.load(run, device="cpu")
-    pairs = read_preferences(config.data, session.tokenizer).validation
+    pairs = read_pairs(config.data, session.tokenizer).validation
     rows = PairRows(pairs, config.data.sequence_length, session.tokenizer.pad_id)
     loss = TrainingLoss(session.model, config.train.balance, session.tokenizer.pad_id)
     answers = [answer_log_probs(loss.run_model(batch).logits, batch) for _, batch in rows.in_order(4)]

@@ -208,12 +208,6 @@ def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArr
     )
 
 
-def next_tokens(ids: Sequence[int], trained: Sequence[bool]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Inputs and targets [tokens - 1] of a sequence of ids, where `trained` says which of them are to be learnt."""
-    tokens = np.array(ids, np.int32)
-    return tokens[:-1], np.where(trained[1:], tokens[1:], np.int32(IGNORE))
-
-
 @lru_cache(maxsize=8)
 def _count_up(size: int) -> NDArray[np.int64]:
     return np.arange(size)

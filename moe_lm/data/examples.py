@@ -1,10 +1,12 @@
-"""Conversations -> tokens with targets: what supervised fine-tuning trains on, before it is packed.
+"""Conversations -> training examples -> packed batches: what supervised fine-tuning trains on.
 
-An answer is never cut. A conversation that is too long is left out and counted, or loses its oldest turns.
+Only the assistant's words are targets. An answer is never cut: a conversation that is too long is left out and
+counted, or loses its oldest turns.
 """
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,23 +16,22 @@ from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
-from moe_lm.data.batches import next_tokens
-from moe_lm.data.conversations import nothing_usable, read_dialogues, split_held_out
+from moe_lm.data.batches import Batch
 from moe_lm.data.formats import Dialogue
+from moe_lm.data.order import Mixture
+from moe_lm.data.packing import Example, next_tokens, pack_examples, pack_rows, rows_at
+from moe_lm.data.records import nothing_usable, read_dialogues, split_held_out
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A rendered conversation: input_ids and targets [tokens - 1] int32, IGNORE where the assistant does not speak.
+class ChatExample(Example):
+    """A tokenized conversation, in int32; IGNORE where the assistant does not speak.
 
-    `hash` is that of its messages and decides on which side of the held-out split it falls; `source` is the number of
-    the source that it comes from, `where` its place there.
+    `hash` is that of its messages and decides its split; `source` is the number of its source, `where` its place there.
     """
 
-    input_ids: NDArray[np.int32]
-    targets: NDArray[np.int32]
     hash: int
     source: int = 0
     where: str = ""
@@ -38,24 +39,24 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ChatData:
-    """The two sides of the split, and what was read, shortened and skipped for both."""
+    """The examples of both splits, and the counts of what was read, shortened and skipped for both."""
 
-    train: list[Conversation]
-    validation: list[Conversation]
+    train: list[ChatExample]
+    validation: list[ChatExample]
     report: Report
 
 
 def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read and render all conversations; those for validation come from sources of their own or out of `train`.
+    """Read and tokenize all conversations. Those for validation have sources of their own or are split off `train`.
 
-    Raises UsageError for a file that does not exist, when there is nothing to train on, also of one source that has a
+    Raises UsageError for a file that does not exist, when there is nothing to train on, also in one source that has a
     weight, and for a tokenizer without a chat template that can be trained on.
     """
     tokenizer.chat_template  # noqa: B018 (without one every conversation would be skipped)
     report = Report()
     settings = tokenizer, config.sequence_length, report, config.truncate == "left"
-    train = read_conversations(config.train, *settings)
-    validation = read_conversations(config.validation, *settings)
+    train = read_examples(config.train, *settings)
+    validation = read_examples(config.validation, *settings)
     train, held_out = split_held_out(train, config.validation_fraction)
     needed = range(len(config.train)) if config.weights else [None]
     for source in needed:
@@ -64,37 +65,122 @@ def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     return ChatData(train, validation + held_out, report)
 
 
-def read_conversations(
+class ChatBatches:
+    """Training batches of packed examples; a `BatchSource`.
+
+    Every row comes once per epoch, in a new order each time. With `weights` (relative shares of the rows) each source
+    is packed by itself and has epochs of its own.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[ChatExample],
+        sequence_length: int,
+        global_batch_size: int,
+        seed: int,
+        separate_documents: bool,
+        pad_id: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        sources = np.array([item.source if weights else 0 for item in examples])
+        self._rows = _Rows(examples, sequence_length, separate_documents, pad_id, sources)
+        self._batch_size = global_batch_size
+        self._mixture = Mixture(self._rows.sizes, weights or [1.0], seed)
+        digest = hashlib.sha256()
+        for item in examples:
+            digest.update(b"%d %d," % (item.source, len(item.input_ids)) + item.input_ids.tobytes())
+            digest.update(item.targets.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps that hold as many sequences as there are rows, rounded up."""
+        return -(-len(self._rows) // self._batch_size)
+
+    def batch(self, step: int, rows: range) -> Batch:
+        sequences = step * self._batch_size + np.asarray(rows)
+        source, row = self._mixture.items(sequences)
+        return self._rows.batch((self._rows.first[source] + row).tolist())
+
+
+def chat_evaluation_batches(
+    examples: Sequence[ChatExample],
+    sequence_length: int,
+    batch_size: int,
+    separate_documents: bool,
+    pad_id: int,
+) -> Iterator[Batch]:
+    """Every example once, in batches of one shape. The last batch is filled up with rows of padding."""
+    rows = _Rows(examples, sequence_length, separate_documents, pad_id, np.zeros(len(examples), np.int64))
+    for first in range(0, len(rows), batch_size):
+        yield rows.batch(range(first, first + batch_size))
+
+
+class _Rows:
+    """Examples packed into rows, source by source. sizes, first: each source's number of rows, and its first row."""
+
+    def __init__(
+        self,
+        examples: Sequence[ChatExample],
+        length: int,
+        separate_documents: bool,
+        pad_id: int,
+        sources: NDArray[np.int64],
+    ) -> None:
+        self._examples = examples
+        self._rows: list[list[int]] = []
+        self.sizes: list[int] = []
+        for source in range(int(sources.max(initial=0)) + 1):
+            members = np.flatnonzero(sources == source).tolist()
+            rows = pack_rows([len(examples[member].input_ids) for member in members], length)
+            self._rows += [[members[place] for place in row] for row in rows]
+            self.sizes.append(len(rows))
+        self.first = np.cumsum([0, *self.sizes])
+        self._length = length
+        self._separate = separate_documents
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The rows of these numbers; a number past the last row gives padding."""
+        rows = [[self._examples[index] for index in row] for row in rows_at(self._rows, numbers)]
+        batch, _ = pack_examples(rows, self._length, self._pad_id, self._separate)
+        return batch
+
+
+def read_examples(
     sources: Sequence[ChatSource], tokenizer: Tokenizer, sequence_length: int, report: Report, shorten: bool = False
-) -> list[Conversation]:
-    """The conversations of all sources that fit into `sequence_length` tokens, or with `shorten` can be made to."""
-    conversations = []
-    for row in read_dialogues(sources, report):
+) -> list[ChatExample]:
+    """The conversations of all sources that fit into `sequence_length` tokens, or with `shorten` can be made to fit."""
+    examples = []
+    for record in read_dialogues(sources, report):
         try:
-            found = _rendered(row.content, tokenizer, sequence_length, shorten)
+            found = _fitting(record.content, tokenizer, sequence_length, shorten)
         except UsageError as error:  # the template has no place for such a conversation
-            report.skip(str(error), row.where)
+            report.skip(str(error), record.where)
             continue
         if found is None:
-            report.skip(f"longer than sequence_length={sequence_length}", row.where)
+            report.skip(f"longer than sequence_length={sequence_length}", record.where)
             continue
         used, ids, trained = found
         if not any(trained[1:]):
-            report.skip("the chat template marks nothing to train on", row.where)
+            report.skip("the chat template marks nothing to train on", record.where)
             continue
-        if len(used.messages) < len(row.content.messages):
-            report.shorten(f"oldest turns dropped to fit into sequence_length={sequence_length}", row.where)
+        if len(used.messages) < len(record.content.messages):
+            report.shorten(f"oldest turns dropped to fit into sequence_length={sequence_length}", record.where)
         report.documents += 1
         report.text_bytes += sum(len((message["content"] or "").encode()) for message in used.messages)
-        conversations.append(Conversation(*next_tokens(ids, trained), row.hash, row.source, row.where))
-    return conversations
+        examples.append(ChatExample(*next_tokens(ids, trained), record.hash, record.source, record.where))
+    return examples
 
 
-def render(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation and which of them are trained on.
+def tokenize(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation and for each whether it is trained on.
 
-    Where a template ends an answer with the token that begins the next turn, the last answer gets it too. Raises
-    UsageError when the template refuses the conversation.
+    Where a template ends an answer with the token that begins the next turn, that token is added after the last
+    answer. Raises UsageError when the template refuses the conversation.
     """
     ids, trained = tokenizer.encode_chat(dialogue.messages, tools=dialogue.tools)
     if trained[-1] and ids[-1] not in tokenizer.stop_ids:
@@ -102,22 +188,22 @@ def render(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[bo
     return ids, trained
 
 
-def _rendered(
+def _fitting(
     dialogue: Dialogue, tokenizer: Tokenizer, sequence_length: int, shorten: bool
 ) -> tuple[Dialogue, list[int], list[bool]] | None:
-    """The conversation, or its longest end that fits, with its ids and which of them are trained on; None: neither."""
-    ids, trained = render(dialogue, tokenizer)
+    """The conversation, or its longest ending that fits, with its ids and mask; None when neither fits."""
+    ids, trained = tokenize(dialogue, tokenizer)
     if len(ids) - 1 <= sequence_length:
         return dialogue, ids, trained
-    ends = list(_ends(dialogue)) if shorten else []
-    first = bisect_left(ends, True, key=lambda end: len(render(end, tokenizer)[0]) - 1 <= sequence_length)
-    return (ends[first], *render(ends[first], tokenizer)) if first < len(ends) else None
+    endings = list(_endings(dialogue)) if shorten else []
+    first = bisect_left(endings, True, key=lambda ending: len(tokenize(ending, tokenizer)[0]) - 1 <= sequence_length)
+    return (endings[first], *tokenize(endings[first], tokenizer)) if first < len(endings) else None
 
 
-def _ends(dialogue: Dialogue) -> Iterator[Dialogue]:
-    """The conversation without its oldest turns, ever fewer: the system prompt, then from a later question on.
+def _endings(dialogue: Dialogue) -> Iterator[Dialogue]:
+    """The conversation without its oldest turns, shorter each time: the system prompt, then all from a later question.
 
-    An answer that is trained on comes after that question.
+    An answer that is trained on follows that question.
     """
     messages = dialogue.messages
     system = messages[:1] if messages[0]["role"] == "system" else []

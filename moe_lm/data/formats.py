@@ -1,8 +1,8 @@
-"""A row of a file -> the messages of a conversation, or the three parts of a preference pair.
+"""A row of a file -> the messages of a conversation, or the prompt and the two answers of a preference.
 
-Whatever a row calls its parts, here they become `{"role": ..., "content": ...}`, with `tool_calls`,
-`reasoning_content`, `tool_call_id` and `name` where the row has them, and in a conversation with `"train": False` where
-the row masks an answer. In a pair it is the two answers that are trained on, whatever their messages say of that.
+Whatever names a row uses, here its messages become `{"role": ..., "content": ...}`, with `tool_calls`,
+`reasoning_content`, `tool_call_id` and `name` where the row has them. In a conversation an answer that the row masks
+also gets `"train": False`; a preference ignores masks, because its two answers are what is trained on.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ OTHER_NAMES = {
     "function": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MASKS = ("weight", "train", "loss")  # OpenAI's name, where 0 masks an answer, and those of others, where false does
+MASKS = ("weight", "train", "loss")  # OpenAI's name, where 0 masks an answer, and other names, where false does
 
 
 class Unusable(Exception):  # noqa: N818 (a reason to skip a row, not a failure)
-    """Why a row cannot be trained on, in words that do not depend on the row."""
+    """The reason why a row cannot be trained on, worded alike for all such rows so that they can be counted."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """The messages of a row, and the tools that the assistant may call in them."""
+    """The messages of a row, and the tools that the assistant may call."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A conversation that ends with the user, and two ways to go on, of which the first is preferred."""
+class Preference:
+    """A conversation that ends with the user, and two answers, of which `chosen` is preferred."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -53,7 +53,7 @@ class Pair:
 
 
 def dialogue_of(row: dict[str, Any], source: ChatSource) -> Dialogue:
-    """The conversation of a row. Raises Unusable with the reason when it has none that can be trained on."""
+    """The conversation of a row. Raises Unusable when it has none that can be trained on."""
     row = _renamed(row, source)
     kind = source.format if source.format != "auto" else _conversation_format(row)
     if kind == "preference":
@@ -64,7 +64,7 @@ def dialogue_of(row: dict[str, Any], source: ChatSource) -> Dialogue:
         messages = _history(row.get("history"))
         messages += [_said("user", _asked(row, source)), _said("assistant", _required(row, "output", source))]
     else:
-        messages = _prompt(row, source) + _side(_required(row, "completion", source))
+        messages = _prompt(row, source) + _answer(_required(row, "completion", source))
     messages = [_masked(message) for message in messages]
     dialogue = Dialogue(_with_system(messages, row, source), _tools(row.get("tools")))
     _check(dialogue.messages, dialogue.tools)
@@ -72,36 +72,36 @@ def dialogue_of(row: dict[str, Any], source: ChatSource) -> Dialogue:
     return dialogue
 
 
-def pair_of(row: dict[str, Any], source: ChatSource) -> Pair:
-    """The preference pair of a row, whose sides are strings, one message or lists of messages.
+def preference_of(row: dict[str, Any], source: ChatSource) -> Preference:
+    """The preference of a row, whose answers are strings, single messages or lists of messages.
 
-    The prompt is `prompt`, `messages`, `conversations` or an instruction with its input; it may stand once more at
-    the head of both sides, or there alone. Raises Unusable with the reason when there is no such pair.
+    The prompt is `prompt`, `messages`, `conversations` or an instruction with its input. Both answers may repeat it,
+    or be the only place where it is. Raises Unusable when there is no such preference.
     """
     row = _renamed(row, source)
     if source.format not in ("auto", "preference"):
-        raise Unusable(f"format={source.format} is no preference pair")
-    chosen, rejected = (_unmarked(_side(_required(row, name, source))) for name in ("chosen", "rejected"))
+        raise Unusable(f"format={source.format} is not a preference pair")
+    chosen, rejected = (_unmarked(_answer(_required(row, name, source))) for name in ("chosen", "rejected"))
     whole = bool(chosen and rejected) and chosen[0]["role"] != "assistant"
-    if whole:  # the sides are whole conversations: what they share comes before the answers
+    if whole:  # both are whole conversations, and the messages that they share are the prompt
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
         prompt = _unmarked(_prompt(row, source))
-    pair = Pair(_with_system(prompt, row, source), chosen, rejected, _tools(row.get("tools")))
-    if not any(message["role"] == "user" for message in pair.prompt):
+    preference = Preference(_with_system(prompt, row, source), chosen, rejected, _tools(row.get("tools")))
+    if not any(message["role"] == "user" for message in preference.prompt):
         raise Unusable("a preference pair whose sides share no question")
-    _check(pair.prompt, pair.tools)
-    for side in (chosen, rejected):
-        _check(side)
-        _check_answers(side)
-        if side[0]["role"] != "assistant" or side[-1]["role"] != "assistant":
-            raise Unusable("a side of a preference pair is no answer of an assistant")
+    _check(preference.prompt, preference.tools)
+    for answer in (chosen, rejected):
+        _check(answer)
+        _check_answers(answer)
+        if answer[0]["role"] != "assistant" or answer[-1]["role"] != "assistant":
+            raise Unusable("a side of a preference pair that is not an assistant's answer")
     if chosen == rejected:
         raise Unusable("a preference pair with equal sides")
-    return pair
+    return preference
 
 
 def _renamed(row: dict[str, Any], source: ChatSource) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _required(row: dict[str, Any], name: str, source: ChatSource) -> Any:
 
 
 def _prompt(row: dict[str, Any], source: ChatSource) -> list[Message]:
-    """What comes before the target: one text of the user, or messages."""
+    """The messages before the target: the user's one text, or all that the row has."""
     if source.prompt_template is not None:
         return [*_history(row.get("history")), _said("user", _filled(source.prompt_template, row))]
     for name in ("prompt", "messages", "conversations"):
@@ -142,7 +142,7 @@ def _prompt(row: dict[str, Any], source: ChatSource) -> list[Message]:
 
 
 def _asked(row: dict[str, Any], source: ChatSource) -> Any:
-    """The user's text in a row with an instruction, which may have an input."""
+    """The user's text in a row with an instruction and perhaps an input."""
     if source.prompt_template is not None:
         return _filled(source.prompt_template, row)
     parts = [_required(row, "instruction", source), *([row["input"]] if row.get("input") else [])]
@@ -150,10 +150,10 @@ def _asked(row: dict[str, Any], source: ChatSource) -> Any:
 
 
 def _history(turns: Any) -> list[Message]:
-    """The questions and answers before an instruction."""
+    """The messages of the questions and answers before an instruction."""
     turns = turns or []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise Unusable("a history that is no list of question and answer")
+        raise Unusable("a history that is not a list of [question, answer]")
     return [_said(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
@@ -164,15 +164,15 @@ def _filled(template: str, row: dict[str, Any]) -> str:
     return template.format_map(row)
 
 
-def _side(value: Any) -> list[Message]:
-    """A target: a text of the assistant, one message, or messages."""
+def _answer(value: Any) -> list[Message]:
+    """The messages of a target: the assistant's text, one message, or a list."""
     if isinstance(value, list):
         return _messages(value)
     return [_message(value) if isinstance(value, dict) else _said("assistant", value)]
 
 
 def _with_system(messages: list[Message], row: dict[str, Any], source: ChatSource) -> list[Message]:
-    """A conversation keeps its own system prompt; else the row's goes first, else the source's."""
+    """The messages with a system prompt: their own, else the row's, else the source's."""
     system = row.get("system") or source.system
     if system is None or any(message["role"] == "system" for message in messages):
         return messages
@@ -185,18 +185,18 @@ def _said(role: str, content: Any) -> Message:
 
 def _messages(values: Any) -> list[Message]:
     if not isinstance(values, list):
-        raise Unusable("messages that are no list")
+        raise Unusable("messages that are not a list")
     return [_message(value) for value in values]
 
 
 def _message(value: Any) -> Message:
-    """One message in our names, with the masks as the row has them; None as content stays None."""
+    """One message under our names, with its masks as the row has them. Content of None stays None."""
     if not isinstance(value, dict):
-        raise Unusable("a message that is no object")
+        raise Unusable("a message that is not an object")
     name = value.get("role", value.get("from"))
     role = OTHER_NAMES.get(name, name) if isinstance(name, str) else None
     if role not in ROLES:
-        raise Unusable(f"a message without a role of {', '.join(ROLES)}")
+        raise Unusable(f"a message whose role is not one of {', '.join(ROLES)}")
     content = _text(value.get("content", value.get("value")))
     masks = {key: value[key] for key in MASKS if role == "assistant" and value.get(key) is not None}
     if name == "function_call":
@@ -218,11 +218,11 @@ def _masked(message: Message) -> Message:
     masks = {key: message[key] for key in MASKS if message.get(key) is not None}
     for key, value in masks.items():
         if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
-            raise Unusable("a weight of a message that is neither 0 nor 1")
+            raise Unusable("a message whose weight is neither 0 nor 1")
         if key != "weight" and not isinstance(value, bool):
-            raise Unusable(f"{key} of a message that is neither true nor false")
+            raise Unusable(f"a message whose {key} is neither true nor false")
     if len({bool(value) for value in masks.values()}) > 1:
-        raise Unusable(f"{' and '.join(masks)} of a message that contradict each other")
+        raise Unusable(f"a message whose {' and '.join(masks)} contradict each other")
     [plain] = _unmarked([message])
     return plain if all(masks.values()) else plain | {"train": False}
 
@@ -232,7 +232,7 @@ def _unmarked(messages: Sequence[Message]) -> list[Message]:
 
 
 def _text(content: Any) -> Any:
-    """Content in parts, as multimodal data sets write it, is their text."""
+    """The text of a content, which multimodal data sets write as a list of parts."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         texts = [part.get("text") for part in content]
         return "".join(texts) if all(isinstance(text, str) for text in texts) else None
@@ -248,7 +248,7 @@ def _tool_calls(values: Any) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(arguments, dict):
-            raise Unusable("a tool call whose arguments are no JSON object")
+            raise Unusable("a tool call whose arguments are not a JSON object")
         call: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         if isinstance(value.get("id"), str):
             call["id"] = value["id"]
@@ -259,12 +259,12 @@ def _tool_calls(values: Any) -> list[dict[str, Any]]:
 def _tools(value: Any) -> list[dict[str, Any]]:
     tools = _parsed(value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable("tools that are no list of objects")
+        raise Unusable("tools that are not a list of objects")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _parsed(text: Any) -> Any:
-    """The value of a JSON text; None, which no caller takes, for what is none."""
+    """The value of a JSON text, or None, which no caller accepts, when it is not JSON."""
     try:
         return json.loads(text)
     except (TypeError, ValueError, RecursionError):
@@ -284,15 +284,15 @@ def _check(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) ->
 
 
 def _check_answers(messages: Sequence[Message]) -> None:
-    """An answer of white space would teach to end at once."""
+    """Raise Unusable for an answer without text, which would teach the model to end at once, and without a target."""
     answers = [message for message in messages if message["role"] == "assistant"]
     spoken = [bool(message.get("tool_calls") or message["content"].strip()) for message in answers]
     if not any(spoken):
-        raise Unusable("no words of an assistant")
+        raise Unusable("no assistant message with text")
     if not all(spoken):
-        raise Unusable("a turn of the assistant without words")
+        raise Unusable("an assistant message without text")
     if not any(message.get("train", True) for message in answers):
-        raise Unusable("every turn of the assistant masked by weight, train or loss")
+        raise Unusable("every assistant message is masked by weight, train or loss")
 
 
 def _texts(value: Any) -> Iterator[str]:

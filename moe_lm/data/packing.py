@@ -1,11 +1,12 @@
-"""Documents of unequal length -> full rows, and rows -> a batch."""
+"""Examples of unequal length, packed into full rows, and the rows into a batch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +14,38 @@ from numpy.typing import NDArray
 from moe_lm.data.batches import IGNORE, Batch, pack
 
 
-class Document(Protocol):
-    """Tokens with targets, as `next_tokens` gives them: [tokens - 1] each."""
+@dataclass(frozen=True)
+class Example:
+    """A sequence of tokens to train on: input_ids and targets [tokens - 1], IGNORE where nothing is trained."""
 
-    @property
-    def input_ids(self) -> NDArray[Any]: ...
-    @property
-    def targets(self) -> NDArray[Any]: ...
+    input_ids: NDArray[Any]
+    targets: NDArray[Any]
 
 
-def pack_documents(
-    rows: Sequence[Sequence[Document]], length: int, pad_id: int, separate: bool = True
+def next_tokens(ids: Sequence[int], trained: Sequence[bool]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Inputs and targets [tokens - 1] of a sequence of ids, where `trained` marks the ids to be learned."""
+    tokens = np.array(ids, np.int32)
+    return tokens[:-1], np.where(trained[1:], tokens[1:], np.int32(IGNORE))
+
+
+def pack_examples(
+    rows: Sequence[Sequence[Example]], length: int, pad_id: int, separate: bool = True
 ) -> tuple[Batch, NDArray[np.int64]]:
-    """A batch of rows of `length` tokens, each of its documents one after the other and then padding.
+    """A batch of rows of `length` tokens, each with its examples one after the other and then padding.
 
-    With `separate` every document is a segment of attention of its own. Also returns which document each token is of,
-    [rows, sequence], numbered in order; padding has the number of all documents.
+    With `separate` every example is an attention segment of its own. Also returns the number of each token's example,
+    [rows, sequence], counted over the batch; padding has the number of all examples.
     """
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     targets = np.full_like(input_ids, IGNORE)
     numbers = np.full_like(input_ids, sum(map(len, rows)))
     bounds, number = [0], 0
-    for row, documents in enumerate(rows):
+    for row, examples in enumerate(rows):
         end = 0
-        for document in documents:
-            begin, end = end, end + len(document.input_ids)
-            input_ids[row, begin:end] = document.input_ids
-            targets[row, begin:end] = document.targets
+        for example in examples:
+            begin, end = end, end + len(example.input_ids)
+            input_ids[row, begin:end] = example.input_ids
+            targets[row, begin:end] = example.targets
             numbers[row, begin:end] = number
             number += 1
             if separate:
@@ -49,9 +55,9 @@ def pack_documents(
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into as few rows as best-fit-decreasing finds: longest first, each where the least room is left over.
+    """The items of each row, in few rows: best-fit decreasing, so the longest first, each where the least room is left.
 
-    Returns the items of each row. Raises nothing: every length has to be at most `capacity`.
+    Every length has to be at most `capacity`.
     """
     rows: list[list[int]] = []
     rows_with_room: dict[int, list[int]] = defaultdict(list)
@@ -72,3 +78,8 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             insort(rooms, left)
         rows_with_room[left].append(row)
     return rows
+
+
+def rows_at(rows: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
+    """The rows of these numbers; a number past the last row gives an empty row, which becomes padding."""
+    return [rows[number] if number < len(rows) else [] for number in numbers]

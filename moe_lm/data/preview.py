@@ -1,4 +1,4 @@
-"""What fine-tuning would train on, to look at: examples token for token with their loss mask, and figures."""
+"""A preview of what fine-tuning trains on: examples token for token with their loss mask, and figures."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rich.text import Text
 from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.examples import ChatData
-from moe_lm.data.packing import Document
-from moe_lm.data.preferences import PreferenceData
+from moe_lm.data.packing import Example
+from moe_lm.data.pairs import PairData
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"
-MARKS = "⟦", "⟧"  # around what is trained on, where there are no colours
-# A terminal would obey these, and an example would not look as it is.
+MARKS = "⟦", "⟧"  # around what is trained on, where there is no colour
+# A terminal would obey these control characters instead of showing them.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
 
 
 def show_conversations(
     console: Console, tokenizer: Tokenizer, config: ChatDataConfig, data: ChatData, count: int
 ) -> None:
-    """Print the first `count` conversations that are trained on, then figures of all and what was left out."""
+    """Print the first `count` training examples, then figures for all of them, and what was left out."""
     for item in data.train[:count]:
         show_example(console, tokenizer, item.where, item)
     sources = [
@@ -48,8 +48,8 @@ def show_conversations(
     show_skipped(console, data.report.skipped_lines())
 
 
-def show_pairs(console: Console, tokenizer: Tokenizer, data: PreferenceData, count: int) -> None:
-    """Print both answers of the first `count` pairs, the preferred one first, then figures of all."""
+def show_pairs(console: Console, tokenizer: Tokenizer, data: PairData, count: int) -> None:
+    """Print both sides of the first `count` pairs, the chosen one first, then figures for all of them."""
     for pair in data.train[:count]:
         for name, side in zip(("chosen", "rejected"), pair.sides, strict=True):
             show_example(console, tokenizer, f"{pair.where}, {name}", side)
@@ -66,20 +66,17 @@ def show_skipped(console: Console, lines: Iterable[str]) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Document) -> None:
-    """Print the tokens of an example: in colour those that are trained on, or between marks where there is none."""
+def show_example(console: Console, tokenizer: Tokenizer, title: str, example: Example) -> None:
+    """Print the tokens of an example. Those that are trained on are coloured, or marked where there is no colour."""
     trained = int((example.targets != IGNORE).sum())
     console.print(Text(f"{title}: {len(example.targets) + 1} tokens, {trained} trained on", style="bold"))
     console.print(masked_text(tokenizer, example, marks=console.color_system is None), soft_wrap=True)
     console.print()
 
 
-def masked_text(tokenizer: Tokenizer, example: Document, marks: bool) -> Text:
-    """The text of an example as it is trained on, special tokens included.
-
-    What is trained on is bold, and with `marks` it stands between ⟦ and ⟧.
-    """
-    # A target is the token itself, one place earlier; of the last input there is only the target.
+def masked_text(tokenizer: Tokenizer, example: Example, marks: bool) -> Text:
+    """The text of an example, special tokens included; what is trained on is bold, with `marks` between ⟦ and ⟧."""
+    # A target is the next token, so the last token of the text is only a target.
     ids = [*example.input_ids.tolist(), int(example.targets[-1])]
     trained = [False, *(example.targets != IGNORE).tolist()]
     if ids[-1] == IGNORE:
@@ -87,11 +84,11 @@ def masked_text(tokenizer: Tokenizer, example: Document, marks: bool) -> Text:
     special = set(tokenizer.special_tokens.values())
     text = Text()
     for is_trained, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
-        parts = Text(style=TRAINED if is_trained else PROMPT)
+        shown = Text(style=TRAINED if is_trained else PROMPT)
         for is_special, tokens in groupby((id_ for id_, _ in run), key=special.__contains__):
-            part = tokenizer.decode(list(tokens), skip_special=False).translate(CONTROLS)
-            parts.append(part, style=SPECIAL if is_special else "")
-        text.append_text(Text.assemble(MARKS[0], parts, MARKS[1]) if marks and is_trained else parts)
+            decoded = tokenizer.decode(list(tokens), skip_special=False).translate(CONTROLS)
+            shown.append(decoded, style=SPECIAL if is_special else "")
+        text.append_text(Text.assemble(MARKS[0], shown, MARKS[1]) if marks and is_trained else shown)
     return text
 
 
@@ -102,8 +99,8 @@ def _table(counted: str, *further: str) -> Table:
     return table
 
 
-def _figures(items: Sequence[Document]) -> list[str]:
-    """Examples, tokens, how many of those are trained on, and the tokens of the longest example."""
+def _figures(items: Sequence[Example]) -> list[str]:
+    """The number of examples, of tokens and of tokens trained on, and the length of the longest example."""
     tokens = sum(len(item.input_ids) for item in items)
     trained = sum(int((item.targets != IGNORE).sum()) for item in items)
     longest = max((len(item.input_ids) for item in items), default=0)

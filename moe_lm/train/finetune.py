@@ -15,9 +15,8 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, check_positions, check_router
 from moe_lm.data.batches import Batch
-from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
-from moe_lm.data.examples import Conversation, read_chat
-from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
+from moe_lm.data.examples import ChatBatches, ChatExample, chat_evaluation_batches, read_chat
+from moe_lm.data.pairs import PairBatches, PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.meeting import Meeting
@@ -66,7 +65,7 @@ def supervised(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model
 def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """Of two answers one is made likelier than the other, as seen from the model that training starts from."""
     data, train = config.data, config.train
-    pairs = read_preferences(data, tokenizer)
+    pairs = read_pairs(data, tokenizer)
     rows, held_out = (
         PairRows(side, data.sequence_length, tokenizer.pad_id) for side in (pairs.train, pairs.validation)
     )
@@ -81,7 +80,7 @@ def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, mo
         config=config,
         model=model,
         tokenizer=tokenizer,
-        batches=PreferenceBatches(rows, train.global_batch_size, train.seed),
+        batches=PairBatches(rows, train.global_batch_size, train.seed),
         validation=(),
         start=start,
         lora=config.lora,
@@ -112,7 +111,7 @@ def preview(config: FinetuneConfig, count: int) -> None:
     if config.preference is None:
         show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
     else:
-        show_pairs(Console(), tokenizer, read_preferences(config.data, tokenizer), count)
+        show_pairs(Console(), tokenizer, read_pairs(config.data, tokenizer), count)
 
 
 def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
@@ -125,7 +124,7 @@ def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
 
 
 def validation_batches(
-    config: FinetuneConfig, conversations: Sequence[Conversation], tokenizer: Tokenizer
+    config: FinetuneConfig, conversations: Sequence[ChatExample], tokenizer: Tokenizer
 ) -> list[Batch]:
     """The held-out conversations, in order."""
     data, size = config.data, config.train.rows_at_once(current_topology().world_size)

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from moe_lm.checkpoint.start import Start, lost_reference
 from moe_lm.common.files import whole_file
-from moe_lm.data.preferences import PairRows
+from moe_lm.data.pairs import PairRows
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.process_group import Ranks
 

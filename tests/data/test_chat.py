@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.data.chat import ChatBatches, chat_evaluation_batches
-from moe_lm.data.examples import Conversation, read_chat, read_conversations
+from moe_lm.data.examples import ChatBatches, ChatExample, chat_evaluation_batches, read_chat, read_examples
 from moe_lm.data.order import MIX_BLOCK
 from moe_lm.data.packing import pack_rows
 from moe_lm.text.sources import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 PAD = 2
-NO_ROLE = "a message without a role of system, user, assistant, tool"
+NO_ROLE = "a message whose role is not one of system, user, assistant, tool"
 NO_FORMAT = "no messages, conversations, instruction with output, or prompt with completion"
 
 
@@ -38,17 +37,17 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def read(path: Path, tokenizer: Tokenizer, length: int = 512) -> tuple[list[Conversation], Report]:
+def read(path: Path, tokenizer: Tokenizer, length: int = 512) -> tuple[list[ChatExample], Report]:
     report = Report()
-    return read_conversations([ChatSource(path=str(path))], tokenizer, length, report), report
+    return read_examples([ChatSource(path=str(path))], tokenizer, length, report), report
 
 
-def conversation(first: int, tokens: int, trained: int) -> Conversation:
+def conversation(first: int, tokens: int, trained: int) -> ChatExample:
     """Tokens that count up from `first`; the last `trained` of them are the assistant's."""
     ids = np.arange(first, first + tokens, dtype=np.int32)
     targets = ids[1:].copy()
     targets[: tokens - 1 - trained] = IGNORE
-    return Conversation(ids[:-1], targets, hash=first)
+    return ChatExample(ids[:-1], targets, hash=first)
 
 
 # Nine, five, four and three tokens: 8 + 4 + 3 + 2 inputs, of which the first fills a row of 8.
@@ -118,15 +117,15 @@ def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: 
     [
         ({"text": "no conversation"}, NO_FORMAT),
         ({"messages": []}, "no messages"),
-        ({"messages": "hello"}, "messages that are no list"),
-        ({"messages": ["hello"]}, "a message that is no object"),
+        ({"messages": "hello"}, "messages that are not a list"),
+        ({"messages": ["hello"]}, "a message that is not an object"),
         ({"messages": [{"role": "robot", "content": "a"}]}, NO_ROLE),
         ({"messages": [{"role": ["user"], "content": "a"}]}, NO_ROLE),
         ({"messages": [{"role": "user"}]}, "a message whose content is not text"),
         ({"instruction": "a", "output": None}, "a message whose content is not text"),
         ({"instruction": None, "input": "a", "output": "b"}, "a message whose content is not text"),
-        (said("a question without an answer"), "no words of an assistant"),
-        (said("question", " \n"), "no words of an assistant"),
+        (said("a question without an answer"), "no assistant message with text"),
+        (said("question", " \n"), "no assistant message with text"),
         (said("question", "half a pair: \ud800"), "invalid UTF-8"),
         (said("question", "a\0b"), "NUL byte"),
         (said("question", "words " * 600), "longer than sequence_length=512"),
@@ -161,12 +160,12 @@ def test_rows_hold_every_item_once_and_are_not_overfull(lengths: list[int]) -> N
     assert sum(sorted(fill)[:2]) > 50 or len(rows) < 2
 
 
-def random_conversations(count: int) -> list[Conversation]:
+def random_conversations(count: int) -> list[ChatExample]:
     rng = np.random.default_rng(0)
     return [conversation(1000 * number, int(rng.integers(2, 60)), 1) for number in range(1, count + 1)]
 
 
-def chat_batches(conversations: list[Conversation], seed: int = 1) -> ChatBatches:
+def chat_batches(conversations: list[ChatExample], seed: int = 1) -> ChatBatches:
     return ChatBatches(conversations, 64, 8, seed, separate_documents=True, pad_id=PAD)
 
 
@@ -201,7 +200,7 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int) -> None:
         assert torch.equal(torch.cat([part.position_ids for part in parts]), whole.position_ids)
 
 
-def from_source(source: int, count: int) -> list[Conversation]:
+def from_source(source: int, count: int) -> list[ChatExample]:
     """Conversations that fill a row each, and whose tokens tell the source."""
     return [
         replace(conversation(1000 * (100 * source + number), 64, 1), source=source) for number in range(1, count + 1)

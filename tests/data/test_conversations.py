@@ -12,7 +12,7 @@ import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatSource
-from moe_lm.data.conversations import read_dialogues, read_pairs, split_held_out
+from moe_lm.data.records import read_dialogues, read_preferences, split_held_out
 from moe_lm.text.files import Report
 
 ROWS = [{"prompt": f"q{number}", "completion": f"a{number}"} for number in range(3)]
@@ -89,7 +89,7 @@ def test_broken_rows_are_counted_with_file_row_and_reason(tmp_path: Path) -> Non
 
 def test_pairs_with_one_prompt_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{number // 2}", "chosen": f"a{number}", "rejected": "b"} for number in range(200)]
-    found = list(read_pairs([write(tmp_path / "a.jsonl", rows)], Report()))
+    found = list(read_preferences([write(tmp_path / "a.jsonl", rows)], Report()))
     train, held_out = split_held_out(found, 0.1)
     asked = [{row.content.prompt[0]["content"] for row in side} for side in (train, held_out)]
     assert len(train) + len(held_out) == 200
@@ -125,7 +125,7 @@ def test_masks_in_parquet_are_read_with_what_fills_up_the_other_messages(tmp_pat
     report = Report()
     [found] = read_dialogues([ChatSource(path=str(tmp_path / "a.parquet"))], report)
     assert found.content.messages == [asked, said | {"train": False}, asked, said]
-    assert report.skipped_lines() == ["1 skipped: a weight of a message that is neither 0 nor 1 (first: a.parquet:2)"]
+    assert report.skipped_lines() == ["1 skipped: a message whose weight is neither 0 nor 1 (first: a.parquet:2)"]
 
 
 # The real sets
@@ -177,7 +177,7 @@ def test_every_row_of_a_real_set_is_a_pair_or_counted(
     shared_data: Path, name: str, rows: int, skipped: dict[str, int]
 ) -> None:
     report = Report()
-    found = list(read_pairs([ChatSource(path=str(shared_data / "chat" / name))], report))
+    found = list(read_preferences([ChatSource(path=str(shared_data / "chat" / name))], report))
     assert report.skipped == skipped
     assert len(found) == rows - sum(skipped.values())
     assert all(row.content.prompt[-1]["role"] == "user" for row in found)

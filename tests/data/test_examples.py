@@ -12,7 +12,7 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.examples import Conversation, read_chat, read_conversations
+from moe_lm.data.examples import ChatExample, read_chat, read_examples
 from moe_lm.text.files import Report, read_rows
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save
@@ -31,11 +31,11 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def text_of(item: Conversation, tokenizer: Tokenizer) -> str:
+def text_of(item: ChatExample, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([*item.input_ids.tolist(), max(0, item.targets[-1])], skip_special=False)
 
 
-def learnt(item: Conversation, tokenizer: Tokenizer) -> str:
+def learnt(item: ChatExample, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([id_ for id_ in item.targets.tolist() if id_ != IGNORE], skip_special=False)
 
 
@@ -69,7 +69,7 @@ def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer
         assert learnt(one, tokenizer).endswith(end)
         assert "one" in learnt(one, tokenizer)
         assert data.report.skipped_lines() == [
-            "1 skipped: every turn of the assistant masked by weight, train or loss (first: a.jsonl:3)"
+            "1 skipped: every assistant message is masked by weight, train or loss (first: a.jsonl:3)"
         ]
 
 
@@ -179,7 +179,7 @@ def test_no_end_without_a_target_is_kept(tmp_path: Path, tiny_tokenizer: Tokeniz
     rows = [{"messages": [turn | {"weight": 0} if number == 6 else turn for number, turn in enumerate(LONG)]}]
     path, length = write(tmp_path / "a.jsonl", rows), lengths(tiny_tokenizer)[1] - 1
     report = Report()
-    assert read_conversations([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
+    assert read_examples([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
     assert report.skipped == {f"longer than sequence_length={length}": 1}
 
 
@@ -187,7 +187,7 @@ def test_what_no_turn_less_makes_fit_is_skipped(tmp_path: Path, tiny_tokenizer: 
     length = lengths(tiny_tokenizer)[2] - 1
     report = Report()
     path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": [*LONG, user("an open question")]}])
-    assert read_conversations([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
+    assert read_examples([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
     assert report.skipped == {f"longer than sequence_length={length}": 2}
     assert report.shortened == {}
 
@@ -199,7 +199,9 @@ def test_a_source_with_a_weight_needs_a_conversation(tmp_path: Path, tiny_tokeni
     good = write(tmp_path / "good.jsonl", [{"messages": [user("q"), assistant("a")]}])
     bad = write(tmp_path / "bad.jsonl", [{"messages": [user("q")]}])
     sources = [{"path": str(good), "weight": 2}, {"path": str(bad), "weight": 1}]
-    with pytest.raises(UsageError, match=r"bad\.jsonl has no usable conversation: 1 skipped: no words of an assistant"):
+    with pytest.raises(
+        UsageError, match=r"bad\.jsonl has no usable conversation: 1 skipped: no assistant message with text"
+    ):
         read_chat(ChatDataConfig(train=sources), tiny_tokenizer)
     without = read_chat(ChatDataConfig(train=[good, bad]), tiny_tokenizer)
     assert [item.source for item in without.train] == [0]

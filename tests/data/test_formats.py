@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_lm.config.data import ChatSource
-from moe_lm.data.formats import Unusable, dialogue_of, pair_of
+from moe_lm.data.formats import Unusable, dialogue_of, preference_of
 
 PLAIN = ChatSource(path="x.jsonl")
 ASKED = {"role": "user", "content": "q"}
@@ -180,59 +180,62 @@ def test_the_history_of_an_instruction_goes_before_it() -> None:
     ("row", "reason"),
     [
         *[
-            ({"messages": [ASKED, ANSWERED | {"weight": weight}]}, "a weight of a message that is neither 0 nor 1")
+            ({"messages": [ASKED, ANSWERED | {"weight": weight}]}, "a message whose weight is neither 0 nor 1")
             for weight in (0.5, 2, -1, "0", True, [])
         ],
         *[
-            ({"messages": [ASKED, ANSWERED | {"train": train}]}, "train of a message that is neither true nor false")
+            ({"messages": [ASKED, ANSWERED | {"train": train}]}, "a message whose train is neither true nor false")
             for train in (0, 1, "false", {})
         ],
-        ({"messages": [ASKED, ANSWERED | {"loss": 0}]}, "loss of a message that is neither true nor false"),
+        ({"messages": [ASKED, ANSWERED | {"loss": 0}]}, "a message whose loss is neither true nor false"),
         (
             {"messages": [ASKED, ANSWERED | {"train": True, "loss": False}]},
-            "train and loss of a message that contradict each other",
+            "a message whose train and loss contradict each other",
         ),
         (
             {"messages": [ASKED, ANSWERED | {"weight": 1, "train": False}]},
-            "weight and train of a message that contradict each other",
+            "a message whose weight and train contradict each other",
         ),
         (
             {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"train": False}]},
-            "every turn of the assistant masked by weight, train or loss",
+            "every assistant message is masked by weight, train or loss",
         ),
         (
             {"prompt": "q", "completion": ANSWERED | {"weight": 0}},
-            "every turn of the assistant masked by weight, train or loss",
+            "every assistant message is masked by weight, train or loss",
         ),
         *[
             (
                 {"instruction": "q", "output": "a", "history": history},
-                "a history that is no list of question and answer",
+                "a history that is not a list of [question, answer]",
             )
             for history in ("x", 3, {"one?": "1"}, ["one?", "1"], [["one?"]], [["one?", "1", "2"]], [None])
         ],
         ({"instruction": "q", "output": "a", "history": [["one?", 1]]}, "a message whose content is not text"),
-        ({"instruction": "q", "output": "a", "history": [["one?", ""]]}, "a turn of the assistant without words"),
+        ({"instruction": "q", "output": "a", "history": [["one?", ""]]}, "an assistant message without text"),
         ({"text": "x"}, "no messages, conversations, instruction with output, or prompt with completion"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference pair, which needs the section preference"),
-        ({"conversations": "hello"}, "messages that are no list"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "a preference pair, which needs the section preference",
+        ),
+        ({"conversations": "hello"}, "messages that are not a list"),
         ({"conversations": []}, "no messages"),
-        ({"conversations": [3]}, "a message that is no object"),
-        ({"conversations": turns("human", "bing")}, "a message without a role of system, user, assistant, tool"),
+        ({"conversations": [3]}, "a message that is not an object"),
+        ({"conversations": turns("human", "bing")}, "a message whose role is not one of system, user, assistant, tool"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "a message whose content is not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message whose content is not text"),
-        ({"messages": [ASKED]}, "no words of an assistant"),
-        ({"prompt": "q", "completion": " \n"}, "no words of an assistant"),
-        ({"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]}, "a turn of the assistant without words"),
+        ({"messages": [ASKED]}, "no assistant message with text"),
+        ({"prompt": "q", "completion": " \n"}, "no assistant message with text"),
+        ({"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]}, "an assistant message without text"),
         ({"prompt": "q", "completion": None}, "a message whose content is not text"),
         ({"messages": [ASKED, {**CALLING, "tool_calls": [{}]}]}, "a tool call without the name of a function"),
         (
             {"messages": [ASKED, {**CALLING, "tool_calls": [CALL | {"arguments": "{"}]}]},
-            "a tool call whose arguments are no JSON object",
+            "a tool call whose arguments are not a JSON object",
         ),
         ({"messages": [ASKED, {**CALLING, "tool_calls": [{"name": "x\0", "arguments": {}}]}]}, "NUL byte"),
         ({"messages": [ASKED, ANSWERED], "tools": [{"name": "\ud800"}]}, "invalid UTF-8"),
-        ({"messages": [ASKED, ANSWERED], "tools": "none"}, "tools that are no list of objects"),
+        ({"messages": [ASKED, ANSWERED], "tools": "none"}, "tools that are not a list of objects"),
         ({"messages": [ASKED, ANSWERED], "system": 3}, "a message whose content is not text"),
     ],
 )
@@ -268,13 +271,15 @@ SAID = {"from": "gpt", "value": "a"}
 )
 @pytest.mark.parametrize("kind", ["auto", "preference"])
 def test_every_form_of_a_pair_is_one_prompt_with_two_answers(row: dict[str, Any], kind: Any) -> None:
-    pair = pair_of(row, source(format=kind))
+    pair = preference_of(row, source(format=kind))
     assert (pair.prompt, pair.chosen, pair.rejected) == ([ASKED], [ANSWERED], [WORSE])
 
 
 def test_a_pair_may_share_several_turns() -> None:
     before = [ASKED, ANSWERED, {"role": "user", "content": "q2"}]
-    whole = pair_of({"chosen": [*before, ANSWERED], "rejected": [*before, WORSE]}, source(system="s", format="auto"))
+    whole = preference_of(
+        {"chosen": [*before, ANSWERED], "rejected": [*before, WORSE]}, source(system="s", format="auto")
+    )
     assert whole.prompt == [{"role": "system", "content": "s"}, *before]
     assert (whole.chosen, whole.rejected) == ([ANSWERED], [WORSE])
 
@@ -287,15 +292,15 @@ def test_masks_change_no_pair(mark: dict[str, Any]) -> None:
         {"prompt": marked, "chosen": [ANSWERED | mark], "rejected": WORSE},
         {"chosen": [*marked, ANSWERED], "rejected": [*before, WORSE | mark]},
     ):
-        pair = pair_of(row, PLAIN)
+        pair = preference_of(row, PLAIN)
         assert (pair.prompt, pair.chosen, pair.rejected) == (before, [ANSWERED], [WORSE])
     with pytest.raises(Unusable, match="equal sides"):
-        pair_of({"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED | mark}, PLAIN)
+        preference_of({"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED | mark}, PLAIN)
 
 
 @pytest.mark.parametrize("asked", [{"instruction": "q"}, {"prompt": "q"}])
 def test_the_history_of_a_pair_goes_before_its_question(asked: dict[str, Any]) -> None:
-    pair = pair_of({**asked, "chosen": "a", "rejected": "b", "history": [["one?", "1"]]}, PLAIN)
+    pair = preference_of({**asked, "chosen": "a", "rejected": "b", "history": [["one?", "1"]]}, PLAIN)
     assert pair.prompt == [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}, ASKED]
 
 
@@ -303,7 +308,7 @@ def test_a_pair_under_other_names_with_a_template() -> None:
     settings = source(
         format="preference", fields={"chosen": "good", "rejected": "bad"}, prompt_template="{topic}?", system=None
     )
-    pair = pair_of({"topic": "q", "good": "a", "bad": "b"}, settings)
+    pair = preference_of({"topic": "q", "good": "a", "bad": "b"}, settings)
     assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("q?", [ANSWERED], [WORSE])
 
 
@@ -312,7 +317,7 @@ def test_a_pair_under_other_names_with_a_template() -> None:
     [
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "a preference pair with equal sides"),
         ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
-        ({"prompt": "q", "chosen": "a", "rejected": " "}, "no words of an assistant"),
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, "no assistant message with text"),
         ({"prompt": "q", "chosen": None, "rejected": "a"}, "a message whose content is not text"),
         ({"prompt": "q", "chosen": [], "rejected": "a"}, "no messages"),
         ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
@@ -322,16 +327,19 @@ def test_a_pair_under_other_names_with_a_template() -> None:
             {"chosen": [ASKED, ANSWERED], "rejected": [{"role": "user", "content": "?"}, WORSE]},
             "a preference pair whose sides share no question",
         ),
-        ({"prompt": [ASKED], "chosen": [ANSWERED, ASKED], "rejected": "b"}, "a side of a preference pair is no answer"),
-        ({"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "a message without a role"),
+        (
+            {"prompt": [ASKED], "chosen": [ANSWERED, ASKED], "rejected": "b"},
+            "a side of a preference pair that is not an assistant's answer",
+        ),
+        ({"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "a message whose role is not one of"),
     ],
 )
 def test_a_row_without_a_pair_is_unusable(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unusable) as caught:
-        pair_of(row, PLAIN)
+        preference_of(row, PLAIN)
     assert str(caught.value).startswith(reason)
 
 
 def test_pairs_are_not_read_from_sets_of_conversations() -> None:
-    with pytest.raises(Unusable, match="format=alpaca is no preference pair"):
-        pair_of({"prompt": "q", "chosen": "a", "rejected": "b"}, source(format="alpaca"))
+    with pytest.raises(Unusable, match="format=alpaca is not a preference pair"):
+        preference_of({"prompt": "q", "chosen": "a", "rejected": "b"}, source(format="alpaca"))

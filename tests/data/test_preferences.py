@@ -12,7 +12,7 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.preferences import PairRows, PreferenceBatches, read_preferences
+from moe_lm.data.pairs import PairBatches, PairRows, read_pairs
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
@@ -36,7 +36,7 @@ def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Good day."}, {"role": "user", "content": "Name a colour."},
     ]  # fmt: skip
-    (pair,) = read_preferences(config(tmp_path, [GOOD | {"prompt": prompt}]), tiny_tokenizer).train
+    (pair,) = read_pairs(config(tmp_path, [GOOD | {"prompt": prompt}]), tiny_tokenizer).train
     for side, answer in zip(pair.sides, (GOOD["chosen"], GOOD["rejected"]), strict=True):
         told = tiny_tokenizer.encode_chat(prompt, add_generation_prompt=True)[0]
         expected = [*tiny_tokenizer.encode(answer), tiny_tokenizer.end_id]
@@ -52,9 +52,9 @@ def test_masks_change_nothing_of_a_pair(tmp_path: Path, tiny_tokenizer: Tokenize
         asked = {"role": "user", "content": "q"}
         return [{"prompt": [asked, said, asked], "chosen": said, "rejected": "b"}]
 
-    [plain] = read_preferences(config(tmp_path, rows()), tiny_tokenizer).train
+    [plain] = read_pairs(config(tmp_path, rows()), tiny_tokenizer).train
     for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
-        [masked] = read_preferences(config(tmp_path, rows(**mark)), tiny_tokenizer).train
+        [masked] = read_pairs(config(tmp_path, rows(**mark)), tiny_tokenizer).train
         assert masked.hash == plain.hash
         for one, other in zip(masked.sides, plain.sides, strict=True):
             assert one.input_ids.tolist() == other.input_ids.tolist()
@@ -63,7 +63,7 @@ def test_masks_change_nothing_of_a_pair(tmp_path: Path, tiny_tokenizer: Tokenize
 
 def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     rows = [GOOD, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": "word " * 60}, {"prompt": "Why?"}]
-    data = read_preferences(config(tmp_path, rows), tiny_tokenizer)
+    data = read_pairs(config(tmp_path, rows), tiny_tokenizer)
     assert (len(data.train), data.report.documents) == (1, 1)
     lines = "\n".join(data.report.skipped_lines())
     for reason in (
@@ -78,12 +78,12 @@ def test_nothing_to_prefer_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer)
     with pytest.raises(
         UsageError, match="has no usable preference pair: 1 skipped: a preference pair with equal sides"
     ):
-        read_preferences(config(tmp_path, [GOOD | {"rejected": GOOD["chosen"]}]), tiny_tokenizer)
+        read_pairs(config(tmp_path, [GOOD | {"rejected": GOOD["chosen"]}]), tiny_tokenizer)
 
 
 def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     rows = [row | {"rejected": f"{row['rejected']} {n}"} for row in many() for n in range(2)]
-    data = read_preferences(config(tmp_path, rows, validation_fraction=0.3), tiny_tokenizer)
+    data = read_pairs(config(tmp_path, rows, validation_fraction=0.3), tiny_tokenizer)
     train, held_out = ({pair.hash for pair in side} for side in (data.train, data.validation))
     assert len(data.train) + len(data.validation) == 80
     assert len(held_out) > 3
@@ -92,7 +92,7 @@ def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(tmp_path: Path, tiny_to
 
 @pytest.fixture
 def rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> PairRows:
-    found = PairRows(read_preferences(config(tmp_path, many()), tiny_tokenizer).train, 48, tiny_tokenizer.pad_id)
+    found = PairRows(read_pairs(config(tmp_path, many()), tiny_tokenizer).train, 48, tiny_tokenizer.pad_id)
     found.reference = np.arange(80, dtype=np.float32).reshape(40, 2)
     return found
 
@@ -121,7 +121,7 @@ def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: Pa
 
 
 def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_comes_once(rows: PairRows) -> None:
-    batches = PreferenceBatches(rows, 4, seed=7)
+    batches = PairBatches(rows, 4, seed=7)
     whole = batches.batch(1, range(4))
     parts = [batches.batch(1, range(n, n + 1)) for n in range(4)]
     assert whole.input_ids.tolist() == [row for part in parts for row in part.input_ids.tolist()]
@@ -132,7 +132,7 @@ def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_come
 
 def test_the_fingerprint_tells_of_every_token(rows: PairRows) -> None:
     before = rows.fingerprint
-    assert PairRows(rows.pairs, 48, 2).fingerprint == PreferenceBatches(rows, 4, seed=7).fingerprint == before
+    assert PairRows(rows.pairs, 48, 2).fingerprint == PairBatches(rows, 4, seed=7).fingerprint == before
     assert PairRows(rows.pairs[:-1], 48, 2).fingerprint != before
     for change in (rows.pairs[3].rejected.input_ids, rows.pairs[5].chosen.targets):
         change[-1] += 1

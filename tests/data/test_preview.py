@@ -15,10 +15,10 @@ from moe_lm.config.data import ChatDataConfig
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.conversations import read_dialogues
-from moe_lm.data.examples import Conversation, read_chat
-from moe_lm.data.preferences import read_preferences
+from moe_lm.data.examples import ChatExample, read_chat
+from moe_lm.data.pairs import read_pairs
 from moe_lm.data.preview import masked_text, show_conversations, show_pairs
+from moe_lm.data.records import read_dialogues
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ def test_masked_answers_stand_outside_the_marks(tmp_path: Path, tiny_tokenizer: 
         "a.jsonl:1: 13 tokens, 2 trained on",
         "<|bos|><|user|>q<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|>⟦a<|end|>⟧",
     ]
-    assert lines[-1] == "1 skipped: every turn of the assistant masked by weight, train or loss (first: a.jsonl:2)"
+    assert lines[-1] == "1 skipped: every assistant message is masked by weight, train or loss (first: a.jsonl:2)"
 
 
 def test_colours_say_it_where_there_are_some(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -72,7 +72,7 @@ def test_colours_say_it_where_there_are_some(tmp_path: Path, tiny_tokenizer: Tok
 def test_every_token_is_shown_of_which_the_last_is_a_target_alone(tiny_tokenizer: Tokenizer, trained: bool) -> None:
     ids = np.array([0, *tiny_tokenizer.encode("abc"), 6, 4], np.int32)
     targets = ids[1:] if trained else np.full(len(ids) - 1, IGNORE, np.int32)
-    text = masked_text(tiny_tokenizer, Conversation(ids[:-1], targets, 0), marks=True).plain
+    text = masked_text(tiny_tokenizer, ChatExample(ids[:-1], targets, 0), marks=True).plain
     assert text == ("<|bos|>⟦abc<|end|><|user|>⟧" if trained else "<|bos|>abc<|end|>")
 
 
@@ -93,7 +93,7 @@ def test_figures_of_each_source_and_of_what_was_left_out(tmp_path: Path, tiny_to
     ]
     assert lines[-2:] == [
         "1 skipped: longer than sequence_length=64 (first: one.jsonl:2)",
-        "1 skipped: no words of an assistant (first: one.jsonl:3)",
+        "1 skipped: no assistant message with text (first: one.jsonl:3)",
     ]
 
 
@@ -115,7 +115,7 @@ def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tiny_tokenizer: Tokeni
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = ChatDataConfig(train=[str(tmp_path / "a.jsonl")])
     file = io.StringIO()
-    show_pairs(Console(file=file, width=100), tiny_tokenizer, read_preferences(config, tiny_tokenizer), 3)
+    show_pairs(Console(file=file, width=100), tiny_tokenizer, read_pairs(config, tiny_tokenizer), 3)
     lines = file.getvalue().splitlines()
     sides = [len(tiny_tokenizer.encode(text)) for text in ("yes", "no")]
     assert lines[:5] == [

@@ -13,7 +13,7 @@ import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatSource
-from moe_lm.data.conversations import read_dialogues
+from moe_lm.data.records import read_dialogues
 from moe_lm.generate import chat as verb
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session

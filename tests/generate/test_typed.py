@@ -24,7 +24,7 @@ from prompt_toolkit.output import DummyOutput
 
 from moe_lm.common.terminal import printable
 from moe_lm.config.data import ChatSource
-from moe_lm.data.conversations import read_dialogues
+from moe_lm.data.records import read_dialogues
 from moe_lm.generate.typed import history_file, typed_lines
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.text.files import Report

@@ -16,7 +16,8 @@ from torch import Tensor
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.training import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.data.preferences import Pair, PairRows, Side
+from moe_lm.data.packing import Example
+from moe_lm.data.pairs import Pair, PairRows
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.losses import LossParts, StepCounts, TrainingLoss
@@ -38,7 +39,7 @@ def draw_pairs() -> list[Pair]:
             tokens = np.concatenate([prompt, draw.integers(7, 64, draw.integers(1, 11))]).astype(np.int32)
             targets = tokens[1:].copy()
             targets[: len(prompt) - 1] = IGNORE
-            sides.append(Side(tokens[:-1], targets))
+            sides.append(Example(tokens[:-1], targets))
         pairs.append(Pair(*sides, hash=number))
     return pairs
 
@@ -63,7 +64,7 @@ def rows() -> PairRows:
     return rows
 
 
-def log_probs_alone(model: LanguageModel, side: Side) -> Tensor:
+def log_probs_alone(model: LanguageModel, side: Example) -> Tensor:
     """Of the targets of one answer, in a batch of its own."""
     attend = PackedAttention(torch.tensor([0, len(side.input_ids)], dtype=torch.int32), len(side.input_ids))
     ids = torch.from_numpy(side.input_ids.astype(np.int64))[None]

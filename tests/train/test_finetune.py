@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
-from moe_lm.data.chat import ChatBatches
-from moe_lm.data.examples import read_chat
+from moe_lm.data.examples import ChatBatches, read_chat
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenizer.tokenizer import Tokenizer

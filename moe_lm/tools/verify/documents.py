@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
-from moe_lm.data.packing import pack_documents
-from moe_lm.data.preferences import SIDES, Pair, Side, pack_pairs
+from moe_lm.data.packing import Example, pack_examples
+from moe_lm.data.pairs import SIDES, Pair, pack_pairs
 from moe_lm.engine.engine import Engine
 from moe_lm.tools.verify.scale import BATCH, LENGTH, PAD, VOCABULARY
 
 DOCUMENTS = 2  # in a row; so many pairs, when it holds pairs
-
-
-class Document(NamedTuple):
-    input_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
 
 
 class Source(BatchSource, Protocol):
@@ -46,16 +41,16 @@ class Documents:
             found = [self._row(step, row) for row in rows]
         else:
             found = [[self._row(step, row // DOCUMENTS)[row % DOCUMENTS]] for row in rows]
-        return pack_documents(found, LENGTH, PAD)[0]
+        return pack_examples(found, LENGTH, PAD)[0]
 
-    def _row(self, step: int, row: int) -> list[Document]:
+    def _row(self, step: int, row: int) -> list[Example]:
         draw = np.random.default_rng([self.seed, step, row])
         used = LENGTH if row == 0 else int(draw.integers(6, LENGTH))
         tokens = _tokens(draw, used + 1)
         trained = draw.random(used) < (0.0, 0.2, 0.9, 1.0)[(row + step + 2) % 4]
         targets = np.where(trained, tokens[1:], IGNORE)
         cut = used // 3
-        return [Document(tokens[:cut], targets[:cut]), Document(tokens[cut:-1], targets[cut:])]
+        return [Example(tokens[:cut], targets[:cut]), Example(tokens[cut:-1], targets[cut:])]
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Pairs:
         for _ in range(SIDES):
             tokens = np.concatenate([prompt, _tokens(draw, int(draw.integers(1, room + 2 - len(prompt))))])
             trained = np.arange(1, len(tokens)) >= len(prompt)
-            sides.append(Side(tokens[:-1].astype(np.int32), np.where(trained, tokens[1:], IGNORE).astype(np.int32)))
+            sides.append(Example(tokens[:-1].astype(np.int32), np.where(trained, tokens[1:], IGNORE).astype(np.int32)))
         return Pair(sides[0], sides[1], hash=place)
 
 

@@ -1,6 +1,6 @@
-"""Conversations and preference pairs out of files and data sets, each with its place and its side of the split.
+"""Conversations and preferences from files and data sets, each with its place and the hash that decides its split.
 
-One bad row never stops a file: it is counted in a `Report` by reason, with the first place where that was met.
+One bad row never stops a file: it is counted in a `Report` by reason, with the first place where that happened.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatSource
-from moe_lm.data.formats import Dialogue, Message, Pair, Unusable, dialogue_of, pair_of
+from moe_lm.data.formats import Dialogue, Message, Preference, Unusable, dialogue_of, preference_of
 from moe_lm.text.files import Report, read_rows
 from moe_lm.text.sources import read_dataset
 from moe_lm.text.split import document_hash, held_out_of
 
-ContentT = TypeVar("ContentT", Dialogue, Pair)
+ContentT = TypeVar("ContentT", Dialogue, Preference)
 
 
 @dataclass(frozen=True)
-class Row(Generic[ContentT]):
-    """A usable row: what it holds, where it stands (like `a.jsonl:7`) and in which of the sources.
+class Record(Generic[ContentT]):
+    """A usable row: its content, its place (like `a.jsonl:7`) and the number of its source.
 
-    `hash` is that of a dialogue's messages or a pair's prompt, and decides on which side of the split it falls.
+    `hash` is that of a dialogue's messages, or of a preference's prompt; it decides the split.
     """
 
     content: ContentT
@@ -37,20 +37,20 @@ class Row(Generic[ContentT]):
     hash: int
 
 
-def read_dialogues(sources: Sequence[ChatSource], report: Report) -> Iterator[Row[Dialogue]]:
-    """The conversations of all sources in order; a row without one is counted with the reason.
+def read_dialogues(sources: Sequence[ChatSource], report: Report) -> Iterator[Record[Dialogue]]:
+    """The conversations of all sources in order. A row without one is counted by reason.
 
     Raises UsageError for a file that does not exist, MoeLmError for a data set that cannot be read.
     """
     return _read(sources, report, dialogue_of, lambda dialogue: _hash(dialogue.messages))
 
 
-def read_pairs(sources: Sequence[ChatSource], report: Report) -> Iterator[Row[Pair]]:
-    """The preference pairs of all sources in order, as `read_dialogues` reads conversations.
+def read_preferences(sources: Sequence[ChatSource], report: Report) -> Iterator[Record[Preference]]:
+    """The preferences of all sources in order, as `read_dialogues` reads conversations.
 
-    Pairs with the same prompt have the same hash: no question stands on both sides of the held-out split.
+    Preferences with the same prompt have the same hash, so no question is in both splits.
     """
-    return _read(sources, report, pair_of, lambda pair: _hash(pair.prompt))
+    return _read(sources, report, preference_of, lambda preference: _hash(preference.prompt))
 
 
 class Hashed(Protocol):
@@ -62,7 +62,7 @@ HashedT = TypeVar("HashedT", bound=Hashed)
 
 
 def split_held_out(items: Sequence[HashedT], fraction: float) -> tuple[list[HashedT], list[HashedT]]:
-    """What is trained on and what is held out, by hash: at least one of two or more when `fraction` is above 0."""
+    """The items to train on and those held out, by hash: at least one of two or more when `fraction` is above 0."""
     held = held_out_of(np.array([item.hash for item in items], np.uint64), fraction).tolist()
     return (
         [item for item, is_held in zip(items, held, strict=True) if not is_held],
@@ -70,10 +70,10 @@ def split_held_out(items: Sequence[HashedT], fraction: float) -> tuple[list[Hash
     )
 
 
-def nothing_usable(sources: Sequence[ChatSource], what: str, report: Report) -> UsageError:
-    """The error for sources that give nothing to train on."""
+def nothing_usable(sources: Sequence[ChatSource], kind: str, report: Report) -> UsageError:
+    """The error for sources that hold nothing to train on."""
     reasons = "; ".join(report.skipped_lines()) or "the files are empty, or validation_fraction holds all of it out"
-    return UsageError(f"data.train={', '.join(item.origin for item in sources)} has no usable {what}: {reasons}")
+    return UsageError(f"data.train={', '.join(item.origin for item in sources)} has no usable {kind}: {reasons}")
 
 
 def _read(
@@ -81,18 +81,18 @@ def _read(
     report: Report,
     content_of: Callable[[dict[str, Any], ChatSource], ContentT],
     hash_of: Callable[[ContentT], int],
-) -> Iterator[Row[ContentT]]:
+) -> Iterator[Record[ContentT]]:
     for number, source in enumerate(sources):
         for where, row in _rows(source, report):
             try:
                 content = content_of(row, source)
-                row_hash = hash_of(content)
+                content_hash = hash_of(content)
             except Unusable as problem:
                 report.skip(str(problem), where)
             except RecursionError:
                 report.skip("objects nested too deeply", where)
             else:
-                yield Row(content, where, number, row_hash)
+                yield Record(content, where, number, content_hash)
 
 
 def _rows(source: ChatSource, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,7 +111,7 @@ def _rows(source: ChatSource, report: Report) -> Iterator[tuple[str, dict[str, A
 
 
 def _hash(messages: Sequence[Message]) -> int:
-    """Equal for equal messages, masked or not; what is no text of a turn counts where there is any."""
+    """Equal for equal messages, masked or not. Fields other than role and content are hashed too, when present."""
     parts = []
     for message in messages:
         further = {key: value for key, value in message.items() if key not in ("role", "content", "train")}

@@ -1,0 +1,178 @@
+"""Preferences -> pairs of examples -> packed batches in which both answers of a pair are in the same row.
+
+Any slice of the global batch, a rank's or a micro-batch, therefore holds whole pairs, and every layout computes the
+same loss. A row has room for two sequences: a pair fits when each of its sides, prompt with answer, fits into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.data import ChatDataConfig, ChatSource
+from moe_lm.data.batches import IGNORE, Batch
+from moe_lm.data.examples import tokenize
+from moe_lm.data.formats import Dialogue, Message, Preference
+from moe_lm.data.order import Mixture
+from moe_lm.data.packing import Example, next_tokens, pack_examples, pack_rows, rows_at
+from moe_lm.data.records import nothing_usable, read_preferences, split_held_out
+from moe_lm.text.files import Report
+from moe_lm.tokenizer.tokenizer import Tokenizer
+
+SIDES = 2  # of a pair: the chosen one first
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenized preference: on each side prompt and answer, in int32, IGNORE on the prompt.
+
+    `hash` is that of the prompt and decides the pair's split; `where` is its place in its source.
+    """
+
+    chosen: Example
+    rejected: Example
+    hash: int
+    where: str = ""
+
+    @property
+    def sides(self) -> tuple[Example, Example]:
+        return self.chosen, self.rejected
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(side.input_ids) for side in self.sides)
+
+
+@dataclass(frozen=True)
+class PairData:
+    """The pairs of both splits, and the counts of what was read and skipped for both."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    report: Report
+
+
+def read_pairs(config: ChatDataConfig, tokenizer: Tokenizer) -> PairData:
+    """Read and tokenize all pairs. Those for validation have sources of their own or are split off `train`.
+
+    Raises UsageError for a file that does not exist, when there is nothing to train on, and for a tokenizer without a
+    chat template that can be trained on.
+    """
+    tokenizer.chat_template  # noqa: B018 (without one every pair would be skipped)
+    report = Report()
+    train = _tokenize_all(config.train, tokenizer, config.sequence_length, report)
+    validation = _tokenize_all(config.validation, tokenizer, config.sequence_length, report)
+    train, held_out = split_held_out(train, config.validation_fraction)
+    if not train:
+        raise nothing_usable(config.train, "preference pair", report)
+    return PairData(train, validation + held_out, report)
+
+
+class PairRows:
+    """Pairs packed into rows of `2 * sequence_length` tokens.
+
+    reference: [pairs, 2] float32, the reference model's log-probability of each answer, zero until it is known.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], sequence_length: int, pad_id: int) -> None:
+        self.pairs = pairs
+        self.reference = np.zeros((len(pairs), SIDES), np.float32)
+        self._length = SIDES * sequence_length
+        self._rows = pack_rows([pair.num_tokens for pair in pairs], self._length)
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that is equal only for equal pairs in equal order."""
+        digest = hashlib.sha256(f"{self._length},{len(self.pairs)}".encode())
+        for pair in self.pairs:
+            for side in pair.sides:
+                digest.update(f";{len(side.input_ids)};".encode() + side.input_ids.tobytes() + side.targets.tobytes())
+        return digest.hexdigest()
+
+    def pairs_of(self, numbers: Sequence[int]) -> list[int]:
+        """The numbers of the pairs in these rows, in the order of a batch."""
+        return [pair for row in rows_at(self._rows, numbers) for pair in row]
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Every pair once, in batches of one shape, each with the numbers of its pairs. The last is filled up."""
+        for first in range(0, len(self), batch_size):
+            numbers = range(first, first + batch_size)
+            yield self.pairs_of(numbers), self.batch(numbers)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The rows of these numbers; a number past the last row gives padding."""
+        rows = [[self.pairs[index] for index in row] for row in rows_at(self._rows, numbers)]
+        packed = pack_pairs(rows, self._length, self._pad_id)
+        return replace(packed, reference=torch.from_numpy(self.reference[self.pairs_of(numbers)]))
+
+
+def pack_pairs(rows: Sequence[Sequence[Pair]], length: int, pad_id: int) -> Batch:
+    """A batch of rows of pairs. Each side is an attention segment of its own; the reference is zero."""
+    batch, answers = pack_examples([[side for pair in row for side in pair.sides] for row in rows], length, pad_id)
+    reference = torch.zeros(sum(map(len, rows)), SIDES)
+    return replace(batch, answers=torch.from_numpy(answers), reference=reference)
+
+
+class PairBatches:
+    """Training batches of packed pairs; a `BatchSource`. Every row comes once per epoch, in a new order each time."""
+
+    def __init__(self, rows: PairRows, global_batch_size: int, seed: int) -> None:
+        self._rows = rows
+        self._batch_size = global_batch_size
+        self._order = Mixture([len(rows)], [1.0], seed)
+        self.fingerprint = rows.fingerprint
+
+    def batch(self, step: int, rows: range) -> Batch:
+        _, numbers = self._order.items(step * self._batch_size + np.asarray(rows))
+        return self._rows.batch(numbers.tolist())
+
+
+def _tokenize_all(
+    sources: Sequence[ChatSource], tokenizer: Tokenizer, sequence_length: int, report: Report
+) -> list[Pair]:
+    """The pairs of all sources whose sides both fit into `sequence_length` tokens."""
+    pairs = []
+    for record in read_preferences(sources, report):
+        try:
+            chosen, rejected = _sides(record.content, tokenizer)
+        except UsageError as error:
+            report.skip(str(error), record.where)
+            continue
+        if max(len(chosen.input_ids), len(rejected.input_ids)) > sequence_length:
+            report.skip(f"a side longer than sequence_length={sequence_length}", record.where)
+            continue
+        if np.array_equal(chosen.targets, rejected.targets):
+            report.skip("a preference pair whose sides are equal as tokens", record.where)
+            continue
+        if any((side.targets == IGNORE).all() for side in (chosen, rejected)):
+            report.skip("the chat template marks nothing to train on", record.where)
+            continue
+        report.documents += 1
+        report.text_bytes += sum(
+            len((message["content"] or "").encode())
+            for answer in (record.content.chosen, record.content.rejected)
+            for message in answer
+        )
+        pairs.append(Pair(chosen, rejected, record.hash, record.where))
+    return pairs
+
+
+def _sides(preference: Preference, tokenizer: Tokenizer) -> tuple[Example, Example]:
+    prompt_ids, _ = tokenizer.encode_chat(preference.prompt, tools=preference.tools)
+
+    def side(answer: list[Message]) -> Example:
+        ids, trained = tokenize(Dialogue([*preference.prompt, *answer], preference.tools), tokenizer)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise UsageError("the chat template writes a prompt differently when an answer follows")
+        return Example(*next_tokens(ids, [False] * len(prompt_ids) + trained[len(prompt_ids) :]))
+
+    return side(preference.chosen), side(preference.rejected)
