@@ -20,7 +20,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.app import build_app
-from moe_lm.tools.serve.connections import BACKLOG, Config
+from moe_lm.tools.serve.connections import BACKLOG, server_config
 from moe_lm.tools.serve.engine import Engine
 from moe_lm.tools.serve.gate import LOOPBACK_NAMES, Limits
 from moe_lm.tools.serve.metrics import Metrics
@@ -66,9 +66,9 @@ def serve(
         hosts = LOOPBACK_NAMES if at_home and not api_key else None
         limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
         app = build_app(session, engine, limits, metrics, model or run.resolve().name)
-        config = Config(
+        config = server_config(
             app,
-            texts=engine.most,
+            engine.most,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=math.ceil(grace) + 5,  # only for a client that does not take what is sent to it
@@ -99,7 +99,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(config: Config, engine: Engine, listener: socket.socket, grace: float) -> None:
+async def _run(config: uvicorn.Config, engine: Engine, listener: socket.socket, grace: float) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(config)
     engine.start(loop)

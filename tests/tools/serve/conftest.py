@@ -24,7 +24,7 @@ from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.serve.app import build_app
-from moe_lm.tools.serve.connections import HEAD_SECONDS, Config
+from moe_lm.tools.serve.connections import HEAD_SECONDS, server_config
 from moe_lm.tools.serve.engine import Engine
 from moe_lm.tools.serve.gate import Limits
 from moe_lm.tools.serve.metrics import Metrics
@@ -116,7 +116,7 @@ def serve(session: Session) -> Iterator[Serve]:
             own or session, engine, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
         )
         listener = listen("127.0.0.1", 0)
-        config = Config(app, texts=engine.most, head_seconds=head_seconds, timeout_graceful_shutdown=5)
+        config = server_config(app, engine.most, head_seconds, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
 
         async def main() -> None:
