@@ -1,7 +1,6 @@
-"""The bodies that go back, whole or in chunks, as OpenAI's endpoints shape them.
+"""The bodies of answers, whole or in chunks, as OpenAI's endpoints shape them.
 
-Beside what is theirs a choice has `routing` when the request asked for it: of every token, of every MoE layer, the
-experts that predicted it.
+A choice also has `routing` when the request asks for it: the experts that predicted every token, by MoE layer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any, Protocol
 from moe_lm.generate.decode import Step
 from moe_lm.generate.text import Delta
 
-LEAST_LOGPROB = -9999.0  # OpenAI's for what is all but impossible; JSON has no -inf
-Name = Callable[[int], str]  # a token's own text
+LEAST_LOGPROB = -9999.0  # OpenAI's for a token that is all but impossible; JSON has no -inf
+Name = Callable[[int], str]  # from a token's id to its text
 
 
 class Shape(Protocol):
@@ -47,14 +46,14 @@ class Answer:
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def whole(self, deltas: Sequence[Delta]) -> str:
-        """Of all deltas there are, as JSON; the encoder lets no other thread run, so it gets a choice at a time."""
+        """The whole answer as JSON. It is encoded a choice at a time, as the encoder lets no other thread run."""
         choices = ",".join(dumps(self._choice(self.shape.whole, part)) for part in _by_row(deltas))
         around = self._around(self.shape.object, []) | {"usage": self.usage(written(deltas))}
         del around["choices"]
         return f'{dumps(around)[:-1]},"choices":[{choices}]}}'
 
     def chunks(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-        """One for each row that has something new."""
+        """A chunk for each row that has something new."""
         parts = [part for part in _by_row(deltas) if self._says_something(part)]
         return [self.chunk([self._choice(self.shape.chunk, part)]) for part in parts]
 
@@ -62,7 +61,6 @@ class Answer:
         return self._around(self.shape.chunk_object, choices) | ({"usage": None} if self.include_usage else {})
 
     def usage(self, tokens: int) -> dict[str, int]:
-        """For `tokens` that were written."""
         prompt = self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
@@ -74,7 +72,7 @@ class Answer:
         return {"id": number, "object": kind, "created": self.created, "model": self.model, "choices": list(choices)}
 
     def _choice(self, write: Callable[[str, str | None, Any], dict[str, Any]], part: Sequence[Delta]) -> dict[str, Any]:
-        # There is no word of theirs for a text whose penalties leave no token: it has ended.
+        # OpenAI has no word for a text whose penalties leave no token: it has ended.
         finish = "stop" if part[-1].finish == "exhausted" else part[-1].finish
         chosen = [delta for delta in part if delta.step.token is not None]
         logprobs = self.shape.logprobs(chosen, self.name) if self.logprobs else None
@@ -82,7 +80,7 @@ class Answer:
         return choice | ({"routing": [delta.step.experts for delta in chosen]} if self.routing else {})
 
     def _says_something(self, part: Sequence[Delta]) -> bool:
-        """A token may have no text yet: half a character, or the beginning of a stop string."""
+        """Whether there is anything to send: half a character, or the beginning of a stop string, is not sent yet."""
         return bool(self.logprobs or self.routing or part[-1].finish or any(delta.text for delta in part))
 
 
@@ -103,7 +101,7 @@ class CompletionShape:
         }
 
     def _likeliest(self, step: Step, name: Name) -> dict[str, float]:
-        """By text, of equal texts the likeliest; the token itself belongs to it."""
+        """Log-probabilities by text, of equal texts the likeliest; the token itself is among them."""
         found: dict[str, float] = {}
         for token, logprob in [*step.alternatives, (_token(step), step.logprob)]:
             found.setdefault(name(token), _finite(logprob))
@@ -121,7 +119,7 @@ class ChatShape:
         return {"delta": {"content": text} if text else {}, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The choice that comes first in a stream."""
+        """The first choice of a stream."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -135,7 +133,7 @@ class ChatShape:
 
     def _probable(self, token: int, logprob: float | None, name: Name) -> dict[str, Any]:
         text = name(token)
-        # U+FFFD stands for bytes that are no whole character.
+        # U+FFFD stands for bytes that are not a whole character.
         as_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": as_bytes}
 
@@ -145,7 +143,7 @@ def dumps(value: Any) -> str:
 
 
 def written(deltas: Sequence[Delta]) -> int:
-    """Tokens in them."""
+    """The number of tokens in them."""
     return sum(delta.step.token is not None for delta in deltas)
 
 

@@ -1,4 +1,4 @@
-"""The application: which path leads where."""
+"""The application: its paths, and what is served at each."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.endpoints import Endpoints
-from moe_lm.tools.serve.engine import Engine
-from moe_lm.tools.serve.errors import ApiError, add_handlers
-from moe_lm.tools.serve.gate import Gate, Limits
+from moe_lm.tools.serve.errors import add_handlers, no_such_model
+from moe_lm.tools.serve.limits import Limits, LimitsMiddleware
 from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.scheduler import Scheduler
 
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
-def build_app(session: Session, engine: Engine, limits: Limits, metrics: Metrics, model: str) -> FastAPI:
-    """An ASGI application around an engine that was started, which serves under the name `model`."""
+def build_app(session: Session, scheduler: Scheduler, limits: Limits, metrics: Metrics, model: str) -> FastAPI:
+    """An ASGI application around a scheduler that is running; `model` is the name that clients use."""
     app = FastAPI(title="moe-lm", openapi_url=None, redirect_slashes=False)
-    endpoints = Endpoints(session, engine, limits, metrics, model)
+    endpoints = Endpoints(session, scheduler, limits, metrics, model)
     app.post("/v1/completions", response_model=None)(endpoints.complete)
     app.post("/v1/chat/completions", response_model=None)(endpoints.chat)
-    metrics.watch("running_rows", "Texts that are being written.", lambda: engine.running)
-    metrics.watch("queued_rows", "Texts that wait for a row.", lambda: engine.queued)
-    metrics.watch("slots", "Texts that can be written at a time.", lambda: engine.slots)
-    described, page, policy = describe(session, engine, model), _page(), _policy(_page())
+    metrics.watch("running_rows", "Texts that are being written.", lambda: scheduler.running)
+    metrics.watch("queued_rows", "Texts that wait for a row.", lambda: scheduler.queued)
+    metrics.watch("slots", "Texts that can be written at a time.", lambda: scheduler.slots)
+    described, page, policy = describe(session, scheduler, model), _page(), _policy(_page())
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -44,14 +44,12 @@ def build_app(session: Session, engine: Engine, limits: Limits, metrics: Metrics
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> JSONResponse:
         if name != model:
-            raise ApiError(
-                404, f"there is no model {name!r:.80}; this server has {model!r}", "model", "model_not_found"
-            )
+            raise no_such_model(name, model)
         return JSONResponse(described)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if engine.healthy else "stopping"}, 200 if engine.healthy else 503)
+        return JSONResponse({"status": "ok" if scheduler.healthy else "stopping"}, 200 if scheduler.healthy else 503)
 
     @app.get("/metrics")
     async def scrape() -> Response:
@@ -62,12 +60,12 @@ def build_app(session: Session, engine: Engine, limits: Limits, metrics: Metrics
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
 
     add_handlers(app)
-    app.add_middleware(Gate, limits=limits, metrics=metrics, endpoints=PATHS)
+    app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, endpoints=PATHS)
     return app
 
 
-def describe(session: Session, engine: Engine, model: str) -> dict[str, Any]:
-    """The model as /v1/models lists it; beside what is OpenAI's, what the page needs to know."""
+def describe(session: Session, scheduler: Scheduler, model: str) -> dict[str, Any]:
+    """The model as /v1/models lists it: OpenAI's fields, and those that the page needs."""
     config = session.model.config
     layers = len(session.model.moe_layers)
     return {
@@ -75,7 +73,7 @@ def describe(session: Session, engine: Engine, model: str) -> dict[str, Any]:
         "object": "model",
         "created": int(time.time()),
         "owned_by": "moe-lm",
-        "max_model_len": engine.capacity,
+        "max_model_len": scheduler.capacity,
         "chat": chats(session),
         "moe_layers": layers,
         "experts": config.n_routed_experts if layers else 0,
@@ -84,7 +82,7 @@ def describe(session: Session, engine: Engine, model: str) -> dict[str, Any]:
 
 
 def chats(session: Session) -> str:
-    """ "yes", "no" where there is no chat template, and "untrained" where no fine-tuning has taught it yet."""
+    """ "no" without a chat template, "untrained" when no fine-tuning has taught it yet, else "yes"."""
     try:
         session.tokenizer.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
     except UsageError:
@@ -100,7 +98,7 @@ def _page() -> str:
 
 
 def _policy(page: str) -> str:
-    """Nothing but the page's own script and style, and requests to where it comes from."""
+    """The Content-Security-Policy: only the page's own script and style, and requests to its own server."""
     hashes = {
         tag: base64.b64encode(hashlib.sha256(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0].encode()).digest())
         for tag in ("script", "style")

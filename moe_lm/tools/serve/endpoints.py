@@ -17,21 +17,21 @@ from moe_lm.common.errors import UsageError
 from moe_lm.generate.session import Session
 from moe_lm.generate.text import Delta, Row
 from moe_lm.tools.serve.answers import Answer, ChatShape, CompletionShape, Shape, dumps, written
-from moe_lm.tools.serve.engine import Engine
-from moe_lm.tools.serve.errors import GONE, ApiError
-from moe_lm.tools.serve.gate import Limits
+from moe_lm.tools.serve.errors import GONE, ApiError, no_such_model
+from moe_lm.tools.serve.limits import Limits
 from moe_lm.tools.serve.metrics import Metrics
 from moe_lm.tools.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from moe_lm.tools.serve.scheduler import Scheduler
 from moe_lm.tools.serve.ticket import Job, Ticket
 
-MOST_VALUES = 1 << 20  # of an answer in one piece: about 25 MB
+MOST_VALUES = 1 << 20  # log-probabilities and experts of a whole answer: about 25 MB
 
 
 class Endpoints:
-    """What writes text, under the name `model`."""
+    """The endpoints that write text; `model` is the name that clients use."""
 
-    def __init__(self, session: Session, engine: Engine, limits: Limits, metrics: Metrics, model: str) -> None:
-        self.session, self.engine, self.limits, self.metrics, self.model = session, engine, limits, metrics, model
+    def __init__(self, session: Session, scheduler: Scheduler, limits: Limits, metrics: Metrics, model: str) -> None:
+        self.session, self.scheduler, self.limits, self.metrics, self.model = session, scheduler, limits, metrics, model
         self.name = functools.cache(lambda token: session.tokenizer.decode([token], skip_special=False))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -43,24 +43,22 @@ class Endpoints:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check(body, 1)
         prompt = await run_in_threadpool(self._chat_prompt, body)
-        most = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens or self.engine.capacity
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await self._answer(request, body, [prompt], ChatShape(), most, logprobs)
+        most = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens or self.scheduler.capacity
+        return await self._answer(request, body, [prompt], ChatShape(), most, body.alternatives)
 
     def _check(self, body: GenerationRequest, prompts: int) -> None:
         if body.model not in (None, self.model):
-            message = f"there is no model {body.model!r:.80}; this server has {self.model!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+            raise no_such_model(body.model, self.model)
         most = self.limits.max_tokens
         for name in ("max_tokens", "max_completion_tokens"):
             wanted = getattr(body, name) if name in body.model_fields_set else None
             if most is not None and wanted is not None and wanted > most:
                 raise ApiError(400, f"{name}={wanted} is more than this server gives; at most {most}", name)
-        if prompts * body.n > self.engine.most:
+        if prompts * body.n > self.scheduler.most:
             raise ApiError(
                 400,
                 f"the request asks for {prompts * body.n} texts, prompts times n, and this server takes "
-                f"{self.engine.most} at a time; ask for fewer",
+                f"{self.scheduler.most} at a time; ask for fewer",
                 "n",
                 "too_many_texts",
             )
@@ -70,7 +68,7 @@ class Endpoints:
                 raise ApiError(400, message, "logit_bias")
 
     def _prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-        """The ids of each prompt, a text's with the token that begins a document; and what an echo would say."""
+        """The ids of each prompt, and its text for an echo. Texts begin with the token that begins a document."""
         tokenizer = self.session.tokenizer
         texts = [item for item in body.prompt if isinstance(item, str)]
         if texts:
@@ -96,10 +94,10 @@ class Endpoints:
         return ids
 
     def _check_prompt(self, ids: Sequence[int], param: str) -> None:
-        if len(ids) > self.engine.capacity:
+        if len(ids) > self.scheduler.capacity:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens, more than the context's {self.engine.capacity}; shorten it",
+                f"the prompt has {len(ids)} tokens, more than the context's {self.scheduler.capacity}; shorten it",
                 param,
                 "context_length_exceeded",
             )
@@ -117,7 +115,7 @@ class Endpoints:
         logprobs: int | None,
         echoes: Sequence[str] = ("",),
     ) -> Response:
-        tokens = min(max_tokens, self.engine.capacity - min(map(len, prompts)) + 1)
+        tokens = min(max_tokens, self.scheduler.capacity - min(map(len, prompts)) + 1)
         values = len(prompts) * body.n * tokens * self._values(body, logprobs)
         if values > MOST_VALUES and not body.stream:
             raise ApiError(
@@ -147,12 +145,12 @@ class Endpoints:
         return await run_in_threadpool(lambda: Response(answer.whole(deltas), media_type="application/json"))
 
     def _values(self, body: GenerationRequest, logprobs: int | None) -> int:
-        """What a token has beside its text."""
+        """The number of values that a token has beside its text."""
         experts = len(self.session.model.moe_layers) * self.session.model.config.num_experts_per_tok
         return (0 if logprobs is None else 1 + logprobs) + (experts if body.routing else 0)
 
     async def _stream(self, request: Request, ticket: Ticket, answer: Answer) -> Response:
-        """Server-sent events. What fails before the first token is told with a status of its own."""
+        """Server-sent events. An error before the first token still has its own status."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._served(request, ticket))
             news = await self._first(ticket, answer)
@@ -182,12 +180,12 @@ class Endpoints:
 
     @asynccontextmanager
     async def _served(self, request: Request, ticket: Ticket) -> AsyncIterator[None]:
-        """While the engine works on a ticket. A client that goes away ends it at once, and so does the clock."""
-        self.engine.submit(ticket)
+        """Keep a ticket in the scheduler, until the client goes away or the time is up at the latest."""
+        self.scheduler.submit(ticket)
 
         def end(error: ApiError) -> None:
             ticket.put(error)
-            self.engine.leave(ticket)
+            self.scheduler.leave(ticket)
 
         async def end_when_gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -203,7 +201,7 @@ class Endpoints:
         finally:
             timer.cancel()
             watch.cancel()
-            self.engine.leave(ticket)
+            self.scheduler.leave(ticket)
 
     async def _first(self, ticket: Ticket, answer: Answer) -> list[Delta]:
         waited = time.monotonic()
@@ -229,7 +227,7 @@ class Endpoints:
 
 
 def _news(answer: Answer, deltas: Sequence[Delta]) -> str:
-    """Many of them, when a client reads slowly."""
+    """The events of deltas; there are many when a client reads slowly."""
     return _events_of(answer.chunks(deltas))
 
 

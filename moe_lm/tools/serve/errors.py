@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong, in the shape of OpenAI's errors, whatever it was."""
+"""Every error that a client can get, in the shape of OpenAI's errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the metrics
+GONE = 499  # nginx's status for a client that did not wait; only the metrics show it
 
 
 class ApiError(HTTPException):
@@ -41,6 +41,10 @@ class ApiError(HTTPException):
 
 def broken(message: str) -> ApiError:
     return ApiError(500, message, code="model_error")
+
+
+def no_such_model(name: str, served: str) -> ApiError:
+    return ApiError(404, f"there is no model {name!r:.80}; this server has {served!r}", "model", "model_not_found")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -74,16 +78,16 @@ def _in_words(request: Request, error: HTTPException) -> ApiError:
 
 
 def _unread(cause: BaseException) -> str:
-    """What the parser of JSON raises beside its own error."""
+    """The reason of an error that the JSON parser raises beside its own."""
     if isinstance(cause, UnicodeDecodeError):
         return f"byte {cause.start} is not {cause.encoding.upper()}; send UTF-8"
     if isinstance(cause, RecursionError):
-        return "lists and objects lie too deep in each other; flatten them"
+        return "lists and objects are nested too deep; flatten them"
     return f"a number in it cannot be read ({str(cause).partition(';')[0]}); send a smaller one"
 
 
 def explain(item: Mapping[str, Any], content_type: str = "application/json") -> ApiError:
-    """One of pydantic's findings as a sentence that names the field."""
+    """One of pydantic's errors, as a sentence that names the field."""
     param = ".".join(str(part) for part in item["loc"][1:])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "json_invalid":
@@ -91,7 +95,7 @@ def explain(item: Mapping[str, Any], content_type: str = "application/json") -> 
     if not param and not content_type.startswith("application/json"):
         return ApiError(400, f"the body's Content-Type is {content_type or 'missing'}; expected application/json")
     if not param:
-        return ApiError(400, f"the body is no request: {message[0].lower()}{message[1:]}")
+        return ApiError(400, f"the body is not a request: {message[0].lower()}{message[1:]}")
     if item["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported here; leave it out", param, "unsupported_parameter")
     if item["type"] == "missing":

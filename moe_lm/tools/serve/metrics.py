@@ -1,4 +1,4 @@
-"""What the server counts about itself, for Prometheus."""
+"""The server's figures for Prometheus."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "moe_lm_request_seconds",
-            "From the head of a request to the end of its answer.",
+            "From a request's headers to the end of its answer.",
             ["endpoint"],
             buckets=SECONDS,
             registry=registry,
         )
         self.first_token_seconds = Histogram(
             "moe_lm_time_to_first_token_seconds",
-            "From a request's place in the queue to its first token.",
+            "From entering the queue to the first token.",
             buckets=SECONDS,
             registry=registry,
         )
         self.prompt_tokens = Counter("moe_lm_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self._generated = Counter("moe_lm_generated_tokens", "Tokens that were written.", registry=registry)
+        self._generated = Counter("moe_lm_generated_tokens", "Tokens written.", registry=registry)
         speed = Gauge("moe_lm_tokens_per_second", f"Tokens written in the last {WINDOW:.0f} s.", registry=registry)
         speed.set_function(self._speed)
         self._recent: deque[tuple[float, int]] = deque()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when somebody looks."""
+        """Add a gauge whose value is read at every scrape."""
         Gauge(f"moe_lm_{name}", text, registry=self._registry).set_function(value)
 
     def wrote(self, tokens: int) -> None:
-        """Tokens of one step."""
+        """Count the tokens of one step."""
         if tokens:
             self._generated.inc(tokens)
             self._recent.append((time.monotonic(), tokens))
             self._forget()
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _speed(self) -> float:

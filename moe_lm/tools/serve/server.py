@@ -21,9 +21,9 @@ from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.app import build_app
 from moe_lm.tools.serve.connections import BACKLOG, server_config
-from moe_lm.tools.serve.engine import Engine
-from moe_lm.tools.serve.gate import LOOPBACK_NAMES, Limits
+from moe_lm.tools.serve.limits import LOOPBACK_NAMES, Limits
 from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from moe_lm.parallel.spread import Spread
@@ -61,7 +61,7 @@ def serve(
         session = Session.load(run, device, base, spread, compiled, dtype)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
-        engine = Engine(session, slots, min(max_context or positions, positions), max_queue, metrics)
+        engine = Scheduler(session, slots, min(max_context or positions, positions), max_queue, metrics)
         engine.warm_up()
         hosts = LOOPBACK_NAMES if at_home and not api_key else None
         limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
@@ -99,7 +99,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(config: uvicorn.Config, engine: Engine, listener: socket.socket, grace: float) -> None:
+async def _run(config: uvicorn.Config, engine: Scheduler, listener: socket.socket, grace: float) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(config)
     engine.start(loop)
@@ -125,7 +125,9 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Engine, grace: float) -> Iterator[None]:
+def _signals(
+    loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Scheduler, grace: float
+) -> Iterator[None]:
     """The first one lets what runs come to its end within `grace` seconds, a second one does not wait."""
 
     def stop() -> None:

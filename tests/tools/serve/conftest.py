@@ -25,9 +25,9 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.serve.app import build_app
 from moe_lm.tools.serve.connections import HEAD_SECONDS, server_config
-from moe_lm.tools.serve.engine import Engine
-from moe_lm.tools.serve.gate import Limits
+from moe_lm.tools.serve.limits import Limits
 from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.scheduler import Scheduler
 from moe_lm.tools.serve.server import listen
 
 CONTEXT = 128
@@ -73,7 +73,7 @@ class Served:
     """A server that runs, what is behind it, and how to ask it."""
 
     url: str
-    engine: Engine
+    scheduler: Scheduler
     app: FastAPI
     http: httpx.Client
     openai: openai.OpenAI
@@ -111,18 +111,18 @@ def serve(session: Session) -> Iterator[Serve]:
         **limits: Any,
     ) -> Served:
         metrics = Metrics()
-        engine = Engine(own or session, slots, context, max_queue, metrics)
+        scheduler = Scheduler(own or session, slots, context, max_queue, metrics)
         app = build_app(
-            own or session, engine, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
+            own or session, scheduler, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
         )
         listener = listen("127.0.0.1", 0)
-        config = server_config(app, engine.most, head_seconds, timeout_graceful_shutdown=5)
+        config = server_config(app, scheduler.most, head_seconds, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
 
         async def main() -> None:
-            engine.start(asyncio.get_running_loop())
+            scheduler.start(asyncio.get_running_loop())
             await server.serve(sockets=[listener])
-            engine.close()
+            scheduler.close()
 
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=asyncio.run, args=[main()])
@@ -139,7 +139,7 @@ def serve(session: Session) -> Iterator[Serve]:
             thread.join()
 
         ends.append(end)
-        return Served(url, engine, app, http, client)
+        return Served(url, scheduler, app, http, client)
 
     yield start
     for end in reversed(ends):

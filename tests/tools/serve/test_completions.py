@@ -94,7 +94,7 @@ def test_stop_strings_end_the_text_before_them(served: Served, session: Session,
         text, finish = choice.text, choice.finish_reason
     assert (text, finish) == (expected, "stop")
     assert served.openai.completions.create(**asked | {"stop": stop}).choices[0].text == expected
-    served.wait(lambda: served.engine.running == 0)
+    served.wait(lambda: served.scheduler.running == 0)
 
 
 def test_log_probabilities_are_the_decoders(served: Served, session: Session) -> None:
@@ -159,7 +159,7 @@ def test_routing_names_the_experts_of_every_token(served: Served, session: Sessi
 
 
 def test_a_text_ends_where_the_context_does(served: Served, session: Session) -> None:
-    ids = [5] * (served.engine.capacity - 3)
+    ids = [5] * (served.scheduler.capacity - 3)
     choice = served.openai.completions.create(
         model=MODEL,
         prompt=ids,

@@ -159,7 +159,7 @@ def test_a_malformed_body_is_refused(served: Served, body: bytes) -> None:
     ("body", "said"),
     [
         (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
-        (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "too deep in each other"),
+        (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "are nested too deep"),
         (b'{"prompt": ' + b"[" * 101 + b"]" * 101 + b"}", "more than 100 deep in each other"),
         (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "send a smaller one"),
     ],
@@ -295,7 +295,7 @@ def test_answers_are_built_beside_the_event_loop_and_names_are_kept(
 
     monkeypatch.setattr(session.tokenizer, "decode", spy)
     loop: Future[int] = Future()
-    served.engine._loop.call_soon_threadsafe(lambda: loop.set_result(threading.get_ident()))
+    served.scheduler._loop.call_soon_threadsafe(lambda: loop.set_result(threading.get_ident()))
     for _ in range(2):
         body = {"prompt": "x", "max_tokens": 20, "n": 3, "logprobs": 5, "seed": 1, "stream": stream}
         assert served.post("completions", **body).status_code == 200
@@ -367,4 +367,4 @@ def test_an_answer_that_takes_too_long_is_ended(serve: Serve, stream: bool) -> N
     else:
         error = check(answer, 504)
     assert error["code"] == "timeout"
-    served.wait(lambda: served.engine.running == served.engine.queued == 0)
+    served.wait(lambda: served.scheduler.running == served.scheduler.queued == 0)

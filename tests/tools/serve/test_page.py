@@ -156,7 +156,7 @@ def test_stop_ends_the_answer_and_frees_its_row(serve: Serve, session: Session, 
         hook.remove()
     assert "stopped" in here.browser.find_element(By.CLASS_NAME, "figures").text
     assert here.said("text")[0].startswith("import os")
-    served.wait(lambda: served.engine.running == 0)
+    served.wait(lambda: served.scheduler.running == 0)
 
 
 def test_without_a_chat_template_the_page_continues_texts(serve: Serve, session: Session, page: Open) -> None:

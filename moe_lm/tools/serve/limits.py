@@ -1,4 +1,4 @@
-"""What every request passes before the endpoints: host, key and size of the body; and what is counted of it."""
+"""The checks that every request passes before the endpoints: host, key and size of the body; and its metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
 
-OPEN = ("/", "/health")  # without the key: the page asks for it, and a health check has none
+OPEN = ("/", "/health")  # need no key: the page asks for it, and a health check has none
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -24,16 +24,16 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for at most, and the key that it must have."""
+    """The most that a client may ask for, and the key that it must send."""
 
     max_body: int  # bytes
     timeout: float  # seconds, for reading a request and for answering it
     max_tokens: int | None = None
     api_key: str | None = None
-    hosts: Collection[str] | None = None  # the names that this server answers to; None is any
+    hosts: Collection[str] | None = None  # the names that this server answers to; None is all
 
 
-class Gate:
+class LimitsMiddleware:
     """ASGI middleware around everything else."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Collection[str]) -> None:
@@ -62,7 +62,7 @@ class Gate:
                 await self.app(scope, receive, send_counted)
         finally:
             endpoint = scope["path"] if scope["path"] in self.endpoints else "other"
-            # A stream that breaks has said 200 already; its endpoint leaves here how it really ended.
+            # A stream that breaks has already sent 200; its endpoint leaves its real status here.
             self.metrics.requests.labels(endpoint, scope.get("moe_lm.status", status)).inc()
             self.metrics.request_seconds.labels(endpoint).observe(time.monotonic() - started)
 
@@ -74,14 +74,14 @@ class Gate:
             raise ApiError(
                 421,
                 f"the Host is {name!r}, and without a key a server on the loopback answers to "
-                f"{', '.join(self.limits.hosts)} alone, against web pages that rebind their name; give --api-key",
+                f"only {', '.join(self.limits.hosts)}, against web pages that rebind their name; give --api-key",
                 code="wrong_host",
             )
         if self.limits.api_key is None or scope["path"] in OPEN:
             return
         given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, f"Bearer {self.limits.api_key}".encode()):
-            what = "is not the server's" if given else "is missing"
+            what = "is wrong" if given else "is missing"
             raise ApiError(
                 401,
                 f"the API key {what}; send it as Authorization: Bearer KEY",
@@ -90,7 +90,7 @@ class Gate:
             )
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the body, as far as it may go, and give it to the endpoint in one piece."""
+        """Read the body within its limits. Returns a `receive` that gives it to the endpoint in one piece."""
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self.limits.max_body:
             raise self._too_large()

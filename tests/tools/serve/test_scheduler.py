@@ -19,9 +19,9 @@ from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.generate.text import Row
-from moe_lm.tools.serve.engine import Engine
 from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
+from moe_lm.tools.serve.scheduler import Scheduler
 from moe_lm.tools.serve.ticket import Job, Ticket
 from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Serve, Served, connect, head
@@ -43,13 +43,13 @@ def run(session: Session, slots: int, asked: dict[str, Ticket], max_queue: int =
     """The order in which the texts of tickets end that are all there from the start."""
 
     async def main() -> list[str]:
-        engine, order = Engine(session, slots, 64, max_queue, Metrics()), list[str]()
+        scheduler, order = Scheduler(session, slots, 64, max_queue, Metrics()), list[str]()
         for one in asked.values():
-            engine.submit(one)
-        engine.start(asyncio.get_running_loop())
+            scheduler.submit(one)
+        scheduler.start(asyncio.get_running_loop())
         await asyncio.gather(*(finished(one, order, name) for name, one in asked.items()))
-        assert engine.running == engine.queued == 0
-        engine.close()
+        assert scheduler.running == scheduler.queued == 0
+        scheduler.close()
         return order
 
     return asyncio.run(main())
@@ -64,18 +64,18 @@ def test_a_request_for_many_texts_leaves_room_for_those_behind_it(session: Sessi
     """It has both rows while it is alone; then each who waits gets a row of the two, and it keeps the other."""
 
     async def main() -> list[str]:
-        engine, order = Engine(session, 2, 64, 100, Metrics()), list[str]()
-        engine.start(asyncio.get_running_loop())
+        scheduler, order = Scheduler(session, 2, 64, 100, Metrics()), list[str]()
+        scheduler.start(asyncio.get_running_loop())
         many, single = ticket(session, 10), [ticket(session, 1), ticket(session, 1)]
-        engine.submit(many)
+        scheduler.submit(many)
         ends = [asyncio.create_task(finished(many, order, "many"))]
         while not order:
             await asyncio.sleep(0)
         for name, one in zip("ab", single, strict=True):
-            engine.submit(one)
+            scheduler.submit(one)
             ends.append(asyncio.create_task(finished(one, order, name)))
         await asyncio.gather(*ends)
-        engine.close()
+        scheduler.close()
         return order
 
     order = asyncio.run(main())
@@ -100,11 +100,11 @@ def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
     once = Settings(9, Sampling(0.0, penalties=Penalties(no_repeat_ngram=1, logit_bias=every)))
 
     async def main() -> None:
-        engine = Engine(session, 2, 64, 10, Metrics())
-        engine.start(asyncio.get_running_loop())
+        scheduler = Scheduler(session, 2, 64, 10, Metrics())
+        scheduler.start(asyncio.get_running_loop())
         short, long = ticket(session, 1, settings=once), ticket(session, 1, tokens=9)
-        engine.submit(short)
-        engine.submit(long)
+        scheduler.submit(short)
+        scheduler.submit(long)
         deltas = []
         while news := await short.next():
             deltas += news
@@ -113,7 +113,7 @@ def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
         while news := await long.next():
             tokens += len(news)
         assert tokens == 9
-        engine.close()
+        scheduler.close()
 
     asyncio.run(main())
 
@@ -160,7 +160,7 @@ def test_100_clients_at_once_lose_nothing(served: Served, session: Session) -> N
         for index, text in enumerate(texts):
             settings = Settings(body["max_tokens"], Sampling(1.0), seed=body["seed"] + index)
             assert text == text_of(session.complete(body["prompt"], settings))
-    assert served.engine.running == served.engine.queued == 0
+    assert served.scheduler.running == served.scheduler.queued == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -170,7 +170,7 @@ def test_a_client_that_goes_away_frees_its_rows(serve: Serve, stream: bool) -> N
     body = json.dumps({"prompt": "x", "max_tokens": 120, "n": 100, "stream": stream} | NEVER_END)
     first, second = connect(served.url), connect(served.url)
     first.sendall(head(len(body)) + body.encode())
-    served.wait(lambda: served.engine.running == 1)
+    served.wait(lambda: served.scheduler.running == 1)
     second.sendall(head(len(body)) + body.encode())
     served.wait(lambda: served.metric("moe_lm_queued_rows") > 150)
     second.close()
@@ -208,7 +208,7 @@ def test_broken_logits_end_what_runs_and_not_the_server(broken: Served, stream: 
 
     other = threading.Thread(target=bystander)
     other.start()
-    broken.wait(lambda: broken.engine.running > 0)
+    broken.wait(lambda: broken.scheduler.running > 0)
     answer = broken.post("completions", prompt=[7], max_tokens=3, stream=stream)
     other.join()
     assert answer.status_code == 500
@@ -224,22 +224,22 @@ def test_a_row_that_cannot_begin_fails_alone(session: Session) -> None:
     """What is wrong with it was not seen before; another text of its request has begun."""
 
     async def main() -> None:
-        engine = Engine(session, 3, 64, 10, Metrics())
+        scheduler = Scheduler(session, 3, 64, 10, Metrics())
         other, wrong = ticket(session, 1, 9), ticket(session, 2, 50)
         wrong.waiting[1] = wrong.waiting[1]._replace(prompt=[])
-        engine.submit(other)
-        engine.submit(wrong)
-        engine.start(asyncio.get_running_loop())
+        scheduler.submit(other)
+        scheduler.submit(wrong)
+        scheduler.start(asyncio.get_running_loop())
         with pytest.raises(ApiError, match="no token to start from") as error:
             await finished(wrong, [], "")
         assert error.value.status_code == 500
         order = list[str]()
         await finished(other, order, "other")
         assert order == ["other0"]
-        engine.submit(later := ticket(session, 3))
+        scheduler.submit(later := ticket(session, 3))
         await finished(later, order, "later")
         assert order[1:] == ["later0", "later1", "later2"]
-        engine.close()
+        scheduler.close()
 
     asyncio.run(main())
 
@@ -251,21 +251,21 @@ def test_a_decoder_that_cannot_go_on_lets_nobody_wait(session: Session, monkeypa
         raise RuntimeError("out of memory")
 
     async def main() -> None:
-        engine = Engine(session, 1, 64, 10, Metrics())
-        monkeypatch.setattr(engine._decoder, "step", no_memory)
-        monkeypatch.setattr(engine._decoder, "clear", no_memory)
+        scheduler = Scheduler(session, 1, 64, 10, Metrics())
+        monkeypatch.setattr(scheduler._decoder, "step", no_memory)
+        monkeypatch.setattr(scheduler._decoder, "clear", no_memory)
         running, waiting = ticket(session, 1), ticket(session, 1)
-        engine.submit(running)
-        engine.submit(waiting)
-        engine.start(asyncio.get_running_loop())
+        scheduler.submit(running)
+        scheduler.submit(waiting)
+        scheduler.start(asyncio.get_running_loop())
         for one, status in ((running, 500), (waiting, 503)):
             with pytest.raises(ApiError) as error:
                 await finished(one, [], "")
             assert error.value.status_code == status
-        assert not engine.healthy
+        assert not scheduler.healthy
         with pytest.raises(ApiError):
-            engine.submit(ticket(session, 1))
-        engine.close()
+            scheduler.submit(ticket(session, 1))
+        scheduler.close()
 
     with monkeypatch.context() as patch:
         patch.setattr(threading, "excepthook", lambda _: None)  # which prints the traceback
@@ -290,17 +290,17 @@ def test_metrics(serve: Serve) -> None:
 
 def test_an_engine_that_stops_ends_what_is_left(session: Session) -> None:
     async def main() -> None:
-        engine = Engine(session, 1, 64, 10, Metrics())
-        engine.start(asyncio.get_running_loop())
+        scheduler = Scheduler(session, 1, 64, 10, Metrics())
+        scheduler.start(asyncio.get_running_loop())
         running, waiting = ticket(session, 1, 60), ticket(session, 1, 60)
-        engine.submit(running)
-        engine.submit(waiting)
-        engine.close()
+        scheduler.submit(running)
+        scheduler.submit(waiting)
+        scheduler.close()
         for one in (running, waiting):
             with pytest.raises(ApiError) as error:
                 await finished(one, [], "")
             assert error.value.status_code == 503
         with pytest.raises(ApiError):
-            engine.submit(ticket(session, 1))
+            scheduler.submit(ticket(session, 1))
 
     asyncio.run(main())

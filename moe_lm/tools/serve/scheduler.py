@@ -18,12 +18,12 @@ from moe_lm.tools.serve.ticket import Job, Ticket
 log = logging.getLogger("moe_lm.serve")
 
 
-class Engine:
-    """Writes what tickets ask for, `slots` rows at a time; at most `max_queue` rows wait.
+class Scheduler:
+    """Writes the texts of tickets, `slots` at a time; at most `max_queue` texts wait.
 
-    A free row goes to the ticket that has the fewest rows at work, among equals to the one that came first. So single
-    requests are served as they come, and one that wants a hundred texts leaves room for the others.
-    Raises MoeLmError when the cache of `slots` rows of `capacity` positions does not fit into memory.
+    A free row goes to the ticket that has the fewest rows, and among equals to the one that came first. So requests
+    for one text are served in order, and a request for a hundred texts leaves room for the others.
+    Raises MoeLmError when a cache of `slots` rows of `capacity` positions does not fit into memory.
     """
 
     def __init__(self, session: Session, slots: int, capacity: int, max_queue: int, metrics: Metrics) -> None:
@@ -37,14 +37,14 @@ class Engine:
         self.slots, self.capacity, self.max_queue, self._metrics = slots, capacity, max_queue, metrics
         self._bos_id = session.tokenizer.bos_id
         self._wake = threading.Condition()
-        self._waiting: list[Ticket] = []  # that have rows to start, in the order in which they came
-        self._left: list[Ticket] = []  # whose rows are to be dropped
-        self._working: dict[int, tuple[Ticket, Job]] = {}  # by the decoder's number; only the thread changes it
+        self._waiting: list[Ticket] = []  # with texts to start, in the order in which they came
+        self._left: list[Ticket] = []  # whose rows the thread still has to free
+        self._working: dict[int, tuple[Ticket, Job]] = {}  # by the decoder's number; changed only by the thread
         self._refusing = self._closed = False
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
 
     def warm_up(self) -> None:
-        """Write two short texts alone and side by side: the first steps import parts of torch, or compile.
+        """Write short texts, one alone and two side by side: the first steps import parts of torch, or compile.
 
         Raises MoeLmError when that fails.
         """
@@ -55,7 +55,7 @@ class Engine:
                 pass
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is where the tickets are read."""
+        """Start the thread; `loop` is the event loop in which tickets are read."""
         self._loop = loop
         self._thread.start()
 
@@ -65,21 +65,21 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Rows at work."""
+        """The number of texts that are being written."""
         return len(self._working)
 
     @property
     def queued(self) -> int:
-        """Rows that wait for one."""
+        """The number of texts that wait for a row."""
         return sum(len(ticket.waiting) for ticket in self._waiting)
 
     @property
     def most(self) -> int:
-        """Rows that can be here at a time."""
+        """The number of texts that can be here at a time."""
         return self.slots + self.max_queue
 
     def submit(self, ticket: Ticket) -> None:
-        """Raises ApiError when there is no room, or when it is too late."""
+        """Queue a ticket. Raises ApiError when the queue is full or the server is stopping."""
         with self._wake:
             if not self.healthy:
                 raise stopping()
@@ -94,7 +94,7 @@ class Engine:
             self._wake.notify()
 
     def leave(self, ticket: Ticket) -> None:
-        """Free what a ticket has here, if anything."""
+        """Drop the texts of a ticket that have not ended."""
         with self._wake:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
@@ -103,12 +103,12 @@ class Engine:
                 self._wake.notify()
 
     def refuse(self) -> None:
-        """Take no ticket any more; what is there goes on."""
+        """Take no more tickets; those that are here go on."""
         with self._wake:
             self._refusing = True
 
     def close(self) -> None:
-        """End whatever is still there, and the thread."""
+        """End every ticket, and the thread."""
         with self._wake:
             self._refusing = self._closed = True
             self._wake.notify()
@@ -122,12 +122,12 @@ class Engine:
                         self._give(self._decoder.step())
                 except Exception as error:
                     self._fail(error)
-        finally:  # also of a decoder that cannot go on: nobody is to wait for it
+        finally:  # also when the decoder cannot go on: nobody must wait for it
             self.refuse()
             self._drop(stopping(), [*self._waiting, *self._at_work()])
 
     def _take_in(self) -> bool:
-        """Wait until there is something to do and fill the free rows; False when it is time to end."""
+        """Wait for work and fill the free rows. Returns False when it is time to end."""
         with self._wake:
             self._wake.wait_for(lambda: self._waiting or self._working or self._left or self._closed)
             for number, (ticket, _) in list(self._working.items()):
@@ -139,7 +139,7 @@ class Engine:
                 job = ticket.waiting[0]
                 try:
                     number = self._decoder.add(job.prompt, job.settings, job.stop_ids)
-                except Exception as error:  # here it is known whose it was
+                except Exception as error:  # only this ticket's
                     self.leave(ticket)
                     self._tell({ticket: _told(error)})
                     continue
@@ -151,7 +151,7 @@ class Engine:
             return not self._closed
 
     def _give(self, steps: Sequence[Step]) -> None:
-        """Bring each ticket what its rows have got."""
+        """Send the texts of a step to their tickets."""
         news: dict[Ticket, list[Delta]] = {}
         for step in steps:
             ticket, job = self._working[step.request]
@@ -165,17 +165,17 @@ class Engine:
     def _end(self, number: int) -> None:
         ticket, _ = self._working.pop(number)
         ticket.running -= 1
-        self._decoder.cancel(number)  # nothing, when the decoder itself has ended it
+        self._decoder.cancel(number)  # does nothing when the decoder has ended it
 
     def _fail(self, error: Exception) -> None:
-        """A step that fails fails for all rows: nobody knows whose it was."""
+        """End all rows: nobody knows which of them made the step fail."""
         self._drop(_told(error), self._at_work())
 
     def _at_work(self) -> list[Ticket]:
         return list({ticket: None for ticket, _ in self._working.values()})
 
     def _drop(self, error: ApiError, tickets: Sequence[Ticket]) -> None:
-        """End these tickets, which are all that have rows at work."""
+        """End these tickets, among which are all that have rows."""
         for ticket in tickets:
             ticket.running = 0
         self._working.clear()
@@ -193,7 +193,7 @@ class Engine:
 
 
 def _told(error: Exception) -> ApiError:
-    """Once for the log and once for who asked."""
+    """Log an error. Returns it as the client is told."""
     if isinstance(error, MoeLmError):
         log.error("%s", error)
         return broken(str(error))
