@@ -292,7 +292,7 @@ def verify(
         list[str] | None, typer.Option(metavar="LAYOUT", help="This line of the table alone; may be repeated.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the processes of one world size may take.")] = 600,
-    # For the tests of this gate: a Python file that every process runs first, with which they plant errors.
+    # For tests: a Python file that every process runs first, with which they plant errors.
     sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
 ) -> None:
     """Train a small copy of the model in every layout of parallelism and compare it with one process.
@@ -308,9 +308,9 @@ def verify(
     else:
         settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.tools.verify import gate
+    from moe_lm.tools.verify import parity
 
-    raise typer.Exit(gate.run(settings, world_sizes, quick, only or (), json_file, timeout, sabotage))
+    raise typer.Exit(parity.run(settings, world_sizes, quick, only or (), json_file, timeout, sabotage))
 
 
 cli_generate.add_to(app)

@@ -1,40 +1,29 @@
-"""Batches out of a seed: packed documents of unequal length, padding, rows with many targets, few or none; or pairs."""
+"""Batches from a seed: packed documents with padding, many targets in a row, few or none; or pairs of answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lm.data.batches import IGNORE, Batch, BatchSource
+from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.packing import Example, pack_examples
 from moe_lm.data.pairs import SIDES, Pair, pack_pairs
 from moe_lm.engine.engine import Engine
 from moe_lm.tools.verify.scale import BATCH, LENGTH, PAD, VOCABULARY
 
-DOCUMENTS = 2  # in a row; so many pairs, when it holds pairs
-
-
-class Source(BatchSource, Protocol):
-    """What the gate trains on."""
-
-    def prepare(self, engine: Engine, steps: range) -> None:
-        """Called with the model of step 0, before anything is trained or loaded."""
+DOCUMENTS = 2  # in a row; or this many pairs
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A batch source. The documents of a step are the same, `packed` or each in a row of its own."""
+    """A batch source. A step has the same documents whether they are `packed` or each has a row of its own."""
 
     seed: int
     packed: bool = True
     fingerprint: str = "synthetic"
-
-    def prepare(self, engine: Engine, steps: range) -> None:
-        """There is nothing to know ahead."""
 
     def batch(self, step: int, rows: range) -> Batch:
         if self.packed:
@@ -55,15 +44,15 @@ class Documents:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch source of pairs, `packed` DOCUMENTS to a row or each in one of its own; some rows have none."""
+    """A batch source of pairs, `packed` DOCUMENTS to a row or each in a row of its own; some rows have none."""
 
     seed: int
     packed: bool = True
     fingerprint: str = "synthetic pairs"
     reference: dict[int, Tensor] = field(default_factory=dict)  # by step: [pairs, 2]
 
-    def prepare(self, engine: Engine, steps: range) -> None:
-        """The reference, as a run computes it."""
+    def add_reference(self, engine: Engine, steps: range) -> None:
+        """Compute the reference log-probabilities of these steps with the engine's model, as a run does."""
         rows = range(BATCH if self.packed else BATCH * DOCUMENTS)
         for step in steps:
             self.reference[step] = engine.answer_log_probs([self._pack(step, rows[row : row + 1]) for row in rows])
@@ -77,7 +66,7 @@ class Pairs:
         return pack_pairs([self._pairs(step, rows[n : n + 1]) for n in range(len(rows))], LENGTH, PAD)
 
     def _pairs(self, step: int, rows: range) -> list[Pair]:
-        """Those in these rows, in order; halves of the rows have unequally many."""
+        """The pairs in these rows, in order. Two halves of a batch have different numbers of them."""
         places = range(rows.start * DOCUMENTS, rows.stop * DOCUMENTS) if self.packed else rows
         return [self._pair(step, place) for place in places if (step + place) // DOCUMENTS % 3 != 1]
 

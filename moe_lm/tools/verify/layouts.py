@@ -1,4 +1,4 @@
-"""Every way to compute the same steps that the gate compares, and the runs that change from one to another."""
+"""The layouts that the parity check compares, each a way to compute the same steps, and the changes between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.tools.verify.scale import STEPS
 
 REFERENCE = "one process"
-# The sequence-wise balance loss is a mean over rows, so packing changes what it says.
+# The sequence-wise balance loss is a mean over rows, so packing changes its value.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
 CHANGE = 2  # steps before a run goes on in another layout
 PLAN = "plan.json"
 
 
 class Layout(Section):
-    """How one run of the steps is computed. With `load_from` it begins at step CHANGE, from what another one saved."""
+    """One way to compute the steps. With `load_from` it begins at step CHANGE, from the checkpoint of that name."""
 
     name: str
     world_size: int
@@ -34,19 +34,15 @@ class Layout(Section):
     sequence_loss: bool = True
     save_as: str | None = None
     load_from: str | None = None
-    like: str | None = REFERENCE  # what it must equal; None for what others must equal
-
-    @property
-    def first_step(self) -> int:
-        return 0 if self.load_from is None else CHANGE
+    like: str | None = REFERENCE  # the layout that it must equal; None: it is a reference itself
 
     @property
     def steps(self) -> range:
-        return range(self.first_step, STEPS)
+        return range(0 if self.load_from is None else CHANGE, STEPS)
 
 
 class Plan(Section):
-    """What the workers of a gate are to do."""
+    """The work of all ranks: a model, its training, and the layouts."""
 
     model: ModelConfig
     lora: LoraConfig | None = None
@@ -54,18 +50,19 @@ class Plan(Section):
     train: TrainConfig
     parallel: ParallelConfig
     layouts: list[Layout]
-    sabotage: Path | None = None  # a Python file to run first, with which the gate's tests plant errors
+    sabotage: Path | None = None  # a Python file that every rank runs first; tests plant errors with it
 
 
 def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], quick: bool) -> list[Layout]:
-    """In the order in which they can run: the largest world first, since smaller ones go on from its checkpoints."""
+    """The layouts in an order that can run: the largest world first, since smaller ones load its checkpoints."""
     layouts = []
     for world_size in sorted({*world_sizes, 1}, reverse=True):
         if world_size == 1:
             layouts += _one_process(model, quick, deepspeed=1 in world_sizes)
         else:
             layouts += _many(world_size, model, quick)
-    # An expert's room is counted by the row, and own tokens are drawn by row and position: packing changes both.
+    # An expert's capacity is counted per row, and the model's own tokens are drawn by row and position: packing changes
+    # both.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
         layouts = [layout for layout in layouts if layout.sequence_loss]
     saved: set[str | None] = {None}
@@ -78,15 +75,16 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
 
 
 def select(layouts: list[Layout], only: Sequence[str]) -> list[Layout]:
-    """The layouts of these names, with those that they are compared with or go on from.
+    """The layouts of these names (without names, all), and those that they are compared with or load from.
 
-    Raises UsageError for a name that is none of them.
+    Raises UsageError for an unknown name.
     """
-    unknown = [name for name in only if name not in {layout.name for layout in layouts}]
+    if not only:
+        return layouts
+    names = [layout.name for layout in layouts]
+    unknown = [name for name in only if name not in names]
     if unknown:
-        raise UsageError(
-            f"--only {unknown[0]!r} is not a layout here; choose among {'; '.join(layout.name for layout in layouts)}"
-        )
+        raise UsageError(f"--only {unknown[0]!r} is not a layout here; choose among {'; '.join(names)}")
     wanted, files = set(only), set[str | None]()
     for layout in reversed(layouts):
         if layout.name in wanted or (layout.save_as is not None and layout.save_as in files):
@@ -111,9 +109,7 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
         ),
         Layout(name="1 process after DeepSpeed", world_size=1, load_from="sharded 2"),
     ]  # fmt: skip
-    if deepspeed:
-        layouts += _grid(1, model, quick)
-    return layouts
+    return layouts + _grid(1, model, quick) if deepspeed else layouts
 
 
 def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
@@ -124,55 +120,50 @@ def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
     if world_size == 2:
         layouts += _two_processes(model)
     elif quick:
-        both = _title(world_size, 2, 3)  # experts divided, and each kept by several ranks
+        both = _title(world_size, 2, 3)  # experts are divided, and several ranks keep each of them
         layouts = [layout for layout in layouts if layout.name == both or layout.save_as == f"sharded {world_size}"]
     return layouts
 
 
 def _two_processes(model: ModelConfig) -> list[Layout]:
-    """What goes with the widest expert parallelism: two ranks show it as well as four."""
+    """The variants of the widest expert parallelism, which two ranks show as well as four."""
     widest = max(_expert_parallel_sizes(2, model))
-    title = f"{_title(2, widest, 2)}"
     two, three = deepspeed(widest, 2), deepspeed(widest, 3)
+    title, sharded = _title(2, widest, 2), _title(2, widest, 3)
+    offload = {"offload_optimizer": True}
+
+    def layout(name: str, parallel: dict[str, Any], **settings: Any) -> Layout:
+        return Layout(name=name, world_size=2, parallel=parallel, **settings)
+
     return [
-        Layout(name=f"{title}, accumulation", world_size=2, parallel=two, micro_batch_size=1),
-        Layout(name=f"{title}, activation checkpointing", world_size=2, parallel=two, activation_checkpointing=True),
-        Layout(
-            name=f"{title}, offload",
-            world_size=2,
-            parallel=two | {"offload_optimizer": True},
-            save_as="offloaded",
-        ),
-        Layout(
-            name=f"{_title(2, widest, 3)}, offload, after ZeRO 2",
-            world_size=2,
-            parallel=three | {"offload_optimizer": True},
-            load_from="offloaded",
-        ),
-        Layout(name=f"{title} after 4 processes", world_size=2, parallel=two, load_from="sharded 4"),
-        Layout(name=f"{title} after torch", world_size=2, parallel=two, load_from="torch 2"),
-        Layout(name=f"{_title(2, widest, 3)} after ZeRO 2", world_size=2, parallel=three, load_from="sharded 2"),
-        Layout(name="2 x torch after DeepSpeed", world_size=2, load_from="sharded 2"),
+        layout(f"{title}, accumulation", two, micro_batch_size=1),
+        layout(f"{title}, activation checkpointing", two, activation_checkpointing=True),
+        layout(f"{title}, offload", two | offload, save_as="offloaded"),
+        layout(f"{sharded}, offload, after ZeRO 2", three | offload, load_from="offloaded"),
+        layout(f"{title} after 4 processes", two, load_from="sharded 4"),
+        layout(f"{title} after torch", two, load_from="torch 2"),
+        layout(f"{sharded} after ZeRO 2", three, load_from="sharded 2"),
+        layout("2 x torch after DeepSpeed", {}, load_from="sharded 2"),
     ]
 
 
 def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
-    """Every size of expert parallelism with every stage of ZeRO; quickly, each of them once."""
+    """Every size of expert parallelism with every stage of ZeRO; with `quick`, each of them once."""
     sizes = _expert_parallel_sizes(world_size, model)
     widest = max(sizes)
     pairs = [(size, stage) for size in sizes for stage in (1, 2, 3)]
     if quick:
         pairs = [(widest, 1), (widest, 2), (widest, 3), (sizes[0], 1)] if world_size > 1 else [(1, 2)]
         pairs += [(2, 3)] if world_size == 4 and 2 in sizes else []
-    saved = (widest, 2)
+    saved = (widest, 2) if world_size > 1 else None
     return [
         Layout(
-            name=_title(world_size, size, stage),
+            name=_title(world_size, *pair),
             world_size=world_size,
-            parallel=deepspeed(size, stage),
-            save_as=f"sharded {world_size}" if (size, stage) == saved and world_size > 1 else None,
+            parallel=deepspeed(*pair),
+            save_as=f"sharded {world_size}" if pair == saved else None,
         )
-        for size, stage in dict.fromkeys(pairs)
+        for pair in dict.fromkeys(pairs)
     ]
 
 

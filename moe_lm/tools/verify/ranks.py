@@ -1,4 +1,7 @@
-"""Starts the ranks of one world size and waits for them: none is left behind, and one that fails is heard."""
+"""The ranks of one world size: start them, wait for all, report the one that fails, leave none behind.
+
+Torch's elastic launcher would do the starting, but it keeps its signal handlers, logs every stop and has no timeout.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ from pathlib import Path
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import after_this
 
-TAIL = 15  # lines of a rank that failed
+TAIL = 15  # last lines of a log that are shown
 
 
 def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float) -> None:
     """Run `python -m module folder` on this many ranks.
 
-    Raises MoeLmError with a rank's last lines when one fails, or when they are not done in time.
+    Raises MoeLmError with the last lines of a rank's log when it fails or is not done in time.
     """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",
-        # Nothing is compiled here, but DeepSpeed is imported with torch.compile, which takes 5 s a rank.
+        # Nothing is compiled here, but importing DeepSpeed would import torch.compile, which takes 5 s a rank.
         "TORCHDYNAMO_DISABLE": "1",
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # a launcher's
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # from a launcher
         environment.pop(name, None)
     if world_size > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}

@@ -1,4 +1,4 @@
-"""A model of the same kind that trains in milliseconds, and the training that the gate puts it through."""
+"""The small model of the same kind as the config's, its training, and its initial weights."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from moe_lm.config.run import RunConfig
 from moe_lm.config.training import BalanceConfig, OptimizerConfig, PreferenceConfig, ScheduleConfig, TrainConfig
 from moe_lm.model.transformer import generator_of
 
-if TYPE_CHECKING:  # the command that only starts processes does not import what they run
+if TYPE_CHECKING:  # the command starts processes, and need not import what they run
     from moe_lm.engine.build import PlacedModel
 
 STEPS = 5
-BATCH = 8  # rows of a global batch, so that 4 ranks have 2 each to accumulate over
+BATCH = 8  # rows of a global batch: each of 4 ranks has 2 to accumulate over
 LENGTH = 24  # tokens of a row
 VOCABULARY = 64
 EXPERTS = 8
 LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-REACH = 3  # times the positions that rotary scaling begins from
+REACH = 3  # largest factor of rotary scaling
 PAD = 2
-FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts whose router bias makes them get most tokens, and none at all
+FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts that get most tokens, and none, by their router bias
 LIKED, HATED = 0.3, -100.0
 ADAPTED = 0.1  # standard deviation of the second factors of adapters
 
 
 def small_model(model: ModelConfig) -> ModelConfig:
-    """The same kind of model: routing, norms, attention and ties stay as they are, every size shrinks."""
+    """The config with every size reduced; routing, norms, attention and ties stay as they are."""
     dense_layers = bool(model.n_routed_experts) and len(model.moe_layers) < model.num_hidden_layers
     sizes: dict[str, object] = {
         "vocab_size": VOCABULARY,
@@ -47,17 +47,17 @@ def small_model(model: ModelConfig) -> ModelConfig:
         "n_shared_experts": min(model.n_shared_experts, 2),
         "shared_expert_intermediate_size": None if model.shared_expert_intermediate_size is None else 24,
         "partial_rotary_factor": 0.5 if model.partial_rotary_factor < 1 else 1.0,
-        # Large enough for weights this small to matter, and for a router to have opinions; latent attention has two
-        # matrices one after the other, with a norm between that magnifies rounding.
+        # Large enough that so few weights matter and routers choose clearly. Latent attention has two matrices in a
+        # row, and the norm between them magnifies rounding.
         "initializer_range": 0.15 if model.kv_lora_rank else 0.2,
     }
     return ModelConfig.model_validate(model.model_dump() | sizes | _rope(model) | _routing(model))
 
 
 def _rope(model: ModelConfig) -> dict[str, object]:
-    """The same scaling, but from few positions to the few that there are.
+    """The same rotary scaling, reduced to the positions of the small model.
 
-    YaRN's attention grows sharper with the factor, and magnifies rounding beyond what the gate lets pass.
+    YaRN sharpens attention with the factor; a large factor magnifies rounding beyond the tolerance.
     """
     scaling = model.rope_scaling
     if scaling is None:
@@ -71,7 +71,7 @@ def _rope(model: ModelConfig) -> dict[str, object]:
 def _routing(model: ModelConfig) -> dict[str, int]:
     if not model.n_routed_experts:
         return {}
-    if model.num_experts_per_tok == model.n_routed_experts:  # weights every expert
+    if model.num_experts_per_tok == model.n_routed_experts:  # every expert is weighted
         return {"n_routed_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "n_group": 1, "topk_group": 1}
     groups = 1 if model.n_group == 1 else 2 if model.n_group < 4 else 4
     kept = max(1, min(groups, round(model.topk_group * groups / model.n_group)))
@@ -80,27 +80,27 @@ def _routing(model: ModelConfig) -> dict[str, int]:
         "n_routed_experts": EXPERTS,
         "n_group": groups,
         "topk_group": kept,
-        "num_experts_per_tok": min(model.num_experts_per_tok, 3, reachable - 1),  # one can be avoided
+        "num_experts_per_tok": min(model.num_experts_per_tok, 3, reachable - 1),  # so that one expert can be avoided
     }
 
 
 def small_lora(lora: LoraConfig | None) -> LoraConfig | None:
-    """The same adapters, of a rank that suits the small model, and no louder: alpha magnifies rounding too."""
+    """The same adapters with a small rank, and with alpha equal to it: alpha magnifies rounding too."""
     rank = min(lora.rank, 4) if lora else 0
     return lora and lora.model_copy(update={"rank": rank, "alpha": float(rank)})
 
 
 def strong_preference(preference: PreferenceConfig | None) -> PreferenceConfig | None:
-    """The same loss, with a beta that gives it gradients long enough to be clipped."""
+    """The same loss, with a beta large enough for gradients that are clipped."""
     return preference and preference.model_copy(update={"beta": max(preference.beta, 0.5)})
 
 
 def training(config: RunConfig) -> TrainConfig:
-    """A few steps in which every part of the update does something that can be seen.
+    """A few steps in which every part of the update has a visible effect.
 
-    All balance terms are on, with weights that matter, whatever the config gives them: in it they may be too small for
-    a wrong one to show. AdamW, since it is what every engine has; its eps is not tiny, because a gradient that is
-    rounding noise alone would otherwise move a weight as far as a real one.
+    All balance terms are on, with large weights: with the config's own a wrong term may not show. The optimizer is
+    AdamW, which every engine has. Its eps is not tiny, or a gradient of rounding noise would move a weight as far as a
+    real gradient does.
     """
     sampling = config.train.scheduled_sampling
     return TrainConfig(
@@ -113,15 +113,15 @@ def training(config: RunConfig) -> TrainConfig:
         freeze_router=config.train.freeze_router,
         scheduled_sampling=sampling and sampling.model_copy(update={"ramp_steps": 0}),
         balance=BalanceConfig(bias_update_rate=0.01, sequence_loss=0.3, batch_loss=0.5, z_loss=0.1),
-        clip_norm=0.5,  # every step's gradient is longer; the gate makes sure
+        clip_norm=0.5,  # every step's gradient is longer, as `check_reference` makes sure
     )
 
 
 @torch.no_grad()
 def initialise(placed: PlacedModel, seed: int) -> None:
-    """The weights of step 0, with a router that prefers one expert and avoids another, and adapters that do something.
+    """Fill the weights of step 0. Routers prefer one expert and avoid another; adapters have an effect.
 
-    An adapter's second factor begins at zero, and would leave the first without a gradient.
+    An adapter's second factor is usually zero at first, which would leave its first factor without a gradient.
     """
     placed.initialise(seed)
     placed.initialise_adapters(seed)

@@ -1,4 +1,4 @@
-"""One rank of the gate: goes through the layouts of its world size and writes down every step.
+"""One rank of the parity check: runs the layouts of its world size and records every step.
 
 Run as `python -m moe_lm.tools.verify.worker FOLDER`, with RANK and WORLD_SIZE in the environment.
 """
@@ -20,13 +20,14 @@ from moe_lm.common.process import end, end_with_parent
 from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
+from moe_lm.data.batches import BatchSource
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel import logical
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join, leave
 from moe_lm.parallel.topology import current_topology
-from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs, Source
+from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.tools.verify.scale import PAD, initialise
 from moe_lm.train.loop import local_micro_batches
@@ -50,14 +51,13 @@ def main(folder: Path) -> None:
 
 
 def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
-    """The steps of one layout, from the beginning or from another one's checkpoint."""
+    """Run the steps of one layout, from the initial weights or from another layout's checkpoint."""
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
     placed = place_model(plan.model, parallel, plan.lora, train.freeze_router)
     initialise(placed, train.seed)
     engine = build_engine(placed, train, parallel, PAD, plan.preference)
-    batches: Source = Pairs(train.seed, layout.packed) if plan.preference else Documents(train.seed, layout.packed)
-    batches.prepare(engine, layout.steps)
+    batches = batch_source(layout, plan, engine)
     if layout.load_from is not None:
         state = engine.state()
         checkpoint.load(checkpoint.resolve(folder / layout.load_from), state)
@@ -70,7 +70,7 @@ def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
             checkpoint.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
         result = engine.train_step(step, local_micro_batches(engine, batches, train, step))
         observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | buffers(engine)
-        if step in (0, CHANGE, layout.steps[-1]):  # gathering them is most of the time; gradients tell of the others
+        if step in (0, CHANGE, layout.steps[-1]):  # gathering takes most of the time; gradients cover the other steps
             observed |= weights(engine)
         if engine.topology.is_main:
             results.mkdir(exist_ok=True)
@@ -89,8 +89,17 @@ def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
     engine.close(part=False)
 
 
+def batch_source(layout: Layout, plan: Plan, engine: Engine) -> BatchSource:
+    """Documents or, for preference tuning, pairs with the reference of the initial model."""
+    if plan.preference is None:
+        return Documents(plan.train.seed, layout.packed)
+    pairs = Pairs(plan.train.seed, layout.packed)
+    pairs.add_reference(engine, layout.steps)
+    return pairs
+
+
 def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
-    """The training of this layout: the same steps on the same documents."""
+    """The training config of this layout: the same steps on the same documents."""
     changes: dict[str, object] = {
         "micro_batch_size": layout.micro_batch_size,
         "activation_checkpointing": layout.activation_checkpointing,
@@ -103,18 +112,18 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
 
 
 def buffers(engine: Engine) -> dict[str, Tensor]:
-    """Router biases, which every rank has."""
+    """Router biases, which every rank holds."""
     return {f"weight/{name}": logical.host_copy(tensor) for name, tensor in engine.model.named_buffers()}
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and router biases as a checkpoint would have them."""
+    """Parameters and router biases, as a checkpoint has them."""
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
     return {f"weight/{name.removeprefix('model.')}": tensor for name, tensor in whole(state).items()}
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the ranks divide, put together on the host."""
+    """Tensors that are divided over the ranks, gathered on the host."""
     return {name: logical.host_copy(logical.whole(tensor)) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""The small model that the parity gate trains is of the same kind as the config's."""
+"""The small model that the parity check trains is of the same kind as the config's."""
 
 from __future__ import annotations
 

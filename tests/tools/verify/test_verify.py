@@ -1,4 +1,4 @@
-"""The parity gate: it passes on this code, and each of four errors planted into its processes makes it fail."""
+"""The parity check: it passes on this code, and each of four errors planted into its processes makes it fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tools.verify.gate import check_devices
+from moe_lm.tools.verify.parity import check_devices
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "pretrain" / "deepseekmoe-2b.yaml"
@@ -126,7 +126,7 @@ def test_nothing_is_left_behind_when_it_is_told_to_stop(start_moe_lm: Start, tmp
 def test_more_processes_than_devices_are_refused_when_asked_for() -> None:
     assert check_devices(None, devices=2) == [1, 2]
     assert check_devices([1, 2], devices=2) == [1, 2]
-    with pytest.raises(UsageError, match="--world-sizes 4 needs as many CUDA devices, here are 2"):
+    with pytest.raises(UsageError, match="--world-sizes 4 needs 4 CUDA devices, and this machine has 2"):
         check_devices([1, 4], devices=2)
 
 

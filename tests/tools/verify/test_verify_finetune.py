@@ -1,4 +1,4 @@
-"""The parity gate on what fine-tuning minimises: masked targets, pairs with their reference, adapters, own tokens."""
+"""The parity check on what fine-tuning minimises: masked targets, pairs with their reference, adapters, own tokens."""
 
 from __future__ import annotations
 
