@@ -29,7 +29,7 @@ from moe_lm.generate.session import Session
 from moe_lm.objective.losses import TrainingLoss
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import pretrain
-from moe_lm.train.metrics import load_statistics
+from moe_lm.train.figures import load_statistics
 
 NO_BALANCE = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "batch_loss": 0.0, "z_loss": 0.0}
 SMOOTH = 10  # steps

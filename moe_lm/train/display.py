@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, plain lines everywhere else."""
+"""The display of a run: a live bar on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-RECENT_STEPS = 20  # speeds are averaged over so many
+RECENT_STEPS = 20  # over which speeds are averaged
 REFRESH_SECONDS = 0.1
 
 
@@ -38,7 +38,7 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """None until two steps have been seen. Counts everything between steps, evaluation and saving too."""
+        """Seconds to the last step, evaluation and saving included; None until two steps have been seen."""
         if len(self._arrivals) < 2:
             return None
         (first_step, first), (last_step, last) = self._arrivals[0], self._arrivals[-1]
@@ -65,13 +65,13 @@ class Status:
 
 
 class Display:
-    """A live bar on a terminal, plain lines elsewhere, nothing when quiet. A stream that goes away is not missed."""
+    """A live bar on a terminal, plain lines elsewhere. If the stream is closed, it falls silent."""
 
-    def __init__(self, status: Status, quiet: bool) -> None:
+    def __init__(self, status: Status) -> None:
         console = Console()
-        self._silent = quiet
-        # Refreshed by hand: a thread of its own could not tell us that the terminal was closed.
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal and not quiet else None
+        self._silent = False
+        # Refreshed by hand: rich's own thread could not tell us that the terminal was closed.
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._refreshed = 0.0
         if self._live:
             with self._unless_gone():
@@ -81,7 +81,7 @@ class Display:
                 console.show_cursor(True)
 
     def step(self, status: Status, due: bool) -> None:
-        """Show a finished step; `due` when it is one of those that get a line."""
+        """Show a finished step; on a stream other than a terminal only if a line is `due`."""
         if self._live is None:
             if due:
                 self.message(status.line())
@@ -92,7 +92,7 @@ class Display:
                     self._live.update(_bar(status), refresh=True)
 
     def message(self, text: str) -> None:
-        """Print a line; on a terminal it scrolls by above the bar."""
+        """Print a line, above the bar on a terminal."""
         if not self._silent:
             with self._unless_gone():
                 if self._live:
@@ -114,7 +114,7 @@ class Display:
 
 
 def _bar(status: Status) -> Group:
-    """Two lines: how far, and the figures."""
+    """Two lines: the progress, and the figures."""
     row = Table.grid(padding=(0, 1), expand=True)
     for ratio in (None, 1, None, None):
         row.add_column(ratio=ratio, no_wrap=True)

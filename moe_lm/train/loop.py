@@ -16,17 +16,12 @@ from moe_lm.common.signals import stop_signals
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.engine.engine import Engine
 from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
-from moe_lm.train.metrics import (
-    MetricsLog,
-    load_statistics,
-    memory_bytes,
-    model_flops_utilisation,
-    peak_flops,
-)
+from moe_lm.train.figures import step_record
+from moe_lm.train.log import RunLog
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Training:
     config: TrainConfig
     checkpoint: CheckpointConfig
     checkpoints: Path
-    log: MetricsLog
+    log: RunLog
     files: Mapping[str, str | Path]  # kept in every checkpoint
     flops_per_token: float  # forward and backward
     evaluate_first: bool = False  # also before the first step
@@ -81,7 +76,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             seconds = time.perf_counter() - started
             result.step += 1
             result.loss = step_result.loss
-            record = step_record(parts, result.step, step_result, seconds)
+            record = step_record(result.step, step_result, seconds, engine, parts.flops_per_token)
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
             if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
@@ -161,35 +156,6 @@ def resume(engine: Engine, checkpoints: Path) -> int:
     checkpoint.load(folder, state)
     engine.load_state(state)
     return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
-
-
-def step_record(parts: Training, step: int, result: StepResult, seconds: float) -> dict[str, object]:
-    """One line of metrics.jsonl."""
-    tokens_per_second = result.tokens / seconds
-    record: dict[str, object] = {
-        "step": step,
-        "loss": result.loss,
-        "balance_loss": result.balance_loss,
-        "lr": result.learning_rate,
-        "grad_norm": result.grad_norm,
-        "tokens": result.tokens,
-        "targets": result.targets,
-        "tokens_per_second": tokens_per_second,
-        "seconds": seconds,
-        "memory_bytes": memory_bytes(parts.engine.device),
-        "skipped": result.skipped,
-        **result.figures,
-    }
-    peak = peak_flops(parts.engine.device, parts.engine.dtype)
-    if peak is not None:
-        peak *= parts.engine.topology.world_size
-        record["mfu"] = model_flops_utilisation(tokens_per_second, parts.flops_per_token, peak)
-    if result.load.numel():
-        layers = load_statistics(result.load)
-        for layer, entropy, bias_range in zip(layers, result.entropy.tolist(), result.bias_range, strict=True):
-            layer |= {"router_entropy": entropy, "bias_range": bias_range}
-        record["experts"] = layers
-    return record
 
 
 def is_due(step: int, every: int) -> bool:

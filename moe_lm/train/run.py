@@ -27,10 +27,9 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train.folder import RunFolder, compare_config, flat_settings
+from moe_lm.train.log import RunLog, rank_log
 from moe_lm.train.loop import Training, TrainingResult, resume, train
-from moe_lm.train.metrics import MetricsLog
-from moe_lm.train.rank_log import rank_log
-from moe_lm.train.run_folder import RunFolder, compare_config, flat_settings
 
 # Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
 # goes on.
@@ -106,9 +105,8 @@ def train_with(
     step = resume(engine, folder.checkpoints)
     if engine.topology.is_main:
         folder.write_config(dump_config(config))
-    quiet = not engine.topology.is_main
     with (
-        MetricsLog(config.run_dir, config.log, config.train.steps, recipe.title, step, quiet) as log,
+        RunLog(config.run_dir, config.log, config.train.steps, recipe.title, step, engine.topology.is_main) as log,
         TemporaryDirectory() as scratch,
     ):
         for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:

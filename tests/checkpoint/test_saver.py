@@ -22,8 +22,8 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, train
-from moe_lm.train.metrics import MetricsLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,7 +174,7 @@ class Run:
         model = LanguageModel(ModelConfig(vocab_size=64, **sizes))
         model.initialise(seed=3)
         engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), 2)
-        with MetricsLog(self.folder, LogConfig(every=3), 6, "test", 0) as log:
+        with RunLog(self.folder, LogConfig(every=3), 6, "test", 0) as log:
             parts = Training(
                 engine=engine, batches=self.source, validation=[], config=self.config, checkpoint=self.checkpointing,
                 checkpoints=self.folder / "checkpoints", log=log, files={}, flops_per_token=1e6,

@@ -24,8 +24,8 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology
+from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, train
-from moe_lm.train.metrics import MetricsLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -61,7 +61,7 @@ class Run:
         self.engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), PAD)
         self.adjust(self.engine)
         step = resume(self.engine, self.folder / "checkpoints")
-        with MetricsLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
+        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
             parts = Training(
                 engine=self.engine,
                 batches=self.source,

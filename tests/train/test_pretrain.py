@@ -22,7 +22,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.model.size import count_parameters
 from moe_lm.train import pretrain
-from moe_lm.train.run_folder import RunFolder
+from moe_lm.train.folder import RunFolder
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

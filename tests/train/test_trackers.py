@@ -11,16 +11,16 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.run import LogConfig
-from moe_lm.train.metrics import MetricsLog
+from moe_lm.train.log import RunLog
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 4.0 - step / 100, **more}
 
 
-def tracked(run_dir: Path, name: str, start_step: int = 0) -> MetricsLog:
+def tracked(run_dir: Path, name: str, start_step: int = 0) -> RunLog:
     config = LogConfig(trackers=(name,), project="house")  # type: ignore[arg-type]
-    return MetricsLog(run_dir, config, total_steps=10, title="pretrain", start_step=start_step, quiet=True)
+    return RunLog(run_dir, config, total_steps=10, title="pretrain", start_step=start_step)
 
 
 def test_tensorboard_gets_the_scalars_by_path(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 import moe_lm
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.train.run_folder import RunFolder, compare_config
+from moe_lm.train.folder import RunFolder, compare_config
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from moe_lm.train.run_folder import RunFolder\n"
+    "import sys, time; from pathlib import Path; from moe_lm.train.folder import RunFolder\n"
     "with RunFolder(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
