@@ -14,10 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_lm"
 LONGEST_FILE = 420  # lines
 LOOSE_END = re.compile(r"\b(TO-?DO|FIX-?ME|X{3})\b|raise\s+NotImplemented")  # spelled so that it does not find itself
-MODEL_IMPORTS = {
-    "torch", "flash_attn", "moe_lm.config.model", "moe_lm.common.errors", "moe_lm.model",
-    "moe_lm.kernels",
-}  # fmt: skip
+MODEL_IMPORTS = {"torch", "moe_lm.config", "moe_lm.model"}
 
 
 def sources(*folders: str) -> list[Path]:

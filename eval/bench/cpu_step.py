@@ -27,6 +27,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
 from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.kernels import kernels
 from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.model.transformer import LanguageModel
 
@@ -147,6 +148,7 @@ def our_step(shape: ModelConfig, precision: str, compiled: bool) -> Callable[[],
     )
     model = LanguageModel(shape)
     model.initialise(0)
+    kernels.apply(model, kernels.choose(torch.device("cpu")))
     engine = TorchEngine(model, train, ParallelConfig(device="cpu"), pad_id=-1)
     ids = token_ids(shape).numpy()
     batch: Batch = pack(ids[:, :-1].copy(), ids[:, 1:].copy(), np.arange(0, ROWS * LENGTH + 1, LENGTH))

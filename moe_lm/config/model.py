@@ -273,3 +273,17 @@ def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
             f"set model.vocab_size to at least {tokenizer_size}"
         )
+
+
+def check_targets(model: ModelConfig, lora: LoraConfig | None) -> None:
+    """Raise UsageError when `lora` targets weights that the model does not have."""
+    there = ["attention"]
+    if model.moe_layers:
+        there.append("experts")
+    if len(model.moe_layers) < model.num_hidden_layers or model.shared_width:
+        there.append("feed_forward")
+    missing = sorted(set((lora and lora.targets) or ()).difference(there))
+    if missing:
+        raise UsageError(
+            f"lora.targets names {missing[0]}, of which the model has none; choose among {', '.join(there)}"
+        )

@@ -14,6 +14,7 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig, check_experts
 from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.engine.engine import Engine
+from moe_lm.kernels import kernels
 from moe_lm.kernels.device import pick_device
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
@@ -30,6 +31,7 @@ class PlacedModel:
     """A model with the experts that this rank keeps, not yet filled. `mesh` is there for the DeepSpeed engine."""
 
     model: LanguageModel
+    kernels: kernels.Kernels
     mesh: DeviceMesh | None = None
     first_expert: int = 0
 
@@ -56,14 +58,16 @@ def place_model(
     adapters: LoraConfig | None = None,
     freeze_router: bool | None = None,
 ) -> PlacedModel:
-    """Build the model, of the experts only those that this rank keeps, and decide what of it is trained.
+    """Build the model with only the experts that this rank keeps; decide which weights are trained, choose kernels.
 
-    Raises UsageError when the experts or the processes cannot be divided as the config says, or adapters match nothing.
+    Raises UsageError when the experts or the processes cannot be divided as the config says.
     """
     if parallel.engine == "torch":
         model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
-        return PlacedModel(model)
+        chosen = kernels.choose(pick_device(parallel.device))
+        kernels.apply(model, chosen)
+        return PlacedModel(model, chosen)
     topology = current_topology()
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
@@ -77,7 +81,9 @@ def place_model(
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh)
     model.materialise(torch.device("cpu"))
-    return PlacedModel(model, mesh, first)
+    chosen = kernels.choose(device)
+    kernels.apply(model, chosen)
+    return PlacedModel(model, chosen, mesh, first)
 
 
 def build_engine(

@@ -1,7 +1,7 @@
 """A decoding step as one compiled program of fixed shapes: `torch.compile`, and on a GPU a CUDA graph of it.
 
 A CUDA graph is for GPUs, where starting kernels one by one takes longer than most of them; on a CPU the step's C++
-(model/few_rows.py) is faster than what this compiles to, and needs no half minute before the first token.
+(kernels/cpu_decode.py) is faster than what this compiles to, and needs no half minute before the first token.
 """
 
 from __future__ import annotations

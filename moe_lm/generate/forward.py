@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.attention import CachedAttention, PrefillAttention
+from moe_lm.kernels import huge_pages
+from moe_lm.model.attention import PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
@@ -38,7 +39,7 @@ def extend(model: LanguageModel, cache: KVCache, tokens: Sequence[Sequence[int]]
     input_ids_RS = torch.tensor(tokens, device=cache.lengths.device)
     new = input_ids_RS.shape[1]
     positions_RS = cache.lengths[:, None] + torch.arange(new, device=input_ids_RS.device)
-    hidden_RSD, routings = model.model(input_ids_RS, positions_RS, CachedAttention(cache))
+    hidden_RSD, routings = model.model(input_ids_RS, positions_RS, model.cached_attention(cache))
     cache.lengths += new
     return Ahead(model.lm_head(hidden_RSD[:, -1]), routings, slice(new - 1, None, new))
 
@@ -70,7 +71,7 @@ def experts_by_row(ahead: Sequence[Ahead]) -> list[tuple[tuple[int, ...], ...]]:
 def cache_for(model: LanguageModel, rows: int, capacity: int) -> KVCache:
     """An empty cache on the devices of the model's layers."""
     layers = None if model.placement is None else model.placement.layers
-    return KVCache(model.config, rows, capacity, model.device, model.lm_head.weight.dtype, layers)
+    return KVCache(model.config, rows, capacity, model.device, model.lm_head.weight.dtype, layers, huge_pages.zeros)
 
 
 def capacity_for(config: ModelConfig, lengths: Iterable[int], new_tokens: int) -> int:

@@ -20,7 +20,7 @@ from moe_lm.config.reading import build_config
 from moe_lm.generate.decode import SLOTS, Decoder, Settings
 from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
-from moe_lm.kernels import huge_pages
+from moe_lm.kernels import huge_pages, kernels
 from moe_lm.kernels.device import pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Message, Tokenizer
@@ -156,6 +156,7 @@ def load_model(
         adapters.load_weights(folder, tensors, base)
     else:
         _round_into(tensors, folder, base)
+    kernels.apply(model, kernels.choose(device, decoding=True))
     return model.eval()
 
 

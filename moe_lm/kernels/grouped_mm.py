@@ -1,10 +1,7 @@
-"""Grouped matrix products: every expert's rows times its own weights.
+"""Kernels for grouped matrix products, each with the signature of `model.moe.grouped_mm`: every expert's rows times
+its own weights.
 
 Shapes: R rows sorted by expert, E experts, D inputs, F outputs. `ends [E]` int32: expert e has rows ends[e-1]..ends[e].
-
-On CUDA this is PyTorch's own. On a CPU PyTorch's is a loop of matrix products whose sizes, the loads of the experts,
-are new in every step, and oneDNN generates code for every new size: three quarters of the time went there
-(eval/LOG.md). Here the sizes are rounded up to multiples of BUCKET, so that after a few steps none is new.
 """
 
 from __future__ import annotations
@@ -18,35 +15,23 @@ from torch import Tensor
 BUCKET = 64  # rows
 
 
-def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows `ends[e-1]..ends[e]` of `x` times `weight[e]`: `[R, F]`."""
-    if x_RD.device.type == "cpu" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        return _rows_by_weights(x_RD, weight_EDF, ends_E)
+def fused(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """PyTorch's own kernel, which fuses the products on CUDA."""
     if len(x_RD) == 0:  # no token came to these experts
         return x_RD @ weight_EDF[0]
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
 
 
-Runs = list[tuple[int, int, int]]  # (expert, its first row, the row after its last)
+def bucketed(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """For training on a CPU, where `fused` is a loop of matrix products whose sizes, the loads of the experts, are new
+    in every step.
 
-
-def runs_of(experts: list[int]) -> Runs:
-    """The runs of equal experts in a sorted list."""
-    runs: Runs = []
-    start = 0
-    for stop in range(1, len(experts) + 1):
-        if stop == len(experts) or experts[stop] != experts[start]:
-            runs.append((experts[start], start, stop))
-            start = stop
-    return runs
-
-
-def mm_by_runs(x_RD: Tensor, weight_EDF: Tensor, runs: Runs) -> Tensor:
-    """`grouped_mm` for few rows: it reads the weights of the experts that have any and of no other. No gradient."""
-    out_RF = x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[-1])
-    for expert, start, stop in runs:
-        torch.mm(x_RD[start:stop], weight_EDF[expert], out=out_RF[start:stop])
-    return out_RF
+    oneDNN generates code for every new size: three quarters of the time went there (eval/LOG.md). Here the sizes are
+    rounded up to multiples of BUCKET, so that after a few steps none is new.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _rows_by_weights(x_RD, weight_EDF, ends_E)
+    return fused(x_RD, weight_EDF, ends_E)
 
 
 @torch.library.custom_op("moe_lm::rows_by_weights", mutates_args=())

@@ -1,23 +1,22 @@
-"""What decoding keeps of the positions that were read: keys and values of every layer, on one device or on several."""
+"""The KV cache: keys and values of every layer for the positions that were read, on one device or on several."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.kernels import huge_pages
 
 
 class KVCache:
     """Keys and values of every layer, `[layers, rows, K, capacity, N]`, and how many positions each row holds.
 
-    Latent attention keeps one key a position for all heads, and the first part of it is its value: there `values` is
-    a view of `keys`. With `layers`, the devices of a model that lies on several, each layer is on its own one.
+    Latent attention stores one key a position for all heads, which begins with its value: there `values` is a view of
+    `keys`. `layers` are the devices of the layers where a model lies on several. `zeros` allocates, like `torch.zeros`.
     """
 
     keys: Tensor | ByLayer
@@ -31,6 +30,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         layers: Sequence[torch.device] | None = None,
+        zeros: Callable[..., Tensor] = torch.zeros,
     ) -> None:
         self.latent_size = config.kv_lora_rank
         if self.latent_size is None:
@@ -41,25 +41,23 @@ class KVCache:
 
         def room() -> Tensor | ByLayer:
             if layers is None or len(set(layers)) == 1:
-                place, whole = layers[0] if layers else device, (config.num_hidden_layers, *shape)
-                if place.type == "cpu":
-                    return huge_pages.zeros(whole, dtype)
-                return torch.zeros(whole, device=place, dtype=dtype)
-            return ByLayer([torch.zeros(shape, device=place, dtype=dtype) for place in layers])
+                place = layers[0] if layers else device
+                return zeros((config.num_hidden_layers, *shape), dtype=dtype, device=place)
+            return ByLayer([zeros(shape, dtype=dtype, device=place) for place in layers])
 
         self.keys = room()
         self.values = room() if self.latent_size is None else self.keys[..., : self.latent_size]
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
 
     def view(self, start: int, stop: int) -> KVCache:
-        """These rows alone, in the same memory, lengths included."""
+        """Only these rows, in the same memory, lengths included."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, start:stop], self.values[:, start:stop]
         part.lengths = self.lengths[start:stop]
         return part
 
     def move_row(self, source: int, target: int) -> None:
-        """Copy what a row holds over another row."""
+        """Copy one row over another."""
         if source == target:
             return
         length = int(self.lengths[source])
@@ -68,7 +66,7 @@ class KVCache:
         self.lengths[target] = length
 
     def take_rows(self, places: Tensor) -> None:
-        """Row i becomes what row `places[i]` was, for as many rows as there are places; the others stay."""
+        """Replace row i with row `places[i]`, for as many rows as there are places; the others stay."""
         changed = (places != torch.arange(len(places), device=places.device)).nonzero()[:, 0]
         if not len(changed):
             return
@@ -84,7 +82,7 @@ class KVCache:
 
 
 class ByLayer:
-    """Stands for a tensor `[layers, ...]` whose layers lie on several devices; an index of all layers gives another."""
+    """A tensor `[layers, ...]` whose layers lie on several devices; an index over all layers gives another."""
 
     def __init__(self, layers: list[Tensor]) -> None:
         self._layers = layers

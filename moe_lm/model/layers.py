@@ -12,19 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.kernels import few_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-
-
-class Linear(nn.Linear):
-    """A linear layer that reads its weights at full speed for the few rows of a decoding step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if few_rows.serves(x, weight):
-            return few_rows.linear(x, weight, self.bias)
-        return F.linear(x, weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -36,12 +25,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if few_rows.serves(x, weight, few_rows.ANY):
-            return few_rows.rms_norm(x, weight, self.eps)
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * weight).to(x.dtype)
+        return (normed * self.weight).to(x.dtype)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -58,25 +44,16 @@ class MLP(nn.Module):
         super().__init__()
         bias = config.mlp_bias
         if config.mlp_gated:
-            self.gate_proj = Linear(config.hidden_size, width, bias=bias)
-        self.up_proj = Linear(config.hidden_size, width, bias=bias)
-        self.down_proj = Linear(width, config.hidden_size, bias=bias)
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.gated = config.mlp_gated
-        self.activation, self.activation_name = ACTIVATIONS[config.hidden_act], config.hidden_act
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        if few_rows.serves(x_BSD, self.up_proj.weight) and self._plain():
-            gate = self.gate_proj if self.gated else None
-            return few_rows.feed_forward(x_BSD, gate, self.up_proj, self.down_proj, self.activation_name)
         up = self.up_proj(x_BSD)
         hidden = self.activation(self.gate_proj(x_BSD)) * up if self.gated else self.activation(up)
         return self.down_proj(hidden)
-
-    def _plain(self) -> bool:
-        """Whether no adapter changes the products."""
-        return type(self.up_proj) is type(self.down_proj) is Linear and (
-            not self.gated or type(self.gate_proj) is Linear
-        )
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int) -> Tensor:

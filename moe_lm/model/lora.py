@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig
-from moe_lm.kernels.grouped_mm import grouped_mm
 from moe_lm.model.moe import Experts
 from moe_lm.model.transformer import LanguageModel, generator_of
 
@@ -29,7 +27,7 @@ ALIGNMENT = 8  # elements; grouped products want rows of 16 bytes, in bfloat16 t
 def freeze(model: LanguageModel, lora: LoraConfig | None, freeze_router: bool | None) -> None:
     """Decide what is trained: everything or, with `lora`, adapters that this adds, not yet filled.
 
-    `freeze_router`: None is no, but with `lora` yes. Raises UsageError when a target of `lora` matches nothing.
+    `freeze_router`: None is no, but with `lora` yes.
     """
     if lora is not None:
         model.requires_grad_(False)
@@ -39,13 +37,8 @@ def freeze(model: LanguageModel, lora: LoraConfig | None, freeze_router: bool | 
 
 
 def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
-    """Put factors beside every weight that `lora.targets` names. Raises UsageError when one of them matches nothing."""
-    found = dict(_targets(model))
-    missing = sorted(set(lora.targets or ()).difference(found.values()))
-    if missing:
-        there = ", ".join(sorted(set(found.values())))
-        raise UsageError(f"lora.targets names {missing[0]}, of which the model has none; choose among {there}")
-    for module, kind in found.items():
+    """Put factors beside every weight that `lora.targets` names."""
+    for module, kind in list(_targets(model)):
         if lora.targets is None or kind in lora.targets:
             module.__class__ = LoraExperts if isinstance(module, Experts) else LoraLinear
             assert isinstance(module, LoraExperts | LoraLinear)
@@ -96,8 +89,8 @@ class LoraExperts(Experts):
             lora_A = lora_A * self.masks_ED[name][..., None]
         missing = -lora_A.shape[-1] % ALIGNMENT
         lora_A, lora_B = F.pad(lora_A.to(x_RD.dtype), (0, missing)), F.pad(lora_B.to(x_RD.dtype), (0, 0, 0, missing))
-        low_Rr = grouped_mm(x_RD, lora_A, ends_E) * self.scale
-        return super().multiply(name, x_RD, ends_E) + grouped_mm(low_Rr, lora_B, ends_E)
+        low_Rr = self.grouped_mm(x_RD, lora_A, ends_E) * self.scale
+        return super().multiply(name, x_RD, ends_E) + self.grouped_mm(low_Rr, lora_B, ends_E)
 
 
 def scale(lora: LoraConfig) -> float:

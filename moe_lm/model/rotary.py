@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig, RopeScaling
-from moe_lm.kernels import few_rows
 
 Angles = tuple[Tensor, Tensor]
 
@@ -31,8 +30,6 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -
     DeepSeek. The result has the first of all pairs before the second ones: attention sees only products of queries
     and keys, whose order is the same.
     """
-    if few_rows.serves(x_BSHN, x_BSHN, few_rows.ANY):
-        return few_rows.rotate(x_BSHN, cos, sin, interleave)
     size = 2 * cos.shape[-1]
     turned, rest = x_BSHN[..., :size].float(), x_BSHN[..., size:]
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleave else turned.chunk(2, dim=-1)

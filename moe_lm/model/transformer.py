@@ -6,6 +6,7 @@ Shapes: B rows, S positions, D hidden_size, V vocab_size.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.attention import Attend, Attention
+from moe_lm.model.attention import Attend, Attention, CachedAttention
+from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
-from moe_lm.model.layers import MLP, Linear, build_norm, sinusoidal_positions
+from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
 from moe_lm.model.rotary import Angles, rotary_angles
 
@@ -41,8 +43,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.placement: Placement | None = None  # on one device
+        self.cached_attention: Callable[[KVCache], Attend] = CachedAttention  # which a kernel may replace
         self.model = Transformer(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self._tie()
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.kernels import kernels
 from moe_lm.model.transformer import LanguageModel, Placement
 
 PIECE_BYTES = 1 << 26  # of a tensor, in memory at once
@@ -69,6 +70,7 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]
         else:
             device = main if place == DISK else torch.device(place)
             set_module_tensor_to_device(model, name, device, value=_filled(name, tensor, device, read))
+    kernels.apply(model, kernels.choose(main, decoding=True))  # before Accelerate wraps the forwards
     with _quiet():
         dispatch_model(
             model,

@@ -56,6 +56,7 @@ def examine() -> Iterator[Finding]:
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
     yield _native()
+    yield _kernels()
     yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
     yield Finding("processor", "ok", f"{_cores()} cores, {_memory_gib():.0f} GiB memory")
     yield _disk(Path.cwd())
@@ -114,6 +115,14 @@ def _native() -> Finding:
     except build.UnavailableError as error:
         remedy = "" if build.compiler_path() else "install g++"
         return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", remedy)
+
+
+def _kernels() -> Finding:
+    """The kernels that training and sampling choose on this machine."""
+    from moe_lm.kernels.device import pick_device
+    from moe_lm.kernels.kernels import choose
+
+    return Finding("kernels", "ok", str(choose(pick_device("auto"), decoding=True)))
 
 
 def _disk(folder: Path) -> Finding:

@@ -79,7 +79,7 @@ def cost_lines(config: RunConfig, model: ModelConfig) -> list[str]:
 
 
 def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost:
-    """Cost of training the adapters of `lora`, or all weights. Raises UsageError as `freeze` does."""
+    """Cost of training the adapters of `lora`, or all weights."""
     train, parallel = config.train, config.parallel
     built = on_meta(model)
     freeze(built, lora, train.freeze_router)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.start import Start, find_start
-from moe_lm.config.model import ModelConfig
+from moe_lm.config.model import ModelConfig, check_targets
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, check_positions, check_router
 from moe_lm.data.batches import Batch
@@ -120,6 +120,7 @@ def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
     model = build_config(ModelConfig, values, f"{start}/model.yaml", saved=True)
     check_positions(model, config.data.sequence_length)
     check_router(model, config.train)
+    check_targets(model, config.lora)
     return model
 
 

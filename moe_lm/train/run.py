@@ -21,6 +21,7 @@ from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
+from moe_lm.kernels.kernels import Kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.parallel.launch import end_with_launcher
 from moe_lm.parallel.meeting import Meeting
@@ -85,7 +86,7 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
         engine.on_progress = watchdog.feed
         engine.topology = topology  # which names the hosts
         try:
-            result = train_with(engine, recipe, folder, watchdog, changes)
+            result = train_with(engine, recipe, folder, watchdog, changes, placed.kernels)
         except MoeLmError as error:
             if error.common or topology.world_size == 1:  # a rank that is alone with its error cannot wait for others
                 engine.close()
@@ -97,7 +98,7 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
 
 
 def train_with(
-    engine: Engine, recipe: Recipe, folder: RunFolder, watchdog: Watchdog, changes: Sequence[str]
+    engine: Engine, recipe: Recipe, folder: RunFolder, watchdog: Watchdog, changes: Sequence[str], kernels: Kernels
 ) -> TrainingResult:
     """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
@@ -111,6 +112,7 @@ def train_with(
     ):
         for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
             log.message(note)
+        log.message(f"kernels: {kernels}")
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         recipe.tokenizer.save(Path(scratch) / "tokenizer")

@@ -18,6 +18,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, BatchSource
 from moe_lm.engine.engine import StepResult
 from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 
@@ -38,6 +39,7 @@ def build_model(**changes: Any) -> LanguageModel:
     }  # fmt: skip
     model = LanguageModel(ModelConfig(**values | changes))
     model.initialise(seed=3)
+    kernels.apply(model, kernels.choose(torch.device("cpu")))
     return model
 
 

@@ -15,7 +15,7 @@ from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.kernels import few_rows
+from moe_lm.kernels.native import build
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.spread import Spread
@@ -35,7 +35,7 @@ PROMPT = [1, 5, 6]
 @pytest.fixture(params=[True, False], ids=["C++", "torch"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr(few_rows, "serves", lambda *_: False)
+        monkeypatch.setattr(build, "library", lambda: None)
 
 
 def logits(model: LanguageModel) -> Tensor:

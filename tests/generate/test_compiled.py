@@ -13,6 +13,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Decoder, Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.kernels import kernels
 from moe_lm.kernels.device import compiling_needs
 from moe_lm.model.transformer import LanguageModel
 from tests.conftest import Done
@@ -55,6 +56,7 @@ def written(model: LanguageModel, sampling: Sampling, compiled: bool) -> dict[in
 def test_compiled_equals_not_compiled(attention: dict[str, Any]) -> None:
     model = LanguageModel(ModelConfig(**SHAPE, **attention))
     model.initialise(0)
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
     for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9)):
         assert written(model, sampling, compiled=True) == written(model, sampling, compiled=False)
 
@@ -65,6 +67,7 @@ def test_cuda_graphs_equal_single_kernels(attention: dict[str, Any]) -> None:
     model = LanguageModel(ModelConfig(**SHAPE, **attention))
     model.initialise(0)
     model.cuda()
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
     for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9)):
         assert written(model, sampling, compiled=True) == written(model, sampling, compiled=False)
 

@@ -12,6 +12,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Decoder, Settings, generate
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, ModelOutput
 
@@ -52,6 +53,7 @@ SAMPLING = {"greedy": GREEDY, "seeded": Sampling(1.2, top_k=50, top_p=0.95)}
 def build(config: ModelConfig) -> LanguageModel:
     model = LanguageModel(config)
     model.initialise(seed=3)
+    kernels.apply(model, kernels.choose(torch.device("cpu"), decoding=True))
     return model.eval()
 
 

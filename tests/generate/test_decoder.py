@@ -14,7 +14,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.generate.decode import Decoder, Settings, Step, generate
 from moe_lm.generate.penalties import Penalties, Text
 from moe_lm.generate.strategies import GREEDY, Sampling
-from moe_lm.kernels import few_rows
+from moe_lm.model.attention import CachedAttention
 from moe_lm.model.transformer import LanguageModel
 from tests.generate.test_decode import BASE, CONFIGS, build, full_logits, full_output
 
@@ -219,11 +219,10 @@ def test_experts_are_those_that_predicted_the_token(prefill_tokens: int) -> None
 
 
 @pytest.mark.parametrize("prefill_tokens", [4, 2048])
-def test_after_a_step_that_failed_a_cleared_decoder_is_as_new(
-    model: LanguageModel, prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the native attention, which never reads what a row does not hold; 0 times NaN is NaN."""
-    monkeypatch.setattr(few_rows, "serves", lambda *_: False)
+def test_after_a_step_that_failed_a_cleared_decoder_is_as_new(model: LanguageModel, prefill_tokens: int) -> None:
+    """With plain attention over the cache: the native one never reads beyond a row's length, and 0 times NaN is NaN."""
+    model = copy.deepcopy(model)
+    model.cached_attention = CachedAttention
     settings = Settings(6, Sampling(0.0, penalties=Penalties(logit_bias=((7, -math.inf),))))
     prompts = [[5, 6], [9] * 20]
     expected = {place: by_hand(model, prompt, settings) for place, prompt in enumerate(prompts, 3)}

@@ -15,14 +15,14 @@ from moe_lm.model.transformer import LanguageModel
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20), (0, 4)])  # below and above what huge pages are asked for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    found = huge_pages.zeros(shape, dtype)
+    found = huge_pages.zeros(shape, dtype, torch.device("cpu"))
     assert found.equal(torch.zeros(shape, dtype=dtype))
     assert found.fill_(1).equal(torch.ones(shape, dtype=dtype))
 
 
 def test_a_system_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert huge_pages.zeros((2, 1 << 20), torch.float32).equal(torch.zeros(2, 1 << 20))
+    assert huge_pages.zeros((2, 1 << 20), torch.float32, torch.device("cpu")).equal(torch.zeros(2, 1 << 20))
 
 
 @pytest.mark.parametrize("tied", [True, False])

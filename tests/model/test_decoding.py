@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.attention import CachedAttention, PackedAttention, PrefillAttention
+from moe_lm.model.attention import PackedAttention, PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.transformer import LanguageModel
 
@@ -73,7 +73,7 @@ def prefill(model: LanguageModel, prompts: list[Tensor], cache: KVCache) -> list
 def extend(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
     """Logits `[rows, S, V]` of new tokens `[rows, S]`, appended to each row of the cache."""
     positions = cache.lengths[:, None] + torch.arange(tokens.shape[1])
-    logits = model(tokens, positions, CachedAttention(cache)).logits
+    logits = model(tokens, positions, model.cached_attention(cache)).logits
     cache.lengths = cache.lengths + tokens.shape[1]
     return logits
 

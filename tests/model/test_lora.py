@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.model import LoraConfig, ModelConfig, check_targets
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
@@ -280,8 +280,8 @@ def test_tied_embeddings_are_looked_up_in_float32() -> None:
     [({"n_routed_experts": 0}, "experts"), ({"n_shared_experts": 0, "first_k_dense_replace": 0}, "feed_forward")],
 )
 def test_a_target_that_matches_nothing_is_refused(changes: dict[str, object], target: str) -> None:
-    model = LanguageModel(ModelConfig.model_validate(SHAPE | changes))
+    model = ModelConfig.model_validate(SHAPE | changes)
     settings = LoraConfig.model_validate({"targets": ["attention", target]})
     with pytest.raises(UsageError, match=f"lora.targets names {target}, of which the model has none; choose among"):
-        lora.freeze(model, settings, None)
-    lora.freeze(model, LoraConfig(), None)
+        check_targets(model, settings)
+    check_targets(model, LoraConfig())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
 
@@ -245,6 +246,7 @@ def test_a_capacity_is_shared_by_the_documents_of_a_row() -> None:
 def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
     """Block by block, as training compiles them; another packing must not fail either."""
     model = build(**KINDS[kind], num_hidden_layers=2)
+    kernels.apply(model, kernels.choose(torch.device("cpu")))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss, grads = loss_and_gradients(model)
         for layer in model.model.layers:
@@ -263,6 +265,7 @@ def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
 def test_blocks_are_traced_whole(kind: str) -> None:
     """A break would leave training compiled in pieces, slow and without a word; tracing alone takes no compiler."""
     model = build(**KINDS[kind], num_hidden_layers=2)
+    kernels.apply(model, kernels.choose(torch.device("cpu")))
     loss, _ = loss_and_gradients(model)
     torch._dynamo.reset()
     for layer in model.model.layers:

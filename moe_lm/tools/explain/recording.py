@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moe_lm.model.attention import AttentionLayer
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
 
@@ -19,22 +20,19 @@ from moe_lm.model.transformer import LanguageModel
 class RecordingAttention:
     """Causal attention of one row, written out so that its weights can be kept: `weights[layer]` is `[H, S, S]`.
 
-    Query i has row i. The layers are the ones that training and generation run, which give this in place of the fused
-    kernels.
+    Query i has row i. Training and generation run the same layers with other kernels.
     """
 
     weights: dict[int, Tensor] = field(default_factory=dict)
     from_cache: ClassVar[bool] = False
 
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, kept: Tensor | None = None
-    ) -> Tensor:
-        sharing, size = q.shape[2] // k.shape[2], q.shape[-1]
+    def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
+        sharing = q.shape[2] // k.shape[2]
         k, v = k[0].repeat_interleave(sharing, dim=1), v[0].repeat_interleave(sharing, dim=1)
-        scores_HSS = torch.einsum("qhn,khn->hqk", q[0], k).float() * (size**-0.5 if scale is None else scale)
+        scores_HSS = torch.einsum("qhn,khn->hqk", q[0], k).float() * layer.scale
         later = torch.ones(scores_HSS.shape[1:], dtype=torch.bool, device=q.device).triu(1)
         weights_HSS = scores_HSS.masked_fill(later, -torch.inf).softmax(-1)
-        self.weights[layer] = weights_HSS.cpu()
+        self.weights[layer.index] = weights_HSS.cpu()
         return torch.einsum("hqk,khm->qhm", weights_HSS.to(v.dtype), v)[None]
 
 

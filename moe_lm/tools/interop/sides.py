@@ -17,6 +17,7 @@ from moe_lm.checkpoint.reader import TensorSource
 from moe_lm.checkpoint.safetensors_file import pieces_of
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.size import count_parameters
 from moe_lm.model.transformer import LanguageModel, ModelOutput
@@ -97,6 +98,7 @@ def our_model(
         dtype = (rounded_to or {}).get(MODEL_PREFIX + name, torch.float32)
         for start, stop in pieces_of(tensor.shape, FLOAT32):
             tensor[start:stop].copy_(tensors.rows(MODEL_PREFIX + name, start, stop).to(dtype))
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
     return model.eval()
 
 

@@ -1,9 +1,8 @@
-"""Every attention back end against a plain masked softmax, with document boundaries, forward and gradients."""
+"""Every kernel of attention within segments against a masked softmax: document boundaries, forward and gradients."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lm.model import attention
-from moe_lm.model.attention import PackedAttention, varlen_attention
-
-Backend = Callable[..., Tensor]
+from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import attention
+from moe_lm.kernels.kernels import ATTENTION
+from moe_lm.model.attention import Attention, PackedAttention, SegmentAttention
 
 SEGMENTS = {
     "one_document": [12],
@@ -43,16 +42,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sca
     return torch.stack(heads, dim=1)
 
 
-def portable(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
-) -> Tensor:
-    """What every device but CPU and CUDA runs, with K/V heads repeated as `varlen_attention` does."""
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return attention._portable_attention(q, k, v, cu_seqlens, scale or q.shape[-1] ** -0.5)
-
-
-BACKENDS: dict[str, Backend] = {"segment_op": varlen_attention, "portable": portable}
+BACKENDS: dict[str, SegmentAttention] = {name: ATTENTION[name] for name in ("plain", "segments")}
 
 
 def boundaries(lengths: list[int], device: str = "cpu") -> Tensor:
@@ -69,11 +59,17 @@ def random_qkv(
 
 
 def assert_backend_equals_reference(
-    backend: Backend, lengths: list[int], heads: int, kv_heads: int, size: int, tolerance: float = 1e-5, **kind: Any
+    backend: SegmentAttention,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    size: int,
+    tolerance: float = 1e-5,
+    **kind: Any,
 ) -> None:
     q, k, v = random_qkv(sum(lengths), heads, kv_heads, size, **kind)
     cu_seqlens = boundaries(lengths, kind.get("device", "cpu"))
-    out = backend(q, k, v, cu_seqlens, max(lengths))
+    out = backend(q, k, v, cu_seqlens, max(lengths), size**-0.5)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad(out, (q, k, v), grad)
 
@@ -116,7 +112,7 @@ def test_gradient_of_a_plain_sum_is_right(backend: str) -> None:
     """`.sum().backward()` hands an expanded gradient (stride 0) to the kernel."""
     q, k, v = random_qkv(12, 2, 2, 8)
     cu_seqlens = boundaries([5, 7])
-    grads = torch.autograd.grad(BACKENDS[backend](q, k, v, cu_seqlens, 7).sum(), (q, k, v))
+    grads = torch.autograd.grad(BACKENDS[backend](q, k, v, cu_seqlens, 7, 8**-0.5).sum(), (q, k, v))
     expected = torch.autograd.grad(reference_attention(q, k, v, cu_seqlens).sum(), (q, k, v))
     torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
 
@@ -127,8 +123,8 @@ def test_inputs_of_any_layout_are_read_right(backend: str) -> None:
     q, k, v = random_qkv(12, 2, 2, 8)
     cu_seqlens = boundaries([5, 7])
     joint = torch.cat((q, k, v), dim=1).detach().requires_grad_()
-    sliced = BACKENDS[backend](*joint.split(2, dim=1), cu_seqlens, 7)
-    turned = BACKENDS[backend](*(x.mT.contiguous().mT for x in (q, k, v)), cu_seqlens, 7)
+    sliced = BACKENDS[backend](*joint.split(2, dim=1), cu_seqlens, 7, 8**-0.5)
+    turned = BACKENDS[backend](*(x.mT.contiguous().mT for x in (q, k, v)), cu_seqlens, 7, 8**-0.5)
     expected = reference_attention(q, k, v, cu_seqlens)
     for out in (sliced, turned):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -143,11 +139,11 @@ def test_inputs_of_any_layout_are_read_right(backend: str) -> None:
 def test_other_documents_change_nothing_to_the_bit(backend: str) -> None:
     q, k, v = random_qkv(17, 4, 4, 16)
     cu_seqlens, mine = boundaries([6, 8, 3]), slice(6, 14)
-    out = BACKENDS[backend](q, k, v, cu_seqlens, 8)
+    out = BACKENDS[backend](q, k, v, cu_seqlens, 8, 16**-0.5)
     others = [x.detach().clone() for x in (q, k, v)]
     for x in others:
         x[:6], x[14:] = 1e3, -1e3
-    assert torch.equal(BACKENDS[backend](*others, cu_seqlens, 8)[mine], out[mine])
+    assert torch.equal(BACKENDS[backend](*others, cu_seqlens, 8, 16**-0.5)[mine], out[mine])
     for grad in torch.autograd.grad(out[mine].square().sum(), (q, k, v)):
         assert not grad[:6].any()
         assert not grad[14:].any()
@@ -157,13 +153,13 @@ def test_other_documents_change_nothing_to_the_bit(backend: str) -> None:
 @pytest.mark.parametrize(("size", "value_size"), [(24, 16), (12, 20), (6, 1)])
 @pytest.mark.parametrize("segments", ["equal_rows", "ragged", "longer_than_a_kernel_block"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_may_have_another_size_and_the_scale_be_given(
+def test_values_may_have_another_size_and_scores_another_scale(
     backend: str, segments: str, size: int, value_size: int
 ) -> None:
     lengths = SEGMENTS[segments]
     q, k, v = random_qkv(sum(lengths), 4, 2, size, value_size)
     cu_seqlens = boundaries(lengths)
-    for scale in (None, 0.3):
+    for scale in (size**-0.5, 0.3):
         out = BACKENDS[backend](q, k, v, cu_seqlens, max(lengths), scale)
         expected = reference_attention(q, k, v, cu_seqlens, scale)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -176,7 +172,9 @@ def test_values_may_have_another_size_and_the_scale_be_given(
 def test_packed_attention_flattens_rows_and_keeps_their_shape() -> None:
     q, k, v = random_qkv(12, 4, 2, 8)
     rows = [x.detach().unflatten(0, (2, 6)) for x in (q, k, v)]
-    out = PackedAttention(boundaries([4, 2, 6]), 6)(0, *rows)
+    shape = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 8}
+    layer = Attention(ModelConfig(**shape, num_attention_heads=4, num_key_value_heads=2), 0)
+    out = PackedAttention(boundaries([4, 2, 6]), 6)(layer, *rows)
     expected = reference_attention(q, k, v, boundaries([4, 2, 6])).float()
     torch.testing.assert_close(out, expected.unflatten(0, (2, 6)), rtol=1e-5, atol=1e-5)
 
@@ -204,10 +202,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 needs_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn: pip install 'moe-lm[flash]'"
 )
-CUDA_BACKENDS: list[Any] = [
-    pytest.param("_flash_attn", id="flash_attn", marks=needs_flash_attn),
-    pytest.param("_torch_varlen", id="torch_varlen"),
-]
+CUDA_BACKENDS = [pytest.param("flash_attn", marks=needs_flash_attn), "torch_varlen"]
 
 
 @pytest.mark.gpu
@@ -215,16 +210,14 @@ CUDA_BACKENDS: list[Any] = [
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["multi_head", "grouped", "multi_query"])
 @pytest.mark.parametrize("value_size", [64, 32, 96])
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_cuda_backend_in_bfloat16_is_near_the_reference(
-    backend: str, value_size: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_cuda_attention", lambda: getattr(attention, backend))
+def test_cuda_backend_in_bfloat16_is_near_the_reference(backend: str, value_size: int, kv_heads: int) -> None:
     kind = {"device": "cuda", "dtype": torch.bfloat16, "value_size": value_size}
-    assert_backend_equals_reference(varlen_attention, [70, 300, 1, 33], 4, kv_heads, 64, tolerance=0.03, **kind)
+    assert_backend_equals_reference(ATTENTION[backend], [70, 300, 1, 33], 4, kv_heads, 64, tolerance=0.03, **kind)
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi_head", "grouped"])
-def test_cuda_in_float32_equals_the_reference(kv_heads: int) -> None:
-    assert_backend_equals_reference(varlen_attention, [70, 300, 1, 33], 4, kv_heads, 64, device="cuda")
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_in_float32_equals_the_reference(backend: str, kv_heads: int) -> None:
+    assert_backend_equals_reference(ATTENTION[backend], [70, 300, 1, 33], 4, kv_heads, 64, device="cuda")

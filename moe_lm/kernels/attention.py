@@ -1,0 +1,143 @@
+"""Kernels for causal attention within segments, each with the signature of `model.attention.segment_attention`.
+
+Shapes: T flattened tokens, H query heads, K key-value heads, N head size, M head size of the values.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lm.model.attention import segment_attention
+
+
+def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """PyTorch's fused attention for CPUs, over runs of equally long segments at once, as one opaque operator.
+
+    So `torch.compile` neither unrolls the loop nor recompiles when the number of documents in a batch changes, and no
+    work is spent on pairs that a dense mask would throw away.
+    """
+    values = v.shape[-1]
+    q, k, v = _repeated(*_padded(q, k, v))
+    # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # The operator is for gradients and compilation; its first call costs half a second.
+    needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    attend = _segment_attention if needs_operator else _attend_in_segments
+    return attend(q, k, v, cu_seqlens, scale)[0][..., :values]
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """FlashAttention 2 (arXiv 2307.08691), for CUDA in bfloat16 and float16."""
+    if not _is_half(q):
+        return segment_attention(q, k, v, cu_seqlens, max_seqlen, scale)
+    from flash_attn import flash_attn_varlen_func
+
+    values, ends, longest = v.shape[-1], (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    out = flash_attn_varlen_func(*_padded(q, k, v), *ends, *longest, softmax_scale=scale, causal=True)
+    return out[..., :values]
+
+
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """PyTorch's own FlashAttention 2, for CUDA in bfloat16 and float16."""
+    if not _is_half(q):
+        return segment_attention(q, k, v, cu_seqlens, max_seqlen, scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    values, ends, longest = v.shape[-1], (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    out = varlen_attn(*_repeated(*_padded(q, k, v)), *ends, *longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
+    return out[..., :values]
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with one head size, which the kernels demand: zeros change no product, and are cut off the values."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A key-value head for every query head."""
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    return q, k, v
+
+
+def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[T, H, N]` and log-sum-exp `[T, H]` of causal attention within segments."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    log_sum_exp = torch.empty(q.shape[:2], dtype=torch.float32)
+    for start, stop, rows in _equal_runs(cu_seqlens):
+        views = (_rows_of(x, start, stop, rows) for x in (q, k, v))
+        piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, True, scale=scale)
+        _rows_of(out, start, stop, rows).copy_(piece)
+        _rows_of(log_sum_exp, start, stop, rows).copy_(lse)
+    return out, log_sum_exp
+
+
+_segment_attention = torch.library.custom_op("moe_lm::segment_attention", _attend_in_segments, mutates_args=())
+
+
+@_segment_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("moe_lm::segment_attention_backward", mutates_args=())
+def _segment_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+    for start, stop, rows in _equal_runs(cu_seqlens):
+        views = [_rows_of(x, start, stop, rows) for x in (grad, q, k, v, out, log_sum_exp)]
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*views, 0.0, True, scale=scale)
+        for whole, piece in zip(grads, pieces, strict=True):
+            _rows_of(whole, start, stop, rows).copy_(piece)
+    return grads[0], grads[1], grads[2]
+
+
+@_segment_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
+    return *_segment_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens, ctx.scale), None, None
+
+
+_segment_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _rows_of(x: Tensor, start: int, stop: int, rows: int) -> Tensor:
+    """`[T, H, ...]` -> `[rows, H, length, ...]`, a view of equally long neighbouring segments."""
+    return x[start:stop].unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
+    """Neighbouring segments of the same length as one (start, stop, number of segments)."""
+    runs: list[tuple[int, int, int]] = []
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        if runs and (runs[-1][1] - runs[-1][0]) // runs[-1][2] == stop - start:
+            runs[-1] = (runs[-1][0], stop, runs[-1][2] + 1)
+        else:
+            runs.append((start, stop, 1))
+    return runs

@@ -1,0 +1,69 @@
+"""The kernels that a model runs in: chosen by name, once, and applied from outside, as parallelism is.
+
+The model's own code is plain torch. Each operation that a kernel can replace is one attribute there, and one table here
+holds the kernels for it by name. A new kernel is one entry of a table and a line in `choose`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from moe_lm.kernels import attention, cpu_decode, grouped_mm
+from moe_lm.kernels.native import build
+from moe_lm.model import moe
+from moe_lm.model.attention import AttentionLayer, SegmentAttention, segment_attention
+from moe_lm.model.moe import Experts, GroupedMM
+from moe_lm.model.transformer import LanguageModel
+
+ATTENTION: Mapping[str, SegmentAttention] = {
+    "plain": segment_attention,
+    "segments": attention.segments,
+    "flash_attn": attention.flash_attn,
+    "torch_varlen": attention.torch_varlen,
+}
+EXPERTS: Mapping[str, GroupedMM] = {
+    "plain": moe.grouped_mm,
+    "bucketed": grouped_mm.bucketed,
+    "fused": grouped_mm.fused,
+}
+DECODING: Mapping[str, Callable[[LanguageModel], None]] = {
+    "plain": lambda model: None,
+    "cpp": cpu_decode.apply,
+}
+
+
+class Kernels(NamedTuple):
+    """A name of each table; None for `decoding` where a model is only trained."""
+
+    attention: str = "plain"
+    experts: str = "plain"
+    decoding: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{operation} {name}" for operation, name in self._asdict().items() if name is not None)
+
+
+def choose(device: torch.device, decoding: bool = False) -> Kernels:
+    """The fastest kernels for a device, which need not be there; with `decoding` for generating text, too."""
+    steps = "plain" if decoding else None
+    if device.type == "cuda":
+        has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+        return Kernels("flash_attn" if has_flash_attn else "torch_varlen", "fused", steps)
+    if device.type == "cpu":
+        return Kernels("segments", "bucketed", "cpp" if decoding and build.library() is not None else steps)
+    return Kernels("plain", "fused", steps)
+
+
+def apply(model: LanguageModel, kernels: Kernels) -> None:
+    """Replace the model's operations; after adapters and expert parallelism, which `cpp` has to know of."""
+    for module in model.modules():
+        if isinstance(module, AttentionLayer):
+            module.segment_attention = ATTENTION[kernels.attention]
+        elif isinstance(module, Experts):
+            module.grouped_mm = EXPERTS[kernels.experts]
+    if kernels.decoding is not None:
+        DECODING[kernels.decoding](model)
