@@ -1,8 +1,7 @@
-"""Perplexity and bits per byte, and what compressors without a neural network reach on the same text.
+"""Perplexity and bits per byte of a model, and of baselines without a neural network.
 
-A document is scored as training packs it: `<|bos|>` is given, every token of the text and `<|eos|>` are predicted.
-Bits per byte divides by the bytes of the text alone, so that the end of a document is paid for and tokenizers can be
-compared.
+A document is scored as training packs it: `<|bos|>` is given; every token of the text, and `<|eos|>`, are predicted.
+Bits per byte divide the loss of all of them by the bytes of the text, so that tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 BATCH_ROWS = 8  # windows at once
-WINDOW = 2048  # tokens, where no training says how long its rows were
+WINDOW = 2048  # tokens, for a model that was not trained here
 LOGIT_ROWS = 4096  # positions whose logits are in memory at once
 
 
@@ -45,16 +44,16 @@ LOGIT_ROWS = 4096  # positions whose logits are in memory at once
 class Evaluation:
     """How well a model predicts a text."""
 
-    text: str  # what was scored, in words
+    text: str  # a description of it
     documents: int
     text_bytes: int
-    tokens: int  # predicted, each document's end included
-    nll: float  # nats a token
+    tokens: int  # predicted, including the end of each document
+    nll: float  # nats per token
 
     @property
     def perplexity(self) -> float:
-        """A token's; the model hesitates as if between this many equally likely ones."""
-        return math.exp(min(self.nll, 700.0))  # beyond, floats end
+        """Of a token: the model is as uncertain as between this many equally likely tokens."""
+        return math.exp(min(self.nll, 700.0))  # exp overflows beyond
 
     @property
     def bits_per_byte(self) -> float:
@@ -63,7 +62,8 @@ class Evaluation:
     def __str__(self) -> str:
         return (
             f"{self.text}: {self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens\n"
-            f"loss {self.nll:.4f} nats a token, perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits a byte"
+            f"loss {self.nll:.4f} nats per token, perplexity {self.perplexity:.3f}, "
+            f"{self.bits_per_byte:.4f} bits per byte"
         )
 
 
@@ -77,12 +77,12 @@ class Scorable:
 
 
 def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> Evaluation:
-    """Score files (text, JSON rows or Parquet, compressed or not), or else the run's own held-out text.
+    """Score files (text, JSON rows or Parquet, compressed or not) or, without any, the run's held-out text.
 
-    A text file is one document. Documents longer than the training's sequence length (WINDOW for a model that was not
-    trained here) are scored in windows of that length; each window but the first scores `stride` new tokens, by default
-    half of it. A smaller one gives every token more context and takes longer. Products run in the precision of the
-    training. `base` is where the base of adapters is when it has moved.
+    A text file is one document. A document longer than the training's sequence length (WINDOW for a model that was not
+    trained here) is scored in windows of that length. Each window but the first scores `stride` new tokens, by default
+    half a window; a smaller stride gives every token more context and takes longer. The precision is that of training.
+    `base` is the folder of the adapters' base, if it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
     """
     session = Session.load(run, base=base)
@@ -111,9 +111,9 @@ def score_documents(
 ) -> tuple[float, int]:
     """Negative log-likelihood in nats, and number, of all tokens but each document's first.
 
-    Every token is predicted once, from the up to `window` tokens before it: the first window of a document scores all
-    it holds, every other one the next `stride` tokens (half a window when None). `batch_rows` windows are computed at
-    once; with a `dtype` other than float32 under autocast. Raises UsageError for an impossible stride.
+    Every token is predicted once, from at most `window` tokens before it: the first window of a document scores all its
+    tokens, every other window the next `stride` tokens (None: half a window). `batch_rows` windows are computed at
+    once, under autocast for a `dtype` other than float32. Raises UsageError for an impossible stride.
     """
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
@@ -130,15 +130,15 @@ def score_documents(
 
 
 def compression_baselines(text: bytes) -> dict[str, float]:
-    """Bits per byte of general compressors, under the names of the quickstart's summary."""
+    """Bits per byte of general compressors, by their names in the quickstart's summary."""
     return {"xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
 
 def unigram_bits_per_byte(train_counts: NDArray[Any], tokens: NDArray[Any], text_bytes: int) -> float:
-    """Bits per byte when each token is predicted by its frequency alone, with add-one smoothing.
+    """Bits per byte when each token is predicted only by its frequency, with add-one smoothing.
 
-    train_counts: [vocabulary], how often training text has each token; tokens: those predicted. Leave bos, which
-    nothing predicts, out of both.
+    train_counts: [vocabulary], the count of each token in the training text; tokens: the text to predict. Leave bos,
+    which is never predicted, out of both.
     """
     probabilities = (train_counts + 1) / (train_counts.sum() + len(train_counts))
     return float(-np.log2(probabilities)[tokens].sum()) / text_bytes
@@ -150,7 +150,7 @@ class _Window(NamedTuple):
 
 
 def _windows(ids: NDArray[np.int64], window: int, stride: int) -> Iterator[_Window]:
-    begin, end = 1, min(len(ids), 1 + window)  # the tokens to score
+    begin, end = 1, min(len(ids), 1 + window)  # of the tokens to score
     while begin < end:
         start = max(0, end - 1 - window)
         targets = ids[start + 1 : end].copy()
@@ -160,7 +160,7 @@ def _windows(ids: NDArray[np.int64], window: int, stride: int) -> Iterator[_Wind
 
 
 def _batches(windows: Iterable[_Window], max_tokens: int) -> Iterator[Batch]:
-    """Windows one after the other in a single row, each a segment of its own: nothing is padded."""
+    """Windows packed into a single row, each a segment of its own: nothing is padded."""
     group: list[_Window] = []
     size = 0
     for window in windows:
@@ -189,7 +189,7 @@ def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
 
 
 def _run_config(folder: Path) -> RunConfig | None:
-    """None for a model that was imported or upcycled, not trained here."""
+    """The config of a run; None for a model that was imported or upcycled."""
     if not checkpoint.verify(folder, "config.yaml"):
         return None
     values = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
@@ -212,7 +212,7 @@ def _held_out_documents(run: Path, config: RunConfig | None, tokenizer: Tokenize
     count = sum(item.num_documents for item in shards)
     if not count:
         raise UsageError(
-            f"the shards in {config.data.shards} hold no text out (validation_fraction="
+            f"the shards in {config.data.shards} have no held-out text (validation_fraction="
             f"{config.data.validation_fraction}); give text files to score"
         )
     documents = (
@@ -230,7 +230,7 @@ def _file_documents(files: Sequence[Path], tokenizer: Tokenizer) -> Scorable:
 
 
 def _file_texts(file: Path) -> list[str]:
-    """The texts of a file; nothing is left out quietly, what cannot be read raises UsageError with its place."""
+    """The texts of a file. Raises UsageError for anything that cannot be read, with its place."""
     if not file.is_file():
         raise UsageError(f"there is no file {file}; give text files to score")
     if kind_of(file) in ROW_SUFFIXES:

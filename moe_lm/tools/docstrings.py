@@ -1,4 +1,4 @@
-"""Questions and answers out of the docstrings of Python's standard library: what the quickstart fine-tunes on."""
+"""Questions about Python's standard library, answered by its docstrings: the quickstart fine-tunes on them."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ MIN_ANSWER, MAX_ANSWER = 20, 400  # characters
 IMPLEMENTATIONS = {"posixpath": "os.path", "_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io"}
 
 
-class Pair(NamedTuple):
-    """A question on a function or class, and its docstring's first paragraph."""
+class Question(NamedTuple):
+    """A question about a function or class, and the first paragraph of its docstring."""
 
-    document_id: str  # of the module it comes from
-    question: str
+    document_id: str  # of the module
+    text: str
     answer: str
 
     @property
     def conversation(self) -> dict[str, list[dict[str, str]]]:
         return {
             "messages": [
-                {"role": "user", "content": self.question},
+                {"role": "user", "content": self.text},
                 {"role": "assistant", "content": self.answer},
             ]
         }
 
 
-def docstring_pairs() -> Iterator[Pair]:
-    """Every documented public function, method and class of the library, in the order of its modules."""
+def docstring_questions() -> Iterator[Question]:
+    """Questions about every documented public function, method and class, in the order of the modules."""
     for document in read_documents(SourceConfig(name="stdlib", stdlib=True), Report()):
         if document.id.endswith(".py"):
             try:
                 module = ast.parse(document.text)
-            except SyntaxError:  # a template or a module for another Python
+            except SyntaxError:  # a template, or a module for another Python version
                 continue
             for name, answer in _documented(module, module_name(document.id)):
-                yield Pair(document.id, f"What does `{name}` do?", answer)
+                yield Question(document.id, f"What does `{name}` do?", answer)
 
 
 def module_name(document_id: str) -> str:
-    """`json/decoder.py` -> `json.decoder`, under the name that users import it by."""
+    """The name that users import: `json/decoder.py` is `json.decoder`."""
     name = document_id.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     return IMPLEMENTATIONS.get(name, name)
 
 
 def first_paragraph(docstring: str) -> str:
-    """The first paragraph on one line."""
+    """The first paragraph, on one line."""
     return " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
 
 

@@ -26,7 +26,7 @@ INSTALL = "pip install -e ."
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `missing` is required and fails the examination; the other states do not."""
+    """One line of the report. `missing` marks what is required, and makes the verb fail; the other states do not."""
 
     name: str
     status: Status
@@ -35,14 +35,14 @@ class Finding:
 
 
 def run() -> int:
-    """Print the report; the exit code is 1 when something required is missing, else 0."""
+    """Print the report; returns the exit code, 1 when something required is missing."""
     findings = list(examine())
     _show(findings)
     return int(any(finding.status == "missing" for finding in findings))
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, in the order of the report."""
+    """Yield every finding, in the order of the report."""
     yield Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
     yield Finding("moe-lm", "ok", __version__)
     yield _package("torch", INSTALL)
@@ -71,7 +71,7 @@ def _package(name: str, remedy: str, required: bool = True) -> Finding:
 
 
 def _devices() -> Iterator[Finding]:
-    """The accelerators that torch sees. Torch is really imported: a build that does not fit the driver fails here."""
+    """Yield the devices that torch sees. Imports torch: a build that does not fit the driver fails here."""
     if importlib.util.find_spec("torch") is None:
         return
     try:
@@ -90,11 +90,11 @@ def _devices() -> Iterator[Finding]:
     elif shutil.which("nvidia-smi"):
         yield Finding("CUDA", "warning", "an NVIDIA driver, but torch sees no device", "install a CUDA build of torch")
     else:
-        yield Finding("devices", "ok", "the CPU alone")
+        yield Finding("devices", "ok", "only the CPU")
 
 
 def _bf16_on_cpu() -> Finding:
-    """Whether the processor multiplies bfloat16 matrices in hardware; without it, float32 is faster."""
+    """Whether the processor multiplies bfloat16 matrices in hardware; otherwise float32 is faster."""
     import torch
 
     from moe_lm.kernels.device import pick_dtype
@@ -109,12 +109,12 @@ def _program(name: str, commands: tuple[str, ...], remedy: str) -> Finding:
 
 
 def _native() -> Finding:
-    """Whether decoding on a CPU runs in C++; this builds it where it was not built yet."""
+    """Whether decoding on a CPU runs in C++. Builds the library if it was not built yet."""
     try:
         return Finding("decoding in C++", "ok", build.load()._name)
     except build.UnavailableError as error:
         remedy = "" if build.compiler_path() else "install g++"
-        return Finding("decoding in C++", "optional", f"{error}; torch decodes, slower", remedy)
+        return Finding("decoding in C++", "optional", f"{error}; torch decodes instead, more slowly", remedy)
 
 
 def _kernels() -> Finding:
@@ -133,7 +133,7 @@ def _disk(folder: Path) -> Finding:
 
 
 def _build_locks(folder: Path) -> Iterator[Finding]:
-    """Lock files of torch extensions: a killed build leaves one, on which every later run hangs silently."""
+    """Yield lock files of torch extensions: a killed build leaves one, and every later run waits for it silently."""
     for lock in sorted(folder.glob("**/lock")):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         yield Finding(
@@ -146,7 +146,7 @@ def _build_locks(folder: Path) -> Iterator[Finding]:
 
 def _extensions_dir() -> Path:
     """Where torch builds extensions, DeepSpeed's ops among them."""
-    cache = os.path.join(os.path.expanduser("~"), ".cache")  # torch's own way, which needs no home folder
+    cache = os.path.join(os.path.expanduser("~"), ".cache")  # as torch does; it needs no home folder
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
 
 

@@ -1,7 +1,7 @@
 """The whole walk on one machine: tokenizer, shards, pretraining, fine-tuning, samples, evaluation.
 
-Its settings are the files `quickstart*.yaml` in `tokenizer/` and `configs/`; here are only the order of the stages,
-the time that training may take and what is shown. Every stage goes on where it was stopped.
+The settings are the files `quickstart*.yaml` in `tokenizer/` and `configs/`. This file has the order of the stages,
+the time that training may take, and the output. Every stage resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -38,29 +38,28 @@ from moe_lm.model.size import count_parameters
 from moe_lm.text.split import held_out
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.training import train_tokenizer
-from moe_lm.tools.docstrings import docstring_pairs
+from moe_lm.tools.docstrings import docstring_questions
 from moe_lm.train import finetune, pretrain
 
-HOUSE = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[2]
 MINUTES = 8.0
-PRETRAIN_SHARE, FINETUNE_SHARE = 0.68, 0.08  # of the time
+PRETRAIN_SHARE, FINETUNE_SHARE = 0.68, 0.08  # of the minutes
 CONTINUE = Settings(max_new_tokens=80, sampling=Sampling(temperature=0.7, top_p=0.9), seed=1)
 ANSWER = Settings(max_new_tokens=60, sampling=GREEDY)
-PROMPTS = ("def read_file(path):\n", "class Stack:\n")  # what the pretrained model goes on with
+PROMPTS = ("def read_file(path):\n", "class Stack:\n")  # that the pretrained model continues
 MIN_STEPS = 8
-QUESTIONS = 4  # held-out ones that the fine-tuned model answers
-
+QUESTIONS = 4  # held out, which the fine-tuned model answers
 
 ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
 
 
 class StageStoppedError(Exception):
-    """A signal ended a stage; its checkpoint is written."""
+    """A signal ended a stage, after its checkpoint was written."""
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Where the walk writes, what it reads, and the terminal."""
+class Setup:
+    """The run's folder, the text to train on, the minutes that it may take, and the terminal."""
 
     run_dir: Path
     corpus: SourceConfig
@@ -86,120 +85,122 @@ class Walk:
 def run(minutes: float | None, corpus: Path | None, run_dir: Path) -> None:
     """Walk from text to an evaluated, fine-tuned model in about `minutes`, and write `run_dir/summary.json`.
 
-    The corpus is Python's standard library, or the text in `corpus`. Raises UsageError when that has none.
+    The corpus is the text in `corpus`, by default Python's standard library. Raises UsageError when it has no text.
     """
     source = {"stdlib": True} if corpus is None else {"path": str(corpus)}
-    walk = Walk(run_dir, SourceConfig(name="corpus", **source), minutes or MINUTES, Console())
+    setup = Setup(run_dir, SourceConfig(name="corpus", **source), minutes or MINUTES, Console())
     try:
-        with stage(walk, "tokenizer"):
-            make_tokenizer(walk)
-        with stage(walk, "shards"):
-            config = make_shards(walk)
-        with stage(walk, "pretrain"):
-            config = do_pretrain(walk, config)
-        with stage(walk, "finetune"):
-            do_finetune(walk, config)
-        with stage(walk, "samples"):
-            samples = show_samples(walk, config)
-        with stage(walk, "evaluate"):
-            figures = measure(walk, config)
-    except StageStoppedError:  # which has said how to go on
+        with stage(setup, "tokenizer"):
+            make_tokenizer(setup)
+        with stage(setup, "shards"):
+            config = make_shards(setup)
+        with stage(setup, "pretrain"):
+            config = do_pretrain(setup, config)
+        with stage(setup, "finetune"):
+            do_finetune(setup, config)
+        with stage(setup, "samples"):
+            samples = show_samples(setup, config)
+        with stage(setup, "evaluate"):
+            figures = measure(setup, config)
+    except StageStoppedError:  # training has printed how to resume
         return
-    summarise(walk, config, figures | {"samples": samples})
+    summarise(setup, config, figures | {"samples": samples})
 
 
-def make_tokenizer(walk: Walk) -> None:
+def make_tokenizer(setup: Setup) -> None:
     """Train the tokenizer on the documents that are not held out."""
-    if (walk.tokenizer / "tokenizer.json").exists():
+    if (setup.tokenizer / "tokenizer.json").exists():
         return
-    recipe = load_config(TokenizerRecipe, HOUSE / "tokenizer/quickstart-4k.yaml", [override("output", walk.tokenizer)])
-    recipe = recipe.model_copy(update={"sources": (walk.corpus,)})
-    with byte_bar(walk.console, "reading and merging") as advance:
+    recipe = load_config(
+        TokenizerRecipe, PROJECT / "tokenizer/quickstart-4k.yaml", [override("output", setup.tokenizer)]
+    )
+    recipe = recipe.model_copy(update={"sources": (setup.corpus,)})
+    with byte_bar(setup.console, "reading and merging") as advance:
         train_tokenizer(recipe, lambda report: advance(report.text_bytes, None)).save(recipe.output)
 
 
-def make_shards(walk: Walk) -> PretrainConfig:
-    """Tokenize the corpus; returns the config of the pretraining, its steps not yet fitted to the time."""
+def make_shards(setup: Setup) -> PretrainConfig:
+    """Tokenize the corpus; returns the pretraining config, whose steps are not fitted to the time yet."""
     preset = "quickstart-cuda" if torch.cuda.is_available() else "quickstart"
     config = load_config(
         PretrainConfig,
-        HOUSE / f"configs/pretrain/{preset}.yaml",
+        PROJECT / f"configs/pretrain/{preset}.yaml",
         [
-            override("run_dir", walk.pretrain_dir),
-            override("data.tokenizer", walk.tokenizer),
-            override("data.shards", walk.run_dir / "shards"),
+            override("run_dir", setup.pretrain_dir),
+            override("data.tokenizer", setup.tokenizer),
+            override("data.shards", setup.run_dir / "shards"),
         ],
     )
-    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (walk.corpus,)})})
-    config = compiled_if_possible(walk, config)
-    with byte_bar(walk.console, "tokenizing") as advance:
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (setup.corpus,)})})
+    config = compiled_if_possible(setup, config)
+    with byte_bar(setup.console, "tokenizing") as advance:
         report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
-    walk.console.print(str(report), highlight=False)
+    setup.console.print(str(report), highlight=False)
     return config
 
 
-def do_pretrain(walk: Walk, config: PretrainConfig) -> PretrainConfig:
-    """Pretrain for the walk's share of time; returns the config with the steps that were chosen."""
-    saved = walk.pretrain_dir / "config.yaml"
+def do_pretrain(setup: Setup, config: PretrainConfig) -> PretrainConfig:
+    """Pretrain for PRETRAIN_SHARE of the time; returns the config with the number of steps that fits."""
+    saved = setup.pretrain_dir / "config.yaml"
     if saved.exists():
         config = load_config(PretrainConfig, saved, saved=True)
     else:
-        walk.console.print("measuring the speed of a step; torch.compile takes its time first ...")
+        setup.console.print("measuring the time of a step, after torch.compile ...")
         seconds = pretrain.seconds_per_step(config)
-        config = with_steps(config, int(PRETRAIN_SHARE * walk.minutes * 60 / seconds))
+        config = with_steps(config, int(PRETRAIN_SHARE * setup.minutes * 60 / seconds))
     if pretrain.run(config).stopped:
         raise StageStoppedError
     return config
 
 
-def do_finetune(walk: Walk, pretrained: PretrainConfig) -> None:
-    """Fine-tune on questions about the functions of the modules that were not held out."""
-    write_conversations(walk, pretrained.data.validation_fraction)
-    saved = walk.finetune_dir / "config.yaml"
+def do_finetune(setup: Setup, pretrained: PretrainConfig) -> None:
+    """Fine-tune on questions about the functions of modules that were not held out."""
+    write_conversations(setup, pretrained.data.validation_fraction)
+    saved = setup.finetune_dir / "config.yaml"
     if saved.exists():
         config = load_config(FinetuneConfig, saved, saved=True)
     else:
         config = load_config(
             FinetuneConfig,
-            HOUSE / "configs/finetune/quickstart.yaml",
+            PROJECT / "configs/finetune/quickstart.yaml",
             [
-                override("run_dir", walk.finetune_dir),
-                override("start_from", walk.pretrain_dir),
-                override("data.train", [walk.chat_file("train")]),
-                override("data.validation", [walk.chat_file("validation")]),
+                override("run_dir", setup.finetune_dir),
+                override("start_from", setup.pretrain_dir),
+                override("data.train", [setup.chat_file("train")]),
+                override("data.validation", [setup.chat_file("validation")]),
             ],
         )
         tokens = config.train.global_batch_size * config.data.sequence_length
-        seconds = tokens / median_speed(walk.pretrain_dir)
-        config = compiled_if_possible(walk, config)
-        config = with_steps(config, int(FINETUNE_SHARE * walk.minutes * 60 / seconds))
+        seconds = tokens / median_speed(setup.pretrain_dir)
+        config = compiled_if_possible(setup, config)
+        config = with_steps(config, int(FINETUNE_SHARE * setup.minutes * 60 / seconds))
     if finetune.run(config).stopped:
         raise StageStoppedError
 
 
-def write_conversations(walk: Walk, validation_fraction: float) -> None:
-    """Questions and answers as JSONL; those on a module that was held out of pretraining are held out here too."""
+def write_conversations(setup: Setup, validation_fraction: float) -> None:
+    """Write questions and answers as JSONL. A module that was held out of pretraining is held out here too."""
     lines: dict[str, list[str]] = {"train": [], "validation": []}
-    for pair in docstring_pairs():
-        split = "validation" if held_out(pair.document_id, validation_fraction) else "train"
-        lines[split].append(json.dumps(pair.conversation, ensure_ascii=False) + "\n")
+    for question in docstring_questions():
+        split = "validation" if held_out(question.document_id, validation_fraction) else "train"
+        lines[split].append(json.dumps(question.conversation, ensure_ascii=False) + "\n")
     for split, rows in lines.items():
-        walk.chat_file(split).parent.mkdir(parents=True, exist_ok=True)
-        walk.chat_file(split).write_text("".join(rows), encoding="utf-8")
-    walk.console.print(f"{len(lines['train']):,} questions to train on, {len(lines['validation']):,} held out")
+        setup.chat_file(split).parent.mkdir(parents=True, exist_ok=True)
+        setup.chat_file(split).write_text("".join(rows), encoding="utf-8")
+    setup.console.print(f"{len(lines['train']):,} questions to train on, {len(lines['validation']):,} held out")
 
 
-def show_samples(walk: Walk, config: PretrainConfig) -> list[dict[str, str]]:
-    """Print, as they are generated, the pretrained model's continuations and the fine-tuned model's answers."""
+def show_samples(setup: Setup, config: PretrainConfig) -> list[dict[str, str]]:
+    """Print the pretrained model's continuations and the fine-tuned model's answers as they are generated."""
     samples = []
-    session = Session.load(walk.pretrain_dir, device=config.parallel.device)
+    session = Session.load(setup.pretrain_dir, device=config.parallel.device)
     for prompt in PROMPTS:
-        text = show(walk, prompt, session.complete(prompt, CONTINUE))
+        text = show(setup, prompt, session.complete(prompt, CONTINUE))
         samples.append({"model": "pretrain", "prompt": prompt, "text": text})
-    session = Session.load(walk.finetune_dir, device=config.parallel.device)
-    rows = [json.loads(line)["messages"] for line in walk.chat_file("validation").read_text("utf-8").splitlines()]
+    session = Session.load(setup.finetune_dir, device=config.parallel.device)
+    rows = [json.loads(line)["messages"] for line in setup.chat_file("validation").read_text("utf-8").splitlines()]
     for question, reference in rows[:: max(1, len(rows) // QUESTIONS)][:QUESTIONS]:
-        text = show(walk, question["content"] + "\n", session.chat([question], ANSWER))
+        text = show(setup, question["content"] + "\n", session.chat([question], ANSWER))
         samples.append(
             {
                 "model": "finetune",
@@ -211,23 +212,23 @@ def show_samples(walk: Walk, config: PretrainConfig) -> list[dict[str, str]]:
     return samples
 
 
-def show(walk: Walk, prompt: str, deltas: Iterable[Delta]) -> str:
-    """Stream a text to the terminal after its prompt."""
-    walk.console.print(prompt, style="bold", end="", markup=False, highlight=False)
+def show(setup: Setup, prompt: str, deltas: Iterable[Delta]) -> str:
+    """Stream a text to the terminal, after its prompt."""
+    setup.console.print(prompt, style="bold", end="", markup=False, highlight=False)
     text = ""
     for delta in deltas:
-        walk.console.out(delta.text, end="", highlight=False)
+        setup.console.out(delta.text, end="", highlight=False)
         text += delta.text
-    walk.console.print("\n")
+    setup.console.print("\n")
     return text
 
 
-def measure(walk: Walk, config: PretrainConfig) -> dict[str, Any]:
-    """Bits per byte on the held-out documents: the model's, xz's and those of token frequencies."""
-    evaluation = evaluate(walk.pretrain_dir)
-    tokenizer = Tokenizer.load(walk.tokenizer)
+def measure(setup: Setup, config: PretrainConfig) -> dict[str, Any]:
+    """Bits per byte of the held-out documents: by the model, by xz, by token frequencies."""
+    evaluation = evaluate(setup.pretrain_dir)
+    tokenizer = Tokenizer.load(setup.tokenizer)
     train, validation = (
-        TokenShards.open(config.data.shards / walk.corpus.name, split, verify=False)
+        TokenShards.open(config.data.shards / setup.corpus.name, split, verify=False)
         for split in ("train", "validation")
     )
     counts = np.bincount(train.tokens(0, train.num_tokens), minlength=tokenizer.vocab_size)
@@ -245,14 +246,14 @@ def measure(walk: Walk, config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def summarise(walk: Walk, config: PretrainConfig, figures: dict[str, Any]) -> None:
-    """Write summary.json, show the table, and say what to type next."""
+def summarise(setup: Setup, config: PretrainConfig, figures: dict[str, Any]) -> None:
+    """Write summary.json, print the table and the commands to try next."""
     parameters = count_parameters(config.model)
-    losses = [line["val_loss"] for line in metrics(walk.finetune_dir) if "val_loss" in line]
+    losses = [line["val_loss"] for line in metrics(setup.finetune_dir) if "val_loss" in line]
     summary = {
-        "seconds": read_seconds(walk),
-        "tokens_per_second": median_speed(walk.pretrain_dir),
-        "pretrain_tokens": sum(line["tokens"] for line in metrics(walk.pretrain_dir)),
+        "seconds": read_seconds(setup),
+        "tokens_per_second": median_speed(setup.pretrain_dir),
+        "pretrain_tokens": sum(line["tokens"] for line in metrics(setup.pretrain_dir)),
         **figures,
         "sft_val_loss_before": losses[0],
         "sft_val_loss_after": losses[-1],
@@ -260,49 +261,49 @@ def summarise(walk: Walk, config: PretrainConfig, figures: dict[str, Any]) -> No
         "params_active": parameters.active,
         "device": pick_device(config.parallel.device).type,
     }
-    (walk.run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+    (setup.run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
     table = Table(title="The walk", show_header=False)
     for name, value in (
         ("parameters", f"{parameters.total:,} in all, {parameters.active:,} active a token"),
         ("pretraining", f"{summary['pretrain_tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s"),
         (
             "held-out text",
-            f"{figures['val_bits_per_byte']:.3f} bits a byte (perplexity {figures['val_perplexity']:.1f})",
+            f"{figures['val_bits_per_byte']:.3f} bits per byte (perplexity {figures['val_perplexity']:.1f})",
         ),
-        ("  the same by xz -9", f"{figures['xz_bits_per_byte']:.3f} bits a byte"),
-        ("  by token frequencies", f"{figures['unigram_bits_per_byte']:.3f} bits a byte"),
+        ("  by xz -9", f"{figures['xz_bits_per_byte']:.3f} bits per byte"),
+        ("  by token frequencies", f"{figures['unigram_bits_per_byte']:.3f} bits per byte"),
         ("held-out questions", f"loss {losses[0]:.3f} before fine-tuning, {losses[-1]:.3f} after"),
         ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())),
     ):
         table.add_row(name, value)
-    walk.console.print(table)
+    setup.console.print(table)
     program = shlex.join(this_program())
-    walk.console.print(
-        f"Everything is in {walk.run_dir}: summary.json, tokenizer/, shards/, pretrain/, chat/, finetune/. Type next:\n"
-        f"  {program} chat {shlex.quote(str(walk.finetune_dir))}\n"
-        f"  {program} sample {shlex.quote(str(walk.pretrain_dir))} --prompt 'import os'\n"
-        f"  {program} eval {shlex.quote(str(walk.pretrain_dir))} {shlex.quote(str(HOUSE / 'README.md'))}",
+    setup.console.print(
+        f"Everything is in {setup.run_dir}: summary.json, tokenizer/, shards/, pretrain/, chat/, finetune/. Try next:\n"
+        f"  {program} chat {shlex.quote(str(setup.finetune_dir))}\n"
+        f"  {program} sample {shlex.quote(str(setup.pretrain_dir))} --prompt 'import os'\n"
+        f"  {program} eval {shlex.quote(str(setup.pretrain_dir))} {shlex.quote(str(PROJECT / 'README.md'))}",
         highlight=False,
         soft_wrap=True,
     )
 
 
 @contextmanager
-def stage(walk: Walk, name: str) -> Iterator[None]:
-    """Head a stage, and add its seconds, also of a stage that is stopped, to those of earlier runs."""
-    walk.console.rule(name)
+def stage(setup: Setup, name: str) -> Iterator[None]:
+    """Print the stage's title, and add its seconds to those of earlier runs, even if it is stopped."""
+    setup.console.rule(name)
     started = time.monotonic()
     try:
         yield
     finally:
-        seconds = read_seconds(walk)
+        seconds = read_seconds(setup)
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
-        walk.run_dir.mkdir(parents=True, exist_ok=True)
-        (walk.run_dir / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        setup.run_dir.mkdir(parents=True, exist_ok=True)
+        (setup.run_dir / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-def read_seconds(walk: Walk) -> dict[str, float]:
-    file = walk.run_dir / "seconds.json"
+def read_seconds(setup: Setup) -> dict[str, float]:
+    file = setup.run_dir / "seconds.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
@@ -311,21 +312,21 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def median_speed(run_dir: Path) -> float:
-    """Tokens a second of the median step."""
+    """Tokens per second of the median step."""
     return statistics.median(line["tokens_per_second"] for line in metrics(run_dir) if "tokens_per_second" in line)
 
 
 def override(key: str, value: Path | list[Path]) -> str:
-    """`key=value` for paths of any spelling: JSON is YAML."""
+    """`key=value` for any path: JSON is YAML."""
     return f"{key}={json.dumps(value, default=str)}"
 
 
-def compiled_if_possible(walk: Walk, config: ConfigT) -> ConfigT:
-    """The config without `torch.compile` on a machine that lacks something for it."""
+def compiled_if_possible(setup: Setup, config: ConfigT) -> ConfigT:
+    """The config, without `torch.compile` on a machine that cannot run it."""
     needed = compiling_needs(pick_device(config.parallel.device))
     if needed is None:
         return config
-    walk.console.print(f"torch.compile is left out: it needs {needed}")
+    setup.console.print(f"training without torch.compile, which needs {needed}")
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
 
 

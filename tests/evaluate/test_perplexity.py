@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import lzma
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatDataConfig, DataConfig, SourceConfig
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.config.training import TrainConfig
@@ -24,8 +23,9 @@ from moe_lm.evaluate.perplexity import compression_baselines, evaluate, score_do
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.conftest import SaveRun
+from tests.tiny import tiny_model
 
-SaveRun = Callable[..., Path]
 WINDOW = 12
 BOS, EOS = 0, 1
 TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
@@ -33,19 +33,7 @@ TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    config = ModelConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        n_routed_experts=4,
-        initializer_range=0.2,
-    )
-    model = LanguageModel(config)
-    model.initialise(seed=1)
-    return model
+    return tiny_model(vocab_size=1024, max_position_embeddings=32)
 
 
 def random_documents(*lengths: int) -> list[list[int]]:
@@ -202,7 +190,7 @@ def test_a_text_file_is_one_document_with_its_end(
     assert result.nll == pytest.approx(nll_sum / result.tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nll_sum / result.tokens), rel=1e-4)
     assert result.bits_per_byte == pytest.approx(nll_sum / math.log(2) / len(text.encode()), rel=1e-5)
-    assert f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits a byte" in str(result)
+    assert f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte" in str(result)
 
 
 def test_files_are_decompressed_and_rows_are_documents(tmp_path: Path, run: Path) -> None:
@@ -246,7 +234,7 @@ def test_a_run_that_held_nothing_out_is_told_what_to_do(
     write_sources(tmp_path)
     config = pretrain_config(tmp_path, model, validation_fraction=0.0)
     prepare(config.data)
-    with pytest.raises(UsageError, match=r"hold no text out \(validation_fraction=0.0\); give text files"):
+    with pytest.raises(UsageError, match=r"have no held-out text \(validation_fraction=0.0\); give text files"):
         evaluate(save_run(model, dump_config(config)))
 
 

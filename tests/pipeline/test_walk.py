@@ -109,7 +109,7 @@ def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_pat
 
     out, err = watched("eval", tmp_path / "pretrained")
     assert "deepspeed" not in err
-    bits = re.search(r"([\d.]+) bits a byte", out)
+    bits = re.search(r"([\d.]+) bits per byte", out)
     assert bits is not None
     assert 0.5 < float(bits[1]) < 3.0  # untrained: log2(400) bits a token of about 3 bytes
     assert moe_lm("eval", tmp_path / "tuned", tmp_path / "chat.jsonl").code == 2  # conversations have no field `text`

@@ -1,4 +1,4 @@
-"""The verb `explain`: one picture of what a model attends to and which experts take its tokens."""
+"""The verb `explain`: a picture of a model's attention and of the experts that it chooses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def explain(
     truncate: bool = False,
     base: Path | None = None,
 ) -> None:
-    """Draw the attention of these layers and heads over `prompt`, the last tokens of it when it is long.
+    """Draw the attention of these layers and heads over the last tokens of `prompt`.
 
-    Without a choice at most 6 layers and 8 heads, evenly spread. Raises UsageError for layers, heads, a prompt or a
-    name that cannot be, MoeLmError when matplotlib is not installed or the picture cannot be written.
+    By default at most MOST_LAYERS layers and MOST_HEADS heads, evenly spread. Raises UsageError for impossible layers,
+    heads, prompts or file names, MoeLmError when matplotlib is missing or the picture cannot be written.
     """
     picture.check_name(out)
     picture.need_matplotlib()
@@ -39,14 +39,14 @@ def explain(
     )
     if len(choice.layers) * len(choice.heads) > MOST_PANELS:
         raise UsageError(
-            f"{len(choice.layers)} layers by {len(choice.heads)} heads are more than the {MOST_PANELS} panels that one "
+            f"{len(choice.layers)} layers by {len(choice.heads)} heads are more than the {MOST_PANELS} panels that a "
             "picture can hold; choose fewer with --layers and --heads"
         )
     recording = record(session.model, session.prompt_ids(prompt, 1, truncate))
     if len(recording.ids) > picture.TOKENS:
         print(
-            f"the prompt has {len(recording.ids)} tokens; the picture shows the last {picture.TOKENS}, and the "
-            "attention to those before them in one column",
+            f"the prompt has {len(recording.ids)} tokens; the picture shows the last {picture.TOKENS}, and sums up the "
+            "attention to earlier ones in one column",
             file=sys.stderr,
         )
     words = prompt if len(prompt) <= 60 else f"{prompt[:29]} … {prompt[-29:]}"
@@ -60,7 +60,7 @@ def explain(
 
 
 def _name(run: Path, checkpoint: Path) -> str:
-    """The run's name and its checkpoint's; one of them where a checkpoint was given, wherever it lies."""
+    """The names of the run and its checkpoint; a single name if `run` is the checkpoint."""
     return ", ".join(dict.fromkeys(filter(None, (run.resolve().name, checkpoint.resolve().name))))
 
 

@@ -1,6 +1,6 @@
-"""A recording as one picture: a row a layer, a panel a head, and beside them which experts took each token.
+"""The picture of a recording: one row per layer, one panel per head, then one with the experts of each token.
 
-Every panel has the reading tokens from top to bottom, so that the names on the left are those of the whole row.
+The rows of every panel are the attending tokens, so that the labels on the left hold for the whole row.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TOKENS = 32  # that have names one can read
-INCHES = 0.13  # a token
+TOKENS = 32  # whose labels stay readable
+INCHES = 0.13  # per token
 SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "←"})
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC",
          "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 FORMATS = (".png", ".svg", ".pdf")
-NEVER = "#eeeeee"  # what a token cannot see
+MASKED = "#eeeeee"  # the tokens that one cannot attend to
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which layers and heads are drawn."""
+    """The layers and heads to draw."""
 
     layers: Sequence[int]
     heads: Sequence[int]
 
 
 def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, experts: int, title: str) -> Figure:
-    """The last `TOKENS` tokens; what they look at before those is added up in one column, so that rows sum to 1.
+    """Draw the last `TOKENS` tokens. Attention to earlier ones is summed up in one column, so that rows sum to 1.
 
     `decode` gives the text of one id. Raises MoeLmError when matplotlib is not installed.
     """
@@ -73,7 +73,7 @@ def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, exp
             for column, head in enumerate(choice.heads):
                 axes = figure.add_subplot(grid[row, column])
                 weights = fold(recording.attention[layer][head], before)
-                axes.set_facecolor(NEVER)
+                axes.set_facecolor(MASKED)
                 axes.imshow(weights, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
                 axes.set_title(f"layer {layer}, head {head}" if column == 0 else f"head {head}", loc="left", pad=3)
                 _name(axes, names if column == 0 else None, seen if is_last else None)
@@ -82,12 +82,12 @@ def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, exp
                 _draw_experts(axes, recording, layer, before, wide, norm)
         bar = figure.add_axes((1 - 0.6 / width, margins["bottom"] / height, 0.12 / width, min(1.5, high) / height))
         figure.colorbar(matplotlib.cm.ScalarMappable(norm, "Greys"), cax=bar, label="share")
-        figure.canvas.draw()  # within the context, which the fonts are looked up in
+        figure.canvas.draw()  # fonts are looked up now, which needs the context
     return figure
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Raises MoeLmError when it cannot be written."""
+    """Write the figure. Raises MoeLmError when that fails."""
     try:
         figure.savefig(out)
     except OSError as error:
@@ -95,15 +95,15 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def check_name(out: Path) -> None:
-    """Raise UsageError for a name whose ending is no kind of picture."""
+    """Raise UsageError for a name that does not end as a picture's does."""
     if out.suffix not in FORMATS:
-        raise UsageError(f"--out {out} does not end like a picture; expected one of {', '.join(FORMATS)}")
+        raise UsageError(f"--out {out} is not the name of a picture; expected one that ends in {', '.join(FORMATS)}")
 
 
 def fold(weights_SS: Tensor, before: int) -> Any:
-    """The weights of the tokens from `before` on, those on earlier tokens added up in a first column.
+    """The rows of the tokens from `before` on, with the weights on earlier tokens summed in a first column.
 
-    What comes after a token is masked, so that it cannot be taken for a small weight.
+    Later tokens are masked, so that they are not taken for small weights.
     """
     import numpy as np
 
@@ -117,7 +117,7 @@ def fold(weights_SS: Tensor, before: int) -> Any:
 
 
 def label(id_: int, text: str, fonts: Sequence[str]) -> str:
-    """A token's name: its text with signs for white space, or its number where no font has it or it is no text."""
+    """The label of a token: its text with signs for white space, or its id if it is not text or no font has it."""
     text = text.translate(SIGNS)
     if not text or not text.isprintable() or "\ufffd" in text or not _has_glyphs(text, fonts):
         return f"#{id_}"
@@ -125,14 +125,14 @@ def label(id_: int, text: str, fonts: Sequence[str]) -> str:
 
 
 def spelled(text: str, fonts: Sequence[str]) -> str:
-    """The text with escapes in place of what no font has."""
+    """The text, with escapes for characters that no font has."""
     return "".join(
         sign if sign == "\n" or _has_glyphs(sign, fonts) else sign.encode("unicode_escape").decode() for sign in text
     )
 
 
 def installed_fonts() -> list[str]:
-    """Those of `FONTS` that are here; the first one comes with matplotlib."""
+    """The `FONTS` that are installed; the first one comes with matplotlib."""
     need_matplotlib()
     from matplotlib import font_manager
 
@@ -141,7 +141,7 @@ def installed_fonts() -> list[str]:
 
 
 def need_matplotlib() -> None:
-    """Raise MoeLmError when it is not installed."""
+    """Raise MoeLmError when matplotlib is not installed."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:

@@ -1,4 +1,4 @@
-"""What a model looks at: one pass over a text that keeps every attention weight and the choice of every router.
+"""A forward pass that keeps every attention weight and the decision of every router.
 
 Shapes: S tokens, H query heads, K key-value heads, E experts.
 """
@@ -18,9 +18,9 @@ from moe_lm.model.transformer import LanguageModel
 
 @dataclass(frozen=True)
 class RecordingAttention:
-    """Causal attention of one row, written out so that its weights can be kept: `weights[layer]` is `[H, S, S]`.
+    """Causal attention of one row, written out to keep its weights: `weights[layer]` is `[H, S, S]`, a row per query.
 
-    Query i has row i. Training and generation run the same layers with other kernels.
+    Training and generation run the same layers with other kernels.
     """
 
     weights: dict[int, Tensor] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class RecordingAttention:
 
 @dataclass(frozen=True)
 class Recording:
-    """`attention[layer]` is `[H, S, S]`, `routings[layer]` what the router of a layer with experts decided."""
+    """`attention[layer]` is `[H, S, S]`; `routings[layer]` is the decision of the router, in layers with experts."""
 
     ids: list[int]
     logits: Tensor  # [S, V]
@@ -48,7 +48,7 @@ class Recording:
 
 @torch.inference_mode()
 def record(model: LanguageModel, ids: list[int]) -> Recording:
-    """Run a model over the ids. Their number is at most `max_position_embeddings`."""
+    """Run a model over at most `max_position_embeddings` ids."""
     device = model.device
     attend = RecordingAttention()
     positions = torch.arange(len(ids), device=device)
@@ -58,6 +58,6 @@ def record(model: LanguageModel, ids: list[int]) -> Recording:
 
 
 def shares(routing: Routing, experts: int) -> Tensor:
-    """What share each expert has in what a token gets from all of its own, `[S, E]`; 0 for those not chosen."""
+    """The share of each expert in the routed output of a token, `[S, E]`; 0 for experts that were not chosen."""
     weights_Sk = routing.weights / routing.weights.sum(-1, keepdim=True).clamp(min=1e-20)
     return torch.zeros(len(weights_Sk), experts).scatter_(-1, routing.experts, weights_Sk.float())

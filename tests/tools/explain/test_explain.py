@@ -18,31 +18,10 @@ from moe_lm.tools.explain import explain as verb
 from moe_lm.tools.explain import picture
 from moe_lm.tools.explain.picture import Choice, draw, fold, label
 from moe_lm.tools.explain.recording import Recording, record, shares
+from tests.tiny import LATENT, tiny
 
-GROUPED = ModelConfig(
-    vocab_size=1100,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=64,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    first_k_dense_replace=1,
-    initializer_range=0.3,
-)
-LATENT = GROUPED.model_copy(
-    update={
-        "num_key_value_heads": None,
-        "use_qk_norm": False,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-    }
-)
-MODELS = {"grouped-query": GROUPED, "latent": LATENT}
+SIZES = {"vocab_size": 1100, "initializer_range": 0.3}
+GROUPED, MULTI_LATENT, DENSE = tiny(**SIZES), tiny(**SIZES | LATENT), tiny(**SIZES, n_routed_experts=0)
 
 
 def built(config: ModelConfig) -> LanguageModel:
@@ -51,9 +30,9 @@ def built(config: ModelConfig) -> LanguageModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_recording_is_what_the_model_computes(name: str) -> None:
-    model, ids = built(MODELS[name]), list(range(7, 27))
+@pytest.mark.parametrize("config", [GROUPED, MULTI_LATENT], ids=["grouped-query", "latent"])
+def test_the_recording_is_what_the_model_computes(config: ModelConfig) -> None:
+    model, ids = built(config), list(range(7, 27))
     recording = record(model, ids)
     attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
     with torch.inference_mode():
@@ -131,13 +110,13 @@ def test_a_panel_a_head_and_the_experts_of_each_layer() -> None:
 
 
 def test_a_long_prompt_is_drawn_from_its_end() -> None:
-    _, texts = drawn(LATENT, 40, layers=[2], heads=[1])
+    _, texts = drawn(MULTI_LATENT, 40, layers=[2], heads=[1])
     assert texts[0][:2] == ["layer 2, head 1", "$18"]
     assert texts[0][33:35] == ["8 before", "$18"]
 
 
 def test_a_dense_model_has_no_experts_beside_it() -> None:
-    _, texts = drawn(GROUPED.model_copy(update={"n_routed_experts": 0}), 4)
+    _, texts = drawn(DENSE, 4)
     assert [text[0] for text in texts[:-1]] == ["layer 0, head 0", "head 3", "layer 1, head 0", "head 3"]
 
 
@@ -166,7 +145,7 @@ def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: Callab
     for options, error in {
         ("--layers", "3"): "--layers names layer 3; this model has layers 0 to 2",
         ("--heads", "x"): "--heads x is no list of numbers",
-        ("--out", tmp_path / "a.doc"): "does not end like a picture; expected one of .png, .svg, .pdf",
+        ("--out", tmp_path / "a.doc"): "is not the name of a picture; expected one that ends in .png, .svg, .pdf",
         ("--prompt", "caf\udce9"): "--prompt is not UTF-8 text at character 3",
         ("--prompt", "1 2 3 " * 40): "max_position_embeddings=64; shorten it",
     }.items():

@@ -113,7 +113,7 @@ def test_imported_run_scores_files_but_has_no_text_of_its_own(
     (tmp_path / "a.txt").write_text("A text to score.", encoding="utf-8")
     done = moe_lm("eval", run, tmp_path / "a.txt")
     assert done.code == 0, done.err
-    assert "bits a byte" in done.out
+    assert "bits per byte" in done.out
     done = moe_lm("eval", run)
     assert done.code == 2
     assert done.err == (

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_lm.config.model import ModelConfig
-from moe_lm.model.transformer import LanguageModel
 from tests.conftest import SaveRun
+from tests.tiny import tiny_model
 
 PREFER = "preference={beta: 0.1, label_smoothing: 0.1, sft_weight: 0.5}"
 ADAPT = "lora={rank: 8, dropout: 0.1}"
@@ -21,14 +20,9 @@ ADAPT = "lora={rank: 8, dropout: 0.1}"
 @pytest.fixture
 def config_file(save_run: SaveRun, tmp_path: Path) -> Path:
     """A fine-tuning of a run whose model is of the DeepSeekMoE form."""
-    values = {
-        "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-    }  # fmt: skip
     config = {
         "run_dir": str(tmp_path / "finetune"),
-        "start_from": str(save_run(LanguageModel(ModelConfig(**values)))),
+        "start_from": str(save_run(tiny_model(vocab_size=1024))),
         "data": {"train": [str(tmp_path / "not-read.jsonl")]},
         "train": {"steps": 10, "global_batch_size": 8},
         "parallel": {"device": "cpu"},
