@@ -1,7 +1,7 @@
 """The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
 
-The token stream of a source is cut into consecutive windows of `sequence_length`, which order.py shuffles: sequence g
-of the run is visit g. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
+The token stream of a source is divided into consecutive windows of `sequence_length`, which order.py shuffles: sequence
+g of the run is visit g. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from moe_lm.data.order import Mixture
 from moe_lm.data.shards import TokenShards, TokenStream
 
 IGNORE = -100  # the target of a position that is not trained
-PLAN_SEQUENCES = 8192  # planned at once: the cost per step of finding windows becomes small
+PLAN_SEQUENCES = 8192  # planned at once, which makes finding windows cheap per step
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed tokens, as the model takes them.
+    """Rows of packed tokens, in the form that the model takes.
 
     input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
     ends of rows are always among them. max_seqlen: tokens in the longest segment.
     own_tokens: [rows, sequence] bool, where the model reads its own prediction (train/scheduled_sampling.py).
-    answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the preferred one of the batch's pair p,
-    2p + 1 for the other, 2 * pairs for none. reference: [pairs, 2] float32, the reference's log-probabilities of them.
+    answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the chosen one of the batch's pair p,
+    2p + 1 for the rejected one, 2 * pairs for padding. reference: [pairs, 2] float32, their log-probabilities under the
+    reference model.
     """
 
     input_ids: Tensor
@@ -52,7 +53,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Positions that are trained on."""
+        """The number of positions that are trained on."""
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
@@ -67,7 +68,7 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """What the training loop reads. `fingerprint` is equal for equal data in equal order alone."""
+    """The source of the training loop's batches. `fingerprint` is equal only for equal data in equal order."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -78,10 +79,10 @@ class BatchSource(Protocol):
 
 
 class PackedBatches:
-    """Training batches out of the shards of one or several sources, mixed by weight (relative shares of sequences).
+    """Training batches from the shards of one or several sources, mixed by weight (relative shares of sequences).
 
-    With `separate_documents` a document attends to itself alone, its positions begin at 0, and its last token has
-    no target. Raises UsageError when a source has no whole window.
+    With `separate_documents` a document attends only to itself, its positions begin at 0, and its last token has no
+    target. Raises UsageError when a source is shorter than one window.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class PackedBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that hold as many sequences as the sources have windows together, rounded up."""
+        """The number of steps that hold as many sequences as all sources have windows, rounded up."""
         return -(-sum(self._windows) // self._batch_size)
 
     def batch(self, step: int, rows: range) -> Batch:
@@ -124,13 +125,13 @@ class PackedBatches:
         return _Windows(self._stream, starts, self._length, self._document_starts)
 
     def _window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the stream the windows of these sequences (counted over the whole run) begin. [n] -> [n]"""
+        """The places in the stream where the windows of these sequences of the run begin. [n] -> [n]"""
         sources, windows = self._mixture.items(sequences)
         return self._first_token[sources] + windows * self._length
 
 
 class EvaluationBatches:
-    """Every token of a split once and in order, in batches of one shape; the last one is filled up with padding.
+    """Every token of a split once and in order, in batches of one shape. The last batch is filled up with padding.
 
     Padding is token 0 without targets, in attention segments of its own.
     """
@@ -155,7 +156,7 @@ class EvaluationBatches:
 
 
 class _Windows:
-    """Windows of one length in a token stream, cut at the starts of documents when those are given."""
+    """Windows of one length in a token stream, divided at the starts of documents when those are given."""
 
     def __init__(
         self, stream: TokenStream, starts: NDArray[np.int64], length: int, document_starts: NDArray[np.int64] | None
@@ -185,7 +186,7 @@ class _Windows:
         return pack(tokens[:, :-1].astype(np.int64), targets, bounds)
 
     def _document_begins(self, selection: slice, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where documents begin in the flattened batch; one that begins with the next row's place counts too."""
+        """The places in the flattened batch where documents begin, including the place just after a row."""
         assert self._document_starts is not None
         first = self._first[selection]
         counts = self._last[selection] - first
@@ -195,7 +196,7 @@ class _Windows:
 
 
 def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArray[np.int64]) -> Batch:
-    """A batch out of [rows, sequence] tokens and the sorted bounds of its attention segments (from 0 to all)."""
+    """A batch of [rows, sequence] tokens with the sorted bounds of its attention segments, from 0 to the last token."""
     lengths = np.diff(bounds)
     position_ids = np.repeat(-bounds[:-1], lengths)
     position_ids += _count_up(input_ids.size)

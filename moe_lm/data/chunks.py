@@ -1,7 +1,7 @@
 """Chunks: documents tokenized by several processes into numbered files.
 
-The documents of a source are cut into chunks by size alone. Each chunk's file is named after its number and a hash of
-its documents and appears under that name whole, so that a second run finds what the first one finished.
+The documents of a source are divided into chunks by size only. Each chunk's file is named after its number and a hash
+of its documents, and appears whole under that name, so that a second run finds the chunks that the first one finished.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from moe_lm.text.sources import Document
 from moe_lm.text.split import document_hash
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
-CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, so that there are not too many files
+CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, which keeps the number of files low
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk that is written. Its file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and `hashes`."""
+    """A finished chunk. Its file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and `hashes`."""
 
     path: Path
     documents: int
@@ -46,11 +46,11 @@ class Chunk:
 def write_chunks(
     documents: Iterable[Document], tokenizer_path: Path, fingerprint: str, folder: Path, workers: Workers
 ) -> Iterator[Chunk]:
-    """Tokenize documents into chunk files, in order; those that lie in the folder already are not made again."""
+    """Tokenize documents into chunk files, in order. Files that are in the folder already are not written again."""
     pending: deque[Future[Chunk]] = deque()
-    for number, part in enumerate(_cut(documents)):
-        path = folder / f"{number:06d}-{_chunk_hash(part)}.npz"
-        pending.append(workers.submit(_write_chunk, path, part, tokenizer_path, fingerprint))
+    for number, chunk in enumerate(_divide(documents)):
+        path = folder / f"{number:06d}-{_chunk_hash(chunk)}.npz"
+        pending.append(workers.submit(_write_chunk, path, chunk, tokenizer_path, fingerprint))
         if len(pending) > 2 * workers.count:
             yield pending.popleft().result()
     while pending:
@@ -58,11 +58,11 @@ def write_chunks(
 
 
 class Workers:
-    """Processes that tokenize, started when the first chunk is there; with one worker this process does it all."""
+    """The processes that tokenize, started with the first chunk. With one worker this process does all the work."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        # Spawned, not forked: the tokenizers library has threads, and a forked lock of theirs may never open.
+        # Spawned, not forked: the tokenizers library has threads, and a lock that they hold stays locked in a fork.
         self._pool = ProcessPoolExecutor(count, get_context("spawn"), _begin_worker) if count > 1 else None
 
     def submit(self, function: Callable[..., Chunk], *arguments: Any) -> Future[Chunk]:
@@ -80,12 +80,12 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise MoeLmError(
-                "a process of prepare was killed, perhaps for want of memory; run the same command again to go on, "
+                "a process of prepare was killed, perhaps because memory ran out; run the same command again to go on, "
                 "with fewer data.workers if it happens again"
             ) from error
 
 
-def _cut(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _divide(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chunk: list[Document] = []
     size = number = 0
     for document in documents:
@@ -102,7 +102,7 @@ def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fi
     try:
         with np.load(path) as file:
             index = file["index"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # it is not there, or not what was written
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing, or damaged
         tokenizer = _tokenizer(tokenizer_path, fingerprint)
         encoded = tokenizer.encode_batch([document.text for document in documents])
         dtype = token_dtype(tokenizer.vocab_size)
@@ -127,8 +127,8 @@ def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
 def _chunk_hash(documents: Sequence[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.id.encode("utf-8"), document.text.encode("utf-8")):
-            digest.update(len(part).to_bytes(8, "little") + part)
+        for data in (document.id.encode("utf-8"), document.text.encode("utf-8")):
+            digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
 
@@ -142,4 +142,4 @@ def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # killed outright it could not tell its workers, who would wait for chunks forever
+    os._exit(1)  # a parent that was killed cannot stop its workers, and they would wait for chunks forever

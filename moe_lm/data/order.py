@@ -29,7 +29,7 @@ class Mixture:
         self._shares = block_shares(weights)
 
     def items(self, visits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The sources of these visits, counted over the whole run, and the items in them. [n] -> [n], [n]"""
+        """The source of each visit, numbered over the whole run, and the item in that source. [n] -> [n], [n]"""
         if len(self._sizes) == 1:
             return np.zeros_like(visits), self._item(0, visits)
         block, place = np.divmod(visits, MIX_BLOCK)
@@ -39,7 +39,7 @@ class Mixture:
         items = np.empty_like(visits)
         for source, share in enumerate(self._shares):
             mine = sources == source
-            # The block's places of a source are numbered through, block after block: its own visits, each once.
+            # The places of one source are numbered through from block to block: these are its own visits, each once.
             items[mine] = self._item(source, block[mine] * share + place[mine] - (bounds[source] - share))
         return sources, items
 
@@ -50,7 +50,7 @@ class Mixture:
 
 
 def block_shares(weights: Sequence[float]) -> list[int]:
-    """How many of MIX_BLOCK visits each source gets: by largest remainder, at least one."""
+    """The number of visits that each source gets of MIX_BLOCK, by largest remainder and at least one."""
     exact = np.asarray(weights, np.float64) / sum(weights) * MIX_BLOCK
     shares = np.maximum(1, np.floor(exact)).astype(int)
     while (missing := MIX_BLOCK - int(shares.sum())) != 0:
@@ -60,7 +60,7 @@ def block_shares(weights: Sequence[float]) -> list[int]:
 
 
 def shuffle_key(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A 64-bit key per element out of non-negative numbers, like (seed, source, epoch); scalars broadcast."""
+    """A 64-bit key per element from non-negative numbers, like (seed, source, epoch); scalars broadcast."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = _mix(key ^ _mix(np.atleast_1d(np.asarray(part, np.uint64))))
@@ -70,8 +70,8 @@ def shuffle_key(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
 def shuffled(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The permutation of range(size) that `key` names, at `positions` [n]; `key` is [1] or one a position [n].
 
-    A Feistel network over the bits that `size` needs; what falls outside the range is sent through it again (cycle
-    walking), which takes fewer than two turns on average because the domain is below 2 x size.
+    A Feistel network over the bits that `size` needs. A result outside the range goes through the network again (cycle
+    walking), fewer than two times on average because the domain is smaller than 2 x size.
     """
     bits = max(2, (size - 1).bit_length())
     result = positions.astype(np.uint64)

@@ -1,8 +1,8 @@
-"""Documents -> token shards, tokenized by several processes; goes on where it was killed.
+"""Documents -> token shards, tokenized by several processes; a run that was killed goes on where it stopped.
 
-The documents of a source become chunks (chunks.py). When all are there they are joined in order into shards, and the
-manifest, written last, says that the folder is whole. The bytes of the shards depend neither on the number of
-processes nor on interruptions.
+The documents of a source become chunks (chunks.py). Finished chunks are joined in order into shards, and the manifest,
+written last, makes the folder complete. The bytes of the shards depend neither on the number of processes nor on
+interruptions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARD_TOKENS = 64 << 20
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """What is tokenized of a source so far; `total_bytes` is None where it shows only at the end."""
+    """Counts of what is tokenized of a source so far; `total_bytes` is None when the size is not known in advance."""
 
     source: str
     documents: int
@@ -45,7 +45,7 @@ class PrepareProgress:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The manifest of each source by name. As text: documents, bytes, tokens, and what was skipped and why."""
+    """The manifest of each source by name. As text: documents, bytes, tokens, and counts of what was skipped."""
 
     manifests: dict[str, Manifest]
 
@@ -102,7 +102,7 @@ def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
             _remove_work(folder)
     except OSError as error:
         raise MoeLmError(
-            f"cannot write shards to {folder}: {error.strerror or error}; mend that and run prepare again, "
+            f"cannot write shards to {folder}: {error.strerror or error}; fix that and run prepare again, "
             f"it goes on where it stopped"
         ) from error
     return manifest
@@ -123,7 +123,7 @@ def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total
 
 
 def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Job) -> dict[str, Any]:
-    """What the shards depend on. Of files their names and sizes, so that a corpus that grew is noticed."""
+    """Everything that the shards depend on. Files count by name and size, so that a corpus that grew is noticed."""
     listing = hashlib.sha256("\n".join(f"{name} {path.stat().st_size}" for name, path in files).encode()).hexdigest()
     origin = (
         {"dataset": source.dataset, "subset": source.subset, "split": source.split}
@@ -166,7 +166,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _work_folder(folder: Path, made_from: dict[str, Any]) -> Path:
-    """Where the chunks lie; what an earlier run left that was made from something else is removed."""
+    """The folder of the chunks. Chunks of an earlier run that were made from something else are removed."""
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     work = folder / f".work-{key}"
     _remove_work(folder, keep=work)
@@ -203,7 +203,7 @@ def _read(chunk: Path, name: str) -> NDArray[Any]:
 
 
 class _ShardWriter:
-    """Gathers documents and writes a shard whenever there are SHARD_TOKENS."""
+    """Collects documents and writes a shard whenever there are SHARD_TOKENS tokens."""
 
     def __init__(self, folder: Path, split: Split) -> None:
         self._folder = folder
@@ -253,7 +253,7 @@ def _write(path: Path, data: bytes | memoryview) -> str:
 def _summary(name: str, manifest: Manifest) -> Iterator[str]:
     yield (
         f"{name}: {manifest.documents:,} documents, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
-        f"({manifest.text_bytes / manifest.tokens:.2f} bytes a token)"
+        f"({manifest.text_bytes / manifest.tokens:.2f} bytes per token)"
     )
     documents, tokens = (sum(getattr(shard, unit) for shard in manifest.validation) for unit in ("documents", "tokens"))
     yield f"  held out: {documents:,} documents, {tokens:,} tokens"

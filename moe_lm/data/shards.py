@@ -1,8 +1,8 @@
-"""Token shards on disk: their manifest, opening, checking, and reading them as one stream.
+"""Token shards on disk: their manifest, opening and checking them, and reading them as one stream.
 
-`<shards>/<source>/` holds `manifest.json` and, numbered for each split, `train-00000.bin`: the tokens, little-endian
-uint16 (uint32 when the vocabulary needs it), each document from `<|bos|>` to `<|eos|>`; and `train-00000.index`: for
-each of its documents the number of tokens and of bytes of text, two little-endian int64.
+`<shards>/<source>/` holds `manifest.json` and two kinds of files, numbered for each split. `train-00000.bin` is the
+tokens, little-endian uint16 (uint32 when the vocabulary needs it), each document from `<|bos|>` to `<|eos|>`.
+`train-00000.index` is two little-endian int64 for each document: its number of tokens and of bytes of text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Split = Literal["train", "validation"]
 
 
 class Shard(Section):
-    """One file of tokens and its index. The pattern keeps names inside the folder."""
+    """One file of tokens and its index. The pattern of `name` keeps paths inside the folder."""
 
     name: str = Field(pattern=r"^(train|validation)-[0-9]{5}$")
     tokens: int = Field(gt=0)
@@ -40,7 +40,7 @@ class Shard(Section):
 
 
 class Manifest(Section):
-    """What a folder of shards holds, and what it was made from."""
+    """The contents of a folder of shards, and what it was made from."""
 
     format: Literal[1] = 1
     made_from: dict[str, Any] = Field(description="source, tokenizer and split; other values need other shards")
@@ -50,7 +50,7 @@ class Manifest(Section):
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     skipped: dict[str, int] = Field(description="documents left out, by reason")
-    examples: dict[str, str] = Field(description="for each reason the first place")
+    examples: dict[str, str] = Field(description="the first place of each reason")
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return self.train if split == "train" else self.validation
@@ -69,12 +69,12 @@ class Manifest(Section):
 
 
 def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The smallest type that holds every id."""
+    """The smaller of two types that holds every id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UsageError when the folder has no manifest, or one that is damaged."""
+    """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -98,12 +98,12 @@ class TokenStream:
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start to stop of the whole sequence."""
         first = int(np.searchsorted(self._bounds, start, side="right")) - 1
-        parts = []
+        pieces = []
         for file, begin in zip(self._files[first:], self._bounds[first:].tolist(), strict=False):
             if begin >= stop:
                 break
-            parts.append(file[max(0, start - begin) : stop - begin])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            pieces.append(file[max(0, start - begin) : stop - begin])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """The windows of `length` tokens that begin at `starts` [n]. Returns [n, length], a copy."""
@@ -125,7 +125,7 @@ class TokenShards:
     """One split of one source, memory-mapped.
 
     files: the token arrays. document_starts: [documents] int64, where each document begins in their sequence.
-    document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal for equal tokens alone.
+    document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal only for equal tokens.
     """
 
     folder: Path
@@ -137,10 +137,10 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: Path, split: Split, verify: bool = True, tokenizer: Tokenizer | None = None) -> TokenShards:
-        """Map the shards of a split; `verify` reads every byte for its checksum and every token for its range.
+        """Map the shards of a split. `verify` checks every byte against the checksums, and the range of every token.
 
-        Raises UsageError naming the file that is missing, cut short or altered, and when `tokenizer` is not the one
-        that made the shards.
+        Raises UsageError that names the file when one is missing, cut short or altered, and when `tokenizer` is not
+        the tokenizer that made the shards.
         """
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
@@ -170,7 +170,7 @@ class TokenShards:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of UTF-8 text behind the tokens."""
+        """The bytes of UTF-8 text that the tokens were made from."""
         return int(self.document_bytes.sum())
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
@@ -216,6 +216,6 @@ def _check_sum(path: Path, data: NDArray[Any], expected: str) -> None:
 
 
 def _every_window(tokens: NDArray[Any], length: int) -> NDArray[Any]:
-    """Every window of `length` tokens, without a copy: [tokens - length + 1, length]."""
+    """A view of every window of `length` tokens: [tokens - length + 1, length]."""
     step = tokens.itemsize  # numpy's own sliding_window_view takes longer to set up than a batch to copy
     return np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens.data, strides=(step, step))

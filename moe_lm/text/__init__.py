@@ -1,1 +1,4 @@
-"""Documents out of files and data sets.  Reading order: sources.py, files.py, split.py."""
+"""Documents from files, data sets and the standard library.
+
+Reading order: sources.py, files.py, split.py.
+"""

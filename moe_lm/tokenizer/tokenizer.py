@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer: load, encode and decode; render conversations and mark what an assistant is trained on.
+"""A byte-level BPE tokenizer: loads, encodes and decodes; encodes conversations with their loss mask.
 
-Text and structure never mix: what a user writes is encoded as plain text, even where it spells `<|end|>`; the ids of
-special tokens come only from the chat template and from whoever packs documents.
+Text and structure never mix. What a user writes is encoded as plain text, even where it spells `<|end|>`. The ids of
+special tokens come only from the chat template, and from the code that puts documents into shards.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
-from moe_lm.tokenizer.chat.turns import Turns
+from moe_lm.tokenizer.chat.turns import ChatFormat
 
 # `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
-# where the splits of GPT-2, GPT-4 and ours all begin a new pre-token whatever stands around: the ids stay the same.
+# where the splits of GPT-2, of GPT-4 and ours all begin a new pre-token in any context, so the ids stay the same.
 PIECE_CHARS = 1 << 16
 PIECES_AT_ONCE = 64
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
@@ -36,9 +36,9 @@ GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that never reads special tokens out of text, and a chat template.
+    """A `tokenizers.Tokenizer` that never reads special tokens from text, with a chat template.
 
-    `config` is what `tokenizer_config.json` holds: the names of the bos, eos and pad tokens and the chat template.
+    `config` is the content of `tokenizer_config.json`: the names of the bos, eos and pad tokens and the chat template.
     Raises UsageError when `backend` has no token that ends a text.
     """
 
@@ -67,7 +67,7 @@ class Tokenizer:
         raise UsageError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Through the constructor: a pickled backend alone forgets that special tokens in text are plain text."""
+        """Pickle through the constructor: a pickled backend forgets that special tokens in text are plain text."""
         return type(self), (self._backend, self._config)
 
     def save(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class Tokenizer:
             raise MoeLmError(f"cannot write the tokenizer to {path}: {error.strerror}") from error
 
     def files(self) -> dict[str, str]:
-        """What a saved tokenizer consists of, by file name; `transformers.AutoTokenizer` loads it."""
+        """The content of each file of a saved tokenizer, by name; `transformers.AutoTokenizer` loads them."""
         return {
             "tokenizer_config.json": json.dumps(self._config, indent=2, ensure_ascii=False) + "\n",
             "tokenizer.json": self._backend.to_str(pretty=True) + "\n",
@@ -89,18 +89,18 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: the rows an embedding needs."""
+        """One more than the largest id: the number of rows that an embedding needs."""
         return 1 + max(self._backend.get_vocab().values())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex of `tokenizer.json` in canonical form: equal exactly where all ids mean the same."""
+        """SHA-256 in hex of `tokenizer.json` in canonical form: equal exactly when all ids mean the same."""
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that text alone can never give, with their ids."""
+        """The tokens that plain text never gives, with their ids."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: id_ for id_, token in added.items() if token.special}
 
@@ -122,7 +122,7 @@ class Tokenizer:
         return batch
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def render_chat(
@@ -131,7 +131,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The conversation as the template writes it, to look at: for ids use `encode_chat`.
+        """The conversation as the template writes it, for people to read; `encode_chat` gives the ids.
 
         Raises UsageError for a message without a known role or without text, and when the template refuses.
         """
@@ -143,34 +143,33 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and for each whether it is trained on: what an assistant has to write.
+        """The ids of a conversation, and the loss mask: for each id, whether it is trained on.
 
-        That is its turns, with calls of tools, and the token that ends them, but for messages with `train: False`. Only
-        the template's own text gives special tokens, what the messages say never does. Raises UsageError as
-        `render_chat` does.
+        Trained on are the assistant's turns, including tool calls and the token that ends a turn, without messages that
+        have `train: False`. Only the template's own text gives special tokens, never the text of a message. Raises
+        UsageError as `render_chat` does.
         """
-        rendering = self.chat_template.render(messages, tools, add_generation_prompt)
-        trained = self._turns.trained(messages, tools, rendering)
+        text, _, trained, specials = self._chat_format.render(messages, tools, add_generation_prompt)
         mark = NAME_MARK
-        while mark in rendering.text:
+        while mark in text:
             mark += NAME_END
         backend, ids_of_names = self._renamed_backend(mark)
-        # The special tokens that the template means get names that no text can hold; all else is tokenized as it is.
+        # The template's special tokens get names that no text can hold; everything else is tokenized as it is.
         pieces, flags, done = list[str](), list[np.ndarray[Any, Any]](), 0
-        for begin, end in self._turns.specials(rendering):
-            name = f"{mark}{self.special_tokens[rendering.text[begin:end]]}{NAME_END}"
-            pieces += [rendering.text[done:begin], name]
+        for begin, end in specials:
+            name = f"{mark}{self.special_tokens[text[begin:end]]}{NAME_END}"
+            pieces += [text[done:begin], name]
             flags += [trained[done:begin], np.full(len(name), trained[begin])]
             done = end
         try:
-            encoding = backend.encode("".join([*pieces, rendering.text[done:]]), add_special_tokens=False)
+            encoding = backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
         except TypeError as error:
             raise UsageError(HALF_PAIR) from error
+        # A token is trained on when one of its characters is.
         trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        return [ids_of_names.get(id_, id_) for id_ in encoding.ids], (
-            trained_before[ends] > trained_before[begins]
-        ).tolist()
+        loss_mask: list[bool] = (trained_before[ends] > trained_before[begins]).tolist()
+        return [ids_of_names.get(id_, id_) for id_ in encoding.ids], loss_mask
 
     @property
     def has_chat_template(self) -> bool:
@@ -178,21 +177,21 @@ class Tokenizer:
 
     @cached_property
     def end_id(self) -> int:
-        """The token that ends an assistant's answer, by the chat template; without one, eos."""
-        return self.special_tokens[self._turns.end] if self.has_chat_template else self.eos_id
+        """The token that ends an assistant's answer under the chat template; eos when there is no template."""
+        return self.special_tokens[self._chat_format.end] if self.has_chat_template else self.eos_id
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens after which an answer or a call of tools is complete: eos, and those of the chat template."""
+        """The tokens after which an answer or a tool call is complete: eos, and those of the chat template."""
         try:
-            ends = self._turns.ends
-        except UsageError:  # text can be written without a template, or with one that fails
+            ends = self._chat_format.ends
+        except UsageError:  # text can be sampled without a template, or with one that fails
             ends = set()
         return frozenset({self.eos_id, *(self.special_tokens[token] for token in ends)})
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """Raises UsageError when the tokenizer has none, or one that is no template."""
+        """The compiled template. Raises UsageError when the tokenizer has none, or one that is not a template."""
         source = self._config.get("chat_template")
         if not isinstance(source, str | list):
             raise UsageError("this tokenizer has no chat template; add chat_template.jinja to its folder")
@@ -200,11 +199,11 @@ class Tokenizer:
         return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
 
     @cached_property
-    def _turns(self) -> Turns:
-        return Turns(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
+    def _chat_format(self) -> ChatFormat:
+        return ChatFormat(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
 
     def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """The same tokenizer with other names for its special tokens, and the ids that these stand for."""
+        """The same tokenizer with other names for its special tokens, and their ids by the new ids."""
         if mark not in self._renamed_backends:
             content = json.loads(self._backend.to_str())
             content["post_processor"] = None
@@ -231,9 +230,9 @@ class Tokenizer:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Cut a long text into pieces of at most PIECE_CHARS whose ids, one after the other, are those of the text.
+    """Cut a long text into pieces of at most PIECE_CHARS whose ids, joined, are those of the text.
 
-    Only a text without any place to cut, a run of half PIECE_CHARS without a space or a line end, is cut anywhere.
+    The exception is a run of half PIECE_CHARS without a space or a line end, which is cut anywhere.
     """
     start = 0
     while len(text) - start > PIECE_CHARS:
@@ -247,8 +246,8 @@ def split_text(text: str) -> Iterator[str]:
 def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises nothing more special
-        raise UsageError(f"{vocabulary} and {merges} are no GPT-2 vocabulary: {error}; copy them again") from error
+    except Exception as error:  # the library raises nothing more specific
+        raise UsageError(f"{vocabulary} and {merges} are not a GPT-2 vocabulary: {error}; copy them again") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
@@ -256,7 +255,7 @@ def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, with the chat template that newer programs write into a file of its own."""
+    """The content of `tokenizer_config.json`, with the chat template that newer programs write to a separate file."""
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config: dict[str, Any] = _parse(file, lambda text: dict(json.loads(text))) if file.is_file() else {}
     if template.is_file():
@@ -269,11 +268,11 @@ def _parse(file: Path, parser: Callable[[str], Any]) -> Any:
         return parser(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except Exception as error:  # `tokenizers` raises nothing more special
+    except Exception as error:  # `tokenizers` raises nothing more specific
         raise UsageError(f"{file} is broken: {error}; copy or train the tokenizer again") from error
 
 
 def _content(token: Any) -> str | None:
-    """The text of a special token in `tokenizer_config.json`, which may be an object."""
+    """The text of a special token, which `tokenizer_config.json` may hold as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

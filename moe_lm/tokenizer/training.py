@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer, and measure how one does on a text."""
+"""Train a byte-level BPE tokenizer, and measure how well a tokenizer compresses a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST_TOKEN = 16  # bytes
 
 # GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
 # punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
-# quadratic in its length: a million times the letter a, met as one word, took 486 s uncut and takes 1 s cut.
+# quadratic in its length: the letter a a million times, as one word, took 486 s uncut and takes 1 s cut.
 PRE_TOKENS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}{1,128}|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]{1,128}[\r\n]{0,128}|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
@@ -29,9 +29,9 @@ PRE_TOKENS = (
 def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] | None = None) -> Tokenizer:
     """Build a byte-level BPE tokenizer; the same recipe and text give the same files to the byte.
 
-    The text is streamed; memory grows with the number of different words, so give large sources a `max_bytes`.
-    `progress` is called with what was read and skipped so far, after every document and once at the end of the text.
-    The vocabulary comes out smaller than asked when the text has too few repeated pairs.
+    The text is streamed. Memory grows with the number of distinct words, so give large sources a `max_bytes`.
+    `progress` is called after every document and at the end, with the counts of what was read and skipped so far.
+    The vocabulary is smaller than asked for when the text has too few repeated pairs.
     Raises UsageError when a source does not exist or has no usable document.
     """
     backend = tokenizers.Tokenizer(models.BPE())
@@ -53,7 +53,7 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
             show_progress=False,
         ),
     )
-    # For other programs, which ask for special tokens around a text: a document begins with <|bos|>.
+    # For other programs, which ask the tokenizer for special tokens around a text: a document begins with <|bos|>.
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", SPECIAL_TOKENS.index("<|bos|>"))]
     )
@@ -84,7 +84,7 @@ def _training_text(recipe: TokenizerRecipe, progress: Callable[[Report], None]) 
 
 @dataclass(frozen=True)
 class SourceMeasure:
-    """How a tokenizer does on one source: one language, if the sources are divided so."""
+    """The measure of a tokenizer on one source, which is one language when the sources are divided by language."""
 
     name: str
     read: Report
@@ -98,24 +98,24 @@ class SourceMeasure:
 
 @dataclass(frozen=True)
 class TokenizerMeasure:
-    """What `inspect` found out."""
+    """The measure of a tokenizer on all sources."""
 
     vocab_size: int
     fingerprint: str
     sources: tuple[SourceMeasure, ...]
     longest_tokens: tuple[str, ...]  # longest first, by bytes
-    unused_ids: int  # ids, special ones aside, that no document of the sources needed
+    unused_ids: int  # ids, without the special ones, that no document used
 
     def __str__(self) -> str:
         lines = [f"vocabulary {self.vocab_size:,}, fingerprint {self.fingerprint[:12]}"]
         for source in self.sources:
             lines += [
                 f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, "
-                f"{source.bytes_per_token:.3f} bytes a token, {source.round_trip_failures} that do not round-trip",
+                f"{source.bytes_per_token:.3f} bytes per token, {source.round_trip_failures} that do not round-trip",
                 *(f"  {line}" for line in source.read.skipped_lines()),
             ]
         if self.sources:
-            lines.append(f"ids that none of this text needs: {self.unused_ids:,}")
+            lines.append(f"ids that this text does not use: {self.unused_ids:,}")
         return "\n".join([*lines, "longest tokens: " + " ".join(map(repr, self.longest_tokens))])
 
 

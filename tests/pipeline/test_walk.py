@@ -84,7 +84,7 @@ def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_pat
 
     done = moe_lm("tokenizer", "train", tmp_path / "recipe.yaml")
     assert done.code == 0, done.err
-    assert "bytes a token" in done.out
+    assert "bytes per token" in done.out
     note = tmp_path / "note.txt"
     note.write_text("ba den gi ko lum mar. " * 20)
     assert moe_lm("tokenizer", "inspect", tmp_path / "tokenizer", note).code == 0

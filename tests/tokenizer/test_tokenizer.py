@@ -279,8 +279,8 @@ def test_the_artefact_carries_the_packaged_template(tiny_tokenizer: Tokenizer) -
         ({"tokenizer.json": None, "tokenizer_config.json": "[1]"}, r"tokenizer_config\.json is broken"),
         ({"tokenizer.json": None}, r"no eos_token '<\|endoftext\|>'"),
         ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "</s>"}'}, "no eos_token '</s>'"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\nx y\n"}, "no GPT-2 vocabulary"),
-        ({"vocab.json": "nonsense", "merges.txt": ""}, "no GPT-2 vocabulary"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\nx y\n"}, "not a GPT-2 vocabulary"),
+        ({"vocab.json": "nonsense", "merges.txt": ""}, "not a GPT-2 vocabulary"),
     ],
 )
 def test_a_broken_folder_is_refused(

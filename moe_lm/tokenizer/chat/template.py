@@ -1,38 +1,32 @@
-"""A tokenizer's chat template, as `transformers` runs it, giving text that knows who wrote each character.
-
-Templates come from others: they run in Jinja's sandbox. Their `strftime_now` is always the same day, so that a resumed
-run trains on what it would have trained on, and a model is asked as it was trained.
-"""
+"""A tokenizer's chat template: writes a conversation as `transformers` would, and knows who wrote each character."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import numpy as np
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tokenizer.chat.traced import TEMPLATE, Traced, authors_of, concat, first_author, traced
+from moe_lm.tokenizer.chat.environment import ENVIRONMENT, GENERATED, to_json
+from moe_lm.tokenizer.chat.traced import TEMPLATE, Traced, concat, traced
 
 ROLES = ("system", "user", "assistant", "tool")
-CONTENT, REASONING, CALLS = range(3)  # the parts of a message, of which each has an author of its own
-TOOLS = 1  # the author of the tools' descriptions; message i has 4 * (i + 1) and the number of the part
-GENERATED = 1 << 19  # added to authors inside {% generation %}, which marks what the assistant is trained on
+BY_TEMPLATE = 1 << 30  # in Rendering.authors; messages are numbered from 0
+BY_TOOLS = -1
 
-# {"role": one of ROLES, "content": str}, what `checked` lets through, and of an assistant's message that is not to be
-# trained on `"train": False`, which no template sees.
+# The authors that go into a template, one character each: field f of message i is chr(4 * (i + 1) + f), and the
+# descriptions of tools are chr(TOOLS).
+CONTENT, REASONING, CALLS = range(3)
+TOOLS = 1
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # what templates call it
+
+# {"role": one of ROLES, "content": str} and the fields that `checked` keeps. An assistant's message that is not to be
+# trained on has `"train": False`, which no template sees.
 Message = Mapping[str, Any]
 
 
@@ -40,26 +34,22 @@ Message = Mapping[str, Any]
 class Rendering:
     """A rendered conversation.
 
-    messages: [characters] int64, the number of the message that wrote a character; NOBODY for the template, and less
-    than any message for the tools. generated: [characters] bool, None when the template does not say.
+    authors: [characters] int64, the number of the message that wrote each character, BY_TEMPLATE or BY_TOOLS.
+    fields: (author, field) for everything that was written.
+    generated: [characters] bool, what stands in {% generation %} blocks; None when there are none.
     """
 
     text: str
-    messages: NDArray[np.int64]
-    parts: frozenset[tuple[int, int]]  # (message, part) of all that is there
+    authors: NDArray[np.int64]
+    fields: frozenset[tuple[int, int]]
     generated: NDArray[np.bool_] | None
-
-
-NOBODY = 1 << 30
-OF_TOOLS = -1
-TODAY = datetime(2024, 7, 26)  # where there is no strftime_now, Llama's templates say that it is this day
 
 
 class ChatTemplate:
     """A compiled template; `names` are the tokens it may ask for, like bos_token.
 
-    `source` is its text, or, as some tokenizers have it, several by name: `default`, and `tool_use` for conversations
-    with tools. Raises UsageError when it is no template.
+    `source` is its text, or, in some tokenizers, several by name: `default`, and `tool_use` for conversations with
+    tools. Raises UsageError when it is not a template.
     """
 
     def __init__(self, source: str | Sequence[Mapping[str, str]], names: Mapping[str, str]) -> None:
@@ -80,7 +70,7 @@ class ChatTemplate:
         try:
             return self._render(turns, tools, add_generation_prompt)
         except UsageError as refusal:
-            # Most templates expect that calls without words have empty words, some that they have none.
+            # In a message that only calls tools most templates expect an empty content, but some expect None.
             silent = [turn for turn in turns if "tool_calls" in turn and not turn["content"]]
             for turn in silent:
                 turn["content"] = None
@@ -95,13 +85,13 @@ class ChatTemplate:
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         try:
             text = template.render(
-                messages=[_written(turn, index) for index, turn in enumerate(turns)],
+                messages=[_traced_message(turn, index) for index, turn in enumerate(turns)],
                 tools=traced([dict(tool) for tool in tools], chr(TOOLS)) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
             )
-        except Exception as error:  # what a template may raise is up to it
+        except Exception as error:  # a template may raise anything
             raise UsageError(f"the tokenizer's chat template failed: {_one_line(error)}") from error
         rendering = _read_authors(text)
         _check_whole(turns, bool(tools), rendering)
@@ -109,7 +99,7 @@ class ChatTemplate:
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The parts of each message that a template may see. Raises UsageError for what is no conversation."""
+    """The fields of each message that a template may see. Raises UsageError for what is not a conversation."""
     if not messages:
         raise UsageError("the conversation is empty; expected at least one message")
     turns = []
@@ -129,10 +119,10 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 class Arguments(dict[str, Any]):
-    """The arguments of a tool call: an object, and its JSON where a template takes them for text."""
+    """The arguments of a tool call: an object, or its JSON where a template uses them as text."""
 
     def __str__(self) -> str:
-        return _to_json(self)
+        return to_json(self)
 
     def __add__(self, other: str) -> str:
         return concat((self, other))
@@ -141,16 +131,15 @@ class Arguments(dict[str, Any]):
         return concat((other, self))
 
 
-def _written(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as the template sees it, every string by its author."""
+def _traced_message(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message for the template to see, its strings with their authors."""
 
-    def author(part: int) -> str:
-        return chr(4 * (index + 1) + part)
+    def author(field: int) -> str:
+        return chr(4 * (index + 1) + field)
 
     result = {key: traced(value, author(CONTENT)) for key, value in turn.items()}
     result["role"] = turn["role"]
     if "reasoning_content" in turn:
-        # The names that templates have for it.
         result |= dict.fromkeys(REASONING_NAMES, traced(turn["reasoning_content"], author(REASONING)))
     if "tool_calls" in turn:
         calls = traced(turn["tool_calls"], author(CALLS))
@@ -160,121 +149,26 @@ def _written(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
     return result
 
 
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-
-
 def _read_authors(text: str) -> Rendering:
-    authors = text.authors if isinstance(text, Traced) else TEMPLATE * len(text)
-    codes = np.frombuffer(authors.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    written_by = text.authors if isinstance(text, Traced) else TEMPLATE * len(text)
+    codes = np.frombuffer(written_by.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
     generated = codes >= GENERATED
     codes = codes & (GENERATED - 1)
-    messages = np.where(codes > 0, codes // 4 - 1, NOBODY)
-    parts = frozenset((code // 4 - 1, code % 4) for code in np.unique(codes).tolist() if code)
-    return Rendering(str.__str__(text), messages, parts, generated if generated.any() else None)
+    authors = np.where(codes > 0, codes // 4 - 1, BY_TEMPLATE)
+    fields = frozenset((code // 4 - 1, code % 4) for code in np.unique(codes).tolist() if code)
+    return Rendering(str.__str__(text), authors, fields, generated if generated.any() else None)
 
 
 def _check_whole(turns: Sequence[Mapping[str, Any]], with_tools: bool, rendering: Rendering) -> None:
-    """Some templates pass over what they have no place for; earlier reasoning many leave out on purpose."""
+    """Raise UsageError where the template left something out. Earlier reasoning is left out by many, on purpose."""
     for index, turn in enumerate(turns):
-        if (turn["content"] or "").strip() and (index, CONTENT) not in rendering.parts:
+        if (turn["content"] or "").strip() and (index, CONTENT) not in rendering.fields:
             raise UsageError(f"the tokenizer's chat template leaves out what the {turn['role']} says")
-        if "tool_calls" in turn and (index, CALLS) not in rendering.parts:
-            raise UsageError("the tokenizer's chat template leaves out the calls of tools")
-    if with_tools and not any(message == OF_TOOLS for message, _ in rendering.parts):
+        if "tool_calls" in turn and (index, CALLS) not in rendering.fields:
+            raise UsageError("the tokenizer's chat template leaves out the tool calls")
+    if with_tools and not any(author == BY_TOOLS for author, _ in rendering.fields):
         raise UsageError("the tokenizer's chat template leaves out the descriptions of tools")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-# Jinja, so that it keeps track
-
-
-class _Generator(CodeGenerator):
-    """`a ~ b` through the environment's concat; Jinja's own joins plain strings."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.concat((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """What cannot follow its authors, like `'{}'.format(text)`, is by the first: no text gives special tokens."""
-
-    code_generator_class = _Generator
-    concat = staticmethod(concat)
-    intercepted_binops = frozenset({"%"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        return _kept(super().call_binop(context, operator, left, right), left, right)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Methods of the template's own strings, like `'\\n'.join(lines)`, keep the authors of their arguments."""
-        text = getattr(__obj, "__self__", None)
-        if type(text) is str:
-            __obj = getattr(Traced(text), __obj.__name__)
-        result = super().call(__context, __obj, *args, **kwargs)
-        return result if isinstance(result, Traced) else _kept(result, *args, *kwargs.values())
-
-
-class _GenerationBlocks(Extension):
-    """{% generation %} ... {% endgeneration %}"""
-
-    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], Traced]) -> Traced:
-        text = caller()
-        return Traced(text, "".join(chr(ord(author) | GENERATED) for author in text.authors))
-
-
-def _kept(result: Any, *sources: Any) -> Any:
-    """A new text whose characters, as far as they have no author, are by the first of what it was made from."""
-    author = first_author(sources) if isinstance(result, str) else None
-    return result if author is None else Traced(result, authors_of(result).replace(TEMPLATE, author))
-
-
-def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)  # with the marks by which Jinja knows what to pass
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _kept(function(*args, **kwargs), *args, *kwargs.values())
-
-    return call
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As `transformers` has it, without HTML's escapes; written whole by whoever wrote the first string in it."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-    return Traced(text, (first_author(value) or TEMPLATE) * len(text))
-
-
-def _join(values: Iterable[Any], separator: str = "", attribute: str | None = None) -> Traced:
-    if attribute is not None:
-        values = [ENVIRONMENT.getattr(value, attribute) for value in values]
-    return Traced(separator).join(str(value) for value in values)
-
-
-def _refuse(reason: str) -> None:
-    raise jinja2.TemplateError(reason)
-
-
-ENVIRONMENT = _Environment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
-)
-# These leave it to the methods of Traced, or to nothing; the others may join plain strings.
-FOLLOWED = ("trim", "upper", "lower", "capitalize", "string", "default", "d", "first", "last")
-ENVIRONMENT.filters |= {
-    **{name: _keeping(function) for name, function in ENVIRONMENT.filters.items() if name not in FOLLOWED},
-    "tojson": _to_json,
-    "join": _join,
-    "safe": lambda value: value,
-}
-ENVIRONMENT.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}

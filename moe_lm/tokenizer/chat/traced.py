@@ -1,7 +1,6 @@
-"""Text that knows who wrote each of its characters, through whatever a chat template does with it.
+"""A string that knows who wrote each of its characters, through whatever a chat template does with it.
 
-A template may strip, cut, join and wrap what the turns of a conversation say. Where it did so decides which special
-tokens are meant and which tokens are trained on, and cannot be told from the rendered text alone.
+An author is one character, so the authors of a string are a string of the same length.
 """
 
 from __future__ import annotations
@@ -9,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
-TEMPLATE = "\0"  # the author of what stands in the template itself
+TEMPLATE = "\0"  # the author of the template's own text
 
 
 class Traced(str):
-    """A string with an author, named by one character, for each of its characters.
+    """A string with an author for each of its characters.
 
-    What its methods cut out or put together is traced too; the string itself is as any other, so that comparisons and
-    searches in a template mean what they mean without tracing.
+    Its methods return traced strings. It compares and searches like any other string, so that a template does the same
+    with it as with plain text.
     """
 
     authors: str
@@ -76,14 +75,14 @@ class Traced(str):
     def rpartition(self, sep: str) -> tuple[Traced, Traced, Traced]:
         return self._in_three(super().rpartition(sep))
 
-    def join(self, parts: Iterable[str]) -> Traced:
+    def join(self, texts: Iterable[str]) -> Traced:
         pieces: list[str] = []
-        for part in parts:
-            pieces += [self, part] if pieces else [part]
+        for text in texts:
+            pieces += [self, text] if pieces else [text]
         return concat(pieces)
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
-        """The new text is written by the author of what it replaces, unless it is traced itself."""
+        """Text that is not traced gets the author of what it replaces."""
         if not old:
             text = super().replace(old, new, count)
             return Traced(text, (self.authors[:1] or TEMPLATE) * len(text))
@@ -111,12 +110,12 @@ class Traced(str):
         )
 
     def _by_character(self, texts: list[str]) -> Traced:
-        """What became of each character, which may be several."""
+        """The new text of each character, which may be several characters, by its author."""
         authors = (author * len(text) for text, author in zip(texts, self.authors, strict=True))
         return Traced("".join(texts), "".join(authors))
 
     def _cut(self, pieces: list[str], separator: str | None = None) -> list[Traced]:
-        """The pieces with their authors: they stand in this order, between them the separator or white space."""
+        """The pieces with their authors. They are in order, with the separator or white space between them."""
         result, done = list[Traced](), 0
         for piece in pieces:
             start = self.find(piece, done) if separator is None else done + len(separator) * bool(result)
@@ -129,19 +128,19 @@ class Traced(str):
         return self[:first], self[first:second], self[second:]
 
 
-def concat(parts: Iterable[Any]) -> Traced:
-    """`"".join(map(str, parts))` with the authors of all parts."""
-    texts = [str(part) for part in parts]
+def concat(values: Iterable[Any]) -> Traced:
+    """`"".join(map(str, values))` with the authors of all values."""
+    texts = [str(value) for value in values]
     return Traced("".join(texts), "".join(map(authors_of, texts)))
 
 
 def authors_of(text: str) -> str:
-    """One character for each: the authors of a traced text, the template of any other."""
+    """The authors of a text: its own when it is traced, else the template."""
     return text.authors if isinstance(text, Traced) else TEMPLATE * len(text)
 
 
 def traced(value: Any, author: str) -> Any:
-    """A copy of nested lists and objects in which every string, keys included, is by one author."""
+    """A copy of nested lists and objects in which every string, keys included, has this author."""
     if isinstance(value, str):
         return Traced(value, author * len(value))
     if isinstance(value, dict):
@@ -150,11 +149,11 @@ def traced(value: Any, author: str) -> Any:
 
 
 def first_author(value: Any) -> str | None:
-    """Who wrote the first string of nested lists and objects that has an author."""
+    """The author of the first string in nested lists and objects that has one, other than the template."""
     if isinstance(value, Traced):
         return value.authors[:1] or None
     if isinstance(value, dict):
-        value = [part for item in value.items() for part in item]
+        value = [item for pair in value.items() for item in pair]
     if isinstance(value, list | tuple):
         return next((author for item in value if (author := first_author(item)) not in (None, TEMPLATE)), None)
     return None

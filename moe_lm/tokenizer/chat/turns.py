@@ -1,7 +1,7 @@
-"""Where the assistant's turns begin and end in a rendered conversation, whatever the template.
+"""A rendered conversation with its loss mask: where the assistant's turns begin and end, under any template.
 
-A turn begins where the prompt for it ends, which the template writes for the messages before with
-`add_generation_prompt`. It ends with the special token that the template puts after an answer.
+A turn begins where its generation prompt ends, which is what the template adds to the messages before the turn when
+asked with `add_generation_prompt`. It ends with the special token that the template writes after an answer.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tokenizer.chat.template import NOBODY, ChatTemplate, Message, Rendering
+from moe_lm.tokenizer.chat.template import BY_TEMPLATE, ChatTemplate, Message, Rendering
 
+# Conversations that show how a template ends an answer and a tool call.
 ASKING: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
 ANSWERING = [*ASKING, {"role": "assistant", "content": "b"}]
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -26,16 +27,43 @@ RESULT = {"role": "tool", "content": "c", "name": "f", "tool_call_id": "abcdefgh
 CALLING = [*ASKING, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT]
 
 
-class Turns:
-    """The assistant's turns as a template writes them. `special_tokens`: what the tokenizer takes for special.
+class Rendered(NamedTuple):
+    """A conversation as the model reads it.
+
+    authors: [characters] int64, the number of the message that wrote each character, BY_TEMPLATE or BY_TOOLS.
+    trained: [characters] bool, whether the assistant has to learn to write it.
+    specials: the first character, and the one after the last, of each special token that the template itself wrote.
+    """
+
+    text: str
+    authors: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    specials: list[tuple[int, int]]
+
+
+class ChatFormat:
+    """The way a model writes conversations: its template, and the special tokens of its tokenizer.
 
     `eos_token` may follow the token that ends a turn, and then belongs to the turn.
     """
 
     def __init__(self, template: ChatTemplate, special_tokens: Iterable[str], eos_token: str) -> None:
-        self._template = template
+        self.template = template
+        self.eos_token = eos_token
         self._special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
-        self._eos_token = eos_token
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = False
+    ) -> Rendered:
+        """Write a conversation.
+
+        Trained are the assistant's turns with the tokens that end them, without messages that have `train: False`.
+        Where the template marks itself what is trained, with {% generation %}, it decides. Raises UsageError when the
+        template refuses the conversation, leaves out some of it, or puts no special token after an answer.
+        """
+        rendering = self.template.render(messages, tools, add_generation_prompt)
+        trained = Turns(self, messages, tools, rendering).trained()
+        return Rendered(rendering.text, rendering.authors, trained, list(self.specials(rendering)))
 
     @cached_property
     def end(self) -> str:
@@ -43,9 +71,9 @@ class Turns:
 
         Raises UsageError when the template puts none there, so that no model could learn to stop.
         """
-        # Of ChatGLM's kind the one that begins the next turn, so the answer is not the last message.
-        rendering = self._template.render([*ANSWERING, *ASKING])
-        found = [rendering.text[begin:end] for begin, end in self._specials(rendering, *_after(rendering, 1))]
+        # In ChatGLM's templates it is the token that begins the next turn, so the answer is not the last message.
+        rendering = self.template.render([*ANSWERING, *ASKING])
+        found = [rendering.text[begin:end] for begin, end in self.specials(rendering, *_gap_after(rendering, 1))]
         if not found:
             raise UsageError(
                 "the tokenizer's chat template puts no special token after an answer, so that no model would learn to "
@@ -55,142 +83,147 @@ class Turns:
 
     @property
     def ends(self) -> set[str]:
-        """Every special token that ends a turn: that of an answer, and that of a call of tools where it is another."""
+        """Every special token that ends a turn: after an answer, and after a tool call where that is another one."""
         try:
-            rendering = self._template.render(CALLING, [TOOL])
+            rendering = self.template.render(CALLING, [TOOL])
         except UsageError:  # not every template knows tools
             return {self.end}
-        alone = self._template.render(CALLING[:2], [TOOL])
-        place = self._end_token(rendering, *_after(rendering, 1, alone))
+        turns = Turns(self, CALLING, [TOOL], rendering)
+        place = turns.end_token(*_gap_after(rendering, 1, turns.up_to(1)))
         return {self.end} if place is None else {self.end, rendering.text[slice(*place)]}
 
-    def specials(self, rendering: Rendering) -> Iterator[tuple[int, int]]:
-        """Where the template's own text spells special tokens: first character, and the one after the last."""
-        return self._specials(rendering, 0, len(rendering.text))
-
-    def trained(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering
-    ) -> NDArray[np.bool_]:
-        """The characters that an assistant has to write: its turns with the tokens that end them. [characters]
-
-        Where the template itself says it, with {% generation %}, it is as the template says. A message with
-        `train: False` is masked: nothing of its turn is trained on.
-        """
-        if rendering.generated is not None:
-            trained = rendering.generated.copy()
-            for number, message in enumerate(messages):
-                if _speaks(message) and not _is_trained(message):
-                    trained[self._around(messages, tools, rendering, number)] = False
-            return trained
-        trained = np.zeros(len(rendering.text), np.bool_)
-        for number, message in enumerate(messages):
-            if _speaks(message) and _is_trained(message):
-                begin = self._begin(messages, tools, rendering, number)
-                alone = self._alone(messages, tools, number)
-                trained[begin : self._end(rendering, number, begin, alone)] = True
-        return trained
-
-    def _around(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering, number: int
-    ) -> slice:
-        """All that may be a turn's, whatever the template marks: from the words before it to those that come next.
-
-        Between two turns of the assistant it ends where the prompt of the later one does.
-        """
-        before, after = messages[:number], messages[number + 1 :]
-        if before and _speaks(before[-1]):
-            begin = self._begin(messages, tools, rendering, number)
-        else:
-            begin, _ = _before(rendering, number)
-        if after and _speaks(after[0]):
-            return slice(begin, self._begin(messages, tools, rendering, number + 1))
-        return slice(begin, _after(rendering, number, self._alone(messages, tools, number))[1])
-
-    def _alone(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], number: int) -> Rendering | None:
-        """The conversation up to a turn with calls, whose words later messages may repeat; None: nothing does."""
-        repeated = messages[number].get("tool_calls") and number + 1 < len(messages)
-        return self._template.render(messages[: number + 1], tools) if repeated else None
-
-    def _begin(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering, number: int
-    ) -> int:
-        """The first character of a turn: after as much of its prompt as stands there.
-
-        Compared is what follows the last words before the turn, because templates may write earlier turns, and what
-        stands before all, in another way when more turns follow.
-        """
-        begin, own = _before(rendering, number)
-        between = rendering.text[begin:own]
-        if number:
-            prompt = self._template.render(messages[:number], tools, add_generation_prompt=True)
-            return begin + _num_equal(between, _tail(prompt))
-        # Of a turn that begins the conversation there is no prompt: it begins with what another question's ends with.
-        prompt_end = _tail(self._template.render(ASKING, add_generation_prompt=True))
-        known = next((end for start in range(len(prompt_end)) if (end := prompt_end[start:]) in between), None)
-        return own if known is None else begin + between.rfind(known) + len(known)
-
-    def _end(self, rendering: Rendering, number: int, begin: int, alone: Rendering | None) -> int:
-        """One more than the last character of a turn; `alone` is the conversation up to it."""
-        first, last = _after(rendering, number, alone)
-        first = max(first, begin)
-        place = self._end_token(rendering, first, last)
-        if place is None:  # what is written after the words whatever follows
-            following = rendering.text[first:last]
-            return last if last == len(rendering.text) else first + _num_equal(following, _tail(alone) if alone else "")
-        return place[1] + len(self._eos_token) * rendering.text.startswith(self._eos_token, place[1], last)
-
-    def _end_token(self, rendering: Rendering, begin: int, end: int) -> tuple[int, int] | None:
-        """The special token that ends a turn, after its words: that of an answer, or else the first."""
-        answers_end, places = self.end, list(self._specials(rendering, begin, end))
-        found = (place for place in places if rendering.text[slice(*place)] == answers_end)
-        return next(found, places[0] if places else None)
-
-    def _specials(self, rendering: Rendering, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Special tokens between two characters, none of which anybody but the template wrote."""
-        nobody = np.concatenate([[False], rendering.messages[begin:end] == NOBODY, [False]])
-        edges = (np.flatnonzero(nobody[1:] != nobody[:-1]) + begin).tolist()
+    def specials(self, rendering: Rendering, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """The places of the special tokens from `begin` to `end` all of whose characters the template wrote."""
+        by_template = rendering.authors[begin:end] == BY_TEMPLATE
+        edges = (np.flatnonzero(np.diff(by_template, prepend=False, append=False)) + begin).tolist()
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             yield from (found.span() for found in self._special.finditer(rendering.text, start, stop))
 
 
-def _speaks(message: Message) -> bool:
-    return bool(message["role"] == "assistant")
+class Turns:
+    """The assistant's turns in one rendered conversation, by the numbers of their messages.
 
-
-def _is_trained(message: Message) -> bool:
-    return bool(message.get("train", True))
-
-
-def _before(rendering: Rendering, number: int) -> tuple[int, int]:
-    """What the template writes between the words before a message and its own: from and to."""
-    later = np.flatnonzero((rendering.messages >= number) & (rendering.messages != NOBODY))
-    own = int(later[0]) if len(later) else len(rendering.text)
-    return _last(rendering.messages[:own] < number) + 1, own
-
-
-def _after(rendering: Rendering, number: int, alone: Rendering | None = None) -> tuple[int, int]:
-    """What the template writes between the words of a message and those that come next: from and to.
-
-    A later message may have them written once more, as results of tools name the call: not more of them than stand in
-    the conversation up to this message, `alone`, are of its turn.
+    The template's text between the characters of one message and those of the next is called a gap.
     """
-    words = None if alone is None else int((alone.messages == number).sum())
-    own = np.flatnonzero(rendering.messages == number)[:words]
-    first = int(own[-1]) + 1 if len(own) else 0
-    later = np.flatnonzero((rendering.messages[first:] >= number) & (rendering.messages[first:] != NOBODY))
-    return first, first + int(later[0]) if len(later) else len(rendering.text)
+
+    def __init__(
+        self, chat: ChatFormat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], rendering: Rendering
+    ) -> None:
+        self._chat = chat
+        self._messages = messages
+        self._tools = tools
+        self._rendering = rendering
+
+    def trained(self) -> NDArray[np.bool_]:
+        """The characters that the assistant has to learn to write. [characters]"""
+        generated = self._rendering.generated
+        trained = np.zeros(len(self._rendering.text), np.bool_) if generated is None else generated.copy()
+        for number, message in enumerate(self._messages):
+            if message["role"] == "assistant":
+                if generated is None and message.get("train", True):
+                    trained[self._span(number)] = True
+                if generated is not None and not message.get("train", True):
+                    trained[self._widest_span(number)] = False
+        return trained
+
+    def _span(self, number: int) -> slice:
+        """The characters of a turn, with the token that ends it."""
+        begin = self._begin(number)
+        return slice(begin, self._end(number, begin))
+
+    def _widest_span(self, number: int) -> slice:
+        """The characters of a turn with the gaps around it, whatever a template may have marked there.
+
+        Between two turns of the assistant the gap is divided where the prompt of the second one ends.
+        """
+        before, after = self._messages[:number], self._messages[number + 1 :]
+        if before and before[-1]["role"] == "assistant":
+            begin = self._begin(number)
+        else:
+            begin, _ = _gap_before(self._rendering, number)
+        if after and after[0]["role"] == "assistant":
+            return slice(begin, self._begin(number + 1))
+        return slice(begin, _gap_after(self._rendering, number, self.up_to(number))[1])
+
+    def _begin(self, number: int) -> int:
+        """The first character of a turn: the end of its generation prompt in the gap before it.
+
+        A rendering with the prompt is compared only from its last message on, because templates may write earlier turns
+        and what stands before all turns differently when more turns follow. A turn may share the end of the prompt,
+        when it opens with the same characters; as much of the prompt counts as stands in the gap.
+        """
+        start, stop = _gap_before(self._rendering, number)
+        gap = self._rendering.text[start:stop]
+        if number:
+            prompt = self._chat.template.render(self._messages[:number], self._tools, add_generation_prompt=True)
+            return start + _common_prefix(gap, _tail(prompt))
+        # The first message has no prompt before it, so look in the gap for the longest ending of another one's prompt.
+        prompt_end = _tail(self._chat.template.render(ASKING, add_generation_prompt=True))
+        known = next((ending for cut in range(len(prompt_end)) if (ending := prompt_end[cut:]) in gap), None)
+        return stop if known is None else start + gap.rfind(known) + len(known)
+
+    def _end(self, number: int, begin: int) -> int:
+        """The character after the last one of a turn that starts at `begin`."""
+        shorter = self.up_to(number)
+        start, stop = _gap_after(self._rendering, number, shorter)
+        start = max(start, begin)
+        text, eos = self._rendering.text, self._chat.eos_token
+        place = self.end_token(start, stop)
+        if place is not None:
+            return place[1] + len(eos) * text.startswith(eos, place[1], stop)
+        if stop == len(text):
+            return stop
+        # Without a special token, the turn ends with what the template writes after it whatever follows.
+        return start + _common_prefix(text[start:stop], _tail(shorter) if shorter else "")
+
+    def up_to(self, number: int) -> Rendering | None:
+        """The conversation up to a turn with tool calls, to tell the turn from later text that repeats the calls.
+
+        None for a turn without calls and for the last turn, which nothing can repeat.
+        """
+        repeatable = self._messages[number].get("tool_calls") and number + 1 < len(self._messages)
+        return self._chat.template.render(self._messages[: number + 1], self._tools) if repeatable else None
+
+    def end_token(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The place of the special token that ends a turn, in the gap after it: that of an answer, else the first."""
+        end, places = self._chat.end, list(self._chat.specials(self._rendering, start, stop))
+        found = (place for place in places if self._rendering.text[slice(*place)] == end)
+        return next(found, places[0] if places else None)
+
+
+def _gap_before(rendering: Rendering, number: int) -> tuple[int, int]:
+    """The start and end of the template's text between earlier messages and message `number`."""
+    authors = rendering.authors
+    own = np.flatnonzero((authors >= number) & (authors != BY_TEMPLATE))
+    stop = int(own[0]) if len(own) else len(authors)
+    return _last(authors[:stop] < number) + 1, stop
+
+
+def _gap_after(rendering: Rendering, number: int, shorter: Rendering | None = None) -> tuple[int, int]:
+    """The start and end of the template's text between message `number` and later messages.
+
+    A tool's result may be written with the name of the call, by the author of the call. Only as many characters of the
+    message belong to its turn as stand in `shorter`, the conversation up to it.
+    """
+    authors = rendering.authors
+    count = None if shorter is None else int((shorter.authors == number).sum())
+    own = np.flatnonzero(authors == number)[:count]
+    start = int(own[-1]) + 1 if len(own) else 0
+    later = np.flatnonzero((authors[start:] >= number) & (authors[start:] != BY_TEMPLATE))
+    return start, start + int(later[0]) if len(later) else len(authors)
 
 
 def _tail(rendering: Rendering) -> str:
-    """What the template writes after all words."""
-    return rendering.text[_last(rendering.messages != NOBODY) + 1 :]
+    """The template's text after the last message."""
+    return rendering.text[_last(rendering.authors != BY_TEMPLATE) + 1 :]
 
 
 def _last(where: NDArray[np.bool_]) -> int:
+    """The index of the last True, -1 when there is none."""
     places = np.flatnonzero(where)
     return int(places[-1]) if len(places) else -1
 
 
-def _num_equal(one: str, other: str) -> int:
-    """With how many equal characters two texts begin."""
+def _common_prefix(one: str, other: str) -> int:
+    """The length of the common prefix of two texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

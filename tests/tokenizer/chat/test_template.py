@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tokenizer.chat.template import NOBODY, OF_TOOLS, ChatTemplate
+from moe_lm.tokenizer.chat.template import BY_TEMPLATE, BY_TOOLS, ChatTemplate
 
 ASKED = {"role": "user", "content": "  one\ntwo  "}
 ANSWERED = {"role": "assistant", "content": "three"}
@@ -18,8 +18,8 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 def written(template: str, *messages: dict[str, Any], tools: Any = ()) -> tuple[str, str]:
     """The text, and of each character the number of its message, T for the tools and . for the template."""
     rendering = ChatTemplate(template, {}).render(messages, tools)
-    names = {NOBODY: ".", OF_TOOLS: "T"}
-    return rendering.text, "".join(names.get(number, str(number)) for number in rendering.messages.tolist())
+    names = {BY_TEMPLATE: ".", BY_TOOLS: "T"}
+    return rendering.text, "".join(names.get(number, str(number)) for number in rendering.authors.tolist())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_generation_blocks_mark_what_is_in_them() -> None:
     ("template", "messages", "reason"),
     [
         ("{{ messages[1].content }}", [ASKED, ANSWERED], "leaves out what the user says"),
-        ("{{ messages[0].content }}", [ASKED, CALLED], "leaves out the calls of tools"),
+        ("{{ messages[0].content }}", [ASKED, CALLED], "leaves out the tool calls"),
         ("{{ raise_exception('not so') }}", [ASKED], "chat template failed: not so"),
         ("{{ messages[0].content.nothing.at_all }}", [ASKED], "chat template failed: "),
         ("{{ 1 / 0 }}", [ASKED], "chat template failed: division by zero"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
 from moe_lm.tokenizer.chat.template import ChatTemplate
-from moe_lm.tokenizer.chat.turns import Turns
+from moe_lm.tokenizer.chat.turns import ChatFormat, Turns
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, STYLES, Style, save
 
@@ -265,7 +265,7 @@ def test_real_templates_train_on_the_answers_and_their_ends_alone() -> None:
     for file in sorted(folder.glob("*.jinja")):
         source = file.read_text(encoding="utf-8")
         template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
-        turns = Turns(template, {*special.findall(source), "</s>", "<s>"}, "</s>")
+        chat = ChatFormat(template, {*special.findall(source), "</s>", "<s>"}, "</s>")
         messages = [{"role": turn["role"], "content": f"-{number}-"} for number, turn in enumerate(SHORT)]
         try:
             rendering = replace(template.render(messages), generated=None)
@@ -274,7 +274,7 @@ def test_real_templates_train_on_the_answers_and_their_ends_alone() -> None:
             continue
         characters = [
             letter if is_trained else "\0"
-            for letter, is_trained in zip(rendering.text, turns.trained(messages, (), rendering), strict=True)
+            for letter, is_trained in zip(rendering.text, Turns(chat, messages, (), rendering).trained(), strict=True)
         ]
         trained[file.stem] = [run for run in "".join(characters).split("\0") if run]
     assert {name.removesuffix("_training") for name in refused} <= {"idefics3", "llava_next", "smolvlm"}
@@ -362,7 +362,7 @@ def test_equal_words_of_user_and_assistant_are_told_apart(folder: Path) -> None:
             [],
             "ids of",
         ),
-        (STYLES["eos_too"], CALLING[:2], [], "chat template failed|leaves out the calls of tools"),
+        (STYLES["eos_too"], CALLING[:2], [], "chat template failed|leaves out the tool calls"),
         (STYLES["eos_too"], SHORT, TOOLS, "leaves out the descriptions of tools"),
         (
             GLM,
