@@ -23,9 +23,9 @@ from moe_lm.generate.text import Delta, Speed
 if TYPE_CHECKING:
     from moe_lm.parallel.spread import Spread
 
-COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # what has a second slash is a path, and so no command
-ENDS = {"interrupted": ", stopped", "length": ", cut at its longest"}
-KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands, Ctrl-D ends"
+COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # a text with a second slash is a path, not a command
+ENDS = {"interrupted": ", stopped", "length": ", cut at the limit"}
+KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands; Ctrl-D ends"
 
 
 def chat(
@@ -62,19 +62,19 @@ def chat(
 
 
 class Chat:
-    """Takes lines, which are questions or commands, one after the other."""
+    """Takes lines, each a question or a command."""
 
     def __init__(self, conversation: Conversation, at_terminal: bool) -> None:
         self.conversation, self.at_terminal = conversation, at_terminal
         self.commands: dict[str, tuple[str, str, Callable[[str], object]]] = {
-            "system": ("TEXT", "what the model is told before all; without TEXT nothing", self._system),
-            "temp": ("X", "how varied answers are; 0 is greedy", self._temp),
-            "save": ("FILE", "add the conversation to a JSONL file that moe-lm finetune reads", self._save),
-            "retry": ("", "another answer to the last question", self._retry),
+            "system": ("TEXT", "set the system prompt; without TEXT there is none", self._system),
+            "temp": ("X", "set the temperature; 0 is greedy", self._temp),
+            "save": ("FILE", "append the conversation to a JSONL file for moe-lm finetune", self._save),
+            "retry": ("", "ask the last question again", self._retry),
             "undo": ("", "forget the last question and its answer", self._undo),
-            "new": ("", "forget the conversation, but not /system", self._new),
-            "help": ("", "these lines", self._help),
-            "quit": ("", "end, as Ctrl-D does", self._quit),
+            "new": ("", "forget the conversation, but keep the system prompt", self._new),
+            "help": ("", "show this list", self._help),
+            "quit": ("", "end the chat, as Ctrl-D does", self._quit),
         }
         self._ended = False
 
@@ -84,13 +84,13 @@ class Chat:
                 self._take(line.strip())
             except MoeLmError as error:  # the conversation stays
                 print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:  # that came between two answers
+            except KeyboardInterrupt:  # between two answers
                 print()
             if self._ended:
                 return
 
     def note(self, text: str) -> None:
-        """Something about the conversation, dim on a terminal."""
+        """Print a remark about the conversation, dim on a terminal."""
         print(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text, file=sys.stderr, flush=True)
 
     def _take(self, line: str) -> None:
@@ -106,11 +106,11 @@ class Chat:
             raise UsageError(f"there is no command /{name}; {hint}")
         takes, _, run = self.commands[name]
         if argument and not takes:
-            raise UsageError(f"/{name} takes nothing, but {argument!r} was given; leave it out")
+            raise UsageError(f"/{name} takes no argument, but {argument!r} was given; leave it out")
         run(argument)
 
     def _ask(self, question: str) -> bool:
-        """Whether an answer came, and was not stopped."""
+        """Answer a question. Returns False when the answer was stopped or had no words."""
         check_typed("the question", question)
         reply = self.conversation.ask(question)
         if reply.forgotten:
@@ -119,7 +119,7 @@ class Chat:
         text, end, speed = self._show(reply.deltas)
         kept = self.conversation.keep(question, text, whole=end not in ENDS)
         if not kept:
-            self.note("(an answer without words: question and answer are forgotten)")
+            self.note("(the answer has no words: question and answer are forgotten)")
         elif self.at_terminal:
             self.note(f"{speed}{ENDS.get(end, '')}")
         return kept and end != "interrupted"
@@ -141,7 +141,7 @@ class Chat:
     def _system(self, text: str) -> None:
         check_typed("/system", text)
         self.conversation.system = text
-        self.note("(the model is told so from now on)" if text else "(the model is told nothing)")
+        self.note("(system prompt set)" if text else "(no system prompt)")
 
     def _temp(self, text: str) -> None:
         try:
@@ -156,8 +156,8 @@ class Chat:
         if not text:
             raise UsageError("/save needs the name of a file, like /save talks.jsonl")
         trainable = self.conversation.save(Path(text))
-        why = "" if trainable else "; every answer in it was cut short, so that fine-tuning will leave it out"
-        self.note(f"(added to {text}{why})")
+        why = "" if trainable else "; every answer in it was cut short, so fine-tuning will leave it out"
+        self.note(f"(appended to {text}{why})")
 
     def _retry(self, _: str) -> None:
         before, answered = list(self.conversation.turns), False
@@ -167,7 +167,7 @@ class Chat:
         finally:
             if not answered:
                 self.conversation.turns = before
-                self.note("(the answer that was there before stays)")
+                self.note("(the previous answer stays)")
 
     def _undo(self, _: str) -> None:
         self.note(f"(forgotten: {self.conversation.undo()!r})")
@@ -186,7 +186,7 @@ class Chat:
 
 
 def piped_lines() -> Iterator[str]:
-    """Lines of stdin. Raises UsageError when they are not UTF-8."""
+    """The lines of stdin. Raises UsageError when they are not UTF-8."""
     while True:
         try:
             line = input()

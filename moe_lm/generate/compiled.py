@@ -20,12 +20,12 @@ from moe_lm.model.transformer import LanguageModel
 
 
 class CompiledStep:
-    """A token more for the first rows of a cache.
+    """Adds a token to the first rows of a cache.
 
-    There are two programs, each compiled when it is first needed: for one row and for all rows of the cache. Rows that
-    are not being written are computed along; what that leaves in them lies behind what they hold.
+    There are two programs, each compiled when it is first needed: for one row and for all rows of the cache. The
+    second also computes the rows that are not being written; what it stores there lies beyond their lengths.
 
-    Raises UsageError for a model that lies on several devices, and where `torch.compile` lacks something.
+    Raises UsageError for a model on several devices, and where `torch.compile` lacks something.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -42,9 +42,9 @@ class CompiledStep:
         self._parts: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, cache: KVCache, tokens: Sequence[int]) -> tuple[Tensor, list[Routing]]:
-        """Logits `[R, V]` after the tokens, and what the routers decided for each row of the program.
+        """Logits `[R, V]` after the tokens, and the routing of every row of the program.
 
-        They are overwritten by the next call on a GPU. Raises MoeLmError when the program cannot be compiled.
+        On a GPU the next call overwrites both. Raises MoeLmError when the program cannot be compiled.
         """
         if cache is not self._cache:
             self._cache, self._parts = cache, {}
@@ -74,7 +74,7 @@ class CompiledStep:
 
 
 def _memory_of(part: KVCache) -> tuple[Tensor, Tensor | None]:
-    """Keys, and values where they do not lie within the keys; a graph writes to where they are, without a copy."""
+    """Keys, and values where they do not lie within the keys. A graph writes to them in place, without a copy."""
     assert isinstance(part.keys, Tensor)
     assert isinstance(part.values, Tensor)
     values = part.values if part.latent_size is None else None

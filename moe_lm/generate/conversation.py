@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, what of it still fits, and how it is kept for training."""
+"""A conversation with a model: its turns, the recent ones that fit, and its form as training data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reply(NamedTuple):
 
 
 class Conversation:
-    """Questions and answers in turn; answer n draws with `seed + n`, so that asking again gives another one."""
+    """Questions and answers in turn; answer n draws with `seed + n`, so that asking again gives another answer."""
 
     def __init__(self, session: Session, settings: Settings) -> None:
         self.session, self.settings = session, settings
@@ -40,9 +40,9 @@ class Conversation:
         return Reply(deltas, len(turns) + bool(self.system) - len(recent))
 
     def keep(self, question: str, answer: str, whole: bool) -> bool:
-        """Put a turn behind the others, unless the answer has no words; whether it was.
+        """Append a turn. Returns False, and keeps nothing, when the answer has no words.
 
-        An answer that is not `whole` is marked as nothing to train on: it would teach to end in the middle.
+        An answer that is not `whole` is marked not to be trained on: it would teach the model to stop halfway.
         """
         if not answer.strip():
             return False
@@ -51,7 +51,7 @@ class Conversation:
         return True
 
     def undo(self) -> str:
-        """Forget the last turn; its question. Raises UsageError when there is none."""
+        """Forget the last turn. Returns its question. Raises UsageError when there is none."""
         if not self.turns:
             raise UsageError("nothing was said yet")
         question = self.turns[-2]["content"]
@@ -68,7 +68,7 @@ class Conversation:
         self.settings = dataclasses.replace(self.settings, sampling=sampling)
 
     def save(self, file: Path) -> bool:
-        """Add the conversation to a JSONL file, in the form that fine-tuning reads; whether it can be trained on.
+        """Append the conversation to a JSONL file that fine-tuning reads. Returns whether it can be trained on.
 
         Raises UsageError when nothing was said or the file cannot be written.
         """
@@ -78,15 +78,15 @@ class Conversation:
             line = json.dumps({"messages": self._with_system(self.turns)}, ensure_ascii=False).encode("utf-8") + b"\n"
             with file.expanduser().open("ab") as opened:
                 opened.write(line)
-        except (OSError, RuntimeError, ValueError) as error:  # ~ of nobody is a RuntimeError, a NUL a ValueError
+        except (OSError, RuntimeError, ValueError) as error:  # ~nobody is a RuntimeError, a NUL a ValueError
             why = getattr(error, "strerror", None) or error
             raise UsageError(f"{file} cannot be written ({why}); name another file") from error
         return any(turn.get("train", True) for turn in self.turns[1::2])
 
     def _recent(self, turns: Sequence[Message]) -> Sequence[Message]:
-        """The conversation from the first question on that leaves room for an answer; the system prompt stays.
+        """The longest end of the conversation that leaves room for an answer, begun by a question.
 
-        An answer claims at most half of the model's positions, and the last question always stays.
+        An answer claims at most half of the model's positions. The system prompt and the last question always stay.
         """
         wanted = min(self.settings.max_new_tokens, self.session.model.config.max_position_embeddings // 2)
         shorter = (self._with_system(turns[start:]) for start in range(0, len(turns), 2))

@@ -1,4 +1,4 @@
-"""A text whose tokens have the colour of the expert that took them, and what the colours mean."""
+"""Text whose tokens have the colour of the expert that predicted them, and the legend of the colours."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Step
 from moe_lm.generate.text import Delta
 
-LAST = -1  # in place of a layer's number
+LAST = -1  # stands for the last layer with experts
 IN_LEGEND = 16  # experts, those with the most tokens
 RESET = "\x1b[0m"
-# Of the 6 by 6 by 6 colours of a terminal those that are neither grey nor too dark for black letters. Their number and
-# the golden stride share no divisor: every one is used before one comes twice, and neighbours differ.
+# A terminal's 6 x 6 x 6 colours without the greys and those too dark for black letters. The stride is near the
+# golden ratio, so that neighbours differ, and coprime to their number, so that every colour is used before one repeats.
 CUBE = ((red, green, blue) for red in range(6) for green in range(6) for blue in range(6))
 LIGHT = [16 + 36 * r + 6 * g + b for r, g, b in CUBE if 3 * r + 6 * g + b >= 20 and max(r, g, b) - min(r, g, b) > 1]
 STRIDE = next(step for step in range(round(0.618 * len(LIGHT)), 0, -1) if math.gcd(step, len(LIGHT)) == 1)
@@ -25,8 +25,8 @@ STRIDE = next(step for step in range(round(0.618 * len(LIGHT)), 0, -1) if math.g
 class Painter:
     """Paints each token with the colour of the expert that has the largest weight in one layer.
 
-    The expert is the one that took the position before, out of which the token was predicted. Without `colours` its
-    number stands behind the token instead. Raises UsageError for a layer that has no routed experts.
+    It took the position before, from which the token was predicted. Without `colours` its number follows the token
+    instead. Raises UsageError for a layer that has no routed experts.
     """
 
     def __init__(self, config: ModelConfig, layer: int, colours: bool) -> None:
@@ -49,7 +49,7 @@ class Painter:
         return "\n".join(f"{colour(self._last)}{line}{RESET}" if line else "" for line in lines)
 
     def legend(self, colours: bool) -> str:
-        """Which colour is which expert, with its share of the tokens."""
+        """The experts, each with its colour and its share of the tokens."""
         total = self._tokens.total()
         lines = [f"layer {self.layer}, the strongest expert of each token:"]
         for expert, tokens in self._tokens.most_common(IN_LEGEND):
@@ -60,9 +60,9 @@ class Painter:
 
 
 def routed_layer(config: ModelConfig, layer: int) -> int:
-    """The number of a layer with routed experts, the last one for `LAST`. Raises UsageError when it has none."""
+    """The number of a layer with routed experts. Raises UsageError when the layer has none."""
     if not config.moe_layers:
-        raise UsageError("the model is dense: no expert takes its tokens, so there is no routing to show; leave it out")
+        raise UsageError("the model is dense: it has no experts, so there is no routing to show; leave it out")
     if layer == LAST:
         return config.moe_layers[-1]
     if layer not in config.moe_layers:
@@ -72,7 +72,7 @@ def routed_layer(config: ModelConfig, layer: int) -> int:
 
 
 def by_layer(config: ModelConfig, steps: Sequence[Step]) -> dict[str, list[list[int]]]:
-    """The experts of each token, the strongest first, under the number of each layer that has some."""
+    """The experts of each token, the strongest first, by the number of the layer."""
     layers: dict[str, list[list[int]]] = {str(layer): [] for layer in config.moe_layers}
     for step in steps:
         for chosen, experts in zip(layers.values(), step.experts or (), strict=True):
@@ -81,5 +81,5 @@ def by_layer(config: ModelConfig, steps: Sequence[Step]) -> dict[str, list[list[
 
 
 def colour(expert: int) -> str:
-    """The sequence for black text on the expert's own colour, out of the 256 that terminals know."""
+    """The terminal's sequence for black text on the expert's colour, one of its 256."""
     return f"\x1b[30;48;5;{LIGHT[expert * STRIDE % len(LIGHT)]}m"

@@ -24,7 +24,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, what else its line says, and where it comes from."""
+    """A text to continue, the other keys of its line, and the place that an error names."""
 
     text: str
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -32,9 +32,9 @@ class Prompt:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of a JSONL file, `-` for stdin: each line a string, or an object with `prompt`.
+    """The prompts of a JSONL file, `-` for stdin: each line is a string, or an object with `prompt`.
 
-    Other keys are carried into the samples. Raises UsageError, with the line, for what is none.
+    Other keys are carried into the samples. Raises UsageError, with the line, for anything else.
     """
     name = "the input" if str(file) == "-" else str(file)
     prompts = []
@@ -48,15 +48,15 @@ def read_prompts(file: Path) -> list[Prompt]:
             raise UsageError(f'{origin} is not JSON ({error}); expected "text" or {{"prompt": "text"}}') from error
         values = value if isinstance(value, dict) else {"prompt": value}
         if not isinstance(values.get("prompt"), str):
-            raise UsageError(f'{origin} has no prompt that is a text; expected "text" or {{"prompt": "text"}}')
+            raise UsageError(f'{origin} has no prompt that is a string; expected "text" or {{"prompt": "text"}}')
         prompts.append(Prompt(values["prompt"], {key: values[key] for key in values if key != "prompt"}, origin))
     if not prompts:
-        raise UsageError(f"{name} holds no prompt; expected a JSON line for each")
+        raise UsageError(f"{name} holds no prompts; expected a JSON line for each")
     return prompts
 
 
 def read_text(file: Path) -> str:
-    """A whole file, `-` for stdin. Raises UsageError when it cannot be read or is not UTF-8."""
+    """The text of a file, `-` for stdin. Raises UsageError when it cannot be read or is not UTF-8."""
     try:
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as error:
@@ -141,7 +141,7 @@ def _output(out: Path | None) -> Iterator[TextIO]:
     try:
         with out.open("w", encoding="utf-8") as file:
             yield file
-    except OSError as error:  # while it is written, too: a disk can be full
+    except OSError as error:  # also while it is written: a disk can be full
         raise MoeLmError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
 
 

@@ -35,7 +35,7 @@ RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  #
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready to write; in `compiled` steps (compiled.py) if so."""
+    """A model that is ready to write, with `compiled` steps (compiled.py) or without."""
 
     checkpoint: Path
     model: LanguageModel
@@ -70,11 +70,11 @@ class Session:
         return cls(folder, load_model(folder, tokenizer, target, base, number), tokenizer, compiled)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
-        """What writes up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""
+        """A decoder for up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""
         return Decoder(self.model, slots, capacity, self.tokenizer.vocab_size, compiled=self.compiled)
 
     def capacity_for(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-        """Positions that a cache needs for these prompts; more, where another number would be compiled anew."""
+        """The number of positions that a cache needs for these prompts, rounded up where each number is compiled."""
         capacity = capacity_for(self.model.config, [len(prompt) for prompt in prompts], new_tokens)
         return capacity + -capacity % COMPILED_FOR if self.compiled else capacity
 
@@ -105,8 +105,8 @@ class Session:
     def prompt_ids(self, prompt: str, wanted: int, truncate: bool = False) -> list[int]:
         """The ids of a prompt that begins a document.
 
-        `truncate` drops the beginning of one that leaves no room for `wanted` tokens, or half of the model's positions
-        if that is less. Raises UsageError for a prompt that is longer than the model has positions for otherwise.
+        `truncate` drops the beginning of a prompt that leaves no room for `wanted` tokens, or for half of the model's
+        positions if that is less. Without it, raises UsageError for a prompt that is too long for the model.
         """
         ids = self.tokenizer.encode(prompt)
         positions = self.model.config.max_position_embeddings
@@ -121,7 +121,7 @@ class Session:
         return [self.tokenizer.bos_id, *ids]
 
     def chat_room(self, messages: Sequence[Message]) -> int:
-        """Tokens that the assistant's next message can have; below 1 when the conversation is too long for any."""
+        """The number of tokens that the assistant's next message can have, below 1 for a conversation too long."""
         return room(self.model.config, self._chat_prompt(messages))
 
     def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:

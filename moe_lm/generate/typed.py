@@ -1,4 +1,4 @@
-"""What a person types at a terminal: lines that can be edited, have line ends within them, and are remembered."""
+"""Input at a terminal: lines that can be edited, may hold line ends, and are remembered."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
 def typed_lines(words: Sequence[str], history: bool = True) -> Iterator[str]:
-    """What was typed before each Enter, until Ctrl-D; Tab completes `words` at its beginning.
+    """The texts that are typed, each ended by Enter, until Ctrl-D. Tab completes `words` at the beginning of a text.
 
-    Alt+Enter, or Escape and then Enter, begins a new line, and lines that are pasted stay together. Ctrl-C throws away
-    what stands there, and ends when it comes twice. With `history` the arrows find lines of earlier chats too.
+    Alt+Enter, or Escape and then Enter, begins a new line, and lines that are pasted stay together. Ctrl-C discards
+    the text, and ends the input when it comes twice. With `history` the arrows also find texts of earlier chats.
     """
     session: PromptSession[str] = PromptSession(
         "> ",
@@ -39,14 +39,14 @@ def typed_lines(words: Sequence[str], history: bool = True) -> Iterator[str]:
             if once and not session.default_buffer.text:
                 return
             once = True
-            print("(Ctrl-C once more ends)")
+            print("(press Ctrl-C again to end)")
             continue
         once = False
         yield line
 
 
 def history_file() -> Path:
-    """Where XDG's base directories have state that outlives a program. Raises RuntimeError without a home folder."""
+    """The file of the history, in XDG's state directory. Raises RuntimeError without a home folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
     return folder / "moe-lm" / "chat_history"
@@ -60,7 +60,7 @@ def _history() -> History:
 
 
 class _KeptHistory(FileHistory):
-    """A history in a file that its owner alone reads; where it cannot be read or written, the chat goes on without."""
+    """A history in a file that only its owner can read. Where it cannot be read or written, the chat does without."""
 
     def __init__(self) -> None:
         self._file = history_file()

@@ -127,7 +127,7 @@ def test_an_answer_stays_when_another_one_is_stopped(
     monkeypatch.setattr(Session, "chat", written)
     talk.through(["/retry"])
     assert talk.conversation.turns == before
-    assert "(the answer that was there before stays)" in capsys.readouterr().err
+    assert "(the previous answer stays)" in capsys.readouterr().err
 
 
 def test_the_conversation_outlives_an_answer_that_fails(
@@ -193,7 +193,7 @@ def test_retry_draws_another_answer_to_the_same_question(
         ("/save", "/save needs the name of a file"),
         ("/save x.jsonl", "nothing was said yet"),
         ("/undo", "nothing was said yet"),
-        ("/quit now", "/quit takes nothing, but 'now' was given"),
+        ("/quit now", "/quit takes no argument, but 'now' was given"),
         ("/help", "/save FILE"),
     ],
 )
@@ -230,7 +230,7 @@ def test_a_saved_conversation_is_what_fine_tuning_reads(session: Session, tmp_pa
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": "cut of", "train": False},
     ]
-    assert "every turn of the assistant masked" in "".join(report.skipped_lines())
+    assert "every assistant message is masked" in "".join(report.skipped_lines())
     _, trained = session.tokenizer.encode_chat(row.content.messages)
     assert 0 < sum(trained) < len(trained)
 

@@ -170,8 +170,8 @@ def test_a_prompt_that_is_too_long_is_refused_or_loses_its_beginning(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'"a"\n{"prompt": \n', "line 2 is not JSON"), (b'{"text": "a"}\n', "line 1 has no prompt that is a text"),
-        (b'{"prompt": 3}\n', "line 1 has no prompt"), (b"[]\n", "line 1 has no prompt"), (b"\n \n", "holds no prompt"),
+        (b'"a"\n{"prompt": \n', "line 2 is not JSON"), (b'{"text": "a"}\n', "line 1 has no prompt that is a string"),
+        (b'{"prompt": 3}\n', "line 1 has no prompt"), (b"[]\n", "line 1 has no prompt"), (b"\n \n", "holds no prompts"),
         (b'"caf\xe9"\n', "is not UTF-8 text at byte 4"), (b'"\\ud800"\n', "line 1: the text holds half of a surrogate"),
     ],
 )  # fmt: skip

@@ -189,7 +189,7 @@ def test_a_chat_in_a_terminal(
     chat.wait_for("(temperature 1.0)")
     chat.answer_with(f"first{NEW_LINE}second{ENTER}", "tokens/s")
     chat.answer_with(PASTE.format("third\nfourth") + ENTER, "tokens/s")
-    chat.answer_with(f"/save {tmp_path / 'talk.jsonl'}{ENTER}", "(added to")
+    chat.answer_with(f"/save {tmp_path / 'talk.jsonl'}{ENTER}", "(appended to")
     chat.wait_for(">")
     chat.type(CTRL_D)
     assert chat.process.wait(timeout=60) == 0
