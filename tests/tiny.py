@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_lm.checkpoint import checkpoint
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.engine.build import PlacedModel, build_engine
+from moe_lm.engine.engine import Engine
+from moe_lm.kernels import kernels
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel.topology import Topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -32,6 +41,15 @@ def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
     model = LanguageModel(tiny(**changes))
     model.initialise(seed)
     return model
+
+
+def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:
+    """The torch engine around a model, to predict the next token; id 2 is padding."""
+    device = torch.device("cpu")
+    chosen = kernels.choose(device)
+    kernels.apply(model, chosen)
+    placed = PlacedModel(model, Topology(world_size=world_size), device, chosen)
+    return build_engine(placed, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
 
 
 def write_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, config: str = "", step: int = 1) -> Path:

@@ -26,10 +26,12 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
-from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.engine.build import PlacedModel, build_engine
 from moe_lm.kernels import kernels
 from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel.topology import Topology
 
 HOUSE = Path(__file__).parents[2]
 ROWS, LENGTH = 16, 256
@@ -148,8 +150,11 @@ def our_step(shape: ModelConfig, precision: str, compiled: bool) -> Callable[[],
     )
     model = LanguageModel(shape)
     model.initialise(0)
-    kernels.apply(model, kernels.choose(torch.device("cpu")))
-    engine = TorchEngine(model, train, ParallelConfig(device="cpu"), pad_id=-1)
+    device = torch.device("cpu")
+    chosen = kernels.choose(device)
+    kernels.apply(model, chosen)
+    placed = PlacedModel(model, Topology(), device, chosen)
+    engine = build_engine(placed, NextToken(compiled), train, ParallelConfig(device="cpu"), pad_id=-1)
     ids = token_ids(shape).numpy()
     batch: Batch = pack(ids[:, :-1].copy(), ids[:, 1:].copy(), np.arange(0, ROWS * LENGTH + 1, LENGTH))
     return lambda: engine.train_step(100, [batch])

@@ -34,6 +34,8 @@ from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import pack
 from moe_lm.engine.build import PlacedModel, build_engine, place_model
 from moe_lm.model.layers import MLP
+from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel.topology import current_topology
 
 HOUSE = Path(__file__).parents[2]
 RANKS = 2
@@ -83,10 +85,10 @@ def engine_step(shape: ModelConfig, precision: str, change: Callable[[PlacedMode
         steps=1000, global_batch_size=ROWS, precision=precision, optimizer=OptimizerConfig(lr=1e-4), clip_norm=1.0
     )
     parallel = ParallelConfig(engine="deepspeed", expert_parallel_size=RANKS, zero_stage=1)
-    placed = place_model(shape, parallel)
+    placed = place_model(shape, parallel, current_topology())
     placed.initialise(seed=0)
     change(placed)
-    engine = build_engine(placed, train, parallel, pad_id=shape.vocab_size)
+    engine = build_engine(placed, NextToken(), train, parallel, pad_id=shape.vocab_size)
     rows = ROWS // RANKS
     tokens = np.random.default_rng(int(os.environ["RANK"])).integers(0, shape.vocab_size, (rows, LENGTH + 1))
     batch = pack(tokens[:, :-1], tokens[:, 1:].copy(), np.arange(0, rows * LENGTH + 1, LENGTH))

@@ -26,7 +26,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import Batch
 from moe_lm.generate.session import Session
-from moe_lm.objective.losses import TrainingLoss
+from moe_lm.objective.training_loss import NextToken, TrainingLoss
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import pretrain
 from moe_lm.train.figures import load_statistics
@@ -75,8 +75,8 @@ def train(config: PretrainConfig, run_dir: Path, steps: int, balance: BalanceCon
 def held_out_load(run_dir: Path, validation: Sequence[Batch], balance: BalanceConfig) -> list[dict[str, float]]:
     """Load statistics of every MoE layer over the whole held-out text."""
     session = Session.load(run_dir, device="cpu")
-    loss = TrainingLoss(session.model, balance, session.tokenizer.pad_id)
-    return load_statistics(torch.stack([loss.load(batch, loss.run_model(batch)) for batch in validation]).sum(0))
+    loss = TrainingLoss(session.model, NextToken(), balance, session.tokenizer.pad_id)
+    return load_statistics(torch.stack([loss(batch, None).load for batch in validation]).sum(0))
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:

@@ -36,8 +36,8 @@ from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
-from moe_lm.objective.losses import TrainingLoss
 from moe_lm.objective.preference import answer_log_probs
+from moe_lm.objective.training_loss import NextToken, TrainingLoss
 from moe_lm.text.split import held_out
 from moe_lm.train import cost, finetune
 
@@ -195,7 +195,7 @@ def raw_preference(run: Path, config: FinetuneConfig) -> dict[str, float]:
     session = Session.load(run, device="cpu")
     pairs = read_pairs(config.data, session.tokenizer).validation
     rows = PairRows(pairs, config.data.sequence_length, session.tokenizer.pad_id)
-    loss = TrainingLoss(session.model, config.train.balance, session.tokenizer.pad_id)
+    loss = TrainingLoss(session.model, NextToken(), config.train.balance, session.tokenizer.pad_id)
     answers = [answer_log_probs(loss.run_model(batch).logits, batch) for _, batch in rows.in_order(4)]
     log_probs, lengths = (torch.cat(part).double() for part in zip(*answers, strict=True))
     chosen, rejected = log_probs.unbind(-1)

@@ -1,9 +1,10 @@
-"""From a config to an engine: which processes share what, the model with what this rank keeps, the engine around it."""
+"""From a config to an engine: the model with the experts of this rank, and the engine around it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,27 +13,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig, check_experts
-from moe_lm.config.training import PreferenceConfig, TrainConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
-from moe_lm.kernels.device import pick_device
+from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import Objective, TrainingLoss
 from moe_lm.parallel import expert_parallel
+from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divided_experts, is_expert
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
-from moe_lm.parallel.topology import Topology, current_topology
+from moe_lm.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model with the experts that this rank keeps, not yet filled. `mesh` is there for the DeepSpeed engine."""
+    """A model with the experts that this rank keeps, not yet filled, and where the rank stands."""
 
     model: LanguageModel
+    topology: Topology
+    device: torch.device
     kernels: kernels.Kernels
-    mesh: DeviceMesh | None = None
+    exchange: Exchange | None = None  # None in a single process
+    adapters: LoraConfig | None = None
+    mesh: DeviceMesh | None = None  # for the DeepSpeed engine
     first_expert: int = 0
 
     def initialise(self, seed: int) -> None:
@@ -55,6 +62,7 @@ class PlacedModel:
 def place_model(
     config: ModelConfig,
     parallel: ParallelConfig,
+    topology: Topology,
     adapters: LoraConfig | None = None,
     freeze_router: bool | None = None,
 ) -> PlacedModel:
@@ -62,16 +70,16 @@ def place_model(
 
     Raises UsageError when the experts or the processes cannot be divided as the config says.
     """
+    device = rank_device(parallel, topology)
+    chosen = kernels.choose(device)
+    exchange = Exchange(device) if topology.world_size > 1 else None
     if parallel.engine == "torch":
         model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
-        chosen = kernels.choose(pick_device(parallel.device))
         kernels.apply(model, chosen)
-        return PlacedModel(model, chosen)
-    topology = current_topology()
+        return PlacedModel(model, topology, device, chosen, exchange, adapters)
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
-    device = rank_device(parallel, topology)
     join(Meeting(topology), device, parallel.timeout_seconds)
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -79,35 +87,61 @@ def place_model(
     # On the host, where checkpoints are written from; its groups serve tensors of the device just as well.
     ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
-    first = expert_parallel.apply(model, mesh)
+    first = expert_parallel.apply(model, mesh, exchange)
     model.materialise(torch.device("cpu"))
-    chosen = kernels.choose(device)
     kernels.apply(model, chosen)
-    return PlacedModel(model, chosen, mesh, first)
+    return PlacedModel(model, topology, device, chosen, exchange, adapters, mesh, first)
 
 
 def build_engine(
-    placed: PlacedModel,
-    train: TrainConfig,
-    parallel: ParallelConfig,
-    pad_id: int,
-    preference: PreferenceConfig | None = None,
+    placed: PlacedModel, objective: Objective, train: TrainConfig, parallel: ParallelConfig, pad_id: int
 ) -> Engine:
-    """The engine that `parallel.engine` names, around a filled model; with `preference` it tunes on pairs."""
+    """The engine that `parallel.engine` names, around a filled model, to train it on the objective.
+
+    Raises UsageError when the processes cannot share the global batch evenly, or the device cannot do what is asked.
+    """
+    model, topology, device, exchange = placed.model, placed.topology, placed.device, placed.exchange
+    check_batch_size(train, topology)
+    torch.manual_seed(train.seed)  # whatever this process drew before is no part of the run
+    model.model.activation_checkpointing = train.activation_checkpointing
+    if train.compile:
+        compile_blocks(model, device)
+    dtype = pick_dtype(train.precision, device)
+    loss = TrainingLoss(model, objective, train.balance, pad_id, dtype, None if exchange is None else exchange.sum)
+    before_step = None
+    if placed.adapters is not None and placed.adapters.dropout:
+        before_step = partial(lora.draw_dropout, model, train.seed)
     if placed.mesh is None:
         from moe_lm.engine.torch_engine import TorchEngine
 
-        return TorchEngine(placed.model, train, parallel, pad_id, preference)
+        return TorchEngine(loss, train, topology, device, exchange, before_step)
     from moe_lm.engine.deepspeed_engine import DeepSpeedEngine
 
-    device = rank_device(parallel, current_topology())
-    return DeepSpeedEngine(placed.model, placed.mesh, train, parallel, device, pad_id, preference)
+    return DeepSpeedEngine(loss, train, parallel, topology, device, placed.mesh, exchange, before_step)
+
+
+def check_batch_size(train: TrainConfig, topology: Topology) -> None:
+    """Raise UsageError when the processes cannot share the global batch evenly."""
+    if train.global_batch_size % topology.world_size:
+        raise UsageError(
+            f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.world_size} "
+            "processes of this run; choose a multiple",
+            common=True,
+        )
+
+
+def compile_blocks(model: LanguageModel, device: torch.device) -> None:
+    """Compile block by block: layers of one kind share a compiled graph, and names stay as they are."""
+    if needed := compiling_needs(device):
+        raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
+    for block in model.model.layers:
+        block.compile()
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
     """This rank's own device. Raises UsageError when there is none for it, or none that ranks can share."""
     device = pick_device(parallel.device)
-    if device.type == "mps":
+    if device.type == "mps" and (topology.world_size > 1 or parallel.engine == "deepspeed"):
         raise UsageError(
             "neither several processes nor parallel.engine=deepspeed run on mps; set parallel.device=cpu, or start one "
             "process with parallel.engine=torch"

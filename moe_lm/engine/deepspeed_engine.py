@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,19 +22,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.run import ParallelConfig
-from moe_lm.config.training import PreferenceConfig, TrainConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
-from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size
-from moe_lm.kernels.device import pick_dtype
+from moe_lm.engine.engine import Engine, Update
 from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.model.moe import MoE
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.losses import LossParts, StepCounts
+from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
+from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
 from moe_lm.parallel.process_group import leave
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,16 +44,16 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        model: LanguageModel,
-        mesh: DeviceMesh,
+        loss: TrainingLoss,
         train: TrainConfig,
         parallel: ParallelConfig,
+        topology: Topology,
         device: torch.device,
-        pad_id: int,
-        preference: PreferenceConfig | None = None,
+        mesh: DeviceMesh,
+        exchange: Exchange | None = None,
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.topology = current_topology()
-        check_batch_size(train, self.topology)
+        super().__init__(loss, train, topology, device, exchange, before_step)
         stage = parallel.zero_stage or 1
         if train.compile and stage == 3:
             raise UsageError(
@@ -61,32 +61,26 @@ class DeepSpeedEngine(Engine):
                 "operations of a block; set one of them otherwise",
                 common=True,
             )
-        self.config, self.model, self.mesh, self.device = train, model, mesh, device
+        self.mesh = mesh
         self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
-        self.dtype = pick_dtype(train.precision, device)
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference)
-        settings = deepspeed_json(train, parallel, self.topology.world_size, cuda=device.type == "cuda")
-        deepspeed = _import_deepspeed()
-        _mark_experts(model, mesh.size(1), stage)
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        settings = deepspeed_json(train, parallel, topology.world_size, cuda=device.type == "cuda")
+        deepspeed = _import_deepspeed(topology)
+        _mark_experts(self.model, mesh.size(1), stage)
         groups = adamw_groups((parameter for _, parameter in self.trained()), train.optimizer)
         optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
         try:
-            self.wrapped, *_ = deepspeed.initialize(model=self.loss, optimizer=optimizer, config=settings)
+            self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
             reason = " ".join(str(error).split())
             raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {reason}; correct it", common=True) from error
         self.zero = _Zero(self.wrapped.optimizer, stage)
         if stage < 3:  # which would gather and divide them once more
-            narrow_frozen(model, self.dtype)
+            narrow_frozen(self.model, self.dtype)
 
-    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
-        parts: LossParts = self.wrapped(batch, counts)
-        return parts
-
-    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+    def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
         self.wrapped.set_gradient_accumulation_boundary(last)
         part = self._forward(batch, counts)
         # DeepSpeed averages over the ranks, for experts too, but the parts already add up to the global loss.
@@ -210,7 +204,7 @@ class _Zero:
             self.optimizer.update_lp_params()
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(topology: Topology) -> Any:
     """DeepSpeed without its chatter, and without its shared-memory op.
 
     On a CPU that op is compiled at the first start, for 40 s, and hangs for ever on the lock of a build that was
@@ -226,7 +220,6 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # for DeepSpeed's authors
-    topology = current_topology()
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # a single process has none, DeepSpeed wants one
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

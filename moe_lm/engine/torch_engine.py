@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -14,17 +14,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from moe_lm.config.run import ParallelConfig
-from moe_lm.config.training import PreferenceConfig, TrainConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
-from moe_lm.engine.engine import Engine, Update, build_loss, check_batch_size
-from moe_lm.kernels.device import pick_device, pick_dtype
+from moe_lm.engine.engine import Engine, Update
 from moe_lm.model.lora import left_to_base, narrow_frozen
-from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.losses import LossParts, StepCounts
+from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
+from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.process_group import leave
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import Topology
 
 
 class TorchEngine(Engine):
@@ -32,37 +30,28 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        model: LanguageModel,
+        loss: TrainingLoss,
         train: TrainConfig,
-        parallel: ParallelConfig,
-        pad_id: int,
-        preference: PreferenceConfig | None = None,
+        topology: Topology,
+        device: torch.device,
+        exchange: Exchange | None = None,
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.topology = current_topology()
-        check_batch_size(train, self.topology)
-        device = pick_device(parallel.device)
-        self.dtype = pick_dtype(train.precision, device)
-        self.config = train
-        self.model = model
         AcceleratorState._reset_state()  # a process-wide singleton there; a process may hold two engines
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # the loss runs under autocast by itself
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.device = self.accelerator.device
-        narrow_frozen(model, self.dtype)
-        self.loss = build_loss(model, train, device, self.dtype, pad_id, preference).to(self.device)
-        self.optimizers = build_optimizers(model, train.optimizer)
+        super().__init__(loss, train, topology, self.accelerator.device, exchange, before_step)
+        narrow_frozen(self.model, self.dtype)
+        loss.to(self.device)
+        self.optimizers = build_optimizers(self.model, train.optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less
-            self.wrapped: nn.Module = self.accelerator.prepare(self.loss)
+            self.wrapped = self.accelerator.prepare(loss)
 
-    def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
-        parts: LossParts = self.wrapped(batch, counts)
-        return parts
-
-    def _accumulate(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
+    def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             part = self._forward(batch, counts)
             # DDP averages gradients over the ranks, but the parts already add up to the global loss.

@@ -1,14 +1,38 @@
-"""Balance terms of a routing: losses that spread tokens over the experts, and the router's entropy.
+"""Balance terms: losses that spread tokens over the experts; the experts' load and the routers' entropy.
 
-Shapes: T = B*S tokens, E n_routed_experts, k num_experts_per_tok.
+Shapes: B rows, S positions, T = B*S tokens, E n_routed_experts, k num_experts_per_tok.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from moe_lm.model.moe import Routing
+from moe_lm.config.training import BalanceConfig
+from moe_lm.model.moe import Routing, expert_counts
+
+
+def balance_loss(
+    routings: Sequence[Routing], counted_BS: Tensor, weights: BalanceConfig, load: Tensor, tokens: int, rows: int
+) -> Tensor:
+    """The weighted balance terms of this part of the global batch, summed over the layers.
+
+    `load [layers, E]`, `tokens` and `rows` are those of the whole global batch.
+    """
+    counted_T = counted_BS.flatten().float()
+    total = counted_T.new_zeros(())
+    if weights.sequence_loss:
+        terms = [sequence_balance_loss(routing, counted_BS) for routing in routings]
+        total = total + weights.sequence_loss * sum(terms) / rows
+    if weights.batch_loss:
+        terms = [batch_balance_loss(r, counted_T, load_E) for r, load_E in zip(routings, load, strict=True)]
+        total = total + weights.batch_loss * sum(terms) / tokens
+    if weights.z_loss:
+        terms = [router_z_loss(routing, counted_T) for routing in routings]
+        total = total + weights.z_loss * sum(terms) / tokens
+    return total
 
 
 def sequence_balance_loss(routing: Routing, counted_BS: Tensor) -> Tensor:
@@ -47,6 +71,20 @@ def batch_balance_loss(routing: Routing, counted_T: Tensor, load_E: Tensor) -> T
 def router_z_loss(routing: Routing, counted_T: Tensor) -> Tensor:
     """ST-MoE's z-loss (arXiv 2202.08906, equation 5), summed over the counted tokens."""
     return (routing.logits.logsumexp(-1).square() * counted_T).sum()
+
+
+def expert_load(routings: Sequence[Routing], counted_BS: Tensor) -> Tensor:
+    """Tokens per expert in every MoE layer, `[layers, E]` int64; positions that are not counted are left out."""
+    if not routings:
+        return torch.zeros(0, 0, dtype=torch.int64, device=counted_BS.device)
+    counted_T = counted_BS.flatten()
+    return torch.stack([expert_counts(r.experts, r.scores.shape[1], counted_T) for r in routings])
+
+
+@torch.no_grad()
+def router_entropies(routings: Sequence[Routing], device: torch.device) -> Tensor:
+    """Entropy of every MoE layer's router, `[layers]`."""
+    return torch.stack([router_entropy(r) for r in routings]) if routings else torch.zeros(0, device=device)
 
 
 def router_entropy(routing: Routing) -> Tensor:

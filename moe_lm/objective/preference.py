@@ -1,28 +1,43 @@
-"""Direct preference optimisation (DPO, arXiv 2305.18290): what it minimises and shows, out of log-probabilities.
+"""Preference tuning by direct preference optimisation (DPO, arXiv 2305.18290).
 
-Shapes: P pairs, and of each the preferred answer first: [P, 2].
+Shapes: P pairs; [P, 2] holds the preferred answer of each first.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.config.training import PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
+from moe_lm.objective.training_loss import Score
 
-FIGURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")  # means over the pairs
+
+class Preference:
+    """The objective of preference tuning: the units are pairs."""
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self._config = config
+
+    def units(self, batch: Batch) -> int:
+        return batch.num_pairs
+
+    def score(self, logits_BSV: Tensor, batch: Batch) -> Score:
+        assert batch.reference is not None
+        log_probs_P2, lengths_P2 = answer_log_probs(logits_BSV, batch)
+        losses_P = pair_losses(log_probs_P2, lengths_P2, batch.reference, self._config)
+        log_probs_P2 = log_probs_P2.detach()
+        return Score(losses_P.sum(), figures(log_probs_P2, batch.reference, self._config), {"log_probs": log_probs_P2})
 
 
 def answer_log_probs(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of every answer the log-probability in nats, in float32, and the number of its target tokens: [P, 2] each."""
+    """Log-probability of every answer, in nats and float32, and its number of target tokens: [P, 2] each."""
     assert batch.answers is not None
     nll_T = F.cross_entropy(
         logits_BSV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
     answers_T, answers = batch.answers.flatten(), 2 * batch.num_pairs
-    sums = nll_T.new_zeros(answers + 1)  # one more, for tokens of no answer
+    sums = nll_T.new_zeros(answers + 1)  # the last one takes the tokens outside any answer
     log_probs = sums.index_add(0, answers_T, -nll_T)
     lengths = sums.index_add(0, answers_T, (batch.targets.flatten() != IGNORE).float())
     return log_probs[:answers].view(-1, 2), lengths[:answers].view(-1, 2)
@@ -31,8 +46,8 @@ def answer_log_probs(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def pair_losses(log_probs_P2: Tensor, lengths_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig) -> Tensor:
     """Equation 7 of the paper: minus the log-sigmoid of the margin, [P].
 
-    With `label_smoothing` that share of the pairs counts as labelled the wrong way round (cDPO). With `sft_weight` the
-    preferred answer's negative log-likelihood a token is added, so weighted (arXiv 2404.19733, equation 2).
+    `label_smoothing` is the share of pairs that count as labelled the wrong way round (cDPO). `sft_weight` adds the
+    preferred answer's negative log-likelihood per token, with this weight (arXiv 2404.19733, equation 2).
     """
     chosen_P, rejected_P = rewards(log_probs_P2, reference_P2, config).unbind(-1)
     margin_P = chosen_P - rejected_P
@@ -44,12 +59,17 @@ def pair_losses(log_probs_P2: Tensor, lengths_P2: Tensor, reference_P2: Tensor, 
 
 
 def rewards(log_probs_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig) -> Tensor:
-    """What the policy implies that every answer is worth: beta times the log-ratio to the reference."""
+    """Implicit reward of every answer: beta times its log-ratio to the reference."""
     return config.beta * (log_probs_P2 - reference_P2)
 
 
-def figure_sums(log_probs_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig) -> Tensor:
-    """FIGURES, summed over the pairs. A pair whose answers are worth the same counts as wrong."""
+def figures(log_probs_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig) -> dict[str, Tensor]:
+    """What the log shows, summed over the pairs. A pair with equal rewards counts as wrong."""
     chosen_P, rejected_P = rewards(log_probs_P2, reference_P2, config).unbind(-1)
     margin_P = chosen_P - rejected_P
-    return torch.stack([figure.sum() for figure in (margin_P, (margin_P > 0).float(), chosen_P, rejected_P)])
+    return {
+        "margin": margin_P.sum(),
+        "accuracy": (margin_P > 0).float().sum(),
+        "reward_chosen": chosen_P.sum(),
+        "reward_rejected": rejected_P.sum(),
+    }

@@ -7,7 +7,6 @@ of the expert-parallel group, L experts that this rank keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_lm.common.errors import UsageError
 from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, compute_dtype, sorting
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.topology import Topology
 
 DATA, EXPERT = "data", "expert"  # the mesh's dimensions
@@ -34,7 +34,7 @@ def check_groups(size: int, topology: Topology) -> None:
         )
 
 
-def apply(model: LanguageModel, mesh: DeviceMesh) -> int:
+def apply(model: LanguageModel, mesh: DeviceMesh, exchange: Exchange | None) -> int:
     """Keep this rank's experts of a finished or meta-device model, and let tokens travel between the ranks.
 
     `mesh` has the dimensions DATA and EXPERT. Returns the global index of the first expert that is kept.
@@ -47,17 +47,17 @@ def apply(model: LanguageModel, mesh: DeviceMesh) -> int:
         for name, stack in list(layer.experts.named_parameters()):
             kept = stack.detach()[first : first + local].clone()
             setattr(layer.experts, name, nn.Parameter(kept, requires_grad=stack.requires_grad))
-        if dist.get_world_size(group) > 1:
-            layer.dispatcher = AllToAllDispatcher(group)
+        if exchange is not None and dist.get_world_size(group) > 1:
+            layer.dispatcher = AllToAllDispatcher(group, exchange)
     return first
 
 
 class AllToAllDispatcher:
     """Dropless dispatch and combine with uneven splits: counts travel first, then exactly the tokens there are."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
         self.group = group
-        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # around each wait for other ranks
+        self.exchange = exchange
 
     @torch.compiler.disable
     def __call__(
@@ -67,7 +67,7 @@ class AllToAllDispatcher:
         ranks = dist.get_world_size(self.group)
         counts_NL = slots.counts_E.unflatten(0, (ranks, -1))  # to each rank, for each of its experts
         arriving_NL = torch.empty_like(counts_NL)
-        with self.waiting():
+        with self.exchange.waiting():
             dist.all_to_all_single(arriving_NL, counts_NL, group=self.group)
             sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
 
@@ -78,14 +78,14 @@ class AllToAllDispatcher:
         local = arriving_NL.shape[1]
         expert_Q = torch.arange(local, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_NL.flatten())
         order_Q, place_Q = sorting(expert_Q)
-        with self.waiting():
+        with self.exchange.waiting():
             arrived_QD = _Arrive.apply(on_the_way, journey)
         arrived_QD = Gather.apply(arrived_QD, order_Q, place_Q, 1)
         out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32))
 
         way_back = Journey(self.group, received, sent)
         out_QD = Gather.apply(out_QD, place_Q, order_Q, 1)
-        with self.waiting():
+        with self.exchange.waiting():
             out_RD = _Arrive.apply(_Depart.apply(out_QD, way_back), way_back)
         return slots.combine(out_RD), alongside
 

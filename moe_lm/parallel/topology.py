@@ -14,9 +14,9 @@ from moe_lm.common.errors import UsageError
 class Topology:
     """The rank of this process and the number of ranks; `hosts` by rank, once the ranks have met."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
     hosts: tuple[str, ...] = ()
 
     @property

@@ -19,8 +19,11 @@ from moe_lm.data.examples import ChatBatches, ChatExample, chat_evaluation_batch
 from moe_lm.data.pairs import PairBatches, PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
 from moe_lm.engine.engine import Engine
+from moe_lm.objective.preference import Preference
+from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.watch import Watchdog
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import cost
 from moe_lm.train.cost import cost_lines
@@ -56,6 +59,7 @@ def supervised(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model
             conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id, data.weights
         ),
         validation=validation_batches(config, conversations.validation, tokenizer),
+        objective=NextToken(train.compile),
         start=start,
         lora=config.lora,
         notes=[*conversations.report.skipped_lines(), *_router_lines(config, model), *cost_lines(config, model)],
@@ -65,14 +69,15 @@ def supervised(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model
 def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig) -> Recipe:
     """Of two answers one is made likelier than the other, as seen from the model that training starts from."""
     data, train = config.data, config.train
+    assert config.preference is not None
     pairs = read_pairs(data, tokenizer)
     rows, held_out = (
         PairRows(side, data.sequence_length, tokenizer.pad_id) for side in (pairs.train, pairs.validation)
     )
 
-    def with_start(engine: Engine) -> list[Batch]:
+    def with_start(engine: Engine, watchdog: Watchdog) -> list[Batch]:
         size = train.rows_at_once(engine.topology.world_size)
-        add_reference((rows, held_out), engine, size, config.run_dir, start)
+        add_reference((rows, held_out), engine, size, config.run_dir, start, watchdog)
         return at_most(config, (batch for _, batch in held_out.in_order(size)))
 
     return Recipe(
@@ -82,6 +87,7 @@ def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, mo
         tokenizer=tokenizer,
         batches=PairBatches(rows, train.global_batch_size, train.seed),
         validation=(),
+        objective=Preference(config.preference),
         start=start,
         lora=config.lora,
         with_start=with_start,

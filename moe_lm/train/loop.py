@@ -72,6 +72,7 @@ def train(parts: Training, start_step: int) -> TrainingResult:
             started = time.perf_counter()
             with pace.reading():
                 micro_batches = local_micro_batches(engine, parts.batches, config, result.step)
+            parts.watchdog.feed()
             step_result = engine.train_step(result.step, micro_batches)
             seconds = time.perf_counter() - started
             result.step += 1
@@ -121,15 +122,16 @@ def evaluate(parts: Training, signalled: Sequence[int]) -> dict[str, float] | No
     None when a signal came before it was done.
     """
     engine, at_once = parts.engine, parts.engine.topology.world_size
-    names = ("loss", *engine.loss.figure_names)
-    sums, units = [0.0] * len(names), 0
+    sums: dict[str, float] = {}
+    units = 0
     for start in range(0, len(parts.validation), at_once):
         if engine.any_rank(bool(signalled)):
             return None
+        parts.watchdog.feed()
         found = engine.evaluate(parts.validation[start : start + at_once])
-        sums = [total + more for total, more in zip(sums, (found.objective_sum, *found.figure_sums), strict=True)]
+        sums = {name: sums.get(name, 0.0) + more for name, more in found.sums.items()}
         units += found.units
-    return {f"val_{name}": total / max(1, units) for name, total in zip(names, sums, strict=True)}
+    return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
 
 
 def checkpoint_files(parts: Training, result: TrainingResult) -> dict[str, str | Path]:

@@ -10,6 +10,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
 from moe_lm.engine.build import build_engine, place_model
+from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
         tokenizer=tokenizer,
         batches=training_batches(config, tokenizer),
         validation=validation_batches(config, tokenizer),
+        objective=NextToken(config.train.compile),
     )
     return run_recipe(recipe, meeting or Meeting(current_topology()))
 
@@ -39,9 +41,10 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     """How long a step takes here once everything is compiled: the median of a few that are thrown away."""
     tokenizer = load_tokenizer(config)
-    placed = place_model(config.model, config.parallel)
+    placed = place_model(config.model, config.parallel, current_topology())
     placed.initialise(config.train.seed)
-    engine = build_engine(placed, config.train, config.parallel, tokenizer.pad_id)
+    objective = NextToken(config.train.compile)
+    engine = build_engine(placed, objective, config.train, config.parallel, tokenizer.pad_id)
     batches = training_batches(config, tokenizer)
     seconds = []
     for step in range(WARM_UP_STEPS + steps):

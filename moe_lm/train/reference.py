@@ -10,24 +10,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
 from moe_lm.checkpoint.start import Start, lost_reference
 from moe_lm.common.files import whole_file
+from moe_lm.data.batches import Batch
 from moe_lm.data.pairs import PairRows
 from moe_lm.engine.engine import Engine
-from moe_lm.parallel.process_group import Ranks
+from moe_lm.parallel.process_group import Ranks, all_reduce_sum
+from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
 FILE = "reference.safetensors"
 
 
-def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: Start) -> bool:
+def add_reference(
+    rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: Start, watchdog: Watchdog
+) -> bool:
     """Give the pairs the log-probabilities that the engine's model, the start of the run, has for their answers.
 
     Those in `run_dir` are taken when they are of the same pairs and the same `start`; returns whether they were. Every
@@ -40,7 +46,9 @@ def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run
         raise lost_reference(start)
     if kept is None and engine.topology.is_main:
         print(f"computing what the start gives to {2 * sum(pairs):,} answers, the reference", flush=True)
-    found = kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size) for item in rows])
+    found = (
+        kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size, watchdog) for item in rows])
+    )
     for item, values in zip(rows, np.split(found, np.cumsum(pairs)[:-1]), strict=True):
         item.reference = values
     if kept is None:
@@ -50,14 +58,25 @@ def add_reference(rows: Sequence[PairRows], engine: Engine, batch_size: int, run
     return kept is not None
 
 
-def log_probs(engine: Engine, rows: PairRows, batch_size: int) -> NDArray[np.float32]:
+def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdog = NO_WATCHDOG) -> NDArray[np.float32]:
     """What the engine's model gives every answer, in nats: [pairs, 2]."""
     found = np.zeros((len(rows.pairs), 2), np.float32)
     batches = rows.in_order(batch_size)
     while share := list(islice(batches, engine.topology.world_size)):
+        watchdog.feed()
         order = [pair for pairs, _ in share for pair in pairs]
-        found[order] = engine.answer_log_probs([batch for _, batch in share]).numpy()
+        found[order] = answer_log_probs(engine, [batch for _, batch in share]).numpy()
     return found
+
+
+def answer_log_probs(engine: Engine, batches: Sequence[Batch]) -> Tensor:
+    """Log-probabilities of the answers of all pairs, in the order of the batches: [pairs, 2] on the host."""
+    bounds = [0, *accumulate(batch.num_pairs for batch in batches)]
+    found = torch.zeros(bounds[-1], 2, device=engine.device)
+    for number, _, part in engine.forward_shares(batches):
+        if number is not None:
+            found[bounds[number] : bounds[number + 1]] = part.values["log_probs"]
+    return all_reduce_sum(found).cpu()
 
 
 def _read(path: Path, key: str, pairs: int) -> NDArray[np.float32] | None:

@@ -23,6 +23,7 @@ from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_dev
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels.kernels import Kernels
 from moe_lm.model.size import flops_per_token
+from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel.launch import end_with_launcher
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
@@ -50,10 +51,11 @@ class Recipe:
     tokenizer: Tokenizer
     batches: BatchSource
     validation: Sequence[Batch]
+    objective: Objective
     start: Start | None = None  # a model to begin with; None: fresh weights
     lora: LoraConfig | None = None  # train adapters beside these weights
     # What needs the model of the start, while it is there: gives the held-out batches, in place of `validation`.
-    with_start: Callable[[Engine], Sequence[Batch]] | None = None
+    with_start: Callable[[Engine, Watchdog], Sequence[Batch]] | None = None
     notes: Sequence[str] = ()  # what the person should know of the data, said at the start
 
 
@@ -79,12 +81,10 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             if recipe.start is not None and recipe.lora is not None:
                 checkpoint.pin(recipe.start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
-        placed = place_model(recipe.model, config.parallel, recipe.lora, config.train.freeze_router)
+        placed = place_model(recipe.model, config.parallel, topology, recipe.lora, config.train.freeze_router)
         fill(placed, recipe)
-        engine = build_engine(placed, config.train, config.parallel, recipe.tokenizer.pad_id, config.preference)
+        engine = build_engine(placed, recipe.objective, config.train, config.parallel, recipe.tokenizer.pad_id)
         watchdog = Watchdog(config.parallel.timeout_seconds if topology.world_size > 1 else None)
-        engine.on_progress = watchdog.feed
-        engine.topology = topology  # which names the hosts
         try:
             result = train_with(engine, recipe, folder, watchdog, changes, placed.kernels)
         except MoeLmError as error:
@@ -102,7 +102,7 @@ def train_with(
 ) -> TrainingResult:
     """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
     config = recipe.config
-    validation = recipe.validation if recipe.with_start is None else recipe.with_start(engine)
+    validation = recipe.validation if recipe.with_start is None else recipe.with_start(engine, watchdog)
     step = resume(engine, folder.checkpoints)
     if engine.topology.is_main:
         folder.write_config(dump_config(config))

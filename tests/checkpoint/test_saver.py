@@ -17,13 +17,13 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig
+from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, train
+from tests.tiny import engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +173,7 @@ class Run:
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         model = LanguageModel(ModelConfig(vocab_size=64, **sizes))
         model.initialise(seed=3)
-        engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), 2)
+        engine = engine_of(model, self.config)
         with RunLog(self.folder, LogConfig(every=3), 6, "test", 0) as log:
             parts = Training(
                 engine=engine, batches=self.source, validation=[], config=self.config, checkpoint=self.checkpointing,

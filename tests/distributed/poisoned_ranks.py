@@ -18,7 +18,9 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.engine.engine import Engine
+from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.logical import host_copy, whole
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 
@@ -39,13 +41,13 @@ def main(stage: int, factor: float) -> None:
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         n_routed_experts=8, initializer_range=0.3,
     )  # fmt: skip
-    placed = place_model(model, parallel)
+    placed = place_model(model, parallel, current_topology())
     placed.initialise(seed=3)
     step = 0
     parameter = placed.model.moe_layers[0].experts.up_proj
     if placed.first_expert > 0:
         parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
-    engine = build_engine(placed, train, parallel, pad_id=2)
+    engine = build_engine(placed, NextToken(), train, parallel, pad_id=2)
     batches = Documents(seed=1)
     found, before = [], state_of(engine)
     for step in range(train.steps):

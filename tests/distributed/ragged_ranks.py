@@ -15,20 +15,22 @@ import torch
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.process import end
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
-from moe_lm.engine.torch_engine import TorchEngine
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.engine.build import build_engine, place_model
+from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.process_group import leave
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
+from tests.tiny import tiny
 
 BALANCES = {
     "default": {},
     "every loss": {"bias_update_rate": 0.01, "sequence_loss": 0.3, "batch_loss": 0.5, "z_loss": 0.1},
 }
 SPOILT_STEP = 2
+PARALLEL = ParallelConfig(device="cpu")
 
 
 def main(folder: Path) -> None:
@@ -43,21 +45,10 @@ def run(folder: Path, balance: dict[str, float]) -> None:
         steps=5, global_batch_size=8, micro_batch_size=2, precision="float32", balance=balance,
         optimizer={"lr": 0.01, "eps": 1e-4}, schedule={"warmup_steps": 2},
     )  # fmt: skip
-    model = LanguageModel(
-        ModelConfig(
-            vocab_size=64,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=24,
-            moe_intermediate_size=16,
-            n_routed_experts=8,
-            first_k_dense_replace=1,
-            initializer_range=0.3,
-        )
-    )
-    model.initialise(seed=3)
-    engine = TorchEngine(model, config, ParallelConfig(device="cpu"), pad_id=2)
+    placed = place_model(tiny(), PARALLEL, current_topology())
+    placed.initialise(seed=3)
+    model = placed.model
+    engine = build_engine(placed, NextToken(), config, PARALLEL, pad_id=2)
     batches = Documents(seed=1)
     last_rank = engine.topology.rank == engine.topology.world_size - 1
     for step in range(config.steps):
@@ -75,10 +66,9 @@ def run(folder: Path, balance: dict[str, float]) -> None:
             "biases": biases,
         }
         print(json.dumps(figures | counts), flush=True)
-    nll, targets, _ = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
-    print(
-        json.dumps({"nll": nll, "targets": targets, "any": engine.any_rank(last_rank), "none": engine.any_rank(False)})
-    )
+    sums, targets = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
+    flags = {"any": engine.any_rank(last_rank), "none": engine.any_rank(False)}
+    print(json.dumps({"nll": sums["loss"], "targets": targets} | flags))
     checkpoint.save(folder, config.steps, engine.state(), {})
     engine.close(part=False)  # to meet again at the same address, before the other rank has left, would hang
 

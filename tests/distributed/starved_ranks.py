@@ -16,6 +16,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
+from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
@@ -35,12 +36,12 @@ def main(engine_name: str) -> None:
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         n_routed_experts=8, n_shared_experts=0, initializer_range=0.3,
     )  # fmt: skip
-    placed = place_model(model, parallel)
+    placed = place_model(model, parallel, current_topology())
     placed.initialise(seed=3)
     with torch.no_grad():
         for layer in placed.model.moe_layers:
             layer.gate.e_score_correction_bias[:2] += 10
-    engine = build_engine(placed, train, parallel, pad_id=2)
+    engine = build_engine(placed, NextToken(), train, parallel, pad_id=2)
     batches = Documents(seed=1)
     gradients: dict[str, list[float]] = {}
 
@@ -50,8 +51,7 @@ def main(engine_name: str) -> None:
             if ".experts." in name:
                 gradients[name] = whole.flatten(1).norm(dim=1).tolist()
 
-    engine.on_gradients = keep
-    results = [engine.train_step(step, local_micro_batches(engine, batches, train, step)) for step in range(3)]
+    results = [engine.train_step(step, local_micro_batches(engine, batches, train, step), keep) for step in range(3)]
     if engine.topology.is_main:
         print(json.dumps({"losses": [result.loss for result in results], "gradients": gradients}))
     engine.close()

@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, BatchSource
-from moe_lm.engine.engine import StepResult
-from moe_lm.engine.torch_engine import TorchEngine
-from moe_lm.kernels import kernels
+from moe_lm.engine.engine import Engine, Evaluation, StepResult
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from tests.tiny import engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -32,33 +29,25 @@ BALANCES = {
 
 
 def build_model(**changes: Any) -> LanguageModel:
-    values = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "initializer_range": 0.3,
-    }  # fmt: skip
-    model = LanguageModel(ModelConfig(**values | changes))
-    model.initialise(seed=3)
-    kernels.apply(model, kernels.choose(torch.device("cpu")))
-    return model
+    return tiny_model(3, **{"num_experts_per_tok": 2, **changes})
 
 
-def build_engine(model: LanguageModel | None = None, **changes: Any) -> TorchEngine:
+def build_engine(model: LanguageModel | None = None, world_size: int = 1, **changes: Any) -> Engine:
     values = {
         "steps": 10, "global_batch_size": ROWS, "precision": "float32", "schedule": {"warmup_steps": 2},
         "optimizer": {"lr": 0.01},
     }  # fmt: skip
-    return TorchEngine(model or build_model(), TrainConfig(**values | changes), ParallelConfig(device="cpu"), PAD)
+    return engine_of(model or build_model(), TrainConfig(**values | changes), world_size)
 
 
-def train(engine: TorchEngine, source: BatchSource, sizes: Sequence[int] = (ROWS,), steps: int = 3) -> list[StepResult]:
+def train(engine: Engine, source: BatchSource, sizes: Sequence[int] = (ROWS,), steps: int = 3) -> list[StepResult]:
     """Steps of which each is cut into micro-batches of these sizes."""
     ends = torch.tensor(sizes).cumsum(0).tolist()
     rows = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [engine.train_step(step, [source.batch(step, part) for part in rows]) for step in range(steps)]
 
 
-def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
+def snapshot(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in engine.state().items()}
 
 
@@ -237,13 +226,13 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
     train(engine, ragged, steps=1)
     before = snapshot(engine)
     batches = [ragged.batch(step, range(size)) for step, size in ((5, 3), (6, 8), (7, 1))]
-    nll, targets, _ = engine.evaluate(batches)
+    sums, targets = engine.evaluate(batches)
     assert targets == sum(batch.num_targets for batch in batches)
     with torch.no_grad():
         whole = [F.cross_entropy(engine.loss.run_model(batch).logits.flatten(0, 1), batch.targets.flatten(),
                                  ignore_index=IGNORE, reduction="sum") for batch in batches]  # fmt: skip
-    assert nll == pytest.approx(float(sum(whole)), rel=1e-6)
-    assert engine.evaluate([]) == (0.0, 0, [])
+    assert sums == {"loss": pytest.approx(float(sum(whole)), rel=1e-6)}
+    assert engine.evaluate([]) == Evaluation({}, 0)
     assert_equal(snapshot(engine), before)
 
 
@@ -315,8 +304,6 @@ def test_compiled_blocks_change_no_more_than_rounding(ragged: BatchSource) -> No
     assert compiled.state().keys() == plain.state().keys()
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
+def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.global_batch_size=8 is not divisible by the 3 processes"):
-        build_engine()
+        build_engine(world_size=3)

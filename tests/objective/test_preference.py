@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.training import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.packing import Example
 from moe_lm.data.pairs import Pair, PairRows
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.losses import LossParts, StepCounts, TrainingLoss
-from moe_lm.objective.preference import FIGURES, figure_sums, pair_losses
+from moe_lm.objective.preference import Preference, figures, pair_losses
+from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD, LENGTH, PAIRS = 2, 24, 11
@@ -44,17 +45,11 @@ def draw_pairs() -> list[Pair]:
     return pairs
 
 
-def build_loss(preference: PreferenceConfig, balance: BalanceConfig | None = None) -> TrainingLoss:
-    values = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "initializer_range": 0.3,
-    }  # fmt: skip
-    model = LanguageModel(ModelConfig(**values))
-    model.initialise(seed=3)
-    return TrainingLoss(
-        model, balance or BalanceConfig(bias_update_rate=0, sequence_loss=0), PAD, preference=preference
-    )
+def build_loss(
+    preference: PreferenceConfig, balance: BalanceConfig | None = None, dtype: torch.dtype = torch.float32
+) -> TrainingLoss:
+    balance = balance or BalanceConfig(bias_update_rate=0, sequence_loss=0)
+    return TrainingLoss(tiny_model(seed=3, num_hidden_layers=2), Preference(preference), balance, PAD, dtype)
 
 
 @pytest.fixture
@@ -73,7 +68,7 @@ def log_probs_alone(model: LanguageModel, side: Example) -> Tensor:
 
 
 def counts_of(rows: PairRows) -> StepCounts:
-    return StepCounts(targets=1, tokens=1000, rows=len(rows), pairs=PAIRS)
+    return StepCounts(units=PAIRS, targets=1, tokens=1000, rows=len(rows))
 
 
 # The formula
@@ -97,8 +92,10 @@ def test_the_loss_is_the_papers(settings: dict[str, float]) -> None:
     np.testing.assert_allclose(found, numpy_losses(log_probs, lengths, reference, config), rtol=1e-10)
     ratios = config.beta * (log_probs - reference)
     margin = ratios[:, 0] - ratios[:, 1]
-    expected = [margin.sum(), (margin > 0).sum(), *ratios.sum(0)]
-    np.testing.assert_allclose(figure_sums(torch.tensor(log_probs), torch.tensor(reference), config), expected)
+    assert figures(torch.tensor(log_probs), torch.tensor(reference), config) == pytest.approx({
+        "margin": margin.sum(), "accuracy": (margin > 0).sum(),
+        "reward_chosen": ratios[:, 0].sum(), "reward_rejected": ratios[:, 1].sum(),
+    }, rel=1e-7)  # fmt: skip
 
 
 def trl_loss(
@@ -144,8 +141,7 @@ def test_the_loss_is_trls_on_the_same_log_probabilities(settings: dict[str, floa
         expected, metrics = trl_loss(weights, config, per_token, mask, reference)
         (found,) = pair_losses(log_probs, lengths.double().T, reference, config)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        figures = dict(zip(FIGURES, figure_sums(log_probs, reference, config).tolist(), strict=True))
-        assert figures == pytest.approx({
+        assert figures(log_probs, reference, config) == pytest.approx({
             "margin": metrics["rewards/margins"][0], "accuracy": metrics["rewards/accuracies"][0],
             "reward_chosen": metrics["rewards/chosen"][0], "reward_rejected": metrics["rewards/rejected"][0],
         })  # fmt: skip
@@ -162,7 +158,7 @@ def test_packed_log_probabilities_are_those_of_every_answer_alone(rows: PairRows
     for place, number in enumerate(rows.pairs_of(numbers)):
         for side in range(2):
             alone = log_probs_alone(loss.model, rows.pairs[number].sides[side]).sum()
-            assert part.log_probs[place, side].item() == pytest.approx(alone.item(), rel=1e-6)
+            assert part.values["log_probs"][place, side].item() == pytest.approx(alone.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -189,7 +185,7 @@ def test_loss_and_gradients_are_the_mean_over_pairs_run_alone(rows: PairRows, se
 def test_a_model_that_is_its_own_reference_loses_log_2(rows: PairRows) -> None:
     loss = build_loss(PreferenceConfig(beta=5.0))
     whole = rows.batch(range(len(rows)))
-    rows.reference[rows.pairs_of(range(len(rows)))] = loss(whole, None).log_probs.numpy()
+    rows.reference[rows.pairs_of(range(len(rows)))] = loss(whole, None).values["log_probs"].numpy()
     part = loss(rows.batch(range(len(rows))), counts_of(rows))
     assert part.loss.item() == pytest.approx(np.log(2), rel=1e-6)
 
@@ -204,14 +200,15 @@ def test_parts_add_up_whatever_the_micro_batches(rows: PairRows, sizes: list[int
     while cuts[-1] < len(numbers):
         cuts.append(min(len(numbers), cuts[-1] + sizes[size % len(sizes)]))
         size += 1
-    counts = StepCounts(1, 1000, len(rows), load=whole.load, pairs=PAIRS)
+    counts = replace(counts_of(rows), load=whole.load)
     batches = [rows.batch(numbers[start:end]) for start, end in pairwise(cuts)]
     assert 0 in {batch.num_pairs for batch in batches} or sizes != [1]
     parts = [loss(batch, counts) for batch in batches]
-    for name in ("loss", "objective_sum", "balance"):
+    for name in ("loss", "balance"):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
-    figures = sum(loss.figure_sums(*pair) for pair in zip(parts, batches, strict=True))
-    torch.testing.assert_close(figures, loss.figure_sums(whole, rows.batch(numbers)))
+    assert list(whole.sums) == ["loss", "margin", "accuracy", "reward_chosen", "reward_rejected"]
+    for name, total in whole.sums.items():
+        torch.testing.assert_close(sum(part.sums[name] for part in parts), total)
     assert_same_gradients(loss, parts, whole)
 
 
@@ -226,10 +223,9 @@ def assert_same_gradients(loss: TrainingLoss, parts: list[LossParts], whole: Los
 
 
 def test_bfloat16_logits_are_summed_in_float32(rows: PairRows) -> None:
-    loss = build_loss(PreferenceConfig())
-    loss.dtype = torch.bfloat16
+    loss = build_loss(PreferenceConfig(), dtype=torch.bfloat16)
     part = loss(rows.batch(range(len(rows))), counts_of(rows))
-    assert {part.log_probs.dtype, part.loss.dtype} == {torch.float32}
+    assert {part.values["log_probs"].dtype, part.loss.dtype} == {torch.float32}
 
 
 def test_what_is_moved_to_a_device_is_all_of_a_batch(rows: PairRows) -> None:

@@ -11,30 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import BalanceConfig, ScheduledSamplingConfig, TrainConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
-from moe_lm.engine.torch_engine import TorchEngine
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.losses import StepCounts, TrainingLoss
 from moe_lm.objective.scheduled_sampling import is_target_prefix, share_of, with_own_tokens
+from moe_lm.objective.training_loss import NextToken, StepCounts, TrainingLoss
 from moe_lm.train.loop import local_micro_batches
+from tests.tiny import engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, PAD = 6, 2
-
-
-def build_model() -> LanguageModel:
-    values = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "initializer_range": 0.3,
-    }  # fmt: skip
-    model = LanguageModel(ModelConfig(**values))
-    model.initialise(seed=3)
-    return model
 
 
 def half_own(batch: Batch, rows: range = range(ROWS), step: int = 0, seed: int = 5) -> Batch:
@@ -103,7 +90,7 @@ def test_the_share_grows_in_a_line() -> None:
 
 
 def test_loss_and_gradients_are_those_of_a_pass_that_goes_token_by_token(ragged: BatchSource) -> None:
-    loss = TrainingLoss(build_model(), BalanceConfig(bias_update_rate=0, sequence_loss=0), PAD)
+    loss = TrainingLoss(tiny_model(seed=3), NextToken(), BalanceConfig(bias_update_rate=0, sequence_loss=0), PAD)
     batch = half_own(ragged.batch(0, range(ROWS)))
     assert batch.own_tokens is not None
     total, changed, targets = torch.zeros(()), 0, 0
@@ -127,12 +114,12 @@ def test_loss_and_gradients_are_those_of_a_pass_that_goes_token_by_token(ragged:
         name: parameter.grad.clone() for name, parameter in loss.model.named_parameters() if parameter.grad is not None
     }
     loss.zero_grad()
-    part = loss(batch, StepCounts(targets, 100, ROWS))
+    part = loss(batch, StepCounts(targets, targets, 100, ROWS))
     part.loss.backward()
     torch.testing.assert_close(part.loss.detach(), total.detach(), rtol=1e-6, atol=0)
     for name, gradient in expected.items():
         torch.testing.assert_close(loss.model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
-    without = loss(replace(batch, own_tokens=None), StepCounts(targets, 100, ROWS)).loss
+    without = loss(replace(batch, own_tokens=None), StepCounts(targets, targets, 100, ROWS)).loss
     assert abs(without.item() - total.item()) > 1e-3
 
 
@@ -144,7 +131,7 @@ def test_accumulation_changes_nothing(ragged: BatchSource) -> None:
             "steps": 10, "global_batch_size": ROWS, "micro_batch_size": micro, "precision": "float32",
             "balance": {"batch_loss": 0.5}, "scheduled_sampling": {"share": 0.6},
         })  # fmt: skip
-        engine = TorchEngine(build_model(), train, ParallelConfig(device="cpu"), PAD)
+        engine = engine_of(tiny_model(seed=3), train)
         results.append([engine.train_step(n, local_micro_batches(engine, ragged, train, n)) for n in range(3)])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):

@@ -18,14 +18,15 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import CheckpointConfig, LogConfig, ParallelConfig
+from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.engine.torch_engine import TorchEngine
+from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, train
+from tests.tiny import engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -43,7 +44,7 @@ class Run:
         self.folder = folder
         self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | settings)
         self.checkpointing = checkpointing
-        self.adjust: Callable[[TorchEngine], None] = lambda engine: None
+        self.adjust: Callable[[Engine], None] = lambda engine: None
 
     def __call__(self) -> TrainingResult:
         model = LanguageModel(
@@ -58,7 +59,7 @@ class Run:
             )
         )
         model.initialise(seed=3)
-        self.engine = TorchEngine(model, self.config, ParallelConfig(device="cpu"), PAD)
+        self.engine = engine_of(model, self.config)
         self.adjust(self.engine)
         step = resume(self.engine, self.folder / "checkpoints")
         with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
@@ -166,8 +167,8 @@ def test_evaluates_when_it_is_due_and_at_the_end(
     result = run()
     assert [record["step"] for record in run.records if "val_loss" in record] == evaluated
     if evaluated:
-        nll, targets, _ = run.engine.evaluate(run.validation)
-        assert result.validation_loss == run.records[-1]["val_loss"] == pytest.approx(nll / targets, rel=1e-12)
+        sums, targets = run.engine.evaluate(run.validation)
+        assert result.validation_loss == run.records[-1]["val_loss"] == pytest.approx(sums["loss"] / targets, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
             vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
         )
     )  # fmt: skip
-    engine = TorchEngine(model, config, ParallelConfig(device="cpu"), PAD)
+    engine = engine_of(model, config)
     rows = []
     for rank in range(world_size):
         engine.topology = Topology(rank, world_size, rank)

@@ -21,6 +21,7 @@ from moe_lm.generate.session import Session
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.topology import Topology
 from tests.processes import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +95,7 @@ def test_merged_is_unmerged_and_the_base_stays(
     folder = newest(tmp_path / "run")
     session = Session.load(tmp_path / "run", device="cpu")
     config = load_config(FinetuneConfig, lora_config)
-    placed = place_model(session.model.config, config.parallel, config.lora)
+    placed = place_model(session.model.config, config.parallel, Topology(), config.lora)
     adapters.load_weights(newest(pretrained), placed.tensors())
     placed.model.load_state_dict(
         {name.removeprefix("model."): t for name, t in tensors(folder, "model").items()}, strict=False

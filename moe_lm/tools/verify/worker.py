@@ -23,10 +23,12 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
+from moe_lm.objective.preference import Preference
+from moe_lm.objective.training_loss import NextToken, Objective
 from moe_lm.parallel import logical
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join, leave
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.tools.verify.scale import PAD, initialise
@@ -46,29 +48,33 @@ def main(folder: Path) -> None:
     for number, layout in enumerate(plan.layouts):
         if layout.world_size == topology.world_size:
             print(f"layout: {layout.name}", flush=True)
-            run(layout, plan, folder, folder / f"{number}")
+            run(layout, plan, topology, folder, folder / f"{number}")
     leave()
 
 
-def run(layout: Layout, plan: Plan, folder: Path, results: Path) -> None:
+def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: Path) -> None:
     """Run the steps of one layout, from the initial weights or from another layout's checkpoint."""
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
-    placed = place_model(plan.model, parallel, plan.lora, train.freeze_router)
+    placed = place_model(plan.model, parallel, topology, plan.lora, train.freeze_router)
     initialise(placed, train.seed)
-    engine = build_engine(placed, train, parallel, PAD, plan.preference)
+    objective: Objective = Preference(plan.preference) if plan.preference else NextToken(train.compile)
+    engine = build_engine(placed, objective, train, parallel, PAD)
     batches = batch_source(layout, plan, engine)
     if layout.load_from is not None:
         state = engine.state()
         checkpoint.load(checkpoint.resolve(folder / layout.load_from), state)
         engine.load_state(state)
     gradients: dict[str, Tensor] = {}
-    engine.on_gradients = lambda: gradients.update(whole(engine.gradients()))
+
+    def observe() -> None:
+        gradients.update(whole(engine.gradients()))
+
     steps = []
     for step in layout.steps:
         if step == CHANGE and layout.save_as is not None:
             checkpoint.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
-        result = engine.train_step(step, local_micro_batches(engine, batches, train, step))
+        result = engine.train_step(step, local_micro_batches(engine, batches, train, step), observe)
         observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | buffers(engine)
         if step in (0, CHANGE, layout.steps[-1]):  # gathering takes most of the time; gradients cover the other steps
             observed |= weights(engine)

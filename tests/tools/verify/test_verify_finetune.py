@@ -76,12 +76,12 @@ def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: Calla
     (tmp_path / "own_pairs.py").write_text(
         "from moe_lm.engine.engine import Engine\n"
         "from dataclasses import replace\n"
-        "count = Engine._step_counts\n"
+        "count = Engine._count\n"
         "def own(self, micro_batches):\n"
         "    counts = count(self, micro_batches)\n"
         "    world = self.topology.world_size\n"
-        "    return replace(counts, pairs=world * max(1, sum(batch.num_pairs for batch in micro_batches)))\n"
-        "Engine._step_counts = own\n"
+        "    return replace(counts, units=world * max(1, sum(batch.num_pairs for batch in micro_batches)))\n"
+        "Engine._count = own\n"
     )
     options = ("--world-sizes", "2", "--only", "2 x torch", "--sabotage", tmp_path / "own_pairs.py")
     done = moe_lm("verify", config_file, PREFER, *options)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.losses import LossParts, StepCounts, TrainingLoss, next_token_nll
+from moe_lm.objective.training_loss import LossParts, NextToken, StepCounts, TrainingLoss, next_token_nll
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -24,20 +24,13 @@ OFF = BalanceConfig(bias_update_rate=0, sequence_loss=0)
 ALL = BalanceConfig(sequence_loss=0.3, batch_loss=0.5, z_loss=0.1)
 
 
-def build_loss(balance: BalanceConfig, **changes: Any) -> TrainingLoss:
-    values = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "initializer_range": 0.3,
-    }  # fmt: skip
-    model = LanguageModel(ModelConfig(**values | changes))
-    model.initialise(seed=3)
-    return TrainingLoss(model, balance, PAD)
+def build_loss(balance: BalanceConfig, model: LanguageModel | None = None, **options: Any) -> TrainingLoss:
+    return TrainingLoss(model or tiny_model(seed=3, num_experts_per_tok=2), NextToken(), balance, PAD, **options)
 
 
 def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
     tokens = int((batch.input_ids != PAD).sum())
-    return StepCounts(batch.num_targets, tokens, len(batch.input_ids), load)
+    return StepCounts(batch.num_targets, batch.num_targets, tokens, len(batch.input_ids), load)
 
 
 def gradients(loss: TrainingLoss, parts: list[LossParts]) -> dict[str, Tensor]:
@@ -71,7 +64,7 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
         targets.append(batch.targets.flatten()[start:end])
     reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
     torch.testing.assert_close(part.loss, reference)
-    torch.testing.assert_close(part.objective_sum, reference.detach() * batch.num_targets)
+    torch.testing.assert_close(part.sums["loss"], reference.detach() * batch.num_targets)
     found = gradients(loss, [part])
     loss.zero_grad()
     reference.backward()
@@ -103,22 +96,23 @@ def test_parts_add_up_whatever_the_micro_batches(ragged: BatchSource, sizes: lis
     expected = loss(whole, counts_of(whole))
     ends = torch.tensor(sizes).cumsum(0).tolist()
     batches = [ragged.batch(0, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-    counts = counts_of(whole, load=loss.load(whole, loss.run_model(whole)))
+    counts = counts_of(whole, load=expected.load)
     parts = [loss(batch, counts) for batch in batches]
-    for name in ("loss", "objective_sum", "balance"):
+    for name in ("loss", "balance"):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
+    torch.testing.assert_close(sum(part.sums["loss"] for part in parts), expected.sums["loss"])
     assert torch.equal(torch.stack([part.load for part in parts]).sum(0), expected.load)
     assert_same_gradients(gradients(loss, parts), gradients(loss, [loss(whole, counts_of(whole))]))
 
 
 def test_without_a_given_load_the_batch_loss_sums_it_over_the_ranks(ragged: BatchSource) -> None:
     """Two ranks with a half each: what one rank reduces is what both hold."""
-    loss, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
+    alone, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
     halves = [ragged.batch(0, range(start, start + 3)) for start in (0, 3)]
-    total = loss.load(whole, loss.run_model(whole))
-    loss.all_reduce = lambda load: total
+    expected = alone(whole, counts_of(whole))
+    loss = build_loss(ALL, alone.model, sum_over_ranks=lambda load: expected.load)
     parts = [loss(half, counts_of(whole)) for half in halves]
-    torch.testing.assert_close(parts[0].balance + parts[1].balance, loss(whole, counts_of(whole)).balance)
+    torch.testing.assert_close(parts[0].balance + parts[1].balance, expected.balance)
 
 
 # Balance
@@ -154,9 +148,9 @@ def test_sequence_loss_is_a_mean_over_rows(ragged: BatchSource) -> None:
 def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(ragged: BatchSource) -> None:
     loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
-    torch.testing.assert_close(part.loss, part.objective_sum / batch.num_targets + part.balance)
+    torch.testing.assert_close(part.loss, part.sums["loss"] / batch.num_targets + part.balance)
     batch.targets.fill_(IGNORE)
-    found = gradients(loss, [loss(batch, StepCounts(1, 100, ROWS))])
+    found = gradients(loss, [loss(batch, StepCounts(1, 1, 100, ROWS))])
     assert float(found["model.layers.2.mlp.gate.weight"].abs().max()) > 0
     assert float(found["model.layers.2.mlp.experts.down_proj"].abs().max()) == 0
     assert float(found["lm_head.weight"].abs().max()) == 0
@@ -166,7 +160,9 @@ def test_everything_but_the_loss_is_detached(ragged: BatchSource) -> None:
     """A step keeps the parts of all its micro-batches; a graph in them would keep their activations."""
     loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
-    assert [name for name, tensor in part._asdict().items() if tensor.requires_grad] == ["loss"]
+    tensors = {**part._asdict(), **part.sums, "values": torch.zeros(()), "sums": part.sums["loss"], **part.values}
+    tensors["loss of the parts"] = part.loss
+    assert [name for name, tensor in tensors.items() if tensor.requires_grad] == ["loss of the parts"]
 
 
 # Load
@@ -183,7 +179,7 @@ def test_load_counts_every_token_but_padding_in_every_layer(ragged: BatchSource)
 
 
 def test_a_dense_model_has_no_load_and_no_balance(ragged: BatchSource) -> None:
-    loss, batch = build_loss(ALL, n_routed_experts=0), ragged.batch(0, range(ROWS))
+    loss, batch = build_loss(ALL, tiny_model(n_routed_experts=0)), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
     assert (part.load.shape, part.entropy.shape, float(part.balance)) == ((0, 0), (0,), 0.0)
 
@@ -194,7 +190,7 @@ def test_a_dense_model_has_no_load_and_no_balance(ragged: BatchSource) -> None:
 def test_a_batch_without_targets_has_loss_0_and_zero_gradients(ragged: BatchSource) -> None:
     loss, batch = build_loss(OFF), ragged.batch(0, range(ROWS))
     batch.targets.fill_(IGNORE)
-    part = loss(batch, StepCounts(targets=1, tokens=100, rows=ROWS))
+    part = loss(batch, StepCounts(units=1, targets=1, tokens=100, rows=ROWS))
     assert part.loss.item() == 0
     assert all(not gradient.any() for gradient in gradients(loss, [part]).values())
 
@@ -203,7 +199,7 @@ def test_a_batch_of_padding_alone_is_finite(ragged: BatchSource) -> None:
     loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
     batch.input_ids.fill_(PAD)
     batch.targets.fill_(IGNORE)
-    part = loss(batch, StepCounts(targets=1, tokens=1, rows=ROWS))
+    part = loss(batch, StepCounts(units=1, targets=1, tokens=1, rows=ROWS))
     assert part.loss.item() == 0
     assert int(part.load.sum()) == 0
     assert all(gradient.isfinite().all() for gradient in gradients(loss, [part]).values())

@@ -1,0 +1,75 @@
+"""The exchanges of a step that make a rank wait for others, and the time that this rank works between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moe_lm.parallel.process_group import all_reduce_sum
+
+Mark = float | torch.cuda.Event
+
+
+class Exchange:
+    """Sums over the ranks, and a stopwatch of this rank's own work that stands still while it waits for others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[Mark, Mark, int]] = []  # the sign: 1 is work, -1 is waiting within work
+        self._began: Mark | None = None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks."""
+        with self.waiting():
+            return all_reduce_sum(tensor)
+
+    def sums(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of every tensor over the ranks, in one exchange; all have the same data type and device."""
+        packed = torch.cat([tensor.flatten() for tensor in named.values()])
+        total = self.sum(packed.to(self._device)).to(packed.device)
+        parts = total.split([tensor.numel() for tensor in named.values()])
+        return {name: part.view_as(tensor) for (name, tensor), part in zip(named.items(), parts, strict=True)}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for other ranks."""
+        # Only within work: activation checkpointing repeats the forward pass in the backward pass, which is not timed.
+        if self._began is None:
+            yield
+            return
+        started = self._mark()
+        yield
+        self._spans.append((started, self._mark(), -1))
+
+    def begin_work(self) -> None:
+        self._began = self._mark()
+
+    def end_work(self) -> None:
+        if self._began is not None:
+            self._spans.append((self._began, self._mark(), 1))
+        self._began = None
+
+    def take_seconds(self) -> float:
+        """Seconds of this rank's own work since the last call."""
+        seconds = sum(sign * self._seconds(begin, end) for begin, end, sign in self._spans)
+        self._spans.clear()
+        return seconds
+
+    def _mark(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Mark, end: Mark) -> float:
+        if isinstance(begin, float) and isinstance(end, float):
+            return end - begin
+        assert isinstance(begin, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
