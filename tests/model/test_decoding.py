@@ -8,25 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import PackedAttention, PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.transformer import LanguageModel
+from tests.tiny import LATENT, tiny_model
 
 VOCABULARY = 64
 PROMPTS = [5, 1, 11, 8]
-MOE = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
-LATENT = {
-    "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "use_qk_norm": False,
-}  # fmt: skip
+DENSE: dict[str, Any] = {"num_key_value_heads": None, "n_routed_experts": 0, "first_k_dense_replace": 0}
+MOE = {"n_routed_experts": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "multi_head": {},
     "grouped_query": {"num_key_value_heads": 2},
     "multi_query": {"num_key_value_heads": 1, "use_qk_norm": False},
     "moe": {**MOE, "num_key_value_heads": 2, "first_k_dense_replace": 1},
-    "latent": LATENT,
+    "latent": {**LATENT, "q_lora_rank": None},
     "latent_moe": {
-        **LATENT, **MOE, "q_lora_rank": 24, "v_head_dim": 24, "rope_interleave": True, "attention_bias": True,
+        **LATENT, **MOE, "v_head_dim": 24, "rope_interleave": True, "attention_bias": True,
         "rope_scaling": {
             "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8, "mscale": 0.7,
             "mscale_all_dim": 1.0,
@@ -39,10 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def build(**changes: Any) -> LanguageModel:
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = LanguageModel(ModelConfig(**{**shape, "intermediate_size": 48, "initializer_range": 0.2, **changes}))
-    model.initialise(0)
-    return model
+    return tiny_model(0, **DENSE | changes)
 
 
 def random_prompts() -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,30 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.model import LoraConfig, ModelConfig, check_targets
+from moe_lm.config.model import LoraConfig, check_targets
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
 from moe_lm.model.moe import Experts
 from moe_lm.model.transformer import LanguageModel
+from tests.tiny import LATENT, tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1, "initializer_range": 0.2,
-}  # fmt: skip
-LATENT = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
-    "num_key_value_heads": None, "use_qk_norm": False, "shared_expert_gate": True,
-}  # fmt: skip
 ALL = ("attention", "experts", "feed_forward")
 
 
-def adapted_model(settings: LoraConfig, **changes: object) -> LanguageModel:
+def adapted_model(settings: LoraConfig, **changes: Any) -> LanguageModel:
     """A model whose adapters do something: B is not zero, as it is at the start."""
-    model = LanguageModel(ModelConfig.model_validate(SHAPE | changes))
-    model.initialise(1)
+    model = tiny_model(**changes)
     lora.freeze(model, settings, None)
     lora.initialise_adapters(model, 1)
     draw = torch.Generator().manual_seed(2)
@@ -86,8 +78,7 @@ def test_a_linear_layer_is_the_sum_of_both_in_float64() -> None:
 @pytest.mark.parametrize("rank", [1, 5, 8])
 def test_experts_are_the_dense_form_token_by_token_and_so_are_their_gradients(rank: int) -> None:
     """Also with an expert that gets no token, and where no gradient is asked for, which other code computes."""
-    config = ModelConfig.model_validate(SHAPE)
-    experts = Experts(config).double()
+    experts = Experts(tiny()).double()
     experts.__class__ = LoraExperts
     experts.adapt(LoraConfig(rank=rank, alpha=3.0))
     filled(experts)
@@ -159,11 +150,11 @@ def test_every_factor_of_the_targets_and_nothing_else_is_trained(targets: tuple[
 def test_the_router_is_trained_when_asked() -> None:
     settings = LoraConfig(rank=4, targets=("attention",))
     for asked, trained in ((None, False), (True, False), (False, True)):
-        model = LanguageModel(ModelConfig.model_validate(SHAPE))
+        model = LanguageModel(tiny())
         lora.freeze(model, settings, asked)
         assert [layer.gate.weight.requires_grad for layer in model.moe_layers] == [trained] * 2
         assert ("model.layers.1.mlp.gate.weight" in lora.left_to_base(model)) != trained
-    model = LanguageModel(ModelConfig.model_validate(SHAPE))
+    model = LanguageModel(tiny())
     lora.freeze(model, None, True)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)
@@ -172,8 +163,7 @@ def test_the_router_is_trained_when_asked() -> None:
 
 
 def test_at_the_start_an_adapter_does_nothing() -> None:
-    model = LanguageModel(ModelConfig.model_validate(SHAPE))
-    model.initialise(1)
+    model = tiny_model()
     before = logits(model)
     lora.freeze(model, LoraConfig(), None)
     lora.initialise_adapters(model, 1)
@@ -200,9 +190,14 @@ def test_factors_are_drawn_by_seed_name_and_expert() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_gated": False}, LATENT]
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_gated": False},
+        LATENT | {"shared_expert_gate": True},
+    ],
 )
-def test_merged_is_unmerged(changes: dict[str, object]) -> None:
+def test_merged_is_unmerged(changes: dict[str, Any]) -> None:
     settings = LoraConfig(rank=6, alpha=4.0)
     model = adapted_model(settings, **changes)
     plain = merged_copy(model, settings)
@@ -279,8 +274,8 @@ def test_tied_embeddings_are_looked_up_in_float32() -> None:
     ("changes", "target"),
     [({"n_routed_experts": 0}, "experts"), ({"n_shared_experts": 0, "first_k_dense_replace": 0}, "feed_forward")],
 )
-def test_a_target_that_matches_nothing_is_refused(changes: dict[str, object], target: str) -> None:
-    model = ModelConfig.model_validate(SHAPE | changes)
+def test_a_target_that_matches_nothing_is_refused(changes: dict[str, Any], target: str) -> None:
+    model = tiny(**changes)
     settings = LoraConfig.model_validate({"targets": ["attention", target]})
     with pytest.raises(UsageError, match=f"lora.targets names {target}, of which the model has none; choose among"):
         check_targets(model, settings)

@@ -9,17 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
+from tests.tiny import LATENT, tiny, tiny_model
 
 VOCABULARY, HIDDEN = 64, 32
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
-}  # fmt: skip
-MOE: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
+DENSE: dict[str, Any] = {"n_routed_experts": 0, "first_k_dense_replace": 0}
+MOE: dict[str, Any] = {"n_routed_experts": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {**MOE, "first_k_dense_replace": 1},
@@ -29,9 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
     },
     "deepseek_v3": {
-        **MOE, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": None, "use_qk_norm": False,
-        "rope_interleave": True, "attention_bias": True,
+        **MOE, **LATENT, "first_k_dense_replace": 1, "v_head_dim": 16, "rope_interleave": True, "attention_bias": True,
     },
     "classic": {
         "norm_type": "layernorm", "hidden_act": "relu", "mlp_gated": False, "position_embedding": "learned",
@@ -43,9 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def build(seed: int = 0, **changes: Any) -> LanguageModel:
     """A model whose logits are of order 1."""
-    model = LanguageModel(ModelConfig(**{**SHAPE, "initializer_range": 0.2, **changes}))
-    model.initialise(seed)
-    return model
+    return tiny_model(seed, **DENSE | changes)
 
 
 def packed(lengths: list[int]) -> tuple[Tensor, PackedAttention]:
@@ -174,10 +167,10 @@ def test_initial_weights_have_the_spread_that_the_config_asks_for() -> None:
 
 def test_a_model_built_on_meta_starts_as_one_built_on_the_cpu() -> None:
     with torch.device("meta"):
-        model = LanguageModel(ModelConfig(**SHAPE, **MOE))
+        model = LanguageModel(tiny(first_k_dense_replace=0))
     model = model.to_empty(device="cpu")
     model.initialise(3)
-    direct = LanguageModel(ModelConfig(**SHAPE, **MOE))
+    direct = LanguageModel(tiny(first_k_dense_replace=0))
     direct.initialise(3)
     for name, tensor in direct.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)

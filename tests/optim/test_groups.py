@@ -9,24 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
-from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.groups import build_optimizers, schedule_factor, set_learning_rate, update_router_biases
 from moe_lm.optim.muon import Muon
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def build_model(**changes: Any) -> LanguageModel:
-    values = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-    }  # fmt: skip
-    model = LanguageModel(ModelConfig(**values | changes))
-    model.initialise(seed=1)
-    return model
+SMALL = {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +33,7 @@ def names_in(model: nn.Module, group: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "norm_type": "layernorm", "mlp_bias": True}])
 @pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, changes: dict[str, Any]) -> None:
-    model = build_model(**changes)
+    model = tiny_model(**changes)
     optimizers = build_optimizers(model, OptimizerConfig(name=name, weight_decay=0.3))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     every = [parameter for group in groups for parameter in group["params"]]
@@ -56,7 +45,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, chan
 
 
 def test_muon_takes_the_hidden_matrices_but_no_router_embedding_or_head() -> None:
-    model = build_model()
+    model = tiny_model(**SMALL)
     adamw, muon = build_optimizers(model, OptimizerConfig(name="muon"))
     assert isinstance(muon, Muon)
     taken = names_in(model, muon.param_groups[0])
@@ -70,13 +59,13 @@ def test_muon_takes_the_hidden_matrices_but_no_router_embedding_or_head() -> Non
 
 
 def test_muon_leaves_the_gate_of_the_shared_experts_to_adamw() -> None:
-    model = build_model(shared_expert_gate=True)
+    model = tiny_model(shared_expert_gate=True)
     adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))
     assert "model.layers.1.mlp.shared_expert_gate.weight" in names_in(model, adamw.param_groups[0])
 
 
 def test_tied_embeddings_are_one_parameter_of_adamw() -> None:
-    model = build_model(tie_word_embeddings=True)
+    model = tiny_model(tie_word_embeddings=True)
     adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))
     assert sum(parameter is model.lm_head.weight for parameter in adamw.param_groups[0]["params"]) == 1
 
@@ -84,7 +73,7 @@ def test_tied_embeddings_are_one_parameter_of_adamw() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
 def test_every_state_exists_before_the_first_step(name: Any) -> None:
     """So that a checkpoint has somewhere to go; the step changes the values, not the names and shapes."""
-    model = build_model()
+    model = tiny_model(**SMALL)
     optimizers = build_optimizers(model, OptimizerConfig(name=name))
 
     def states() -> list[dict[int, dict[str, tuple[torch.Size, torch.dtype]]]]:
@@ -106,7 +95,7 @@ def test_every_state_exists_before_the_first_step(name: Any) -> None:
 
 
 def test_adamw_is_loshchilov_and_hutters_equation() -> None:
-    model = build_model()
+    model = tiny_model(**SMALL)
     config = OptimizerConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     (adamw,) = build_optimizers(model, config)
     weights = {
@@ -171,7 +160,7 @@ def test_constant_stays() -> None:
 
 
 def test_every_group_keeps_its_own_peak() -> None:
-    optimizers = build_optimizers(build_model(), OptimizerConfig(name="muon", lr=0.01, muon_lr=0.2))
+    optimizers = build_optimizers(tiny_model(**SMALL), OptimizerConfig(name="muon", lr=0.01, muon_lr=0.2))
     for factor in (0.5, 0.1):
         set_learning_rate(optimizers, factor)
         found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -186,7 +175,7 @@ def test_biases_move_by_the_rate_towards_an_even_load() -> None:
 
     Loads of mean 10; at the mean nothing moves.
     """
-    model = build_model()
+    model = tiny_model(**SMALL)
     (layer,) = model.moe_layers
     layer.gate.e_score_correction_bias.copy_(torch.tensor([0.5, 0.0, 0.0, -0.5]))
     update_router_biases(model, torch.tensor([[11, 10, 0, 19]]), rate=0.25)
@@ -194,14 +183,14 @@ def test_biases_move_by_the_rate_towards_an_even_load() -> None:
 
 
 def test_every_layer_moves_by_its_own_load() -> None:
-    model = build_model(first_k_dense_replace=0)
+    model = tiny_model(**SMALL, first_k_dense_replace=0)
     update_router_biases(model, torch.tensor([[1, 2, 3, 2], [4, 0, 0, 0]]), rate=1.0)
     assert [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers] == [[1, 0, -1, 0], [-1, 1, 1, 1]]
 
 
 def test_counts_beyond_float32_still_move_biases_the_right_way() -> None:
     """2^25 + 1 is no float32; a mean of rounded counts would call it even."""
-    model = build_model()
+    model = tiny_model(**SMALL)
     (layer,) = model.moe_layers
     update_router_biases(model, torch.tensor([[2**25 + 1, 2**25 - 1, 2**25, 2**25]]), rate=1.0)
     assert layer.gate.e_score_correction_bias.tolist() == [-1, 1, 0, 0]
