@@ -17,7 +17,7 @@ class RopeScaling(Section):
     in between (arXiv 2407.21783). `yarn` has a ramp over rotations and sharpens the attention (arXiv 2309.00071).
     """
 
-    rope_type: Literal["linear", "llama3", "yarn"] = Field(description="method")
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(description="method of stretching")
     factor: float = Field(ge=1, description="new length over the trained length")
     original_max_position_embeddings: int | None = Field(
         default=None, gt=0, description="llama3, yarn: trained length in tokens"

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field's flag on the command line has beside the field's own name and description."""
+
+    metavar: str | None = None
+    envvar: str | None = None
 
 
 class Section(BaseModel):

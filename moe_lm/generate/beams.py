@@ -1,26 +1,26 @@
 """Beam search: the most probable continuations of a prompt.
 
-Scores, candidates and the three ways of stopping are those of transformers' `generate`, so that both give the same
+Scores, candidates and the end of the search are those of transformers' `generate`, so that both give the same
 tokens. Shapes: K beams, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_lm.common.errors import UsageError
+from moe_lm.config.generation import SampleConfig, SamplingConfig
 from moe_lm.generate.forward import cache_for, capacity_for, check_prompt, extend, prefill, room
-from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
+from moe_lm.generate.penalties import Text, check_ids, penalised
 from moe_lm.generate.strategies import check_logits
 from moe_lm.model.transformer import LanguageModel
 
 NEVER = -1e9  # a score that no text has
+UNCHANGED = SamplingConfig()
 
 
 @dataclass(frozen=True)
@@ -28,34 +28,24 @@ class BeamSettings:
     """How wide to search, when to stop, and how many of the `best` texts to return.
 
     A text's score is its log-probability divided by its length, stop token included, to the power of
-    `length_penalty`: above 0 it favours longer texts. The search ends when as many texts as beams have ended and, by
-    `early_stopping`: True, at once; False, when no running beam would beat the worst of them if it ended now; "never",
-    when no running beam could ever beat it. The penalties change log-probabilities here, not logits.
-    Raises UsageError for values out of range.
+    `length_penalty`: above 0 it favours longer texts. The search ends when as many texts as beams have ended and no
+    running beam would beat the worst of them if it ended now. The penalties of `sampling` change log-probabilities
+    here, not logits; nothing else of it is used.
     """
 
     beams: int = 4
     best: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
     max_new_tokens: int = 200
     min_new_tokens: int = 0
-    penalties: Penalties = NO_PENALTIES
+    sampling: SamplingConfig = UNCHANGED
 
-    def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise UsageError(f"beams={self.beams} searches nothing; give at least 1")
-        if not 1 <= self.best <= self.beams:
-            raise UsageError(f"best={self.best} is not between 1 and beams={self.beams}; change one of them")
-        if not math.isfinite(self.length_penalty):
-            raise UsageError(f"length_penalty={self.length_penalty} is not a finite number; 0 is none")
-        if self.early_stopping not in (True, False, "never"):
-            raise UsageError(f"early_stopping={self.early_stopping!r} is unknown; choose one of True, False, 'never'")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
-            raise UsageError(
-                f"max_new_tokens={self.max_new_tokens}, min_new_tokens={self.min_new_tokens} leave no text of at "
-                "least one token; change one of them"
-            )
+    @classmethod
+    def of(cls, config: SampleConfig) -> BeamSettings:
+        """What a command line asks for; `config.beams` is set."""
+        assert config.beams is not None
+        lengths = config.max_new_tokens, config.min_new_tokens
+        return cls(config.beams, config.num, config.length_penalty, *lengths, config)
 
 
 class Beam(NamedTuple):
@@ -82,7 +72,7 @@ def search(
     prompt that is empty or too long, MoeLmError for logits that are not a distribution.
     """
     check_prompt(model.config, prompt, model.config.max_position_embeddings)
-    settings.penalties.check_ids(vocab_size or model.config.vocab_size)
+    check_ids(settings.sampling, vocab_size or model.config.vocab_size)
     limit = min(settings.max_new_tokens, room(model.config, prompt))
     beams = _Beams(prompt, settings, frozenset(stop_ids), limit, ends)
     cache = cache_for(model, settings.beams, capacity_for(model.config, [len(prompt)], limit))
@@ -148,9 +138,8 @@ class _Beams:
     def _penalised(self, log_p_KV: Tensor) -> Tensor:
         short = len(self.running[0]) < self.settings.min_new_tokens
         forbidden = self.stop_ids if short else frozenset[int]()
-        return self.settings.penalties(
-            log_p_KV, [Text([*self.prompt, *ids], len(self.prompt), forbidden) for ids in self.running]
-        )
+        texts = [Text([*self.prompt, *ids], len(self.prompt), forbidden) for ids in self.running]
+        return penalised(log_p_KV, self.settings.sampling, texts)
 
     def _ends(self, ids: list[int]) -> bool:
         return len(ids) >= self.limit or ids[-1] in self.stop_ids or self.ends(ids)
@@ -161,7 +150,7 @@ class _Beams:
         Only the first K candidates count; the others are there so that K beams can go on.
         """
         new_C = hits_C & (torch.arange(len(hits_C)) < self.width)
-        if not self.improvable or (self.settings.early_stopping is True and bool(self.full.all())):
+        if not self.improvable:
             return
         scores_C = log_p_C / len(texts[0]) ** self.settings.length_penalty + (~new_C).float() * NEVER
         scores = torch.cat((self.ended_scores, scores_C))
@@ -171,11 +160,8 @@ class _Beams:
         self.ended_scores, self.full = scores[best], there[best]
 
     def _judge(self, all_hit: bool) -> None:
-        """Decide by `early_stopping` whether a running beam could still give a better text."""
-        never = self.settings.early_stopping == "never" and self.settings.length_penalty > 0
-        length = self.limit if never else len(self.running[0])
-        possible = self.scores[0] / length**self.settings.length_penalty
+        """Decide whether a running beam would be among the best texts if it ended now."""
+        possible = self.scores[0] / len(self.running[0]) ** self.settings.length_penalty
         worst = torch.where(self.full, self.ended_scores.min(), NEVER)
         self.improvable = self.improvable and bool((possible > worst).any())
-        enough = self.settings.early_stopping is True and bool(self.full.all())
-        self.done = not self.improvable or enough or all_hit
+        self.done = not self.improvable or all_hit

@@ -11,17 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.terminal import check_typed, colours, printable
+from moe_lm.config.generation import LoadConfig, SamplingConfig
 from moe_lm.generate.conversation import Conversation
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.text import Delta, Speed
-
-if TYPE_CHECKING:
-    from moe_lm.parallel.spread import Spread
 
 COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # a text with a second slash is a path, not a command
 ENDS = {"interrupted": ", stopped", "length": ", cut at the limit"}
@@ -31,18 +28,15 @@ KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help 
 def chat(
     run: Path,
     settings: Settings,
-    base: Path | None = None,
+    load: LoadConfig | None = None,
     history: bool = True,
-    spread: Spread | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
 ) -> None:
-    """Talk until /quit or Ctrl-D. `base`, `spread`, `device` and `dtype` are as in `Session.load`.
+    """Talk until /quit or Ctrl-D.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
     chat template.
     """
-    session = Session.load(run, device, base, spread, dtype=dtype)
+    session = Session.open(run, load or LoadConfig())
     if not session.tokenizer.has_chat_template:
         raise UsageError(
             f"the tokenizer of {run} has no chat template, so no conversation can be written for the model; continue "
@@ -145,10 +139,10 @@ class Chat:
 
     def _temp(self, text: str) -> None:
         try:
-            temperature = float(text)
+            temperature = SamplingConfig(temperature=text).temperature  # type: ignore[arg-type]
         except ValueError as error:
             now = self.conversation.settings.sampling.temperature
-            raise UsageError(f"/temp {text!r} is no number; it is {now} now, give one of at least 0") from error
+            raise UsageError(f"/temp {text!r} is not a number of at least 0; it is {now} now") from error
         self.conversation.set_temperature(temperature)
         self.note(f"(temperature {temperature})")
 

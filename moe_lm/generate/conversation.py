@@ -63,8 +63,7 @@ class Conversation:
         self.turns, self._answers = [], 0
 
     def set_temperature(self, temperature: float) -> None:
-        """Raises UsageError for what is no temperature."""
-        sampling = dataclasses.replace(self.settings.sampling, temperature=temperature)
+        sampling = self.settings.sampling.model_copy(update={"temperature": temperature})
         self.settings = dataclasses.replace(self.settings, sampling=sampling)
 
     def save(self, file: Path) -> bool:

@@ -7,6 +7,7 @@ Shapes: R rows that are being written, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lm.common.errors import UsageError
+from moe_lm.config.generation import SEEDS, GenerationConfig, SampleConfig
 from moe_lm.generate.compiled import CompiledStep
 from moe_lm.generate.forward import Ahead, cache_for, capacity_for, check_prompt, experts_by_row, extend, prefill
-from moe_lm.generate.penalties import Text
+from moe_lm.generate.penalties import Text, check_ids
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.transformer import LanguageModel
 
@@ -42,18 +43,15 @@ class Settings:
     logprobs: int | None = None
     routing: bool = False
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} asks for no token; give at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise UsageError(
-                f"min_new_tokens={self.min_new_tokens} is not between 0 and max_new_tokens={self.max_new_tokens}; "
-                "change one of them"
-            )
-        if not 0 <= self.seed < 1 << 32:
-            raise UsageError(f"seed={self.seed} is out of range; give a number from 0 to 2**32 - 1")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UsageError(f"logprobs={self.logprobs} is not a number of tokens; give at least 0")
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Settings:
+        """What a command line asks for; without a seed one is drawn."""
+        seed = secrets.randbelow(SEEDS) if config.seed is None else config.seed
+        sampling = Sampling.of(config)
+        if not isinstance(config, SampleConfig):
+            return cls(config.max_new_tokens, sampling, seed, config.min_new_tokens)
+        routing = config.show_routing is not None
+        return cls(config.max_new_tokens, sampling, seed, config.min_new_tokens, config.logprobs, routing)
 
     def of_row(self, row: int) -> Settings:
         """The settings of a batch's row, which draws with `seed + row`."""
@@ -148,7 +146,7 @@ class Decoder:
         Raises UsageError for a prompt that is empty or too long, or a bias of a token that does not exist.
         """
         check_prompt(self.model.config, prompt, self.capacity)
-        settings.sampling.penalties.check_ids(self.vocab_size or self.model.config.vocab_size)
+        check_ids(settings.sampling, self.vocab_size or self.model.config.vocab_size)
         left = min(settings.max_new_tokens, self.capacity - len(prompt) + 1)
         row = _Request(self._requests, list(prompt), len(prompt), settings, frozenset(stop_ids), left)
         self._waiting.append(row)

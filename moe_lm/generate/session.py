@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_lm.checkpoint import adapters, checkpoint
 from moe_lm.common.errors import UsageError
+from moe_lm.config.generation import LoadConfig
 from moe_lm.config.model import ModelConfig, check_vocabulary
 from moe_lm.config.reading import build_config
 from moe_lm.generate.decode import SLOTS, Decoder, Settings
@@ -68,6 +69,16 @@ class Session:
         if spread is not None:
             return cls(folder, spread_model(folder, tokenizer, spread, base, number), tokenizer)
         return cls(folder, load_model(folder, tokenizer, target, base, number), tokenizer, compiled)
+
+    @classmethod
+    def open(cls, run: Path, config: LoadConfig) -> Session:
+        """Load a run as `config` says; see `load`."""
+        spread = None
+        if config.device_map is not None:
+            from moe_lm.parallel.spread import Spread
+
+            spread = Spread(dict(item.partition("=")[::2] for item in config.max_memory), config.offload_folder)
+        return cls.load(run, config.device, config.base, spread, config.compile, config.dtype)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
         """A decoder for up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""

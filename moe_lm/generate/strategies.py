@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.generate.penalties import NO_PENALTIES, Penalties, Text
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.generation import SamplingConfig
+from moe_lm.generate.penalties import Text, penalised, penalises
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(SamplingConfig):
     """Penalties, temperature, top-k, top-p, min-p, typical, in this order and each where it is set, then a draw.
 
     temperature: 0 is greedy, whatever follows it.
@@ -26,25 +25,12 @@ class Sampling:
     min_p: choose among tokens at least this share as likely as the likeliest (arXiv 2407.01082).
     typical_p: choose among the tokens whose surprise is nearest to the expected one and that together hold this
     probability (arXiv 2202.00666), at least one.
-    Raises UsageError for values without a meaning.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    penalties: Penalties = NO_PENALTIES
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature={self.temperature} is not a finite number of at least 0; 0 is greedy")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k={self.top_k} leaves no token to choose; give at least 1")
-        for name in ("top_p", "min_p", "typical_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"{name}={value} is no probability; give a number from 0 to 1")
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Sampling:
+        """The strategy that a section with more fields than these describes."""
+        return cls(**{name: getattr(config, name) for name in SamplingConfig.model_fields})
 
     def __call__(self, logits_RV: Tensor, generators: Sequence[torch.Generator], texts: Sequence[Text] = ()) -> Tensor:
         """The chosen token of each row, `[R]` int64. Each row draws once from its own generator, a CPU one, so that
@@ -54,14 +40,14 @@ class Sampling:
         that are no distribution (NaN, +inf, or -inf everywhere).
         """
         check_logits(logits_RV)
-        changed = bool(self.penalties) or any(text.forbidden for text in texts)
+        changed = penalises(self) or any(text.forbidden for text in texts)
         if self.temperature == 0 and not changed:
             return greedy(logits_RV)
         # In float64, so that rounding moves neither the edge of a top-p set nor a rare token's chance.
         logits_RV = logits_RV.cpu().double() if logits_RV.device.type == "mps" else logits_RV.double()
         if not changed:
             return draw(self.kept(logits_RV), generators)
-        logits_RV = self.penalties(logits_RV, texts or [Text(())] * len(logits_RV))
+        logits_RV = penalised(logits_RV, self, texts or [Text(())] * len(logits_RV))
         tokens_R = greedy(logits_RV) if self.temperature == 0 else draw(self.kept(logits_RV), generators)
         return tokens_R.masked_fill(logits_RV.amax(-1) == -math.inf, -1)
 

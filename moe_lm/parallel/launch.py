@@ -26,6 +26,20 @@ def launched_ranks() -> Meeting | None:
     return Meeting(topology)
 
 
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without `--local_rank=N`, which DeepSpeed's launcher adds; N goes into the environment."""
+    kept, rest = [], iter(arguments)
+    for item in rest:
+        name, _, value = item.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            number = value or next(rest, "0")
+            if "RANK" in os.environ:  # alone it would look like one of many ranks
+                os.environ.setdefault("LOCAL_RANK", number)
+        else:
+            kept.append(item)
+    return kept
+
+
 def end_with_launcher() -> None:
     """End when torchrun's agent or DeepSpeed's launcher ends; a shell may end and leave a rank running.
 

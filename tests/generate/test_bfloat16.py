@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, Step
-from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.kernels.native import build
@@ -77,8 +76,11 @@ def test_every_way_of_choosing_takes_rounded_logits(make_run: Callable[..., Path
         assert step.logprob == step.alternatives[0][1]
         probabilities = torch.tensor([log_p for _, log_p in step.alternatives], dtype=torch.float64).exp()
         assert abs(float(probabilities.sum()) - 1) < 1e-5  # in bfloat16 it would be off by more than 1e-3
-    penalties = Penalties(repetition=1.2, presence=0.5, logit_bias=((7, 2.0),))
-    assert len(written(session, Settings(8, Sampling(1.2, 50, 0.9, 0.01, 0.9, penalties), 3, routing=True))) == 8
+    sampling = Sampling(
+        temperature=1.2, top_k=50, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.5,
+        logit_bias=((7, 2.0),),
+    )  # fmt: skip
+    assert len(written(session, Settings(8, sampling, 3, routing=True))) == 8
     beams = search(session.model, PROMPT, BeamSettings(3, 2, max_new_tokens=6))
     assert [len(beam.ids) for beam in beams] == [6, 6]
 

@@ -28,7 +28,7 @@ PIECE = Delta(0, "a piece", 0, Step(0, 9), None)
 
 def chat(run: Path, typed: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    verb.chat(run, Settings(12, Sampling(0.0), **changes))  # type: ignore[arg-type]
+    verb.chat(run, Settings(12, Sampling(temperature=0.0), **changes))  # type: ignore[arg-type]
 
 
 def answers(session: Session, *questions: str, system: str = "") -> list[str]:
@@ -178,7 +178,7 @@ def test_retry_draws_another_answer_to_the_same_question(
 ) -> None:
     chat(run, "/temp 3\na\n/retry\n/temp 0\n/retry\n", monkeypatch, seed=4)
     question = [{"role": "user", "content": "a"}]
-    drawn = [text_of(session.chat(question, Settings(12, Sampling(3.0), seed))) for seed in (4, 5)]
+    drawn = [text_of(session.chat(question, Settings(12, Sampling(temperature=3.0), seed))) for seed in (4, 5)]
     assert capsys.readouterr().out == "\n".join([*drawn, *answers(session, "a"), "", ""])
     assert drawn[0] != drawn[1]
 
@@ -188,8 +188,8 @@ def test_retry_draws_another_answer_to_the_same_question(
     [
         ("/sytem be kind", "there is no command /sytem; did you mean /system?"),
         ("/xyz", "there is no command /xyz; /help lists them"),
-        ("/temp hot", "/temp 'hot' is no number; it is 0.0 now"),
-        ("/temp -1", "temperature=-1.0 is not a finite number of at least 0"),
+        ("/temp hot", "/temp 'hot' is not a number of at least 0; it is 0.0 now"),
+        ("/temp -1", "/temp '-1' is not a number of at least 0; it is 0.0 now"),
         ("/save", "/save needs the name of a file"),
         ("/save x.jsonl", "nothing was said yet"),
         ("/undo", "nothing was said yet"),
@@ -200,7 +200,7 @@ def test_retry_draws_another_answer_to_the_same_question(
 def test_a_command_that_cannot_be_says_why(
     session: Session, line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = verb.Chat(verb.Conversation(session, Settings(1, Sampling(0.0))), at_terminal=False)
+    talk = verb.Chat(verb.Conversation(session, Settings(1, Sampling(temperature=0.0))), at_terminal=False)
     talk.through([line])
     assert said in capsys.readouterr().err
 

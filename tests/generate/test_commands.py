@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.generate import commands
+from moe_lm.config.generation import SampleConfig
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.sample import Prompt, write_samples
 from moe_lm.generate.session import Session
@@ -21,10 +21,8 @@ MakeRun = Callable[..., Path]
 
 
 def sample(run: Path, **changes: object) -> None:
-    options = {"max_new_tokens": 20, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0} | changes
-    stop: list[str] = options.pop("stop", [])  # type: ignore[assignment]
-    settings = commands.settings_of(**options)  # type: ignore[arg-type]
-    write_samples(Session.load(run), [Prompt("import ")], 1, settings, stop, plain=True)
+    text = SampleConfig(**{"max_new_tokens": 20, "temperature": 0.0, "seed": 0} | changes)  # type: ignore[arg-type]
+    write_samples(Session.load(run), [Prompt("import ")], 1, Settings.of(text), text.stop, plain=True)
 
 
 def test_sample_writes_the_text_alone_and_its_speed_beside_it(
@@ -47,7 +45,7 @@ def test_sample_without_a_seed_says_the_one_that_gives_the_same_text(
     sample(run, temperature=1.5, top_k=100, top_p=0.9, seed=None, stop=["zz"])
     captured = capsys.readouterr()
     seed = int(captured.err.split()[-1])
-    settings = Settings(20, Sampling(1.5, top_k=100, top_p=0.9), seed)
+    settings = Settings(20, Sampling(temperature=1.5, top_k=100, top_p=0.9), seed)
     assert captured.out == text_of(session.complete("import ", settings, ["zz"])) + "\n"
 
 

@@ -118,6 +118,7 @@ def test_what_does_not_compile_is_refused_in_a_sentence(
     for verb, *options in (
         ("sample", "-p", "a", "--beams", "2"),
         ("sample", "-p", "a", "--device-map", "auto"),
+        ("chat", "--device-map", "auto"),
         ("serve", "--device-map", "auto"),
     ):
         done = moe_lm(verb, run, *options, "--compile")
@@ -125,7 +126,7 @@ def test_what_does_not_compile_is_refused_in_a_sentence(
         assert f"--compile and {options[-2]} do not go together; leave one of them out" in done.err
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    for verb, *options in (("sample", "-p", "a"), ("serve", "--port", "0")):
+    for verb, *options in (("sample", "-p", "a"), ("chat",), ("serve", "--port", "0")):
         done = moe_lm(verb, run, *options, "--compile")
         assert done.code == 2
         assert (

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process
 
-from moe_lm.common.errors import UsageError
-from moe_lm.generate.penalties import Penalties, Text, repeating
+from moe_lm.config.generation import SamplingConfig
+from moe_lm.generate.penalties import Text, penalised, repeating
 from moe_lm.generate.strategies import GREEDY, Sampling
 
 V = 12
@@ -21,8 +21,8 @@ ids_lists = st.lists(st.integers(0, V - 1), max_size=30)
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V)
 
 
-def changed(penalties: Penalties, logits: list[float], text: Text) -> list[float]:
-    return penalties(torch.tensor([logits], dtype=torch.float64), [text])[0].tolist()
+def changed(penalties: SamplingConfig, logits: list[float], text: Text) -> list[float]:
+    return penalised(torch.tensor([logits], dtype=torch.float64), penalties, [text])[0].tolist()
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -31,7 +31,13 @@ def test_penalties_are_what_a_loop_over_the_vocabulary_gives(
     logits: list[float], ids: list[int], prompt: int, repetition: float, presence: float, frequency: float
 ) -> None:
     bias = ((0, 1.5), (3, -math.inf))
-    found = changed(Penalties(repetition, presence, frequency, logit_bias=bias), logits, Text(ids, prompt, {5}))
+    found = changed(
+        SamplingConfig(
+            repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
+        ),
+        logits,
+        Text(ids, prompt, {5}),
+    )
     for token in range(V):
         value = logits[token] + dict(bias).get(token, 0.0)
         if token in ids:
@@ -55,33 +61,36 @@ def test_no_ngram_comes_twice(ids: list[int], size: int) -> None:
 @pytest.mark.parametrize(
     ("processor", "values", "penalties"),
     [
-        ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.7}, Penalties(repetition=1.7)),
-        ("RepetitionPenaltyLogitsProcessor", {"penalty": 0.6}, Penalties(repetition=0.6)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 1}, Penalties(no_repeat_ngram=1)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 2}, Penalties(no_repeat_ngram=2)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 3}, Penalties(no_repeat_ngram=3)),
+        ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.7}, SamplingConfig(repetition_penalty=1.7)),
+        ("RepetitionPenaltyLogitsProcessor", {"penalty": 0.6}, SamplingConfig(repetition_penalty=0.6)),
+        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 1}, SamplingConfig(no_repeat_ngram=1)),
+        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 2}, SamplingConfig(no_repeat_ngram=2)),
+        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 3}, SamplingConfig(no_repeat_ngram=3)),
         (
             "SequenceBiasLogitsProcessor",
             {"sequence_bias": {(1,): 2.5, (4,): -math.inf}},
-            Penalties(logit_bias=((1, 2.5), (4, -math.inf))),
+            SamplingConfig(logit_bias=((1, 2.5), (4, -math.inf))),
         ),
     ],
 )
-def test_the_same_as_transformers(processor: str, values: dict[str, Any], penalties: Penalties) -> None:
+def test_the_same_as_transformers(processor: str, values: dict[str, Any], penalties: SamplingConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, V, generator=generator, dtype=torch.float64) * 5
     ids = torch.randint(V, (50, 9), generator=generator)
     expected = getattr(logits_process, processor)(**values)(ids, logits.clone())
     before = logits.clone()
-    torch.testing.assert_close(penalties(logits, [Text(row, 4) for row in ids.tolist()]), expected)
+    found = penalised(logits, penalties, [Text(row, 4) for row in ids.tolist()])
+    torch.testing.assert_close(found, expected)
     assert torch.equal(logits, before)
     assert not torch.equal(expected, logits)
 
 
 def test_ids_beyond_the_vocabulary_are_passed_over() -> None:
     logits = torch.zeros(1, 4)
-    penalties = Penalties(2.0, 1.0, 1.0, 1, ((9, 3.0),))
-    assert torch.equal(penalties(logits, [Text([7, 9], 0, {11})]), logits)
+    penalties = SamplingConfig(
+        repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=1.0, no_repeat_ngram=1, logit_bias=((9, 3.0),)
+    )
+    assert torch.equal(penalised(logits, penalties, [Text([7, 9], 0, {11})]), logits)
 
 
 def test_a_row_that_no_token_is_left_for_gets_minus_1() -> None:
@@ -90,29 +99,14 @@ def test_a_row_that_no_token_is_left_for_gets_minus_1() -> None:
 
     texts = [Text([0, 1, 2]), Text([0, 2])]
     for temperature in (0.0, 1.0):
-        chosen = Sampling(temperature, penalties=Penalties(no_repeat_ngram=1))(torch.zeros(2, 3), generators(), texts)
+        chosen = Sampling(temperature=temperature, no_repeat_ngram=1)(torch.zeros(2, 3), generators(), texts)
         assert chosen.tolist() == [-1, 1]
     assert GREEDY(torch.zeros(2, 2), generators(), [Text((), 0, {0}), Text((), 0, {0, 1})]).tolist() == [1, -1]
 
 
 def test_rows_are_changed_by_their_own_texts() -> None:
     logits = torch.ones(3, V)
-    together = Penalties(2.0, 0.5, no_repeat_ngram=2)
+    penalties = SamplingConfig(repetition_penalty=2.0, presence_penalty=0.5, no_repeat_ngram=2)
     texts = [Text([1, 2, 1]), Text([]), Text([3, 3], 1)]
-    alone: Tensor = torch.cat([together(logits[:1], [text]) for text in texts])
-    assert torch.equal(together(logits, texts), alone)
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"repetition": 0.0}, "repetition_penalty=0.0"), ({"repetition": math.inf}, "repetition_penalty=inf"),
-        ({"presence": math.nan}, "presence_penalty=nan"), ({"frequency": math.inf}, "frequency_penalty=inf"),
-        ({"no_repeat_ngram": 0}, "no_repeat_ngram=0"), ({"logit_bias": ((-1, 1.0),)}, "logit_bias -1=1.0"),
-        ({"logit_bias": ((1, math.nan),)}, "logit_bias 1=nan"), ({"logit_bias": ((1, math.inf),)}, "logit_bias 1=inf"),
-        ({"logit_bias": ((1, 1.0), (1, 2.0))}, "names an id twice"),
-    ],
-)  # fmt: skip
-def test_values_without_a_meaning_are_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        Penalties(**values)
+    alone: Tensor = torch.cat([penalised(logits[:1], penalties, [text]) for text in texts])
+    assert torch.equal(penalised(logits, penalties, texts), alone)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lm.config.generation import SamplingConfig
 from moe_lm.generate.beams import BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
-from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
@@ -50,7 +50,7 @@ def test_every_sample_of_a_file_is_a_line_with_a_seed_that_gives_it_again(
     ]
     assert [line.get("id") for line in found] == [7, 7, None, None, None, None]
     for line in found:
-        settings = Settings(9, Sampling(1.3, min_p=0.01), line["seed"])
+        settings = Settings(9, Sampling(temperature=1.3, min_p=0.01), line["seed"])
         assert line["text"] == text_of(session.complete(line["prompt"], settings))
         assert line["finish"] in ("stop", "length")
     assert done.err.startswith("6 samples, ")
@@ -101,9 +101,9 @@ def test_logprobs_alone_and_with_a_number(moe_lm: MoeLm, run: Path, session: Ses
 
 
 def test_beams_are_the_best_texts_and_end_before_a_stop_string(moe_lm: MoeLm, run: Path, session: Session) -> None:
-    options = ("--beams", 4, "--max-new-tokens", 8, "--length-penalty", 0.5, "--early-stopping", "never")
+    options = ("--beams", 4, "--max-new-tokens", 8, "--length-penalty", 0.5)
     found = lines(moe_lm("sample", run, "-p", "import ", "--num", 3, *options).out)
-    settings = BeamSettings(4, 3, 0.5, "never", max_new_tokens=8)
+    settings = BeamSettings(4, 3, 0.5, max_new_tokens=8)
     ids, tokenizer = session.prompt_ids("import ", 8), session.tokenizer
     expected = search(session.model, ids, settings, tokenizer.stop_ids, tokenizer.vocab_size)
     assert [line["score"] for line in found] == pytest.approx([beam.score for beam in expected])
@@ -117,8 +117,8 @@ def test_beams_are_the_best_texts_and_end_before_a_stop_string(moe_lm: MoeLm, ru
 def test_penalties_reach_the_beam_search(moe_lm: MoeLm, run: Path, session: Session) -> None:
     options = ("--beams", 4, "--repetition-penalty", 1.3, "--logit-bias", "9=-inf")
     found = lines(moe_lm("sample", run, "-p", "import ", "--num", 4, "--max-new-tokens", 6, *options).out)
-    penalties = Penalties(1.3, logit_bias=((9, float("-inf")),))
-    settings = BeamSettings(4, 4, max_new_tokens=6, penalties=penalties)
+    penalties = SamplingConfig(repetition_penalty=1.3, logit_bias=((9, float("-inf")),))
+    settings = BeamSettings(4, 4, max_new_tokens=6, sampling=penalties)
     ids, tokenizer = session.prompt_ids("import ", 6), session.tokenizer
     expected = search(session.model, ids, settings, tokenizer.stop_ids, tokenizer.vocab_size)
     assert [line["score"] for line in found] == pytest.approx([beam.score for beam in expected])
@@ -130,8 +130,11 @@ def test_every_strategy_reaches_the_draw(moe_lm: MoeLm, run: Path, session: Sess
         "--top-p", 0.95, "--min-p", 0.001, "--typical-p", 0.9, "--repetition-penalty", 1.2, "--presence-penalty", 0.3,
         "--frequency-penalty", 0.2, "--no-repeat-ngram", 2, "--logit-bias", "300=1.5", "--temperature", 1.1,
     )  # fmt: skip
-    penalties = Penalties(1.2, 0.3, 0.2, 2, ((300, 1.5),))
-    settings = Settings(12, Sampling(1.1, 90, 0.95, 0.001, 0.9, penalties), 3, 2)
+    sampling = Sampling(
+        temperature=1.1, top_k=90, top_p=0.95, min_p=0.001, typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=0.2, no_repeat_ngram=2, logit_bias=((300, 1.5),),
+    )  # fmt: skip
+    settings = Settings(12, sampling, 3, 2)
     assert done.out == text_of(session.complete("import ", settings)) + "\n"
 
 
@@ -190,15 +193,14 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing given to continue"), (["-", "-p", "a"], "- and --prompt given"), (["b"], "b is no source"),
+        ([], "nothing given to continue"), (["-", "-p", "a"], "- and --prompt given"), (["b"], "b is not a source"),
         (["-p", "a", "--length-penalty", 2], "--length-penalty 2.0 belongs to a beam search"),
-        (["-p", "a", "--early-stopping", "never"], "--early-stopping never belongs to a beam search"),
         (["-p", "a", "--beams", 2, "--top-k", 3], "--top-k 3 draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--greedy"], "--greedy draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--seed", 3], "--seed 3 draws nothing"),
-        (["-p", "a", "--beams", 2, "--num", 3], "best=3 is not between 1 and beams=2"),
-        (["-p", "a", "--logit-bias", "x=1"], "--logit-bias x=1 is not ID=BIAS"),
-        (["-p", "a", "--min-new-tokens", 300], "min_new_tokens=300 is not between"),
+        (["-p", "a", "--beams", 2, "--num", 3], "--num 3 is more than --beams 2"),
+        (["-p", "a", "--logit-bias", "x=1"], "--logit-bias x=1: expected ID=BIAS"),
+        (["-p", "a", "--min-new-tokens", 300], "--min-new-tokens 300 is more than --max-new-tokens 200"),
         (["-p", "a", "--stop", "", "--num", 2], "a stop string is empty"),
         (["-p", "a", "--stop", "", "--beams", 2], "a stop string is empty"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),

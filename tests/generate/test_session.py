@@ -20,7 +20,7 @@ from tests.texts import text_of
 from tests.tokenizer.chat.foreign import STYLES, save
 
 MakeRun = Callable[..., Path]
-VARIED = Settings(30, Sampling(1.5), seed=3)
+VARIED = Settings(30, Sampling(temperature=1.5), seed=3)
 QUESTION = [{"role": "user", "content": "What is <|end|>?"}]
 
 
@@ -50,7 +50,7 @@ def test_an_empty_prompt_starts_from_bos(session: Session) -> None:
 
 
 def test_the_same_seed_gives_the_same_text(session: Session) -> None:
-    texts = [text_of(session.complete("import ", Settings(20, Sampling(2.0), seed))) for seed in (1, 2, 1)]
+    texts = [text_of(session.complete("import ", Settings(20, Sampling(temperature=2.0), seed))) for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
 
 

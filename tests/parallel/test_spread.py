@@ -35,7 +35,7 @@ MODELS = {
     "learned positions": {"position_embedding": "learned", "num_hidden_layers": 3},
 }
 PROMPTS = [[1, 5, 6, 7], [3] * 20, [4, 5]]
-DRAWN = Settings(14, Sampling(1.5), seed=3)
+DRAWN = Settings(14, Sampling(temperature=1.5), seed=3)
 CPU = torch.device("cpu")
 
 

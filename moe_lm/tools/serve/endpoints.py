@@ -62,7 +62,7 @@ class Endpoints:
                 "n",
                 "too_many_texts",
             )
-        for token in body.bias:
+        for token, _ in body.logit_bias:
             if token >= self.session.tokenizer.vocab_size:
                 message = f"logit_bias names the token {token}; the ids end at {self.session.tokenizer.vocab_size - 1}"
                 raise ApiError(400, message, "logit_bias")

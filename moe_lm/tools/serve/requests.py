@@ -6,14 +6,15 @@ A field that would change the answer and is not known is refused by name; null i
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from moe_lm.config.generation import SEEDS, SamplingConfig
 from moe_lm.generate.decode import Settings
-from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.strategies import Sampling
 
 # Fields that change no answer: they are taken and forgotten.
@@ -38,7 +39,6 @@ MOST_LOGPROBS = 20
 MOST_NESTING = 100  # far below what chat templates and encoders can follow
 TOO_DEEP = f"lists and objects lie more than {MOST_NESTING} deep in each other; flatten them"
 MOST_BIASES = 1024  # each costs time in every step
-SEEDS = 1 << 32
 
 
 def read_stop(value: Any) -> list[str]:
@@ -48,6 +48,20 @@ def read_stop(value: Any) -> list[str]:
     if "" in stops:
         raise ValueError("an empty text ends every answer before it begins; leave it out")
     return stops
+
+
+def read_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of token id and bias, which travel as an object whose keys are ids."""
+    if not isinstance(value, dict):
+        raise ValueError('expected ids as texts, each with a number, like {"42": -100}')
+    if len(value) > MOST_BIASES:
+        raise ValueError(f"{len(value)} tokens are named, at most {MOST_BIASES} can be; name fewer")
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError(f'{key!r:.40} is not a token id; expected ids as texts, like {{"42": -100}}')
+        if type(bias) not in (int, float) or not math.isfinite(bias):
+            raise ValueError(f"{bias!r:.40} is not a number to add to the logit of token {key}")
+    return tuple((int(key), float(bias)) for key, bias in value.items())
 
 
 def read_prompt(value: Any) -> list[str] | list[list[int]]:
@@ -96,22 +110,16 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False  # against eavesdroppers on the lengths of chunks; there is nothing of it here
 
 
-class GenerationRequest(Strict):
-    """What both endpoints share."""
+class GenerationRequest(Strict, SamplingConfig):
+    """What both endpoints share: how tokens are chosen, and what of them is sent."""
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    min_p: float | None = Field(None, ge=0, le=1)
+    # The same seeds as elsewhere, modulo 2**32, and any that a client may draw from 64 bits.
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stop: Annotated[list[str], PlainValidator(read_stop)] = []
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = Field(1.0, gt=0)
-    logit_bias: dict[str, float] = {}
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(read_bias)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     routing: bool = False  # the experts behind every token, beside the text
@@ -127,38 +135,16 @@ class GenerationRequest(Strict):
             if key not in HARMLESS and not (key in NEUTRAL and item == NEUTRAL[key])
         }
 
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_ids(cls, value: dict[str, float]) -> dict[str, float]:
-        if len(value) > MOST_BIASES:
-            raise ValueError(f"{len(value)} tokens are named, at most {MOST_BIASES} can be; name fewer")
-        for key in value:
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f'{key!r:.40} is no token id; expected ids as texts, like {{"42": -100}}')
-        return value
-
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise ValueError("stream_options belongs to a stream; give stream=true too")
         return self
 
-    @property
-    def bias(self) -> dict[int, float]:
-        return {int(key): value for key, value in self.logit_bias.items()}
-
     def settings(self, max_new_tokens: int, logprobs: int | None) -> Settings:
-        """Without a seed one is drawn; a greater one than `Settings` takes counts modulo 2**32."""
-        penalties = Penalties(
-            repetition=self.repetition_penalty,
-            presence=self.presence_penalty,
-            frequency=self.frequency_penalty,
-            logit_bias=tuple(self.bias.items()),
-        )
-        top_p = None if self.top_p == 1 else self.top_p
-        sampling = Sampling(self.temperature, self.top_k, top_p, self.min_p, penalties=penalties)
+        """Without a seed one is drawn."""
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed % SEEDS
-        return Settings(max_new_tokens, sampling, seed, logprobs=logprobs, routing=self.routing)
+        return Settings(max_new_tokens, Sampling.of(self), seed, logprobs=logprobs, routing=self.routing)
 
 
 class CompletionRequest(GenerationRequest):

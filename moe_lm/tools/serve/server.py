@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.config.generation import LoadConfig, ServeConfig
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.app import build_app
 from moe_lm.tools.serve.connections import BACKLOG, server_config
@@ -25,56 +25,38 @@ from moe_lm.tools.serve.limits import LOOPBACK_NAMES, Limits
 from moe_lm.tools.serve.metrics import Metrics
 from moe_lm.tools.serve.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from moe_lm.parallel.spread import Spread
+MOST_BODY = 1 << 20  # bytes of a request
+GRACE = 30.0  # seconds that running requests have to end when a signal comes
 
 
-def serve(
-    run: Path,
-    *,
-    host: str,
-    port: int,
-    api_key: str | None,
-    slots: int,
-    max_queue: int,
-    max_context: int | None,
-    max_tokens: int | None,
-    max_body: int,
-    timeout: float,
-    grace: float,
-    model: str | None,
-    device: str,
-    dtype: str,
-    base: Path | None,
-    spread: Spread | None,
-    compiled: bool,
-) -> None:
-    """Serve until a signal; then give what runs `grace` seconds to end."""
-    with listen(host, port) as listener:
+def serve(run: Path, config: ServeConfig, load: LoadConfig) -> None:
+    """Serve until a signal; then give running requests `GRACE` seconds to end."""
+    with listen(config.host, config.port) as listener:
         address = listener.getsockname()
         at_home = ip_address(address[0]).is_loopback
-        if not (at_home or api_key):
+        if not (at_home or config.api_key):
             print(
                 f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
                 file=sys.stderr,
             )
-        session = Session.load(run, device, base, spread, compiled, dtype)
+        session = Session.open(run, load)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
-        engine = Scheduler(session, slots, min(max_context or positions, positions), max_queue, metrics)
+        context = min(config.max_context or positions, positions)
+        engine = Scheduler(session, config.max_concurrent, context, config.max_queue, metrics)
         engine.warm_up()
-        hosts = LOOPBACK_NAMES if at_home and not api_key else None
-        limits = Limits(max_body, timeout, max_tokens, api_key, hosts)
-        app = build_app(session, engine, limits, metrics, model or run.resolve().name)
-        config = server_config(
+        hosts = LOOPBACK_NAMES if at_home and not config.api_key else None
+        limits = Limits(MOST_BODY, config.timeout, config.max_tokens, config.api_key, hosts)
+        app = build_app(session, engine, limits, metrics, config.model_name or run.resolve().name)
+        connections = server_config(
             app,
             engine.most,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=math.ceil(grace) + 5,  # only for a client that does not take what is sent to it
+            timeout_graceful_shutdown=math.ceil(GRACE) + 5,  # only for a client that does not take what is sent to it
         )
         logging.basicConfig(format="%(levelname)s: %(message)s")
-        asyncio.run(_run(config, engine, listener, grace))
+        asyncio.run(_run(connections, engine, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,14 +81,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(config: uvicorn.Config, engine: Scheduler, listener: socket.socket, grace: float) -> None:
+async def _run(config: uvicorn.Config, engine: Scheduler, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(config)
     engine.start(loop)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     print(f"serving on http://{where}:{port}; Ctrl-C stops", file=sys.stderr, flush=True)
-    with _signals(loop, server, engine, grace):
+    with _signals(loop, server, engine):
         await server.serve(sockets=[listener])
     engine.close()
 
@@ -125,10 +107,8 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals(
-    loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Scheduler, grace: float
-) -> Iterator[None]:
-    """The first one lets what runs come to its end within `grace` seconds, a second one does not wait."""
+def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Scheduler) -> Iterator[None]:
+    """The first one lets what runs come to its end within `GRACE` seconds, a second one does not wait."""
 
     def stop() -> None:
         if server.should_exit:
@@ -136,7 +116,7 @@ def _signals(
             return
         engine.refuse()
         server.should_exit = True
-        loop.call_later(grace, engine.close)
+        loop.call_later(GRACE, engine.close)
 
     before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in STOP_SIGNALS}
     try:

@@ -32,8 +32,8 @@ def test_the_assistants_next_message_as_chat_gives_it(served: Served, session: S
 
 
 def test_a_stream_opens_with_the_role_and_ends_with_a_reason(served: Served, session: Session) -> None:
-    settings = Settings(20, Sampling(0.8), seed=11)
-    expected = [text_of(session.chat(TALK, Settings(20, Sampling(0.8), seed=seed))) for seed in (11, 12)]
+    settings = Settings(20, Sampling(temperature=0.8), seed=11)
+    expected = [text_of(session.chat(TALK, Settings(20, Sampling(temperature=0.8), seed=seed))) for seed in (11, 12)]
     texts, reasons = ["", ""], {}
     chunks = list(
         served.openai.chat.completions.create(
@@ -77,7 +77,7 @@ def test_log_probabilities(served: Served, session: Session, stream: bool) -> No
 
 
 def test_stop_strings_and_the_end_of_the_context(served: Served, session: Session) -> None:
-    whole = text_of(session.chat(TALK, Settings(128, Sampling(1.2), seed=3)))
+    whole = text_of(session.chat(TALK, Settings(128, Sampling(temperature=1.2), seed=3)))
     stop = whole[5:8]
     asked: dict[str, Any] = {"model": MODEL, "messages": TALK, "temperature": 1.2, "seed": 3}
     choice = served.openai.chat.completions.create(**asked, stop=stop).choices[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from moe_lm.generate.decode import Settings, generate
-from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from tests.texts import text_of
@@ -15,7 +14,7 @@ PROMPTS = ["import os", "", "x"]
 
 
 def test_same_seed_same_text_as_sample(served: Served, session: Session) -> None:
-    settings = Settings(20, Sampling(0.9, top_p=0.95), seed=7)
+    settings = Settings(20, Sampling(temperature=0.9, top_p=0.95), seed=7)
     answer = served.openai.completions.create(
         model=MODEL, prompt="import os", max_tokens=20, temperature=0.9, top_p=0.95, seed=7
     )
@@ -49,7 +48,7 @@ def test_prompts_times_n_draw_with_seeds_in_order(served: Served, session: Sessi
         assert [choice.index for choice in answer.choices] == list(range(9))
         texts = [choice.text for choice in answer.choices]
     for index, text in enumerate(texts):
-        expected = session.complete(PROMPTS[index // 3], Settings(9, Sampling(1.0), seed=40 + index))
+        expected = session.complete(PROMPTS[index // 3], Settings(9, Sampling(temperature=1.0), seed=40 + index))
         assert text == text_of(expected)
 
 
@@ -63,8 +62,11 @@ def test_ids_are_taken_as_they_are(served: Served, session: Session) -> None:
 
 
 def test_penalties_bias_and_our_own_fields_reach_the_decoder(served: Served, session: Session) -> None:
-    penalties = Penalties(repetition=1.4, presence=0.5, frequency=0.25, logit_bias=((70, 3.0), (80, -100.0)))
-    settings = Settings(24, Sampling(1.3, top_k=40, min_p=0.01, penalties=penalties), seed=3)
+    sampling = Sampling(
+        temperature=1.3, top_k=40, min_p=0.01, typical_p=0.97, no_repeat_ngram=3, repetition_penalty=1.4,
+        presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((70, 3.0), (80, -100.0)),
+    )  # fmt: skip
+    settings = Settings(24, sampling, seed=3)
     answer = served.openai.completions.create(
         model=MODEL,
         prompt="def",
@@ -74,14 +76,14 @@ def test_penalties_bias_and_our_own_fields_reach_the_decoder(served: Served, ses
         presence_penalty=0.5,
         frequency_penalty=0.25,
         logit_bias={"70": 3, "80": -100},
-        extra_body={"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.4},
+        extra_body={"top_k": 40, "min_p": 0.01, "typical_p": 0.97, "repetition_penalty": 1.4, "no_repeat_ngram": 3},
     )
     assert answer.choices[0].text == text_of(session.complete("def", settings))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_text_before_them(served: Served, session: Session, stream: bool) -> None:
-    whole = text_of(session.complete("import os", Settings(30, Sampling(1.0), seed=1)))
+    whole = text_of(session.complete("import os", Settings(30, Sampling(temperature=1.0), seed=1)))
     stop = whole[10:13]
     expected = whole[: whole.index(stop)]
     asked = {"model": MODEL, "prompt": "import os", "max_tokens": 30, "seed": 1, "stop": ["never there", stop]}

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from moe_lm.generate.decode import Settings
-from moe_lm.generate.penalties import Penalties
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.generate.text import Row
@@ -97,7 +96,7 @@ def test_of_two_that_want_many_texts_each_has_half_of_the_rows(session: Session)
 
 def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
     every = tuple((token, float("-inf")) for token in range(1024) if token != 70)
-    once = Settings(9, Sampling(0.0, penalties=Penalties(no_repeat_ngram=1, logit_bias=every)))
+    once = Settings(9, Sampling(temperature=0.0, no_repeat_ngram=1, logit_bias=every))
 
     async def main() -> None:
         scheduler = Scheduler(session, 2, 64, 10, Metrics())
@@ -158,7 +157,7 @@ def test_100_clients_at_once_lose_nothing(served: Served, session: Session) -> N
         else:
             texts = [choice["text"] for choice in answer.json()["choices"]]
         for index, text in enumerate(texts):
-            settings = Settings(body["max_tokens"], Sampling(1.0), seed=body["seed"] + index)
+            settings = Settings(body["max_tokens"], Sampling(temperature=1.0), seed=body["seed"] + index)
             assert text == text_of(session.complete(body["prompt"], settings))
     assert served.scheduler.running == served.scheduler.queued == 0
 

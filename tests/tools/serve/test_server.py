@@ -62,8 +62,8 @@ def test_a_compiled_server_writes_the_same(served_run: Path, session: Session, s
     assert [choice["text"] for choice in answer["choices"]] == [text, text]
 
 
-def test_options_reach_the_server_and_what_does_not_end_in_time_is_told(served_run: Path, start_moe_lm: Start) -> None:
-    limits = ["--max-context", 100, "--max-tokens", 60, "--grace", 0, "--max-concurrent", 1]
+def test_options_reach_the_server_and_a_second_signal_does_not_wait(served_run: Path, start_moe_lm: Start) -> None:
+    limits = ["--max-context", 100, "--max-tokens", 60, "--max-concurrent", 1]
     process, url = start(
         start_moe_lm, served_run, "--host", "0.0.0.0", "--model-name", "mine", *limits, MOE_LM_API_KEY="k"
     )
@@ -80,6 +80,7 @@ def test_options_reach_the_server_and_what_does_not_end_in_time_is_told(served_r
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
     assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
@@ -100,7 +101,7 @@ def test_beyond_the_loopback_without_a_key_is_warned_of(
     assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
     assert list((tmp_path / "offload").glob("*/*.dat"))
     answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 5, "seed": 1}, timeout=60)
-    expected = text_of(session.complete("x", Settings(5, Sampling(1.0), seed=1)))
+    expected = text_of(session.complete("x", Settings(5, Sampling(temperature=1.0), seed=1)))
     assert answer.json()["choices"][0]["text"] == expected
     process.terminate()
     assert process.wait(timeout=60) == 0

@@ -1,0 +1,51 @@
+"""Arguments and helpers that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_lm.common.errors import UsageError
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a checkpoint in one.")]
+DType = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="Number format of the weights; default: as they are. Router biases stay float32."),
+]
+BasePath = Annotated[
+    Path | None, typer.Option("--base", help="Where the base of the run's adapters is now, if it has moved.")
+]
+ProofMemory = Annotated[
+    float | None, typer.Option(min=0, help="GiB for comparing logits; default: half of the free memory.")
+]
+
+
+@contextmanager
+def copying(title: str, always: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar of bytes, done and in all, on stderr; off a terminal nothing, or lines with `always`."""
+    from rich.console import Console
+
+    from moe_lm.common.terminal import byte_bar
+
+    console = Console(stderr=True)
+    if always or console.is_terminal:
+        with byte_bar(console, title) as advance:
+            yield advance
+    else:
+        yield lambda done, total: None
+
+
+def refuse(options: Mapping[str, object], where: str) -> None:
+    """Raise UsageError for the first of these options that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} {value} has no meaning for {where}; leave it out")
+
+
+def gib(value: float | None) -> int | None:
+    """Bytes."""
+    return None if value is None else int(value * 2**30)

@@ -1,0 +1,221 @@
+"""The verbs that build a model: tokenizer, prepare, pretrain, finetune, verify, import, upcycle."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
+from moe_lm.cli.options import ConfigCommand
+from moe_lm.common.errors import UsageError
+from moe_lm.common.signals import ended_by_sigterm
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, and stop.")]
+
+tokenizer_app = typer.Typer(no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these verbs to the command line. Those that write folders take them away when SIGTERM ends them."""
+    app.add_typer(
+        tokenizer_app,
+        name="tokenizer",
+        help="Train a byte-level BPE tokenizer, or measure one.",
+        rich_help_panel="Build",
+    )
+    for verb in (prepare, pretrain, finetune, verify):
+        app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
+    app.command("import", rich_help_panel="Build")(ended_by_sigterm()(import_))
+    app.command(rich_help_panel="Build")(ended_by_sigterm()(upcycle))
+
+
+@tokenizer_app.command("train", cls=ConfigCommand)
+def tokenizer_train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the recipe.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a tokenizer and write it to the recipe's output folder."""
+    from moe_lm.config.data import TokenizerRecipe
+    from moe_lm.config.reading import load_config
+
+    settings = load_config(TokenizerRecipe, recipe, overrides or ())
+
+    from moe_lm.tokenizer.training import inspect, train_tokenizer
+
+    with copying("reading and merging", always=True) as tell:
+        trained = train_tokenizer(settings, lambda report: tell(report.text_bytes, None))
+    trained.save(settings.output)
+    print(inspect(trained, settings.sources))
+    print(f"wrote {settings.output}")
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the tokenizer.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text files to measure it on.")
+    ] = None,
+) -> None:
+    """Report vocabulary, bytes per token and round-trip exactness."""
+    from moe_lm.config.data import SourceConfig
+    from moe_lm.tokenizer.tokenizer import Tokenizer
+    from moe_lm.tokenizer.training import inspect
+
+    named = {re.sub(r"[^A-Za-z0-9._-]", "-", file.name).lstrip(".-_") or "text": file for file in files or ()}
+    sources = [SourceConfig(name=name, path=str(file)) for name, file in named.items()]
+    print(inspect(Tokenizer.load(path), sources))
+
+
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Turn documents into token shards, in parallel; continues where it was stopped."""
+    from moe_lm.config.reading import load_config
+    from moe_lm.config.run import PretrainConfig
+
+    settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.data.prepare import prepare
+
+    with copying("tokenizing", always=True) as tell:
+        report = prepare(settings.data, lambda progress: tell(progress.text_bytes, progress.total_bytes))
+    print(report)
+
+
+def pretrain(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a model; resumes by itself when the run folder has a checkpoint."""
+    from moe_lm.config.reading import load_config
+    from moe_lm.config.run import PretrainConfig
+
+    settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.train import cost, pretrain
+
+    if dry_run:
+        print(cost.describe(settings, settings.model))
+    else:
+        pretrain.run(settings, ctx.obj)
+
+
+def finetune(
+    ctx: typer.Context,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    preview: Annotated[
+        int | None,
+        typer.Option("--preview", min=1, metavar="[N]", help="Show the first examples with their masks, and stop."),
+    ] = None,
+) -> None:
+    """Fine-tune a run on conversations or preferences, all weights or adapters; resumes like pretrain."""
+    from moe_lm.config.reading import load_config
+    from moe_lm.config.run import FinetuneConfig
+
+    settings = load_config(FinetuneConfig, config, overrides or ())
+
+    from moe_lm.train import finetune
+
+    if preview is not None:
+        finetune.preview(settings, preview)
+    elif dry_run:
+        print(finetune.describe(settings))
+    else:
+        finetune.run(settings, ctx.obj)
+
+
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="File to write every figure to as JSON; -: stdout.")
+    ] = None,
+    world_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Numbers of processes; default: 1, 2 and 4, as far as devices suffice."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts, one of each kind.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="LAYOUT", help="Only this line of the table; may be repeated.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the processes of one world size may take.")] = 600,
+    # For tests: a Python file that every process runs first, with which they plant errors.
+    sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
+) -> None:
+    """Train a small copy of the model in every layout of parallelism and compare it with one process.
+
+    CONFIG describes a pretraining, or a fine-tuning with its adapters or preferences.
+    """
+    from moe_lm.config.reading import has_key, load_config
+    from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
+
+    settings: RunConfig
+    if has_key(config, "start_from"):
+        settings = load_config(FinetuneConfig, config, overrides or ())
+    else:
+        settings = load_config(PretrainConfig, config, overrides or ())
+
+    from moe_lm.tools.verify import parity
+
+    raise typer.Exit(parity.run(settings, world_sizes, quick, only or (), json_file, timeout, sabotage))
+
+
+def import_(
+    hf_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="Folder with config.json, safetensors and a tokenizer.")
+    ],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run folder to write; default: runs/ and the folder's name.")
+    ] = None,
+    dtype: DType = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the same folder.")] = None,
+    proof_memory: ProofMemory = None,
+    base: Annotated[
+        Path | None, typer.Option(help="For an adapter of peft's: the run with the weights that it was trained on.")
+    ] = None,
+) -> None:
+    """Make a run from a Hugging Face folder, proven equal, or from an adapter of peft's."""
+    target = run_dir or Path("runs") / hf_dir.resolve().name
+    if (hf_dir / "adapter_config.json").is_file():
+        from moe_lm.tools.interop.peft_adapter import import_adapter
+
+        refuse({"--dtype": dtype, "--tokenizer": tokenizer, "--proof-memory": proof_memory}, f"the adapter in {hf_dir}")
+        print(import_adapter(hf_dir, base, target))
+    elif base is not None:
+        raise UsageError(f"{hf_dir} holds no adapter_config.json, so it needs no --base; leave {base} out")
+    else:
+        from moe_lm.tools.interop.importing import import_folder
+
+        with copying("importing") as tell:
+            print(import_folder(hf_dir, target, dtype, tokenizer, gib(proof_memory), tell))
+    print(f"wrote {target}")
+
+
+def upcycle(
+    run: RunPath,
+    run_dir: Annotated[Path, typer.Option(help="Run folder to write.")],
+    experts: Annotated[int, typer.Option(min=1, help="Routed experts of a layer.")] = 8,
+    per_token: Annotated[int, typer.Option(min=1, help="Experts that a token is sent to.")] = 2,
+    split: Annotated[
+        int, typer.Option(min=1, help="Pieces that a feed-forward layer is cut into; 1: every expert is a copy.")
+    ] = 1,
+    shared: Annotated[int, typer.Option(min=0, help="Pieces that become shared experts.")] = 0,
+    first_dense: Annotated[int, typer.Option(min=0, help="Number of first layers that stay dense.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new router.")] = 1234,
+    base: BasePath = None,
+    proof_memory: ProofMemory = None,
+) -> None:
+    """Make a Mixture of Experts of a dense run, proven to compute the same before any step."""
+    from moe_lm.tools.interop import upcycle
+
+    how = upcycle.Upcycling(experts, per_token, split, shared, first_dense, seed)
+    print(upcycle.upcycle(run, run_dir, how, base, gib(proof_memory)))
+    print(f"wrote {run_dir}")

@@ -1,0 +1,197 @@
+"""The verbs that use a model: sample, chat, explain, serve, eval, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
+from moe_lm.cli.options import takes
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.signals import ended_by_sigterm
+from moe_lm.common.terminal import check_typed
+from moe_lm.kernels.native import build as native
+
+if TYPE_CHECKING:
+    from moe_lm.config.generation import GenerationConfig, LoadConfig, SampleConfig, ServeConfig
+    from moe_lm.generate.sample import Prompt
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these verbs to the command line. Those that may leave files behind clean up when SIGTERM ends them."""
+    use = "Use"
+    app.command(rich_help_panel=use)(takes(text="SampleConfig", load="LoadConfig")(ended_by_sigterm()(sample)))
+    app.command(rich_help_panel=use)(takes(text="GenerationConfig", load="LoadConfig")(ended_by_sigterm()(chat)))
+    app.command(rich_help_panel=use)(explain)
+    app.command(rich_help_panel=use)(takes(server="ServeConfig", load="LoadConfig")(serve))
+    app.command("eval", rich_help_panel=use)(evaluate)
+    app.command(rich_help_panel=use)(ended_by_sigterm()(export))
+
+
+def _typed(prompt: str | None) -> str | None:
+    if prompt is not None:
+        check_typed("--prompt", prompt)
+    return prompt
+
+
+Truncate = Annotated[
+    Literal["left"] | None, typer.Option(help="left: drop the beginning of a prompt that is too long.")
+]
+
+
+def sample(
+    run: RunPath,
+    text: SampleConfig,
+    load: LoadConfig,
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=_typed, help="Text to continue.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='File of prompts, one JSON line each: "text" or {"prompt": "text"}; -: stdin.'),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write JSON lines to.")] = None,
+    truncate: Truncate = None,
+) -> None:
+    """Continue a prompt, streaming; many prompts or samples become JSON lines."""
+    _check_source(stdin, prompt, file)
+    if load.compile and text.beams is not None:
+        raise UsageError("--compile and --beams do not go together; leave one of them out")
+
+    native.start()
+    from moe_lm.generate.beams import BeamSettings
+    from moe_lm.generate.decode import Settings
+    from moe_lm.generate.sample import Prompt, write_samples
+    from moe_lm.generate.session import Session
+
+    prompts = [Prompt(prompt)] if prompt is not None else _read(stdin, file)
+    settings = Settings.of(text) if text.beams is None else BeamSettings.of(text)
+    one = len(prompts) == 1 and text.num == 1 and file is None and out is None
+    shown = text.show_routing is None or sys.stdout.isatty()
+    plain = one and text.beams is None and text.logprobs is None and shown
+    session = Session.open(run, load)
+    write_samples(session, prompts, text.num, settings, text.stop, truncate is not None, out, text.show_routing, plain)
+
+
+def _check_source(stdin: str | None, prompt: str | None, file: Path | None) -> None:
+    given = [name for name, value in (("-", stdin), ("--prompt", prompt), ("--file", file)) if value is not None]
+    if len(given) != 1:
+        said = " and ".join(given) or "nothing"
+        raise UsageError(f"{said} given to continue; expected one of --prompt TEXT, --file FILE and -")
+    if stdin not in (None, "-"):
+        raise UsageError(f"{stdin} is not a source of a prompt; give --prompt TEXT, --file FILE or - for stdin")
+
+
+def _read(stdin: str | None, file: Path | None) -> list[Prompt]:
+    from moe_lm.generate.sample import Prompt, read_prompts, read_text
+
+    if file is not None:
+        return read_prompts(file)
+    return [Prompt(read_text(Path(str(stdin))).removesuffix("\n"))]
+
+
+def chat(
+    run: RunPath,
+    text: GenerationConfig,
+    load: LoadConfig,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep the lines you type in ~/.local/state/moe-lm.")
+    ] = True,
+) -> None:
+    """Talk to a fine-tuned run; /help lists the commands of the chat."""
+    native.start()
+    from moe_lm.generate import chat
+    from moe_lm.generate.decode import Settings
+
+    chat.chat(run, Settings.of(text), load, history)
+
+
+def explain(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", callback=_typed, help="Text to look at.")],
+    out: Annotated[Path, typer.Option(help="File of the picture: .png, .svg or .pdf.")] = Path("explain.png"),
+    layers: Annotated[
+        str | None, typer.Option(metavar="0,3", help="Layers to draw; default: at most 6, evenly spread.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(metavar="0,3", help="Heads to draw; default: at most 8, evenly spread.")
+    ] = None,
+    truncate: Truncate = None,
+    base: BasePath = None,
+) -> None:
+    """Draw what the model attends to, and which experts took each token."""
+    chosen_layers, chosen_heads = _numbers("layers", layers), _numbers("heads", heads)
+
+    from moe_lm.tools.explain import explain
+
+    explain.explain(run, prompt, out, chosen_layers, chosen_heads, truncate is not None, base)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{option} {text} is not a list of numbers; give them like 0,3") from error
+
+
+def serve(run: RunPath, server: ServeConfig, load: LoadConfig) -> None:
+    """Answer OpenAI's clients over HTTP, and serve a chat page."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MoeLmError(f"serve needs {error.name}, which is not installed; pip install 'moe-lm[serve]'") from error
+
+    native.start()
+    from moe_lm.tools.serve.server import serve
+
+    serve(run, server, load)
+
+
+def evaluate(
+    run: RunPath,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILES]...", help="Text files to score; default: the run's held-out text."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that each window scores anew; default: half a window.")
+    ] = None,
+    base: BasePath = None,
+) -> None:
+    """Measure perplexity and bits per byte."""
+    from moe_lm.evaluate import perplexity
+
+    print(perplexity.evaluate(run, files or (), stride=stride, base=base))
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")],
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FAMILY",
+            help="Family of models, like dots1, or peft for adapters; default: the first that fits.",
+        ),
+    ] = None,
+    dtype: DType = None,
+    base: BasePath = None,
+    proof_memory: ProofMemory = None,
+) -> None:
+    """Write a run as a Hugging Face folder, proven equal, for transformers, vLLM, llama.cpp or peft."""
+    if family == "peft":
+        from moe_lm.tools.interop.peft_adapter import export_adapter
+
+        refuse({"--dtype": dtype, "--proof-memory": proof_memory}, "--format peft")
+        print(export_adapter(run, out, base))
+    else:
+        from moe_lm.tools.interop.exporting import export_run
+
+        with copying("exporting") as tell:
+            print(export_run(run, out, family, dtype, base, gib(proof_memory), tell=tell))
+    print(f"wrote {out}")

@@ -1,0 +1,196 @@
+"""The settings of using a model: how tokens are chosen, where the weights lie, what a server answers.
+
+Each is a flag of the verbs that take its section; the requests that the server reads inherit `SamplingConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from moe_lm.config.section import Flag, Section
+
+Temperature = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=False, description="below 1 likelier tokens, above 1 more varied ones; 0 is greedy"),
+]
+Penalty = Annotated[float, Field(allow_inf_nan=False)]
+SEEDS = 1 << 32
+
+
+def read_bias(value: Any) -> Any:
+    """Pairs of token id and bias, from texts like `42=-inf`."""
+    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        return value
+    try:
+        return tuple((int(token), float(bias)) for token, _, bias in (item.partition("=") for item in value))
+    except ValueError as error:
+        raise ValueError("expected ID=BIAS, a token's id and a number, like 42=-inf") from error
+
+
+def check_bias(pairs: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    """Raise ValueError for a pair that no logit can take, or an id that is there twice."""
+    for token, bias in pairs:
+        if token < 0 or math.isnan(bias) or bias == math.inf:
+            raise ValueError(f"{token}={bias} is not an id with a number below infinity")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("an id is named twice; give each once")
+    return pairs
+
+
+class SamplingConfig(Section):
+    """How the next token is chosen: penalties, temperature and filters, in this order, then a draw.
+
+    Without values nothing changes the model's own distribution.
+    """
+
+    temperature: Temperature = 1.0
+    top_k: int | None = Field(default=None, ge=1, description="choose among this many likeliest tokens")
+    top_p: float | None = Field(
+        default=None, ge=0, le=1, description="choose among the likeliest tokens that together have this probability"
+    )
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="choose among tokens at least this share as likely as the likeliest"
+    )
+    typical_p: float | None = Field(
+        default=None, ge=0, le=1, description="choose among the most typical tokens that together have this probability"
+    )
+    repetition_penalty: Penalty = Field(
+        default=1.0, gt=0, description="above 1 makes tokens of the prompt and the text less likely"
+    )
+    presence_penalty: Penalty = Field(
+        default=0.0, description="subtracted from the logit of every token that the text has"
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0, description="subtracted from a token's logit for each time that the text has it"
+    )
+    no_repeat_ngram: int | None = Field(
+        default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
+    )
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...],
+        BeforeValidator(read_bias),
+        AfterValidator(check_bias),
+        Flag(metavar="ID=BIAS"),
+    ] = Field(default=(), description="added to a token's logit; -inf forbids it; may be repeated")
+
+
+class GenerationConfig(SamplingConfig):
+    """How `sample` and `chat` choose tokens, and how long a text becomes."""
+
+    temperature: Temperature = 0.8
+    seed: int | None = Field(
+        default=None, ge=0, lt=SEEDS, description="the same seed gives the same text; without it, a random one"
+    )
+    max_new_tokens: int = Field(default=200, ge=1, description="stop after this many tokens")
+    min_new_tokens: int = Field(default=0, ge=0, description="do not stop before this many tokens")
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        self.require_at_most("min_new_tokens", "max_new_tokens")
+        return self
+
+
+class SampleConfig(GenerationConfig):
+    """The texts that `sample` writes."""
+
+    num: int = Field(default=1, ge=1, description="texts for each prompt; with --beams the best ones")
+    greedy: bool = Field(default=False, description="always choose the likeliest token, as --temperature 0 does")
+    beams: int | None = Field(default=None, ge=1, description="search with this many beams instead of drawing")
+    length_penalty: float = Field(
+        default=1.0, allow_inf_nan=False, description="with --beams: above 0 favours longer texts, below 0 shorter ones"
+    )
+    stop: tuple[str, ...] = Field(default=(), description="end before this text; may be repeated")
+    logprobs: Annotated[int | None, Flag(metavar="[N]")] = Field(
+        default=None, ge=0, description="log-probability of each token, and of the N likeliest tokens beside it"
+    )
+    show_routing: Annotated[int | None, Flag(metavar="[LAYER]")] = Field(
+        default=None, ge=-1, description="colour each token by its strongest expert in this layer; default: the last"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy_is_temperature_0(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("greedy"):
+            return values
+        if "temperature" in values:
+            raise ValueError(f"temperature={values['temperature']} draws and --greedy never does; give one of them")
+        return values | {"temperature": 0.0}
+
+    @model_validator(mode="after")
+    def _beams_draw_nothing(self) -> Self:
+        if self.beams is None:
+            self.refuse_any(["length_penalty"], "belongs to a beam search; give --beams too")
+            return self
+        drawing = ("top_k", "top_p", "seed", "min_p", "typical_p", "logprobs", "show_routing", "greedy", "temperature")
+        self.refuse_any(drawing, "draws nothing with --beams")
+        if self.num > self.beams:
+            raise ValueError(f"num={self.num} is more than beams={self.beams}, which find one text each; lower it")
+        return self
+
+
+class LoadConfig(Section):
+    """The weights that `sample`, `chat` and `serve` use, and where they lie."""
+
+    device: str = Field(default="auto", description="kind of device: auto, cuda, mps or cpu")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="number format of weights and cache; bfloat16 takes half the memory and rounds the logits",
+    )
+    compile: bool = Field(
+        default=False,
+        description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
+    )
+    device_map: Literal["auto"] | None = Field(
+        default=None, description="auto: spread a large model over devices, host memory and disk"
+    )
+    max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(
+        default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
+    )
+    offload_folder: Path | None = Field(
+        default=None, description="with --device-map: folder on disk for what does not fit into memory"
+    )
+    base: Path | None = Field(default=None, description="where the base of the run's adapters is now, if it has moved")
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        if self.device_map is None:
+            for name in ("max_memory", "offload_folder"):
+                if self.is_set(name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} belongs to a model on several devices; give --device-map auto too")
+        else:
+            self.refuse_any(["device"], "names one device and --device-map takes all; give one of them")
+            self.refuse_any(["compile"], "and --device-map do not go together; leave one of them out")
+        return self
+
+
+class ServeConfig(Section):
+    """Where `serve` listens, and what it answers at most."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all of this machine's addresses")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    api_key: Annotated[str | None, Flag(envvar="MOE_LM_API_KEY")] = Field(
+        default=None, description="key that clients must send as a Bearer token"
+    )
+    max_concurrent: int = Field(default=32, ge=1, description="texts written at the same time")
+    max_queue: int = Field(default=256, ge=0, description="texts that may wait; more are refused with status 429")
+    max_context: int | None = Field(
+        default=None, ge=2, description="longest prompt with its answer, in tokens; default: what the model can take"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="most tokens that a request may ask for")
+    timeout: float = Field(default=600.0, ge=0.001, description="seconds that a request may take")
+    model_name: str | None = Field(
+        default=None, description="name of the model for clients; default: the run folder's name"
+    )
+
+    @model_validator(mode="after")
+    def _key_fits_a_header(self) -> Self:
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("--api-key is empty or has a character that no header can carry; give printable ASCII")
+        return self
