@@ -53,9 +53,12 @@ def _overrides(arguments: list[str]) -> Iterator[str]:
         dotted = DOTTED.fullmatch(item)
         if dotted is None:
             yield item
+        elif dotted[2] is not None:
+            yield dotted[1] + dotted[2]
+        elif (value := next(rest, None)) is not None:
+            yield f"{dotted[1]}={value}"
         else:
-            value = dotted[2] or f"={next(rest, '')}"
-            yield dotted[1] + value
+            raise UsageError(f"{item} has no value; give one, like {item} 100")
 
 
 def with_numbers(arguments: list[str]) -> list[str]:

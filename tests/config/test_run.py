@@ -338,6 +338,10 @@ def test_moe_layers_are_neither_first_nor_named() -> None:
         (["pretrain", "x.yaml", "model.num_experts_per_tok=9"], "choose at most 8"),
         (["prepare", "x.yaml", "data.sequence_lenght=9"], "did you mean data.sequence_length?"),
         (["finetune", "x.yaml"], "start_from is missing"),
+        (["pretrain", "x.yaml", "--train.steps", "-1"], "train.steps=-1"),
+        (["pretrain", "--train.steps=-1", "x.yaml", "--dry-run"], "train.steps=-1"),
+        (["pretrain", "x.yaml", "--train.step", "3"], "did you mean train.steps?"),
+        (["prepare", "x.yaml", "--data.workers"], "--data.workers has no value"),
     ],
 )
 def test_command_line_refuses_with_exit_code_2(

@@ -144,7 +144,7 @@ def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: Callab
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     for options, error in {
         ("--layers", "3"): "--layers names layer 3; this model has layers 0 to 2",
-        ("--heads", "x"): "--heads x is no list of numbers",
+        ("--heads", "x"): "--heads x is not a list of numbers",
         ("--out", tmp_path / "a.doc"): "is not the name of a picture; expected one that ends in .png, .svg, .pdf",
         ("--prompt", "caf\udce9"): "--prompt is not UTF-8 text at character 3",
         ("--prompt", "1 2 3 " * 40): "max_position_embeddings=64; shorten it",
