@@ -8,30 +8,25 @@ from typing import Any
 
 import pytest
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
+from tests.tiny import tiny_model
 
 MakeRun = Callable[..., Path]
+WRITER: dict[str, Any] = {  # changes of the tiny config
+    "vocab_size": 1100,  # more than the tokenizer has
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "lm_head_bias": True,
+    "initializer_range": 0.3,  # far from uniform, so that no two tokens are nearly equal
+}
 
 
 @pytest.fixture
 def make_run(save_run: Callable[..., Path]) -> MakeRun:
     def make(change: Callable[[LanguageModel], object] = lambda model: None, **settings: Any) -> Path:
-        values: dict[str, Any] = {
-            "vocab_size": 1100,  # more than the tokenizer has
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 64,
-            "n_routed_experts": 4,
-            "first_k_dense_replace": 1,
-            "lm_head_bias": True,
-            "initializer_range": 0.3,
-        }
-        model = LanguageModel(ModelConfig(**values | settings))
-        model.initialise(seed=1)
+        model = tiny_model(**WRITER | settings)
         change(model)
         return save_run(model)
 

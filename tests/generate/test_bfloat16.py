@@ -20,11 +20,12 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.spread import Spread
 from tests.conftest import Done
 from tests.texts import text_of
+from tests.tiny import LATENT
 
 MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
     "tied": {"tie_word_embeddings": True},
-    "latent": {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "use_qk_norm": False},
+    "latent": LATENT,
     "gpt": {"norm_type": "layernorm", "position_embedding": "learned", "n_routed_experts": 0, "use_qk_norm": False},
     "sinusoidal": {"position_embedding": "sinusoidal", "n_routed_experts": 0},
 }

@@ -17,11 +17,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from moe_lm.checkpoint import checkpoint
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
-from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.serve.app import build_app
 from moe_lm.tools.serve.connections import HEAD_SECONDS, server_config
@@ -29,38 +25,22 @@ from moe_lm.tools.serve.limits import Limits
 from moe_lm.tools.serve.metrics import Metrics
 from moe_lm.tools.serve.scheduler import Scheduler
 from moe_lm.tools.serve.server import listen
+from tests.tiny import tiny_model, write_run
 
 CONTEXT = 128
 MODEL = "tiny"
 
 
-def make_run(folder: Path, tokenizer: Path) -> Path:
-    model = LanguageModel(
-        ModelConfig(
-            vocab_size=1100,  # more than the tokenizer has
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=CONTEXT,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            first_k_dense_replace=1,
-            initializer_range=0.3,
-        )
-    )
-    model.initialise(seed=1)
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    files: dict[str, Any] = {"model.yaml": dump_config(model.config), "trainer.json": "{}", "tokenizer": tokenizer}
-    checkpoint.save(folder / "run" / "checkpoints", 1, state, {"config.yaml": "", **files})
-    return folder / "run"
-
-
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    tiny_tokenizer.save(folder / "tokenizer")
-    return make_run(folder, folder / "tokenizer")
+    model = tiny_model(
+        vocab_size=1100,  # more than the tokenizer has
+        max_position_embeddings=CONTEXT,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    return write_run(tmp_path_factory.mktemp("serve") / "run", model, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +50,7 @@ def session(served_run: Path) -> Session:
 
 @dataclass
 class Served:
-    """A server that runs, what is behind it, and how to ask it."""
+    """A running server, its parts, and clients that ask it."""
 
     url: str
     scheduler: Scheduler
@@ -152,7 +132,7 @@ def served(serve: Serve) -> Served:
 
 
 def head(length: int) -> bytes:
-    """Of a request for a completion whose body has so many bytes."""
+    """The headers of a request for a completion whose body has this many bytes."""
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
