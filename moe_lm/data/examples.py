@@ -1,4 +1,4 @@
-"""Conversations -> training examples -> packed batches: what supervised fine-tuning trains on.
+"""Conversations -> training examples -> packed rows: what supervised fine-tuning trains on.
 
 Only the assistant's words are targets. An answer is never cut: a conversation that is too long is left out and
 counted, or loses its oldest turns.
@@ -11,15 +11,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import Batch
 from moe_lm.data.formats import Dialogue
-from moe_lm.data.order import Mixture
-from moe_lm.data.packing import Example, next_tokens, pack_examples, pack_rows, rows_at
+from moe_lm.data.packing import Example, PackedRows, next_tokens, pack_examples
 from moe_lm.data.records import nothing_usable, read_dialogues, split_held_out
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -63,91 +59,6 @@ def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
         if not any(source in (None, item.source) for item in train):
             raise nothing_usable(config.train if source is None else [config.train[source]], "conversation", report)
     return ChatData(train, validation + held_out, report)
-
-
-class ChatBatches:
-    """Training batches of packed examples; a `BatchSource`.
-
-    Every row comes once per epoch, in a new order each time. With `weights` (relative shares of the rows) each source
-    is packed by itself and has epochs of its own.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[ChatExample],
-        sequence_length: int,
-        global_batch_size: int,
-        seed: int,
-        separate_documents: bool,
-        pad_id: int,
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        sources = np.array([item.source if weights else 0 for item in examples])
-        self._rows = _Rows(examples, sequence_length, separate_documents, pad_id, sources)
-        self._batch_size = global_batch_size
-        self._mixture = Mixture(self._rows.sizes, weights or [1.0], seed)
-        digest = hashlib.sha256()
-        for item in examples:
-            digest.update(b"%d %d," % (item.source, len(item.input_ids)) + item.input_ids.tobytes())
-            digest.update(item.targets.tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps that hold as many sequences as there are rows, rounded up."""
-        return -(-len(self._rows) // self._batch_size)
-
-    def batch(self, step: int, rows: range) -> Batch:
-        sequences = step * self._batch_size + np.asarray(rows)
-        source, row = self._mixture.items(sequences)
-        return self._rows.batch((self._rows.first[source] + row).tolist())
-
-
-def chat_evaluation_batches(
-    examples: Sequence[ChatExample],
-    sequence_length: int,
-    batch_size: int,
-    separate_documents: bool,
-    pad_id: int,
-) -> Iterator[Batch]:
-    """Every example once, in batches of one shape. The last batch is filled up with rows of padding."""
-    rows = _Rows(examples, sequence_length, separate_documents, pad_id, np.zeros(len(examples), np.int64))
-    for first in range(0, len(rows), batch_size):
-        yield rows.batch(range(first, first + batch_size))
-
-
-class _Rows:
-    """Examples packed into rows, source by source. sizes, first: each source's number of rows, and its first row."""
-
-    def __init__(
-        self,
-        examples: Sequence[ChatExample],
-        length: int,
-        separate_documents: bool,
-        pad_id: int,
-        sources: NDArray[np.int64],
-    ) -> None:
-        self._examples = examples
-        self._rows: list[list[int]] = []
-        self.sizes: list[int] = []
-        for source in range(int(sources.max(initial=0)) + 1):
-            members = np.flatnonzero(sources == source).tolist()
-            rows = pack_rows([len(examples[member].input_ids) for member in members], length)
-            self._rows += [[members[place] for place in row] for row in rows]
-            self.sizes.append(len(rows))
-        self.first = np.cumsum([0, *self.sizes])
-        self._length = length
-        self._separate = separate_documents
-        self._pad_id = pad_id
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """The rows of these numbers; a number past the last row gives padding."""
-        rows = [[self._examples[index] for index in row] for row in rows_at(self._rows, numbers)]
-        batch, _ = pack_examples(rows, self._length, self._pad_id, self._separate)
-        return batch
 
 
 def read_examples(
@@ -213,3 +124,34 @@ def _endings(dialogue: Dialogue) -> Iterator[Dialogue]:
             later["role"] == "assistant" and later.get("train", True) for later in messages[number:]
         ):
             yield Dialogue([*system, *messages[number:]], dialogue.tools)
+
+
+class ExampleRows(PackedRows):
+    """Examples packed into rows of `sequence_length` tokens; with `by_source` no row mixes sources."""
+
+    def __init__(
+        self,
+        examples: Sequence[ChatExample],
+        sequence_length: int,
+        pad_id: int,
+        separate_documents: bool = True,
+        by_source: bool = False,
+    ) -> None:
+        sources = [item.source for item in examples] if by_source else []
+        super().__init__([len(item.input_ids) for item in examples], sequence_length, sources)
+        self._examples = examples
+        self._length = sequence_length
+        self._pad_id = pad_id
+        self._separate = separate_documents
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for item in self._examples:
+            digest.update(b"%d %d," % (item.source, len(item.input_ids)) + item.input_ids.tobytes())
+            digest.update(item.targets.tobytes())
+        return digest.hexdigest()
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        rows = [[self._examples[index] for index in row] for row in self.items_in(numbers)]
+        return pack_examples(rows, self._length, self._pad_id, self._separate)[0]

@@ -1,10 +1,11 @@
-"""Examples of unequal length, packed into full rows, and the rows into a batch."""
+"""Examples of unequal length, packed into full rows, and the rows into the batches of fine-tuning."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.data.batches import IGNORE, Batch, pack
+from moe_lm.data.order import Mixture
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,70 @@ def next_tokens(ids: Sequence[int], trained: Sequence[bool]) -> tuple[NDArray[np
     """Inputs and targets [tokens - 1] of a sequence of ids, where `trained` marks the ids to be learned."""
     tokens = np.array(ids, np.int32)
     return tokens[:-1], np.where(trained[1:], tokens[1:], np.int32(IGNORE))
+
+
+class PackedRows(ABC):
+    """Items packed into rows, source by source; a subclass makes batches of them.
+
+    sizes: the number of rows of each source.
+    """
+
+    def __init__(self, lengths: Sequence[int], capacity: int, sources: Sequence[int] = ()) -> None:
+        source_of = np.array(sources or [0] * len(lengths), np.int64)
+        self._rows: list[list[int]] = []
+        self.sizes: list[int] = []
+        for source in range(int(source_of.max(initial=0)) + 1):
+            members = np.flatnonzero(source_of == source).tolist()
+            rows = pack_rows([lengths[member] for member in members], capacity)
+            self._rows += [[members[place] for place in row] for row in rows]
+            self.sizes.append(len(rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that is equal only for equal items in equal order."""
+
+    @abstractmethod
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The rows of these numbers; a number past the last row gives padding."""
+
+    def items_in(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The items in each of these rows."""
+        return [self._rows[number] if number < len(self._rows) else [] for number in numbers]
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Every item once, in batches of one shape, each with the numbers of its items. The last is filled up."""
+        for first in range(0, len(self), batch_size):
+            numbers = range(first, first + batch_size)
+            yield [item for row in self.items_in(numbers) for item in row], self.batch(numbers)
+
+
+class RowBatches:
+    """Training batches of packed rows; a `BatchSource`. Every row comes once per epoch, in a new order each time.
+
+    With `weights`, the relative shares of the sources, each source has epochs of its own.
+    """
+
+    def __init__(
+        self, rows: PackedRows, global_batch_size: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
+        self._rows = rows
+        self._batch_size = global_batch_size
+        self._first_row = np.cumsum([0, *rows.sizes])
+        self._mixture = Mixture(rows.sizes, weights or [1.0], seed)
+        self.fingerprint = rows.fingerprint
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps that hold as many sequences as there are rows, rounded up."""
+        return -(-len(self._rows) // self._batch_size)
+
+    def batch(self, step: int, rows: range) -> Batch:
+        source, row = self._mixture.items(step * self._batch_size + np.asarray(rows))
+        return self._rows.batch((self._first_row[source] + row).tolist())
 
 
 def pack_examples(
@@ -78,8 +144,3 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             insort(rooms, left)
         rows_with_room[left].append(row)
     return rows
-
-
-def rows_at(rows: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
-    """The rows of these numbers; a number past the last row gives an empty row, which becomes padding."""
-    return [rows[number] if number < len(rows) else [] for number in numbers]

@@ -1,4 +1,4 @@
-"""Preferences -> pairs of examples -> packed batches in which both answers of a pair are in the same row.
+"""Preferences -> pairs of examples -> packed rows, each with both answers of its pairs.
 
 Any slice of the global batch, a rank's or a micro-batch, therefore holds whole pairs, and every layout computes the
 same loss. A row has room for two sequences: a pair fits when each of its sides, prompt with answer, fits into one.
@@ -7,7 +7,7 @@ same loss. A row has room for two sequences: a pair fits when each of its sides,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,7 @@ from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.examples import tokenize
 from moe_lm.data.formats import Dialogue, Message, Preference
-from moe_lm.data.order import Mixture
-from moe_lm.data.packing import Example, next_tokens, pack_examples, pack_rows, rows_at
+from moe_lm.data.packing import Example, PackedRows, next_tokens, pack_examples
 from moe_lm.data.records import nothing_usable, read_preferences, split_held_out
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -73,46 +72,31 @@ def read_pairs(config: ChatDataConfig, tokenizer: Tokenizer) -> PairData:
     return PairData(train, validation + held_out, report)
 
 
-class PairRows:
+class PairRows(PackedRows):
     """Pairs packed into rows of `2 * sequence_length` tokens.
 
     reference: [pairs, 2] float32, the reference model's log-probability of each answer, zero until it is known.
     """
 
     def __init__(self, pairs: Sequence[Pair], sequence_length: int, pad_id: int) -> None:
+        self._length = SIDES * sequence_length
+        super().__init__([pair.num_tokens for pair in pairs], self._length)
         self.pairs = pairs
         self.reference = np.zeros((len(pairs), SIDES), np.float32)
-        self._length = SIDES * sequence_length
-        self._rows = pack_rows([pair.num_tokens for pair in pairs], self._length)
         self._pad_id = pad_id
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     @property
     def fingerprint(self) -> str:
-        """A hash that is equal only for equal pairs in equal order."""
         digest = hashlib.sha256(f"{self._length},{len(self.pairs)}".encode())
         for pair in self.pairs:
             for side in pair.sides:
                 digest.update(f";{len(side.input_ids)};".encode() + side.input_ids.tobytes() + side.targets.tobytes())
         return digest.hexdigest()
 
-    def pairs_of(self, numbers: Sequence[int]) -> list[int]:
-        """The numbers of the pairs in these rows, in the order of a batch."""
-        return [pair for row in rows_at(self._rows, numbers) for pair in row]
-
-    def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Every pair once, in batches of one shape, each with the numbers of its pairs. The last is filled up."""
-        for first in range(0, len(self), batch_size):
-            numbers = range(first, first + batch_size)
-            yield self.pairs_of(numbers), self.batch(numbers)
-
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The rows of these numbers; a number past the last row gives padding."""
-        rows = [[self.pairs[index] for index in row] for row in rows_at(self._rows, numbers)]
-        packed = pack_pairs(rows, self._length, self._pad_id)
-        return replace(packed, reference=torch.from_numpy(self.reference[self.pairs_of(numbers)]))
+        rows = self.items_in(numbers)
+        packed = pack_pairs([[self.pairs[index] for index in row] for row in rows], self._length, self._pad_id)
+        return replace(packed, reference=torch.from_numpy(self.reference[[index for row in rows for index in row]]))
 
 
 def pack_pairs(rows: Sequence[Sequence[Pair]], length: int, pad_id: int) -> Batch:
@@ -120,20 +104,6 @@ def pack_pairs(rows: Sequence[Sequence[Pair]], length: int, pad_id: int) -> Batc
     batch, answers = pack_examples([[side for pair in row for side in pair.sides] for row in rows], length, pad_id)
     reference = torch.zeros(sum(map(len, rows)), SIDES)
     return replace(batch, answers=torch.from_numpy(answers), reference=reference)
-
-
-class PairBatches:
-    """Training batches of packed pairs; a `BatchSource`. Every row comes once per epoch, in a new order each time."""
-
-    def __init__(self, rows: PairRows, global_batch_size: int, seed: int) -> None:
-        self._rows = rows
-        self._batch_size = global_batch_size
-        self._order = Mixture([len(rows)], [1.0], seed)
-        self.fingerprint = rows.fingerprint
-
-    def batch(self, step: int, rows: range) -> Batch:
-        _, numbers = self._order.items(step * self._batch_size + np.asarray(rows))
-        return self._rows.batch(numbers.tolist())
 
 
 def _tokenize_all(

@@ -15,8 +15,9 @@ from moe_lm.config.model import ModelConfig, check_targets
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, check_positions, check_router
 from moe_lm.data.batches import Batch
-from moe_lm.data.examples import ChatBatches, ChatExample, chat_evaluation_batches, read_chat
-from moe_lm.data.pairs import PairBatches, PairRows, read_pairs
+from moe_lm.data.examples import ChatExample, ExampleRows, read_chat
+from moe_lm.data.packing import RowBatches
+from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
 from moe_lm.engine.engine import Engine
 from moe_lm.objective.preference import Preference
@@ -49,15 +50,15 @@ def supervised(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model
     """The assistant's words of conversations are learnt."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
-    shape = (data.sequence_length, train.global_batch_size)
+    rows = ExampleRows(
+        conversations.train, data.sequence_length, tokenizer.pad_id, data.separate_documents, bool(data.weights)
+    )
     return Recipe(
         title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,
-        batches=ChatBatches(
-            conversations.train, *shape, train.seed, data.separate_documents, tokenizer.pad_id, data.weights
-        ),
+        batches=RowBatches(rows, train.global_batch_size, train.seed, data.weights),
         validation=validation_batches(config, conversations.validation, tokenizer),
         objective=NextToken(train.compile),
         start=start,
@@ -85,7 +86,7 @@ def by_preference(config: FinetuneConfig, start: Start, tokenizer: Tokenizer, mo
         config=config,
         model=model,
         tokenizer=tokenizer,
-        batches=PairBatches(rows, train.global_batch_size, train.seed),
+        batches=RowBatches(rows, train.global_batch_size, train.seed),
         validation=(),
         objective=Preference(config.preference),
         start=start,
@@ -135,10 +136,8 @@ def validation_batches(
 ) -> list[Batch]:
     """The held-out conversations, in order."""
     data, size = config.data, config.train.rows_at_once(current_topology().world_size)
-    return at_most(
-        config,
-        chat_evaluation_batches(conversations, data.sequence_length, size, data.separate_documents, tokenizer.pad_id),
-    )
+    rows = ExampleRows(conversations, data.sequence_length, tokenizer.pad_id, data.separate_documents)
+    return at_most(config, (batch for _, batch in rows.in_order(size)))
 
 
 def at_most(config: FinetuneConfig, batches: Iterator[Batch]) -> list[Batch]:

@@ -1,8 +1,9 @@
-"""Conversations become tokens with targets: tools, foreign templates, what is too long, sources with weights."""
+"""Conversations become tokens with targets: masks, tools, foreign templates, what is too long, sources and splits."""
 
 from __future__ import annotations
 
 import json
+import lzma
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,19 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.examples import ChatExample, read_chat, read_examples
+from moe_lm.data.examples import ChatData, ChatExample, read_chat, read_examples
+from moe_lm.data.packing import pack_rows
 from moe_lm.text.files import Report, read_rows
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.data.rows import assistant, said, user, write
 from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save
 
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+ASKED_TWICE = [user("q"), assistant("one"), user("r"), assistant("two")]
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+def read(folder: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> ChatData:
+    """The examples of these rows, `a.jsonl` in the folder."""
+    return read_chat(ChatDataConfig(train=(write(folder / "a.jsonl", rows),), **settings), tokenizer)
 
 
 def text_of(item: ChatExample, tokenizer: Tokenizer) -> str:
@@ -39,30 +36,82 @@ def learnt(item: ChatExample, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([id_ for id_ in item.targets.tolist() if id_ != IGNORE], skip_special=False)
 
 
+@pytest.fixture
+def glm(tmp_path: Path) -> Tokenizer:
+    """A template whose answers end with the token that begins the next turn."""
+    return Tokenizer.load(save(GLM, tmp_path / "glm"))
+
+
 def test_targets_are_the_next_tokens_of_the_assistant(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    messages = [user("q"), assistant("one"), user("r"), assistant("two")]
-    path = write(tmp_path / "a.jsonl", [{"messages": messages}])
-    [item] = read_chat(ChatDataConfig(train=(path,)), tiny_tokenizer).train
+    messages = [{"role": "system", "content": "Be brief."}, *ASKED_TWICE[:3], assistant("Yes, <|end|> of story.")]
+    [item] = read(tmp_path, tiny_tokenizer, {"messages": messages}).train
     ids, loss_mask = tiny_tokenizer.encode_chat(messages)
     assert item.input_ids.tolist() == ids[:-1]
     assert item.targets.tolist() == [
         id_ if trained else IGNORE for id_, trained in zip(ids[1:], loss_mask[1:], strict=True)
     ]
-    assert learnt(item, tiny_tokenizer) == "one<|end|>two<|end|>"
+    trained, end = [id_ for id_ in item.targets.tolist() if id_ != IGNORE], tiny_tokenizer.end_id
+    assert trained == [*tiny_tokenizer.encode("one"), end, *tiny_tokenizer.encode("Yes, <|end|> of story."), end]
     assert (item.where, item.source) == ("a.jsonl:1", 0)
 
 
-def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    masked = [user("q"), assistant("one") | {"weight": 0}, user("r"), assistant("two")]
-    plain = [{key: message[key] for key in ("role", "content")} for message in masked]
-    rows = [{"messages": plain}, {"messages": masked}, {"messages": masked[:2]}]
-    path = write(tmp_path / "a.jsonl", rows)
+def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [
+        {"instruction": "Correct this.", "input": "freind", "output": "friend"},
+        said("Correct this.\n\nfreind", "friend"),
+        {"instruction": "Say hello.", "input": "", "output": "Hello."},
+        {"instruction": "Say hello.", "output": "Hello."},
+        said("Say hello.", "Hello."),
+    ]
+    data = read(tmp_path, tiny_tokenizer, *rows)
+    ids = [item.input_ids.tolist() for item in data.train]
+    assert ids == [*[ids[0]] * 2, *[ids[2]] * 3]
+    assert len({item.hash for item in data.train}) == 2
+    assert (data.report.documents, data.report.skipped) == (5, {})
+
+
+NO_ROLE = "a message whose role is not one of system, user, assistant, tool"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"text": "no conversation"},
+            "no messages, conversations, instruction with output, or prompt with completion",
+        ),
+        ({"messages": []}, "no messages"),
+        ({"messages": "hello"}, "messages that are not a list"),
+        ({"messages": ["hello"]}, "a message that is not an object"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, NO_ROLE),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, NO_ROLE),
+        ({"messages": [{"role": "user"}]}, "a message whose content is not text"),
+        ({"instruction": "a", "output": None}, "a message whose content is not text"),
+        ({"instruction": None, "input": "a", "output": "b"}, "a message whose content is not text"),
+        (said("a question without an answer"), "no assistant message with text"),
+        (said("question", " \n"), "no assistant message with text"),
+        (said("question", "half a pair: \ud800"), "invalid UTF-8"),
+        (said("question", "a\0b"), "NUL byte"),
+        (said("question", "words " * 600), "longer than sequence_length=512"),
+        ([1, 2], "row is not an object"),
+    ],
+)
+def test_a_bad_row_is_skipped_counted_and_named(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, row: Any, reason: str
+) -> None:
+    data = read(tmp_path, tiny_tokenizer, said("a", "b"), row, said("c", "d"))
+    assert len(data.train) == data.report.documents == 2
+    assert (data.report.skipped, data.report.examples) == ({reason: 1}, {reason: "a.jsonl:2"})
+
+
+def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer: Tokenizer, glm: Tokenizer) -> None:
+    masked = [user("q"), assistant("one", weight=0), *ASKED_TWICE[2:]]
     for tokenizer, end in (
         (tiny_tokenizer, "two<|end|>"),
         (Tokenizer.load(save(CHATML, tmp_path / "chatml")), "<think>\n\n</think>\n\ntwo<|im_end|>"),
-        (Tokenizer.load(save(GLM, tmp_path / "glm")), "\ntwo<|user|>"),
+        (glm, "\ntwo<|user|>"),
     ):
-        data = read_chat(ChatDataConfig(train=(path,)), tokenizer)
+        data = read(tmp_path, tokenizer, {"messages": ASKED_TWICE}, {"messages": masked}, {"messages": masked[:2]})
         one, other = data.train
         assert one.input_ids.tolist() == other.input_ids.tolist()
         assert learnt(other, tokenizer) == end
@@ -73,18 +122,22 @@ def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer
         ]
 
 
-def test_a_last_answer_that_is_masked_is_not_ended(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(save(GLM, tmp_path / "glm"))
-    messages = [user("q"), assistant("one"), user("r"), assistant("two") | {"train": False}]
-    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [{"messages": messages}]),)), tokenizer).train
-    assert learnt(item, tokenizer) == "\none<|user|>"
-    ids, _ = tokenizer.encode_chat(messages)
+def test_a_last_answer_that_is_masked_is_not_ended(tmp_path: Path, glm: Tokenizer) -> None:
+    messages = [*ASKED_TWICE[:3], assistant("two", train=False)]
+    [item] = read(tmp_path, glm, {"messages": messages}).train
+    assert learnt(item, glm) == "\none<|user|>"
+    ids, _ = glm.encode_chat(messages)
     assert item.input_ids.tolist() == ids[:-1]
+
+
+def test_an_answer_that_the_next_turn_would_end_is_ended(tmp_path: Path, glm: Tokenizer) -> None:
+    [item] = read(tmp_path, glm, {"messages": ASKED_TWICE}).train
+    assert learnt(item, glm) == "\none<|user|>\ntwo<|user|>"
 
 
 def test_the_history_of_an_instruction_is_trained_on(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     row = {"instruction": "three?", "output": "3", "history": [["one?", "1"], ["two?", "2"]]}
-    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [row]),)), tiny_tokenizer).train
+    [item] = read(tmp_path, tiny_tokenizer, row).train
     assert learnt(item, tiny_tokenizer) == "1<|end|>2<|end|>3<|end|>"
     assert "<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?" in text_of(item, tiny_tokenizer)
 
@@ -92,23 +145,15 @@ def test_the_history_of_an_instruction_is_trained_on(tmp_path: Path, tiny_tokeni
 def test_tools_and_calls_reach_the_template(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     call = {"function": {"name": "f", "arguments": "{}"}}
     row = {"messages": [user("q"), {"role": "assistant", "tool_calls": [call]}], "tools": [{"name": "f"}]}
-    [item] = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", [row]),)), tiny_tokenizer).train
+    [item] = read(tmp_path, tiny_tokenizer, row).train
     assert '<|system|>Tools:\n{"type": "function", "function": {"name": "f"}}<|end|>' in text_of(item, tiny_tokenizer)
     assert learnt(item, tiny_tokenizer) == '<tool_call>{"name": "f", "arguments": {}}</tool_call><|end|>'
 
 
-def test_an_answer_that_the_next_turn_would_end_is_ended(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(save(GLM, tmp_path / "glm"))
-    path = write(tmp_path / "a.jsonl", [{"messages": [user("q"), assistant("one"), user("r"), assistant("two")]}])
-    [item] = read_chat(ChatDataConfig(train=(path,)), tokenizer).train
-    assert learnt(item, tokenizer) == "\none<|user|>\ntwo<|user|>"
-
-
 def test_what_a_template_refuses_is_counted_with_its_reason(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(save(MISTRAL, tmp_path / "mistral"))
-    system = {"role": "system", "content": "s"}
-    rows = [{"messages": [system, user("q"), assistant("a")]}, {"messages": [user("q"), assistant("a")]}]
-    data = read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", rows),)), tokenizer)
+    with_system = {"messages": [{"role": "system", "content": "s"}, *said("q", "a")["messages"]]}
+    data = read(tmp_path, tokenizer, with_system, said("q", "a"))
     assert len(data.train) == 1
     assert data.report.skipped_lines() == [
         "1 skipped: the tokenizer's chat template failed: only user, assistant and tool are supported "
@@ -137,18 +182,23 @@ LONG = [
 ]
 
 
+def masked_at(*places: int) -> dict[str, Any]:
+    """LONG with these answers masked."""
+    return {"messages": [turn | ({"weight": 0} if place in places else {}) for place, turn in enumerate(LONG)]}
+
+
 def lengths(tokenizer: Tokenizer) -> list[int]:
     """Targets of the conversation, of it from the second question on, and from the third."""
     return [len(tokenizer.encode_chat([LONG[0], *LONG[start:]])[0]) - 1 for start in (1, 3, 5)]
 
 
 def test_what_is_too_long_is_skipped_by_default(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": LONG[3:]}])
-    data = read_chat(ChatDataConfig(train=(path,), sequence_length=lengths(tiny_tokenizer)[0] - 1), tiny_tokenizer)
+    length = lengths(tiny_tokenizer)[0]
+    rows = {"messages": LONG}, {"messages": LONG[3:]}
+    assert len(read(tmp_path, tiny_tokenizer, *rows, sequence_length=length).train) == 2
+    data = read(tmp_path, tiny_tokenizer, *rows, sequence_length=length - 1)
     assert len(data.train) == 1
-    assert data.report.skipped_lines() == [
-        f"1 skipped: longer than sequence_length={lengths(tiny_tokenizer)[0] - 1} (first: a.jsonl:1)"
-    ]
+    assert data.report.skipped_lines() == [f"1 skipped: longer than sequence_length={length - 1} (first: a.jsonl:1)"]
 
 
 @pytest.mark.parametrize(("kept", "spare", "start"), [(0, 0, 1), (0, -1, 3), (1, 0, 3), (1, -1, 5), (2, 0, 5)])
@@ -156,8 +206,7 @@ def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
     tmp_path: Path, tiny_tokenizer: Tokenizer, kept: int, spare: int, start: int
 ) -> None:
     length = lengths(tiny_tokenizer)[kept] + spare
-    path = write(tmp_path / "a.jsonl", [{"messages": LONG}])
-    data = read_chat(ChatDataConfig(train=(path,), sequence_length=length, truncate="left"), tiny_tokenizer)
+    data = read(tmp_path, tiny_tokenizer, {"messages": LONG}, sequence_length=length, truncate="left")
     [item] = data.train
     assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[start:]])
     dropped = f"oldest turns dropped to fit into sequence_length={length}"
@@ -166,45 +215,93 @@ def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
 
 
 def test_truncating_left_drops_masked_turns_as_any_other(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    rows = [{"messages": [turn | {"weight": 0} if number in (2, 4) else turn for number, turn in enumerate(LONG)]}]
-    path, length = write(tmp_path / "a.jsonl", rows), lengths(tiny_tokenizer)[1]
-    data = read_chat(ChatDataConfig(train=(path,), sequence_length=length, truncate="left"), tiny_tokenizer)
+    length = lengths(tiny_tokenizer)[1]
+    data = read(tmp_path, tiny_tokenizer, masked_at(2, 4), sequence_length=length, truncate="left")
     [item] = data.train
     assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[3:]])
     assert learnt(item, tiny_tokenizer) == "three<|end|>"
     assert data.report.shortened == {f"oldest turns dropped to fit into sequence_length={length}": 1}
 
 
-def test_no_end_without_a_target_is_kept(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    rows = [{"messages": [turn | {"weight": 0} if number == 6 else turn for number, turn in enumerate(LONG)]}]
-    path, length = write(tmp_path / "a.jsonl", rows), lengths(tiny_tokenizer)[1] - 1
-    report = Report()
-    assert read_examples([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
-    assert report.skipped == {f"longer than sequence_length={length}": 1}
-
-
-def test_what_no_turn_less_makes_fit_is_skipped(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    length = lengths(tiny_tokenizer)[2] - 1
-    report = Report()
-    path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": [*LONG, user("an open question")]}])
-    assert read_examples([ChatSource(path=str(path))], tiny_tokenizer, length, report, shorten=True) == []
-    assert report.skipped == {f"longer than sequence_length={length}": 2}
+@pytest.mark.parametrize(
+    ("shorter_than", "rows"),
+    [
+        (1, [masked_at(6)]),  # its last ending that fits has no target
+        (2, [{"messages": LONG}, {"messages": [*LONG, user("an open question")]}]),  # no ending fits
+    ],
+)
+def test_what_no_turn_less_makes_fit_is_skipped(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, shorter_than: int, rows: list[Any]
+) -> None:
+    length, report = lengths(tiny_tokenizer)[shorter_than] - 1, Report()
+    sources = [ChatSource(path=str(write(tmp_path / "a.jsonl", rows)))]
+    assert read_examples(sources, tiny_tokenizer, length, report, shorten=True) == []
+    assert report.skipped == {f"longer than sequence_length={length}": len(rows)}
     assert report.shortened == {}
 
 
-# Sources
+# Sources and splits
 
 
 def test_a_source_with_a_weight_needs_a_conversation(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    good = write(tmp_path / "good.jsonl", [{"messages": [user("q"), assistant("a")]}])
-    bad = write(tmp_path / "bad.jsonl", [{"messages": [user("q")]}])
+    good = write(tmp_path / "good.jsonl", [said("q", "a")])
+    bad = write(tmp_path / "bad.jsonl", [said("q")])
     sources = [{"path": str(good), "weight": 2}, {"path": str(bad), "weight": 1}]
-    with pytest.raises(
-        UsageError, match=r"bad\.jsonl has no usable conversation: 1 skipped: no assistant message with text"
-    ):
+    message = r"bad\.jsonl has no usable conversation: 1 skipped: no assistant message with text"
+    with pytest.raises(UsageError, match=message):
         read_chat(ChatDataConfig(train=sources), tiny_tokenizer)
     without = read_chat(ChatDataConfig(train=[good, bad]), tiny_tokenizer)
     assert [item.source for item in without.train] == [0]
+
+
+def test_validation_may_come_from_files_of_its_own_or_out_of_training(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    rows = [said(f"question {number}", "answer") for number in range(100)]
+    validation = write(tmp_path / "validation.jsonl", [said("a", "b")])
+    apart = read(tmp_path, tiny_tokenizer, *rows, validation=(validation,))
+    assert (len(apart.train), len(apart.validation), apart.report.documents) == (100, 1, 101)
+    split = read(tmp_path, tiny_tokenizer, *rows, validation_fraction=0.1)
+    assert len(split.train) + len(split.validation) == 100
+    assert 3 < len(split.validation) < 20
+    again = read(tmp_path, tiny_tokenizer, *rows[::-1], validation_fraction=0.1)
+    assert {item.hash for item in again.validation} == {item.hash for item in split.validation}
+
+
+def test_one_conversation_at_least_is_held_out_when_some_shall_be(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [said("a", "b"), said("c", "d")]
+    assert len(read(tmp_path, tiny_tokenizer, *rows, validation_fraction=0.001).validation) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "message"),
+    [
+        ([said("a", "b"), said("c", "d")], 0.999999, r".* validation_fraction holds all of it out"),
+        ([{"text": "a"}], 0.0, r"1 skipped: no messages, .* \(first: a\.jsonl:1\)"),
+    ],
+)
+def test_files_that_leave_nothing_to_train_on_are_refused(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, rows: list[Any], fraction: float, message: str
+) -> None:
+    with pytest.raises(UsageError, match=f"no usable conversation: {message}"):
+        read(tmp_path, tiny_tokenizer, *rows, validation_fraction=fraction)
+
+
+# The real sets
+
+
+def test_real_instructions_are_read_from_a_compressed_array(shared_data: Path, tiny_tokenizer: Tokenizer) -> None:
+    path, report = shared_data / "chat" / "instructions.json.xz", Report()
+    items = read_examples([ChatSource(path=str(path))], tiny_tokenizer, 256, report)
+    with lzma.open(path) as file:
+        rows = json.load(file)
+    assert len(items) + sum(report.skipped.values()) == len(rows) == 1100
+    assert len(items) > 1000
+    text = tiny_tokenizer.decode([id_ for id_ in items[0].targets.tolist() if id_ not in (IGNORE, 6)])
+    assert text == rows[0]["output"]
+    rows_filled = pack_rows([len(item.input_ids) for item in items], 256)
+    used = sum(len(item.input_ids) for item in items) / (256 * len(rows_filled))
+    assert used > 0.95
 
 
 def test_question_and_answer_pairs_are_trained_on_as_they_are(

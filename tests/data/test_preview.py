@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from moe_lm.data.preview import masked_text, show_conversations, show_pairs
 from moe_lm.data.records import read_dialogues
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.data.rows import assistant, user, write
 
 
 def rows(path: Path, *pairs: tuple[str, str]) -> str:
-    path.write_text("".join(json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in pairs))
-    return str(path)
+    return str(write(path, ({"prompt": asked, "completion": answer} for asked, answer in pairs)))
 
 
 def printed(tokenizer: Tokenizer, config: ChatDataConfig, count: int, **settings: object) -> str:
@@ -49,10 +48,11 @@ def test_marks_stand_around_what_is_trained_on(tmp_path: Path, tiny_tokenizer: T
 
 
 def test_masked_answers_stand_outside_the_marks(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    rows = [{"messages": [asked, said | {"weight": 0}, asked, said]}, {"messages": [asked, said | {"train": False}]}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = printed(tiny_tokenizer, ChatDataConfig(train=[str(tmp_path / "a.jsonl")]), 2).splitlines()
+    rows = [
+        {"messages": [user("q"), assistant("a", weight=0), user("q"), assistant("a")]},
+        {"messages": [user("q"), assistant("a", train=False)]},
+    ]
+    lines = printed(tiny_tokenizer, ChatDataConfig(train=[write(tmp_path / "a.jsonl", rows)]), 2).splitlines()
     assert lines[:2] == [
         "a.jsonl:1: 13 tokens, 2 trained on",
         "<|bos|><|user|>q<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|>⟦a<|end|>⟧",
@@ -112,8 +112,7 @@ def test_the_recipe_of_a_mixture_reads_its_sets(shared_data: Path) -> None:
 
 def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     pairs = [{"prompt": "q", "chosen": "yes", "rejected": "no"}, {"prompt": "r", "chosen": "a", "rejected": "a"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    config = ChatDataConfig(train=[str(tmp_path / "a.jsonl")])
+    config = ChatDataConfig(train=[write(tmp_path / "a.jsonl", pairs)])
     file = io.StringIO()
     show_pairs(Console(file=file, width=100), tiny_tokenizer, read_pairs(config, tiny_tokenizer), 3)
     lines = file.getvalue().splitlines()

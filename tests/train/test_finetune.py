@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
-from moe_lm.data.examples import ChatBatches, read_chat
+from moe_lm.data.examples import ExampleRows, read_chat
+from moe_lm.data.packing import RowBatches
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def test_only_the_assistants_tokens_count(
     assert 15 <= len(held_out) <= 45
     nll, tokens = nll_of_answers(pretrained, held_out)
     conversations = read_chat(load_config(FinetuneConfig, finetune_config).data, tiny_tokenizer).train
-    rows = ChatBatches(conversations, 64, 1, 0, True, tiny_tokenizer.pad_id).steps_per_epoch
+    rows = len(ExampleRows(conversations, 64, tiny_tokenizer.pad_id))
     assert moe_lm("finetune", finetune_config, "train.steps=2", f"train.global_batch_size={rows}").code == 0
     lines = metrics(tmp_path / "run")
     assert lines[0]["val_loss"] == pytest.approx(nll / tokens, rel=1e-5)
@@ -169,11 +170,13 @@ def test_sources_are_mixed_by_their_weights(
     overrides = [f"data.train={sources}", "data.validation_fraction=0", "train.steps=3"]
     assert moe_lm("finetune", finetune_config, *overrides).code == 0
     config = load_config(FinetuneConfig, finetune_config, overrides)
-    items, settings = (
-        read_chat(config.data, tiny_tokenizer).train,
-        (64, 8, config.train.seed, True, tiny_tokenizer.pad_id),
+    items = read_chat(config.data, tiny_tokenizer).train
+    mixed, plain = (
+        RowBatches(
+            ExampleRows(items, 64, tiny_tokenizer.pad_id, by_source=bool(weights)), 8, config.train.seed, weights
+        )
+        for weights in ([1.0, 3.0], None)
     )
-    mixed, plain = ChatBatches(items, *settings, weights=[1.0, 3.0]), ChatBatches(items, *settings)
     targets = [[batches.batch(step, range(8)).num_targets for step in range(3)] for batches in (mixed, plain)]
     assert [line["targets"] for line in metrics(tmp_path / "run") if "targets" in line] == targets[0] != targets[1]
 

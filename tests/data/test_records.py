@@ -14,13 +14,13 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatSource
 from moe_lm.data.records import read_dialogues, read_preferences, split_held_out
 from moe_lm.text.files import Report
+from tests.data.rows import assistant, said, user, write
 
 ROWS = [{"prompt": f"q{number}", "completion": f"a{number}"} for number in range(3)]
 
 
-def write(path: Path, rows: list[Any]) -> ChatSource:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ChatSource(path=str(path))
+def write_source(path: Path, rows: list[Any]) -> ChatSource:
+    return ChatSource(path=str(write(path, rows)))
 
 
 def answers(*sources: ChatSource) -> tuple[list[str], Report]:
@@ -29,9 +29,9 @@ def answers(*sources: ChatSource) -> tuple[list[str], Report]:
 
 
 def test_parquet_and_json_lines_are_read_alike(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 300
+    rows = [said("q", "a")] * 300
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    lines = write(tmp_path / "a.jsonl", rows)
+    lines = write_source(tmp_path / "a.jsonl", rows)
     parquet = ChatSource(path=str(tmp_path / "a.parquet"))
     (one, _), (other, _) = answers(lines), answers(parquet)
     assert one == other == ["a"] * 300
@@ -89,7 +89,7 @@ def test_broken_rows_are_counted_with_file_row_and_reason(tmp_path: Path) -> Non
 
 def test_pairs_with_one_prompt_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{number // 2}", "chosen": f"a{number}", "rejected": "b"} for number in range(200)]
-    found = list(read_preferences([write(tmp_path / "a.jsonl", rows)], Report()))
+    found = list(read_preferences([write_source(tmp_path / "a.jsonl", rows)], Report()))
     train, held_out = split_held_out(found, 0.1)
     asked = [{row.content.prompt[0]["content"] for row in side} for side in (train, held_out)]
     assert len(train) + len(held_out) == 200
@@ -98,33 +98,30 @@ def test_pairs_with_one_prompt_are_held_out_together(tmp_path: Path) -> None:
 
 
 def test_tool_calls_count_in_the_hash(tmp_path: Path) -> None:
-    turn = {"role": "assistant", "content": None}
-    rows = [
-        {"messages": [{"role": "user", "content": "q"}, turn | {"tool_calls": [{"name": name, "arguments": {}}]}]}
-        for name in ("f", "g")
-    ]
-    one, other = read_dialogues([write(tmp_path / "a.jsonl", rows)], Report())
+    calls = [[{"name": name, "arguments": {}}] for name in ("f", "g")]
+    rows = [{"messages": [user("q"), assistant(None, tool_calls=call)]} for call in calls]
+    one, other = read_dialogues([write_source(tmp_path / "a.jsonl", rows)], Report())
     assert one.hash != other.hash
 
 
 def test_the_same_messages_are_held_out_together_however_they_are_masked(tmp_path: Path) -> None:
-    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    rows = [{"messages": [asked, said | one, asked, said | two]} for one, two in [({}, {}), ({"weight": 0}, {})]]
-    plain, masked = read_dialogues([write(tmp_path / "a.jsonl", rows)], Report())
+    rows = [
+        {"messages": [user("q"), assistant("a", **mark), *said("q", "a")["messages"]]} for mark in ({}, {"weight": 0})
+    ]
+    plain, masked = read_dialogues([write_source(tmp_path / "a.jsonl", rows)], Report())
     assert plain.content != masked.content
     assert plain.hash == masked.hash
 
 
 def test_masks_in_parquet_are_read_with_what_fills_up_the_other_messages(tmp_path: Path) -> None:
-    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [
-        {"messages": [asked, said | {"weight": 0}, asked, said]},
-        {"messages": [asked, said | {"weight": 0.5}]},
+        {"messages": [user("q"), assistant("a", weight=0), *said("q", "a")["messages"]]},
+        {"messages": [user("q"), assistant("a", weight=0.5)]},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     report = Report()
     [found] = read_dialogues([ChatSource(path=str(tmp_path / "a.parquet"))], report)
-    assert found.content.messages == [asked, said | {"train": False}, asked, said]
+    assert found.content.messages == [user("q"), assistant("a", train=False), user("q"), assistant("a")]
     assert report.skipped_lines() == ["1 skipped: a message whose weight is neither 0 nor 1 (first: a.parquet:2)"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.pairs import PairBatches, PairRows, read_pairs
+from moe_lm.data.packing import RowBatches
+from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.data.rows import assistant, user, write
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
 
 
 def config(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> ChatDataConfig:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ChatDataConfig.model_validate({"train": [str(tmp_path / "pairs.jsonl")], "sequence_length": 48} | settings)
+    return ChatDataConfig(train=[write(tmp_path / "pairs.jsonl", rows)], sequence_length=48, **settings)
 
 
 def many(number: int = 40) -> list[dict[str, Any]]:
@@ -32,10 +32,8 @@ def many(number: int = 40) -> list[dict[str, Any]]:
 
 
 def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    prompt = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Good day."}, {"role": "user", "content": "Name a colour."},
-    ]  # fmt: skip
+    said = [user("Hello"), assistant("Good day."), user("Name a colour.")]
+    prompt = [{"role": "system", "content": "Be brief."}, *said]
     (pair,) = read_pairs(config(tmp_path, [GOOD | {"prompt": prompt}]), tiny_tokenizer).train
     for side, answer in zip(pair.sides, (GOOD["chosen"], GOOD["rejected"]), strict=True):
         told = tiny_tokenizer.encode_chat(prompt, add_generation_prompt=True)[0]
@@ -48,9 +46,8 @@ def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer
 
 def test_masks_change_nothing_of_a_pair(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     def rows(**mark: Any) -> list[dict[str, Any]]:
-        said = {"role": "assistant", "content": "a", **mark}
-        asked = {"role": "user", "content": "q"}
-        return [{"prompt": [asked, said, asked], "chosen": said, "rejected": "b"}]
+        said = assistant("a", **mark)
+        return [{"prompt": [user("q"), said, user("q")], "chosen": said, "rejected": "b"}]
 
     [plain] = read_pairs(config(tmp_path, rows()), tiny_tokenizer).train
     for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
@@ -65,19 +62,16 @@ def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny
     rows = [GOOD, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": "word " * 60}, {"prompt": "Why?"}]
     data = read_pairs(config(tmp_path, rows), tiny_tokenizer)
     assert (len(data.train), data.report.documents) == (1, 1)
-    lines = "\n".join(data.report.skipped_lines())
-    for reason in (
-        "a preference pair with equal sides (first: pairs.jsonl:2)",
-        "a side longer than sequence_length=48",
-    ):
-        assert reason in lines
+    assert data.report.skipped_lines()[:2] == [
+        "1 skipped: a preference pair with equal sides (first: pairs.jsonl:2)",
+        "1 skipped: a side longer than sequence_length=48 (first: pairs.jsonl:3)",
+    ]
     assert sum(data.report.skipped.values()) == 3
 
 
 def test_nothing_to_prefer_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(
-        UsageError, match="has no usable preference pair: 1 skipped: a preference pair with equal sides"
-    ):
+    message = "has no usable preference pair: 1 skipped: a preference pair with equal sides"
+    with pytest.raises(UsageError, match=message):
         read_pairs(config(tmp_path, [GOOD | {"rejected": GOOD["chosen"]}]), tiny_tokenizer)
 
 
@@ -100,7 +94,7 @@ def rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> PairRows:
 def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: PairRows) -> None:
     seen = []
     for numbers in (range(2), range(2, len(rows) + 1)):
-        batch, pairs = rows.batch(numbers), rows.pairs_of(numbers)
+        batch, pairs = rows.batch(numbers), [pair for row in rows.items_in(numbers) for pair in row]
         assert batch.answers is not None
         assert batch.reference is not None
         assert batch.input_ids.shape == (len(numbers), 96)
@@ -121,7 +115,7 @@ def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: Pa
 
 
 def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_comes_once(rows: PairRows) -> None:
-    batches = PairBatches(rows, 4, seed=7)
+    batches = RowBatches(rows, 4, seed=7)
     whole = batches.batch(1, range(4))
     parts = [batches.batch(1, range(n, n + 1)) for n in range(4)]
     assert whole.input_ids.tolist() == [row for part in parts for row in part.input_ids.tolist()]
@@ -132,7 +126,7 @@ def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_come
 
 def test_the_fingerprint_tells_of_every_token(rows: PairRows) -> None:
     before = rows.fingerprint
-    assert PairRows(rows.pairs, 48, 2).fingerprint == PairBatches(rows, 4, seed=7).fingerprint == before
+    assert PairRows(rows.pairs, 48, 2).fingerprint == RowBatches(rows, 4, seed=7).fingerprint == before
     assert PairRows(rows.pairs[:-1], 48, 2).fingerprint != before
     for change in (rows.pairs[3].rejected.input_ids, rows.pairs[5].chosen.targets):
         change[-1] += 1
