@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures for every test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,25 +18,24 @@ import yaml
 from moe_lm.config.reading import dump_config, load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from tests.processes import start_ranks
+from tests.processes import ENVIRONMENT, ROOT, one_thread_here, start_ranks
 
 if TYPE_CHECKING:
     from moe_lm.data.batches import BatchSource
     from moe_lm.model.transformer import LanguageModel
 
 SaveRun = Callable[..., Path]
-ROOT = Path(__file__).parents[1]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start many processes come first: two workers that share the files end together."""
+    """Begin with files that start many processes, so that two workers that share the files end together."""
     items.sort(key=lambda item: item.path.parent.name not in ("launch", "distributed", "verify"))
 
 
 @pytest.fixture(autouse=True)
 def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Workers test side by side, but nothing runs beside a test that is marked `alone`."""
+    """Let workers test side by side, but nothing beside a test that is marked `alone`."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
@@ -50,7 +48,7 @@ def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real text beside the project; a test that needs it is skipped where it is absent."""
-    folder = Path(__file__).parents[1] / ".." / "shared" / "data"
+    folder = ROOT / ".." / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("../shared/data is not here")
     return folder.resolve()
@@ -59,22 +57,17 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """1024 ids, trained on the Python standard library."""
-    return Tokenizer.load(Path(__file__).parents[1] / "tokenizer" / "tiny")
+    return Tokenizer.load(ROOT / "tokenizer" / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_pretrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config file of the golden run, its shards written; a test gives it a run_dir and fewer steps."""
+    """The config file of the golden run, with its shards written; a test gives it a run_dir and fewer steps."""
     from moe_lm.data.prepare import prepare
+    from tests.golden.make import golden_config
 
-    folder, golden = tmp_path_factory.mktemp("tiny"), Path(__file__).parent / "golden"
-    text = runpy.run_path(str(golden / "make.py"))["write_text"](folder / "text.jsonl")
-    overrides = [
-        f"data.tokenizer={golden.parents[1] / 'tokenizer' / 'tiny'}",
-        f"data.shards={folder / 'shards'}",
-        f"data.sources=[{{name: text, path: {text}}}]",
-    ]
-    config = load_config(PretrainConfig, golden / "tiny_moe.yaml", overrides)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = golden_config(folder)
     prepare(config.data)
     file = folder / "tiny.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
@@ -84,15 +77,11 @@ def tiny_pretrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of 30 steps."""
-    import torch
-
     from moe_lm.train import pretrain
 
     run_dir = tmp_path_factory.mktemp("pretrained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
-    torch.set_num_threads(threads)
+    with one_thread_here():
+        pretrain.run(load_config(PretrainConfig, tiny_pretrain, [f"run_dir={run_dir}", "train.steps=30"]))
     return run_dir
 
 
@@ -125,16 +114,12 @@ def finetune_config(pretrained: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny products gain nothing from threads, and lose much when the machine is busy."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread_here():
+        yield
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -164,7 +149,7 @@ def start_moe_lm() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started = []
 
     def start(*arguments: object, **environment: object) -> subprocess.Popen[str]:
-        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        variables = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_lm", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -184,7 +169,7 @@ def start_moe_lm() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture
 def run_ranks(start_moe_lm: Callable[..., subprocess.Popen[str]]) -> Callable[..., list[Done]]:
-    """Runs `moe-lm` with these arguments in so many processes, as torchrun would; how each of them ended."""
+    """Runs `moe-lm` with these arguments in this many processes, as torchrun would; returns how each of them ended."""
 
     def run(world_size: int, *arguments: object) -> list[Done]:
         ranks = start_ranks(start_moe_lm, world_size, *arguments)

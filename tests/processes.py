@@ -1,4 +1,4 @@
-"""Runs in processes of their own, as a launcher starts them, and what they leave behind."""
+"""Runs in processes of their own, as a launcher starts them, and the figures they write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 Start = Callable[..., subprocess.Popen[str]]  # the fixture `start_moe_lm`
 
 
+@contextmanager
+def one_thread_here() -> Iterator[None]:
+    """Compute on one thread: tiny products gain nothing from more, and lose much when the machine is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,19 +38,19 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun gives a process."""
+    """The variables that torchrun gives a process."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def start_ranks(start: Start, world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """`moe-lm` with these arguments, as so many ranks."""
+    """Start `moe-lm` with these arguments as this many ranks."""
     port = free_port()
     return [start(*arguments, **rank_environment(rank, world_size, port)) for rank in range(world_size)]
 
 
 def start_program(world_size: int, program: Path, *arguments: object) -> list[subprocess.Popen[str]]:
-    """A Python file with these arguments, as so many ranks."""
+    """Start a Python file with these arguments as this many ranks."""
     port = free_port()
     return [
         subprocess.Popen(
@@ -51,7 +65,7 @@ def start_program(world_size: int, program: Path, *arguments: object) -> list[su
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each rank printed; none may fail or complain."""
+    """The output of each rank; none may fail or write to stderr."""
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
         (0, "") for _ in processes
@@ -60,7 +74,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 
 def train_alone(config: Path, run_dir: Path, *settings: str) -> Path:
-    """A run in one process that nothing disturbs; returns its folder."""
+    """Pretrain in one process, undisturbed; returns the run's folder."""
     command = [sys.executable, "-m", "moe_lm", "pretrain", str(config), f"run_dir={run_dir}", *settings]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | ENVIRONMENT)
     return run_dir
@@ -71,7 +85,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """By step, from the first to the last that was logged; each stands there once, also when it was trained again."""
+    """The losses of all steps that were logged; each step is logged once, even if it was trained again."""
     lines = metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]

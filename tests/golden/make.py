@@ -1,7 +1,7 @@
 """Golden losses: 100 steps of a tiny MoE on text that a seeded Markov chain writes.
 
-`python tests/golden/make.py` writes tests/golden/tiny_moe.json anew. A change to numerics that moves it says in its
-commit why, and by how much.
+`python -m tests.golden.make` writes tests/golden/tiny_moe.json anew. A commit that moves the losses says why, and by
+how much.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.train import pretrain
+from tests.processes import one_thread_here
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "tiny_moe.json"
@@ -35,23 +34,24 @@ def main() -> None:
 
 def golden_losses(folder: Path) -> dict[str, float]:
     """Train in `folder` on one thread; the loss of every tenth step, and the held-out loss at the end."""
+    config = golden_config(folder)
+    prepare(config.data)
+    with one_thread_here():
+        pretrain.run(config)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = {f"step {line['step']}": line["loss"] for line in lines if line["step"] % EVERY == 0}
+    return losses | {"held-out": lines[-1]["val_loss"]}
+
+
+def golden_config(folder: Path) -> PretrainConfig:
+    """The config of the golden run in this folder, beside its text."""
     overrides = [
         f"run_dir={folder / 'run'}",
         f"data.shards={folder / 'shards'}",
         f"data.tokenizer={HERE.parents[1] / 'tokenizer' / 'tiny'}",
         f"data.sources=[{{name: text, path: {write_text(folder / 'text.jsonl')}}}]",
     ]
-    config = load_config(PretrainConfig, HERE / "tiny_moe.yaml", overrides)
-    prepare(config.data)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        pretrain.run(config)
-    finally:
-        torch.set_num_threads(threads)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {f"step {line['step']}": line["loss"] for line in lines if line["step"] % EVERY == 0}
-    return losses | {"held-out": lines[-1]["val_loss"]}
+    return load_config(PretrainConfig, HERE / "tiny_moe.yaml", overrides)
 
 
 def write_text(path: Path) -> Path:
@@ -62,7 +62,7 @@ def write_text(path: Path) -> Path:
 
 
 def synthetic_documents() -> Iterator[str]:
-    """Text with something to learn: a word tells which six words may come next, some likelier than others."""
+    """Text with something to learn: each word has six successors, some likelier than others."""
     draw = random.Random(0).random  # of its methods, only this one promises the same numbers in every Python
     pick = lambda count: int(draw() * count)  # noqa: E731
     words = ["".join(SYLLABLES[pick(len(SYLLABLES))] for _ in range(1 + pick(3))) for _ in range(200)]

@@ -22,7 +22,7 @@ from moe_lm.generate.strategies import Sampling
 from moe_lm.model.kv_cache import ByLayer
 from moe_lm.model.transformer import Placement
 from moe_lm.parallel.spread import Spread
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 MakeRun = Callable[..., Path]
 LATENT = {

@@ -16,13 +16,12 @@ import yaml
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
-from tests.processes import metrics
+from tests.processes import ENVIRONMENT, ROOT, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[2]
 MoeLm = Callable[..., Any]
 
-# Runs a verb and says which of the heavy packages it brought in.
+# Runs a verb and prints the heavy packages that it imported.
 WATCHED = (
     "import atexit, sys\n"
     "from moe_lm.cli.main import main\n"
@@ -73,7 +72,7 @@ def watched(*arguments: object) -> tuple[str, str]:
         [sys.executable, "-c", WATCHED, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -121,7 +120,7 @@ def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_pat
 
 
 def transformers_continues(folder: Path, prompt: str) -> str:
-    """What the exported model writes after a prompt, greedily, with the exported tokenizer, until it ends."""
+    """The greedy continuation of a prompt by the exported model and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
