@@ -51,11 +51,6 @@ class Batch:
     def num_pairs(self) -> int:
         return 0 if self.reference is None else len(self.reference)
 
-    @property
-    def num_targets(self) -> int:
-        """The number of positions that are trained on."""
-        return int((self.targets != IGNORE).sum())
-
     def to(self, device: torch.device | str) -> Batch:
         return replace(
             self,

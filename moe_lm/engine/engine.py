@@ -124,7 +124,8 @@ class Engine(ABC):
         )
 
     def _place(self, batch: Batch) -> Batch:
-        batch = batch.to(self.device)
+        if batch.input_ids.device != self.device:
+            batch = batch.to(self.device)
         if self.config.compile:
             # The number of documents differs from batch to batch; nothing else does.
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)

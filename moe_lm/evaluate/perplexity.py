@@ -31,6 +31,7 @@ from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import num_targets
 from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -125,7 +126,7 @@ def score_documents(
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in _batches(every_window, batch_rows * window):
             nll_sum += _nll_sum(model, batch.to(device))
-            tokens += batch.num_targets
+            tokens += num_targets(batch)
     return float(nll_sum), tokens
 
 

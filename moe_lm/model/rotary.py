@@ -15,12 +15,35 @@ from moe_lm.config.model import ModelConfig, RopeScaling
 Angles = tuple[Tensor, Tensor]
 
 
-def rotary_angles(position_ids: Tensor, config: ModelConfig) -> Angles:
-    """Cosine and sine, `[B, S, 1, R/2]` float32, times YaRN's attention factor where there is one."""
-    frequencies = rotary_frequencies(config, position_ids.device)
-    angles = (position_ids[..., None].float() * frequencies)[..., None, :]
-    strength = attention_factor(config.rope_scaling)
-    return angles.cos() * strength, angles.sin() * strength
+class Rotary:
+    """The rotation of every position, as a config asks for it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.size = config.rotary_size
+        self.theta = config.rope_theta
+        self.scaling = config.rope_scaling
+        self.strength = attention_factor(config.rope_scaling)
+
+    def angles(self, position_ids: Tensor) -> Angles:
+        """Cosine and sine, `[B, S, 1, R/2]` float32, times YaRN's attention factor where there is one."""
+        angles = (position_ids[..., None].float() * self.frequencies(position_ids.device))[..., None, :]
+        return angles.cos() * self.strength, angles.sin() * self.strength
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Radians per position, `[R/2]` float32, in the order of operations that Hugging Face rounds in."""
+        size, scaling = self.size, self.scaling
+        exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+        # Times the inverse, as in Hugging Face: dividing rounds differently; at position 4096 a cosine moves by 2e-4.
+        wavelengths = self.theta**exponents  # over 2 pi
+        if scaling is None:
+            return 1.0 / wavelengths
+        if scaling.rope_type == "linear":
+            return 1.0 / wavelengths / scaling.factor
+        if scaling.rope_type == "llama3":
+            return _llama3(1.0 / wavelengths, scaling)
+        # Dimensions that turn often within the trained length stay, the others are divided (YaRN, section 3.2).
+        kept = 1 - _yarn_ramp(size, self.theta, scaling, device)
+        return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
@@ -35,23 +58,6 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleave else turned.chunk(2, dim=-1)
     out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHN.dtype)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
-
-
-def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians a position, `[R/2]` float32, in the order of operations that Hugging Face rounds in."""
-    size, scaling = config.rotary_size, config.rope_scaling
-    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
-    # Times the inverse, as in Hugging Face: dividing rounds differently, which at position 4096 moves a cosine by 2e-4.
-    wavelengths = config.rope_theta**exponents  # over 2 pi
-    if scaling is None:
-        return 1.0 / wavelengths
-    if scaling.rope_type == "linear":
-        return 1.0 / wavelengths / scaling.factor
-    if scaling.rope_type == "llama3":
-        return _llama3(1.0 / wavelengths, scaling)
-    # Dimensions that turn often within the trained length stay, those that hardly turn are divided (YaRN, section 3.2).
-    kept = 1 - _yarn_ramp(config, scaling, device)
-    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
@@ -83,14 +89,14 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, between))
 
 
-def _yarn_ramp(config: ModelConfig, scaling: RopeScaling, device: torch.device | None) -> Tensor:
+def _yarn_ramp(size: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
     """0 for dimensions that keep their frequency, 1 for those that are divided by the factor, a line between."""
-    size, length = config.rotary_size, scaling.original_max_position_embeddings
+    length = scaling.original_max_position_embeddings
     assert length is not None
 
     def dimension(rotations: float) -> float:
         """The (fractional) dimension that turns so many times within the trained length."""
-        return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast or 32), dimension(scaling.beta_slow or 1)
     if scaling.truncate:

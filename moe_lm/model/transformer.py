@@ -19,7 +19,7 @@ from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
 from moe_lm.model.moe import MoE, Routing
-from moe_lm.model.rotary import Angles, rotary_angles
+from moe_lm.model.rotary import Angles, Rotary
 
 
 class ModelOutput(NamedTuple):
@@ -84,6 +84,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.activation_checkpointing = False
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         x_BSD = self.embed_tokens(input_ids_BS)
         angles = None
         if self.config.position_embedding == "rope":
-            angles = rotary_angles(position_ids_BS, self.config)
+            angles = self.rotary.angles(position_ids_BS)
         elif self.config.position_embedding == "learned":
             x_BSD = x_BSD + self.embed_positions(position_ids_BS)
         else:

@@ -49,10 +49,15 @@ class NextToken:
         self._nll: Callable[[Tensor, Tensor], Tensor] = torch.compile(next_token_nll) if compiled else next_token_nll
 
     def units(self, batch: Batch) -> int:
-        return batch.num_targets
+        return num_targets(batch)
 
     def score(self, logits_BSV: Tensor, batch: Batch) -> Score:
         return Score(self._nll(logits_BSV, batch.targets), {}, {})
+
+
+def num_targets(batch: Batch) -> int:
+    """The number of positions that are trained on."""
+    return int((batch.targets != IGNORE).sum())
 
 
 def next_token_nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
@@ -134,8 +139,8 @@ class TrainingLoss(nn.Module):
     def count(self, batches: Sequence[Batch]) -> dict[str, int]:
         """The sizes in `StepCounts` of these batches."""
         return {
-            "units": sum(self.objective.units(batch) for batch in batches),
-            "targets": sum(batch.num_targets for batch in batches),
+            "units": sum(map(self.objective.units, batches)),
+            "targets": sum(map(num_targets, batches)),
             "tokens": sum(int((batch.input_ids != self.pad_id).sum()) for batch in batches),
             "rows": sum(len(batch.input_ids) for batch in batches),
         }

@@ -17,6 +17,7 @@ from moe_lm.data.batches import IGNORE, BatchSource
 from moe_lm.engine.engine import Engine, Evaluation, StepResult
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import num_targets
 from tests.tiny import engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,7 +228,7 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
     before = snapshot(engine)
     batches = [ragged.batch(step, range(size)) for step, size in ((5, 3), (6, 8), (7, 1))]
     sums, targets = engine.evaluate(batches)
-    assert targets == sum(batch.num_targets for batch in batches)
+    assert targets == sum(map(num_targets, batches))
     with torch.no_grad():
         whole = [F.cross_entropy(engine.loss.run_model(batch).logits.flatten(0, 1), batch.targets.flatten(),
                                  ignore_index=IGNORE, reduction="sum") for batch in batches]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.rotary import rotary_angles, rotate
+from moe_lm.model.rotary import Rotary, rotate
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -37,7 +37,7 @@ def config_with(head_size: int, theta: float, **changes: Any) -> ModelConfig:
 def test_rotation_is_multiplication_by_a_unit_complex_number(interleave: bool, share: float) -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 90, 2, 1]])
-    angles = rotary_angles(positions, config_with(8, 100.0, partial_rotary_factor=share))
+    angles = Rotary(config_with(8, 100.0, partial_rotary_factor=share)).angles(positions)
     size = int(8 * share)
     rotated, rest = x.double().split([size, 8 - size], dim=-1)
     first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleave else rotated.chunk(2, dim=-1)
@@ -49,11 +49,11 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(interleave: bool, s
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:
-    config = config_with(16, 10_000.0)
+    rotary = Rotary(config_with(16, 10_000.0))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def product(query_position: int, key_position: int) -> float:
-        at = [rotary_angles(torch.tensor([[position]]), config) for position in (query_position, key_position)]
+        at = [rotary.angles(torch.tensor([[position]])) for position in (query_position, key_position)]
         return (rotate(q, *at[0]) * rotate(k, *at[1])).sum().item()
 
     assert product(9, 5) == pytest.approx(product(104, 100), abs=1e-4)
@@ -75,6 +75,6 @@ def test_rotary_angles_are_transformers_angles_to_the_bit_at_any_position(
     positions = torch.tensor([[0, 1, 511, 4095, 131_071]])
     expected_cos, expected_sin = Glm4MoeRotaryEmbedding(theirs)(torch.zeros(1), positions)
     ours = config_with(head_size, theta, partial_rotary_factor=share, rope_scaling=given)
-    cos, sin = rotary_angles(positions, ours)
+    cos, sin = Rotary(ours).angles(positions)
     assert torch.equal(cos[..., 0, :], expected_cos[..., : cos.shape[-1]])
     assert torch.equal(sin[..., 0, :], expected_sin[..., : sin.shape[-1]])

@@ -14,7 +14,7 @@ from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import LossParts, NextToken, StepCounts, TrainingLoss, next_token_nll
+from moe_lm.objective.training_loss import LossParts, NextToken, StepCounts, TrainingLoss, next_token_nll, num_targets
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,7 @@ def build_loss(balance: BalanceConfig, model: LanguageModel | None = None, **opt
 
 def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
     tokens = int((batch.input_ids != PAD).sum())
-    return StepCounts(batch.num_targets, batch.num_targets, tokens, len(batch.input_ids), load)
+    return StepCounts(num_targets(batch), num_targets(batch), tokens, len(batch.input_ids), load)
 
 
 def gradients(loss: TrainingLoss, parts: list[LossParts]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
         targets.append(batch.targets.flatten()[start:end])
     reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
     torch.testing.assert_close(part.loss, reference)
-    torch.testing.assert_close(part.sums["loss"], reference.detach() * batch.num_targets)
+    torch.testing.assert_close(part.sums["loss"], reference.detach() * num_targets(batch))
     found = gradients(loss, [part])
     loss.zero_grad()
     reference.backward()
@@ -148,7 +148,7 @@ def test_sequence_loss_is_a_mean_over_rows(ragged: BatchSource) -> None:
 def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(ragged: BatchSource) -> None:
     loss, batch = build_loss(ALL), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
-    torch.testing.assert_close(part.loss, part.sums["loss"] / batch.num_targets + part.balance)
+    torch.testing.assert_close(part.loss, part.sums["loss"] / num_targets(batch) + part.balance)
     batch.targets.fill_(IGNORE)
     found = gradients(loss, [loss(batch, StepCounts(1, 1, 100, ROWS))])
     assert float(found["model.layers.2.mlp.gate.weight"].abs().max()) > 0

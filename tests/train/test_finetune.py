@@ -19,6 +19,7 @@ from moe_lm.data.examples import ExampleRows, read_chat
 from moe_lm.data.packing import RowBatches
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
+from moe_lm.objective.training_loss import num_targets
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import finetune
 from tests.processes import metrics
@@ -177,7 +178,7 @@ def test_sources_are_mixed_by_their_weights(
         )
         for weights in ([1.0, 3.0], None)
     )
-    targets = [[batches.batch(step, range(8)).num_targets for step in range(3)] for batches in (mixed, plain)]
+    targets = [[num_targets(batches.batch(step, range(8))) for step in range(3)] for batches in (mixed, plain)]
     assert [line["targets"] for line in metrics(tmp_path / "run") if "targets" in line] == targets[0] != targets[1]
 
 

@@ -23,6 +23,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import num_targets
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, train
@@ -138,7 +139,7 @@ def test_every_step_is_logged_with_its_figures(tmp_path: Path, ragged: BatchSour
     assert (result.step, result.stopped, result.loss) == (6, False, run.records[-1]["loss"])
     for step, record in enumerate(run.records):
         batch = ragged.batch(step, range(4))
-        assert record["targets"] == batch.num_targets
+        assert record["targets"] == num_targets(batch)
         assert record["tokens"] == int((batch.input_ids != PAD).sum())
         assert not record["skipped"]
         for name in ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"):
