@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig
@@ -56,5 +56,5 @@ def write_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, config: str
     """Give the folder `run` one checkpoint of the model, as training leaves it; returns `run`."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     files: dict[str, Any] = {"model.yaml": dump_config(model.config), "trainer.json": "{}", "tokenizer": tokenizer.save}
-    checkpoint.save(run / "checkpoints", step, state, {"config.yaml": config} | files)
+    write.save(run / "checkpoints", step, state, {"config.yaml": config} | files)
     return run

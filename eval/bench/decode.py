@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config, load_config
 from moe_lm.generate.decode import Settings, generate
@@ -79,7 +79,7 @@ def build(shape: ModelConfig, folder: Path, compiled: bool) -> dict[str, Contend
     model.initialise(0)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     files = {"config.yaml": "", "model.yaml": dump_config(shape), "trainer.json": "{}", "tokenizer": tokenizer.save}
-    checkpoint.save(folder / "run/checkpoints", 1, state, files)
+    write.save(folder / "run/checkpoints", 1, state, files)
     export_run(folder / "run", folder / "exported", proof_bytes=0)
     ours = Session.load(folder / "run", device="cpu").model
     contenders: dict[str, Contender] = {"moe-lm": lambda prompts: generate(ours, prompts, Settings(NEW_TOKENS))}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.config.reading import dump_config, load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.model.size import count_parameters
@@ -41,7 +41,7 @@ def main() -> None:
         model.initialise(0)
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         files = {"config.yaml": "", "model.yaml": dump_config(shape), "trainer.json": "{}", "tokenizer": tokenizer.save}
-        checkpoint.save(Path(folder) / "checkpoints", 1, state, files)
+        write.save(Path(folder) / "checkpoints", 1, state, files)
         seconds = [first_token(folder) for _ in range(arguments.rounds + 1)]
     result = {
         "date": date.today().isoformat(),

@@ -1,8 +1,9 @@
-"""One safetensors file, read and written piece by piece; nothing that its header claims is believed unchecked.
+"""One safetensors file, read and written piece by piece.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of every tensor),
-and the tensors' bytes one after the other. Memory goes to the piece at hand alone: the library would map or hold a
-whole file.
+and the tensors' bytes one after the other. The library checks a header. It reads a tensor by mapping the whole file,
+though, whose pages then count as memory of this process, and a file that is cut off under it kills the process. So
+tensors are read here, and memory goes only to the piece at hand.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-PIECE_BYTES = 1 << 24  # what is read at once of a tensor that needs no turning
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+PIECE_BYTES = 1 << 24  # of a tensor, in memory at once
+WEIGHTS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = WEIGHTS | {
+    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,44 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Raises MoeLmError, naming file and tensor, for what weights are not kept in."""
-        if self.dtype_name not in FLOATS:
-            raise MoeLmError(
-                f"{self.file}: tensor {self.name} has dtype {self.dtype_name}, expected one of {', '.join(FLOATS)}; "
-                "convert the checkpoint to bfloat16 or float32 first"
-            )
-        return FLOATS[self.dtype_name]
+        return self._dtype_among(DTYPES)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of a weight. Raises MoeLmError, naming file and tensor, unless it is one of WEIGHTS."""
+        return self._dtype_among(WEIGHTS)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start..stop` of the first dimension, read into memory of their own."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        """Rows `start..stop` of the first dimension, in memory of their own. A scalar is one row."""
+        row_shape = self.shape[1:]
+        row_bytes = math.prod(row_shape) * self.dtype.itemsize
         buffer = bytearray((stop - start) * row_bytes)
         if not buffer:
-            return torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+            return torch.empty(stop - start, *row_shape, dtype=self.dtype)
         with _open(self.file) as file:
             file.seek(self.start + start * row_bytes)
             if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
                 raise MoeLmError(f"{self.file} ends within tensor {self.name}; it changed while it was read")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
+        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *row_shape)
+
+    def _dtype_among(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        if self.dtype_name not in dtypes:
+            raise MoeLmError(
+                f"{self.file}: tensor {self.name} has dtype {self.dtype_name}, expected one of {', '.join(dtypes)}; "
+                "convert the checkpoint to bfloat16 or float32 first"
+            )
+        return dtypes[self.dtype_name]
 
 
 class Header(NamedTuple):
-    """What a file holds: its tensors by name, and the texts that its writer left."""
+    """A file's tensors by name, and the texts that its writer left."""
 
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
 
 class Output(NamedTuple):
-    """A tensor to be written; `pieces()` makes, in order, what it consists of."""
+    """A tensor to be written; `pieces()` makes its rows, in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,40 +94,24 @@ class Output(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, once every claim of it was checked against the file's size.
+    """The header of a file, checked by the library before any of it is believed.
 
-    Raises MoeLmError naming the file, and the tensor where it is one's fault: an absurd length, JSON that is none, a
-    name twice, a shape that does not fit its bytes, bytes that overlap, lie outside the file or belong to no tensor.
+    Raises MoeLmError naming the file and what is wrong with it: a length that the file does not have, JSON of another
+    form, a shape that does not fit its bytes, bytes that overlap, lie outside the file or belong to no tensor.
     """
     with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise MoeLmError(f"{path} is not a sound safetensors file: {error}; copy it again") from error
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise _broken(path, f"its first 8 bytes promise a header of {length} bytes in a file of {size}")
-        text = file.read(length)
-    try:
-        entries = json.loads(text, object_pairs_hook=_no_name_twice)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not valid JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise _broken(path, "its header is no JSON object")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(path, "its __metadata__ is not a table of texts")
-    begin = 8 + length
-    tensors: dict[str, Stored] = {}
-    end_of_last = 0
-    for name, dtype, shape, start, stop in sorted(
-        (_entry(path, *item) for item in entries.items()), key=lambda entry: (entry[3], entry[4])
-    ):
-        if start != end_of_last:
-            wrong = "overlaps another" if start < end_of_last else "leaves bytes before it that belong to no tensor"
-            raise _broken(path, f"tensor {name} at bytes {start} to {stop} of the data {wrong}")
-        end_of_last = stop
-        tensors[name] = Stored(path, name, dtype, shape, begin + start)
-    if begin + end_of_last != size:
-        wrong = "is cut off" if begin + end_of_last > size else "has bytes behind its last tensor"
-        raise _broken(path, f"it {wrong}: the header promises {begin + end_of_last} bytes, the file has {size}")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    metadata = entries.pop("__metadata__", None) or {}
+    tensors = {
+        name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
     return Header(tensors, metadata)
 
 
@@ -130,22 +123,22 @@ def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str
     ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
-    for name, shape, dtype, _ in ordered:
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
+    for output in ordered:
+        offsets = [place, place + output.size]
+        header[output.name] = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": offsets}
+        place += output.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for output in ordered:
-            written = sum(_write_piece(file, piece, output.dtype) for piece in output.pieces())
+            written = sum(file.write(as_bytes(piece.to(output.dtype))) for piece in output.pieces())
             if written != output.size:
                 raise MoeLmError(f"{path}: tensor {output.name} came to {written} bytes, expected {output.size}")
 
 
 def write_files(folder: Path, outputs: Sequence[Output], metadata: Mapping[str, str], max_bytes: int) -> dict[str, str]:
-    """Write the tensors into as few files as `max_bytes` a file allows; which file holds each tensor.
+    """Write the tensors into as few files as `max_bytes` a file allows; returns the file of each tensor.
 
     A tensor is never divided. One file is `model.safetensors`, several are `model-00001-of-00003.safetensors` and on.
     """
@@ -166,12 +159,13 @@ def write_files(folder: Path, outputs: Sequence[Output], metadata: Mapping[str, 
     return placed
 
 
-def pieces_of(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[int, int]]:
-    """Rows (start, stop) of the first dimension, PIECE_BYTES at a time and at least one row."""
+def pieces_of(shape: Sequence[int], item_bytes: int = 4) -> Iterator[tuple[int, int]]:
+    """Rows (start, stop) of the first dimension, PIECE_BYTES at a time and at least one row. A scalar is one row."""
+    rows = shape[0] if shape else 1
     row_bytes = math.prod(shape[1:]) * item_bytes
     step = max(1, PIECE_BYTES // max(1, row_bytes))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -179,12 +173,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write_piece(file: BinaryIO, piece: Tensor, dtype: torch.dtype) -> int:
-    return file.write(as_bytes(piece.to(dtype)))
-
-
 def _open(path: Path) -> BinaryIO:
-    """A regular file, not one that a symbolic link names."""
+    """Open a regular file, but not through a symbolic link."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as error:
@@ -192,32 +182,5 @@ def _open(path: Path) -> BinaryIO:
                          "copy the checkpoint's files again") from error  # fmt: skip
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise MoeLmError(f"cannot read {path}: it is no regular file")
+        raise MoeLmError(f"cannot read {path}: it is not a regular file")
     return os.fdopen(descriptor, "rb", buffering=0)
-
-
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    """A checked line of the header: name, dtype, shape, first byte, last byte + 1."""
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, stop]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _broken(path, f"tensor {name} has no dtype, shape and data_offsets") from error
-    if not all(type(number) is int and number >= 0 for number in numbers) or stop < start:
-        raise _broken(path, f"tensor {name} has shape {shape} and bytes {start} to {stop}")
-    if dtype not in ITEM_BYTES:
-        raise _broken(path, f"tensor {name} has the unknown dtype {dtype!r}")
-    if math.prod(shape) * ITEM_BYTES[dtype] != stop - start:
-        raise _broken(path, f"tensor {name} of shape {shape} and dtype {dtype} does not fit its {stop - start} bytes")
-    return name, dtype, tuple(shape), start, stop
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def _broken(path: Path, what: str) -> MoeLmError:
-    return MoeLmError(f"{path} is no sound safetensors file: {what}; copy it again")

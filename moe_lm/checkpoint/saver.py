@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint_tensors import snapshot
+from moe_lm.checkpoint import checkpoint, write
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.parallel.process_group import Ranks
@@ -55,7 +54,7 @@ class Saver:
         outcome: futures.Future[Path] = futures.Future()
         self._under_way = step, outcome
         if self.background:
-            copy = snapshot(state)
+            copy = write.snapshot(state)
             # A daemon: if a save never ends, the process still does.
             threading.Thread(
                 target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True
@@ -82,7 +81,7 @@ class Saver:
         return outcomes
 
     def _write(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
-        folder = checkpoint.save(self.checkpoints, step, state, files, self.ranks)
+        folder = write.save(self.checkpoints, step, state, files, self.ranks)
         if self.ranks.rank == 0:
             checkpoint.clean(self.checkpoints, self.keep)
         return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.checkpoint import checkpoint, read
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import LoadConfig
 from moe_lm.config.model import ModelConfig, check_vocabulary
@@ -163,23 +163,9 @@ def load_model(
     if device.type == "cpu":
         huge_pages.move(model)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if dtype == torch.float32:
-        adapters.load_weights(folder, tensors, base)
-    else:
-        _round_into(tensors, folder, base)
+    read.load_weights(folder, tensors, base)
     kernels.apply(model, kernels.choose(device, decoding=True))
     return model.eval()
-
-
-def _round_into(tensors: Mapping[str, Tensor], folder: Path, base: Path | None) -> None:
-    """Fill a model's tensors some rows at a time: none is held whole in the data type that it was saved in."""
-    from moe_lm.checkpoint.reader import open_tensors
-    from moe_lm.parallel.spread import pieces
-
-    source = open_tensors(folder, base)
-    for name, tensor in tensors.items():
-        for start, stop in pieces(tensor):
-            tensor[start:stop] = source.rows(name, start, stop)
 
 
 def spread_model(
@@ -190,14 +176,14 @@ def spread_model(
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """The model of a checkpoint, its layers where there is room for them."""
-    from moe_lm.checkpoint.reader import open_tensors
     from moe_lm.parallel.spread import dispatch
 
     config = _model_config(folder, tokenizer)
     with torch.device("meta"), _default_dtype(dtype), _NoInitialValues():
         model = LanguageModel(config).eval()
-    source = open_tensors(folder, base)
-    dispatch(model, lambda name, start, stop: source.rows(f"model.{name}", start, stop), spread)
+    source = read.open_tensors(folder, base)
+    read.check_fits({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, source, whole=True)
+    dispatch(model, lambda name: read.pieces(source, f"model.{name}"), spread)
     return model
 
 

@@ -7,6 +7,8 @@ kept by several ranks alike; of those the checkpoint writes one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,18 +44,20 @@ def divide(tensor: Tensor, ranks: DeviceMesh) -> Tensor:
     return _dtensor(host_copy(tensor.chunk(size)[ranks.get_local_rank()]), ranks, [Shard(0)], tensor.shape)
 
 
-def room_beside(weight: Tensor, header: Tensor) -> Tensor:
-    """Room for a tensor of `header`'s shape, divided as the weight it belongs to: a stack by experts."""
-    if not isinstance(weight, DTensor):
-        return torch.empty_like(header, device=weight.device)
-    experts = weight.to_local()
-    local = torch.empty((len(experts), *header.shape[1:]), dtype=header.dtype, device=experts.device)
-    return _dtensor(local, weight.device_mesh, list(weight.placements), tuple(header.shape))
+def box_of(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a tensor, in the memory of the tensor, and the box of the logical tensor that the part is."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, size) for size in tensor.shape)
+    (box,) = tensor.__create_chunk_list__()
+    sides = zip(box.offsets, box.sizes, strict=True)
+    return tensor.to_local(), tuple(slice(offset, offset + size) for offset, size in sides)
 
 
-def kept_here(tensor: Tensor) -> Tensor:
-    """This rank's part, in the memory of the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor with this rank's part changed to another part of the same shape."""
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    return _dtensor(change(tensor.to_local()), tensor.device_mesh, list(tensor.placements), tuple(tensor.shape))
 
 
 def whole(tensor: Tensor) -> Tensor:

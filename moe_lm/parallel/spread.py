@@ -1,7 +1,7 @@
 """A model that is larger than one device: its layers on several devices, in the host's memory and on the disk.
 
-Accelerate decides what goes where and brings the weights of a layer to its device before it runs. What is read here is
-never held whole: each tensor goes to its place some rows at a time.
+Accelerate decides what goes where, and brings the weights of a layer to its device before it runs. Each tensor goes to
+its place some rows at a time, so that none need be in the host's memory whole.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.kernels import kernels
 from moe_lm.model.transformer import LanguageModel, Placement
 
-PIECE_BYTES = 1 << 26  # of a tensor, in memory at once
 WHOLE = ["Block"]  # a residual connection does not leave its device, and weights are used without their layer's forward
 DISK = "disk"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in this order
 
-Read = Callable[[str, int, int], Tensor]  # rows from and to of a parameter or buffer, by its name in the model
+Read = Callable[[str], Iterator[Tensor]]  # the rows of a parameter or buffer in order, by its name in the model
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class Spread:
 
 
 def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]:
-    """Give a model on the meta device its weights, each where it fits; what lies where, by the names of modules.
+    """Give a model on the meta device its weights, each where it fits; returns the place of each module by its name.
 
-    Raises UsageError for memory that is none, MoeLmError when the disk cannot take its share.
+    Raises UsageError for a device or size that does not exist, MoeLmError when the disk cannot take its share.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import set_module_tensor_to_device
@@ -87,7 +86,7 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]
 
 
 def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:
-    """Bytes by device; of those that are not given, what is free."""
+    """Bytes by device: those given, elsewhere all that are free."""
     from accelerate.utils import get_max_memory
     from accelerate.utils.modeling import convert_file_size_to_int
 
@@ -100,17 +99,17 @@ def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:
         try:
             limits[device] = 0 if size == "0" else convert_file_size_to_int(size)
         except ValueError as error:
-            raise UsageError(f"--max-memory {name}={size} is no size; give it like {name}=4GiB") from error
+            raise UsageError(f"--max-memory {name}={size} is not a size; give it like {name}=4GiB") from error
     return limits
 
 
 def _place_of(name: str, places: Mapping[str, Any]) -> Any:
-    """Where a parameter or module is, by its own name or that of a module around it."""
+    """The place of a parameter or module: that of its own name, or of a module around it."""
     return next(place for module, place in places.items() if not module or f"{name}.".startswith(f"{module}."))
 
 
 def _folder(model: LanguageModel, parent: Path | None) -> Path:
-    """A folder for what lies on the disk, which goes with the model."""
+    """A folder for the weights on the disk, deleted together with the model."""
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +121,11 @@ def _folder(model: LanguageModel, parent: Path | None) -> Path:
 
 
 def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
-    """Put a tensor on the disk as Accelerate reads it; what its index says of it."""
+    """Put a tensor on the disk as Accelerate reads it; returns its entry in Accelerate's index."""
     try:
         with file.open("wb") as opened:
-            for start, stop in pieces(tensor):
-                opened.write(read(name, start, stop).to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+            for rows in read(name):
+                opened.write(rows.to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
     except OSError as error:
         raise MoeLmError(
             f"{file} cannot be written ({error.strerror}); give a folder on a larger disk with --offload-folder"
@@ -136,21 +135,16 @@ def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
 
 def _filled(name: str, tensor: Tensor, device: torch.device, read: Read) -> Tensor:
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    for start, stop in pieces(tensor):
-        out[start:stop] = read(name, start, stop)
+    start = 0
+    for rows in read(name):
+        out[start : start + len(rows)] = rows
+        start += len(rows)
     return out
-
-
-def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Rows from and to of parts of a tensor that may be in memory at once."""
-    rows = max(1, PIECE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
-    for start in range(0, len(tensor), rows):
-        yield start, min(start + rows, len(tensor))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Accelerate warns that weights are on the meta device, which is what was asked for."""
+    """Silence Accelerate's warning that weights are on the meta device, where they are meant to be."""
     logger = logging.getLogger("accelerate")
     level = logger.level
     logger.setLevel(logging.ERROR)

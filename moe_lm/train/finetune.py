@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.start import Start, find_start
+from moe_lm.checkpoint.lineage import Start, find_start
 from moe_lm.config.model import ModelConfig, check_targets
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, check_positions, check_router

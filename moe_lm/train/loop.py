@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
@@ -155,7 +155,7 @@ def resume(engine: Engine, checkpoints: Path) -> int:
     if folder is None:
         return 0
     state = engine.state()
-    checkpoint.load(folder, state)
+    read.load(folder, state)
     engine.load_state(state)
     return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
 

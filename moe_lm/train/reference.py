@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from moe_lm.checkpoint.start import Start, lost_reference
+from moe_lm.checkpoint.lineage import Start, lost_reference
 from moe_lm.common.files import whole_file
 from moe_lm.data.batches import Batch
 from moe_lm.data.pairs import PairRows

@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from moe_lm.checkpoint import adapters, checkpoint
-from moe_lm.checkpoint.start import FILE as START
-from moe_lm.checkpoint.start import Start
+from moe_lm.checkpoint import checkpoint, lineage, read
+from moe_lm.checkpoint.lineage import START, Start
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import build_config, dump_config
@@ -147,7 +146,7 @@ def _of_the_start(recipe: Recipe) -> dict[str, str]:
     carried = {name: checkpoint.read_text(folder, name)} if (folder / name).is_file() else {}
     if recipe.lora is None:
         return {**carried, START: recipe.start.describe()}
-    return {**carried, adapters.FILE: adapters.describe(folder, recipe.lora)}
+    return {**carried, lineage.ADAPTER: lineage.describe_adapter(folder, recipe.lora)}
 
 
 def fill(placed: PlacedModel, recipe: Recipe) -> None:
@@ -155,7 +154,7 @@ def fill(placed: PlacedModel, recipe: Recipe) -> None:
     if recipe.start is None:
         placed.initialise(recipe.config.train.seed)
     else:
-        adapters.load_weights(recipe.start.folder, placed.tensors())
+        read.load_weights(recipe.start.folder, placed.tensors())
         placed.initialise_adapters(recipe.config.train.seed)
 
 
@@ -169,7 +168,7 @@ def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
         return []
     changes = compare_config(_as_now(folder, recipe.config), recipe.config.model_dump(mode="json"))
     may_change: tuple[str, ...] = MAY_CHANGE
-    adapter = adapters.read(folder)
+    adapter = lineage.read_adapter(folder)
     if adapter and recipe.start and recipe.start.fingerprint == adapter.fingerprint:
         may_change += ("start_from",)  # the same base, wherever it lies now
     changes = [change for change in changes if not change.startswith(may_change)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import read, write
 from moe_lm.parallel.logical import divide, divide_experts, undivide
 
 EXPERTS = "layers.0.mlp.experts.down"
@@ -53,14 +53,14 @@ def main(root: Path) -> None:
 
 def save(root: Path) -> None:
     for name, state in states():
-        checkpoint.save(root / name, 1, state, {})
+        write.save(root / name, 1, state, {})
 
 
 def load(root: Path) -> None:
     for name, expected in states():
         for saved in LAYOUTS:
             loaded = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
-            checkpoint.load(root / saved / "step-00000001", loaded)
+            read.load(root / saved / "step-00000001", loaded)
             differ = [key for key in expected if not torch.equal(local(loaded[key]), local(expected[key]))]
             result = json.dumps({"saved": saved, "loaded": name, "differ": differ})
             os.write(1, f"{result}\n".encode())  # one write, whatever the other ranks print

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import end
@@ -50,20 +50,20 @@ def act_together(rank: int) -> None:
 
 def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
     hashed = []
-    entry = checkpoint._entry
-    checkpoint._entry = lambda path: hashed.append(path.name) or entry(path)  # type: ignore[func-returns-value]
-    folder = checkpoint.save(checkpoints, 10, sharded(1, Shard(0)), CONFIG)
+    entry = checkpoint.entry_of
+    checkpoint.entry_of = lambda path: hashed.append(path.name) or entry(path)  # type: ignore[func-returns-value]
+    folder = write.save(checkpoints, 10, sharded(1, Shard(0)), CONFIG)
     own = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
     assert hashed == [own, own, "config.yaml"][: 3 - rank]
     for placement in (Shard(0), Shard(1), Replicate()):
         loaded = sharded(0, placement)
         hashed.clear()
-        checkpoint.load(folder, loaded)
+        read.load(folder, loaded)
         assert len(hashed) == 3 - rank  # of five files, each is verified by one rank
         for name, tensor in sharded(1, placement).items():
             assert torch.equal(local(loaded[name]), local(tensor)), (name, placement)
-    checkpoint._entry = entry
-    expect_error(lambda: checkpoint.save(checkpoints, 20, sharded(1, Shard(0)), {"a": root / "absent"}), "absent")
+    checkpoint.entry_of = entry
+    expect_error(lambda: write.save(checkpoints, 20, sharded(1, Shard(0)), {"a": root / "absent"}), "absent")
     return folder
 
 
@@ -76,7 +76,7 @@ def refuse_damage(folder: Path, rank: int) -> None:
             (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         dist.barrier()
         loaded = sharded(0, Shard(0))
-        expect_error(lambda: checkpoint.load(folder, loaded), f"{name} does not have the sha256")  # noqa: B023
+        expect_error(lambda: read.load(folder, loaded), f"{name} does not have the sha256")  # noqa: B023
         assert not any(local(tensor).any() for tensor in loaded.values())
         dist.barrier()
         if rank == 0:
@@ -92,7 +92,7 @@ def see_the_same(root: Path, rank: int) -> None:
     mine = checkpoints if rank == 0 else elsewhere
     expect_error(lambda: checkpoint.latest_of_all(mine), "rank 1 does not see .*step-00000010 that rank 0 goes on from")
     expect_error(
-        lambda: checkpoint.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
+        lambda: write.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
     )
     assert not (mine / "step-00000030.tmp").exists()
 
@@ -110,7 +110,7 @@ def save_in_the_background(checkpoints: Path, rank: int) -> None:
         saver.wait()
         assert [saved.step for saved in saver.outcomes()] == [1]
         loaded = sharded(0, Shard(0))
-        checkpoint.load(checkpoints / "step-00000001", loaded)
+        read.load(checkpoints / "step-00000001", loaded)
         for name, tensor in sharded(1, Shard(0)).items():
             assert torch.equal(local(loaded[name]), local(tensor)), name
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 
 
 def state_of(value: int) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def state_of(value: int) -> dict[str, Tensor]:
 def checkpoints(tmp_path: Path) -> Path:
     """A folder of two checkpoints, of steps 500 and 1000."""
     for step in (500, 1000):
-        checkpoint.save(tmp_path / "checkpoints", step, state_of(step), {"config.yaml": f"step: {step}\n"})
+        write.save(tmp_path / "checkpoints", step, state_of(step), {"config.yaml": f"step: {step}\n"})
     return tmp_path / "checkpoints"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read, write
 
 
 def main(root: Path, kills: int) -> None:
@@ -35,7 +35,7 @@ def kill_while_saving(checkpoints: Path, same_step: bool, delay: float) -> int:
     if child == 0:
         for value in itertools.count(1):
             step = 1 if same_step else value
-            checkpoint.save(checkpoints, step, state_of(value), {"trainer.json": str(value)})
+            write.save(checkpoints, step, state_of(value), {"trainer.json": str(value)})
             checkpoint.clean(checkpoints, keep=1)
             os.write(writer, f"{value}\n".encode())
     os.close(writer)
@@ -54,7 +54,7 @@ def what_is_left(checkpoints: Path, acknowledged: int) -> dict[str, object]:
     folder = checkpoint.latest(checkpoints)
     assert folder is not None
     loaded = state_of(0)
-    checkpoint.load(folder, loaded)
+    read.load(folder, loaded)
     value = int(checkpoint.read_text(folder, "trainer.json"))
     whole = all(torch.equal(tensor, state_of(value)[name]) for name, tensor in loaded.items())
     checkpoint.clean(checkpoints, keep=1)

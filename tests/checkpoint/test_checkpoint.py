@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint, checkpoint_tensors
+from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.common.errors import MoeLmError, UsageError
 
 
@@ -50,7 +50,7 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def checkpoints(tmp_path: Path) -> Path:
     """A folder of two checkpoints, of steps 500 and 1000."""
     for step in (500, 1000):
-        checkpoint.save(tmp_path / "checkpoints", step, make_state(step), {"config.yaml": f"step: {step}\n"})
+        write.save(tmp_path / "checkpoints", step, make_state(step), {"config.yaml": f"step: {step}\n"})
     return tmp_path / "checkpoints"
 
 
@@ -59,7 +59,7 @@ def checkpoints(tmp_path: Path) -> Path:
 
 def test_load_returns_every_tensor_bitwise(newest: Path) -> None:
     loaded = blank(make_state(1000))
-    checkpoint.load(newest, loaded)
+    read.load(newest, loaded)
     assert_equal(loaded, make_state(1000))
 
 
@@ -67,7 +67,7 @@ def test_load_fills_in_place_and_converts_the_dtype(newest: Path) -> None:
     state = blank(make_state(1000))
     parameter = torch.nn.Parameter(torch.zeros(6, 5, dtype=torch.bfloat16))
     state["model.embed.weight"] = parameter
-    checkpoint.load(newest, state)
+    read.load(newest, state)
     assert torch.equal(parameter.detach(), make_state(1000)["model.embed.weight"].bfloat16())
 
 
@@ -81,7 +81,7 @@ def test_files_come_back_as_text_and_as_folders(tmp_path: Path) -> None:
         "tokenizer": source,
         "kept/recipe.yaml": tmp_path / "recipe.yaml",
     }
-    folder = checkpoint.save(tmp_path / "checkpoints", 1, make_state(1), files)
+    folder = write.save(tmp_path / "checkpoints", 1, make_state(1), files)
     assert checkpoint.read_text(folder, "config.yaml") == "b: é\n"
     assert checkpoint.read_text(folder, "kept/recipe.yaml") == "a: 1"
     path = checkpoint.verified_path(folder, "tokenizer")
@@ -103,11 +103,11 @@ def test_the_manifest_gives_the_sha256_of_every_file(newest: Path) -> None:
 
 
 def test_large_states_are_cut_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_tensors, "MAX_FILE_BYTES", 100)
-    folder = checkpoint.save(tmp_path, 1, make_state(3), {})
+    monkeypatch.setattr(write, "MAX_FILE_BYTES", 100)
+    folder = write.save(tmp_path, 1, make_state(3), {})
     assert len(list(folder.glob("model/*.safetensors"))) > 1
     loaded = blank(make_state(3))
-    checkpoint.load(folder, loaded)
+    read.load(folder, loaded)
     assert_equal(loaded, make_state(3))
 
 
@@ -115,15 +115,15 @@ def test_weights_load_without_the_optimizer(newest: Path) -> None:
     shutil.rmtree(newest / "optimizer")
     expected = {name: tensor for name, tensor in make_state(1000).items() if name.startswith("model.")}
     loaded = blank(expected)
-    checkpoint.load_model_weights(newest, loaded)
+    read.load_weights(newest, loaded)
     assert_equal(loaded, expected)
     with pytest.raises(MoeLmError, match=r"optimizer/.* is missing"):
-        checkpoint.load(newest, blank(make_state(1000)))
+        read.load(newest, blank(make_state(1000)))
 
 
-def test_load_model_weights_refuses_other_tensors(newest: Path) -> None:
-    with pytest.raises(MoeLmError, match=r"'exp_avg\.embed\.weight' is not a weight"):
-        checkpoint.load_model_weights(newest, {"exp_avg.embed.weight": torch.zeros(6, 5)})
+def test_only_weights_load_without_the_optimizer(newest: Path) -> None:
+    with pytest.raises(MoeLmError, match=r"has no tensor exp_avg\.embed\.weight"):
+        read.load_weights(newest, {"exp_avg.embed.weight": torch.zeros(6, 5)})
 
 
 def test_no_pickle_is_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +134,8 @@ def test_no_pickle_is_read_or_written(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr(torch, "save", refuse)
-    folder = checkpoint.save(tmp_path, 1, make_state(1), {"config.yaml": "a: 1\n"})
-    checkpoint.load(folder, blank(make_state(1)))
+    folder = write.save(tmp_path, 1, make_state(1), {"config.yaml": "a: 1\n"})
+    read.load(folder, blank(make_state(1)))
     monkeypatch.undo()
     names = [path for path in folder.rglob("*") if path.is_file()]
     assert len(names) == 5
@@ -171,7 +171,7 @@ def test_latest_is_the_newest_complete_one(checkpoints: Path, newest: Path) -> N
 
 def test_latest_orders_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
-        checkpoint.save(tmp_path, step, {"model.a": torch.zeros(1)}, {})
+        write.save(tmp_path, step, {"model.a": torch.zeros(1)}, {})
     assert checkpoint.latest(tmp_path) == tmp_path / "step-100000000"
 
 
@@ -190,7 +190,7 @@ def test_resolve_refuses_a_checkpoint_without_complete_and_names_the_newest(chec
     with pytest.raises(UsageError, match="holds no complete checkpoint"):
         checkpoint.resolve(checkpoints.parent)
     with pytest.raises(UsageError, match="has no COMPLETE"):
-        checkpoint.load(newest, {})
+        read.load(newest, {})
 
 
 def test_resolve_refuses_what_is_not_there(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_resolve_refuses_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_clean_keeps_the_newest_and_removes_leftovers(checkpoints: Path) -> None:
-    checkpoint.save(checkpoints, 1500, make_state(1), {})
+    write.save(checkpoints, 1500, make_state(1), {})
     (checkpoints / "step-00001500.tmp" / "model").mkdir(parents=True)
     (checkpoints / "step-00001200.replaced.tmp").mkdir()
     (checkpoints / "by-hand").mkdir()
@@ -210,9 +210,9 @@ def test_clean_keeps_the_newest_and_removes_leftovers(checkpoints: Path) -> None
 
 
 def test_saving_a_step_again_replaces_it(checkpoints: Path, newest: Path) -> None:
-    checkpoint.save(checkpoints, 1000, make_state(7), {})
+    write.save(checkpoints, 1000, make_state(7), {})
     loaded = blank(make_state(7))
-    checkpoint.load(newest, loaded)
+    read.load(newest, loaded)
     assert_equal(loaded, make_state(7))
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
 
@@ -223,14 +223,14 @@ def test_saving_a_step_again_replaces_it(checkpoints: Path, newest: Path) -> Non
 def test_a_missing_tensor_is_named_before_any_is_touched(newest: Path) -> None:
     state = blank(make_state(0)) | {"exp_avg.other": torch.zeros(2)}
     with pytest.raises(MoeLmError, match=r"has no tensor exp_avg\.other"):
-        checkpoint.load(newest, state)
+        read.load(newest, state)
     assert_equal(state, blank(make_state(0)) | {"exp_avg.other": torch.zeros(2)})
 
 
 def test_another_shape_is_named_before_any_tensor_is_touched(newest: Path) -> None:
     state = blank(make_state(0)) | {"exp_avg.embed.weight": torch.zeros(5, 6)}
     with pytest.raises(MoeLmError, match=r"exp_avg\.embed\.weight is \[6, 5\] in .* expected \[5, 6\]"):
-        checkpoint.load(newest, state)
+        read.load(newest, state)
     assert not any(tensor.any() for tensor in state.values())
 
 
@@ -238,4 +238,4 @@ def test_a_weight_that_the_model_lacks_is_named(newest: Path) -> None:
     state = blank(make_state(0))
     del state["model.half"]
     with pytest.raises(MoeLmError, match=r"has the tensor model\.half, which this model lacks"):
-        checkpoint.load(newest, state)
+        read.load(newest, state)

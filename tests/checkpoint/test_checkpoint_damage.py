@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read
 from moe_lm.common.errors import MoeLmError
 from tests.checkpoint.conftest import state_of
 
@@ -25,7 +25,7 @@ def assert_refused(folder: Path, *words: str) -> None:
     """`load` names the damage, offers the previous checkpoint, and touches no tensor."""
     target = state_of(0)
     with pytest.raises(MoeLmError) as raised:
-        checkpoint.load(folder, target)
+        read.load(folder, target)
     for word in (*words, "step-00000500"):
         assert word in str(raised.value)
     assert not any(tensor.any() for tensor in target.values())
@@ -40,7 +40,7 @@ def test_a_flipped_bit_is_refused(newest: Path) -> None:
             assert_refused(newest, name, "sha256", "delete")
             content[position] ^= 1
         (newest / name).write_bytes(content)
-    checkpoint.load(newest, state_of(0))
+    read.load(newest, state_of(0))
 
 
 def test_a_flipped_bit_in_a_kept_file_is_refused_when_read(newest: Path) -> None:
@@ -77,7 +77,7 @@ def test_without_an_older_checkpoint_the_error_says_so(newest: Path) -> None:
     shutil.rmtree(newest.parent / "step-00000500")
     (newest / MODEL_FILE).unlink()
     with pytest.raises(MoeLmError, match="no older complete checkpoint"):
-        checkpoint.load(newest, {})
+        read.load(newest, {})
 
 
 def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
@@ -151,4 +151,4 @@ def test_a_hostile_safetensors_header_is_refused(newest: Path, content: bytes) -
     assert_refused(newest, MODEL_FILE)  # by its checksum, before anything parses it
     sign(newest)
     with pytest.raises(MoeLmError, match=str(newest / "model")):
-        checkpoint.load(newest, state_of(0))
+        read.load(newest, state_of(0))

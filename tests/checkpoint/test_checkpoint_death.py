@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import moe_lm
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.common.errors import MoeLmError
 from tests.checkpoint.conftest import state_of
 
@@ -31,27 +31,27 @@ def test_a_failed_save_says_why_and_leaves_the_old_checkpoints(
 
     monkeypatch.setattr(os, failing, full)
     with pytest.raises(MoeLmError, match=r"step-00001500: No space left on device"):
-        checkpoint.save(checkpoints, 1500, state_of(1), {})
+        write.save(checkpoints, 1500, state_of(1), {})
     monkeypatch.undo()
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
-    checkpoint.load(newest, state_of(0))
-    checkpoint.save(checkpoints, 1500, state_of(1), {})
+    read.load(newest, state_of(0))
+    write.save(checkpoints, 1500, state_of(1), {})
 
 
 def test_a_full_disk_says_so(checkpoints: Path, newest: Path) -> None:
     """A real file-size limit, met in the middle of a tensor file."""
     program = (
         "import resource, signal, sys; from pathlib import Path; import torch\n"
-        "from moe_lm.checkpoint import checkpoint\n"
+        "from moe_lm.checkpoint import checkpoint, read, write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "checkpoint.save(Path(sys.argv[1]), 1500, {'model.a': torch.zeros(100_000)}, {})\n"
+        "write.save(Path(sys.argv[1]), 1500, {'model.a': torch.zeros(100_000)}, {})\n"
     )
     _, _, errors = finish(start_python("-c", program, str(checkpoints)))
     assert "MoeLmError: cannot write the checkpoint" in errors
     assert "File too large" in errors
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
-    checkpoint.load(newest, state_of(0))
+    read.load(newest, state_of(0))
 
 
 def test_an_interrupted_save_is_an_interrupt(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,14 +60,14 @@ def test_an_interrupted_save_is_an_interrupt(checkpoints: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(checkpoints, 1500, state_of(1), {})
+        write.save(checkpoints, 1500, state_of(1), {})
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(MoeLmError, match=r"checkpoints/step-00000001: Not a directory"):
-        checkpoint.save(tmp_path / "checkpoints", 1, state_of(1), {})
+        write.save(tmp_path / "checkpoints", 1, state_of(1), {})
 
 
 # Death while saving
@@ -124,11 +124,11 @@ def death(death_hook: Death, monkeypatch: pytest.MonkeyPatch) -> Iterator[Death]
 def test_death_after_any_file_operation_leaves_a_checkpoint(tmp_path: Path, death: Death, same_step: bool) -> None:
     for allowed in range(1000):
         checkpoints = tmp_path / f"{allowed}"
-        checkpoint.save(checkpoints, 1, state_of(1), {})
+        write.save(checkpoints, 1, state_of(1), {})
         death.root, death.left = str(checkpoints), allowed
         finished = False
         try:
-            checkpoint.save(checkpoints, 1 if same_step else 2, state_of(2), {"config.yaml": "a: 1\n"})
+            write.save(checkpoints, 1 if same_step else 2, state_of(2), {"config.yaml": "a: 1\n"})
             checkpoint.clean(checkpoints, keep=1)
             finished = True
         except Died:
@@ -137,7 +137,7 @@ def test_death_after_any_file_operation_leaves_a_checkpoint(tmp_path: Path, deat
         folder = checkpoint.latest(checkpoints)
         assert folder is not None
         loaded = state_of(0)
-        checkpoint.load(folder, loaded)
+        read.load(folder, loaded)
         value = int(loaded["model.weight"][0, 0])
         assert all(torch.equal(tensor, state_of(value)[name]) for name, tensor in loaded.items())
         checkpoint.clean(checkpoints, keep=1)
@@ -176,7 +176,7 @@ def test_two_ranks_save_together_and_any_layout_loads(tmp_path: Path) -> None:
         "exp_avg.experts": torch.zeros(4, 3, 2),
         "exp_avg.norm": torch.zeros(5),
     }
-    checkpoint.load(folder, loaded)
+    read.load(folder, loaded)
     assert torch.equal(loaded["model.experts"], torch.arange(24.0).view(4, 3, 2))
     assert torch.equal(loaded["exp_avg.experts"], -torch.arange(24.0).view(4, 3, 2))
     assert torch.equal(loaded["model.norm"], torch.ones(5))

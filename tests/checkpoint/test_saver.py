@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
@@ -35,8 +35,8 @@ class Disk:
         self.free, self.begun = threading.Event(), threading.Event()
         self.writers, self.most_writers, self.saves = 0, 0, 0
         self.error: Callable[[int], Exception | None] = lambda save: None
-        self.real_save = checkpoint.save
-        monkeypatch.setattr(checkpoint, "save", self.save)
+        self.real_save = write.save
+        monkeypatch.setattr(write, "save", self.save)
 
     def save(self, checkpoints: Path, step: int, *more: object) -> Path:
         self.writers += 1
@@ -70,7 +70,7 @@ def state_of(value: int) -> dict[str, Tensor]:
 
 def loaded(folder: Path) -> dict[str, Tensor]:
     state = {name: torch.zeros_like(tensor) for name, tensor in state_of(0).items()}
-    checkpoint.load(folder, state)
+    read.load(folder, state)
     return state
 
 
@@ -188,7 +188,7 @@ class Run:
 
     def saved(self, name: str) -> dict[str, Tensor]:
         state = {key: tensor.clone() for key, tensor in self.blank.items()}
-        checkpoint.load(self.folder / "checkpoints" / name, state)
+        read.load(self.folder / "checkpoints" / name, state)
         return state
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.common.process import end
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
@@ -69,7 +69,7 @@ def run(folder: Path, balance: dict[str, float]) -> None:
     sums, targets = engine.evaluate([batches.batch(100 + number, range(3)) for number in range(3)])
     flags = {"any": engine.any_rank(last_rank), "none": engine.any_rank(False)}
     print(json.dumps({"nll": sums["loss"], "targets": targets} | flags))
-    checkpoint.save(folder, config.steps, engine.state(), {})
+    write.save(folder, config.steps, engine.state(), {})
     engine.close(part=False)  # to meet again at the same address, before the other rank has left, would hang
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import SamplingConfig
 from moe_lm.config.model import ModelConfig
@@ -63,7 +63,7 @@ def both(
         model.initialise(4)
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         files = {"model.yaml": dump_config(config), "tokenizer": tiny_tokenizer.save}
-        checkpoint.save(folder / "run" / "checkpoints", 1, state, files)
+        write.save(folder / "run" / "checkpoints", 1, state, files)
         run = folder / "run"
     export_run(run, folder / "exported", proof_bytes=0)
     ours = Session.load(run, device="cpu").model

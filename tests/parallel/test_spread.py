@@ -104,12 +104,13 @@ def test_sample_and_chat_take_it(make_run: MakeRun, moe_lm: Callable, tmp_path: 
     spread = ["--device-map", "auto", "--max-memory", "cpu=0GiB", "--offload-folder", tmp_path / "offload"]
     done = moe_lm("sample", run, "-p", "import", "--greedy", "--max-new-tokens", 9, *spread)
     assert (done.code, done.out) == (0, usual.out)
+    auto = ("--device-map", "auto")
     for options, error in {
         ("--device", "tpu"): "device 'tpu' is not available on this machine",
-        ("--device-map", "auto", "--device", "cpu"): "--device cpu names one device and --device-map takes all",
+        (*auto, "--device", "cpu"): "--device cpu names one device and --device-map takes all",
         ("--max-memory", "cpu=1GiB"): "--max-memory belongs to a model on several devices; give --device-map auto too",
-        ("--device-map", "auto", "--max-memory", "cpu=much"): "--max-memory cpu=much is no size; give it like cpu=4GiB",
-        ("--device-map", "auto", "--max-memory", "99=1GiB"): "--max-memory 99=1GiB names no device of this machine",
+        (*auto, "--max-memory", "cpu=much"): "--max-memory cpu=much is not a size; give it like cpu=4GiB",
+        (*auto, "--max-memory", "99=1GiB"): "--max-memory 99=1GiB names no device of this machine",
     }.items():
         done = moe_lm("chat", run, *options)
         assert (done.code, done.out) == (2, "")

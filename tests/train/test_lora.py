@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moe_lm.checkpoint import adapters, checkpoint
-from moe_lm.checkpoint.reader import open_tensors
+from moe_lm.checkpoint import checkpoint, lineage, read, write
+from moe_lm.checkpoint.read import open_tensors
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.engine.build import place_model
@@ -83,7 +83,7 @@ def test_the_loss_falls_and_a_checkpoint_holds_what_was_trained(
     assert "if all weights were trained" in done.out
     values = yaml.safe_load((folder / "adapter.yaml").read_text())
     assert values["base"] == str(base)
-    assert values["fingerprint"] == adapters.fingerprint(base)
+    assert values["fingerprint"] == lineage.fingerprint(base)
     assert values["lora"]["rank"] == RANK
 
 
@@ -96,7 +96,7 @@ def test_merged_is_unmerged_and_the_base_stays(
     session = Session.load(tmp_path / "run", device="cpu")
     config = load_config(FinetuneConfig, lora_config)
     placed = place_model(session.model.config, config.parallel, Topology(), config.lora)
-    adapters.load_weights(newest(pretrained), placed.tensors())
+    read.load_weights(newest(pretrained), placed.tensors())
     placed.model.load_state_dict(
         {name.removeprefix("model."): t for name, t in tensors(folder, "model").items()}, strict=False
     )
@@ -224,7 +224,7 @@ def test_it_goes_on_beside_the_base_it_began_with(
     place = moved / "checkpoints" / "step-00000030"
     assert moe_lm(*command, f"start_from={place}").code == 0
     assert [line["loss"] for line in metrics(tmp_path / "run")[1:]] == [line["loss"] for line in expected[1:]]
-    assert adapters.base_of(newest(tmp_path / "run")) == place
+    assert lineage.base_of(newest(tmp_path / "run")) == place
 
 
 # Which base
@@ -250,7 +250,7 @@ def another(folder: Path, copy: Path) -> Path:
     files: dict[str, str | Path] = {
         name: folder / name for name in ("model.yaml", "config.yaml", "tokenizer", "trainer.json", "data.sha256")
     }
-    return checkpoint.save(copy.parent, int(copy.name.removeprefix("step-")), state, files)
+    return write.save(copy.parent, int(copy.name.removeprefix("step-")), state, files)
 
 
 def test_a_base_that_has_moved_is_asked_for_and_another_one_refused(
@@ -276,8 +276,8 @@ def test_a_base_that_has_moved_is_asked_for_and_another_one_refused(
         assert wrong.code == 2
         for place in (base / "checkpoints" / "step-00000030", newest(moved)):
             assert str(place) in wrong.err or place == newest(moved)
-        assert f"(fingerprint {adapters.fingerprint(newest(moved))}), and {other} is another model" in wrong.err
-        assert f"(fingerprint {adapters.fingerprint(other)})" in wrong.err
+        assert f"(fingerprint {lineage.fingerprint(newest(moved))}), and {other} is another model" in wrong.err
+        assert f"(fingerprint {lineage.fingerprint(other)})" in wrong.err
         assert wrong.err.count("\n") == 1
     wrong = moe_lm("finetune", lora_config, f"start_from={other}", "train.steps=3", "checkpoint.every=2")
     assert wrong.code == 2

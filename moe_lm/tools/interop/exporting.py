@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.reader import TensorSource, open_tensors
+from moe_lm.checkpoint.read import TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import Output, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder

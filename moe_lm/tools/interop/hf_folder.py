@@ -43,13 +43,13 @@ class HFFolder:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        return self._tensors[name].weight_dtype
 
     def where(self, name: str) -> str:
         return str(self._tensors[name].file)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensors[name].rows(start, stop)
+    def rows(self, name: str, start: int, stop: int, *across: slice) -> Tensor:
+        return self._tensors[name].rows(start, stop)[(slice(None), *across)]
 
     @property
     def files(self) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.checkpoint.read import TensorSource
 from moe_lm.checkpoint.safetensors_file import pieces_of
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.reader import CheckpointTensors
+from moe_lm.checkpoint import checkpoint, write
+from moe_lm.checkpoint.read import open_tensors
 from moe_lm.checkpoint.safetensors_file import write_files
 from moe_lm.common.errors import UsageError
 from moe_lm.common.files import whole_folder
@@ -60,7 +60,7 @@ def import_folder(
         path.mkdir()
         write_files(path, meter.watch(outputs), {"format": "pt"}, FILE_BYTES)
 
-    files: dict[str, checkpoint.Content] = {
+    files: dict[str, write.Content] = {
         "model.yaml": dump_config(config),
         "tokenizer": words.save,
         checkpoint.MODEL: write_tensors,
@@ -69,13 +69,13 @@ def import_folder(
     if generation is not None:
         files[GENERATION] = generation
     with whole_folder(run_dir) as unfinished:
-        saved = checkpoint.save(unfinished / "checkpoints", 0, {}, files)
+        saved = write.save(unfinished / "checkpoints", 0, {}, files)
         case = Case(
             what=f"import {source.name}",
             config=config,
             family=family,
             pairs=pairs,
-            ours=CheckpointTensors(saved),
+            ours=open_tensors(saved),
             theirs=folder,
             importing=True,
             rounded_to=rounded_to,

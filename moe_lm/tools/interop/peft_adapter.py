@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_lm.checkpoint import adapters, checkpoint
+from moe_lm.checkpoint import checkpoint, lineage, write
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.checkpoint.read import CheckpointTensors, TensorSource, open_own_tensors, open_tensors
 from moe_lm.checkpoint.safetensors_file import read_header
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
@@ -60,13 +60,13 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
     the format does not hold.
     """
     folder = checkpoint.resolve(run)
-    adapter = adapters.read(folder)
+    adapter = lineage.read_adapter(folder)
     if adapter is None:
         raise UsageError(
             f"{folder} holds a whole model and no adapters; leave --format out, or give one of the families"
         )
-    place = adapters.base_of(folder, base)
-    model, own = read_model_config(folder), CheckpointTensors(folder)
+    place = lineage.base_of(folder, base)
+    model, own = read_model_config(folder), open_own_tensors(folder)
     family = nearest_family(model)
     _check_layers(own, model, family)
     _check_nothing_else_trained(own, open_tensors(place))
@@ -107,7 +107,7 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     model = read_model_config(place)
     family = nearest_family(model)
     settings = read_settings(read_json(source / SETTINGS), source / SETTINGS)
-    fingerprint = adapters.fingerprint(place)
+    fingerprint = lineage.fingerprint(place)
     if (source / BASE).is_file() and (known := (source / BASE).read_text(encoding="utf-8").strip()) != fingerprint:
         raise UsageError(
             f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {place} is "
@@ -138,13 +138,13 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     for name in beneath.names():
         if name.endswith(ROUTER_BIAS):
             state[name] = beneath.rows(name, 0, beneath.shape(name)[0])
-    files: dict[str, checkpoint.Content] = {
+    files: dict[str, write.Content] = {
         "model.yaml": dump_config(model),
         "tokenizer": checkpoint.verified_path(place, "tokenizer"),
-        adapters.FILE: adapters.describe(place, settings),
+        lineage.ADAPTER: lineage.describe_adapter(place, settings),
     }
     with whole_folder(run_dir) as unfinished:
-        checkpoint.save(unfinished / "checkpoints", 0, state, files)
+        write.save(unfinished / "checkpoints", 0, state, files)
     layers = sum("lora_A" in name for name in header.tensors)
     of_all = sum("lora_A" in name for name in by_name)
     return (

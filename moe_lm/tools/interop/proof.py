@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.checkpoint.read import TensorSource
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.reader import TensorSource
+from moe_lm.checkpoint.read import TensorSource
 from moe_lm.checkpoint.safetensors_file import Output, as_bytes, pieces_of
 from moe_lm.common.errors import MoeLmError
 from moe_lm.tools.interop.hf_tensors import Pair, Part

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, write
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.reader import CheckpointTensors, TensorSource, open_tensors
+from moe_lm.checkpoint.read import TensorSource, open_tensors
 from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
@@ -100,7 +100,7 @@ def upcycle(
         path.mkdir()
         write_files(path, _outputs(before, config, how), {"format": "pt"}, FILE_BYTES)
 
-    files: dict[str, checkpoint.Content] = {
+    files: dict[str, write.Content] = {
         "model.yaml": dump_config(config),
         "tokenizer": tokenizer.save,
         checkpoint.MODEL: write_tensors,
@@ -108,7 +108,7 @@ def upcycle(
     if (folder / GENERATION).is_file():
         files[GENERATION] = checkpoint.read_text(folder, GENERATION)
     with whole_folder(run_dir) as unfinished:
-        after = CheckpointTensors(checkpoint.save(unfinished / "checkpoints", 0, {}, files))
+        after = open_tensors(write.save(unfinished / "checkpoints", 0, {}, files))
         proof = _prove(f"upcycle {run.name}", dense, before, config, after, tokenizer, proof_bytes)
         (unfinished / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
     return proof

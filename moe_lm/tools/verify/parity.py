@@ -132,7 +132,7 @@ def trained_model(config: RunConfig) -> ModelConfig:
     """The model that the config trains; the model of a fine-tuning comes with its start."""
     if isinstance(config, PretrainConfig):
         return config.model
-    from moe_lm.checkpoint.start import find_start
+    from moe_lm.checkpoint.lineage import find_start
     from moe_lm.train.finetune import model_of
 
     return model_of(config, find_start(config).folder)

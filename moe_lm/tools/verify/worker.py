@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.common.process import end, end_with_parent
 from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.config.run import ParallelConfig
@@ -63,7 +63,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     batches = batch_source(layout, plan, engine)
     if layout.load_from is not None:
         state = engine.state()
-        checkpoint.load(checkpoint.resolve(folder / layout.load_from), state)
+        read.load(checkpoint.resolve(folder / layout.load_from), state)
         engine.load_state(state)
     gradients: dict[str, Tensor] = {}
 
@@ -73,7 +73,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     steps = []
     for step in layout.steps:
         if step == CHANGE and layout.save_as is not None:
-            checkpoint.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
+            write.save(folder / layout.save_as / "checkpoints", step, engine.state(), {})
         result = engine.train_step(step, local_micro_batches(engine, batches, train, step), observe)
         observed = {f"gradient/{name}": tensor for name, tensor in gradients.items()} | buffers(engine)
         if step in (0, CHANGE, layout.steps[-1]):  # gathering takes most of the time; gradients cover the other steps

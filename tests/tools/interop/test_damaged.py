@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lm.checkpoint.safetensors_file import MAX_HEADER_BYTES, Output, read_header, write_file
+from moe_lm.checkpoint.safetensors_file import Output, read_header, write_file
 from moe_lm.common.errors import MoeLmError
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import importing
@@ -52,14 +52,14 @@ def refused(moe_lm: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None], size: int | None = None) -> None:
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Write another header before the same bytes."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
-    path.write_bytes((size or len(text)).to_bytes(8, "little") + text + raw[8 + length :])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
 def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -76,78 +76,72 @@ def change_config(folder: Path, **values: Any) -> None:
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
+def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header[NORM].update(values)
+
+
 def overlap(header: dict[str, Any]) -> None:
-    start, stop = header[QUERY]["data_offsets"]
-    header[QUERY]["data_offsets"] = [start - 16, stop - 16]
-
-
-def leave_a_hole(header: dict[str, Any]) -> None:
-    del header[QUERY]
-
-
-def another_shape(header: dict[str, Any]) -> None:
-    header[NORM]["shape"] = [64]
-
-
-def negative(header: dict[str, Any]) -> None:
-    header[NORM]["shape"] = [-8, -4]
-
-
-def unknown_dtype(header: dict[str, Any]) -> None:
-    header[NORM]["dtype"] = "F31"
-
-
-def no_offsets(header: dict[str, Any]) -> None:
-    del header[NORM]["data_offsets"]
+    header[QUERY]["data_offsets"] = [place - 16 for place in header[QUERY]["data_offsets"]]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (overlap, "overlaps another"), (leave_a_hole, "belong to no tensor"), (another_shape, "does not fit its 128"),
-        (negative, "has shape [-8, -4]"), (unknown_dtype, "unknown dtype 'F31'"), (no_offsets, "has no dtype, shape"),
+        (overlap, "invalid offset for tensor"),
+        (lambda header: header.pop(QUERY), "invalid offset for tensor"),  # a hole
+        (entry(shape=[64]), "invalid shape, data type, or offset"),
+        (entry(shape=[-8, -4]), "expected usize"),
+        (entry(shape=[1 << 62, 1 << 62]), "overflow computing buffer size"),
+        (entry(dtype="F31"), "unknown variant `F31`"),
+        (lambda header: header[NORM].pop("data_offsets"), "missing field `data_offsets`"),
     ],
 )  # fmt: skip
 def test_header_that_contradicts_itself(folder: Path, refused: Any, change: Any, said: str) -> None:
     rewrite_header(folder / MODEL, change)
     error = refused(folder)
+    assert f"{folder / MODEL} is not a sound safetensors file: " in error
     assert said in error
-    assert str(folder / MODEL) in error
 
 
-@pytest.mark.parametrize("length", [1 << 62, MAX_HEADER_BYTES + 1, 1 << 20])
-def test_absurd_header_length_allocates_nothing(folder: Path, refused: Any, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(1 << 62, "header too large"), (100_000_001, "header too large"), (1 << 20, "invalid header length")],
+)
+def test_absurd_header_length_allocates_nothing(folder: Path, refused: Any, length: int, said: str) -> None:
     raw = (folder / MODEL).read_bytes()
     with (folder / MODEL).open("wb") as file:
         file.write(length.to_bytes(8, "little") + raw[8:])
         if length < 1 << 40:
             file.truncate(max(len(raw), length // 2))
-    assert f"promise a header of {length} bytes" in refused(folder)
-
-
-@pytest.mark.parametrize(("kept", "said"), [(-1, "is cut off"), (4, "its first 8 bytes"), (0, "its first 8 bytes")])
-def test_truncated_file(folder: Path, refused: Any, kept: int, said: str) -> None:
-    (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:kept])
     assert said in refused(folder)
 
 
-def test_bytes_behind_the_last_tensor(folder: Path, refused: Any) -> None:
-    with (folder / MODEL).open("ab") as file:
-        file.write(b"x")
-    assert "has bytes behind its last tensor" in refused(folder)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda raw: raw[:-1], "file not fully covered"),
+        (lambda raw: raw + b"x", "file not fully covered"),
+        (lambda raw: raw[:40], "invalid header length"),
+        (lambda raw: raw[:4], "header too small"),
+        (lambda raw: b"", "header too small"),
+    ],
+)
+def test_file_that_is_cut_off_or_goes_on(folder: Path, refused: Any, content: Any, said: str) -> None:
+    (folder / MODEL).write_bytes(content((folder / MODEL).read_bytes()))
+    assert said in refused(folder)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[1]", b'{"a":{},"a":{}}', b"[" * 100_000, b'{"__metadata__":{"a":1}}'])
-def test_header_that_is_no_table(tmp_path: Path, text: bytes) -> None:
+def test_header_that_is_not_a_table(tmp_path: Path, text: bytes) -> None:
     (tmp_path / MODEL).write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(MoeLmError, match="is no sound safetensors file"):
+    with pytest.raises(MoeLmError, match="is not a sound safetensors file"):
         read_header(tmp_path / MODEL)
 
 
 def test_mislabelled_file(folder: Path, refused: Any) -> None:
     """A pickle under the name of a safetensors file."""
     torch.save({"a": torch.zeros(3)}, folder / MODEL)
-    assert "is no sound safetensors file" in refused(folder)
+    assert "is not a sound safetensors file" in refused(folder)
 
 
 def test_pickle_alone_is_not_read(folder: Path, refused: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import write
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
@@ -46,7 +46,7 @@ def save(
     if change:
         change(model)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.save(run / "checkpoints", 7, state, {"model.yaml": dump_config(config), "tokenizer": tokenizer.save})
+    write.save(run / "checkpoints", 7, state, {"model.yaml": dump_config(config), "tokenizer": tokenizer.save})
     return run
 
 

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lm.checkpoint import adapters, checkpoint
-from moe_lm.checkpoint.reader import CheckpointTensors
+from moe_lm.checkpoint import checkpoint, lineage, write
+from moe_lm.checkpoint.read import CheckpointTensors
 from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
@@ -55,12 +55,12 @@ def adapter_run(imported_run: Folder, tiny_tokenizer: Tokenizer, tmp_path: Path)
         for name in beneath.names():
             if name.endswith(ROUTER_BIAS) or name == disturbed:
                 state[name] = beneath.rows(name, 0, beneath.shape(name)[0]) + (name == disturbed)
-        files: dict[str, checkpoint.Content] = {
+        files: dict[str, write.Content] = {
             "model.yaml": dump_config(model),
             "tokenizer": tiny_tokenizer.save,
-            adapters.FILE: adapters.describe(base, settings),
+            lineage.ADAPTER: lineage.describe_adapter(base, settings),
         }
-        checkpoint.save(tmp_path / "adapters" / "checkpoints", 1, state, files)
+        write.save(tmp_path / "adapters" / "checkpoints", 1, state, files)
         return tmp_path / "adapters"
 
     return make
@@ -253,5 +253,5 @@ def test_an_adapter_for_another_base_is_refused(
     done = moe_lm("import", out, "--base", other, "--run-dir", tmp_path / "run")
     assert done.code == 2
     for base in (imported_run("llama"), other):
-        assert f"fingerprint {adapters.fingerprint(checkpoint.resolve(base))}" in done.err
+        assert f"fingerprint {lineage.fingerprint(checkpoint.resolve(base))}" in done.err
     assert "say with --base which run" in moe_lm("import", out, "--run-dir", tmp_path / "run").err

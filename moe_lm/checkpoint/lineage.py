@@ -1,0 +1,143 @@
+"""The model that a checkpoint descends from: the base of its adapters (LoRA), or the start of its fine-tuning.
+
+A checkpoint of adapters holds what was trained and names its base in `adapter.yaml`; it needs that base for good. A
+run that fine-tunes all weights names its start in `start.yaml`. It needs the start again only to recompute a lost
+reference of preference tuning. A model is known by a fingerprint, so it may be copied and moved, and adapters are
+never merged into another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.common.errors import UsageError
+from moe_lm.config.model import LoraConfig
+from moe_lm.config.reading import build_config
+from moe_lm.config.run import FinetuneConfig
+
+ADAPTER, START = "adapter.yaml", "start.yaml"
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's model: of its shape, and of the checksums of its files of weights."""
+    lines = [
+        f"{checksum} {name}\n"
+        for name, checksum in sorted(checkpoint.checksums(folder).items())
+        if name.startswith(f"{checkpoint.MODEL}/") or name in ("model.yaml", ADAPTER)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+# Adapters and their base
+
+
+class Adapter(NamedTuple):
+    """The content of `adapter.yaml`."""
+
+    base: Path  # where the base was in training
+    fingerprint: str  # of the base
+    lora: LoraConfig
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The description of a checkpoint's adapters; None for a checkpoint of a whole model."""
+    if ADAPTER not in checkpoint.checksums(folder):
+        return None
+    values = yaml.safe_load(checkpoint.read_text(folder, ADAPTER))
+    settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}", saved=True)
+    return Adapter(Path(values["base"]), values["fingerprint"], settings)
+
+
+def describe_adapter(base: Path, settings: LoraConfig) -> str:
+    """The text of `adapter.yaml`."""
+    values = {"base": str(base.absolute()), "fingerprint": fingerprint(base), "lora": settings.model_dump(mode="json")}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
+    """The base of a checkpoint of adapters: where it was in training, or `elsewhere` if it has moved.
+
+    Raises UsageError when there is no checkpoint at that path, or one of another model.
+    """
+    adapter = read_adapter(folder)
+    if adapter is None:
+        raise UsageError(f"{folder} holds a whole model, which needs no base; leave {elsewhere} out")
+    if elsewhere is None and not adapter.base.is_dir():
+        raise UsageError(
+            f"the adapters in {folder} need their base {adapter.base} (fingerprint {adapter.fingerprint}), which is "
+            "not there; say where it is now with --base, when training with start_from"
+        )
+    base = checkpoint.resolve(elsewhere or adapter.base)
+    if (found := fingerprint(base)) != adapter.fingerprint:
+        raise UsageError(
+            f"the adapters in {folder} were trained beside {adapter.base} (fingerprint {adapter.fingerprint}), and "
+            f"{base} is another model (fingerprint {found}); give the model that they were trained beside"
+        )
+    return base
+
+
+# The start of fine-tuning
+
+
+class Start(NamedTuple):
+    """The checkpoint that a fine-tuning run begins with, or goes on from."""
+
+    folder: Path  # the checkpoint with its shape, tokenizer and first weights
+    origin: Path  # the checkpoint that training began with
+    fingerprint: str  # of the origin
+
+    @property
+    def is_origin(self) -> bool:
+        """Whether the weights in `folder` are those that training began with."""
+        return fingerprint(self.folder) == self.fingerprint
+
+    def describe(self) -> str:
+        """The text of `start.yaml`."""
+        return yaml.safe_dump({"origin": str(self.origin), "fingerprint": self.fingerprint}, allow_unicode=True)
+
+
+def find_start(config: FinetuneConfig) -> Start:
+    """The start of the run of `config`. A run that goes on keeps its first start, even if `start_from` has changed.
+
+    Raises UsageError when the base of adapters is missing, or `start_from` is another model.
+    """
+    newest = checkpoint.latest(Path(config.run_dir) / "checkpoints")
+    if newest is None:
+        return _begin(checkpoint.resolve(config.start_from))
+    names = checkpoint.checksums(newest)
+    if ADAPTER in names and config.lora is not None:
+        return _begin(_base(newest, config))
+    if START not in names:  # fine-tuning did not write it; `check_unchanged` says what differs
+        return _begin(checkpoint.resolve(config.start_from))
+    kept = yaml.safe_load(checkpoint.read_text(newest, START))
+    origin, known = Path(kept["origin"]), kept["fingerprint"]
+    if config.preference is not None:
+        for place in (origin, config.start_from):
+            start = _begin(checkpoint.resolve(place)) if checkpoint.is_there(place) else None
+            if start is not None and start.fingerprint == known:
+                return start
+    return Start(newest, origin, known)
+
+
+def lost_reference(start: Start) -> UsageError:
+    """The error for a reference that must be computed when its model is gone."""
+    return UsageError(
+        f"the reference of this run is lost, and so is the model that it began with, {start.origin} (fingerprint "
+        f"{start.fingerprint}), to compute it again; bring that back, or begin anew in another run_dir"
+    )
+
+
+def _begin(folder: Path) -> Start:
+    return Start(folder, folder.absolute(), fingerprint(folder))
+
+
+def _base(newest: Path, config: FinetuneConfig) -> Path:
+    adapter = read_adapter(newest)
+    old = yaml.safe_load(checkpoint.read_text(newest, "config.yaml"))
+    moved = Path(old["start_from"]) != config.start_from or adapter is None or not adapter.base.is_dir()
+    return base_of(newest, config.start_from if moved else None)
