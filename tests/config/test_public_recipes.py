@@ -1,4 +1,4 @@
-"""The page on public checkpoints (configs/finetune/README.md): its commands and recipes load, its figures are right."""
+"""The page on public checkpoints (docs/finetuning.md): its commands and recipes load, its figures are right."""
 
 from __future__ import annotations
 
