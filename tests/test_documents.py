@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_lm.config.file import build_config
+from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,4 @@
+"""The verbs of the command line; each imports its stage when it runs.
+
+Reading order: main, generate, serve, interop.
+"""

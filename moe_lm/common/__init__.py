@@ -1,0 +1,4 @@
+"""Small things that every room may use.
+
+Reading order: errors, files, process, signals, terminal.
+"""

@@ -1,5 +1,4 @@
-"""Token shards and batches from text; training examples and pairs from conversations and preferences.
+"""Documents become token shards, and shards and conversations become the batch of step N.
 
-Reading order: prepare.py, chunks.py, shards.py, order.py, batches.py for pretraining; formats.py, records.py,
-packing.py, examples.py, pairs.py, preview.py for fine-tuning.
+Reading order: shards, prepare, chunks, order, batches, packing, formats, records, examples, pairs, preview.
 """

@@ -1,1 +1,1 @@
-"""Perplexity and bits per byte of a run, and of baselines on the same text."""
+"""How good a model is: `perplexity` and bits per byte."""

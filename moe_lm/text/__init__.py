@@ -1,4 +1,4 @@
-"""Documents from files, data sets and the standard library.
+"""Documents out of files and data sets, and which of them are held out.
 
-Reading order: sources.py, files.py, split.py.
+Reading order: files, sources, split.
 """

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, and chat templates with their loss masks.
+"""Text to token ids and back, and conversations to ids with their loss mask.
 
-Reading order: training.py, tokenizer.py, chat/.
+Reading order: tokenizer, training, chat.
 """

@@ -1,4 +1,4 @@
-"""`moe-lm explain`: what a model attends to and which experts take its tokens, as one picture.
+"""One picture of what a model attends to and which experts take each token.
 
 Reading order: explain, recording, picture.
 """

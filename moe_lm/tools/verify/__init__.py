@@ -1,4 +1,4 @@
-"""`moe-lm verify`: every layout of parallelism trains a small copy of the model as one process does.
+"""Every layout of parallelism against one process, step by step.
 
-Reading order: parity, layouts, scale, ranks, worker, documents, deviation.
+Reading order: parity, layouts, scale, documents, ranks, worker, deviation.
 """
