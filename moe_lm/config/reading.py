@@ -26,6 +26,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "moe_layer_freq": (1, "name the dense layers in mlp_only_layers"),
     "rank_stabilised": (False, "multiply alpha by the root of rank"),
     "max_token_bytes": (16, "a token has at most 16 bytes"),
+    "deepspeed": ({}, "set zero_stage and offload_optimizer, from which DeepSpeed's JSON follows"),
 }
 
 

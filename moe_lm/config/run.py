@@ -34,13 +34,12 @@ class ParallelConfig(Section):
         "null: 1 with deepspeed",
     )
     offload_optimizer: bool = Field(default=False, description="keep moments and master weights in host memory")
-    deepspeed: dict[str, Any] = Field(default={}, description="further keys of DeepSpeed's own JSON")
     timeout_seconds: float = Field(default=600, gt=0, description="seconds that a rank waits for the others")
 
     @model_validator(mode="after")
     def _engine_can(self) -> Self:
         if self.engine != "deepspeed":
-            for name in ("expert_parallel_size", "zero_stage", "offload_optimizer", "deepspeed"):
+            for name in ("expert_parallel_size", "zero_stage", "offload_optimizer"):
                 self.refuse_any([name], f"needs engine=deepspeed; set it, or take {name} away")
         return self
 

@@ -71,11 +71,7 @@ class DeepSpeedEngine(Engine):
         optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-        try:
-            self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
-        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
-            reason = " ".join(str(error).split())
-            raise UsageError(f"DeepSpeed refuses parallel.deepspeed: {reason}; correct it", common=True) from error
+        self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = _Zero(self.wrapped.optimizer, stage)
         if stage < 3:  # which would gather and divide them once more
             narrow_frozen(self.model, self.dtype)

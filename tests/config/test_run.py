@@ -206,6 +206,7 @@ def test_unknown_key_names_the_nearest(key: str, near: str | None) -> None:
     [
         ("model.moe_layer_freq", 1, 2, "name the dense layers in mlp_only_layers"),
         ("lora.rank_stabilised", False, True, "multiply alpha by the root of rank"),
+        ("parallel.deepspeed", {}, {"dump_state": True}, "set zero_stage and offload_optimizer"),
     ],
 )
 def test_a_setting_that_is_gone_is_passed_over_only_in_a_saved_config_that_did_not_use_it(

@@ -117,7 +117,6 @@ def test_the_same_layout_goes_on_to_the_bit(
             ("train.global_batch_size=12", "train.micro_batch_size=4"),
             "train.micro_batch_size=4 does not divide the 6 sequences of a rank",
         ),
-        ((*layout(2, 1), "parallel.deepspeed={zero_optimization: {mics_shard_size: 1}}"), "DeepSpeed refuses"),
         (("--bogus",), "No such option: --bogus"),
         ((*layout(2, 3), "train.compile=true"), "train.compile=true does not go with parallel.zero_stage=3"),
     ],

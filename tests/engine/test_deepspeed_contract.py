@@ -18,7 +18,6 @@ MOVED = (
 FUNCTIONS = (
     "deepspeed:initialize",
     "deepspeed:init_distributed",
-    "deepspeed:DeepSpeedConfigError",
     "deepspeed.comm.torch:build_shm_op",
     "deepspeed.module_inject.auto_ep_layer:AutoEPMoELayer.set_deepspeed_parallelism",
     "deepspeed.moe.utils:split_params_into_different_moe_groups_for_optimizer",
