@@ -149,7 +149,7 @@ class Tokenizer:
         have `train: False`. Only the template's own text gives special tokens, never the text of a message. Raises
         UsageError as `render_chat` does.
         """
-        text, _, trained, specials = self._chat_format.render(messages, tools, add_generation_prompt)
+        text, _, trained, specials = self.chat_format.render(messages, tools, add_generation_prompt)
         mark = NAME_MARK
         while mark in text:
             mark += NAME_END
@@ -178,13 +178,13 @@ class Tokenizer:
     @cached_property
     def end_id(self) -> int:
         """The token that ends an assistant's answer under the chat template; eos when there is no template."""
-        return self.special_tokens[self._chat_format.end] if self.has_chat_template else self.eos_id
+        return self.special_tokens[self.chat_format.end] if self.has_chat_template else self.eos_id
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens after which an answer or a tool call is complete: eos, and those of the chat template."""
         try:
-            ends = self._chat_format.ends
+            ends = self.chat_format.ends
         except UsageError:  # text can be sampled without a template, or with one that fails
             ends = set()
         return frozenset({self.eos_id, *(self.special_tokens[token] for token in ends)})
@@ -199,7 +199,7 @@ class Tokenizer:
         return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
 
     @cached_property
-    def _chat_format(self) -> ChatFormat:
+    def chat_format(self) -> ChatFormat:
         return ChatFormat(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
 
     def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
