@@ -70,28 +70,11 @@ def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: 
     assert (data.report.documents, data.report.skipped) == (5, {})
 
 
-NO_ROLE = "a message whose role is not one of system, user, assistant, tool"
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (
-            {"text": "no conversation"},
-            "no messages, conversations, instruction with output, or prompt with completion",
-        ),
-        ({"messages": []}, "no messages"),
-        ({"messages": "hello"}, "messages that are not a list"),
-        ({"messages": ["hello"]}, "a message that is not an object"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, NO_ROLE),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, NO_ROLE),
-        ({"messages": [{"role": "user"}]}, "a message whose content is not text"),
-        ({"instruction": "a", "output": None}, "a message whose content is not text"),
-        ({"instruction": None, "input": "a", "output": "b"}, "a message whose content is not text"),
         (said("a question without an answer"), "no assistant message with text"),
-        (said("question", " \n"), "no assistant message with text"),
         (said("question", "half a pair: \ud800"), "invalid UTF-8"),
-        (said("question", "a\0b"), "NUL byte"),
         (said("question", "words " * 600), "longer than sequence_length=512"),
         ([1, 2], "row is not an object"),
     ],

@@ -176,69 +176,68 @@ def test_the_history_of_an_instruction_goes_before_it() -> None:
         assert messages(row | {"history": empty}) == [ASKED, ANSWERED]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        *[
-            ({"messages": [ASKED, ANSWERED | {"weight": weight}]}, "a message whose weight is neither 0 nor 1")
-            for weight in (0.5, 2, -1, "0", True, [])
-        ],
-        *[
-            ({"messages": [ASKED, ANSWERED | {"train": train}]}, "a message whose train is neither true nor false")
-            for train in (0, 1, "false", {})
-        ],
-        ({"messages": [ASKED, ANSWERED | {"loss": 0}]}, "a message whose loss is neither true nor false"),
-        (
-            {"messages": [ASKED, ANSWERED | {"train": True, "loss": False}]},
-            "a message whose train and loss contradict each other",
-        ),
-        (
-            {"messages": [ASKED, ANSWERED | {"weight": 1, "train": False}]},
-            "a message whose weight and train contradict each other",
-        ),
-        (
-            {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"train": False}]},
-            "every assistant message is masked by weight, train or loss",
-        ),
-        (
-            {"prompt": "q", "completion": ANSWERED | {"weight": 0}},
-            "every assistant message is masked by weight, train or loss",
-        ),
-        *[
-            (
-                {"instruction": "q", "output": "a", "history": history},
-                "a history that is not a list of [question, answer]",
-            )
-            for history in ("x", 3, {"one?": "1"}, ["one?", "1"], [["one?"]], [["one?", "1", "2"]], [None])
-        ],
-        ({"instruction": "q", "output": "a", "history": [["one?", 1]]}, "a message whose content is not text"),
-        ({"instruction": "q", "output": "a", "history": [["one?", ""]]}, "an assistant message without text"),
-        ({"text": "x"}, "no messages, conversations, instruction with output, or prompt with completion"),
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b"},
-            "a preference pair, which needs the section preference",
-        ),
-        ({"conversations": "hello"}, "messages that are not a list"),
-        ({"conversations": []}, "no messages"),
-        ({"conversations": [3]}, "a message that is not an object"),
-        ({"conversations": turns("human", "bing")}, "a message whose role is not one of system, user, assistant, tool"),
-        ({"messages": [ASKED, {"role": "assistant"}]}, "a message whose content is not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message whose content is not text"),
-        ({"messages": [ASKED]}, "no assistant message with text"),
-        ({"prompt": "q", "completion": " \n"}, "no assistant message with text"),
-        ({"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]}, "an assistant message without text"),
-        ({"prompt": "q", "completion": None}, "a message whose content is not text"),
-        ({"messages": [ASKED, {**CALLING, "tool_calls": [{}]}]}, "a tool call without the name of a function"),
-        (
-            {"messages": [ASKED, {**CALLING, "tool_calls": [CALL | {"arguments": "{"}]}]},
-            "a tool call whose arguments are not a JSON object",
-        ),
-        ({"messages": [ASKED, {**CALLING, "tool_calls": [{"name": "x\0", "arguments": {}}]}]}, "NUL byte"),
-        ({"messages": [ASKED, ANSWERED], "tools": [{"name": "\ud800"}]}, "invalid UTF-8"),
-        ({"messages": [ASKED, ANSWERED], "tools": "none"}, "tools that are not a list of objects"),
-        ({"messages": [ASKED, ANSWERED], "system": 3}, "a message whose content is not text"),
+def answered(**mask: Any) -> dict[str, Any]:
+    return {"messages": [ASKED, ANSWERED | mask]}
+
+
+def calling(*calls: Any) -> dict[str, Any]:
+    return {"messages": [ASKED, CALLING | {"tool_calls": list(calls)}]}
+
+
+def history(value: Any) -> dict[str, Any]:
+    return {"instruction": "q", "output": "a", "history": value}
+
+
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "a message whose weight is neither 0 nor 1": [answered(weight=weight) for weight in (0.5, 2, -1, "0", True, [])],
+    "a message whose train is neither true nor false": [answered(train=train) for train in (0, 1, "false", {})],
+    "a message whose loss is neither true nor false": [answered(loss=0)],
+    "a message whose train and loss contradict each other": [answered(train=True, loss=False)],
+    "a message whose weight and train contradict each other": [answered(weight=1, train=False)],
+    "every assistant message is masked by weight, train or loss": [
+        {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"train": False}]},
+        {"prompt": "q", "completion": ANSWERED | {"weight": 0}},
     ],
-)
+    "a history that is not a list of [question, answer]": [
+        *map(history, ("x", 3, {"one?": "1"}, ["one?", "1"], [["one?"]], [["one?", "1", "2"]], [None]))
+    ],
+    "no messages, conversations, instruction with output, or prompt with completion": [{"text": "x"}],
+    "a preference pair, which needs the section preference": [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+    "messages that are not a list": [{"conversations": "hello"}, {"messages": "hello"}],
+    "no messages": [{"conversations": []}, {"messages": []}],
+    "a message that is not an object": [{"conversations": [3]}, {"messages": ["hello"]}],
+    "a message whose role is not one of system, user, assistant, tool": [
+        {"conversations": turns("human", "bing")},
+        {"messages": [{"role": "robot", "content": "a"}]},
+        {"messages": [{"role": ["user"], "content": "a"}]},
+    ],
+    "a message whose content is not text": [
+        history([["one?", 1]]),
+        {"messages": [{"role": "user"}]},
+        {"messages": [ASKED, {"role": "assistant"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"messages": [ASKED, ANSWERED], "system": 3},
+        {"prompt": "q", "completion": None},
+        {"instruction": "a", "output": None},
+        {"instruction": None, "input": "a", "output": "b"},
+    ],
+    "no assistant message with text": [{"messages": [ASKED]}, {"prompt": "q", "completion": " \n"}],
+    "an assistant message without text": [
+        history([["one?", ""]]),
+        {"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]},
+    ],
+    "a tool call without the name of a function": [calling({})],
+    "a tool call whose arguments are not a JSON object": [calling(CALL | {"arguments": "{"})],
+    "tools that are not a list of objects": [{"messages": [ASKED, ANSWERED], "tools": "none"}],
+    "NUL byte": [calling({"name": "x\0", "arguments": {}}), {"prompt": "q", "completion": "a\0b"}],
+    "invalid UTF-8": [
+        {"messages": [ASKED, ANSWERED], "tools": [{"name": "\ud800"}]},
+        {"prompt": "q", "completion": "half a pair: \ud800"},
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "row"), [(reason, row) for reason, rows in REFUSED.items() for row in rows])
 def test_a_row_without_a_conversation_is_unusable(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unusable) as caught:
         dialogue_of(row, PLAIN)

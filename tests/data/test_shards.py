@@ -95,13 +95,6 @@ def test_a_token_outside_the_vocabulary_is_named_with_file_and_offset(folder: Pa
         TokenShards.open(folder, "train")
 
 
-@pytest.mark.parametrize("name", ["../train-00000", "/etc/passwd", "train-00000/../x", "train-00000.bin", "train-0000"])
-def test_a_manifest_that_points_elsewhere_is_refused(folder: Path, name: str) -> None:
-    change_manifest(folder, lambda manifest: manifest["train"][0].update(name=name))
-    with pytest.raises(UsageError, match=r"manifest.json is damaged: train.0.name"):
-        TokenShards.open(folder, "train")
-
-
 def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
     (folder / "train-00000.bin").rename(folder / "elsewhere")
     (folder / "train-00000.bin").symlink_to(folder / "elsewhere")
@@ -110,18 +103,22 @@ def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "field"),
     [
-        lambda manifest: manifest.pop("train"),
-        lambda manifest: manifest.update(format=2),
-        lambda manifest: manifest.update(extra=1),
-        lambda manifest: manifest["train"][0].update(tokens=-1),
-        lambda manifest: manifest.update(dtype="O"),
+        (lambda manifest: manifest.pop("train"), "train"),
+        (lambda manifest: manifest.update(format=2), "format"),
+        (lambda manifest: manifest.update(extra=1), "extra"),
+        (lambda manifest: manifest["train"][0].update(tokens=-1), "train.0.tokens"),
+        (lambda manifest: manifest.update(dtype="O"), "dtype"),
+        *[
+            (lambda manifest, name=name: manifest["train"][0].update(name=name), "train.0.name")
+            for name in ("../train-00000", "/etc/passwd", "train-00000/../x", "train-00000.bin", "train-0000")
+        ],
     ],
 )
-def test_a_damaged_manifest_is_refused_by_name(folder: Path, edit: Callable[[Any], object]) -> None:
+def test_a_damaged_manifest_is_refused_by_name(folder: Path, edit: Callable[[Any], object], field: str) -> None:
     change_manifest(folder, edit)
-    with pytest.raises(UsageError, match=r"manifest.json is damaged"):
+    with pytest.raises(UsageError, match=f"manifest.json is damaged: {field}: "):
         TokenShards.open(folder, "train")
 
 

@@ -126,15 +126,9 @@ def test_pieces_are_bounded_and_make_up_the_text(unit: str, size: int) -> None:
     assert max(map(len, pieces)) <= PIECE_CHARS
 
 
-def test_cutting_a_text_does_not_change_its_ids(tiny_tokenizer: Tokenizer, corpus: Path) -> None:
-    check_every_cut(tiny_tokenizer, corpus)
-
-
-def test_cutting_a_text_does_not_change_its_gpt2_ids(gpt2: Tokenizer, corpus: Path) -> None:
-    check_every_cut(gpt2, corpus)
-
-
-def check_every_cut(tokenizer: Tokenizer, corpus: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "gpt2"])
+def test_cutting_a_text_does_not_change_its_ids(name: str, corpus: Path, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
     for file in corpus.iterdir():
         text = file.read_text(encoding="utf-8")[:20_000]
         cuts = [match.start() for match in SAFE_CUT.finditer(text)]

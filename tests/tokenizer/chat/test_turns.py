@@ -351,43 +351,26 @@ def test_equal_words_of_user_and_assistant_are_told_apart(folder: Path) -> None:
 # What is refused
 
 
+def ended(template: str) -> Style:
+    return Style(template, ("<|end|>",), "<|end|>")
+
+
+SHORT_ID = CALLING[1] | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+ROBOT = {"role": "robot", "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("style", "messages", "tools", "words"),
     [
         (MISTRAL, [SYSTEM, *SHORT], [], "chat template failed: only user, assistant and tool are supported"),
         (MISTRAL, [SHORT[0], *SHORT], [], "chat template failed: roles must alternate"),
-        (
-            MISTRAL,
-            [SHORT[0], {**CALLING[1], "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
-            [],
-            "ids of",
-        ),
+        (MISTRAL, [SHORT[0], SHORT_ID], [], "ids of"),
         (STYLES["eos_too"], CALLING[:2], [], "chat template failed|leaves out the tool calls"),
         (STYLES["eos_too"], SHORT, TOOLS, "leaves out the descriptions of tools"),
-        (
-            GLM,
-            [{"role": "robot", "content": "x"}],
-            [],
-            "message 0: role 'robot' is unknown; expected system, user, assist",
-        ),
-        (
-            Style("{{ messages[0].content }}<|end|>", ("<|end|>",), "<|end|>"),
-            SHORT,
-            [],
-            "leaves out what the assistant says",
-        ),
-        (
-            Style("{% for m in messages %}{{ m.content }}\n{% endfor %}", ("<|end|>",), "<|end|>"),
-            SHORT,
-            [],
-            "no special token",
-        ),
-        (
-            Style("{{ nothing.at.all }}", ("<|end|>",), "<|end|>"),
-            SHORT,
-            [],
-            "chat template failed: 'nothing' is undefined",
-        ),
+        (GLM, [ROBOT], [], "message 0: role 'robot' is unknown; expected system, user, assist"),
+        (ended("{{ messages[0].content }}<|end|>"), SHORT, [], "leaves out what the assistant says"),
+        (ended("{% for m in messages %}{{ m.content }}\n{% endfor %}"), SHORT, [], "no special token"),
+        (ended("{{ nothing.at.all }}"), SHORT, [], "chat template failed: 'nothing' is undefined"),
     ],
 )
 def test_a_template_that_cannot_have_it_says_so_in_one_sentence(
