@@ -1,7 +1,7 @@
 """The order of training: which item of which source comes when, a pure function of the seed and the visit's number.
 
 Nothing is stored between steps: any visit can be asked for, in any order, by any rank. Position i of a shuffled
-sequence is computed from i and a key alone.
+sequence is computed only from i and a key.
 """
 
 from __future__ import annotations

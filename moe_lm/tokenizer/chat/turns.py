@@ -173,7 +173,7 @@ class Turns:
             return place[1] + len(eos) * text.startswith(eos, place[1], stop)
         if stop == len(text):
             return stop
-        # Without a special token, the turn ends with what the template writes after it whatever follows.
+        # Without a special token, the turn ends after the text that the template also writes when nothing follows.
         return start + _common_prefix(text[start:stop], _tail(shorter) if shorter else "")
 
     def up_to(self, number: int) -> Rendering | None:
