@@ -23,7 +23,7 @@ from rich.table import Table
 
 from moe_lm.common.process import this_program
 from moe_lm.common.terminal import byte_bar
-from moe_lm.config.data import SourceConfig, TokenizerRecipe
+from moe_lm.config.data import TokenizerRecipe
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.data.prepare import prepare
@@ -42,6 +42,7 @@ from moe_lm.tools.docstrings import docstring_questions
 from moe_lm.train import finetune, pretrain
 
 PROJECT = Path(__file__).parents[2]
+CORPUS = "corpus"  # the name of the source, and so of its shards
 MINUTES = 8.0
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.68, 0.08  # of the minutes
 CONTINUE = Settings(max_new_tokens=80, sampling=Sampling(temperature=0.7, top_p=0.9), seed=1)
@@ -62,7 +63,7 @@ class Setup:
     """The run's folder, the text to train on, the minutes that it may take, and the terminal."""
 
     run_dir: Path
-    corpus: SourceConfig
+    sources: list[dict[str, Any]]
     minutes: float
     console: Console
 
@@ -87,8 +88,8 @@ def run(minutes: float | None, corpus: Path | None, run_dir: Path) -> None:
 
     The corpus is the text in `corpus`, by default Python's standard library. Raises UsageError when it has no text.
     """
-    source = {"stdlib": True} if corpus is None else {"path": str(corpus)}
-    setup = Setup(run_dir, SourceConfig(name="corpus", **source), minutes or MINUTES, Console())
+    source = {"stdlib": True} if corpus is None else {"path": corpus}
+    setup = Setup(run_dir, [{"name": CORPUS, **source}], minutes or MINUTES, Console())
     try:
         with stage(setup, "tokenizer"):
             make_tokenizer(setup)
@@ -111,10 +112,8 @@ def make_tokenizer(setup: Setup) -> None:
     """Train the tokenizer on the documents that are not held out."""
     if (setup.tokenizer / "tokenizer.json").exists():
         return
-    recipe = load_config(
-        TokenizerRecipe, PROJECT / "tokenizer/quickstart-4k.yaml", [override("output", setup.tokenizer)]
-    )
-    recipe = recipe.model_copy(update={"sources": (setup.corpus,)})
+    settings = overrides({"output": setup.tokenizer, "sources": setup.sources})
+    recipe = load_config(TokenizerRecipe, PROJECT / "tokenizer/quickstart-4k.yaml", settings)
     with byte_bar(setup.console, "reading and merging") as advance:
         train_tokenizer(recipe, lambda report: advance(report.text_bytes, None)).save(recipe.output)
 
@@ -122,16 +121,13 @@ def make_tokenizer(setup: Setup) -> None:
 def make_shards(setup: Setup) -> PretrainConfig:
     """Tokenize the corpus; returns the pretraining config, whose steps are not fitted to the time yet."""
     preset = "quickstart-cuda" if torch.cuda.is_available() else "quickstart"
-    config = load_config(
-        PretrainConfig,
-        PROJECT / f"configs/pretrain/{preset}.yaml",
-        [
-            override("run_dir", setup.pretrain_dir),
-            override("data.tokenizer", setup.tokenizer),
-            override("data.shards", setup.run_dir / "shards"),
-        ],
-    )
-    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (setup.corpus,)})})
+    settings = {
+        "run_dir": setup.pretrain_dir,
+        "data.tokenizer": setup.tokenizer,
+        "data.shards": setup.run_dir / "shards",
+        "data.sources": setup.sources,
+    }
+    config = load_config(PretrainConfig, PROJECT / f"configs/pretrain/{preset}.yaml", overrides(settings))
     config = compiled_if_possible(setup, config)
     with byte_bar(setup.console, "tokenizing") as advance:
         report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
@@ -160,16 +156,13 @@ def do_finetune(setup: Setup, pretrained: PretrainConfig) -> None:
     if saved.exists():
         config = load_config(FinetuneConfig, saved, saved=True)
     else:
-        config = load_config(
-            FinetuneConfig,
-            PROJECT / "configs/finetune/quickstart.yaml",
-            [
-                override("run_dir", setup.finetune_dir),
-                override("start_from", setup.pretrain_dir),
-                override("data.train", [setup.chat_file("train")]),
-                override("data.validation", [setup.chat_file("validation")]),
-            ],
-        )
+        settings = {
+            "run_dir": setup.finetune_dir,
+            "start_from": setup.pretrain_dir,
+            "data.train": [setup.chat_file("train")],
+            "data.validation": [setup.chat_file("validation")],
+        }
+        config = load_config(FinetuneConfig, PROJECT / "configs/finetune/quickstart.yaml", overrides(settings))
         tokens = config.train.global_batch_size * config.data.sequence_length
         seconds = tokens / median_speed(setup.pretrain_dir)
         config = compiled_if_possible(setup, config)
@@ -201,14 +194,8 @@ def show_samples(setup: Setup, config: PretrainConfig) -> list[dict[str, str]]:
     rows = [json.loads(line)["messages"] for line in setup.chat_file("validation").read_text("utf-8").splitlines()]
     for question, reference in rows[:: max(1, len(rows) // QUESTIONS)][:QUESTIONS]:
         text = show(setup, question["content"] + "\n", session.chat([question], ANSWER))
-        samples.append(
-            {
-                "model": "finetune",
-                "prompt": question["content"],
-                "text": text,
-                "reference": reference["content"],
-            }
-        )
+        shown = {"prompt": question["content"], "text": text, "reference": reference["content"]}
+        samples.append({"model": "finetune"} | shown)
     return samples
 
 
@@ -228,8 +215,7 @@ def measure(setup: Setup, config: PretrainConfig) -> dict[str, Any]:
     evaluation = evaluate(setup.pretrain_dir)
     tokenizer = Tokenizer.load(setup.tokenizer)
     train, validation = (
-        TokenShards.open(config.data.shards / setup.corpus.name, split, verify=False)
-        for split in ("train", "validation")
+        TokenShards.open(config.data.shards / CORPUS, split, verify=False) for split in ("train", "validation")
     )
     counts = np.bincount(train.tokens(0, train.num_tokens), minlength=tokenizer.vocab_size)
     counts[tokenizer.bos_id] = 0
@@ -316,9 +302,9 @@ def median_speed(run_dir: Path) -> float:
     return statistics.median(line["tokens_per_second"] for line in metrics(run_dir) if "tokens_per_second" in line)
 
 
-def override(key: str, value: Path | list[Path]) -> str:
-    """`key=value` for any path: JSON is YAML."""
-    return f"{key}={json.dumps(value, default=str)}"
+def overrides(settings: dict[str, Any]) -> list[str]:
+    """`key=value` for every setting; JSON is YAML, whatever a path contains."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
 
 
 def compiled_if_possible(setup: Setup, config: ConfigT) -> ConfigT:

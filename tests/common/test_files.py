@@ -11,7 +11,7 @@ import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import sha256_of, try_lock, unfinished_path, whole_file, whole_folder
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 HOLD = """
 import sys
