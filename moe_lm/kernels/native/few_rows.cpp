@@ -1,7 +1,7 @@
-// What a decoding step does, in products of few rows with large matrices; model/few_rows.py calls it.
+// The operations of a decoding step, in products of few rows with large matrices; kernels/cpu_decode.py calls them.
 //
 // Plain pointers and no header of torch: it compiles in three seconds. The reference of every function is the torch code
-// beside its caller, which runs where there is no compiler. T is the data type of everything that has no other.
+// of model/, which runs where there is no compiler. T is the data type of everything that states no other.
 
 #include <numeric>
 
@@ -16,7 +16,7 @@ static const float* as_floats(const T* x, int64_t size, float* memory) {
 
 static const float* as_floats(const float* x, int64_t, float*) { return x; }
 
-// Whether products of so many rows with so many weights take 20 us or more, for which another thread is worth waking
+// Whether products of this many rows with this many weights take 20 us or more, for which another thread is worth waking
 static bool is_large(int64_t weights, int64_t rows) { return weights * (8 + rows) > 1 << 20; }
 
 constexpr int64_t BLOCK = 64;  // of outputs, which a thread computes at a time
@@ -76,7 +76,7 @@ static void rotate(const T* heads_x, const float* cos, const float* sin, int64_t
     });
 }
 
-// Of x [R, I] the queries [R, H, N], keys [R, K, N] and values [R, K, N], normed where there is a norm (over `norm_heads`
+// From x [R, I] queries [R, H, N], keys [R, K, N] and values [R, K, N], normed where there is a norm (over `norm_heads`
 // and `norm_key_heads` heads together) and rotated where there are angles
 template <class T>
 static void project(const T* x, const T* w_q, const T* bias_q, const T* w_k, const T* bias_k, const T* w_v,
@@ -120,8 +120,8 @@ static void softmax(float* scores, int64_t size, float scale) {
     for (int64_t i = 0; i < size; i++) scores[i] *= factor;
 }
 
-// A new token a row: k [R, K, N] and v [R, K, M] go to place lengths[r] of the cache, q [R, H, N] attends to all up to
-// it. Row, head and place of the cache are as many entries apart as the steps say. Without v, values lie in the keys.
+// One new token in each row: k [R, K, N] and v [R, K, M] go to place lengths[r] of the cache, q [R, H, N] attends to all
+// up to it. The steps are the entries between two rows, heads and places. Without v, values lie in the keys.
 template <class T>
 static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const int64_t* lengths, int64_t row_step,
                    int64_t head_step, int64_t step, int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
@@ -145,7 +145,7 @@ static void attend(const T* q, const T* k, const T* v, T* keys, T* values, const
     });
 }
 
-// The `per_token` experts with the best score plus bias, the best one first, and their weights out of the scores alone:
+// The `per_token` experts with the best score plus bias, the best one first, and their weights from the scores only:
 // x [T, D] times w [E, D].T -> logits [T, E], scores [T, E], chosen [T, k], weights [T, k], as moe.route without groups
 static void route(const float* x, const float* w, const float* bias, int64_t tokens, int64_t size, int64_t number,
                   int64_t per_token, int64_t sigmoid, int64_t normalise, float factor, float* all_logits,
@@ -162,7 +162,7 @@ static void route(const float* x, const float* w, const float* bias, int64_t tok
             total += scores[e];
         }
         for (int64_t e = 0; e < number; e++) choice[e] = (scores[e] /= sigmoid ? 1 : total) + bias[e];
-        bool broken = total != total;  // NaN is greater than nothing: as many experts all the same
+        bool broken = total != total;  // NaN is greater than nothing, and k experts are needed all the same
         total = 1e-20f;
         for (int64_t j = 0; j < per_token; j++) {
             int64_t best = broken ? j : 0;
@@ -181,7 +181,7 @@ static void activate(float* x, int64_t size, int64_t activation) {
     int64_t i = 0;
     if (activation == SILU) {
         for (; i + LANES <= size; i += LANES) store(x + i, load(x + i) / (1 + exp(-load(x + i))));
-        Floats rest = {};  // in a vector too: std::exp rounds otherwise, and what is last depends on the number of rows
+        Floats rest = {};  // a vector too: std::exp rounds differently, and which entries are last depends on the rows
         std::memcpy(&rest, x + i, (size - i) * sizeof *x);
         rest = rest / (1 + exp(-rest));
         std::memcpy(x + i, &rest, (size - i) * sizeof *x);

@@ -1,9 +1,9 @@
 // A loop over several threads that waits for none that is late.
 //
 // A step of decoding has dozens of loops of 20 us. OpenMP waits in each until every thread has come, and on a machine
-// that is busy with other work, where one comes when the scheduler lets it, 400 tokens/s became 7 (eval/LOG.md). Here
-// threads take the next block each, and who called the loop goes on when all blocks are done: a thread that sleeps
-// through it has taken none.
+// that is busy with other work, where a thread comes when the scheduler lets it, 400 tokens/s became 7 (eval/LOG.md).
+// Here each thread takes the next block, and the caller goes on when all blocks are done: a thread that sleeps through
+// the loop has taken none.
 
 #include <atomic>
 #include <condition_variable>
