@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which data type."""
+"""The device to compute on, the data type, and what compiling needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def compiling_needs(device: torch.device) -> str | None:
-    """What `torch.compile` lacks here, or None: it builds its kernels with a C++ compiler against Python's headers."""
+    """The thing that `torch.compile` lacks here, or None. It builds with a C++ compiler against Python's headers."""
     if device.type not in ("cpu", "cuda"):
         return f"a CPU or CUDA device, not {device.type}"
     compilers = [os.environ.get("CXX") or "g++", "clang++"]

@@ -48,7 +48,7 @@ SegmentAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor
 class AttentionLayer(nn.Module):
     """The attributes that every attention layer has. Products of queries and keys are multiplied with `scale`.
 
-    Kernels replace `segment_attention` and `rotate` (kernels/kernels.py); here they are plain torch.
+    Kernels replace `segment_attention` and `rotate` (kernels/kernels.py).
     """
 
     def __init__(self, config: ModelConfig, index: int, scale: float) -> None:

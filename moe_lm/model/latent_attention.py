@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values out of a small latent.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from a small latent.
 
 Shapes: B rows, S positions, D hidden_size, H heads, C kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim,
 M v_head_dim.
@@ -18,11 +18,11 @@ LATENT_EPS = 1e-6  # in every DeepSeek model, whatever its rms_norm_eps
 
 
 class LatentAttention(AttentionLayer):
-    """Attention whose cache holds C + R numbers a position, for all heads together.
+    """Attention whose cache holds C + R numbers a position, for all heads together (equations 9 to 19).
 
-    Training and prompts expand the latents to the keys and values of every head. A token that is decoded attends to
-    the latents themselves: the matrices that would expand them are multiplied into its query and its output instead
-    (section 2.1.2), so that it costs no more than multi-query attention with keys of C + R.
+    Training and prompts expand the latents to the keys and values of every head. A decoded token attends to the latents
+    themselves: the matrices that would expand them are absorbed into its query and its output (section 2.1.2), so that
+    it costs no more than multi-query attention with keys of size C + R.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -80,14 +80,14 @@ class LatentAttention(AttentionLayer):
         return torch.einsum("bshc,hmc->bshm", out_BSHC, up_v_HMC)
 
     def _kept(self, latent_BSC: Tensor, k_BS1R: Tensor) -> Tensor:
-        """What a cache keeps of a position, `[B, S, 1, C+R]`: one key for all heads, which begins with its value."""
+        """The entries of a cache, `[B, S, 1, C+R]`: one key for all heads, which begins with its value."""
         return torch.cat((latent_BSC[..., None, :], k_BS1R), dim=-1)
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """What products of queries and keys are multiplied with; DeepSeek puts YaRN's temperature here with mscale_all_dim.
+    """The scale of the products of queries and keys, with YaRN's temperature where `mscale_all_dim` is set (DeepSeek).
 
-    The factor on cosine and sine (see rotary.py) acts on the rotated entries alone, and is 1 where both are equal.
+    The factor on cosine and sine (rotary.py) acts only on the rotated entries, and is 1 where both are equal.
     """
     scale, scaling = config.head_size**-0.5, config.rope_scaling
     if scaling is not None and scaling.mscale_all_dim:

@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, computed in float32."""
+    """Root-mean-square norm (arXiv 1910.07467, equation 4) over the last dimension, computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

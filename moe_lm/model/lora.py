@@ -25,9 +25,9 @@ ALIGNMENT = 8  # elements; grouped products want rows of 16 bytes, in bfloat16 t
 
 
 def freeze(model: LanguageModel, lora: LoraConfig | None, freeze_router: bool | None) -> None:
-    """Decide what is trained: everything or, with `lora`, adapters that this adds, not yet filled.
+    """Freeze what is not trained; with `lora` that is everything but new adapters, which are not yet filled.
 
-    `freeze_router`: None is no, but with `lora` yes.
+    `freeze_router=None` freezes routers only with `lora`.
     """
     if lora is not None:
         model.requires_grad_(False)
@@ -46,7 +46,7 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
 
 
 def _targets(model: LanguageModel) -> Iterator[tuple[nn.Linear | Experts, str]]:
-    """What can be adapted, and as what it is named in `lora.targets`."""
+    """The modules that can be adapted, each with its name in `lora.targets`."""
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             yield module, "experts"
@@ -94,7 +94,7 @@ class LoraExperts(Experts):
 
 
 def scale(lora: LoraConfig) -> float:
-    """What an adapter's output is multiplied by."""
+    """The factor on an adapter's output."""
     return lora.alpha / lora.rank
 
 
@@ -110,7 +110,7 @@ def adapted(factor: str) -> str:
 
 
 def factors_of(weight: str) -> tuple[str, str]:
-    """The names of a weight's factors A and B, were it adapted."""
+    """The names of the factors A and B of a weight."""
     if weight.endswith(".weight"):
         stem = weight.removesuffix("weight")
         return f"{stem}lora_A", f"{stem}lora_B"
@@ -135,10 +135,10 @@ def initialise_adapters(model: LanguageModel, seed: int, first_expert: int = 0) 
 
 @torch.no_grad()
 def draw_dropout(model: LanguageModel, seed: int, step: int) -> None:
-    """Choose the inputs that the adapters do without in this step; the others count `1 / (1 - dropout)` times.
+    """Choose the inputs that the adapters leave out in this step; the others count `1 / (1 - dropout)` times.
 
-    One choice a step, adapter and expert, for all tokens: whatever part of a batch a rank computes, and whatever
-    experts it has, it does as one process would, and no random state has to be kept.
+    The choice depends on step, adapter and expert, and is the same for all tokens. So a rank with any part of the batch
+    and any of the experts does what one process would do, and there is no random state to keep.
     """
     for name, module in model.named_modules():
         if not isinstance(module, LoraLinear | LoraExperts) or not module.dropout:
@@ -153,7 +153,7 @@ def draw_dropout(model: LanguageModel, seed: int, step: int) -> None:
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
-    """Add an adapter to the weight it stands beside, in place: the weight then does alone what both did."""
+    """Add an adapter to the weight that it stands beside, in place."""
     if weight.ndim == 3:
         weight.baddbmm_(lora_A, lora_B, alpha=scale)
     else:
@@ -162,9 +162,9 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
 
 @torch.no_grad()
 def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Keep frozen matrices in the data type that they are multiplied in, which autocast would make them in every pass.
+    """Cast frozen matrices to the data type of their products, as autocast would in every pass: no result changes.
 
-    No number that is computed changes. What is also used otherwise (embedding, norms, router) stays as it is.
+    Weights with another use than these products (embedding, norms, router) stay as they are.
     """
     for name, module in model.named_modules():
         tied = name == "lm_head" and model.config.tie_word_embeddings
@@ -175,7 +175,7 @@ def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def left_to_base(model: LanguageModel) -> frozenset[str]:
-    """The names of the weights that a checkpoint of this model leaves out: with adapters, all that are frozen."""
+    """The names of the weights that a checkpoint leaves to the base: with adapters, all that are frozen."""
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(map(is_factor, named)):
         return frozenset()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Every shared expert's output plus those of the chosen experts, by weight: DeepSeek-V3, equation 12."""
+    """The shared experts' output plus that of the chosen experts, by weight (DeepSeek-V3, equation 12)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Router(nn.Module):
         if self.config.capacity_factor is None:
             return routing
         kept = within_capacity(routing.experts.unflatten(0, x_BSD.shape[:2]), self.config)
-        # The overflow is computed and thrown away: capacity is here to compare its quality, not to save time.
+        # The overflow is computed and then weighed by zero: capacity is here to compare its quality, not to save time.
         return routing._replace(weights=routing.weights * kept.flatten(0, 1))
 
     def choose(self, x_BSD: Tensor) -> Routing:
@@ -103,7 +103,7 @@ def route(logits_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
 
 
 def within_capacity(experts_BSk: Tensor, config: ModelConfig) -> Tensor:
-    """Which choices, `[B, S, k]` bool, find room when an expert takes `ceil(factor * k * S / E)` tokens of a row.
+    """A mask `[B, S, k]` of the choices that find room when an expert takes `ceil(factor * k * S / E)` tokens of a row.
 
     First choices go before second ones, earlier positions before later ones (GShard, algorithm 1, with a row as its
     group: the result does not depend on how rows are spread over devices). Documents packed into a row share its room.
@@ -121,10 +121,7 @@ GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Experts(nn.Module):
-    """Routed experts as stacked weights `[E, in, out]`, multiplied group by group.
-
-    Kernels replace `grouped_mm` (kernels/kernels.py); here it is plain torch.
-    """
+    """Routed experts as stacked weights `[E, in, out]`; kernels replace `grouped_mm` (kernels/kernels.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -140,12 +137,9 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert."""
         x_RD = x_RD.to(compute_dtype(x_RD))
-        up_RF = self.multiply("up_proj", x_RD, ends_E)
-        if self.gated:
-            hidden_RF = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up_RF
-        else:
-            hidden_RF = self.activation(up_RF)
-        return self.multiply("down_proj", hidden_RF, ends_E)
+        up = self.multiply("up_proj", x_RD, ends_E)
+        hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
+        return self.multiply("down_proj", hidden, ends_E)
 
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""
@@ -159,15 +153,9 @@ def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([x @ weight for x, weight in zip(rows, weight_EDF, strict=True)])
 
 
-class Dispatcher(Protocol):
-    """Carries tokens to their experts and back; `meanwhile` is computed while they travel and returned beside them.
-
-    Expert parallelism and decoding in C++ put others in its place.
-    """
-
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]: ...
+# Carries tokens `[T, D]` to their experts and back. The last argument is computed while they travel, and its result
+# returned beside theirs. Expert parallelism and decoding in C++ put other dispatchers in place of `dispatch_locally`.
+Dispatcher = Callable[[Tensor, Routing, Experts, Callable[[], Tensor | None]], tuple[Tensor, Tensor | None]]
 
 
 def dispatch_locally(
@@ -198,13 +186,13 @@ class SortedSlots:
 
 
 def sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each sorted entry comes from, and where each entry goes: two permutations, inverse to each other."""
+    """The permutation that sorts the keys, stably, and its inverse."""
     order = keys.argsort(stable=True)
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 class Gather(torch.autograd.Function):
-    """Row `order[i] // copies` of x at place i. The gradient is a gather as well: deterministic, and no scatter."""
+    """Row `order[i] // copies` of x at place i. The gradient is a gather as well, so that it is deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
@@ -220,13 +208,13 @@ class Gather(torch.autograd.Function):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The data type that matrix products run in here: autocast's when it is on, else the tensor's own."""
+    """The data type of matrix products with `x`: autocast's when it is on, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def expert_counts(experts_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:
-    """Tokens an expert, `[E]` int64; `counted [T]` leaves padding out."""
+    """Tokens of each expert, `[E]` int64; `counted [T]` leaves padding out."""
     chosen = torch.ones_like(experts_Tk) if counted_T is None else counted_T[:, None].expand_as(experts_Tk).long()
     zeros = torch.zeros(num_experts, dtype=torch.int64, device=experts_Tk.device)
     return zeros.scatter_add(0, experts_Tk.flatten(), chosen.flatten())

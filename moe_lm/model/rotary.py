@@ -1,6 +1,6 @@
-"""Rotary positions (RoPE, arXiv 2104.09864): the angle of every position, frequencies for long contexts, the rotation.
+"""Rotary positions (RoPE, arXiv 2104.09864, equation 34): angles, the rotation, frequencies for long contexts.
 
-Shapes: B rows, S positions, H heads, N head size, R = N or the part of it that is rotated.
+Shapes: B rows, S positions, H heads, N head size, R the rotated entries, N or fewer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Angles = tuple[Tensor, Tensor]
 
 
 class Rotary:
-    """The rotation of every position, as a config asks for it."""
+    """The rotation that a config asks for."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.size = config.rotary_size
@@ -30,7 +30,7 @@ class Rotary:
         return angles.cos() * self.strength, angles.sin() * self.strength
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Radians per position, `[R/2]` float32, in the order of operations that Hugging Face rounds in."""
+        """Radians per position, `[R/2]` float32, computed in the same order as in Hugging Face, to round alike."""
         size, scaling = self.size, self.scaling
         exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
         # Times the inverse, as in Hugging Face: dividing rounds differently; at position 4096 a cosine moves by 2e-4.
@@ -49,9 +49,9 @@ class Rotary:
 def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
     """Rotate the first R entries of queries or keys.
 
-    Entry i is paired with entry i + R/2, as in Hugging Face's Llama; with `interleave` its neighbour is, as in
-    DeepSeek. The result has the first of all pairs before the second ones: attention sees only products of queries
-    and keys, whose order is the same.
+    Entry i is paired with entry i + R/2, as in Hugging Face's Llama, or with `interleave` with its neighbour, as in
+    DeepSeek. The result holds the first entries of all pairs and then the second ones. That changes no product of a
+    query with a key, since both have the same order.
     """
     size = 2 * cos.shape[-1]
     turned, rest = x_BSHN[..., :size].float(), x_BSHN[..., size:]
@@ -61,7 +61,7 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosine and sine are multiplied with: the square root of YaRN's inverse temperature (section 3.4)."""
+    """The factor on cosine and sine: the square root of YaRN's inverse temperature (arXiv 2309.00071, section 3.4)."""
     if scaling is None or scaling.rope_type != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -72,7 +72,7 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
-    """`0.1 * weight * ln(factor) + 1`, which grows with the length that is reached for."""
+    """`0.1 * weight * ln(factor) + 1`, which grows with the length that is aimed at."""
     return 0.1 * weight * math.log(factor) + 1.0
 
 
@@ -95,7 +95,7 @@ def _yarn_ramp(size: int, theta: float, scaling: RopeScaling, device: torch.devi
     assert length is not None
 
     def dimension(rotations: float) -> float:
-        """The (fractional) dimension that turns so many times within the trained length."""
+        """The (fractional) dimension that turns this many times within the trained length."""
         return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast or 32), dimension(scaling.beta_slow or 1)

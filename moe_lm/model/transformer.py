@@ -30,7 +30,7 @@ class ModelOutput(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where a model that lies on several devices takes its ids, and where each of its layers runs."""
+    """The devices of a model that lies on several: the one that takes its ids, and that of each layer."""
 
     entry: torch.device
     layers: tuple[torch.device, ...]
@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.placement: Placement | None = None  # on one device
-        self.cached_attention: Callable[[KVCache], Attend] = CachedAttention  # which a kernel may replace
+        self.cached_attention: Callable[[KVCache], Attend] = CachedAttention  # or a kernel
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self._tie()
@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where ids go in."""
+        """The device that takes the ids."""
         return self.lm_head.weight.device if self.placement is None else self.placement.entry
 
     @property
@@ -62,12 +62,12 @@ class LanguageModel(nn.Module):
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
 
     def materialise(self, device: torch.device) -> None:
-        """Give a model that was built on the meta device memory, not yet filled."""
+        """Allocate the memory of a model that was built on the meta device, without filling it."""
         self.to_empty(device=device)
         self._tie()
 
     def initialise(self, seed: int, first_expert: int = 0) -> None:
-        """Fill every parameter and buffer; see `initialise_tensor` for what each gets."""
+        """Fill every parameter and buffer as `initialise_tensor` does."""
         with torch.no_grad():
             for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
                 initialise_tensor(name, tensor, self.config, seed, first_expert)
@@ -78,6 +78,8 @@ class LanguageModel(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embedding, blocks and the last norm: token ids in, hidden states out."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -128,12 +130,12 @@ class Block(nn.Module):
         return x_BSD + self.mlp(normed), None
 
 
-# What a tensor starts as, by its name:
+# The initial value of a tensor, by its name:
 #   *norm.weight              ones
 #   *.bias, *correction_bias  zeros
 #   everything else           normal, mean 0, standard deviation `initializer_range`, from a generator seeded by
-#                             (seed, name), and for stacked experts by (seed, name, expert): whatever part of the
-#                             model a rank holds, it holds the same numbers.
+#                             (seed, name), and for stacked experts by (seed, name, expert): a rank that holds only a
+#                             part of the model holds the same numbers.
 
 
 def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
@@ -150,7 +152,7 @@ def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int,
 
 
 def generator_of(key: str) -> torch.Generator:
-    """Random numbers that are a function of `key` alone; the CPU's, so that every device starts from the same ones."""
+    """A generator seeded by `key`; on the CPU, so that every device starts from the same numbers."""
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 

@@ -1,4 +1,4 @@
-"""Compiles the C++ of this package once a machine, in three seconds, and loads it; nothing here needs torch.
+"""Compiles the C++ of this package once per machine, in three seconds, and loads it; nothing here needs torch.
 
 The library lies in the user's cache under a name that is a hash of everything that it depends on. It is written under
 another name and then renamed: several processes may build at once, and one that is killed leaves nothing to wait for.
