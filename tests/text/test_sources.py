@@ -16,6 +16,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import zstd
 from moe_lm.text.sources import Document, Report, read_documents, source_files
+from tests.data.rows import write
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -33,11 +34,6 @@ def read(path: Path | str, **settings: Any) -> tuple[list[Document], Report]:
 
 def texts(path: Path | str, **settings: Any) -> list[str]:
     return [document.text for document in read(path, **settings)[0]]
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def parquet(**columns: Any) -> bytes:
@@ -100,34 +96,28 @@ def test_a_text_without_blank_lines_is_cut_all_the_same(tmp_path: Path) -> None:
 
 def test_rows_are_named_by_their_text(tmp_path: Path) -> None:
     """Equal texts fall on the same side of the split, and a row added in front renames none."""
-    one, _ = read(write_jsonl(tmp_path / "a.jsonl", [{"text": "same"}, {"text": "other"}, {"text": "same"}]))
-    two, _ = read(write_jsonl(tmp_path / "b.jsonl", [{"text": "new"}, {"text": "same"}]))
+    one, _ = read(write(tmp_path / "a.jsonl", [{"text": "same"}, {"text": "other"}, {"text": "same"}]))
+    two, _ = read(write(tmp_path / "b.jsonl", [{"text": "new"}, {"text": "same"}]))
     assert one[0].id == one[2].id == two[1].id != one[1].id
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "expected", "skipped"),
     [
-        '[{"text": "one"}, {"text": "two"}]',
-        '\ufeff[\n  {"text": "one"},\n  {"text": "two"}\n]\n',
-        '{"text": "one"}\n{"text": "two"}\n',
+        ('[{"text": "one"}, {"text": "two"}]', ["one", "two"], {}),
+        ('\ufeff[\n  {"text": "one"},\n  {"text": "two"}\n]\n', ["one", "two"], {}),
+        ('{"text": "one"}\n{"text": "two"}\n', ["one", "two"], {}),
+        ('{\n  "title": "t",\n  "text": "one"\n}\n', ["one"], {}),
+        ('[\n {"text": "one"},\n {"text": "tw', [], {"broken JSON": 1}),
     ],
 )
-def test_a_json_file_may_be_an_array_or_lines(tmp_path: Path, content: str) -> None:
+def test_a_json_file_may_be_an_array_lines_or_one_object(
+    tmp_path: Path, content: str, expected: list[str], skipped: dict[str, int]
+) -> None:
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
-    assert texts(tmp_path) == ["one", "two"]
-
-
-def test_a_json_file_may_be_one_object(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{\n  "title": "t",\n  "text": "one"\n}\n')
-    assert texts(tmp_path) == ["one"]
-
-
-def test_a_broken_json_array_counts_once(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[\n {"text": "one"},\n {"text": "tw')
     (tmp_path / "b.txt").write_text("good")
     documents, report = read(tmp_path)
-    assert ([document.text for document in documents], report.skipped) == (["good"], {"broken JSON": 1})
+    assert ([document.text for document in documents], report.skipped) == ([*expected, "good"], skipped)
 
 
 def test_a_json_file_too_large_to_parse_whole_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +155,7 @@ def test_a_bad_row_is_skipped_counted_and_named(tmp_path: Path, line: bytes, rea
 
 
 def test_a_missing_field_is_reported_with_the_fields_that_are_there(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"title": "t", "content": "c"}])
+    path = write(tmp_path / "a.jsonl", [{"title": "t", "content": "c"}])
     with pytest.raises(UsageError, match=r"no usable document: 1 skipped: no field 'text' \(first: a.jsonl:1, which"):
         read(path)
     assert texts(path, text_field="content") == ["c"]
@@ -240,17 +230,20 @@ def test_parquet_is_read_row_by_row_with_bad_ones_counted(tmp_path: Path) -> Non
     assert report.examples["invalid UTF-8"] == "a.parquet:2"
 
 
-def test_parquet_without_the_field_or_with_numbers_in_it_is_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(parquet(title=["a"]))
-    (tmp_path / "b.parquet").write_bytes(parquet(text=[1, 2]))
-    (tmp_path / "c.parquet").write_bytes(parquet(text=["good"]))
+@pytest.mark.parametrize(
+    ("column", "reason"), [({"title": ["a", "b"]}, "no field 'text'"), ({"text": [1, 2]}, "field 'text' is not text")]
+)
+def test_parquet_without_the_field_or_with_numbers_in_it_is_counted_once(
+    tmp_path: Path, column: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(**column))
+    (tmp_path / "b.parquet").write_bytes(parquet(text=["good"]))
     documents, report = read(tmp_path)
-    assert [document.text for document in documents] == ["good"]
-    assert report.skipped == {"no field 'text'": 1, "field 'text' is not text": 1}
+    assert ([document.text for document in documents], report.skipped) == (["good"], {reason: 1})
 
 
 def test_a_data_set_folder_is_read_through_datasets(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"body": "one"}, {"body": ""}, {"body": "two"}])
+    write(tmp_path / "train.jsonl", [{"body": "one"}, {"body": ""}, {"body": "two"}])
     report = Report()
     source = SourceConfig(name="s", dataset=str(tmp_path), text_field="body")
     assert [document.text for document in read_documents(source, report)] == ["one", "two"]
@@ -273,16 +266,12 @@ def test_the_standard_library_is_its_modules_without_tests() -> None:
     assert all(name.endswith(".py") or name.startswith("pydoc_data/topics/") for name in documents)
 
 
-def test_max_bytes_stops_a_source(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab" * 5}] * 10)
-    assert len(texts(path, max_bytes=35)) == 4
-
-
-def test_max_bytes_is_each_sources_own_when_a_report_is_shared(tmp_path: Path) -> None:
-    source = SourceConfig(name="s", path=str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 10}] * 9)), max_bytes=20)
+def test_max_bytes_stops_a_source_after_the_document_that_reaches_it(tmp_path: Path) -> None:
+    """It is each source's own when a report is shared."""
+    source = SourceConfig(name="s", path=str(write(tmp_path / "a.jsonl", [{"text": "x" * 10}] * 9)), max_bytes=35)
     report = Report()
-    assert [len(list(read_documents(source, report))) for _ in range(3)] == [2, 2, 2]
-    assert report.text_bytes == 60
+    assert [len(list(read_documents(source, report))) for _ in range(3)] == [4, 4, 4]
+    assert report.text_bytes == 120
 
 
 @pytest.mark.parametrize(
