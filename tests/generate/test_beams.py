@@ -12,30 +12,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lm.checkpoint import write
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import SamplingConfig
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.reading import dump_config
 from moe_lm.generate.beams import Beam, BeamSettings, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.exporting import export_run
-from tests.generate.test_decode import BASE, CONFIGS, build, full_logits
+from tests.generate.uncached import build, full_logits
+from tests.tiny import LATENT, tiny_model, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "n_routed_experts": 8, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
-    "initializer_range": 0.25,
-}  # fmt: skip
-LATENT = {
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "use_qk_norm": False,
-}  # fmt: skip
-MODELS = {"grouped-query": {"num_key_value_heads": 2}, "latent": LATENT}
+MODELS = {"grouped-query": {}, "latent": LATENT}
 NEW = 12
 
 
@@ -58,13 +48,8 @@ def both(
     if request.param == "trained":
         run = request.getfixturevalue("pretrained")
     else:
-        config = ModelConfig(**SHAPE | MODELS[request.param])
-        model = LanguageModel(config)
-        model.initialise(4)
-        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        files = {"model.yaml": dump_config(config), "tokenizer": tiny_tokenizer.save}
-        write.save(folder / "run" / "checkpoints", 1, state, files)
-        run = folder / "run"
+        sizes = {"vocab_size": 1024, "num_hidden_layers": 2, "initializer_range": 0.25}
+        run = write_run(folder / "run", tiny_model(4, **sizes | MODELS[request.param]), tiny_tokenizer)
     export_run(run, folder / "exported", proof_bytes=0)
     ours = Session.load(run, device="cpu").model
     theirs = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32).eval()
@@ -126,7 +111,7 @@ def test_penalties_are_the_same_as_in_transformers(both: Both) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return build(BASE)
+    return build()
 
 
 @torch.inference_mode()
@@ -145,7 +130,7 @@ def by_definition(model: LanguageModel, prompt: Sequence[int], width: int, new: 
 @pytest.mark.parametrize("kind", ["grouped-query", "latent"])
 @pytest.mark.parametrize("width", [2, 5])
 def test_beams_follow_the_definition(kind: str, width: int) -> None:
-    model, prompt = build(CONFIGS[kind]), [5, 6, 7]
+    model, prompt = build(kind), [5, 6, 7]
     found = search(model, prompt, BeamSettings(width, width, max_new_tokens=6))
     expected = by_definition(model, prompt, width, 6)
     assert [beam.ids for beam in found] == [ids for ids, _ in expected]

@@ -1,126 +1,128 @@
-"""Cached decoding: the tokens that the model without a cache gives, whatever is in the batch."""
+"""The decoder that refills its rows: whatever comes and goes beside it, a request gets the tokens it gets alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.model import ModelConfig
 from moe_lm.generate.decode import Decoder, Settings, generate
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.kernels import kernels
-from moe_lm.model.attention import PackedAttention
-from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.model.transformer import LanguageModel
+from tests.generate.test_cached import requests
+from tests.generate.uncached import POSITIONS, VOCABULARY, build, texts, uncached
 
-BASE = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=40,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    first_k_dense_replace=1,
-    initializer_range=0.3,  # far from uniform, so that no two tokens are nearly equal
-)
-CONFIGS = {
-    "grouped-query": BASE,
-    "one query head a key head": BASE.model_copy(update={"num_key_value_heads": 4}),
-    "latent": ModelConfig(
-        **BASE.model_dump()
-        | {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
-        | {"q_lora_rank": 24, "num_key_value_heads": None, "use_qk_norm": False, "rope_interleave": True}
-    ),
-    "dense, tied": BASE.model_copy(update={"n_routed_experts": 0, "tie_word_embeddings": True}),
-    "classic": BASE.model_copy(
-        update={"n_routed_experts": 0, "norm_type": "layernorm", "position_embedding": "learned", "use_qk_norm": False}
-    ),
-    "sinusoidal, softmax router": BASE.model_copy(
-        update={"position_embedding": "sinusoidal", "scoring_func": "softmax"}
-    ),
-}
 PROMPTS = [[5], [7, 11, 13, 17, 19, 23, 29], [2, 3, 5], [31] * 12]
-SAMPLING = {"greedy": GREEDY, "seeded": Sampling(temperature=1.2, top_k=50, top_p=0.95)}
 
 
-def build(config: ModelConfig) -> LanguageModel:
-    model = LanguageModel(config)
-    model.initialise(seed=3)
-    kernels.apply(model, kernels.choose(torch.device("cpu"), decoding=True))
-    return model.eval()
+@pytest.fixture(scope="module", params=["grouped-query", "latent"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    model = build(request.param)
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
+    return model
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return build(BASE)
-
-
-@torch.inference_mode()
-def uncached(model: LanguageModel, prompt: Sequence[int], settings: Settings, row: int) -> list[int]:
-    """The whole text through the model for every token; its choice draws as row `row` of a batch."""
-    ids = list(prompt)
-    generator = torch.Generator().manual_seed(settings.seed + row)
-    for _ in range(settings.max_new_tokens):
-        ids += settings.sampling(full_logits(model, ids)[None, -1], [generator]).tolist()
-    return ids[len(prompt) :]
-
-
-def full_logits(model: LanguageModel, ids: Sequence[int]) -> Tensor:
-    return full_output(model, ids).logits[0]
-
-
-def full_output(model: LanguageModel, ids: Sequence[int]) -> ModelOutput:
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    output: ModelOutput = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
-    return output
-
-
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_cached_batch_equals_uncached_rows(config: ModelConfig, sampling: Sampling) -> None:
-    model = build(config)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.2, top_k=50, top_p=0.95)], ids=["greedy", "drawn"])
+def test_row_i_of_a_batch_draws_with_seed_plus_i(model: LanguageModel, sampling: Sampling) -> None:
     settings = Settings(20, sampling, seed=11)
-    texts = generate(model, PROMPTS, settings)
-    assert texts == [uncached(model, prompt, settings, row) for row, prompt in enumerate(PROMPTS)]
-    assert len(set(map(tuple, texts))) == len(PROMPTS)
-
-
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-def test_batch_equals_single_when_rows_end_at_different_steps(model: LanguageModel, sampling: Sampling) -> None:
-    stop_ids = range(0, 97, 9)
-    batch = generate(model, PROMPTS, Settings(25, sampling, seed=4), stop_ids)
-    alone = [generate(model, [p], Settings(25, sampling, seed=4 + row), stop_ids)[0] for row, p in enumerate(PROMPTS)]
-    assert batch == alone
-    assert len(set(map(len, batch))) > 1
-
-
-def test_a_row_ends_before_a_stop_token(model: LanguageModel) -> None:
-    free = generate(model, PROMPTS, Settings(15))
-    stop = free[1][6]
-    for text, cut in zip(free, generate(model, PROMPTS, Settings(15), {stop}), strict=True):
-        assert cut == (text[: text.index(stop)] if stop in text else text)
+    found = generate(model, PROMPTS, settings)
+    assert found == [uncached(model, prompt, settings.of_row(row)) for row, prompt in enumerate(PROMPTS)]
+    assert len(set(map(tuple, found))) == len(PROMPTS)
 
 
 def test_rows_end_when_no_position_is_left(model: LanguageModel) -> None:
-    texts = generate(model, [[1] * 40, [2] * 37, [3]], Settings(1000))
-    assert [len(text) for text in texts] == [1, 4, 40]
-    assert texts == [generate(model, [prompt], Settings(1000))[0] for prompt in ([1] * 40, [2] * 37, [3])]
+    prompts = [[1] * 40, [2] * 37, [3]]
+    found = generate(model, prompts, Settings(1000))
+    assert [len(text) for text in found] == [1, 4, 40]
+    assert found == [generate(model, [prompt], Settings(1000))[0] for prompt in prompts]
 
 
-def test_tokens_stream_step_by_step(model: LanguageModel) -> None:
+def test_requests_that_come_late_or_are_cancelled_change_nothing_for_the_others(model: LanguageModel) -> None:
+    asked = requests(9)
+    decoder, steps = Decoder(model, slots=3, capacity=40, prefill_tokens=8), []
+    for place, (prompt, settings) in enumerate(asked):
+        assert decoder.add(prompt, settings) == place
+        steps += decoder.step()
+        if place == 4:
+            assert decoder.cancel(2)
+        if place == 8:
+            assert decoder.cancel(8)  # still waiting
+    steps += decoder.run()
+    assert not decoder.busy
+    assert not decoder.cancel(2)
+    assert not decoder.cancel(0)
+    found = texts(steps)
+    assert 8 not in found
+    for place, request in enumerate(asked[:8]):
+        expected = uncached(model, *request)
+        assert expected[: len(found[place])] == found[place]
+        assert place == 2 or found[place] == expected
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_any_row_can_be_cancelled(model: LanguageModel, place: int) -> None:
+    decoder, settings = Decoder(model, slots=3, capacity=40), Settings(8)
+    prompts = [[5, 6], [7, 8, 9, 10], [11]]
+    for prompt in prompts:
+        decoder.add(prompt, settings)
+    steps = decoder.step() + decoder.step()
+    assert decoder.cancel(place)
+    found = texts([*steps, *decoder.run()])
+    for request, prompt in enumerate(prompts):
+        assert found[request] == uncached(model, prompt, settings)[: 2 if request == place else 8]
+
+
+def test_a_prompt_that_is_cancelled_while_it_grows_leaves_its_row(model: LanguageModel) -> None:
+    decoder = Decoder(model, slots=1, capacity=40, prefill_tokens=4)
+    decoder.add([5] * 20, Settings(3))
+    decoder.add([7, 8], Settings(5))
+    assert decoder.step() == []
+    assert decoder.cancel(0)
+    assert texts(decoder.run()) == {1: uncached(model, [7, 8], Settings(5))}
+
+
+def test_a_long_prompt_does_not_stop_what_is_being_written(model: LanguageModel) -> None:
+    decoder = Decoder(model, slots=2, capacity=40, prefill_tokens=4)
+    decoder.add([7, 8], Settings(20))
+    decoder.step()
+    decoder.add([5] * 16, Settings(4))
+    for _ in range(3):
+        assert [step.request for step in decoder.step()] == [0]
+    for _ in range(4):
+        assert [step.request for step in decoder.step()] == [0, 1]
+    assert [step.request for step in decoder.step()] == [0]
+
+
+def test_how_texts_end(model: LanguageModel) -> None:
+    [free] = generate(model, [[5, 6]], Settings(12))
+    stop = free[3]
+    before = free.index(stop)
+    decoder = Decoder(model, 4, 40)
+    decoder.add([5, 6], Settings(12), {stop})
+    decoder.add([5, 6], Settings(12, min_new_tokens=12), {stop})
+    decoder.add([5, 6], Settings(3))
+    banned = Sampling(logit_bias=tuple((token, float("-inf")) for token in range(VOCABULARY)))
+    decoder.add([5, 6], Settings(3, banned))
+    steps = list(decoder.run())
+    finishes = {step.request: (step.finish, step.token is None) for step in steps if step.finish}
+    assert finishes == {0: ("stop", True), 1: ("length", False), 2: ("length", False), 3: ("exhausted", True)}
+    found = texts(steps)
+    assert found[0] == free[:before]
+    assert len(found[1]) == 12
+    assert stop not in found[1]
+
+
+def test_greedy_is_the_default_and_a_cache_is_made_once(model: LanguageModel) -> None:
     decoder = Decoder(model, 2, 40)
-    for prompt in PROMPTS[:2]:
-        decoder.add(prompt, Settings(3))
-    pairs = [(step.request, step.token) for step in decoder.run()]
-    assert [row for row, _ in pairs] == [0, 1, 0, 1, 0, 1]
-    assert [token for row, token in pairs if row == 1] == generate(model, PROMPTS[:2], Settings(3))[1]
+    place = decoder.cache.keys.data_ptr()
+    for _ in range(5):
+        decoder.add([5], Settings(4))
+    assert set(map(tuple, texts(decoder.run()).values())) == {tuple(uncached(model, [5], Settings(4, GREEDY)))}
+    assert decoder.cache.keys.data_ptr() == place
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen(model: LanguageModel) -> None:
@@ -133,19 +135,41 @@ def test_no_prompts_give_no_texts(model: LanguageModel) -> None:
     assert generate(model, [], Settings()) == []
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any_work(model: LanguageModel) -> None:
-    with pytest.raises(UsageError, match="prompt has 41 tokens, more than the model's max_position_embeddings=40"):
-        generate(model, [[1], [1] * 41], Settings())
+@pytest.mark.parametrize(
+    ("prompt", "capacity", "said"),
+    [
+        ([1] * 41, POSITIONS, "prompt has 41 tokens, more than the model's max_position_embeddings=40"),
+        ([1] * 13, 12, "prompt has 13 tokens, more than the cache's 12 positions"),
+        ([3, 97], 12, "ids from 3 to 97, but the model's vocab_size=97"),
+        ([], 12, "begin it with the tokenizer's bos"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(prompt: list[int], capacity: int, said: str) -> None:
+    decoder = Decoder(build(), 1, capacity)
+    with pytest.raises(UsageError, match=said):
+        decoder.add(prompt, Settings())
+    assert not decoder.busy
 
 
-def test_a_prompt_without_a_token_is_refused(model: LanguageModel) -> None:
-    with pytest.raises(UsageError, match="begin it with the tokenizer's bos"):
-        generate(model, [[1], []], Settings())
-
-
-def test_damaged_weights_are_a_clear_error() -> None:
-    model = build(BASE)
+@pytest.mark.parametrize("prefill_tokens", [4, 2048])
+@pytest.mark.parametrize("kind", ["grouped-query", "latent"])
+def test_after_a_step_that_failed_a_cleared_decoder_is_as_new(kind: str, prefill_tokens: int) -> None:
+    """In plain kernels: the C++ never reads beyond a row's length, and 0 times NaN is NaN."""
+    model = build(kind)
+    settings = Settings(6, Sampling(temperature=0.0, logit_bias=((7, -math.inf),)))
+    prompts = [[5, 6], [9] * 20]
+    expected = {place: uncached(model, prompt, settings) for place, prompt in enumerate(prompts, 3)}
+    decoder = Decoder(model, 2, 40, prefill_tokens=prefill_tokens)
+    broken = copy.deepcopy(model)
     with torch.no_grad():
-        model.model.norm.weight[3] = torch.nan
-    with pytest.raises(MoeLmError, match="logits are not numbers"):
-        generate(model, [[1, 2]], Settings())
+        broken.model.embed_tokens.weight[7] = math.nan
+    decoder.model = broken
+    for prompt in ([7] * 20, [7] * 19, [7] * 30):
+        decoder.add(prompt, Settings(9))
+    with pytest.raises(MoeLmError, match="not numbers"):
+        list(decoder.run())
+    decoder.clear()
+    assert not decoder.busy
+    for prompt in prompts:
+        decoder.add(prompt, settings)
+    assert texts(decoder.run()) == expected
