@@ -27,6 +27,7 @@ from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import Batch
 from moe_lm.generate.session import Session
 from moe_lm.objective.training_loss import NextToken, TrainingLoss
+from moe_lm.parallel.topology import current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import pretrain
 from moe_lm.train.figures import load_statistics
@@ -60,9 +61,8 @@ def train(config: PretrainConfig, run_dir: Path, steps: int, balance: BalanceCon
     pretrain.run(config.model_copy(update={"run_dir": run_dir, "train": settings}))
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    validation = pretrain.validation_batches(
-        config.model_copy(update={"train": settings.model_copy(update={"eval_batches": None})}), tokenizer
-    )
+    whole = config.model_copy(update={"train": settings.model_copy(update={"eval_batches": None})})
+    validation = pretrain.validation_batches(whole, tokenizer, current_topology())
     return {
         "loss": records[-1]["loss"],
         "held_out": held_out_load(run_dir, validation, balance),

@@ -38,6 +38,7 @@ from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.objective.preference import answer_log_probs
 from moe_lm.objective.training_loss import NextToken, TrainingLoss
+from moe_lm.parallel.topology import current_topology
 from moe_lm.text.split import held_out
 from moe_lm.train import cost, finetune
 
@@ -147,7 +148,7 @@ def tuned(name: str, recipe: str, variant: str) -> dict[str, Any]:
     path, overrides, config = settings(name, recipe, variant)
     verb(name, "finetune", path, *overrides)
     model = finetune.model_of(config, checkpoint.resolve(config.start_from))
-    found = cost.cost(config, model, config.lora)
+    found = cost.cost(config, model, config.lora, current_topology())
     return {
         "settings": overrides[1:],
         "trained": found.trained,

@@ -98,10 +98,11 @@ def pretrain(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
+    from moe_lm.parallel.topology import current_topology
     from moe_lm.train import cost, pretrain
 
     if dry_run:
-        print(cost.describe(settings, settings.model))
+        print(cost.describe(settings, settings.model, current_topology()))
     else:
         pretrain.run(settings, ctx.obj)
 
@@ -122,12 +123,13 @@ def finetune(
 
     settings = load_config(FinetuneConfig, config, overrides or ())
 
+    from moe_lm.parallel.topology import current_topology
     from moe_lm.train import finetune
 
     if preview is not None:
         finetune.preview(settings, preview)
     elif dry_run:
-        print(finetune.describe(settings))
+        print(finetune.describe(settings, current_topology()))
     else:
         finetune.run(settings, ctx.obj)
 

@@ -52,6 +52,12 @@ class Watchdog:
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()
 
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Not watching, while something is written that may take any time."""

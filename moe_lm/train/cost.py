@@ -18,7 +18,7 @@ from moe_lm.model.lora import freeze, narrow_frozen
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.optim.groups import is_hidden_matrix
 from moe_lm.parallel.logical import is_expert
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import Topology
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
 
@@ -45,7 +45,7 @@ class Cost:
     memory: Memory
 
 
-def describe(config: RunConfig, model: ModelConfig) -> str:
+def describe(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
     """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device."""
     train, parallel, length = config.train, config.parallel, config.data.sequence_length
     parameters = count_parameters(model)
@@ -53,32 +53,34 @@ def describe(config: RunConfig, model: ModelConfig) -> str:
     flops = [flops_per_token(model, length, causal_half=half) for half in (True, False)]
     lines = [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
-        *cost_lines(config, model),
+        *cost_lines(config, model, topology),
         f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
         f"{train.steps * tokens_per_step * flops[0]:.3g} FLOPs",
     ]
     if parallel.engine == "deepspeed":
-        settings = deepspeed_json(train, parallel, processes(config), cuda=parallel.device != "cpu")
-        lines += ["", f"DeepSpeed, {processes(config)} processes:", json.dumps(settings, indent=2)]
+        world_size = processes(config, topology)
+        settings = deepspeed_json(train, parallel, world_size, cuda=parallel.device != "cpu")
+        lines += ["", f"DeepSpeed, {world_size} processes:", json.dumps(settings, indent=2)]
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def cost_lines(config: RunConfig, model: ModelConfig) -> list[str]:
+def cost_lines(config: RunConfig, model: ModelConfig, topology: Topology) -> list[str]:
     """The parameters that are trained and the memory that they need; with adapters, also that of training all."""
-    it = cost(config, model, config.lora)
+    it = cost(config, model, config.lora, topology)
     memory = (
-        f"{_mib(it.memory.total)} MiB on each device of {processes(config)} ({_mib(it.memory.weights)} weights, "
-        f"{_mib(it.memory.gradients)} gradients, {_mib(it.memory.optimizer)} optimizer), before activations"
+        f"{_mib(it.memory.total)} MiB on each device of {processes(config, topology)} "
+        f"({_mib(it.memory.weights)} weights, {_mib(it.memory.gradients)} gradients, "
+        f"{_mib(it.memory.optimizer)} optimizer), before activations"
     )
     if config.lora is not None:
-        memory += f"; {_mib(cost(config, model, None).memory.total)} MiB if all weights were trained"
+        memory += f"; {_mib(cost(config, model, None, topology).memory.total)} MiB if all weights were trained"
     share = f"{it.trained:,} of {it.parameters:,} parameters ({100 * it.trained / it.parameters:.3g}%)"
     return [f"trained         {share}", f"memory          {memory}"]
 
 
-def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost:
+def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None, topology: Topology) -> Cost:
     """Cost of training the adapters of `lora`, or all weights."""
     train, parallel = config.train, config.parallel
     built = on_meta(model)
@@ -87,7 +89,7 @@ def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None) -> Cost
         narrow_frozen(built, pick_dtype(train.precision, pick_device(parallel.device)))
     parameters = dict(built.named_parameters())
     if parallel.engine == "deepspeed":
-        memory = divided_memory(parameters, parallel, processes(config))
+        memory = divided_memory(parameters, parallel, processes(config, topology))
     else:
         memory = whole_memory(built, train.optimizer.name)
     return Cost(sum(p.numel() for p in parameters.values()), _trained(parameters), memory)
@@ -125,9 +127,9 @@ def divided_memory(parameters: Mapping[str, nn.Parameter], parallel: ParallelCon
     return Memory(weights, gradients, 0 if parallel.offload_optimizer else optimizer)
 
 
-def processes(config: RunConfig) -> int:
+def processes(config: RunConfig, topology: Topology) -> int:
     """The number of processes that were started, or else the smallest that the config allows."""
-    return max(current_topology().world_size, config.parallel.expert_parallel_size)
+    return max(topology.world_size, config.parallel.expert_parallel_size)
 
 
 def _trained(parameters: Mapping[str, nn.Parameter]) -> int:

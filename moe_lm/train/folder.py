@@ -1,4 +1,4 @@
-"""The folder of a run, `runs/<name>/`: made, writable, and in the hands of one process."""
+"""The folder of a run, `runs/<name>/`: it is made, is writable, and belongs to one process at a time."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import try_lock, whole_file
 
 
 class RunFolder:
-    """Holds the run folder while the `with` block runs; the lock goes with the process, however it ends.
+    """Holds the run folder during the `with` block; the lock ends with the process, however that ends.
 
-    Raises UsageError when the folder cannot be written, MoeLmError telling who has it when another process does.
+    Raises UsageError if the folder cannot be written, MoeLmError with the holder if another process has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +52,7 @@ class RunFolder:
         self._lock.release()
 
     def write_config(self, text: str) -> None:
-        """Keep the resolved config; a kill leaves the old file or the new one."""
+        """Write the resolved config; a kill leaves the old file or the new one."""
         with whole_file(self.path / "config.yaml") as file:
             file.write_text(text, encoding="utf-8")
 
@@ -64,25 +63,6 @@ class RunFolder:
         return "another process"
 
 
-def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line `section.key: old -> new` for every setting that differs, in the order of the new config."""
-    before, after = dict(flat_settings(old)), dict(flat_settings(new))
-    absent = "(absent)"
-    return [
-        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
-        for key in dict.fromkeys([*after, *before])
-        if before.get(key, absent) != after.get(key, absent)
-    ]
-
-
-def flat_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,5 +70,5 @@ def _make_writable(folder: Path) -> None:
             probe.write(b"x")
     except OSError as error:
         raise UsageError(
-            f"cannot write to the run folder {folder}: {error.strerror}; mend that or choose another run_dir"
+            f"cannot write to the run folder {folder}: {error.strerror}; fix that or choose another run_dir"
         ) from error

@@ -1,4 +1,4 @@
-"""The loop: pretraining and fine-tuning both run it."""
+"""The training loop, of pretraining and fine-tuning alike: steps, evaluations, saves and signals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.checkpoint import checkpoint, read
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
@@ -26,7 +25,7 @@ from moe_lm.train.log import RunLog
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that a run of the loop needs, built by `pretrain` or `finetune`."""
+    """The parts of a run that the loop brings together."""
 
     engine: Engine
     batches: BatchSource
@@ -35,71 +34,71 @@ class Training:
     checkpoint: CheckpointConfig
     checkpoints: Path
     log: RunLog
-    files: Mapping[str, str | Path]  # kept in every checkpoint
+    files: Mapping[str, str]  # beside the tensors of every checkpoint, by name
     flops_per_token: float  # forward and backward
-    evaluate_first: bool = False  # also before the first step
+    evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
 
 
 @dataclass
 class TrainingResult:
-    """Where the loop ended. `stopped` when a signal ended it before the last step."""
+    """The end of the loop; `stopped` if a signal came before the last step."""
 
     step: int
     stopped: bool = False
     loss: float = math.nan
-    validation_loss: float | None = None  # nats a token, or a mean over the pairs
+    validation_loss: float | None = None  # nats per token, or the mean loss of a pair
     checkpoint: Path | None = None
 
 
-def train(parts: Training, start_step: int) -> TrainingResult:
-    """Train from `start_step` to the last step; evaluates, saves and logs on the way.
+def train(run: Training, start_step: int) -> TrainingResult:
+    """Train from `start_step` to the last step, evaluating, saving and logging on the way.
 
-    SIGTERM or SIGINT ends it after the running step or evaluation batch with a checkpoint, but lets the evaluation
-    after the last step finish; a second signal ends the process at once.
+    SIGTERM or SIGINT ends it with a checkpoint after the current step or evaluation batch; only the evaluation after
+    the last step is still finished. A second signal ends the process at once.
     """
-    config, engine = parts.config, parts.engine
+    config, engine = run.config, run.engine
     result = TrainingResult(step=start_step)
     pace = Pace(engine)
-    with stop_signals() as signalled, Saver(parts.checkpoints, parts.checkpoint, parts.watchdog) as saver:
-        if parts.evaluate_first and parts.validation and start_step == 0:
-            before = evaluate(parts, signalled)
+    with stop_signals() as signalled, Saver(run.checkpoints, run.checkpoint, run.watchdog) as saver:
+        if run.evaluate_first and run.validation and start_step == 0:
+            before = evaluate(run, signalled)
             if before is None:
                 result.stopped = True
             else:
-                parts.log.step({"step": 0, **before})
+                run.log.step({"step": 0, **before})
         while result.step < config.steps and not result.stopped:
             started = time.perf_counter()
             with pace.reading():
-                micro_batches = local_micro_batches(engine, parts.batches, config, result.step)
-            parts.watchdog.feed()
+                micro_batches = local_micro_batches(engine, run.batches, config, result.step)
+            run.watchdog.feed()
             step_result = engine.train_step(result.step, micro_batches)
             seconds = time.perf_counter() - started
             result.step += 1
             result.loss = step_result.loss
-            record = step_record(result.step, step_result, seconds, engine, parts.flops_per_token)
+            record = step_record(result.step, step_result, seconds, engine, run.flops_per_token)
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
-            if parts.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
-                held_out = evaluate(parts, () if last else signalled)
+            if run.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
+                held_out = evaluate(run, () if last else signalled)
                 if held_out is None:
                     result.stopped = True
                     result.validation_loss = None
                 else:
                     record |= held_out
                     result.validation_loss = held_out["val_loss"]
-            parts.log.step(record)
+            run.log.step(record)
             if slow := pace.step(seconds):
-                parts.log.message(slow)
-            if not last and not result.stopped and is_due(result.step, parts.checkpoint.every):
-                saver.start(result.step, engine.state(), checkpoint_files(parts, result))
-            tell_of_saves(parts, saver, result)
+                run.log.message(slow)
+            if not last and not result.stopped and is_due(result.step, run.checkpoint.every):
+                saver.start(result.step, engine.state(), checkpoint_files(run, result))
+            note_saves(run, saver, result)
         if result.stopped or result.step > start_step:
             saver.wait()
-            tell_of_saves(parts, saver, result)
-            result.checkpoint = saver.save(result.step, engine.state(), checkpoint_files(parts, result))
+            note_saves(run, saver, result)
+            result.checkpoint = saver.save(result.step, engine.state(), checkpoint_files(run, result))
     if result.stopped:
-        parts.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
+        run.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
 
 
@@ -116,48 +115,37 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     ]
 
 
-def evaluate(parts: Training, signalled: Sequence[int]) -> dict[str, float] | None:
-    """Means over the held-out target tokens (nats) or pairs, as they stand in metrics.jsonl: `val_loss` and others.
+def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None:
+    """The held-out `val_loss` and other figures of metrics.jsonl: means over target tokens (in nats) or pairs.
 
-    None when a signal came before it was done.
+    None if a signal came before the end.
     """
-    engine, at_once = parts.engine, parts.engine.topology.world_size
+    engine, at_once = run.engine, run.engine.topology.world_size
     sums: dict[str, float] = {}
     units = 0
-    for start in range(0, len(parts.validation), at_once):
+    for start in range(0, len(run.validation), at_once):
         if engine.any_rank(bool(signalled)):
             return None
-        parts.watchdog.feed()
-        found = engine.evaluate(parts.validation[start : start + at_once])
+        run.watchdog.feed()
+        found = engine.evaluate(run.validation[start : start + at_once])
         sums = {name: sums.get(name, 0.0) + more for name, more in found.sums.items()}
         units += found.units
     return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
 
 
-def checkpoint_files(parts: Training, result: TrainingResult) -> dict[str, str | Path]:
-    """What is kept beside the tensors."""
+def checkpoint_files(run: Training, result: TrainingResult) -> dict[str, str]:
+    """The files beside the tensors, with the counters of this step."""
     counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
-    return {**parts.files, "trainer.json": json.dumps(counters)}
+    return {**run.files, "trainer.json": json.dumps(counters)}
 
 
-def tell_of_saves(parts: Training, saver: Saver, result: TrainingResult) -> None:
-    """Note the checkpoints that are there. A full disk must not end a run that still has steps to do."""
+def note_saves(run: Training, saver: Saver, result: TrainingResult) -> None:
+    """Take note of finished saves. A failed one, as on a full disk, does not end a run that has steps left."""
     for saved in saver.outcomes():
         if saved.error is None:
             result.checkpoint = saved.folder
         else:
-            parts.log.message(f"warning: no checkpoint at step {saved.step}: {saved.error}; training goes on")
-
-
-def resume(engine: Engine, checkpoints: Path) -> int:
-    """Load the newest complete checkpoint into the engine and return its step; 0 when there is none."""
-    folder = checkpoint.latest_of_all(checkpoints)
-    if folder is None:
-        return 0
-    state = engine.state()
-    read.load(folder, state)
-    engine.load_state(state)
-    return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
+            run.log.message(f"warning: no checkpoint at step {saved.step}: {saved.error}; training goes on")
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""Pretraining: a model from nothing, on token shards. Builds the parts and calls the loop."""
+"""Pretraining, on token shards from fresh weights: its recipe."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from moe_lm.data.shards import Split, TokenShards
 from moe_lm.engine.build import build_engine, place_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
-from moe_lm.parallel.topology import current_topology
+from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 
-WARM_UP_STEPS = 3  # the first ones compile
+WARM_UP_STEPS = 3  # they compile
 
 
 def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResult:
     """Train, or go on from the newest checkpoint in `config.run_dir`.
 
-    Raises UsageError when config, tokenizer, shards and run folder do not fit together, before anything is built.
+    Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
     """
+    meeting = meeting or Meeting(current_topology())
     tokenizer = load_tokenizer(config)
     recipe = Recipe(
         title="pretrain",
         config=config,
         model=config.model,
         tokenizer=tokenizer,
-        batches=training_batches(config, tokenizer),
-        validation=validation_batches(config, tokenizer),
         objective=NextToken(config.train.compile),
+        batches=training_batches(config, tokenizer),
+        validation=validation_batches(config, tokenizer, meeting.topology),
     )
-    return run_recipe(recipe, meeting or Meeting(current_topology()))
+    return run_recipe(recipe, meeting)
 
 
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
-    """How long a step takes here once everything is compiled: the median of a few that are thrown away."""
+    """The median time of a step once everything is compiled, over a few steps that are thrown away."""
     tokenizer = load_tokenizer(config)
     placed = place_model(config.model, config.parallel, current_topology())
     placed.initialise(config.train.seed)
@@ -56,7 +57,7 @@ def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
 
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """The run's tokenizer. Raises UsageError when the model has too few embeddings for it."""
+    """The run's tokenizer. Raises UsageError if the model has too few embeddings for it."""
     tokenizer = Tokenizer.load(config.data.tokenizer)
     check_vocabulary(config.model, tokenizer.vocab_size)
     return tokenizer
@@ -74,10 +75,10 @@ def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatc
     )
 
 
-def validation_batches(config: PretrainConfig, tokenizer: Tokenizer) -> list[Batch]:
-    """The held-out split of every source, in order; at most `train.eval_batches` global batches a source."""
+def validation_batches(config: PretrainConfig, tokenizer: Tokenizer, topology: Topology) -> list[Batch]:
+    """The held-out split of every source, in order; at most `train.eval_batches` global batches of each."""
     data, train = config.data, config.train
-    size = train.rows_at_once(current_topology().world_size)
+    size = train.rows_at_once(topology.world_size)
     batches: list[Batch] = []
     for shards in _open_shards(config, "validation", tokenizer):
         if shards.num_tokens > 1:

@@ -1,8 +1,7 @@
-"""The reference of preference tuning: what the starting weights give every answer, computed once and kept.
+"""The reference of preference tuning: the log-probability of every answer under the weights that training starts from.
 
-It is computed before the first step with the weights that training starts from, where they are, in the run's own
-layout; so no second copy of the model exists. A run that goes on reads it from its folder, or computes it again from
-`start_from`.
+It is computed once, before the first step, by the model of the run in its own layout, so that there is no second copy
+of the model. A run that goes on reads it from its folder, or computes it again from `start_from`.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ FILE = "reference.safetensors"
 def add_reference(
     rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: Start, watchdog: Watchdog
 ) -> bool:
-    """Give the pairs the log-probabilities that the engine's model, the start of the run, has for their answers.
+    """Give the pairs the log-probabilities of their answers under the engine's model, which is the start of the run.
 
-    Those in `run_dir` are taken when they are of the same pairs and the same `start`; returns whether they were. Every
-    rank calls this; rank 0 alone reads and writes. Raises UsageError when there are none and the start is gone.
+    They are read from `run_dir` if it has those of the same pairs and the same `start`; returns whether it does. Every
+    rank calls this; only rank 0 reads and writes. Raises UsageError if it has none and the start is gone.
     """
     key = hashlib.sha256(",".join([start.fingerprint, *(item.fingerprint for item in rows)]).encode()).hexdigest()
     pairs = [len(item.pairs) for item in rows]
@@ -45,7 +44,7 @@ def add_reference(
     if kept is None and not start.is_origin:
         raise lost_reference(start)
     if kept is None and engine.topology.is_main:
-        print(f"computing what the start gives to {2 * sum(pairs):,} answers, the reference", flush=True)
+        print(f"computing the reference: log-probabilities of {2 * sum(pairs):,} answers under the start", flush=True)
     found = (
         kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size, watchdog) for item in rows])
     )
@@ -59,7 +58,7 @@ def add_reference(
 
 
 def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdog = NO_WATCHDOG) -> NDArray[np.float32]:
-    """What the engine's model gives every answer, in nats: [pairs, 2]."""
+    """Log-probabilities of every answer under the engine's model, in nats: [pairs, 2]."""
     found = np.zeros((len(rows.pairs), 2), np.float32)
     batches = rows.in_order(batch_size)
     while share := list(islice(batches, engine.topology.world_size)):
@@ -80,7 +79,7 @@ def answer_log_probs(engine: Engine, batches: Sequence[Batch]) -> Tensor:
 
 
 def _read(path: Path, key: str, pairs: int) -> NDArray[np.float32] | None:
-    """None when there is no whole file of this key."""
+    """The log-probabilities in a file; None if it is absent, damaged or of another key."""
     try:
         with safe_open(path, "numpy") as file:
             found: NDArray[np.float32] = file.get_tensor("log_probs")

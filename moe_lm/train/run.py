@@ -1,193 +1,182 @@
-"""One training run on disk: takes the run folder, builds the engine, resumes, calls the loop."""
+"""One training run, in five steps: join the ranks, claim the run folder, build the engine, resume, train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
-
-import yaml
 
 from moe_lm.checkpoint import checkpoint, lineage, read
-from moe_lm.checkpoint.lineage import START, Start
-from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.model import LoraConfig, ModelConfig
-from moe_lm.config.reading import build_config, dump_config
+from moe_lm.checkpoint.lineage import ADAPTER, START, Start
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.engine.build import PlacedModel, build_engine, place_model, rank_device
+from moe_lm.data.pairs import PairRows
+from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
-from moe_lm.kernels.kernels import Kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
+from moe_lm.parallel import process_group
 from moe_lm.parallel.launch import end_with_launcher
 from moe_lm.parallel.meeting import Meeting
-from moe_lm.parallel.process_group import join
+from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.train.folder import RunFolder, compare_config, flat_settings
+from moe_lm.train import loop
+from moe_lm.train.folder import RunFolder
 from moe_lm.train.log import RunLog, rank_log
-from moe_lm.train.loop import Training, TrainingResult, resume, train
+from moe_lm.train.loop import Training, TrainingResult
+from moe_lm.train.reference import add_reference
+from moe_lm.train.settings import changed_settings, flat_settings
 
-# Settings that say how a run is watched, kept and fitted to its machine, not what it computes: they may change when it
-# goes on.
-MAY_CHANGE = (
-    "log.", "checkpoint.", "parallel.", "train.eval_", "train.micro_batch_size", "train.activation_checkpointing",
-    "train.compile", "data.workers", "run_dir",
-)  # fmt: skip
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one stage trains, on what, from where."""
+    """What a stage brings to a run: the model and where it starts, the data, and the objective."""
 
     title: str
     config: RunConfig
     model: ModelConfig
     tokenizer: Tokenizer
-    batches: BatchSource
-    validation: Sequence[Batch]
     objective: Objective
-    start: Start | None = None  # a model to begin with; None: fresh weights
-    lora: LoraConfig | None = None  # train adapters beside these weights
-    # What needs the model of the start, while it is there: gives the held-out batches, in place of `validation`.
-    with_start: Callable[[Engine, Watchdog], Sequence[Batch]] | None = None
-    notes: Sequence[str] = ()  # what the person should know of the data, said at the start
+    batches: BatchSource
+    validation: Iterable[Batch]  # read once, after the reference has been added to `pairs`
+    start: Start | None = None  # the model to begin with; None: fresh weights
+    pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
+    notes: Sequence[str] = ()  # about data and cost, reported at the start
 
 
 def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
-    """Train to the last step, from the newest checkpoint of the run folder when there is one.
+    """Train to the last step, from the newest checkpoint of the run folder if there is one.
 
-    Raises UsageError when the run folder was made with another config or tokenizer, MoeLmError when another process
+    Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it.
     """
-    config = recipe.config
-    folder = RunFolder(config.run_dir)
+    topology = join(recipe, meeting)
+    watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
+    with claim(recipe, meeting) as changes, build(recipe, topology) as engine, watchdog:
+        start_step = resume(recipe, engine, watchdog)
+        return train(recipe, engine, watchdog, start_step, changes)
+
+
+def join(recipe: Recipe, meeting: Meeting) -> Topology:
+    """Meet the other ranks, and check that all of them are about to do the same."""
+    parallel = recipe.config.parallel
     if meeting.topology.world_size > 1:
         end_with_launcher()
-        join(meeting, rank_device(config.parallel, meeting.topology), config.parallel.timeout_seconds)
-    topology = meeting.topology
-    is_main = topology.is_main
-    settings = dict(flat_settings(config.model_dump(mode="json")))
-    agree(topology, settings | {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint})
-    here = folder if is_main else nullcontext()
-    with here, rank_log(topology, Path(config.run_dir)), meeting.lost_ranks_named():
-        changes = check_unchanged(recipe, folder.checkpoints)
+        process_group.join(meeting, rank_device(parallel, meeting.topology), parallel.timeout_seconds)
+    settings = dict(flat_settings(recipe.config.model_dump(mode="json")))
+    fingerprints = {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint}
+    agree(meeting.topology, settings | fingerprints)
+    return meeting.topology
+
+
+@contextmanager
+def claim(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
+    """Hold the run folder, and log what becomes of this rank; the settings that differ from the newest checkpoint's."""
+    config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
+    folder = RunFolder(config.run_dir)
+    with folder if is_main else nullcontext(), rank_log(meeting.topology, config.run_dir), meeting.lost_ranks_named():
+        changes = changed_settings(folder.checkpoints, config, recipe.tokenizer, recipe.batches.fingerprint, start)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
-            if recipe.start is not None and recipe.lora is not None:
-                checkpoint.pin(recipe.start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
-        placed = place_model(recipe.model, config.parallel, topology, recipe.lora, config.train.freeze_router)
-        fill(placed, recipe)
-        engine = build_engine(placed, recipe.objective, config.train, config.parallel, recipe.tokenizer.pad_id)
-        watchdog = Watchdog(config.parallel.timeout_seconds if topology.world_size > 1 else None)
-        try:
-            result = train_with(engine, recipe, folder, watchdog, changes, placed.kernels)
-        except MoeLmError as error:
-            if error.common or topology.world_size == 1:  # a rank that is alone with its error cannot wait for others
-                engine.close()
-            raise
-        finally:
-            watchdog.stop()
-        engine.close()
-        return result
+            if start is not None and config.lora is not None:
+                checkpoint.pin(start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
+        yield changes
 
 
-def train_with(
-    engine: Engine, recipe: Recipe, folder: RunFolder, watchdog: Watchdog, changes: Sequence[str], kernels: Kernels
+@contextmanager
+def build(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
+    """The engine around the model with the weights of step 0: drawn from the seed, or those of the start."""
+    train, parallel = recipe.config.train, recipe.config.parallel
+    placed = place_model(recipe.model, parallel, topology, recipe.config.lora, train.freeze_router)
+    if recipe.start is None:
+        placed.initialise(train.seed)
+    else:
+        read.load_weights(recipe.start.folder, placed.tensors())
+        placed.initialise_adapters(train.seed)
+    engine = build_engine(placed, recipe.objective, train, parallel, recipe.tokenizer.pad_id)
+    try:
+        yield engine
+    except MoeLmError as error:
+        if error.common or topology.world_size == 1:  # closing waits for the other ranks, which may not have failed
+            engine.close()
+        raise
+    engine.close()
+
+
+def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog) -> int:
+    """Load the newest checkpoint and return its step; 0 if there is none.
+
+    The reference of preference tuning is computed before, while the engine has the weights of the start.
+    """
+    if recipe.pairs:
+        assert recipe.start is not None
+        batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
+        add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
+    return load_newest(engine, recipe.config.run_dir / "checkpoints")
+
+
+def train(
+    recipe: Recipe, engine: Engine, watchdog: Watchdog, start_step: int, changes: Sequence[str]
 ) -> TrainingResult:
-    """Resume when there is a checkpoint, whose settings differ in `changes`; open the log, call the loop."""
-    config = recipe.config
-    validation = recipe.validation if recipe.with_start is None else recipe.with_start(engine, watchdog)
-    step = resume(engine, folder.checkpoints)
-    if engine.topology.is_main:
+    """Open the log and call the loop."""
+    config, is_main = recipe.config, engine.topology.is_main
+    folder = RunFolder(config.run_dir)
+    if is_main:
         folder.write_config(dump_config(config))
-    with (
-        RunLog(config.run_dir, config.log, config.train.steps, recipe.title, step, engine.topology.is_main) as log,
-        TemporaryDirectory() as scratch,
-    ):
-        for note in [f"going on after step {step} of {config.train.steps}"] if step else recipe.notes:
+    with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main) as log:
+        for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
-        log.message(f"kernels: {kernels}")
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
-        recipe.tokenizer.save(Path(scratch) / "tokenizer")
-        files: dict[str, str | Path] = {
-            "config.yaml": dump_config(config),
-            "model.yaml": dump_config(recipe.model),
-            "data.sha256": recipe.batches.fingerprint,
-            "tokenizer": Path(scratch) / "tokenizer",
-            **_of_the_start(recipe),
-        }
-        parts = Training(
+        training = Training(
             engine=engine,
             batches=recipe.batches,
-            validation=validation,
+            validation=list(recipe.validation),
             config=config.train,
             checkpoint=config.checkpoint,
             checkpoints=folder.checkpoints,
             log=log,
             watchdog=watchdog,
-            files=files,
+            files=checkpoint_files(recipe),
             evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
         )
-        return train(parts, step)
+        return loop.train(training, start_step)
 
 
-def _of_the_start(recipe: Recipe) -> dict[str, str]:
-    """Which model the run began with, and what an imported one says of generating, for those trained from it."""
-    if recipe.start is None:
-        return {}
-    name, folder = "generation_config.json", recipe.start.folder
-    carried = {name: checkpoint.read_text(folder, name)} if (folder / name).is_file() else {}
-    if recipe.lora is None:
-        return {**carried, START: recipe.start.describe()}
-    return {**carried, lineage.ADAPTER: lineage.describe_adapter(folder, recipe.lora)}
-
-
-def fill(placed: PlacedModel, recipe: Recipe) -> None:
-    """The weights of step 0: drawn by the seed, or those of the start."""
-    if recipe.start is None:
-        placed.initialise(recipe.config.train.seed)
-    else:
-        read.load_weights(recipe.start.folder, placed.tensors())
-        placed.initialise_adapters(recipe.config.train.seed)
-
-
-def check_unchanged(recipe: Recipe, checkpoints: Path) -> list[str]:
-    """What differs from the settings, tokenizer and data of the newest checkpoint, when changes are allowed.
-
-    Raises UsageError with them when they are not.
-    """
-    folder = checkpoint.latest(checkpoints)
+def load_newest(engine: Engine, checkpoints: Path) -> int:
+    """Load the newest complete checkpoint into the engine and return its step; 0 if there is none."""
+    folder = checkpoint.latest_of_all(checkpoints)
     if folder is None:
-        return []
-    changes = compare_config(_as_now(folder, recipe.config), recipe.config.model_dump(mode="json"))
-    may_change: tuple[str, ...] = MAY_CHANGE
-    adapter = lineage.read_adapter(folder)
-    if adapter and recipe.start and recipe.start.fingerprint == adapter.fingerprint:
-        may_change += ("start_from",)  # the same base, wherever it lies now
-    changes = [change for change in changes if not change.startswith(may_change)]
-    if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != recipe.tokenizer.fingerprint:
-        changes.append("the tokenizer is another one")
-    if checkpoint.read_text(folder, "data.sha256") != recipe.batches.fingerprint:
-        changes.append("the training data is other data, which would repeat and skip tokens")
-    if changes and not recipe.config.checkpoint.allow_changes:
-        raise UsageError(
-            f"{recipe.config.run_dir} holds a run with other settings ({'; '.join(changes)}); "
-            "set run_dir to a new folder, take the changes back, or go on with them: checkpoint.allow_changes=true"
-        )
-    return changes
+        return 0
+    state = engine.state()
+    read.load(folder, state)
+    engine.load_state(state)
+    return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
 
 
-def _as_now(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """The config that a checkpoint was trained with; a setting that is younger has its default."""
-    values: dict[str, Any] = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
-    try:
-        return build_config(type(config), values, f"{folder}/config.yaml", saved=True).model_dump(mode="json")
-    except UsageError:  # another stage's, or with a setting that is gone
-        return values
+def checkpoint_files(recipe: Recipe) -> dict[str, str]:
+    """The files beside the tensors of every checkpoint of the run, by name."""
+    files = {
+        "config.yaml": dump_config(recipe.config),
+        "model.yaml": dump_config(recipe.model),
+        "data.sha256": recipe.batches.fingerprint,
+        **{f"tokenizer/{name}": text for name, text in recipe.tokenizer.files().items()},
+    }
+    if recipe.start is not None:
+        folder, lora = recipe.start.folder, recipe.config.lora
+        if lora is None:
+            files[START] = recipe.start.describe()
+        else:
+            files[ADAPTER] = lineage.describe_adapter(folder, lora)
+        if (folder / GENERATION).is_file():  # of an imported model, which passes it on to those trained from it
+            files[GENERATION] = checkpoint.read_text(folder, GENERATION)
+    return files

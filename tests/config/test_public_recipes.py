@@ -13,6 +13,7 @@ from moe_lm.cli.main import app
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
+from moe_lm.parallel.topology import Topology
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.train import cost
 from tests.tools.interop.published import PUBLISHED
@@ -41,12 +42,6 @@ def model_of(recipe: str) -> ModelConfig:
     return read_config(PUBLISHED[name][1], name).config
 
 
-def as_on(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    """What a launcher would say to a process of so many."""
-    for name, value in (("WORLD_SIZE", gpus), ("RANK", 0), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 29500)):
-        monkeypatch.setenv(name, str(value))
-
-
 def test_every_recipe_has_a_line_for_adapters_and_one_for_all_weights() -> None:
     for recipe in MODELS:
         shares = {row[1].split()[-1] for row in LAYOUTS if row[0] == recipe}
@@ -55,16 +50,16 @@ def test_every_recipe_has_a_line_for_adapters_and_one_for_all_weights() -> None:
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: f"{row[0]} on {row[2]}, {row[1]}")
-def test_layout_of_the_table(row: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layout_of_the_table(row: list[str]) -> None:
     recipe, trained, gpus, settings, gib = row
-    as_on(monkeypatch, int(gpus))
+    model, topology = model_of(recipe), Topology(world_size=int(gpus))
     config = load_config(FinetuneConfig, FOLDER / f"{recipe}.yaml", settings.strip("`").split())
-    found = cost.cost(config, model_of(recipe), config.lora)
+    found = cost.cost(config, model, config.lora, topology)
     assert trained == f"{found.trained / 1e6:,.0f}M, {100 * found.trained / found.parameters:.2g}%".replace(
         "1e+02", "100"
     )
     assert gib == f"{found.memory.total / 2**30:.1f}"
-    assert f"{found.trained:,} of {found.parameters:,} parameters" in cost.describe(config, model_of(recipe))
+    assert f"{found.trained:,} of {found.parameters:,} parameters" in cost.describe(config, model, topology)
 
 
 @pytest.mark.parametrize("line", LINES)

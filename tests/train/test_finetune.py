@@ -20,6 +20,7 @@ from moe_lm.data.packing import RowBatches
 from moe_lm.generate.session import Session
 from moe_lm.model.attention import PackedAttention
 from moe_lm.objective.training_loss import num_targets
+from moe_lm.parallel.topology import Topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import finetune
 from tests.processes import metrics
@@ -148,7 +149,8 @@ def test_the_limit_of_an_evaluation_holds(finetune_config: Path, tiny_tokenizer:
     for micro, limit, rows in (("null", "null", 16), ("null", 1, 8), (2, 1, 8)):
         overrides = [f"train.micro_batch_size={micro}", f"train.eval_batches={limit}"]
         config = load_config(FinetuneConfig, finetune_config, overrides)
-        batches = finetune.validation_batches(config, read_chat(config.data, tiny_tokenizer).validation, tiny_tokenizer)
+        held_out = ExampleRows(read_chat(config.data, tiny_tokenizer).validation, 64, tiny_tokenizer.pad_id, True)
+        batches = finetune.held_out_batches(config.train, held_out, Topology())
         assert sum(len(batch.input_ids) for batch in batches) == rows
 
 

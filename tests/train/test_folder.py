@@ -13,7 +13,8 @@ import pytest
 
 import moe_lm
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.train.folder import RunFolder, compare_config
+from moe_lm.train.folder import RunFolder
+from moe_lm.train.settings import compare_config
 
 HOLD = (
     "import sys, time; from pathlib import Path; from moe_lm.train.folder import RunFolder\n"

@@ -26,7 +26,8 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import num_targets
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.log import RunLog
-from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, resume, train
+from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, train
+from moe_lm.train.run import load_newest
 from tests.tiny import engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +63,7 @@ class Run:
         model.initialise(seed=3)
         self.engine = engine_of(model, self.config)
         self.adjust(self.engine)
-        step = resume(self.engine, self.folder / "checkpoints")
+        step = load_newest(self.engine, self.folder / "checkpoints")
         with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
             parts = Training(
                 engine=self.engine,
@@ -370,6 +371,6 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
     run = Run(tmp_path, ragged)
     run()
-    assert resume(run.engine, tmp_path / "nowhere") == 0
+    assert load_newest(run.engine, tmp_path / "nowhere") == 0
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
-    assert resume(run.engine, tmp_path / "checkpoints") == 0
+    assert load_newest(run.engine, tmp_path / "checkpoints") == 0

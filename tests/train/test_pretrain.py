@@ -21,6 +21,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.model.size import count_parameters
+from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
 from tests.processes import metrics
@@ -192,8 +193,8 @@ def test_another_config_is_refused_with_every_difference(
     assert done.code == 2
     assert done.err == (
         f"error: {tmp_path / 'run'} holds a run with other settings (model.hidden_size: 32 -> 64; "
-        "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1); set run_dir to a new folder, take the changes "
-        "back, or go on with them: checkpoint.allow_changes=true\n"
+        "train.steps: 12 -> 20; train.optimizer.lr: 0.003 -> 0.1); set run_dir to a new folder, undo the changes, or "
+        "keep them with checkpoint.allow_changes=true\n"
     )
     assert (tmp_path / "run" / "config.yaml").read_text() == config
     assert len(metrics(tmp_path / "run")) == 12
@@ -349,7 +350,7 @@ def test_the_limit_of_an_evaluation_counts_global_batches_whatever_the_micro_bat
     evaluated = []
     for micro in ("null", "4", "1"):
         config = load_config(PretrainConfig, tiny_pretrain, ["train.eval_batches=2", f"train.micro_batch_size={micro}"])
-        batches = pretrain.validation_batches(config, pretrain.load_tokenizer(config))
+        batches = pretrain.validation_batches(config, pretrain.load_tokenizer(config), Topology())
         evaluated.append(torch.cat([batch.input_ids for batch in batches]))
     assert evaluated[0].shape == (16, 64)
     assert torch.equal(evaluated[0], evaluated[1])
@@ -364,5 +365,5 @@ def test_every_source_is_mixed_and_evaluated(tiny_pretrain: Path, tmp_path: Path
     assert moe_lm("prepare", *command).code == 0
     assert moe_lm("pretrain", *command).code == 0
     config = load_config(PretrainConfig, tiny_pretrain, [str(item) for item in command[1:]])
-    assert len(pretrain.validation_batches(config, pretrain.load_tokenizer(config))) == 2 * 2
+    assert len(pretrain.validation_batches(config, pretrain.load_tokenizer(config), Topology())) == 2 * 2
     assert len(metrics(tmp_path / "run")) == 12
