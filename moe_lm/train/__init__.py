@@ -1,4 +1,4 @@
-"""The loop, and what pretraining and fine-tuning give it.
+"""The training loop, and the recipes that pretraining and fine-tuning bring to it.
 
-Reading order: loop, run, pretrain, finetune, reference, folder, log, figures, display, trackers, cost.
+Reading order: loop, run, pretrain, finetune, reference, settings, folder, log, figures, display, trackers, cost.
 """

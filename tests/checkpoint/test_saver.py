@@ -16,14 +16,9 @@ from torch import Tensor
 from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import CheckpointConfig, LogConfig
-from moe_lm.config.training import TrainConfig
-from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.model.transformer import LanguageModel
-from moe_lm.train.log import RunLog
-from moe_lm.train.loop import Training, train
-from tests.tiny import engine_of
+from moe_lm.config.run import CheckpointConfig
+from moe_lm.data.batches import BatchSource
+from tests.loops import LoopRun, Watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,56 +140,20 @@ def test_a_save_that_cannot_end_does_not_keep_a_failed_run(
 # The loop
 
 
-class Source:
-    """Batches; `at(step)` is called before the batch of a step."""
-
-    fingerprint = "batches"
-
-    def __init__(self, source: BatchSource) -> None:
-        self.source = source
-        self.at: Callable[[int], None] = lambda step: None
-
-    def batch(self, step: int, rows: range) -> Batch:
-        self.at(step)
-        return self.source.batch(step, rows)
+def background_run(folder: Path, ragged: BatchSource, background: bool = True) -> LoopRun:
+    """Six steps with a checkpoint after every second one."""
+    return LoopRun(folder, Watched(ragged), validation=[], save_every=2, keep=9, background=background)
 
 
-class Run:
-    """Six steps in a folder, a checkpoint after every second one."""
-
-    def __init__(self, folder: Path, ragged: BatchSource) -> None:
-        self.folder, self.source = folder, Source(ragged)
-        self.config = TrainConfig(steps=6, global_batch_size=4, precision="float32")
-        self.checkpointing = in_background(every=2)
-        folder.mkdir(exist_ok=True)
-
-    def __call__(self) -> bool:
-        """Train; whether a signal ended it."""
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        model = LanguageModel(ModelConfig(vocab_size=64, **sizes))
-        model.initialise(seed=3)
-        engine = engine_of(model, self.config)
-        with RunLog(self.folder, LogConfig(every=3), 6, "test", 0) as log:
-            parts = Training(
-                engine=engine, batches=self.source, validation=[], config=self.config, checkpoint=self.checkpointing,
-                checkpoints=self.folder / "checkpoints", log=log, files={}, flops_per_token=1e6,
-            )  # fmt: skip
-            self.blank = {name: torch.zeros_like(tensor) for name, tensor in engine.state().items()}
-            return train(parts, 0).stopped
-
-    @property
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
-
-    def saved(self, name: str) -> dict[str, Tensor]:
-        state = {key: tensor.clone() for key, tensor in self.blank.items()}
-        read.load(self.folder / "checkpoints" / name, state)
-        return state
+def saved(run: LoopRun, name: str) -> dict[str, Tensor]:
+    state = {key: torch.zeros_like(tensor) for key, tensor in run.state.items()}
+    read.load(run.folder / "checkpoints" / name, state)
+    return state
 
 
 @pytest.fixture
-def run(tmp_path: Path, ragged: BatchSource) -> Run:
-    return Run(tmp_path / "run", ragged)
+def run(tmp_path: Path, ragged: BatchSource) -> LoopRun:
+    return background_run(tmp_path / "run", ragged)
 
 
 def steps(*numbers: int) -> list[str]:
@@ -202,10 +161,9 @@ def steps(*numbers: int) -> list[str]:
 
 
 def test_training_goes_on_and_the_checkpoints_are_those_of_a_run_that_waits(
-    run: Run, tmp_path: Path, ragged: BatchSource, disk: Disk
+    run: LoopRun, tmp_path: Path, ragged: BatchSource, disk: Disk
 ) -> None:
-    waiting = Run(tmp_path / "waiting", ragged)
-    waiting.checkpointing = run.checkpointing.model_copy(update={"background": False})
+    waiting = background_run(tmp_path / "waiting", ragged, background=False)
     disk.free.set()
     waiting()
     disk.free.clear()
@@ -223,11 +181,11 @@ def test_training_goes_on_and_the_checkpoints_are_those_of_a_run_that_waits(
     assert disk.most_writers == 1
     assert run.checkpoints == waiting.checkpoints == steps(2, 4, 6)
     for name in run.checkpoints:
-        expected = waiting.saved(name)
-        assert [key for key, tensor in run.saved(name).items() if not torch.equal(tensor, expected[key])] == []
+        expected = saved(waiting, name)
+        assert [key for key, tensor in saved(run, name).items() if not torch.equal(tensor, expected[key])] == []
 
 
-def test_an_error_is_a_warning_at_the_next_step(run: Run, disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_a_warning_at_the_next_step(run: LoopRun, disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
     disk.error = lambda step: MoeLmError("cannot write") if step == 2 else None
     told = []
 
@@ -243,7 +201,7 @@ def test_an_error_is_a_warning_at_the_next_step(run: Run, disk: Disk, capsys: py
     assert run.checkpoints == steps(4, 6)
 
 
-def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_step(run: Run, disk: Disk) -> None:
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_step(run: LoopRun, disk: Disk) -> None:
     def at(step: int) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -251,13 +209,13 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_
             threading.Timer(0.2, disk.free.set).start()
 
     run.source.at = at
-    assert run()
+    assert run().stopped
     assert run.checkpoints == steps(2, 3)
     assert disk.most_writers == 1
 
 
 @pytest.mark.parametrize("error", [MoeLmError("a corrupt shard"), ZeroDivisionError()])
-def test_an_error_of_training_leaves_the_checkpoint_under_way_whole(run: Run, disk: Disk, error: Exception) -> None:
+def test_an_error_of_training_leaves_the_checkpoint_under_way_whole(run: LoopRun, disk: Disk, error: Exception) -> None:
     def at(step: int) -> None:
         if step == 3:
             threading.Timer(0.2, disk.free.set).start()
@@ -268,4 +226,4 @@ def test_an_error_of_training_leaves_the_checkpoint_under_way_whole(run: Run, di
         run()
     assert disk.writers == 0
     assert run.checkpoints == steps(2)
-    run.saved(run.checkpoints[0])
+    saved(run, run.checkpoints[0])

@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pytest
 import torch
@@ -17,112 +17,43 @@ import torch
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
-from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import num_targets
 from moe_lm.parallel.topology import Topology
-from moe_lm.train.log import RunLog
-from moe_lm.train.loop import Training, TrainingResult, local_micro_batches, train
+from moe_lm.train.loop import local_micro_batches
 from moe_lm.train.run import load_newest
-from tests.tiny import engine_of
+from tests.loops import LoopRun, Watched
+from tests.tiny import engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
 Record = dict[str, Any]
 
 
-class Run:
-    """Starts the loop anew, or goes on, in one folder."""
+class HeldOut(list[Batch]):
+    """Held-out batches of which `at(place)` is called before one is read; `asked` are their places."""
 
-    def __init__(self, folder: Path, source: BatchSource, **settings: Any) -> None:
-        checkpointing = CheckpointConfig(every=settings.pop("save_every", 0), keep=settings.pop("keep", 2))
-        self.evaluate_first = settings.pop("evaluate_first", False)
-        self.validation: Sequence[Batch] = settings.pop("validation", [source.batch(100 + n, range(2)) for n in (0, 1)])
-        self.source = source
-        self.folder = folder
-        self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | settings)
-        self.checkpointing = checkpointing
-        self.adjust: Callable[[Engine], None] = lambda engine: None
+    def __init__(self, source: BatchSource, at: Callable[[int], None]) -> None:
+        super().__init__(source.batch(place, range(2)) for place in range(5))
+        self.at, self.asked = at, list[int]()
 
-    def __call__(self) -> TrainingResult:
-        model = LanguageModel(
-            ModelConfig(
-                vocab_size=64,
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=16,
-                n_routed_experts=4,
-                first_k_dense_replace=1,
-            )
-        )
-        model.initialise(seed=3)
-        self.engine = engine_of(model, self.config)
-        self.adjust(self.engine)
-        step = load_newest(self.engine, self.folder / "checkpoints")
-        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
-            parts = Training(
-                engine=self.engine,
-                batches=self.source,
-                validation=self.validation,
-                config=self.config,
-                checkpoint=self.checkpointing,
-                checkpoints=self.folder / "checkpoints",
-                log=log,
-                files={"config.yaml": "a: 1\n"},
-                flops_per_token=1e6,
-                evaluate_first=self.evaluate_first,
-            )
-            return train(parts, step)
-
-    @property
-    def records(self) -> list[Record]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def steps(self) -> list[int]:
-        return [record["step"] for record in self.records]
-
-    @property
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.engine.state().items()}
+    def __getitem__(self, places: Any) -> Any:
+        self.asked.append(places.start)
+        self.at(places.start)
+        return super().__getitem__(places)
 
 
-class Interrupting:
-    """A batch source, or held-out batches, that send this process a signal when `when` is asked for."""
+def stop_at(when: int, number: signal.Signals = signal.SIGTERM) -> Callable[[int], None]:
+    """Send this process a signal at this step or place."""
 
-    fingerprint = "interrupting"
-
-    def __init__(self, source: BatchSource, when: int, number: signal.Signals) -> None:
-        self.source, self.when, self.number = source, when, number
-        self.asked: list[int] = []
-
-    def batch(self, step: int, rows: range) -> Batch:
-        self.asked.append(step)
-        if step == self.when:
-            os.kill(os.getpid(), self.number)
+    def at(step: int) -> None:
+        if step == when:
+            os.kill(os.getpid(), number)
             time.sleep(0.05)  # another thread takes it
-        return self.source.batch(step, rows)
 
-    def __len__(self) -> int:
-        return 5
-
-    @overload
-    def __getitem__(self, place: int) -> Batch: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, place: int | slice) -> Batch | Sequence[Batch]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(5)[place]]
-        return self.batch(place, range(2))
+    return at
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -134,7 +65,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def test_every_step_is_logged_with_its_figures(tmp_path: Path, ragged: BatchSource) -> None:
-    run = Run(tmp_path, ragged)
+    run = LoopRun(tmp_path, ragged)
     result = run()
     assert run.steps == [1, 2, 3, 4, 5, 6]
     assert (result.step, result.stopped, result.loss) == (6, False, run.records[-1]["loss"])
@@ -165,7 +96,7 @@ def test_every_step_is_logged_with_its_figures(tmp_path: Path, ragged: BatchSour
 def test_evaluates_when_it_is_due_and_at_the_end(
     tmp_path: Path, ragged: BatchSource, settings: dict[str, Any], evaluated: list[int]
 ) -> None:
-    run = Run(tmp_path, ragged, **settings)
+    run = LoopRun(tmp_path, ragged, **settings)
     result = run()
     assert [record["step"] for record in run.records if "val_loss" in record] == evaluated
     if evaluated:
@@ -179,7 +110,7 @@ def test_evaluates_when_it_is_due_and_at_the_end(
 def test_saves_when_it_is_due_and_at_the_end(
     tmp_path: Path, ragged: BatchSource, save_every: int, keep: int, expected: list[int]
 ) -> None:
-    run = Run(tmp_path, ragged, save_every=save_every, keep=keep)
+    run = LoopRun(tmp_path, ragged, save_every=save_every, keep=keep)
     result = run()
     assert run.checkpoints == [f"step-{step:08d}" for step in expected]
     assert result.checkpoint == tmp_path / "checkpoints" / "step-00000006"
@@ -187,24 +118,22 @@ def test_saves_when_it_is_due_and_at_the_end(
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, ragged: BatchSource) -> None:
-    run = Run(tmp_path, ragged)
+    run = LoopRun(tmp_path, ragged)
     run()
-    weights, records = run.weights, run.records
+    weights, records = run.state, run.records
     written = (tmp_path / "checkpoints" / "step-00000006" / "COMPLETE").stat().st_mtime_ns
     result = run()
     assert (result.step, result.stopped, result.checkpoint) == (6, False, None)
     assert run.records == records
-    assert_equal(run.weights, weights)
+    assert_equal(run.state, weights)
     assert (tmp_path / "checkpoints" / "step-00000006" / "COMPLETE").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("evaluate_first", [False, True])
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, ragged: BatchSource, evaluate_first: bool) -> None:
     """Whatever had been done after the last checkpoint, also when there is none yet: each step once in the log."""
-    whole = Run(tmp_path / "whole", ragged, evaluate_first=evaluate_first)
-    run = Run(tmp_path / "parts", ragged, evaluate_first=evaluate_first, save_every=2)
-    for folder in (whole.folder, run.folder):
-        folder.mkdir()
+    whole = LoopRun(tmp_path / "whole", ragged, evaluate_first=evaluate_first)
+    run = LoopRun(tmp_path / "parts", ragged, evaluate_first=evaluate_first, save_every=2)
     whole()
     run()
     for left in ("step-00000004", None):
@@ -214,7 +143,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, ragged: BatchSourc
         run()
         assert run.steps == whole.steps == [*([0] if evaluate_first else []), 1, 2, 3, 4, 5, 6]
         assert [record["loss"] for record in run.records[-6:]] == [record["loss"] for record in whole.records[-6:]]
-        assert_equal(run.weights, whole.weights)
+        assert_equal(run.state, whole.state)
 
 
 # A full disk
@@ -238,12 +167,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
 def test_a_full_disk_ends_no_run_that_has_steps_to_do(
     tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Filling(Interrupting):
-        def batch(self, step: int, rows: range) -> Batch:
-            full_disk(step == 3)  # the save after this step, the fourth, fails
-            return self.source.batch(step, rows)
-
-    run = Run(tmp_path, Filling(ragged, 0, signal.SIGTERM), save_every=2, keep=9)
+    # The save after the fourth step fails.
+    run = LoopRun(tmp_path, Watched(ragged, lambda step: full_disk(step == 3)), save_every=2, keep=9)
     assert not run().stopped
     assert run.checkpoints == ["step-00000002", "step-00000006"]
     out = capsys.readouterr().out
@@ -255,12 +180,7 @@ def test_a_full_disk_ends_no_run_that_has_steps_to_do(
 def test_a_full_disk_at_the_last_step_is_an_error_and_the_older_checkpoint_stays(
     tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None]
 ) -> None:
-    class Filling(Interrupting):
-        def batch(self, step: int, rows: range) -> Batch:
-            full_disk(step == 5)
-            return self.source.batch(step, rows)
-
-    run = Run(tmp_path, Filling(ragged, 0, signal.SIGTERM), save_every=2, keep=9)
+    run = LoopRun(tmp_path, Watched(ragged, lambda step: full_disk(step == 5)), save_every=2, keep=9)
     with pytest.raises(MoeLmError, match=r"step-00000006: No space left on device.*older checkpoints are as they were"):
         run()
     full_disk(False)
@@ -276,10 +196,8 @@ def test_a_full_disk_at_the_last_step_is_an_error_and_the_older_checkpoint_stays
 def test_a_signal_in_a_step_ends_the_run_after_it(
     tmp_path: Path, ragged: BatchSource, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = Run(tmp_path / "whole", ragged)
-    parted = Run(tmp_path / "parts", Interrupting(ragged, 3, number), eval_every=4)
-    for run in (whole, parted):
-        run.folder.mkdir()
+    whole = LoopRun(tmp_path / "whole", ragged)
+    parted = LoopRun(tmp_path / "parts", Watched(ragged, stop_at(3, number)), eval_every=4)
     whole()
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     result = parted()
@@ -291,12 +209,12 @@ def test_a_signal_in_a_step_ends_the_run_after_it(
     parted.source = ragged
     assert parted().step == 6
     assert parted.steps == [1, 2, 3, 4, 5, 6]
-    assert_equal(parted.weights, whole.weights)
+    assert_equal(parted.state, whole.state)
 
 
 def test_a_signal_in_an_evaluation_ends_it_early(tmp_path: Path, ragged: BatchSource) -> None:
-    validation = Interrupting(ragged, 1, signal.SIGTERM)
-    run = Run(tmp_path, ragged, validation=validation, eval_every=4)
+    validation = HeldOut(ragged, stop_at(1))
+    run = LoopRun(tmp_path, ragged, validation=validation, eval_every=4)
     result = run()
     assert (result.step, result.stopped, validation.asked) == (4, True, [0, 1])
     assert run.checkpoints == ["step-00000004"]
@@ -309,7 +227,7 @@ def test_a_signal_in_an_evaluation_ends_it_early(tmp_path: Path, ragged: BatchSo
 def test_a_signal_in_the_evaluation_before_the_first_step_leaves_nothing_half_done(
     tmp_path: Path, ragged: BatchSource
 ) -> None:
-    run = Run(tmp_path, ragged, validation=Interrupting(ragged, 1, signal.SIGTERM), evaluate_first=True)
+    run = LoopRun(tmp_path, ragged, validation=HeldOut(ragged, stop_at(1)), evaluate_first=True)
     result = run()
     assert (result.step, result.stopped) == (0, True)
     assert run.steps == []
@@ -321,24 +239,24 @@ def test_a_signal_in_the_evaluation_before_the_first_step_leaves_nothing_half_do
 
 def test_a_signal_after_the_last_step_lets_the_evaluation_finish(tmp_path: Path, ragged: BatchSource) -> None:
     """There is no later step whose run would evaluate again."""
-    validation = Interrupting(ragged, 1, signal.SIGTERM)
-    run = Run(tmp_path, ragged, validation=validation)
+    validation = HeldOut(ragged, stop_at(1))
+    run = LoopRun(tmp_path, ragged, validation=validation)
     result = run()
     assert (result.step, result.stopped, validation.asked) == (6, False, [0, 1, 2, 3, 4])
     assert result.validation_loss == run.records[-1]["val_loss"]
     assert run.checkpoints == ["step-00000006"]
 
 
-def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource) -> None:
+def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """`any_rank` decides, not this process's own signals: here another rank's flag is up at the third question."""
-    run = Run(tmp_path, ragged, validation=[])
+    run = LoopRun(tmp_path, ragged, validation=[])
     asked = []
 
-    def any_rank(flag: bool) -> bool:
+    def any_rank(_: Engine, flag: bool) -> bool:
         asked.append(flag)
         return len(asked) == 3
 
-    run.adjust = lambda engine: setattr(engine, "any_rank", any_rank)
+    monkeypatch.setattr(Engine, "any_rank", any_rank)
     result = run()
     assert (result.step, result.stopped, asked) == (3, True, [False, False, False])
     assert run.checkpoints == ["step-00000003"]
@@ -353,12 +271,7 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
     ragged: BatchSource, world_size: int, micro_batch_size: int | None
 ) -> None:
     config = TrainConfig(steps=1, global_batch_size=12, micro_batch_size=micro_batch_size)
-    model = LanguageModel(
-        ModelConfig(
-            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-        )
-    )  # fmt: skip
-    engine = engine_of(model, config)
+    engine = engine_of(tiny_model(), config)
     rows = []
     for rank in range(world_size):
         engine.topology = Topology(rank, world_size, rank)
@@ -369,7 +282,7 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
 
 
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
-    run = Run(tmp_path, ragged)
+    run = LoopRun(tmp_path, ragged)
     run()
     assert load_newest(run.engine, tmp_path / "nowhere") == 0
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()

@@ -1,0 +1,79 @@
+"""The training loop around a tiny model, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lm.config.run import CheckpointConfig, LogConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.train.log import RunLog
+from moe_lm.train.loop import Training, TrainingResult, train
+from moe_lm.train.run import load_newest
+from tests.tiny import engine_of, tiny_model
+
+
+class Watched:
+    """The batches of another source; `at(step)` is called before the batch of a step is read."""
+
+    fingerprint = "watched"
+
+    def __init__(self, source: BatchSource, at: Callable[[int], None] = lambda step: None) -> None:
+        self.source, self.at = source, at
+
+    def batch(self, step: int, rows: range) -> Batch:
+        self.at(step)
+        return self.source.batch(step, rows)
+
+
+class LoopRun:
+    """Six steps of four rows; each call starts the loop anew, or goes on from the newest checkpoint."""
+
+    def __init__(
+        self,
+        folder: Path,
+        source: BatchSource,
+        validation: Sequence[Batch] | None = None,
+        evaluate_first: bool = False,
+        save_every: int = 0,
+        keep: int = 2,
+        background: bool = False,
+        **train: Any,
+    ) -> None:
+        self.folder, self.source, self.evaluate_first = folder, source, evaluate_first
+        self.validation = [source.batch(100 + n, range(2)) for n in (0, 1)] if validation is None else validation
+        self.checkpoint = CheckpointConfig(every=save_every, keep=keep, background=background)
+        self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | train)
+
+    def __call__(self) -> TrainingResult:
+        self.folder.mkdir(exist_ok=True)
+        self.engine = engine_of(tiny_model(seed=3, num_hidden_layers=2), self.config)
+        step = load_newest(self.engine, self.folder / "checkpoints")
+        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
+            training = Training(
+                engine=self.engine, batches=self.source, validation=self.validation, config=self.config,
+                checkpoint=self.checkpoint, checkpoints=self.folder / "checkpoints", log=log,
+                files={"config.yaml": "a: 1\n"}, flops_per_token=1e6, evaluate_first=self.evaluate_first,
+            )  # fmt: skip
+            return train(training, step)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.records]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.state().items()}
