@@ -1,10 +1,10 @@
-"""The errors a user can meet: one sentence with the thing, its value, what was expected and what to do."""
+"""Errors for the user: one sentence with the thing, its value, what was expected and what to do."""
 
 
 class MoeLmError(Exception):
-    """Something failed (exit code 1). The message is written for the user and is complete.
+    """A failure (exit code 1). The message is written for the user and is complete.
 
-    Of an error that is `common` to all ranks of a run, rank 0 alone speaks.
+    An error that is `common` to all ranks of a run is printed only by rank 0.
     """
 
     exit_code = 1
@@ -15,6 +15,6 @@ class MoeLmError(Exception):
 
 
 class UsageError(MoeLmError, ValueError):
-    """The command, configuration or input was wrong before any work began (exit code 2)."""
+    """A wrong command, configuration or input, found before any work began (exit code 2)."""
 
     exit_code = 2

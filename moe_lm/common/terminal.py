@@ -1,4 +1,4 @@
-"""What the terminal can show: progress of the stages that carry many bytes, colours, and texts that are not ours."""
+"""The terminal: progress bars, colours, typed text, and control characters in the text of a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def colours(file: TextIO) -> bool:
 
 
 def check_typed(name: str, text: str) -> None:
-    """Raises UsageError for bytes that are not UTF-8, which Python keeps as halves of surrogate pairs (PEP 383)."""
+    """Raise UsageError for bytes that are not UTF-8, which Python keeps as halves of surrogate pairs (PEP 383)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -43,5 +43,5 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """A model's text with its control characters as pictures: what it writes must not steer the terminal."""
+    """A model's text with control characters replaced by pictures, so that it cannot steer the terminal."""
     return text.translate(PICTURES)

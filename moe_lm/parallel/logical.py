@@ -1,4 +1,4 @@
-"""Logical tensors: what a checkpoint holds is named and shaped as in one process, however the ranks divide it.
+"""Logical tensors: a checkpoint names and shapes tensors as one process does, however the ranks divide them.
 
 A mesh has the dimensions (data, expert). An expert stack `[E, D, F]` is divided by experts over `expert` and by its
 second dimension over `data`; any other tensor by its first dimension over all ranks. What does not divide evenly is
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-SMALL = 4096  # elements; less is not worth dividing
+SMALL = 4096  # elements; smaller tensors are not worth dividing
 
 
 def is_expert(name: str) -> bool:
@@ -23,12 +23,12 @@ def is_expert(name: str) -> bool:
 
 
 def divided_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A rank's experts as a part of the whole stack; shares the memory of `local`."""
+    """The experts of this rank as a part of the whole stack, in the memory of `local`."""
     return _dtensor(local, mesh, [Replicate(), Shard(0)], (local.shape[0] * mesh.size(1), *local.shape[1:]))
 
 
 def divide_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
-    """The same on the host, and divided over `data` too: of the experts that several ranks keep, each has a piece."""
+    """`divided_experts` on the host, divided over `data` too: each rank that keeps an expert has a piece of it."""
     data = mesh.size(0)
     if data == 1 or local.shape[1] % data:
         return divided_experts(host_copy(local), mesh)
@@ -37,7 +37,7 @@ def divide_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def divide(tensor: Tensor, ranks: DeviceMesh) -> Tensor:
-    """On the host, this rank's piece of a tensor that every rank of the one-dimensional mesh `ranks` has whole."""
+    """This rank's piece, on the host, of a tensor that every rank of the one-dimensional mesh `ranks` has whole."""
     size = ranks.size()
     if size == 1 or tensor.ndim == 0 or tensor.shape[0] % size or tensor.numel() < SMALL:
         return host_copy(tensor)
@@ -61,19 +61,19 @@ def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The logical tensor, on every rank; all of them must call it."""
+    """The logical tensor, on every rank; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def undivide(tensor: Tensor, expert: bool) -> Tensor:
-    """The whole tensor, or (`expert`) all of the experts that this rank keeps: what was divided."""
+    """The tensor before it was divided: the whole one or, of a stack of experts, the experts of this rank."""
     if expert and isinstance(tensor, DTensor):
         return tensor.redistribute(placements=[Replicate(), Shard(0)]).to_local()
     return whole(tensor)
 
 
 def host_copy(local: Tensor) -> Tensor:
-    """Contiguous, in memory of its own on the host."""
+    """A contiguous copy on the host."""
     return local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -31,9 +31,9 @@ Read = Callable[[str], Iterator[Tensor]]  # the rows of a parameter or buffer in
 
 @dataclass(frozen=True)
 class Spread:
-    """How much each device may hold, like `{"cpu": "4GiB", "0": "20GiB"}`, and where the rest lies on the disk.
+    """The memory that each device may use, like `{"cpu": "4GiB", "0": "20GiB"}`, and a folder for the rest.
 
-    Without `max_memory` a device may hold what it has free.
+    Without `max_memory` a device may use what it has free.
     """
 
     max_memory: Mapping[str, str] | None = None
@@ -95,7 +95,7 @@ def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:
         device = int(name) if name.isdigit() else name
         if device not in limits:
             there = ", ".join(map(str, limits))
-            raise UsageError(f"--max-memory {name}={size} names no device of this machine; it has {there}")
+            raise UsageError(f"--max-memory {name}={size} does not name a device of this machine; it has {there}")
         try:
             limits[device] = 0 if size == "0" else convert_file_size_to_int(size)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, trackio. Each is imported when it is asked for."""
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio. Each is imported only if `log.trackers` names it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from moe_lm.config.run import LogConfig
 
 
 class Tracker(Protocol):
-    """Takes the scalars of a step."""
+    """An experiment tracker."""
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record the scalars of a step."""
 
     def close(self) -> None: ...
 
@@ -24,7 +25,7 @@ class Tracker(Protocol):
 def open_trackers(config: LogConfig, run_dir: Path, start_step: int) -> dict[str, Tracker]:
     """The trackers of `config` by name, going on after `start_step`.
 
-    Raises UsageError when one is not installed or does not start.
+    Raises UsageError if one is not installed or does not start.
     """
     kinds: dict[str, Callable[[str, Path, int], Tracker]] = {
         "tensorboard": TensorBoard,
@@ -40,7 +41,7 @@ def open_trackers(config: LogConfig, run_dir: Path, start_step: int) -> dict[str
                 f"log.trackers names {name}, which is not installed; pip install 'moe-lm[track]', or leave it out"
             ) from error
         except Exception as error:  # no account, no network, a full disk: each tracker has its own errors
-            raise UsageError(f"log.trackers: {name} did not start: {error}; mend that, or leave it out") from error
+            raise UsageError(f"log.trackers: {name} did not start: {error}; fix that, or leave it out") from error
     return trackers
 
 
@@ -60,7 +61,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run on the server a run folder, whatever number of processes it takes."""
+    """One run on the server for each run folder, however often it is resumed."""
 
     def __init__(self, project: str, run_dir: Path, start_step: int) -> None:
         wandb: ModuleType = importlib.import_module("wandb")
@@ -70,7 +71,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=project, name=run_dir.name, id=note.read_text(encoding="utf-8"), resume="allow", dir=str(run_dir)
         )
-        # With its own step counter the server refuses steps that a killed process had already sent.
+        # By its own step counter the server would refuse the steps that a killed process has already sent.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -81,7 +82,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of the same name as the run folder."""
+    """A run with the name of the run folder."""
 
     def __init__(self, project: str, run_dir: Path, start_step: int) -> None:
         self._trackio: ModuleType = importlib.import_module("trackio")

@@ -110,7 +110,7 @@ def test_sample_and_chat_take_it(make_run: MakeRun, moe_lm: Callable, tmp_path: 
         (*auto, "--device", "cpu"): "--device cpu names one device and --device-map takes all",
         ("--max-memory", "cpu=1GiB"): "--max-memory belongs to a model on several devices; give --device-map auto too",
         (*auto, "--max-memory", "cpu=much"): "--max-memory cpu=much is not a size; give it like cpu=4GiB",
-        (*auto, "--max-memory", "99=1GiB"): "--max-memory 99=1GiB names no device of this machine",
+        (*auto, "--max-memory", "99=1GiB"): "--max-memory 99=1GiB does not name a device of this machine",
     }.items():
         done = moe_lm("chat", run, *options)
         assert (done.code, done.out) == (2, "")
