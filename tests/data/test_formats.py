@@ -9,12 +9,12 @@ import pytest
 
 from moe_lm.config.data import ChatSource
 from moe_lm.data.formats import Unusable, dialogue_of, preference_of
+from tests.data.rows import assistant, user
 
 PLAIN = ChatSource(path="x.jsonl")
-ASKED = {"role": "user", "content": "q"}
-ANSWERED = {"role": "assistant", "content": "a"}
+ASKED, ANSWERED = user("q"), assistant("a")
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
-CALLING = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]}
+CALLING = assistant(None, tool_calls=[{"type": "function", "function": CALL}])
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
@@ -53,16 +53,13 @@ def test_every_format_gives_the_same_messages_named_or_detected(row: dict[str, A
 
 
 def test_an_instruction_and_its_input_are_one_question() -> None:
-    assert messages({"instruction": "Correct this.", "input": "freind", "output": "friend"})[0] == {
-        "role": "user", "content": "Correct this.\n\nfreind",
-    }  # fmt: skip
+    row = {"instruction": "Correct this.", "input": "freind", "output": "friend"}
+    assert messages(row)[0] == user("Correct this.\n\nfreind")
 
 
 def test_names_of_roles() -> None:
     found = messages({"conversations": turns("system", "human", "gpt", "observation", "model", "function", "gpt")})
-    assert [message["role"] for message in found] == [
-        "system", "user", "assistant", "tool", "assistant", "tool", "assistant",
-    ]  # fmt: skip
+    assert [message["role"] for message in found] == "system user assistant tool assistant tool assistant".split()
     assert [message["content"] for message in found][:4] == ["system", "human", "gpt", "observation"]
 
 
@@ -80,17 +77,14 @@ def test_a_prompt_template_is_filled_with_fields_of_the_row() -> None:
         prompt_template="Into {{modern}} Chinese, {style}: {classical}",
     )
     row = {"classical": "{学} 而时习之", "modern": "a", "style": "briefly"}
-    assert messages(row, settings) == [
-        {"role": "user", "content": "Into {modern} Chinese, briefly: {学} 而时习之"},
-        ANSWERED,
-    ]
+    assert messages(row, settings) == [user("Into {modern} Chinese, briefly: {学} 而时习之"), ANSWERED]
     with pytest.raises(Unusable, match="no text in field 'style', which prompt_template needs"):
         dialogue_of(row | {"style": 3}, settings)
     alpaca = source(format="alpaca", prompt_template="### {instruction}")
-    assert messages({"instruction": "q", "output": "a"}, alpaca) == [{"role": "user", "content": "### q"}, ANSWERED]
+    assert messages({"instruction": "q", "output": "a"}, alpaca) == [user("### q"), ANSWERED]
 
 
-def test_a_conversation_keeps_its_system_prompt_else_the_rows_else_the_sources() -> None:
+def test_system_prompt_of_conversation_then_row_then_source() -> None:
     settings = source(system="of the source")
     own = {"role": "system", "content": "its own"}
     assert messages({"messages": [own, ASKED, ANSWERED], "system": "of the row"}, settings)[0] == own
@@ -122,10 +116,9 @@ def test_tool_calls_in_their_many_forms(calling: dict[str, Any], tools: Any) -> 
 def test_the_id_of_a_call_and_what_the_assistant_thought_are_kept() -> None:
     call = {"id": "abc", "type": "function", "function": CALL}
     for name in ("reasoning_content", "reasoning", "thinking"):
-        turn = {"role": "assistant", "content": "a", "tool_calls": [call], name: "hm", "name": None}
-        assert messages({"messages": [ASKED, turn]})[1] == {
-            "role": "assistant", "content": "a", "tool_calls": [call], "reasoning_content": "hm",
-        }  # fmt: skip
+        turn = assistant("a", tool_calls=[call], name=None) | {name: "hm"}
+        expected = assistant("a", tool_calls=[call], reasoning_content="hm")
+        assert messages({"messages": [ASKED, turn]})[1] == expected
 
 
 @pytest.mark.parametrize(
@@ -133,15 +126,13 @@ def test_the_id_of_a_call_and_what_the_assistant_thought_are_kept() -> None:
 )
 def test_an_answer_may_be_masked(mark: dict[str, Any]) -> None:
     masked = {"train": False}
-    assert messages({"messages": [ASKED, ANSWERED | mark, ASKED, ANSWERED]}) == [
-        ASKED, ANSWERED | masked, ASKED, ANSWERED,
-    ]  # fmt: skip
+    expected = [ASKED, ANSWERED | masked, ASKED, ANSWERED]
+    assert messages({"messages": [ASKED, ANSWERED | mark, ASKED, ANSWERED]}) == expected
     said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"} | mark, *turns("human", "gpt")]
     assert [message.get("train") for message in messages({"conversations": said})] == [None, False, None, None]
     called = {"from": "function_call", "value": json.dumps(CALL)} | mark
     assert messages({"conversations": [ASKED, called, *turns("observation", "gpt")]})[1] == CALLING | masked
-    before = {"prompt": [ASKED, ANSWERED | mark, ASKED], "completion": "a"}
-    assert messages(before) == [ASKED, ANSWERED | masked, ASKED, ANSWERED]
+    assert messages({"prompt": [ASKED, ANSWERED | mark, ASKED], "completion": "a"}) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,24 +145,19 @@ def test_an_answer_that_is_not_masked_is_as_any_other(mark: dict[str, Any]) -> N
 
 def test_masks_are_of_answers_alone() -> None:
     mark = {"weight": 0.5, "train": "?"}
-    assert messages({"messages": [{"role": "system", "content": "s", **mark}, ASKED | mark, ANSWERED]})[1:] == [
-        ASKED, ANSWERED,
-    ]  # fmt: skip
+    row = {"messages": [{"role": "system", "content": "s", **mark}, ASKED | mark, ANSWERED]}
+    assert messages(row)[1:] == [ASKED, ANSWERED]
 
 
 def test_the_history_of_an_instruction_goes_before_it() -> None:
     row = {"instruction": "q", "input": "", "output": "a", "history": [["one?", "1"], ["two?", "2"]]}
-    expected = [
-        *[{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}],
-        *[{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}],
-        *[ASKED, ANSWERED],
-    ]
+    expected = [user("one?"), assistant("1"), user("two?"), assistant("2"), ASKED, ANSWERED]
     assert messages(row) == messages(row, source(format="alpaca")) == expected
     renamed = {"instruction": "q", "output": "a", "before": row["history"]}
     assert messages(renamed, source(fields={"history": "before"})) == expected
     assert messages(row | {"system": "s"}) == [{"role": "system", "content": "s"}, *expected]
     template = source(format="alpaca", prompt_template="### {instruction}")
-    assert messages(row, template) == [*expected[:-2], {"role": "user", "content": "### q"}, ANSWERED]
+    assert messages(row, template) == [*expected[:-2], user("### q"), ANSWERED]
     for empty in ([], None, ""):
         assert messages(row | {"history": empty}) == [ASKED, ANSWERED]
 
@@ -251,7 +237,7 @@ def test_a_named_format_is_not_guessed() -> None:
 
 # Preference pairs
 
-WORSE = {"role": "assistant", "content": "b"}
+WORSE = assistant("b")
 SAID = {"from": "gpt", "value": "a"}
 
 
@@ -275,7 +261,7 @@ def test_every_form_of_a_pair_is_one_prompt_with_two_answers(row: dict[str, Any]
 
 
 def test_a_pair_may_share_several_turns() -> None:
-    before = [ASKED, ANSWERED, {"role": "user", "content": "q2"}]
+    before = [ASKED, ANSWERED, user("q2")]
     whole = preference_of(
         {"chosen": [*before, ANSWERED], "rejected": [*before, WORSE]}, source(system="s", format="auto")
     )
@@ -300,7 +286,7 @@ def test_masks_change_no_pair(mark: dict[str, Any]) -> None:
 @pytest.mark.parametrize("asked", [{"instruction": "q"}, {"prompt": "q"}])
 def test_the_history_of_a_pair_goes_before_its_question(asked: dict[str, Any]) -> None:
     pair = preference_of({**asked, "chosen": "a", "rejected": "b", "history": [["one?", "1"]]}, PLAIN)
-    assert pair.prompt == [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}, ASKED]
+    assert pair.prompt == [user("one?"), assistant("1"), ASKED]
 
 
 def test_a_pair_under_other_names_with_a_template() -> None:
@@ -309,6 +295,10 @@ def test_a_pair_under_other_names_with_a_template() -> None:
     )
     pair = preference_of({"topic": "q", "good": "a", "bad": "b"}, settings)
     assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("q?", [ANSWERED], [WORSE])
+
+
+NO_QUESTION = "a preference pair whose sides share no question"
+NO_ANSWER = "a side of a preference pair that is not an assistant's answer"
 
 
 @pytest.mark.parametrize(
@@ -321,15 +311,9 @@ def test_a_pair_under_other_names_with_a_template() -> None:
         ({"prompt": "q", "chosen": [], "rejected": "a"}, "no messages"),
         ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
         ({"chosen": [ANSWERED], "rejected": [WORSE]}, "no field 'prompt'"),
-        ({"prompt": [ANSWERED], "chosen": "a", "rejected": "b"}, "a preference pair whose sides share no question"),
-        (
-            {"chosen": [ASKED, ANSWERED], "rejected": [{"role": "user", "content": "?"}, WORSE]},
-            "a preference pair whose sides share no question",
-        ),
-        (
-            {"prompt": [ASKED], "chosen": [ANSWERED, ASKED], "rejected": "b"},
-            "a side of a preference pair that is not an assistant's answer",
-        ),
+        ({"prompt": [ANSWERED], "chosen": "a", "rejected": "b"}, NO_QUESTION),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [user("?"), WORSE]}, NO_QUESTION),
+        ({"prompt": [ASKED], "chosen": [ANSWERED, ASKED], "rejected": "b"}, NO_ANSWER),
         ({"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "a message whose role is not one of"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_lm.data.order import MIX_BLOCK, Mixture, block_shares, shuffle_key, shuffled
 
 
-def test_each_source_has_its_share_of_every_block_and_its_items_are_visited_equally_often() -> None:
+def test_sources_have_their_shares_and_items_equal_visits() -> None:
     sizes, weights = [10, 100, 7], [2.0, 1.0, 1.0]
     sources, items = Mixture(sizes, weights, seed=3).items(np.arange(3 * MIX_BLOCK))
     for block in range(3):

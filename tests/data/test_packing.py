@@ -128,7 +128,7 @@ def from_source(source: int, count: int) -> list[ChatExample]:
     return [replace(example(1000 * (100 * source + number), 64, 1), source=source) for number in range(1, count + 1)]
 
 
-def test_weights_are_shares_of_the_rows_and_each_source_has_epochs_of_its_own() -> None:
+def test_weights_are_shares_and_sources_have_their_own_epochs() -> None:
     items = [*from_source(0, 5), *from_source(1, 50)]
     batches = training(items, weights=[3.0, 1.0])
     assert batches.steps_per_epoch == 7

@@ -91,7 +91,7 @@ def rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> PairRows:
     return found
 
 
-def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: PairRows) -> None:
+def test_rows_hold_whole_pairs_and_answers_attend_apart(rows: PairRows) -> None:
     seen = []
     for numbers in (range(2), range(2, len(rows) + 1)):
         batch, pairs = rows.batch(numbers), [pair for row in rows.items_in(numbers) for pair in row]
@@ -114,7 +114,7 @@ def test_a_row_holds_pairs_whole_and_answers_are_documents_of_their_own(rows: Pa
     assert sorted(seen) == list(range(40))
 
 
-def test_the_batch_of_a_step_is_the_same_however_it_is_sliced_and_every_row_comes_once(rows: PairRows) -> None:
+def test_slices_of_a_batch_and_one_visit_of_every_row(rows: PairRows) -> None:
     batches = RowBatches(rows, 4, seed=7)
     whole = batches.batch(1, range(4))
     parts = [batches.batch(1, range(n, n + 1)) for n in range(4)]

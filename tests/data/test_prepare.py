@@ -168,7 +168,7 @@ def test_a_finished_folder_is_left_as_it_is(corpus: Path, tmp_path: Path) -> Non
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
 
 
-def test_another_weight_needs_no_other_shards_and_another_source_only_its_own(corpus: Path, tmp_path: Path) -> None:
+def test_a_new_weight_or_source_keeps_the_other_shards(corpus: Path, tmp_path: Path) -> None:
     prepare(config(corpus, tmp_path / "shards"))
     one = {"name": "corpus", "path": str(corpus), "weight": 3.0}
     two = {"name": "more", "path": str(corpus / "letters.txt")}
@@ -184,7 +184,7 @@ def test_another_weight_needs_no_other_shards_and_another_source_only_its_own(co
         ({"sources": [{"name": "corpus", "path": "CORPUS/rows.jsonl"}]}, "files was 3 .*, is 1"),
     ],
 )
-def test_shards_made_from_something_else_are_refused_with_the_difference(
+def test_shards_made_from_something_else_are_refused(
     corpus: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     prepare(config(corpus, tmp_path / "shards"))

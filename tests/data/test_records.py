@@ -104,7 +104,7 @@ def test_tool_calls_count_in_the_hash(tmp_path: Path) -> None:
     assert one.hash != other.hash
 
 
-def test_the_same_messages_are_held_out_together_however_they_are_masked(tmp_path: Path) -> None:
+def test_masks_do_not_change_the_split_of_messages(tmp_path: Path) -> None:
     rows = [
         {"messages": [user("q"), assistant("a", **mark), *said("q", "a")["messages"]]} for mark in ({}, {"weight": 0})
     ]
@@ -113,7 +113,7 @@ def test_the_same_messages_are_held_out_together_however_they_are_masked(tmp_pat
     assert plain.hash == masked.hash
 
 
-def test_masks_in_parquet_are_read_with_what_fills_up_the_other_messages(tmp_path: Path) -> None:
+def test_masks_in_parquet_are_read_beside_null_fields(tmp_path: Path) -> None:
     rows = [
         {"messages": [user("q"), assistant("a", weight=0), *said("q", "a")["messages"]]},
         {"messages": [user("q"), assistant("a", weight=0.5)]},

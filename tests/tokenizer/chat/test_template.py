@@ -100,7 +100,7 @@ def test_arguments_are_an_object_and_its_json(expression: str) -> None:
         "{% if message.content is none %}{{ message.tool_calls | tojson }}{% else %}{{ message.content }}{% endif %}",
     ],
 )
-def test_calls_without_words_suit_templates_that_expect_empty_words_or_none(write: str, empty: str | None) -> None:
+def test_calls_without_text_suit_templates_that_expect_none(write: str, empty: str | None) -> None:
     template = "{{ messages[0].content }}{% set message = messages[1] %}" + write
     text, _ = written(template, ASKED, CALLED | {"content": empty})
     assert text.startswith('  one\ntwo  [{"id": "1"')

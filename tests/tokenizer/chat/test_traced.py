@@ -77,7 +77,7 @@ def test_what_is_put_together_has_an_author_for_each_character(change: Callable[
     assert len(changed.authors) == len(changed)
 
 
-def test_what_is_inserted_is_by_who_wrote_what_it_replaces_or_by_its_own_author() -> None:
+def test_replacement_text_has_its_own_author_or_the_replaced_one() -> None:
     assert numbered("abc").replace("b", "xy").authors == "\1\2\2\3"
     assert numbered("abc").replace("b", Traced("xy", "99")).authors == "\1" + "99" + "\3"
 
