@@ -48,7 +48,7 @@ def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     Raises UsageError for a file that does not exist, when there is nothing to train on, also in one source that has a
     weight, and for a tokenizer without a chat template that can be trained on.
     """
-    tokenizer.chat_template  # noqa: B018 (without one every conversation would be skipped)
+    tokenizer.chat_format  # noqa: B018 (without one every conversation would be skipped)
     report = Report()
     settings = tokenizer, config.sequence_length, report, config.truncate == "left"
     train = read_examples(config.train, *settings)

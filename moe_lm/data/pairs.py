@@ -62,7 +62,7 @@ def read_pairs(config: ChatDataConfig, tokenizer: Tokenizer) -> PairData:
     Raises UsageError for a file that does not exist, when there is nothing to train on, and for a tokenizer without a
     chat template that can be trained on.
     """
-    tokenizer.chat_template  # noqa: B018 (without one every pair would be skipped)
+    tokenizer.chat_format  # noqa: B018 (without one every pair would be skipped)
     report = Report()
     train = _tokenize_all(config.train, tokenizer, config.sequence_length, report)
     validation = _tokenize_all(config.validation, tokenizer, config.sequence_length, report)

@@ -135,7 +135,7 @@ class Tokenizer:
 
         Raises UsageError for a message without a known role or without text, and when the template refuses.
         """
-        return self.chat_template.render(messages, tools, add_generation_prompt).text
+        return self.chat_format.template.render(messages, tools, add_generation_prompt).text
 
     def encode_chat(
         self,
@@ -190,17 +190,15 @@ class Tokenizer:
         return frozenset({self.eos_id, *(self.special_tokens[token] for token in ends)})
 
     @cached_property
-    def chat_template(self) -> ChatTemplate:
-        """The compiled template. Raises UsageError when the tokenizer has none, or one that is not a template."""
+    def chat_format(self) -> ChatFormat:
+        """The compiled chat template. Raises UsageError when the tokenizer has none, or one that is not a template."""
         source = self._config.get("chat_template")
         if not isinstance(source, str | list):
             raise UsageError("this tokenizer has no chat template; add chat_template.jinja to its folder")
-        names = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
-        return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        return ChatFormat(self.chat_template, self.special_tokens, self._backend.id_to_token(self.eos_id) or "")
+        contents = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
+        names = {name: content for name, content in contents.items() if content is not None}
+        eos_token = self._backend.id_to_token(self.eos_id) or ""
+        return ChatFormat(ChatTemplate(source, names), self.special_tokens, eos_token)
 
     def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """The same tokenizer with other names for its special tokens, and their ids by the new ids."""
