@@ -16,8 +16,6 @@ from torch import Tensor
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import SamplingConfig
 
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "logit_bias")
-
 
 class Text(NamedTuple):
     """The ids of a row so far, of which the first `prompt` were given, and what may not come next."""
@@ -29,7 +27,8 @@ class Text(NamedTuple):
 
 def penalises(config: SamplingConfig) -> bool:
     """Whether these settings change logits before the temperature does."""
-    return any(config.is_set(name) for name in PENALTIES)
+    counted = config.presence_penalty or config.frequency_penalty
+    return bool(counted or config.repetition_penalty != 1 or config.no_repeat_ngram or config.logit_bias)
 
 
 def penalised(logits_RV: Tensor, config: SamplingConfig, texts: Sequence[Text]) -> Tensor:

@@ -1,12 +1,11 @@
-"""What a client may ask for: the bodies of the two endpoints, read strictly.
+"""The requests of clients: the bodies of the two endpoints, read strictly.
 
-A field that would change the answer and is not known is refused by name; null is as good as not given.
+An unknown field that would change the answer is refused by name. Null counts as not given.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +16,7 @@ from moe_lm.config.generation import SEEDS, SamplingConfig
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.strategies import Sampling
 
-# Fields that change no answer: they are taken and forgotten.
+# Fields that change no answer: they are accepted and ignored.
 HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "parallel_tool_calls".split()
@@ -39,6 +38,7 @@ MOST_LOGPROBS = 20
 MOST_NESTING = 100  # far below what chat templates and encoders can follow
 TOO_DEEP = f"lists and objects lie more than {MOST_NESTING} deep in each other; flatten them"
 MOST_BIASES = 1024  # each costs time in every step
+MOST_BIAS = 1e300  # far beyond any logit
 
 
 def read_stop(value: Any) -> list[str]:
@@ -59,9 +59,9 @@ def read_bias(value: Any) -> tuple[tuple[int, float], ...]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise ValueError(f'{key!r:.40} is not a token id; expected ids as texts, like {{"42": -100}}')
-        if type(bias) not in (int, float) or not math.isfinite(bias):
+        if type(bias) not in (int, float) or not -MOST_BIAS < bias < MOST_BIAS:
             raise ValueError(f"{bias!r:.40} is not a number to add to the logit of token {key}")
-    return tuple((int(key), float(bias)) for key, bias in value.items())
+    return tuple({int(key): float(bias) for key, bias in value.items()}.items())
 
 
 def read_prompt(value: Any) -> list[str] | list[list[int]]:
@@ -107,16 +107,16 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False  # against eavesdroppers on the lengths of chunks; there is nothing of it here
+    include_obfuscation: bool = False  # padding against eavesdroppers on the lengths of chunks; it is never sent
 
 
 class GenerationRequest(Strict, SamplingConfig):
-    """What both endpoints share: how tokens are chosen, and what of them is sent."""
+    """The fields of both endpoints: how tokens are chosen, and how they are sent."""
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
-    # The same seeds as elsewhere, modulo 2**32, and any that a client may draw from 64 bits.
+    # Any number of 64 bits, as clients draw them; it counts modulo 2**32.
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stop: Annotated[list[str], PlainValidator(read_stop)] = []
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(read_bias)] = ()
@@ -142,7 +142,7 @@ class GenerationRequest(Strict, SamplingConfig):
         return self
 
     def settings(self, max_new_tokens: int, logprobs: int | None) -> Settings:
-        """Without a seed one is drawn."""
+        """The decoder's settings; without a seed, with a random one."""
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed % SEEDS
         return Settings(max_new_tokens, Sampling.of(self), seed, logprobs=logprobs, routing=self.routing)
 

@@ -54,6 +54,7 @@ def check(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("stop", {"a": 1}),
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"5": "x"}),
+        ("logit_bias", {"5": 10**400}),
         ("logit_bias", {"-1": 1}),
         ("logit_bias", {"1024": 1}),
         ("logit_bias", {str(token): 0 for token in range(2000)}),
