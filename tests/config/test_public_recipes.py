@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,7 +21,7 @@ from tests.tools.interop.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "finetune"
-PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 MODELS = {
     "olmoe-1b-7b": "OLMoE-1B-7B-0924",
     "deepseek-v2-lite": "DeepSeek-V2-Lite",
@@ -69,8 +70,9 @@ def test_command_of_the_page(line: str) -> None:
     if words[0] == "moe-lm":
         verb, *words = words[1:]
         options = [word for word in words if word.startswith("--")]
-        known = typer.main.get_command(app).commands[verb].params  # type: ignore[attr-defined]
-        assert set(options) <= {name for parameter in known for name in parameter.opts}
+        group: Any = typer.main.get_command(app)
+        _, command, _ = group.resolve_command(typer.Context(group), [verb])
+        assert set(options) <= {name for parameter in command.params for name in parameter.opts}
     else:
         script = next(word for word in words if word.startswith("launch/"))
         assert "VERB:-" in (ROOT / script).read_text(encoding="utf-8")
