@@ -32,6 +32,7 @@ from moe_lm.parallel.process_group import Ranks
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step.

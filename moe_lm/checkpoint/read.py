@@ -11,15 +11,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage
 from moe_lm.checkpoint.checkpoint import MODEL
 from moe_lm.checkpoint.safetensors_file import Header, Stored, pieces_of, read_header
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import build_config
 from moe_lm.model import lora
 from moe_lm.parallel.logical import box_of
 from moe_lm.parallel.process_group import Ranks
@@ -133,6 +136,12 @@ def check_fits(tensors: Mapping[str, Tensor], source: TensorSource, whole: bool)
             f"the checkpoint {source.where(min(unused))} has the tensor {min(unused)}, which this model lacks; the "
             "model settings differ from those it was trained with"
         )
+
+
+def read_model_config(folder: Path, **changes: Any) -> ModelConfig:
+    """The shape of the model in a checkpoint, with some settings changed."""
+    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
+    return build_config(ModelConfig, values | changes, origin=str(folder / "model.yaml"), saved=True)
 
 
 class Piece(NamedTuple):

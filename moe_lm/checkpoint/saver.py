@@ -17,11 +17,11 @@ from moe_lm.config.run import CheckpointConfig
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
-PATIENCE_SECONDS = 60.0  # with a save under way when training has failed: a rank that is gone may keep it from ending
+PATIENCE_SECONDS = 60.0  # for a save under way when training has failed: without a lost rank it may never end
 
 
 class Saved(NamedTuple):
-    """What became of a save."""
+    """The outcome of a save."""
 
     step: int
     folder: Path | None
@@ -31,8 +31,8 @@ class Saved(NamedTuple):
 class Saver:
     """Writes checkpoints and drops the oldest; never two at a time. Every rank has one and calls it alike.
 
-    In the background a thread of each rank writes a copy in the host's memory, and speaks with the other ranks' threads
-    through a process group of their own. To be left, as a context, before the training's groups are.
+    In the background a thread of each rank writes a copy in the host's memory, and these threads speak through a
+    process group of their own. It is a context that must be left before the training's groups are.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:
@@ -49,7 +49,7 @@ class Saver:
             return self._write(step, state, files)
 
     def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> None:
-        """`save`, whose outcome is told by `outcomes`; in the background this returns when `state` is copied."""
+        """Begin a save, whose outcome `outcomes` tells; in the background this returns as soon as `state` is copied."""
         self.wait()
         outcome: futures.Future[Path] = futures.Future()
         self._under_way = step, outcome
@@ -64,7 +64,7 @@ class Saver:
                 _fulfil(outcome, lambda: self._write(step, state, files))
 
     def wait(self) -> None:
-        """Until no save is under way. Raises what one raised, unless it is a MoeLmError, which `outcomes` tells."""
+        """Wait until no save is under way. Raises its error, except a MoeLmError, which `outcomes` tells."""
         if self._under_way is not None:
             (step, outcome), self._under_way = self._under_way, None
             with self.watchdog.resting():
@@ -74,7 +74,7 @@ class Saver:
             self._outcomes.append(Saved(step, None if error else outcome.result(), error))
 
     def outcomes(self) -> list[Saved]:
-        """What became of the saves that have ended since this was last asked; raises as `wait` does."""
+        """The outcomes of the saves that have ended since the last call; raises as `wait` does."""
         if self._under_way is not None and self._under_way[1].done():
             self.wait()
         outcomes, self._outcomes = self._outcomes, []
@@ -90,7 +90,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait for the save under way, which is worth having whatever has failed."""
+        """Wait for the save under way, which is worth having even if training has failed."""
         if self._under_way is not None:
             futures.wait([self._under_way[1]], None if error is None else PATIENCE_SECONDS)
             if not self._under_way[1].done():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,7 +16,6 @@ from moe_lm.checkpoint import checkpoint, read
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import LoadConfig
 from moe_lm.config.model import ModelConfig, check_vocabulary
-from moe_lm.config.reading import build_config
 from moe_lm.generate.decode import SLOTS, Decoder, Settings
 from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
@@ -188,14 +186,11 @@ def spread_model(
 
 
 def _model_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
-    """What a checkpoint's model is built by. Experts take every token that chose them, with or without a capacity:
+    """The shape of a checkpoint's model, without a capacity: experts take every token that chose them.
 
-    what is dropped would depend on the texts beside it and, token by token, on those that are not written yet.
+    Which tokens are dropped would depend on the texts beside them and, token by token, on tokens not yet written.
     """
-    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
-    config = build_config(
-        ModelConfig, values | {"capacity_factor": None}, origin=str(folder / "model.yaml"), saved=True
-    )
+    config = read.read_model_config(folder, capacity_factor=None)
     check_vocabulary(config, tokenizer.vocab_size)
     return config
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Start, find_start
+from moe_lm.checkpoint.read import read_model_config
 from moe_lm.config.model import ModelConfig, check_targets
-from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, check_positions, check_router
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
@@ -119,8 +118,7 @@ def preview(config: FinetuneConfig, count: int) -> None:
 
 def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
     """The shape of the start. Raises UsageError if `config` asks for something that it does not have."""
-    values = yaml.safe_load(checkpoint.read_text(start, "model.yaml"))
-    model = build_config(ModelConfig, values, f"{start}/model.yaml", saved=True)
+    model = read_model_config(start)
     check_positions(model, config.data.sequence_length)
     check_router(model, config.train)
     check_targets(model, config.lora)

@@ -1,4 +1,4 @@
-"""`moe-lm export`: a checkpoint of ours becomes a folder of Hugging Face's, proven equal."""
+"""`moe-lm export`: a checkpoint becomes a Hugging Face folder, proven equal."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.read import TensorSource, open_tensors
+from moe_lm.checkpoint.checkpoint import GENERATION
+from moe_lm.checkpoint.read import TensorSource, open_tensors, read_model_config
 from moe_lm.checkpoint.safetensors_file import Output, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.reading import build_config
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.families import Family, family_of, known_families
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
-from moe_lm.tools.interop.hf_folder import CONFIG, GENERATION, INDEX, HFFolder, read_json
+from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import Pair, tensor_pairs
-from moe_lm.tools.interop.proof import Case, Proof, prove
-from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, first_unwritable, no_one, outputs_of_theirs
+from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
+from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, first_unwritable, outputs_of_theirs
 
 SHARD_BYTES = 4 << 30
 
@@ -40,7 +38,7 @@ def export_run(
     """Write `out` with the newest checkpoint of a run, or one checkpoint, and return the proof that it is that model.
 
     `family_name` None takes the first family that holds the model exactly; `dtype`, `proof_bytes` and `tell` are as in
-    `import_folder`. Adapters are merged into their base, and `base` is where that is when it has moved. Raises
+    `import_folder`. Adapters are merged into their base, which is at `base` if it has moved. Raises
     UsageError when the family cannot hold the model, MoeLmError when the checkpoint is damaged or the proof fails;
     nothing is left at `out` then.
     """
@@ -54,7 +52,7 @@ def export_run(
     _check_holds(ours, pairs, family)
     rounded_to = DTYPES[dtype] if dtype else None
     outputs = outputs_of_theirs(ours, pairs, rounded_to)
-    meter = Meter(tell or no_one, sum(output.size for output in outputs))
+    meter = Meter(tell, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
     with whole_folder(out) as unfinished:
@@ -75,14 +73,8 @@ def export_run(
             tokenizer_of_theirs=unfinished,
         )
         proof = prove(case, _notes(config), proof_bytes, meter)
-        proof.write(unfinished)
+        write_proof(proof, unfinished)
     return proof
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a checkpoint."""
-    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
-    return build_config(ModelConfig, values, origin=str(folder / "model.yaml"), saved=True)
 
 
 def _family(name: str | None, config: ModelConfig) -> Family:
@@ -128,7 +120,7 @@ def _write_tensors(folder: Path, outputs: Sequence[Output], shard_bytes: int) ->
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """As it came, but a class whose code was not taken along gives way to the one that reads any `tokenizer.json`."""
+    """Write the tokenizer as it came, but with the class for any tokenizer.json if its own class is code."""
     tokenizer.save(folder)
     config = read_json(folder / "tokenizer_config.json")
     if config.pop("auto_map", None) is not None:
@@ -136,7 +128,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _generation_config(folder: Path, tokenizer: Tokenizer) -> str:
-    """What came with the model that was imported; else the ids that end a text."""
+    """The text of generation_config.json that came with an imported model; else the ids that end a text."""
     if (folder / GENERATION).is_file():
         return checkpoint.read_text(folder, GENERATION)
     return json.dumps(_ids(tokenizer), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""config.json of a family -> ModelConfig and back; what one side cannot say is refused, with its name and value."""
+"""config.json of a family -> ModelConfig and back. A setting that the other cannot express is refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_lm.config.reading import build_config
 from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, family_of, known_families
 
 Values = dict[str, Any]
-# Settings of ours that mean nothing where no layer has experts.
+# Settings of ours without a meaning when no layer has experts.
 OF_EXPERTS = (
     "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size",
     "shared_expert_gate", "first_k_dense_replace", "mlp_only_layers", "scoring_func",
@@ -27,7 +27,7 @@ OF_DENSE_LAYERS = {
 
 
 class Read(NamedTuple):
-    """What a config.json came to."""
+    """A config.json as read."""
 
     family: Family
     config: ModelConfig
@@ -113,7 +113,7 @@ def write_config(config: ModelConfig, family: Family) -> Values:
 
 
 def nearest_family(config: ModelConfig) -> Family:
-    """The first family that holds the model exactly. Raises UsageError saying what the nearest lacks when none does."""
+    """The first family that holds the model exactly. If none does, raises UsageError naming what the nearest lacks."""
     refusals = []
     for family in FAMILIES:
         try:
@@ -155,7 +155,7 @@ def effective(config: ModelConfig) -> Values:
 
 
 def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
-    """Both ways of writing it: `rope_parameters`, and before transformers 5 `rope_theta` beside `rope_scaling`."""
+    """Read either form: `rope_parameters`, or, before transformers 5, `rope_theta` beside `rope_scaling`."""
     rope: Values = {"rope_theta": family.rope_theta, "partial_rotary_factor": family.partial_rotary_factor}
     rope |= {name: hf[name] for name in ("rope_theta", "partial_rotary_factor") if hf.get(name) is not None}
     for name in ("rope_scaling", "rope_parameters"):
@@ -174,7 +174,7 @@ def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
 
 
 def _write_rope(config: ModelConfig, family: Family) -> Values:
-    """Both ways, for readers of every age."""
+    """Write both forms, for readers old and new."""
     scaling = config.rope_scaling
     table = (
         {"rope_type": "default"} if scaling is None else scaling.model_dump(exclude_none=True, exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's: config.json, one safetensors file or several with an index, tokenizer files."""
+"""A Hugging Face folder: config.json, one safetensors file or several with an index, tokenizer files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.safetensors_file import Stored, read_header
 from moe_lm.common.errors import MoeLmError, UsageError
 
-CONFIG, GENERATION, INDEX, SINGLE = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "model.safetensors",
-)  # fmt: skip
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class HFFolder:
-    """Reads a folder's config and the rows of its tensors. Nothing in it is executed, and no file outside is read.
+    """A folder's config and the rows of its tensors. Nothing in it is executed, and no file outside it is read.
 
-    Raises UsageError when there is no such folder or it is of another kind.
+    Raises UsageError when the folder does not exist or is of another kind.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +56,7 @@ class HFFolder:
         return sorted({stored.file for stored in self._tensors.values()})
 
     def generation_config(self) -> str | None:
-        """The text of generation_config.json, or None where there is none."""
+        """The text of generation_config.json, or None if there is no such file."""
         path = self.path / GENERATION
         return json.dumps(read_json(path), indent=2) if path.is_file() else None
 
@@ -97,7 +96,7 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a regular file. Raises UsageError naming what is wrong with it."""
+    """The JSON object in a regular file. Raises UsageError naming what is wrong with it."""
     if path.is_symlink():
         raise UsageError(
             f"{path} is a symbolic link, which is not followed; copy the folder, or download it with --local-dir"

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face folder make up each tensor of ours.
+"""The tensors of a Hugging Face folder that make up each tensor of ours.
 
 Ours are those of `LanguageModel`, in a checkpoint under `model.` and their name. The routed experts of a layer are one
 stack `[E, in, out]` here and E matrices `[out, in]` there; everything else is the same tensor, perhaps renamed.
@@ -28,7 +28,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Part(NamedTuple):
-    """A tensor of theirs. It is expert `expert` of our stack, turned, or all of our tensor."""
+    """A tensor of theirs: the transpose of expert `expert` of our stack, or the whole of our tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A tensor of ours and what it is there: nothing for a router's bias in a family without one."""
+    """A tensor of ours and its parts there; a router's bias has none in a family without such biases."""
 
     ours: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def tensor_pairs(config: ModelConfig, family: Family) -> list[Pair]:
 
 
 def check_complete(source: TensorSource, pairs: Sequence[Pair], config: ModelConfig, origin: str) -> list[str]:
-    """Compare what a folder holds with what the model needs; a sentence for every kind of tensor that is left out.
+    """Compare a folder's tensors with those of the model; returns a sentence for each kind of tensor that is left out.
 
     Raises MoeLmError listing what is missing or unknown, or naming file and tensor of a wrong shape or data type.
     """
@@ -104,7 +104,7 @@ def check_complete(source: TensorSource, pairs: Sequence[Pair], config: ModelCon
 
 
 def _check_tied(source: TensorSource, origin: str) -> None:
-    """A head that is there although config.json says that it is the embedding must be the embedding."""
+    """Raise MoeLmError for a head that differs from the embedding, although config.json says that they are tied."""
     shape = source.shape(EMBEDDING)
     same = source.shape(HEAD) == shape and all(
         torch.equal(source.rows(HEAD, start, stop), source.rows(EMBEDDING, start, stop))
@@ -112,7 +112,7 @@ def _check_tied(source: TensorSource, origin: str) -> None:
     )
     if not same:
         raise MoeLmError(
-            f"{origin}: tie_word_embeddings=True, but {HEAD} is another tensor than {EMBEDDING}; correct config.json"
+            f"{origin}: tie_word_embeddings=True, but {HEAD} differs from {EMBEDDING}; correct config.json"
         )
 
 

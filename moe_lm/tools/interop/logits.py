@@ -1,44 +1,46 @@
-"""Comparing what two models make of the same tokens.
+"""Whether two models compute the same: their logits and choices of experts for the same tokens.
 
-Shapes: R rows, S positions, V vocabulary, k experts a token.
+Shapes: R rows, S positions, V vocabulary, E experts, k experts a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_lm.common.errors import MoeLmError
+
 TOLERANCE = 1e-5  # absolute, of logits of order 1 in float32
 NOISE_FACTOR = 4
 
 
-class Seen(NamedTuple):
-    """What a model said, and how far that moves when every layer reads its input with a rounding more: `noise`."""
+class ForwardPass(NamedTuple):
+    """A model's logits and choices of experts, and how far one more rounding in every layer moves them: the noise."""
 
     logits: Tensor  # [R, S, V]
     experts: list[Tensor]  # a layer: [R, S, k]
-    choices: list[Tensor]  # a layer: [R, S, E], what the choice of experts went by; empty where unknown
+    scores: list[Tensor]  # a layer: [R, S, E], by which the experts were chosen; empty where unknown
     noise: float = 0.0  # of the logits
-    noise_of_choices: Sequence[float] = ()  # a layer
+    noise_of_scores: Sequence[float] = ()  # a layer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two models agree on some tokens."""
+    """How far two models agree on the same tokens."""
 
     tokens: str
     positions: int
-    largest_difference: float
+    largest_difference: float  # of logits that are comparable
     tolerance: float
     largest_logit: float
     expert_choices: int
     other_experts: int  # choices that differ
-    ties: int  # of these, those between experts whose scores differ by no more than rounding moves them
-    positions_after_ties: int  # whose logits are not comparable
+    ties: int  # how many of these lie between experts whose scores differ by no more than rounding moves them
+    positions_after_ties: int  # positions whose logits are not comparable
 
     @property
     def equal(self) -> bool:
@@ -58,17 +60,26 @@ class Comparison:
         )
 
 
-def compare(tokens: str, ours: Seen, theirs: Seen) -> Comparison:
-    """Logits within TOLERANCE, or within what rounding does to this model where that is more, and the same experts.
+def compare_all(ours: Mapping[str, ForwardPass], theirs: Mapping[str, ForwardPass]) -> tuple[Comparison, ...]:
+    """`compare` for each text by its name. Raises MoeLmError for the first on which the models do not agree."""
+    comparisons = tuple(compare(name, ours[name], theirs[name]) for name in ours)
+    for comparison in comparisons:
+        if not comparison.equal:
+            raise MoeLmError(f"the proof failed: {comparison}; nothing was kept")
+    return comparisons
 
-    Two experts whose scores are equal up to rounding may change places; what is computed from there on in that row is
-    left out, and counted.
+
+def compare(tokens: str, ours: ForwardPass, theirs: ForwardPass) -> Comparison:
+    """Compare logits, within TOLERANCE or the noise of this model, whichever is larger, and the choices of experts.
+
+    Two experts whose scores are equal up to rounding may change places. Whatever that row computes after such a tie is
+    left out of the comparison, and counted.
     """
     rows, positions = ours.logits.shape[:2]
     tolerance = max(TOLERANCE, NOISE_FACTOR * ours.noise)
     choices = different = ties = 0
     *before_layers, comparable = _comparable(ours, theirs)
-    layers = zip(ours.experts, theirs.experts, ours.choices, ours.noise_of_choices, before_layers, strict=True)
+    layers = zip(ours.experts, theirs.experts, ours.scores, ours.noise_of_scores, before_layers, strict=True)
     for mine, other, scores, noise, before in layers:
         counted = _differ(mine, other) & before
         gaps = scores.gather(-1, mine).sum(-1) - scores.gather(-1, other).sum(-1)
@@ -90,21 +101,21 @@ def compare(tokens: str, ours: Seen, theirs: Seen) -> Comparison:
     )
 
 
-def with_noise(seen: Seen, disturbed: Seen) -> Seen:
-    """What a model said, with how far that is from what it said when it was disturbed.
+def with_noise(once: ForwardPass, disturbed: ForwardPass) -> ForwardPass:
+    """A forward pass with its noise: its distance to the pass of the same model when disturbed.
 
-    Where the disturbance broke a tie otherwise, the distance is that between two experts, which is no rounding.
+    Positions after a tie that the disturbance broke are left out: there the distance is that between two experts.
     """
-    *before_layers, comparable = _comparable(seen, disturbed)
-    layers = zip(seen.choices, disturbed.choices, before_layers, strict=True)
-    return seen._replace(
-        noise=_distance(seen.logits, disturbed.logits, comparable),
-        noise_of_choices=[_distance(mine, other, before) for mine, other, before in layers],
+    *before_layers, comparable = _comparable(once, disturbed)
+    layers = zip(once.scores, disturbed.scores, before_layers, strict=True)
+    return once._replace(
+        noise=_distance(once.logits, disturbed.logits, comparable),
+        noise_of_scores=[_distance(mine, other, before) for mine, other, before in layers],
     )
 
 
-def _comparable(ours: Seen, theirs: Seen) -> list[Tensor]:
-    """[R, S] before each layer and behind the last: where nothing was computed from another choice of experts."""
+def _comparable(ours: ForwardPass, theirs: ForwardPass) -> list[Tensor]:
+    """Masks [R, S], before each layer and after the last: positions computed from the same choices of experts."""
     masks = [torch.ones(ours.logits.shape[:2], dtype=torch.bool)]
     for mine, other in zip(ours.experts, theirs.experts, strict=True):
         masks.append(masks[-1] & (_differ(mine, other).long().cumsum(-1) == 0))

@@ -1,7 +1,7 @@
 """Adapters in the format of `peft`: adapter_model.safetensors and adapter_config.json, in a folder of their own.
 
-There an adapter is named by the layer of the published model that it stands beside, and every routed expert is such a
-layer. What the format, or `peft` itself, cannot express is refused; merged weights (`moe-lm export`) always can be.
+In this format an adapter is named after the layer of the published model that it adapts, and every routed expert is a
+layer. Whatever the format, or `peft` itself, cannot express is refused; merged weights (`moe-lm export`) always work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage, write
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.read import CheckpointTensors, TensorSource, open_own_tensors, open_tensors
+from moe_lm.checkpoint.read import CheckpointTensors, TensorSource, open_own_tensors, open_tensors, read_model_config
 from moe_lm.checkpoint.safetensors_file import read_header
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
@@ -27,7 +27,6 @@ from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model import lora
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.logical import is_expert
-from moe_lm.tools.interop.exporting import read_model_config
 from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_config import nearest_family
 from moe_lm.tools.interop.hf_folder import read_json
@@ -35,7 +34,7 @@ from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS, tensor_pairs
 
 SETTINGS, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.txt"
 PREFIX = "base_model.model."
-# Keys of adapter_config.json that say what is read here, or nothing about the numbers. Any other one must be off.
+# Keys of adapter_config.json that are read here or do not change the numbers. Any other key must be off.
 UNDERSTOOD = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
@@ -45,7 +44,7 @@ OFF: tuple[Any, ...] = (None, False, [], {}, "none", 0)
 
 
 class Place(NamedTuple):
-    """Where a factor of ours is in the file: in the tensor `theirs`, for a stack as its expert, turned."""
+    """The place of a factor of ours in the file: the tensor `theirs`; for a stack, the transpose of one expert."""
 
     ours: str
     theirs: str
@@ -54,9 +53,9 @@ class Place(NamedTuple):
 
 
 def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
-    """Write `out` with the adapters of a run, and return what there is to say of them.
+    """Write `out` with the adapters of a run, and return a description of them.
 
-    `base` is where their base is when it has moved. Raises UsageError when the run has no adapters, or changed what
+    Their base is at `base` if it has moved. Raises UsageError when the run has no adapters, or has changed weights that
     the format does not hold.
     """
     folder = checkpoint.resolve(run)
@@ -96,10 +95,10 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
 
 
 def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
-    """Make a run of adapters beside the model of `base`, and return what there is to say of them.
+    """Make a run of adapters beside the model of `base`, and return a description of them.
 
-    Layers that the file does not adapt get adapters that add nothing. Raises UsageError for what only `peft` knows,
-    MoeLmError when the file does not fit the model or is damaged; nothing is left at `run_dir` then.
+    Layers that the file does not adapt get adapters that add nothing. Raises UsageError for a setting that only `peft`
+    has, MoeLmError when the file does not fit the model or is damaged; nothing is left at `run_dir` then.
     """
     if base is None:
         raise UsageError(f"{source} holds an adapter; say with --base which run it stands beside")
@@ -111,7 +110,7 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     if (source / BASE).is_file() and (known := (source / BASE).read_text(encoding="utf-8").strip()) != fingerprint:
         raise UsageError(
             f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {place} is "
-            f"another one (fingerprint {fingerprint}); give the one that they were trained beside"
+            f"another model (fingerprint {fingerprint}); give the model that they were trained beside"
         )
     header = read_header(source / TENSORS)
     by_name = {spot.theirs: spot for spot in places(model, settings, family)}
@@ -153,7 +152,7 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
 
 
 def read_settings(values: Mapping[str, Any], origin: Path) -> LoraConfig:
-    """What our adapters are called for these. Raises UsageError naming the key that has no meaning here."""
+    """Our settings for an adapter_config.json. Raises UsageError naming the key that has no meaning here."""
     if values.get("peft_type") != "LORA":
         raise UsageError(f"{origin}: peft_type={values.get('peft_type')!r}, expected 'LORA'; merge it with peft first")
     for key, value in values.items():
@@ -170,7 +169,7 @@ def read_settings(values: Mapping[str, Any], origin: Path) -> LoraConfig:
 
 
 def places(model: ModelConfig, settings: LoraConfig, family: Family) -> Iterator[Place]:
-    """Every factor that adapters of these settings have, and its tensors in the file."""
+    """Every factor of adapters with these settings, and its tensors in the file."""
     factors = {name: tuple(tensor.shape) for name, tensor in _empty(model, settings, "meta").items()}
     for pair in tensor_pairs(model, family):
         for factor in lora.factors_of(pair.ours):
@@ -204,7 +203,7 @@ def _rows_of(own: CheckpointTensors, spot: Place) -> tuple[int, int]:
 
 
 def _check_layers(own: CheckpointTensors, model: ModelConfig, family: Family) -> None:
-    """Raise UsageError for adapters that `peft` (0.21, with transformers 5) would load wrong, without a word."""
+    """Raise UsageError for adapters that `peft` (0.21, with transformers 5) would silently load wrong."""
     of_experts = any(lora.is_factor(name) and is_expert(name) for name in own.names())
     of_others = any(lora.is_factor(name) and ".mlp." in name and not is_expert(name) for name in own.names())
     if model.moe_layers and of_others:
@@ -220,7 +219,7 @@ def _check_layers(own: CheckpointTensors, model: ModelConfig, family: Family) ->
 
 
 def _check_nothing_else_trained(own: CheckpointTensors, base: TensorSource) -> None:
-    """Raise UsageError for a router or its bias that is not the base's any more."""
+    """Raise UsageError for a router, or its bias, that differs from the base's."""
     for name in own.names():
         if lora.is_factor(name):
             continue
@@ -234,7 +233,7 @@ def _check_nothing_else_trained(own: CheckpointTensors, base: TensorSource) -> N
 
 
 def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise MoeLmError unless the file holds exactly these."""
+    """Raise MoeLmError unless the file holds exactly these tensors."""
     header = read_header(path)
     same = header.tensors.keys() == tensors.keys() and all(
         torch.equal(stored.rows(0, stored.shape[0]), tensors[name]) for name, stored in header.tensors.items()

@@ -1,13 +1,12 @@
-"""What is shown before anything counts as imported or exported, printed and kept as proof.json.
+"""The proof that an imported or exported model is the same model, printed and kept as proof.json.
 
 Every value of every tensor is read back from the disk and compared (transfer.py). Then both models, one after the
-other, read the same random and real tokens in float32: their logits must agree, and so must the experts that they
-choose. Where a whole model is too large for that, its first layers are compared and the proof says how many.
+other, read the same random and real tokens in float32: their logits must agree, and so must their choices of experts.
+If a whole model is too large for that, its first layers are compared and the proof says how many.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 
 from moe_lm.checkpoint.read import TensorSource
-from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import sha256_of
 from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop import sides
+from moe_lm.tools.interop import models
 from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_folder import HFFolder
 from moe_lm.tools.interop.hf_tensors import Pair
-from moe_lm.tools.interop.logits import Comparison, compare
+from moe_lm.tools.interop.logits import Comparison, compare_all
 from moe_lm.tools.interop.transfer import Meter, audit
 
 PROOF = "proof.json"
@@ -32,7 +31,7 @@ PROOF = "proof.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A model on both sides, one of which was just written."""
+    """A model in our format and in theirs, one of which was just written."""
 
     what: str
     config: ModelConfig
@@ -41,14 +40,14 @@ class Case:
     ours: TensorSource
     theirs: HFFolder
     importing: bool
-    rounded_to: torch.dtype | None  # what weights were written in, None what they were in
+    rounded_to: torch.dtype | None  # the dtype that weights were written in, None if it is the dtype they had
     tokenizer: Tokenizer
     tokenizer_of_theirs: Path
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven and what was not."""
+    """The statements that were proven, and those that were not."""
 
     what: str
     family: str
@@ -62,9 +61,6 @@ class Proof:
     tokenizer: str | None = None
     notes: list[str] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
-
-    def write(self, folder: Path) -> None:
-        (folder / PROOF).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         lines = [
@@ -92,18 +88,18 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
         "our_tensors": audited.our_tensors,
         "their_tensors": audited.their_tensors,
         "values_equal": audited.values,
-        "sha256": {path.name: _sha256(path) for path in case.theirs.files},
+        "sha256": {path.name: sha256_of(path) for path in case.theirs.files},
         "notes": list(notes),
     }
-    library, missing = sides.find_transformers(case.family.model_type)
+    library, missing = models.find_transformers(case.family.model_type)
     if library is None:
         return Proof(**known, not_proven=[f"logits and experts: {missing}"])
-    layers, why = sides.layers_that_fit(case.config, max_bytes)
+    layers, why = models.layers_that_fit(case.config, max_bytes)
     not_proven = [why] if why else []
     comparisons: tuple[Comparison, ...] = ()
     if layers:
         comparisons = _compare_models(case, layers)
-    tokenizer, why = sides.compare_tokenizers(case.tokenizer, case.tokenizer_of_theirs)
+    tokenizer, why = models.compare_tokenizers(case.tokenizer, case.tokenizer_of_theirs)
     if why:
         not_proven.append(why)
     return Proof(
@@ -116,21 +112,17 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
     )
 
 
+def write_proof(proof: Any, folder: Path) -> None:
+    """Keep a proof, which is a dataclass, beside the model."""
+    (folder / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+
+
 def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
-    texts = sides.token_batches(case.config, case.tokenizer)
+    texts = models.token_batches(case.config, case.tokenizer)
     rounded = None
     if not case.importing:
         rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
-    seen_here = sides.run_ours(sides.our_model(case.config, layers, case.ours, rounded), texts)
+    ours = models.run_ours(models.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
-    seen_there = sides.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None)
-    comparisons = tuple(compare(name, seen_here[name], seen_there[name]) for name in texts)
-    failed = [comparison for comparison in comparisons if not comparison.equal]
-    if failed:
-        raise MoeLmError(f"the proof failed: {failed[0]}; nothing was kept")
-    return comparisons
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None)
+    return compare_all(ours, theirs)

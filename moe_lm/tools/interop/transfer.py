@@ -1,39 +1,65 @@
-"""Carrying tensors from one side to the other, a piece at a time, and auditing what arrived."""
+"""Carrying tensors between our format and theirs, a piece at a time, and auditing what arrived."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.read import TensorSource
-from moe_lm.checkpoint.safetensors_file import Output, as_bytes, pieces_of
+from moe_lm.checkpoint import checkpoint, write
+from moe_lm.checkpoint.read import TensorSource, open_tensors
+from moe_lm.checkpoint.safetensors_file import Output, as_bytes, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import dump_config
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import Pair, Part
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def no_one(done: int, total: int | None) -> None:
-    """Whom a meter tells when nobody watches."""
+FILE_BYTES = 4 << 30  # tensors go into files of about this size
+
+
+def write_run(
+    run_dir: Path, config: ModelConfig, tokenizer: Tokenizer, outputs: Sequence[Output], generation: str | None
+) -> TensorSource:
+    """Write a run folder with a checkpoint of step 0, a piece at a time; returns its tensors, read back and verified.
+
+    `generation` is the text of generation_config.json, if there is one.
+    """
+
+    def write_tensors(path: Path) -> None:
+        path.mkdir()
+        write_files(path, outputs, {"format": "pt"}, FILE_BYTES)
+
+    files: dict[str, write.Content] = {
+        "model.yaml": dump_config(config),
+        "tokenizer": tokenizer.save,
+        checkpoint.MODEL: write_tensors,
+    }
+    if generation is not None:
+        files[checkpoint.GENERATION] = generation
+    return open_tensors(write.save(run_dir / "checkpoints", 0, {}, files))
 
 
 class Meter:
-    """Tells how many bytes were carried and audited, of how many: every byte counts once in each."""
+    """Counts the bytes that were carried and audited, each byte once in each, and tells them and their total."""
 
-    def __init__(self, tell: Tell, carried: int) -> None:
-        self._tell, self._total, self._done = tell, 2 * carried, 0
+    def __init__(self, tell: Tell | None, carried: int) -> None:
+        self._tell, self._total, self._done = tell or (lambda done, total: None), 2 * carried, 0
 
     def add(self, piece: Tensor) -> None:
         self._done += piece.nbytes
         self._tell(self._done, max(self._done, self._total))
 
     def watch(self, outputs: Sequence[Output]) -> list[Output]:
-        """The same outputs, whose pieces are counted while they are made."""
+        """The same outputs, with their pieces counted as they are made."""
 
         def counted(output: Output) -> Iterator[Tensor]:
             for piece in output.pieces():
@@ -44,7 +70,7 @@ class Meter:
 
 
 class Audit(NamedTuple):
-    """What was read back and found equal, bit by bit."""
+    """The number of tensors and values that were read back and found equal, bit by bit."""
 
     our_tensors: int
     their_tensors: int
@@ -52,12 +78,12 @@ class Audit(NamedTuple):
 
 
 def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
-    """Our tensors, out of a folder's. `dtype` None keeps what the folder has; the router's biases are float32."""
+    """Our tensors, made from a folder's. `dtype` None keeps the folder's; biases of routers are float32."""
     return [Output(pair.ours, pair.shape, _our_dtype(theirs, pair, dtype), _our_pieces(theirs, pair)) for pair in pairs]
 
 
 def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
-    """A folder's tensors, out of ours; `dtype` as above."""
+    """A folder's tensors, made from ours; `dtype` as in `outputs_of_ours`."""
     return [
         Output(part.name, part.shape, _their_dtype(ours, pair, dtype), _their_pieces(ours, pair, part))
         for pair in pairs
@@ -69,9 +95,9 @@ def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dt
 def audit(
     ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource, meter: Meter | None = None
 ) -> Audit:
-    """Read both sides again and compare every value in the data type of the side that was `written`.
+    """Read both formats again and compare every value, in the dtype of the source that was `written`.
 
-    Raises MoeLmError naming the first tensor that differs, is missing, or is there without being asked for.
+    Raises MoeLmError naming the first tensor that differs, is missing, or should not be there.
     """
     for source, names in (
         (ours, {pair.ours for pair in pairs}),
@@ -96,7 +122,7 @@ def audit(
 
 
 def first_unwritable(ours: TensorSource, pairs: Sequence[Pair]) -> str | None:
-    """A router's bias that is not zero and that the other side has no tensor for."""
+    """The first router's bias that is not zero and has no tensor in the other format."""
     lost = (pair.ours for pair in pairs if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any())
     return next(lost, None)
 

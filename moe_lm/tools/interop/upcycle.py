@@ -11,36 +11,33 @@ Sparse upcycling: arXiv 2212.05055; fine-grained, with routers alike within a co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint, write
-from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.read import TensorSource, open_tensors
-from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.checkpoint import GENERATION, MODEL_PREFIX
+from moe_lm.checkpoint.read import TensorSource, open_tensors, read_model_config
+from moe_lm.checkpoint.safetensors_file import Output, pieces_of
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.reading import build_config, dump_config
+from moe_lm.config.reading import build_config
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop import sides
-from moe_lm.tools.interop.exporting import read_model_config
-from moe_lm.tools.interop.hf_folder import GENERATION
-from moe_lm.tools.interop.importing import FILE_BYTES
-from moe_lm.tools.interop.logits import Comparison, Seen, compare
-from moe_lm.tools.interop.proof import PROOF
+from moe_lm.tools.interop import models
+from moe_lm.tools.interop.logits import Comparison, ForwardPass, compare_all
+from moe_lm.tools.interop.proof import write_proof
+from moe_lm.tools.interop.transfer import write_run
 
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a dense model is cut and copied."""
+    """The settings by which a dense model is cut and copied."""
 
     experts: int
     per_token: int
@@ -51,22 +48,22 @@ class Upcycling:
 
     @property
     def pieces(self) -> int:
-        """Routed experts that are one copy of a feed-forward layer together."""
+        """The number of routed experts that together are one copy of a feed-forward layer."""
         return self.split - self.shared
 
     @property
     def factor(self) -> int:
-        """What the last matrices of the routed experts are multiplied by."""
+        """The factor on the last matrices of the routed experts."""
         return 1 if self.shared else self.pieces
 
 
 @dataclass(frozen=True)
 class UpcyclingProof:
-    """The dense model beside what became of it."""
+    """The comparison of the dense model with the upcycled one."""
 
     what: str
     layers: str
-    loss_before: float  # nats a token, of a real text
+    loss_before: float  # nats a token, on a real text
     loss_after: float
     logits: tuple[Comparison, ...]
     not_proven: tuple[str, ...] = ()
@@ -95,22 +92,11 @@ def upcycle(
     config = upcycled_config(dense, how)
     tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
     before = open_tensors(folder, base)
-
-    def write_tensors(path: Path) -> None:
-        path.mkdir()
-        write_files(path, _outputs(before, config, how), {"format": "pt"}, FILE_BYTES)
-
-    files: dict[str, write.Content] = {
-        "model.yaml": dump_config(config),
-        "tokenizer": tokenizer.save,
-        checkpoint.MODEL: write_tensors,
-    }
-    if (folder / GENERATION).is_file():
-        files[GENERATION] = checkpoint.read_text(folder, GENERATION)
+    generation = checkpoint.read_text(folder, GENERATION) if (folder / GENERATION).is_file() else None
     with whole_folder(run_dir) as unfinished:
-        after = open_tensors(write.save(unfinished / "checkpoints", 0, {}, files))
+        after = write_run(unfinished, config, tokenizer, _outputs(before, config, how), generation)
         proof = _prove(f"upcycle {run.name}", dense, before, config, after, tokenizer, proof_bytes)
-        (unfinished / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+        write_proof(proof, unfinished)
     return proof
 
 
@@ -197,7 +183,7 @@ def _pieces(
 
 
 def _dense_name(name: str) -> str:
-    """The tensor of the dense model that one of the new model is made of."""
+    """The tensor of the dense model from which a tensor of the new model is made."""
     name = name.replace(".shared_experts.", ".")
     return f"{name.replace('.experts.', '.')}.weight" if ".experts." in name else name
 
@@ -211,16 +197,13 @@ def _prove(
     tokenizer: Tokenizer,
     max_bytes: int | None,
 ) -> UpcyclingProof:
-    layers, missing = sides.layers_that_fit(config, max_bytes)
+    layers, missing = models.layers_that_fit(config, max_bytes)
     if not layers:
         raise MoeLmError(f"nothing could be proven: {missing}; give --proof-memory more")
-    texts = sides.token_batches(config, tokenizer)
-    old = sides.run_ours(sides.our_model(dense, layers, before), texts)
-    new = sides.run_ours(sides.our_model(config, layers, after), texts)
-    comparisons = tuple(compare(name, _without_experts(old[name]), _without_experts(new[name])) for name in texts)
-    failed = [comparison for comparison in comparisons if not comparison.equal]
-    if failed:
-        raise MoeLmError(f"the proof failed: {failed[0]}; nothing was kept")
+    texts = models.token_batches(config, tokenizer)
+    old = models.run_ours(models.our_model(dense, layers, before), texts)
+    new = models.run_ours(models.our_model(config, layers, after), texts)
+    comparisons = compare_all(*({name: _without_experts(one) for name, one in passes.items()} for passes in (old, new)))
     return UpcyclingProof(
         what=what,
         layers=f"{layers} of {config.num_hidden_layers}",
@@ -231,8 +214,8 @@ def _prove(
     )
 
 
-def _without_experts(seen: Seen) -> Seen:
-    return seen._replace(experts=[], choices=[], noise_of_choices=())
+def _without_experts(one: ForwardPass) -> ForwardPass:
+    return one._replace(experts=[], scores=[], noise_of_scores=())
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

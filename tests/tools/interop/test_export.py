@@ -18,11 +18,11 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop import families, hf_config, sides
+from moe_lm.tools.interop import families, hf_config, models
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.importing import import_folder
-from moe_lm.tools.interop.logits import Seen, compare
+from moe_lm.tools.interop.logits import ForwardPass, compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,7 +265,7 @@ def test_values_changed_on_the_way_do_not_pass_the_audit(
 def test_without_transformers_it_is_said(
     tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sides.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     proof = export_run(save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run"), tmp_path / "out")
     assert proof.compared_with is None
     assert "not proven: logits and experts: transformers is not installed (pip install transformers)" in str(proof)
@@ -275,21 +275,21 @@ def test_without_transformers_it_is_said(
 def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what is free decides how many layers are compared."""
     config = ModelConfig(**SHAPE | MOE)
-    monkeypatch.setattr(sides, "CONTAINER", tmp_path)
-    assert sides.layers_that_fit(config, None) == (2, "")
+    monkeypatch.setattr(models, "CONTAINER", tmp_path)
+    assert models.layers_that_fit(config, None) == (2, "")
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert sides.layers_that_fit(config, None) == (2, "")
-    (tmp_path / "memory.max").write_text(f"{1000 + 2 * sides.bytes_to_compare(config, 1)}\n")
-    assert sides.layers_that_fit(config, None)[0] == 1
+    assert models.layers_that_fit(config, None) == (2, "")
+    (tmp_path / "memory.max").write_text(f"{1000 + 2 * models.bytes_to_compare(config, 1)}\n")
+    assert models.layers_that_fit(config, None)[0] == 1
     (tmp_path / "memory.max").write_text("1001\n")
-    assert sides.layers_that_fit(config, None)[0] == 0
+    assert models.layers_that_fit(config, None)[0] == 0
 
 
-def seen(experts: list[list[int]], logits: list[float], scores: list[float]) -> Seen:
+def seen(experts: list[list[int]], logits: list[float], scores: list[float]) -> ForwardPass:
     """One row of one layer and vocabulary."""
     table = torch.tensor(scores).expand(len(experts), -1)
-    return Seen(torch.tensor(logits).view(1, -1, 1), [torch.tensor(experts)[None]], [table[None]], 0.0, [0.0])
+    return ForwardPass(torch.tensor(logits).view(1, -1, 1), [torch.tensor(experts)[None]], [table[None]], 0.0, [0.0])
 
 
 def test_tie_between_experts_is_no_difference_but_what_follows_is_not_compared() -> None:
@@ -328,9 +328,9 @@ def test_model_whose_ties_a_rounding_breaks_is_still_told_from_another(seed: int
         return model.eval()
 
     texts = {"random": torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))}
-    ours = sides.run_ours(build(), texts)["random"]
-    assert compare("random", ours, sides.run_ours(build(), texts)["random"]).tolerance < 1e-4
-    with sides._disturbed(model := build()):  # the same model, rounded otherwise
-        assert compare("random", ours, sides.run_ours(model, texts)["random"]).equal
+    ours = models.run_ours(build(), texts)["random"]
+    assert compare("random", ours, models.run_ours(build(), texts)["random"]).tolerance < 1e-4
+    with models._disturbed(model := build()):  # the same model, rounded otherwise
+        assert compare("random", ours, models.run_ours(model, texts)["random"]).equal
     for wrong in ({"rms_norm_eps": 2e-6}, {"rope_theta": 10005.0}):
-        assert not compare("random", ours, sides.run_ours(build(**wrong), texts)["random"]).equal
+        assert not compare("random", ours, models.run_ours(build(**wrong), texts)["random"]).equal

@@ -150,7 +150,7 @@ def test_bfloat16_import_is_proven_against_the_same_rounding(
 
 def test_first_layers_are_compared_where_the_whole_does_not_fit(tmp_path: Path, hf_folder: Any) -> None:
     from moe_lm.tools.interop.hf_config import read_config
-    from moe_lm.tools.interop.sides import bytes_to_compare
+    from moe_lm.tools.interop.models import bytes_to_compare
 
     folder = hf_folder("dots1")
     config = read_config(json.loads((folder / "config.json").read_text()), "config.json").config

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoTokenizer
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.importing import import_folder
-from moe_lm.tools.interop.sides import find_transformers
+from moe_lm.tools.interop.models import find_transformers
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.config.model import ModelConfig
 SMALL = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage, write
-from moe_lm.checkpoint.read import CheckpointTensors
+from moe_lm.checkpoint.read import CheckpointTensors, read_model_config
 from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
@@ -24,7 +24,6 @@ from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop.exporting import read_model_config
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.peft_adapter import import_adapter
 

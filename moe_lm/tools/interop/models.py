@@ -1,4 +1,4 @@
-"""The two models of a proof: ours out of a checkpoint, theirs through `transformers`, each alone in memory."""
+"""The two models of a proof: ours from a checkpoint, theirs through `transformers`. One is in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.read import TensorSource
-from moe_lm.checkpoint.safetensors_file import pieces_of
+from moe_lm.checkpoint.read import TensorSource, fill
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.size import count_parameters
 from moe_lm.model.transformer import LanguageModel, ModelOutput
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
-from moe_lm.tools.interop.logits import Seen, with_noise
+from moe_lm.tools.interop.logits import ForwardPass, with_noise
 
 FLOAT32 = torch.float32.itemsize
 TOKENS = 512
 LONGEST_ROW = 128
 DISTURBANCE = 1e-7  # relative: about one rounding in float32
 CONTAINER = Path("/sys/fs/cgroup")
-OVERHEAD = 1.5  # activations, and their experts while they are put together
+OVERHEAD = 1.5  # of weights, for activations and for tensors while they are put together
 CONVERSATION = [{"role": "user", "content": "1 < 2?"}, {"role": "assistant", "content": "Yes."}]
 
 
 def find_transformers(model_type: str) -> tuple[str | None, str]:
-    """Name and version of the library that knows the family, or what is missing."""
+    """Name and version of the library that knows the family; else None and the reason."""
     if importlib.util.find_spec("transformers") is None:
         return None, "transformers is not installed (pip install transformers)"
     import transformers
@@ -48,7 +46,7 @@ def find_transformers(model_type: str) -> tuple[str | None, str]:
 
 
 def layers_that_fit(config: ModelConfig, max_bytes: int | None) -> tuple[int, str]:
-    """How many first layers either model can have within `max_bytes`, and what stays unproven if it is not all.
+    """The number of first layers to compare within `max_bytes`, and what stays unproven if that is not all of them.
 
     0 when not even the first layer with experts fits.
     """
@@ -67,13 +65,13 @@ def layers_that_fit(config: ModelConfig, max_bytes: int | None) -> tuple[int, st
 
 
 def bytes_to_compare(config: ModelConfig, layers: int) -> int:
-    """Memory for one model of so many layers in float32, and for the logits of both."""
+    """Memory for one model of this many layers in float32, and for the logits of both."""
     weights = FLOAT32 * count_parameters(_first_layers(config, layers)).total
     return int(OVERHEAD * weights) + 6 * FLOAT32 * TOKENS * config.vocab_size
 
 
 def token_batches(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """TOKENS random tokens and TOKENS of a real text, as rows: the source of one of Python's own modules."""
+    """Rows of TOKENS random tokens and of TOKENS real ones, the source of one of Python's own modules."""
     length = min(LONGEST_ROW, config.max_position_embeddings, TOKENS)
     count = TOKENS // length * length
     random = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
@@ -90,35 +88,35 @@ def token_batches(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tensor
 def our_model(
     config: ModelConfig, layers: int, tensors: TensorSource, rounded_to: Mapping[str, torch.dtype] | None = None
 ) -> LanguageModel:
-    """The first `layers` layers out of a checkpoint, in float32, after the rounding of each tensor that is named."""
+    """The first `layers` layers of a checkpoint, in float32; tensors in `rounded_to` are rounded to that dtype."""
     with torch.device("meta"):
         model = LanguageModel(_first_layers(config, layers))
     model.materialise(torch.device("cpu"))
-    for name, tensor in model.state_dict().items():
-        dtype = (rounded_to or {}).get(MODEL_PREFIX + name, torch.float32)
-        for start, stop in pieces_of(tensor.shape, FLOAT32):
-            tensor[start:stop].copy_(tensors.rows(MODEL_PREFIX + name, start, stop).to(dtype))
-    kernels.apply(model, kernels.choose(model.device, decoding=True))
+    ours = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    fill(ours, tensors)
+    for name, dtype in (rounded_to or {}).items():
+        if name in ours:
+            ours[name].copy_(ours[name].to(dtype))
     return model.eval()
 
 
 @torch.inference_mode()
-def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, Seen]:
-    """What our model makes of some rows of tokens."""
-    seen = {}
+def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, ForwardPass]:
+    """Our model's forward pass over each text, with its noise."""
+    passes = {}
     for name, tokens in texts.items():
         rows, positions = tokens.shape
         attend = PackedAttention(torch.arange(rows + 1, dtype=torch.int32) * positions, positions)
         position_ids = torch.arange(positions).expand(rows, -1)
-        once = _seen(model, model(tokens, position_ids, attend), tokens)
+        once = _forward_pass(model, model(tokens, position_ids, attend), tokens)
         with _disturbed(model):
-            seen[name] = with_noise(once, _seen(model, model(tokens, position_ids, attend), tokens))
-    return seen
+            passes[name] = with_noise(once, _forward_pass(model, model(tokens, position_ids, attend), tokens))
+    return passes
 
 
-def _seen(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> Seen:
+def _forward_pass(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> ForwardPass:
     biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
-    return Seen(
+    return ForwardPass(
         output.logits,
         [routing.experts.unflatten(0, tokens.shape) for routing in output.routings],
         [(r.scores + bias).unflatten(0, tokens.shape) for r, bias in zip(output.routings, biases, strict=True)],
@@ -128,10 +126,10 @@ def _seen(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> Seen:
 @torch.inference_mode()
 def run_theirs(
     folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
-) -> dict[str, Seen]:
-    """The same of their first `layers` layers, with so many routers, after the rounding that our weights went through.
+) -> dict[str, ForwardPass]:
+    """The forward pass of their first `layers` layers over each text, after the rounding that our weights went through.
 
-    Raises MoeLmError when the library finds tensors missing, or does not show what the routers chose.
+    Raises MoeLmError when the library finds tensors missing, or does not show the choices of all `routers` routers.
     """
     model = _their_model(folder, layers)
     if rounded_to is not None:
@@ -142,7 +140,7 @@ def run_theirs(
     for module in model.modules():
         if type(module).__name__.lower().endswith("router"):
             module.register_forward_hook(lambda _, __, out: chosen.append(out[-1]))
-    seen = {}
+    passes = {}
     for name, tokens in texts.items():
         chosen.clear()
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -151,14 +149,14 @@ def run_theirs(
                 f"the proof failed: transformers shows what {len(chosen)} of {routers} routers chose; its version is "
                 "not one that can be compared with, install 5.23"
             )
-        seen[name] = Seen(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [])
-    return seen
+        passes[name] = ForwardPass(logits, [experts.view(*tokens.shape, -1) for experts in chosen], [])
+    return passes
 
 
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
-    """That `AutoTokenizer` gives the same ids and renders the same conversation, or why it cannot be asked.
+    """A sentence saying that `AutoTokenizer` agrees, and the reason if it cannot be asked; one of them is empty.
 
-    Raises MoeLmError when it says something else.
+    Raises MoeLmError when it gives other ids or renders another conversation.
     """
     import transformers
 
@@ -207,7 +205,7 @@ def _their_model(folder: Path, layers: int) -> Any:
 
 @contextmanager
 def _disturbed(model: LanguageModel) -> Iterator[None]:
-    """Changes what every layer reads by a rounding, so that what this does to the logits can be measured."""
+    """Disturb the input of every layer by about one rounding, to measure how far that moves the logits."""
     generator = torch.Generator().manual_seed(1)
 
     def disturb(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -230,7 +228,7 @@ def _gib(config: ModelConfig) -> str:
 
 
 def _free_bytes() -> int:
-    """Memory that the system, or the container that this runs in, can give without swapping."""
+    """Memory that the system, or the container around this process, can give without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
