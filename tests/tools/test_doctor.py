@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_lm.kernels import kernels
+from moe_lm.kernels.device import pick_device
 from moe_lm.tools import doctor
 
 
@@ -75,3 +77,7 @@ def test_no_home_folder_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert doctor.run() == 0
     assert finding("decoding in C++").status == "optional"
+
+
+def test_kernels_are_named() -> None:
+    assert finding("kernels").found == str(kernels.choose(pick_device("auto"), decoding=True))

@@ -1,0 +1,65 @@
+"""Kernels are chosen by name for a device, which need not be there, and applied to every layer of a model."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from moe_lm.kernels import attention, cpu_decode, grouped_mm, kernels
+from moe_lm.kernels.kernels import Kernels
+from moe_lm.kernels.native import build
+from moe_lm.model import moe, rotary
+from moe_lm.model.attention import CachedAttention, segment_attention
+from tests.tiny import LATENT, tiny_model
+
+CUDA = "flash_attn" if importlib.util.find_spec("flash_attn") else "torch_varlen"
+
+
+@pytest.mark.parametrize(
+    ("device", "decoding", "expected"),
+    [
+        ("cuda", False, Kernels(CUDA, "fused")),
+        ("cuda", True, Kernels(CUDA, "fused", "plain")),
+        ("cpu", False, Kernels("segments", "bucketed")),
+        ("mps", True, Kernels("plain", "fused", "plain")),
+    ],
+)
+def test_a_device_has_its_kernels_whether_or_not_it_is_there(device: str, decoding: bool, expected: Kernels) -> None:
+    assert kernels.choose(torch.device(device), decoding) == expected
+
+
+def test_decoding_is_in_cpp_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, name in ((object(), "cpp"), (None, "plain")):
+        monkeypatch.setattr(build, "library", lambda found=library: found)
+        assert str(kernels.choose(torch.device("cpu"), decoding=True)) == (
+            f"attention segments, experts bucketed, decoding {name}"
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT], ids=["grouped", "latent"])
+def test_every_layer_gets_what_is_named_and_a_model_starts_in_plain_torch(changes: dict[str, object]) -> None:
+    model = tiny_model(**changes)
+    plain = (segment_attention, moe.grouped_mm, rotary.rotate, moe.dispatch_locally, CachedAttention)
+    native = (cpu_decode.rotate, cpu_decode.dispatch, cpu_decode.NativeCachedAttention)
+
+    def found() -> set[object]:
+        layers = [layer.self_attn for layer in model.model.layers]
+        experts = model.moe_layers
+        return {
+            *(layer.segment_attention for layer in layers), *(layer.experts.grouped_mm for layer in experts),
+            *(layer.rotate for layer in layers), *(layer.dispatcher for layer in experts), model.cached_attention,
+        }  # fmt: skip
+
+    assert found() == set(plain)
+    kernels.apply(model, Kernels("torch_varlen", "bucketed"))
+    assert found() == {attention.torch_varlen, grouped_mm.bucketed, *plain[2:]}
+    kernels.apply(model, Kernels("segments", "fused", "cpp"))
+    assert found() == {attention.segments, grouped_mm.fused, *native}
+
+
+@pytest.mark.parametrize("name", ["attention", "experts", "decoding"])
+def test_a_name_that_no_table_has_is_an_error(name: str) -> None:
+    with pytest.raises(KeyError, match="quantum"):
+        kernels.apply(tiny_model(), Kernels()._replace(**{name: "quantum"}))
