@@ -46,9 +46,8 @@ def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
 def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:
     """The torch engine around a model, to predict the next token; id 2 is padding."""
     device = torch.device("cpu")
-    chosen = kernels.choose(device)
-    kernels.apply(model, chosen)
-    placed = PlacedModel(model, Topology(world_size=world_size), device, chosen)
+    kernels.apply(model, kernels.choose(device))
+    placed = PlacedModel(model, Topology(world_size=world_size), device)
     return build_engine(placed, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
 
 

@@ -36,7 +36,6 @@ class PlacedModel:
     model: LanguageModel
     topology: Topology
     device: torch.device
-    kernels: kernels.Kernels
     exchange: Exchange | None = None  # None in a single process
     adapters: LoraConfig | None = None
     mesh: DeviceMesh | None = None  # for the DeepSpeed engine
@@ -71,13 +70,12 @@ def place_model(
     Raises UsageError when the experts or the processes cannot be divided as the config says.
     """
     device = rank_device(parallel, topology)
-    chosen = kernels.choose(device)
     exchange = Exchange(device) if topology.world_size > 1 else None
     if parallel.engine == "torch":
         model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
-        kernels.apply(model, chosen)
-        return PlacedModel(model, topology, device, chosen, exchange, adapters)
+        kernels.apply(model, kernels.choose(device))
+        return PlacedModel(model, topology, device, exchange, adapters)
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
     join(Meeting(topology), device, parallel.timeout_seconds)
@@ -89,8 +87,8 @@ def place_model(
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh, exchange)
     model.materialise(torch.device("cpu"))
-    kernels.apply(model, chosen)
-    return PlacedModel(model, topology, device, chosen, exchange, adapters, mesh, first)
+    kernels.apply(model, kernels.choose(device))
+    return PlacedModel(model, topology, device, exchange, adapters, mesh, first)
 
 
 def build_engine(

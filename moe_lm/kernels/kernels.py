@@ -37,10 +37,10 @@ DECODING: Mapping[str, Callable[[LanguageModel], None]] = {
 
 
 class Kernels(NamedTuple):
-    """A name of each table; None for `decoding` where a model is only trained."""
+    """A name of each table; None for `experts` in a dense model, and for `decoding` where a model is only trained."""
 
     attention: str = "plain"
-    experts: str = "plain"
+    experts: str | None = "plain"
     decoding: str | None = None
 
     def __str__(self) -> str:
@@ -59,11 +59,22 @@ def choose(device: torch.device, decoding: bool = False) -> Kernels:
 
 
 def apply(model: LanguageModel, kernels: Kernels) -> None:
-    """Replace the model's operations; after adapters and expert parallelism, which `cpp` has to know of."""
+    """Replace the model's operations; after adapters and expert parallelism, which `cpp` leaves as they are."""
     for module in model.modules():
         if isinstance(module, AttentionLayer):
             module.segment_attention = ATTENTION[kernels.attention]
-        elif isinstance(module, Experts):
+        elif isinstance(module, Experts) and kernels.experts is not None:
             module.grouped_mm = EXPERTS[kernels.experts]
     if kernels.decoding is not None:
         DECODING[kernels.decoding](model)
+
+
+def of(model: LanguageModel) -> Kernels:
+    """The kernels that a model trains in."""
+    attention = next(m.segment_attention for m in model.modules() if isinstance(m, AttentionLayer))
+    experts = next((layer.experts.grouped_mm for layer in model.moe_layers), None)
+    return Kernels(_name(ATTENTION, attention), experts and _name(EXPERTS, experts))
+
+
+def _name(table: Mapping[str, object], kernel: object) -> str:
+    return next(name for name, function in table.items() if function is kernel)

@@ -18,6 +18,7 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.data.pairs import PairRows
 from moe_lm.engine.build import build_engine, place_model, rank_device
 from moe_lm.engine.engine import Engine
+from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel import process_group
@@ -134,6 +135,7 @@ def train(
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main) as log:
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
+        log.message(f"kernels: {kernels.of(engine.model)}")
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         training = Training(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,8 +56,19 @@ def test_every_layer_gets_what_is_named_and_a_model_starts_in_plain_torch(change
     assert found() == set(plain)
     kernels.apply(model, Kernels("torch_varlen", "bucketed"))
     assert found() == {attention.torch_varlen, grouped_mm.bucketed, *plain[2:]}
+    assert kernels.of(model) == Kernels("torch_varlen", "bucketed")
     kernels.apply(model, Kernels("segments", "fused", "cpp"))
     assert found() == {attention.segments, grouped_mm.fused, *native}
+
+
+def test_the_log_of_a_run_names_them(pretrained: Path) -> None:
+    assert "  kernels: attention segments, experts bucketed\n" in (pretrained / "train.log").read_text()
+
+
+def test_a_dense_model_has_no_kernel_for_experts() -> None:
+    model = tiny_model(n_routed_experts=0, first_k_dense_replace=0)
+    kernels.apply(model, kernels.choose(model.device))
+    assert str(kernels.of(model)) == "attention segments"
 
 
 @pytest.mark.parametrize("name", ["attention", "experts", "decoding"])
