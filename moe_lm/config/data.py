@@ -53,7 +53,7 @@ class TokenizerRecipe(Section):
     vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes and merges")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to learn from")
     validation_fraction: float = Field(
-        default=0, ge=0, lt=1, description="share of the documents to leave out, chosen by hash"
+        default=0, ge=0, lt=1, description="share of documents to leave out, chosen by hash"
     )
 
 
@@ -64,7 +64,7 @@ class DataConfig(Section):
     tokenizer: Path = Field(description="folder of the tokenizer")
     shards: Path = Field(description="folder of token shards, one subfolder a source")
     validation_fraction: float = Field(
-        default=0.01, ge=0, lt=1, description="share of the documents held out, chosen by hash"
+        default=0.01, ge=0, lt=1, description="share of documents held out, chosen by hash"
     )
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
     separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")
@@ -148,9 +148,7 @@ class ChatDataConfig(Section):
 
     train: tuple[ChatSource, ...] = Field(min_length=1, description="rows to train on")
     validation: tuple[ChatSource, ...] = Field(default=(), description="rows to evaluate on")
-    validation_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="share of `train` held out for evaluation, chosen by hash"
-    )
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of `train` held out, chosen by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row; of an answer when there are pairs")
     truncate: Literal["skip", "left"] = Field(
         default="skip",

@@ -54,20 +54,16 @@ class SamplingConfig(Section):
         default=None, ge=0, le=1, description="choose among the likeliest tokens that together have this probability"
     )
     min_p: float | None = Field(
-        default=None, ge=0, le=1, description="choose among tokens at least this share as likely as the likeliest"
+        default=None, ge=0, le=1, description="choose among tokens this share as likely as the likeliest, or more"
     )
     typical_p: float | None = Field(
         default=None, ge=0, le=1, description="choose among the most typical tokens that together have this probability"
     )
     repetition_penalty: Penalty = Field(
-        default=1.0, gt=0, description="above 1 makes tokens of the prompt and the text less likely"
+        default=1.0, gt=0, description="above 1: tokens of prompt and text become less likely"
     )
-    presence_penalty: Penalty = Field(
-        default=0.0, description="subtracted from the logit of every token that the text has"
-    )
-    frequency_penalty: Penalty = Field(
-        default=0.0, description="subtracted from a token's logit for each time that the text has it"
-    )
+    presence_penalty: Penalty = Field(default=0.0, description="subtracted from the logits of tokens in the text")
+    frequency_penalty: Penalty = Field(default=0.0, description="subtracted for each time that a token is in the text")
     no_repeat_ngram: int | None = Field(
         default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
     )
@@ -84,7 +80,7 @@ class GenerationConfig(SamplingConfig):
 
     temperature: Temperature = 0.8
     seed: int | None = Field(
-        default=None, ge=0, lt=SEEDS, description="the same seed gives the same text; without it, a random one"
+        default=None, ge=0, lt=SEEDS, description="the same seed gives the same text; default: random"
     )
     max_new_tokens: int = Field(default=200, ge=1, description="stop after this many tokens")
     min_new_tokens: int = Field(default=0, ge=0, description="do not stop before this many tokens")
@@ -152,7 +148,7 @@ class LoadConfig(Section):
         default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
     )
     offload_folder: Path | None = Field(
-        default=None, description="with --device-map: folder on disk for what does not fit into memory"
+        default=None, description="with --device-map: folder for what does not fit into memory"
     )
     base: Path | None = Field(default=None, description="where the base of the run's adapters is now, if it has moved")
 
@@ -184,9 +180,7 @@ class ServeConfig(Section):
     )
     max_tokens: int | None = Field(default=None, ge=1, description="most tokens that a request may ask for")
     timeout: float = Field(default=600.0, ge=0.001, description="seconds that a request may take")
-    model_name: str | None = Field(
-        default=None, description="name of the model for clients; default: the run folder's name"
-    )
+    model_name: str | None = Field(default=None, description="model's name for clients; default: the run folder's name")
 
     @model_validator(mode="after")
     def _key_fits_a_header(self) -> Self:

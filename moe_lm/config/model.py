@@ -19,24 +19,18 @@ class RopeScaling(Section):
 
     rope_type: Literal["linear", "llama3", "yarn"] = Field(description="method of stretching")
     factor: float = Field(ge=1, description="new length over the trained length")
-    original_max_position_embeddings: int | None = Field(
-        default=None, gt=0, description="llama3, yarn: trained length in tokens"
-    )
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, description="llama3, yarn: trained length")
     low_freq_factor: float | None = Field(
         default=None, gt=0, description="llama3: wavelengths above the trained length over this are divided in full"
     )
     high_freq_factor: float | None = Field(
         default=None, gt=0, description="llama3: wavelengths below the trained length over this are left as they are"
     )
-    beta_fast: float | None = Field(
-        default=None, gt=0, description="yarn: rotations at which the ramp begins; null: 32"
-    )
-    beta_slow: float | None = Field(default=None, gt=0, description="yarn: rotations at which the ramp ends; null: 1")
+    beta_fast: float | None = Field(default=None, gt=0, description="yarn: rotations where the ramp begins; null: 32")
+    beta_slow: float | None = Field(default=None, gt=0, description="yarn: rotations where the ramp ends; null: 1")
     mscale: float | None = Field(default=None, ge=0, description="yarn: attention scale, as DeepSeek uses it")
     mscale_all_dim: float | None = Field(default=None, ge=0, description="yarn: its divisor, as DeepSeek uses it")
-    attention_factor: float | None = Field(
-        default=None, gt=0, description="yarn: attention scale; null: from factor and mscale"
-    )
+    attention_factor: float | None = Field(default=None, gt=0, description="yarn: attention scale; null: from factor")
     truncate: bool = Field(default=True, description="yarn: the ramp begins and ends at whole dimensions")
 
     @model_validator(mode="after")
@@ -67,27 +61,25 @@ class ModelConfig(Section):
     num_hidden_layers: int = Field(gt=0, description="number of transformer blocks")
     num_attention_heads: int = Field(gt=0, description="query heads of a layer")
     num_key_value_heads: int | None = Field(
-        default=None, gt=0, description="key and value heads (GQA); null: as many as query heads"
+        default=None, gt=0, description="key and value heads (GQA); null: one a query head"
     )
-    head_dim: int | None = Field(
-        default=None, gt=0, description="size of a head; null: hidden_size / num_attention_heads"
-    )
+    head_dim: int | None = Field(default=None, gt=0, description="size of a head; null: hidden_size over query heads")
     q_lora_rank: int | None = Field(default=None, gt=0, description="latent attention: size of the compressed query")
     kv_lora_rank: int | None = Field(
         default=None, gt=0, description="size of the compressed keys and values; turns on latent attention (MLA)"
     )
     qk_nope_head_dim: int | None = Field(
-        default=None, gt=0, description="latent attention: part of a query or key that has no position"
+        default=None, gt=0, description="latent attention: unrotated part of a query or key"
     )
     qk_rope_head_dim: int | None = Field(
-        default=None, gt=0, description="latent attention: part of a query or key that is rotated"
+        default=None, gt=0, description="latent attention: rotated part of a query or key"
     )
     v_head_dim: int | None = Field(default=None, gt=0, description="latent attention: size of a head's values")
     intermediate_size: int = Field(gt=0, description="width of a dense feed-forward layer")
     max_position_embeddings: int = Field(default=4096, gt=0, description="longest sequence, in tokens")
 
     moe_intermediate_size: int | None = Field(
-        default=None, gt=0, description="width of one expert; null: intermediate_size"
+        default=None, gt=0, description="width of an expert; null: intermediate_size"
     )
     n_routed_experts: int = Field(default=0, ge=0, description="routed experts of an MoE layer; 0: a dense model")
     num_experts_per_tok: int = Field(default=2, gt=0, description="routed experts that a token is sent to (top-k)")
@@ -96,12 +88,12 @@ class ModelConfig(Section):
         default=None, gt=0, description="width of all shared experts together; null: n_shared_experts times one expert"
     )
     shared_expert_gate: bool = Field(
-        default=False, description="a sigmoid gate on the output of the shared experts, as in Qwen2-MoE"
+        default=False, description="a sigmoid gate on the shared experts' output, as in Qwen2-MoE"
     )
     first_k_dense_replace: int = Field(default=0, ge=0, description="number of first layers that stay dense")
     mlp_only_layers: tuple[int, ...] = Field(default=(), description="further dense layers, counted from 0")
     scoring_func: Literal["sigmoid", "softmax"] = Field(
-        default="sigmoid", description="how the router turns logits into scores"
+        default="sigmoid", description="makes scores of the router's logits"
     )
     norm_topk_prob: bool = Field(default=True, description="divide the scores of the chosen experts by their sum")
     routed_scaling_factor: float = Field(default=1.0, description="factor on the weights of routed experts")
@@ -119,9 +111,7 @@ class ModelConfig(Section):
         default="rope", description="rotary positions in attention, or positions added to the embedding"
     )
     rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(
-        default=None, description="how rotary positions reach beyond the trained length"
-    )
+    rope_scaling: RopeScaling | None = Field(default=None, description="positions beyond the trained length")
     rope_interleave: bool = Field(default=False, description="rotate neighbouring entries together, not the two halves")
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, description="share of a head that is rotated")
     use_qk_norm: bool = Field(default=True, description="RMSNorm on queries and keys")

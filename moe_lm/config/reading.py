@@ -23,10 +23,10 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 # Settings that are gone: the value that changed nothing, which saved configs still hold, and what to do instead.
 REMOVED: dict[str, tuple[Any, str]] = {
-    "moe_layer_freq": (1, "name the dense layers in mlp_only_layers"),
-    "rank_stabilised": (False, "multiply alpha by the root of rank"),
-    "max_token_bytes": (16, "a token has at most 16 bytes"),
-    "deepspeed": ({}, "set zero_stage and offload_optimizer, from which DeepSpeed's JSON follows"),
+    "moe_layer_freq": (1, "remove it, and name the dense layers in mlp_only_layers"),
+    "rank_stabilised": (False, "remove it, and multiply alpha by the root of rank"),
+    "max_token_bytes": (16, "remove it; tokens have at most 16 bytes"),
+    "deepspeed": ({}, "remove it, and set zero_stage and offload_optimizer, from which DeepSpeed's JSON follows"),
 }
 
 
@@ -111,7 +111,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     location = [part for part in item["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden" and location[-1] in REMOVED:
-        return f"{key} is not a setting any more; remove it, and {REMOVED[location[-1]][1]}"
+        return f"{key} is not a setting any more; {REMOVED[location[-1]][1]}"
     if item["type"] == "extra_forbidden":
         near = _nearest(kind, location)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")

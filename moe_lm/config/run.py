@@ -24,7 +24,7 @@ class ParallelConfig(Section):
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="kind of device; auto: the fastest that is there"
+        default="auto", description="device; auto: the fastest there is"
     )
     engine: Literal["torch", "deepspeed"] = Field(default="torch", description="engine that runs the steps")
     expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
@@ -49,16 +49,14 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
-    background: bool = Field(
-        default=False, description="train on while a checkpoint is written, at the price of a copy in memory"
-    )
+    background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
     allow_changes: bool = Field(
         default=False, description="resume from a checkpoint that has other settings, another tokenizer or other data"
     )
 
 
 class LogConfig(Section):
-    """What is written while training."""
+    """What is reported while training, and to whom."""
 
     every: int = Field(default=10, gt=0, description="steps between lines of train.log")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

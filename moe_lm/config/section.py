@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 @dataclass(frozen=True)
 class Flag:
-    """What a field's flag on the command line has beside the field's own name and description."""
+    """The placeholder and the environment variable of a field's flag on the command line."""
 
     metavar: str | None = None
     envvar: str | None = None

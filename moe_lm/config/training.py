@@ -22,10 +22,10 @@ class BalanceConfig(Section):
         "the default of fine-tuning",
     )
     sequence_loss: float = Field(
-        default=1e-4, ge=0, description="weight of the balance loss within each sequence (DeepSeek-V3's alpha)"
+        default=1e-4, ge=0, description="weight of the balance loss of each sequence (DeepSeek-V3)"
     )
     batch_loss: float = Field(
-        default=0.0, ge=0, description="weight of the balance loss over the global batch (Switch, GShard)"
+        default=0.0, ge=0, description="weight of the balance loss of the global batch (Switch, GShard)"
     )
     z_loss: float = Field(default=0.0, ge=0, description="weight of the router z-loss (ST-MoE)")
 
@@ -48,10 +48,10 @@ class ScheduleConfig(Section):
     name: Literal["cosine", "wsd", "multistep", "constant"] = Field(default="cosine", description="shape")
     warmup_steps: int = Field(default=100, ge=0, description="steps of the warm-up")
     decay_fraction: float = Field(
-        default=0.2, gt=0, le=1, description="wsd: last share of the steps, over which the rate falls linearly"
+        default=0.2, gt=0, le=1, description="wsd: share of the steps, at the end, of the linear decay"
     )
     milestones: tuple[Share, ...] = Field(
-        default=(0.8, 0.9), description="multistep: shares of all steps at which the rate falls"
+        default=(0.8, 0.9), description="multistep: shares of the steps where the rate falls"
     )
     factor: float = Field(default=0.316, gt=0, lt=1, description="multistep: factor on the rate at a milestone")
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="cosine, wsd: final rate over peak rate")
@@ -69,10 +69,10 @@ class PreferenceConfig(Section):
 
     beta: float = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="assumed share of pairs with the wrong label (cDPO)"
+        default=0.0, ge=0, lt=0.5, description="assumed share of wrongly labelled pairs (cDPO)"
     )
     sft_weight: float = Field(
-        default=0.0, ge=0, description="weight of the preferred answer's loss per token, added to the objective"
+        default=0.0, ge=0, description="weight of the preferred answer's loss per token, which is added"
     )
 
 
@@ -99,9 +99,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
-    freeze_router: bool | None = Field(
-        default=None, description="do not train the router's weights; null: only with lora"
-    )
+    freeze_router: bool | None = Field(default=None, description="do not train the router; null: only with lora")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_batches: int | None = Field(default=None, gt=0, description="global batches of an evaluation; null: all")
 

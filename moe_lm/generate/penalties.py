@@ -1,4 +1,4 @@
-"""What a text so far, and a wish beside it, do to the logits of its next token.
+"""The effect of the text so far, and of a bias, on the logits of the next token.
 
 Shapes: R rows, V vocabulary. Logits of -inf are tokens that are never chosen; ids of V and above are passed over.
 """
