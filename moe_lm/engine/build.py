@@ -31,7 +31,7 @@ from moe_lm.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model with the experts that this rank keeps, not yet filled, and where the rank stands."""
+    """A model with the experts of this rank, not yet filled, and what the engine around it needs."""
 
     model: LanguageModel
     topology: Topology
@@ -50,7 +50,7 @@ class PlacedModel:
         lora.initialise_adapters(self.model, seed, self.first_expert)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Parameters and buffers, without adapters, under their names in a checkpoint, to be filled in place."""
+        """Parameters and buffers under their names in a checkpoint, without adapters, to be filled in place."""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if not is_factor(name)}
         if self.mesh is None:
             return named
@@ -82,7 +82,7 @@ def place_model(
     with torch.device("meta"):
         model = LanguageModel(config)
     lora.freeze(model, adapters, freeze_router)
-    # On the host, where checkpoints are written from; its groups serve tensors of the device just as well.
+    # A mesh of the host, where checkpoints are written; its groups serve tensors of the device just as well.
     ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh, exchange)
@@ -94,18 +94,18 @@ def place_model(
 def build_engine(
     placed: PlacedModel, objective: Objective, train: TrainConfig, parallel: ParallelConfig, pad_id: int
 ) -> Engine:
-    """The engine that `parallel.engine` names, around a filled model, to train it on the objective.
+    """Build the engine that `parallel.engine` names around a filled model, to minimise the objective.
 
     Raises UsageError when the processes cannot share the global batch evenly, or the device cannot do what is asked.
     """
     model, topology, device, exchange = placed.model, placed.topology, placed.device, placed.exchange
     check_batch_size(train, topology)
-    torch.manual_seed(train.seed)  # whatever this process drew before is no part of the run
+    torch.manual_seed(train.seed)  # the run does not depend on what this process drew before
     model.model.activation_checkpointing = train.activation_checkpointing
     if train.compile:
         compile_blocks(model, device)
-    dtype = pick_dtype(train.precision, device)
-    loss = TrainingLoss(model, objective, train.balance, pad_id, dtype, None if exchange is None else exchange.sum)
+    sum_over_ranks = None if exchange is None else exchange.sum
+    loss = TrainingLoss(model, objective, train.balance, pad_id, pick_dtype(train.precision, device), sum_over_ranks)
     before_step = None
     if placed.adapters is not None and placed.adapters.dropout:
         before_step = partial(lora.draw_dropout, model, train.seed)
@@ -137,7 +137,7 @@ def compile_blocks(model: LanguageModel, device: torch.device) -> None:
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
-    """This rank's own device. Raises UsageError when there is none for it, or none that ranks can share."""
+    """This rank's own device. Raises UsageError if there is none for it, or none that ranks can share."""
     device = pick_device(parallel.device)
     if device.type == "mps" and (topology.world_size > 1 or parallel.engine == "deepspeed"):
         raise UsageError(

@@ -1,8 +1,8 @@
 """The engine on DeepSpeed: expert and data parallelism with ZeRO 1, 2 or 3.
 
-DeepSpeed finds experts by class and by attributes that are internal to it (`_mark_experts`), and keeps weights and
-moments in flat partitions whose layout is its own (`_Zero`). What is used of that is all in this file;
-tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed moves it.
+DeepSpeed recognises experts by a class and by attributes that are internal to it (`_mark_experts`), and keeps weights
+and moments in flat partitions with a layout of its own (`_Zero`). All use of its internals is in this file;
+tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed changes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
-from moe_lm.parallel.process_group import leave
+from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +73,7 @@ class DeepSpeedEngine(Engine):
             group["peak_lr"] = group["lr"]
         self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = _Zero(self.wrapped.optimizer, stage)
-        if stage < 3:  # which would gather and divide them once more
+        if stage < 3:  # stage 3 would gather and divide them once more
             narrow_frozen(self.model, self.dtype)
 
     def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
@@ -85,7 +85,7 @@ class DeepSpeedEngine(Engine):
             self.wrapped.step()  # counts the micro-batch
         return part
 
-    def _update(self, factor: float, finite: bool) -> Update:
+    def _clip_and_update(self, factor: float, finite: bool) -> Update:
         # A loss that is not finite has a gradient that is not, which DeepSpeed sees in the norm of all ranks.
         set_learning_rate([self.wrapped.optimizer], factor)
         self.wrapped.step()
@@ -133,7 +133,7 @@ class DeepSpeedEngine(Engine):
         torch.set_rng_state(state["random.cpu"])
 
     def _kept_frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Frozen parameters that a checkpoint holds all the same."""
+        """Frozen parameters that a checkpoint holds nevertheless."""
         elsewhere = left_to_base(self.model)
         named = self.model.named_parameters()
         return ((name, p) for name, p in named if not p.requires_grad and name not in elsewhere)
@@ -145,14 +145,14 @@ class DeepSpeedEngine(Engine):
     def _undivide(self, name: str, part: Tensor) -> Tensor:
         return undivide(part, is_expert(name)).to(self.device)
 
-    def close(self, part: bool = True) -> None:
+    def close(self, leave: bool = True) -> None:
         self.wrapped.destroy()
-        if part:
-            leave()
+        if leave:
+            leave_group()
 
 
 class _Zero:
-    """DeepSpeed's ZeRO optimizer, with the moments there from the start, so that a checkpoint can be loaded at once."""
+    """DeepSpeed's ZeRO optimizer. The moments exist from the start, so that a checkpoint can be loaded at once."""
 
     def __init__(self, optimizer: Any, stage: int) -> None:
         self.optimizer, self.stage = optimizer, stage
@@ -169,7 +169,7 @@ class _Zero:
             groups = [[parameter.ds_id for parameter in group] for group in optimizer.fp16_groups]
             self.partition_of = {number: index for index, group in enumerate(groups) for number in group}
         else:
-            # DeepSpeed does this after the first group's first step, and so for that group alone.
+            # DeepSpeed does this after the first group's first step, and so only for that group.
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
             self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
@@ -181,7 +181,7 @@ class _Zero:
         return steps
 
     def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
-        """Within this a frozen parameter is whole on every rank; with `change` what rank 0 writes into it stays."""
+        """Make a frozen parameter whole on every rank; with `change`, keep what rank 0 writes into it."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         context: AbstractContextManager[None] = GatheredParameters(
@@ -192,7 +192,7 @@ class _Zero:
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""
         if self.stage == 3:
-            # After a forward pass, as that of a reference, some whole weights are still here, and are the old ones.
+            # A forward pass before this, such as that of a reference, leaves some whole weights here: the old ones.
             self.optimizer.parameter_offload.partition_all_parameters()
             for index in range(len(self.flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
@@ -201,10 +201,10 @@ class _Zero:
 
 
 def _import_deepspeed(topology: Topology) -> Any:
-    """DeepSpeed without its chatter, and without its shared-memory op.
+    """Import DeepSpeed without its log messages and without its shared-memory op.
 
-    On a CPU that op is compiled at the first start, for 40 s, and hangs for ever on the lock of a build that was
-    killed; gloo does its work.
+    On a CPU it compiles that op at the first start, which takes 40 s, and hangs forever on the lock of a build that was
+    killed. gloo does the same work.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it finds nothing else
@@ -216,13 +216,13 @@ def _import_deepspeed(topology: Topology) -> Any:
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # for DeepSpeed's authors
-    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # a single process has none, DeepSpeed wants one
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed needs one; a single process has none
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 
 def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -> None:
-    """What DeepSpeed looks for: the class of the layer, and on its experts the names of their groups."""
+    """Set what DeepSpeed recognises experts by: the class of the layer, and the group names of its parameters."""
     trained = any(p.requires_grad for layer in model.moe_layers for p in layer.experts.parameters())
     layer_class, group_name = _layer_class(trained or stage == 3), f"ep_size_{expert_parallel_size}"
     for layer in model.moe_layers:
@@ -239,10 +239,10 @@ def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -
 
 
 def _layer_class(known: bool) -> type[MoE]:
-    """Our layer under the one base class that DeepSpeed knows experts by in every stage.
+    """The MoE layer; if its experts are to be `known`, under the base class by which every stage recognises them.
 
-    Stages 1 and 2 then insist on a group of experts for the optimizer: frozen ones must not be known there, and need
-    their process groups alone. In stage 3 they must be, or it divides them over ranks that have other experts.
+    Stages 1 and 2 insist on an optimizer group for known experts, so frozen ones must not be known there and only need
+    their process groups. In stage 3 they must be known, or it divides them over ranks that have other experts.
     """
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.utils import groups
@@ -260,7 +260,7 @@ def _layer_class(known: bool) -> type[MoE]:
 
 
 def _split_off_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of parameters that are reduced over the same ranks; DeepSpeed wants a name for each."""
+    """Groups of parameters that are reduced over the same ranks; DeepSpeed needs a name for each."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     named = [{**group, "name": f"weight_decay={group['weight_decay']}"} for group in groups]

@@ -62,7 +62,7 @@ class Evaluation(NamedTuple):
 
 
 class Engine(ABC):
-    """Hides accumulation, precision, clipping, the optimizer and the schedule from the loop.
+    """Hides accumulation, precision, clipping, the optimizer and the schedule from the training loop.
 
     Every rank is a data-parallel rank with rows of its own, whatever else its layout divides.
     """
@@ -100,20 +100,20 @@ class Engine(ABC):
         counts = self._count(micro_batches)
         micro_batches = [self._place(batch) for batch in micro_batches]
         if self.loss.needs_load_ahead(len(micro_batches)):
-            counts = replace(counts, load=self._load_ahead(micro_batches))
+            counts = replace(counts, load=self._count_load_ahead(micro_batches))
         parts = self._accumulate(micro_batches, counts)
         if on_gradients is not None:
             on_gradients()
         totals = self._add_up(parts)
         factor = schedule_factor(step, self.config.steps, self.config.schedule)
         # Loss and gradient were summed over the ranks: when one is not finite, every rank sees it and skips alike.
-        update = self._update(factor, finite=math.isfinite(totals.sums["loss"]))
+        update = self._clip_and_update(factor, finite=math.isfinite(totals.sums["loss"]))
         if not update.skipped and self.config.balance.bias_update_rate:
             update_router_biases(self.model, totals.load, self.config.balance.bias_update_rate)
         return self._result(counts, totals, update, self.config.optimizer.lr * factor)
 
     def _count(self, micro_batches: Sequence[Batch]) -> StepCounts:
-        """The sizes of the whole global batch."""
+        """Sizes of the whole global batch."""
         counts = self.loss.count(micro_batches)
         totals = self._sum_over_ranks({name: torch.tensor(count) for name, count in counts.items()})
         return StepCounts(
@@ -127,18 +127,18 @@ class Engine(ABC):
         if batch.input_ids.device != self.device:
             batch = batch.to(self.device)
         if self.config.compile:
-            # The number of documents differs from batch to batch; nothing else does.
+            # Only the number of documents differs from batch to batch.
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         return batch
 
     @torch.no_grad()
-    def _load_ahead(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The load of the whole global batch, by a forward pass ahead of the one that has a gradient."""
+    def _count_load_ahead(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Count the load of the whole global batch in a forward pass ahead of the one that has a gradient."""
         load = torch.stack([self._forward(batch, None).load for batch in micro_batches]).sum(0)
         return self._sum_over_ranks({"load": load})["load"]
 
     def _accumulate(self, micro_batches: Sequence[Batch], counts: StepCounts) -> list[LossParts]:
-        """Forward and backward passes; the gradients add up, and after the last pass they are summed over the ranks."""
+        """Run forward and backward on every micro-batch; their gradients add up, at the end over the ranks too."""
         parts = []
         for number, batch in enumerate(micro_batches, 1):
             part = self._forward_backward(batch, counts, last=number == len(micro_batches))
@@ -146,7 +146,7 @@ class Engine(ABC):
         return parts
 
     def _add_up(self, parts: Sequence[LossParts]) -> Totals:
-        """The sums over micro-batches and ranks; the scalars and the entropy share one exchange."""
+        """Add up over micro-batches and ranks; the scalars and the entropy share one exchange."""
         rows = [{"balance": part.balance, **part.sums} for part in parts]
         totals = torch.stack([torch.stack(list(row.values())) for row in rows]).sum(0)
         entropy = torch.stack([part.entropy for part in parts]).mean(0)
@@ -177,22 +177,22 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
-        """The loss and figures of all batches, shared out over the ranks."""
-        totals = {"units": torch.zeros((), dtype=torch.float64)}
+        """Sum loss and figures over all batches, which the ranks share."""
+        mine = {"units": 0.0}
         for number, batch, part in self.forward_shares(batches):
             found: dict[str, float | Tensor] = {"units": self.loss.objective.units(batch), **part.sums}
-            for name, value in found.items():
-                counted = 0.0 if number is None else float(value)  # every rank must know the names
-                totals[name] = totals.get(name, 0.0) + torch.tensor(counted, dtype=torch.float64)
-        sums = {name: float(total) for name, total in self._sum_over_ranks(totals).items()}
+            for name, value in found.items():  # a batch that does not count still tells this rank the names
+                mine[name] = mine.get(name, 0.0) + (0.0 if number is None else float(value))
+        named = {name: torch.tensor(total, dtype=torch.float64) for name, total in mine.items()}
+        sums = {name: float(total) for name, total in self._sum_over_ranks(named).items()}
         return Evaluation(units=int(sums.pop("units")), sums=sums)
 
     @torch.no_grad()
     def forward_shares(self, batches: Sequence[Batch]) -> Iterator[tuple[int | None, Batch, LossParts]]:
-        """Evaluate this rank's share of the batches: the number of each among all, the batch, and its parts.
+        """Evaluate this rank's share of the batches; yields the number of each among all, the batch, and its parts.
 
-        Tokens travel between ranks, so a rank without a batch of its own runs one that does not count; its number is
-        None.
+        Tokens travel between ranks, so a rank that has no batch left runs another rank's, which does not count for it;
+        the number is then None.
         """
         self.loss.eval()
         for start in range(0, len(batches), self.topology.world_size):
@@ -214,11 +214,14 @@ class Engine(ABC):
 
     @abstractmethod
     def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
-        """Forward and backward; after the `last` one every rank's gradients are summed."""
+        """Run forward and backward; with `last`, sum the gradients over the ranks."""
 
     @abstractmethod
-    def _update(self, factor: float, finite: bool) -> Update:
-        """Clip, step at `factor` of the peak rates, drop the gradients. No step when the loss or norm is not finite."""
+    def _clip_and_update(self, factor: float, finite: bool) -> Update:
+        """Clip the gradients, step at `factor` of the peak rates, drop the gradients.
+
+        There is no step if the loss (`finite`) or the gradient norm is not finite.
+        """
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are not frozen, by name."""
@@ -226,14 +229,14 @@ class Engine(ABC):
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        """The gradient of every trained parameter, named and divided as in `state()`; only within `on_gradients`."""
+        """The gradient of every trained parameter, named and divided as in `state()`, while `on_gradients` runs."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The logical tensors of a checkpoint: `model.*`, optimizer states by parameter name, random states.
 
-        They have the same names and (global) shapes in every layout; what ranks divide is a DTensor. With adapters the
-        frozen weights are left out.
+        They have the same names and (global) shapes in every layout; those that the ranks divide are DTensors. Frozen
+        weights are left out if there are adapters.
         """
 
     @abstractmethod
@@ -241,5 +244,5 @@ class Engine(ABC):
         """Continue from the tensors of `state()` after a checkpoint has filled them."""
 
     @abstractmethod
-    def close(self, part: bool = True) -> None:
-        """Let go of everything and, unless another engine of this process goes on, `part` from the other ranks."""
+    def close(self, leave: bool = True) -> None:
+        """Release everything, and `leave` the process group unless another engine of this process needs it."""

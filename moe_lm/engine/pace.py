@@ -1,4 +1,4 @@
-"""Which rank the others wait for: what each one needs for a step by itself, without what it waits for others."""
+"""Which rank the others wait for: the seconds that each needs for a step, without those in which it waits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from moe_lm.engine.engine import Engine
 
-WINDOW = 10  # steps, of which the median counts: one that a garbage collection or a checkpoint delays says nothing
-SLOW = 1.5  # times what the others need
-COSTS = 0.05  # of a step: the least that a rank must cost all others to be named
+WINDOW = 10  # steps whose median counts, so that one delayed by a garbage collection or a checkpoint says nothing
+SLOW = 1.5  # times the seconds of the others
+COSTS = 0.05  # of a step: the least delay for which a rank is named
 REMIND = 10  # windows until a rank that stays slow is named again
 
 
 class Pace:
-    """Times reading and the forward pass of every step, without the exchanges between ranks.
+    """Times how long each rank reads and runs the forward pass of a step, without the exchanges between ranks.
 
     The backward pass is left out, since every engine sums gradients inside it; a rank that is slow there is slow in the
-    forward pass too. ZeRO 3 fetches weights inside both, so that there a rank is known only by its reading.
+    forward pass too. ZeRO 3 fetches weights inside both, so there only the reading tells the ranks apart.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -29,13 +29,13 @@ class Pace:
         self._own: list[float] = []
         self._steps: list[float] = []
         self._silent = 0  # windows for which a slow rank is not named again
-        if self._exchange is not None:
-            engine.loss.register_forward_pre_hook(lambda *_: self._begin_forward())
-            engine.loss.register_forward_hook(lambda *_: self._end_forward())
+        if (exchange := engine.exchange) is not None:
+            engine.loss.register_forward_pre_hook(lambda loss, _: exchange.begin_work() if loss.training else None)
+            engine.loss.register_forward_hook(lambda *_: exchange.end_work())
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what a rank does for itself before its step."""
+        """Around the work of a rank before its step."""
         if self._exchange is None:
             yield
             return
@@ -44,7 +44,7 @@ class Pace:
         self._exchange.end_work()
 
     def step(self, seconds: float) -> str | None:
-        """After a step of this many seconds; every rank calls it. A sentence when one keeps the others waiting."""
+        """Note a step of this many seconds, on every rank; returns a sentence if one rank keeps the others waiting."""
         if self._exchange is None:
             return None
         self._own.append(self._exchange.take_seconds())
@@ -72,11 +72,3 @@ class Pace:
                 f"of its own there, {others:.3g} s on the others; see what else runs there, its clock rate and its disk"
             )
         return None
-
-    def _begin_forward(self) -> None:
-        if self._exchange is not None and self._engine.loss.training:
-            self._exchange.begin_work()
-
-    def _end_forward(self) -> None:
-        if self._exchange is not None:
-            self._exchange.end_work()

@@ -21,7 +21,7 @@ from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.process_group import leave
+from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
 
@@ -48,7 +48,7 @@ class TorchEngine(Engine):
         loss.to(self.device)
         self.optimizers = build_optimizers(self.model, train.optimizer)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its heir knows less
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor does less
             self.wrapped = self.accelerator.prepare(loss)
 
     def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
@@ -58,7 +58,7 @@ class TorchEngine(Engine):
             (part.loss * self.topology.world_size).backward()
         return part
 
-    def _update(self, factor: float, finite: bool) -> Update:
+    def _clip_and_update(self, factor: float, finite: bool) -> Update:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
         skipped = not (math.isfinite(grad_norm) and finite)
@@ -88,11 +88,11 @@ class TorchEngine(Engine):
             tensor.copy_(state[name])
         torch.set_rng_state(state["random.cpu"])
 
-    def close(self, part: bool = True) -> None:
+    def close(self, leave: bool = True) -> None:
         # A process group whose last owner is DDP hangs when it is freed (pytorch/pytorch#190489), so DDP goes first.
         self.wrapped = self.loss
         self.accelerator.free_memory()
         gc.collect()
-        AcceleratorState._reset_state(reset_partial_state=part)
-        if part:
-            leave()
+        AcceleratorState._reset_state(reset_partial_state=leave)
+        if leave:
+            leave_group()

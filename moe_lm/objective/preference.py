@@ -64,7 +64,7 @@ def rewards(log_probs_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig
 
 
 def figures(log_probs_P2: Tensor, reference_P2: Tensor, config: PreferenceConfig) -> dict[str, Tensor]:
-    """What the log shows, summed over the pairs. A pair with equal rewards counts as wrong."""
+    """Figures for the log, summed over the pairs. A pair with equal rewards counts as wrong."""
     chosen_P, rejected_P = rewards(log_probs_P2, reference_P2, config).unbind(-1)
     margin_P = chosen_P - rejected_P
     return {

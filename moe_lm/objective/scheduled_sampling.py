@@ -1,8 +1,8 @@
 """Scheduled sampling (arXiv 1506.03099), in the two passes that a Transformer needs (arXiv 1906.07651).
 
-A share of the tokens that the model was trained to give, where they stand in the input of later ones, becomes what the
-model itself would have given there. It is trained on the true targets all the same, and so learns to go on from its
-own mistakes. The losses make the pass without gradient; here is decided where.
+In the input, a share of the tokens that are also targets is replaced by the model's own predictions of them. The
+targets stay the true ones, so the model learns to go on from its own mistakes. This file chooses the places; the
+training loss makes the first pass, which has no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_lm.data.order import shuffle_key
 
 
 def with_own_tokens(batch: Batch, config: ScheduledSamplingConfig, seed: int, step: int, rows: range) -> Batch:
-    """The batch of these rows of global step `step`, with the places where the model's own token is to stand.
+    """The batch of these rows of global step `step`, with the places that take the model's own token.
 
     A pure function of (seed, step, row, position): every layout and a resumed run choose the same places.
     """
@@ -30,7 +30,7 @@ def with_own_tokens(batch: Batch, config: ScheduledSamplingConfig, seed: int, st
 
 
 def share_of(step: int, config: ScheduledSamplingConfig) -> float:
-    """The share at step `step` (counted from 0), which grows in a line over the first `ramp_steps`."""
+    """The share at step `step` (counted from 0); it grows linearly over the first `ramp_steps`."""
     return config.share * min(1.0, step / config.ramp_steps) if config.ramp_steps else config.share
 
 
@@ -44,7 +44,7 @@ def is_target_prefix(batch: Batch) -> Tensor:
 
 
 def mixed(batch: Batch, logits_BSV: Tensor) -> Batch:
-    """The inputs of the second pass: at the chosen places the likeliest token after all that stands before it."""
+    """The batch of the second pass: the chosen places hold the likeliest token given everything before them."""
     assert batch.own_tokens is not None
     likeliest = logits_BSV[:, :-1].argmax(-1)
     input_ids = batch.input_ids.clone()

@@ -1,4 +1,4 @@
-"""The loss of a step: what an objective minimises, and the balance terms of the routers.
+"""The loss of a step: an objective, such as next-token prediction, and the balance terms of the routers.
 
 Every term is a *part* of the step's loss: a sum over this micro-batch divided by counts of the whole global batch.
 Parts add up over micro-batches and ranks, so neither accumulation nor the layout changes the result.
@@ -23,7 +23,7 @@ from moe_lm.objective.scheduled_sampling import mixed
 
 
 class Score(NamedTuple):
-    """What an objective makes of one batch. Only `loss` has a gradient."""
+    """An objective's loss and figures of one batch. Only `loss` has a gradient."""
 
     loss: Tensor  # float32, summed over the units
     figures: dict[str, Tensor]  # further figures for the log, each summed over the units
@@ -31,7 +31,7 @@ class Score(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised: the mean loss over the units of the global batch."""
+    """The quantity that training minimises: the mean loss over the units of the global batch."""
 
     def units(self, batch: Batch) -> int:
         """The number of units in a batch: target tokens, or pairs."""

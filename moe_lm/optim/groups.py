@@ -18,7 +18,7 @@ from moe_lm.optim.muon import Muon
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
 
-    Frozen parameters are left out. Weight decay is decoupled and acts on matrices only. Every state tensor exists from
+    Frozen parameters are left out. Weight decay is decoupled and acts only on matrices. Every state tensor exists from
     the start, so that a checkpoint can be loaded into an optimizer that has not stepped yet.
     """
     muon: list[nn.Parameter] = []
@@ -62,12 +62,12 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, and not a router or gate."""
+    """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, but neither router nor gate."""
     return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
 
 
 def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """The learning rate of step `step` (counted from 0) over its peak."""
+    """The learning rate of step `step` (counted from 0) as a fraction of its peak."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.name == "cosine":
@@ -93,8 +93,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 def update_router_biases(model: LanguageModel, load: Tensor, rate: float) -> None:
     """Move every expert's bias by `rate` towards an even load (DeepSeek-V3, section 2.1.2).
 
-    `load [layers, E]` are the integer counts of the whole global batch; compared with their mean in integers, so that
-    no device rounds its way to another sign.
+    `load [layers, E]` holds the counts of the whole global batch. They are compared with their mean in integers, so
+    that no device rounds its way to another sign.
     """
     for layer, counts in zip(model.moe_layers, load, strict=True):
         layer.gate.e_score_correction_bias += rate * torch.sign(counts.sum() - counts * len(counts))

@@ -1,4 +1,4 @@
-"""LAMB for large batches (You et al. 2020, arXiv 1904.00962): Adam's direction, its length set matrix by matrix."""
+"""LAMB for large batches (You et al. 2020, arXiv 1904.00962): Adam's direction with a length set per matrix."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 class Lamb(torch.optim.Optimizer):
     """Algorithm 2 of the paper, with bias correction and phi the identity.
 
-    A matrix moves by `lr` times its own norm, whatever its gradient's: `x -= lr * |x| / |u| * u` with
-    `u = m / (sqrt(v) + eps) + weight_decay * x`. Each expert of a stack [E, in, out] is a matrix with a ratio of its
-    own. Vectors (norms, biases) have none: they move as AdamW moves them.
+    A matrix moves by `lr` times its own norm, whatever the norm of its gradient: `x -= lr * |x| / |u| * u` with
+    `u = m / (sqrt(v) + eps) + weight_decay * x`. Each expert of a stack [E, in, out] is a matrix with its own ratio.
+    Vectors (norms, biases) have no ratio: they move as under AdamW.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -49,8 +49,8 @@ class Lamb(torch.optim.Optimizer):
 def trust_ratio(weight: Tensor, direction: Tensor, update: Tensor) -> Tensor:
     """The norm of every matrix over that of its update, [..., 1, 1].
 
-    It is 1 for a matrix of zeros, which could not leave them otherwise, and where Adam has no direction: an expert
-    that never had a token decays as under AdamW, not by `lr` a step.
+    It is 1 for a matrix of zeros, which otherwise could never move, and where Adam has no direction: an expert that
+    never had a token decays as under AdamW, not by `lr` per step.
     """
     weights, directions, updates = (
         torch.linalg.vector_norm(tensor, dim=(-2, -1), keepdim=True) for tensor in (weight, direction, update)

@@ -16,10 +16,9 @@ from moe_lm.kernels.device import pick_dtype
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by Newton-Schulz (Keller Jordan, 2024), for 2-D and stacked 3-D weights.
 
-    On a 2-D weight it is `torch.optim.Muon` (tested), which takes no other and one at a time. Here every matrix of the
-    same shape, of whatever layer or expert, is orthogonalised in one batched product, in float32 where bfloat16 is
-    slow. The update is scaled by `sqrt(max(1, rows / columns))` of the matrix seen as output x input, so that one rate
-    suits every shape; an expert of a stack [E, in, out] moves as the linear layer [out, in] that it is.
+    On a 2-D weight it equals `torch.optim.Muon` (tested), which takes only 2-D weights, one at a time. Here all
+    matrices of the same shape, of any layer or expert, are orthogonalised in one batched product. The update is scaled by `sqrt(max(1, rows / columns))` of the matrix as output x input, so that one rate suits
+    every shape; an expert of a stack [E, in, out] moves as the linear layer [out, in] that it is.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
@@ -55,10 +54,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, roughly: Newton-Schulz, in bfloat16
-    where the device is fast at it; a CPU without instructions for it is 20 times slower at it than at float32.
+    """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, approximately, by Newton-Schulz.
 
-    The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2.
+    The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2. It runs in bfloat16 where the
+    device is fast at it: a CPU without instructions for it takes 20 times as long as in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(pick_dtype("auto", matrices.device))

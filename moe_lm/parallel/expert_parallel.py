@@ -1,7 +1,7 @@
-"""Expert parallelism, applied from outside: ranks share one copy of the experts, and tokens travel to them.
+"""Expert parallelism, applied from outside: the ranks of a group share one copy of the experts; tokens travel to them.
 
 Shapes as in model/moe.py: T tokens of this rank, k experts a token, R = T*k slots; Q slots that arrive from all ranks
-of the expert-parallel group, L experts that this rank keeps.
+of the expert-parallel group, L experts of this rank.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def check_groups(size: int, topology: Topology) -> None:
 
 
 def apply(model: LanguageModel, mesh: DeviceMesh, exchange: Exchange | None) -> int:
-    """Keep this rank's experts of a finished or meta-device model, and let tokens travel between the ranks.
+    """Keep only this rank's experts of a model, whatever its device, and let tokens travel between the ranks.
 
-    `mesh` has the dimensions DATA and EXPERT. Returns the global index of the first expert that is kept.
+    `mesh` has the dimensions DATA and EXPERT. Returns the global index of this rank's first expert.
     """
     group, first = mesh.get_group(EXPERT), 0
     for layer in model.moe_layers:
@@ -53,7 +53,7 @@ def apply(model: LanguageModel, mesh: DeviceMesh, exchange: Exchange | None) -> 
 
 
 class AllToAllDispatcher:
-    """Dropless dispatch and combine with uneven splits: counts travel first, then exactly the tokens there are."""
+    """Dropless dispatch and combine with uneven splits: the counts travel first, then exactly that many tokens."""
 
     def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
         self.group = group
@@ -74,7 +74,7 @@ class AllToAllDispatcher:
         journey = Journey(self.group, sent, received)
         on_the_way = _Depart.apply(slots.gather(x_TD).to(compute_dtype(x_TD)), journey)
         alongside = meanwhile()
-        # They arrive by rank and then by expert; the grouped products want them by expert.
+        # They arrive sorted by rank and then by expert; the grouped products need them by expert.
         local = arriving_NL.shape[1]
         expert_Q = torch.arange(local, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_NL.flatten())
         order_Q, place_Q = sorting(expert_Q)
@@ -92,15 +92,15 @@ class AllToAllDispatcher:
 
 @dataclass
 class Journey:
-    """One exchange of rows between the ranks of a group: how many go to and come from each, and what is under way."""
+    """One exchange of rows between the ranks of a group: how many go to and come from each."""
 
     group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
-    under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # the rows that go must outlive the exchange
+    under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # the rows that leave must outlive the exchange
 
     def start(self, rows: Tensor, back: bool = False) -> Tensor:
-        """A tensor for the rows that come, filled when `finish` returns."""
+        """Start the exchange; the returned tensor of arriving rows is filled when `finish` returns."""
         sent, received = (self.received, self.sent) if back else (self.sent, self.received)
         rows = rows.contiguous()
         coming = rows.new_empty(sum(received), *rows.shape[1:])
@@ -117,7 +117,7 @@ class Journey:
 
 
 class _Depart(torch.autograd.Function):
-    """Starts an exchange; in the backward pass waits for its reverse."""
+    """Start an exchange; in the backward pass, wait for its reverse."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
@@ -130,9 +130,9 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for an exchange; in the backward pass starts its reverse.
+    """Wait for an exchange; in the backward pass, start its reverse.
 
-    Between the two, forward and backward, whatever else is in the graph (the shared experts) is computed.
+    Between the two, in both passes, the rest of the graph (the shared experts) is computed.
     """
 
     @staticmethod
@@ -144,4 +144,4 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.journey.start(grad, back=True)
-        return grad, None  # only keeps the shape: _Depart has what comes
+        return grad, None  # only its shape matters: _Depart has the arriving rows

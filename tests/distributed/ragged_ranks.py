@@ -70,7 +70,7 @@ def run(folder: Path, balance: dict[str, float]) -> None:
     flags = {"any": engine.any_rank(last_rank), "none": engine.any_rank(False)}
     print(json.dumps({"nll": sums["loss"], "targets": targets} | flags))
     write.save(folder, config.steps, engine.state(), {})
-    engine.close(part=False)  # to meet again at the same address, before the other rank has left, would hang
+    engine.close(leave=False)  # to meet again at the same address, before the other rank has left, would hang
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
         )
     if engine.topology.is_main:
         (results / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
-    engine.close(part=False)
+    engine.close(leave=False)
 
 
 def batch_source(layout: Layout, plan: Plan, engine: Engine) -> BatchSource:
