@@ -17,8 +17,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by Newton-Schulz (Keller Jordan, 2024), for 2-D and stacked 3-D weights.
 
     On a 2-D weight it equals `torch.optim.Muon` (tested), which takes only 2-D weights, one at a time. Here all
-    matrices of the same shape, of any layer or expert, are orthogonalised in one batched product. The update is scaled by `sqrt(max(1, rows / columns))` of the matrix as output x input, so that one rate suits
-    every shape; an expert of a stack [E, in, out] moves as the linear layer [out, in] that it is.
+    matrices of the same shape, of any layer or expert, are orthogonalised in one batched product. The update is scaled
+    by `sqrt(max(1, rows / columns))` of the matrix as output x input, so that one rate suits every shape; an expert of
+    a stack [E, in, out] moves as the linear layer [out, in] that it is.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:

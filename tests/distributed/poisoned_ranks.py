@@ -1,7 +1,7 @@
-"""One of several ranks, run by test_poisoned_ranks.py: in step 2 experts of the last rank get gradients without end.
+"""One of several ranks, run by test_poisoned_ranks.py: in step 2 experts on the last rank get gradients without end.
 
-Arguments: ZeRO's stage, and what the gradient is multiplied by. Rank 0 prints for every step whether it was skipped and
-whether the state stayed as it was, then the number of values in the last state that are not finite.
+Arguments: ZeRO's stage (0: the torch engine), and the factor of the gradient. Rank 0 prints for every step whether it
+was skipped and whether the state stayed as it was, then the number of values in the last state that are not finite.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.process import end
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
@@ -23,6 +22,7 @@ from moe_lm.parallel.logical import host_copy, whole
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
+from tests.tiny import tiny
 
 POISONED = 2
 
@@ -33,19 +33,16 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
 
 def main(stage: int, factor: float) -> None:
     torch.set_num_threads(1)
-    parallel = ParallelConfig(device="cpu", engine="deepspeed", expert_parallel_size=2, zero_stage=stage)
+    layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": stage} if stage else {}
+    parallel, topology = ParallelConfig(device="cpu", **layout), current_topology()
     train = TrainConfig(
         steps=4, global_batch_size=8, micro_batch_size=2, precision="float32", optimizer={"lr": 0.01, "eps": 1e-4}
     )
-    model = ModelConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        n_routed_experts=8, initializer_range=0.3,
-    )  # fmt: skip
-    placed = place_model(model, parallel, current_topology())
+    placed = place_model(tiny(), parallel, topology)
     placed.initialise(seed=3)
     step = 0
     parameter = placed.model.moe_layers[0].experts.up_proj
-    if placed.first_expert > 0:
+    if topology.rank == topology.world_size - 1:
         parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
     engine = build_engine(placed, NextToken(), train, parallel, pad_id=2)
     batches = Documents(seed=1)
@@ -55,7 +52,7 @@ def main(stage: int, factor: float) -> None:
         after = state_of(engine)
         found.append([result.skipped, all(torch.equal(before[name], after[name]) for name in after)])
         before = after
-    if engine.topology.is_main:
+    if topology.is_main:
         broken = sum(int((~tensor.isfinite()).sum()) for tensor in before.values())
         print(json.dumps({"steps": found, "broken": broken}))
     engine.close()

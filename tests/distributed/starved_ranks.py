@@ -12,7 +12,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe_lm.common.process import end
-from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, place_model
@@ -20,6 +19,7 @@ from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
+from tests.tiny import tiny
 
 
 def main(engine_name: str) -> None:
@@ -32,11 +32,7 @@ def main(engine_name: str) -> None:
         steps=3, global_batch_size=8, micro_batch_size=2, precision="float32", activation_checkpointing=True,
         optimizer={"lr": 0.01, "eps": 1e-4}, balance={"bias_update_rate": 0},
     )  # fmt: skip
-    model = ModelConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        n_routed_experts=8, n_shared_experts=0, initializer_range=0.3,
-    )  # fmt: skip
-    placed = place_model(model, parallel, current_topology())
+    placed = place_model(tiny(num_experts_per_tok=2), parallel, current_topology())
     placed.initialise(seed=3)
     with torch.no_grad():
         for layer in placed.model.moe_layers:

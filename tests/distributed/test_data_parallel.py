@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ENVIRONMENT, Start, finish, free_port, metrics, start_program, start_ranks, train_alone
+from tests.processes import ENVIRONMENT, Start, finish, free_port, metrics, start_ranks, train_alone
 
 MoeLm = Callable[..., Any]
 
@@ -40,44 +39,6 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
         for layer, other_layer in zip(line.get("experts", ()), other.get("experts", ()), strict=True):
             assert layer == pytest.approx(other_layer, rel=1e-6)
 
-
-# The engine
-
-
-def run_engine(folder: Path, world_size: int) -> list[list[dict[str, Any]]]:
-    """The lines of ragged_ranks.py, rank by rank."""
-    ranks = start_program(world_size, Path(__file__).with_name("ragged_ranks.py"), folder)
-    return [[json.loads(line) for line in out.splitlines()] for out in finish(ranks)]
-
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Padding, documents, unequal targets, and an infinite gradient on one rank alone (FAULTS rows 4 and 19)."""
-    (expected,) = run_engine(tmp_path / "one", 1)
-    ranks = run_engine(tmp_path / "two", 2)
-    assert json.dumps(ranks[0]) == json.dumps(ranks[1])
-    for first, balance in ((0, "default"), (6, "every loss")):
-        *steps, evaluation = ranks[0][first : first + 6]
-        *expected_steps, expected_evaluation = expected[first : first + 6]
-        assert [step["skipped"] for step in steps] == [False, False, True, False, False]
-        assert not math.isfinite(steps[2]["norm"])
-        assert steps[2]["biases"] == steps[1]["biases"] != steps[3]["biases"]
-        for step, other in zip(steps, expected_steps, strict=True):
-            for name in ("loss", "balance"):
-                assert step[name] == pytest.approx(other[name], rel=1e-6)
-            if not step["skipped"]:
-                assert step["norm"] == pytest.approx(other["norm"], rel=1e-5)
-            for name in ("tokens", "load", "biases", "skipped"):
-                assert step[name] == other[name]
-        assert evaluation["nll"] == pytest.approx(expected_evaluation["nll"], rel=1e-6)
-        assert evaluation["targets"] == expected_evaluation["targets"]
-        assert (evaluation["any"], evaluation["none"]) == (True, False)
-        one, two = (tensors(tmp_path / name / balance) for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
-
-
-# The command line
 
 SETTINGS = ("train.steps=12", "checkpoint.every=6", "checkpoint.keep=9", "train.eval_every=4")
 

@@ -15,6 +15,11 @@ from tests.tiny import tiny_model
 
 PREFER = "preference={beta: 0.1, label_smoothing: 0.1, sft_weight: 0.5}"
 ADAPT = "lora={rank: 8, dropout: 0.1}"
+FROZEN = [  # the router, the experts, everything but the experts
+    ("train.freeze_router=true",),
+    ("lora={rank: 4, dropout: 0.2, targets: [attention]}", "train.freeze_router=false"),
+    ("lora={rank: 4, targets: [experts]}", "train.freeze_router=true"),
+]
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def config_file(save_run: SaveRun, tmp_path: Path) -> Path:
     """A fine-tuning of a run whose model is of the DeepSeekMoE form."""
     config = {
         "run_dir": str(tmp_path / "finetune"),
-        "start_from": str(save_run(tiny_model(vocab_size=1024))),
+        "start_from": str(save_run(tiny_model(vocab_size=1024, max_position_embeddings=512))),
         "data": {"train": [str(tmp_path / "not-read.jsonl")]},
         "train": {"steps": 10, "global_batch_size": 8},
         "parallel": {"device": "cpu"},
@@ -59,7 +64,7 @@ def test_every_layout_fine_tunes_as_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), (PREFER,), (ADAPT,), (ADAPT, PREFER), ("train.freeze_router=true",)])
+@pytest.mark.parametrize("settings", [(), (PREFER,), (ADAPT,), (ADAPT, PREFER), *FROZEN])
 def test_every_kind_of_layout_fine_tunes_as_one_process(
     config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
 ) -> None:
