@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
-from moe_lm.data.batches import IGNORE, Batch, pack
+from moe_lm.data.batches import IGNORE, Batch
+from moe_lm.data.packing import Example, pack_examples
 from moe_lm.data.shards import TokenShards
 from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
@@ -145,39 +146,28 @@ def unigram_bits_per_byte(train_counts: NDArray[Any], tokens: NDArray[Any], text
     return float(-np.log2(probabilities)[tokens].sum()) / text_bytes
 
 
-class _Window(NamedTuple):
-    input_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]  # IGNORE where another window scores them
-
-
-def _windows(ids: NDArray[np.int64], window: int, stride: int) -> Iterator[_Window]:
+def _windows(ids: NDArray[np.int64], window: int, stride: int) -> Iterator[Example]:
     begin, end = 1, min(len(ids), 1 + window)  # of the tokens to score
     while begin < end:
         start = max(0, end - 1 - window)
         targets = ids[start + 1 : end].copy()
         targets[: begin - start - 1] = IGNORE
-        yield _Window(ids[start : end - 1], targets)
+        yield Example(ids[start : end - 1], targets)
         begin, end = end, min(len(ids), end + stride)
 
 
-def _batches(windows: Iterable[_Window], max_tokens: int) -> Iterator[Batch]:
+def _batches(windows: Iterable[Example], max_tokens: int) -> Iterator[Batch]:
     """Windows packed into a single row, each a segment of its own: nothing is padded."""
-    group: list[_Window] = []
+    group: list[Example] = []
     size = 0
     for window in windows:
         if size + len(window.input_ids) > max_tokens:
-            yield _packed(group)
+            yield pack_examples([group], size, pad_id=0)[0]
             group, size = [], 0
         group.append(window)
         size += len(window.input_ids)
     if group:
-        yield _packed(group)
-
-
-def _packed(group: Sequence[_Window]) -> Batch:
-    bounds = np.cumsum([0, *(len(window.input_ids) for window in group)])
-    input_ids, targets = (np.concatenate(arrays)[None] for arrays in zip(*group, strict=True))
-    return pack(input_ids, targets, bounds)
+        yield pack_examples([group], size, pad_id=0)[0]
 
 
 def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:

@@ -51,37 +51,27 @@ def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, exp
     before = max(0, len(recording.ids) - TOKENS)
     names = [label(id_, decode(id_), fonts) for id_ in recording.ids[before:]]
     seen = [f"{before} before", *names] if before else names
-    wide = experts if recording.routings else 0
-    sizes = [max(len(seen), 8) * INCHES] * len(choice.heads)
-    sizes += [min(max(wide, 8), 2 * TOKENS) * INCHES] if wide else []
-    high = max(len(names) * INCHES, 1.0)
-    margins = {"left": 1.1, "right": 0.9, "top": 0.8, "bottom": 0.9}
-    width = max(sum(sizes) + 0.25 * (len(sizes) - 1) + margins["left"] + margins["right"], 7.0)
-    height = (high + 0.45) * len(choice.layers) + margins["top"] + margins["bottom"]
+    widths = [max(len(seen), 8) * INCHES] * len(choice.heads)
+    if recording.routings:
+        widths.append(min(max(experts, 8), 2 * TOKENS) * INCHES)
+    height = max(len(names) * INCHES, 1.0) + 0.45
+    size = max(sum(widths) + 0.25 * len(widths) + 1.5, 7.0), height * len(choice.layers) + 1.3
+    norm = PowerNorm(0.5, 0, 1)
     with matplotlib.rc_context({"font.family": fonts, "font.size": 7, "svg.fonttype": "path"}):
-        figure = Figure(figsize=(width, height), dpi=120)
-        figure.suptitle(
-            spelled(title, fonts), parse_math=False, x=0.1 / width, y=1 - 0.15 / height, ha="left", va="top", fontsize=9
-        )
-        rest = {"wspace": 0.25 / (sum(sizes) / len(sizes)), "hspace": 0.45 / high, "width_ratios": sizes}
-        inches = {"left": margins["left"] / width, "right": 1 - margins["right"] / width}
-        inches |= {"top": 1 - margins["top"] / height, "bottom": margins["bottom"] / height}
-        grid = figure.add_gridspec(len(choice.layers), len(sizes), **inches, **rest)
-        norm = PowerNorm(0.5, 0, 1)
-        for row, layer in enumerate(choice.layers):
-            is_last = row == len(choice.layers) - 1
-            for column, head in enumerate(choice.heads):
-                axes = figure.add_subplot(grid[row, column])
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        figure.suptitle(spelled(title, fonts), parse_math=False, x=0.01, ha="left", fontsize=9)
+        panels = figure.subplots(len(choice.layers), len(widths), squeeze=False, width_ratios=widths)
+        for row, layer in zip(panels, choice.layers, strict=True):
+            for axes, head in zip(row, choice.heads, strict=False):
                 weights = fold(recording.attention[layer][head], before)
                 axes.set_facecolor(MASKED)
                 axes.imshow(weights, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
-                axes.set_title(f"layer {layer}, head {head}" if column == 0 else f"head {head}", loc="left", pad=3)
-                _name(axes, names if column == 0 else None, seen if is_last else None)
-            if wide:
-                axes = figure.add_subplot(grid[row, -1])
-                _draw_experts(axes, recording, layer, before, wide, norm)
-        bar = figure.add_axes((1 - 0.6 / width, margins["bottom"] / height, 0.12 / width, min(1.5, high) / height))
-        figure.colorbar(matplotlib.cm.ScalarMappable(norm, "Greys"), cax=bar, label="share")
+                axes.set_title(f"layer {layer}, head {head}" if axes is row[0] else f"head {head}", loc="left", pad=3)
+                _name(axes, names if axes is row[0] else None, seen if layer == choice.layers[-1] else None)
+            if recording.routings:
+                _draw_experts(row[-1], recording, layer, before, experts, norm)
+        share = matplotlib.cm.ScalarMappable(norm, "Greys")
+        figure.colorbar(share, ax=panels[-1, -1], label="share", anchor=(0, 0), shrink=0.5, aspect=8)
         figure.canvas.draw()  # fonts are looked up now, which needs the context
     return figure
 

@@ -38,7 +38,7 @@ def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float
     logs = [folder / f"world-{world_size}-rank-{rank}.log" for rank in range(world_size)]
     with ExitStack() as stack:
         ranks: list[subprocess.Popen[bytes]] = []
-        stack.callback(lambda: _stop(ranks))
+        stack.callback(_stop, ranks)
         for rank, log in enumerate(logs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
             output = stack.enter_context(log.open("w"))
@@ -78,8 +78,7 @@ def _free_port() -> int:
 
 def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
+        rank.kill()
     for rank in ranks:
         rank.wait()
 
