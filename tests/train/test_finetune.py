@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
@@ -24,9 +21,9 @@ from moe_lm.parallel.topology import Topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import finetune
 from tests.processes import metrics
+from tests.runs import MoeLm, assert_resumes_to_the_bit, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MoeLm = Callable[..., Any]
 
 
 def nll_of_answers(start: Path, messages: list[list[dict[str, str]]]) -> tuple[float, int]:
@@ -96,9 +93,7 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
         assert moe_lm("finetune", finetune_config, *settings, "train.balance.bias_update_rate=0").code == 0
         first.append(metrics(tmp_path / name)[0])
         (saved,) = (tmp_path / name / "checkpoints").iterdir()
-        weights, start_weights = (
-            load_file(next((folder / "model").glob("*.safetensors"))) for folder in (saved, checkpoint)
-        )
+        weights, start_weights = tensors(saved, "model"), tensors(checkpoint, "model")
         assert weights.keys() == start_weights.keys()
         assert [name for name in weights if not torch.equal(weights[name], start_weights[name])] == []
     assert first[0] == first[1]
@@ -108,25 +103,7 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
 def test_a_killed_fine_tuning_resumes_to_the_bit(
     finetune_config: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert moe_lm("finetune", finetune_config, f"run_dir={whole}", *settings).code == 0
-    command = ("finetune", finetune_config, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9", *settings)
-    assert moe_lm(*command).code == 0
-    for lost in ("step-00000012", "step-00000010"):
-        shutil.rmtree(parted / "checkpoints" / lost)
-    done = moe_lm(*command)
-    assert "going on after step 5 of 12" in done.out
-    names = ("step", "loss", "grad_norm", "val_loss")
-    assert [[line.get(name) for name in names] for line in metrics(parted)] == [
-        [line.get(name) for name in names] for line in metrics(whole)
-    ]
-    for part in ("model", "optimizer"):
-        one, other = (
-            load_file(next((folder / "checkpoints/step-00000012" / part).glob("*.safetensors")))
-            for folder in (whole, parted)
-        )
-        assert one.keys() == other.keys()
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert_resumes_to_the_bit(moe_lm, tmp_path, finetune_config, *settings)
 
 
 def test_it_goes_on_without_the_run_it_began_with(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from moe_lm.checkpoint import checkpoint, lineage, read, write
 from moe_lm.checkpoint.read import open_tensors
@@ -23,9 +21,9 @@ from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.topology import Topology
 from tests.processes import metrics
+from tests.runs import MoeLm, assert_resumes_to_the_bit, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MoeLm = Callable[..., Any]
 RANK = 4
 
 
@@ -34,10 +32,6 @@ def lora_config(finetune_config: Path) -> Path:
     values = yaml.safe_load(finetune_config.read_text())
     finetune_config.write_text(yaml.safe_dump(values | {"lora": {"rank": RANK, "alpha": 8.0}}))
     return finetune_config
-
-
-def tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    return {name: t for file in (folder / part).glob("*.safetensors") for name, t in load_file(file).items()}
 
 
 def newest(run: Path) -> Path:
@@ -188,21 +182,7 @@ def test_the_recipe_is_one(tmp_path: Path, pretrained: Path, moe_lm: MoeLm) -> N
 def test_a_killed_run_resumes_to_the_bit(
     lora_config: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert moe_lm("finetune", lora_config, f"run_dir={whole}", *settings).code == 0
-    command = ("finetune", lora_config, f"run_dir={parted}", "checkpoint.every=5", "checkpoint.keep=9", *settings)
-    assert moe_lm(*command).code == 0
-    for lost in ("step-00000012", "step-00000010"):
-        shutil.rmtree(parted / "checkpoints" / lost)
-    assert "going on after step 5 of 12" in moe_lm(*command).out
-    names = ("step", "loss", "grad_norm", "val_loss")
-    assert [[line.get(name) for name in names] for line in metrics(parted)] == [
-        [line.get(name) for name in names] for line in metrics(whole)
-    ]
-    for part in ("model", "optimizer"):
-        one, other = (tensors(newest(run), part) for run in (whole, parted))
-        assert one.keys() == other.keys()
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert_resumes_to_the_bit(moe_lm, tmp_path, lora_config, *settings)
 
 
 def test_it_goes_on_beside_the_base_it_began_with(

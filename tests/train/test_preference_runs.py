@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.numpy import load_file as load_arrays
-from safetensors.torch import load_file
 
 from moe_lm.train import reference
 from tests.processes import metrics
+from tests.runs import MoeLm, assert_same_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MoeLm = Callable[..., Any]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
 RECIPE = Path(__file__).parents[2] / "configs" / "finetune" / "dpo.yaml"
 FIGURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")
@@ -51,7 +49,7 @@ def config_file(pretrained: Path, tmp_path: Path) -> Path:
     return file
 
 
-def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]], relative: float = 1e-5) -> None:
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], relative: float = 1e-5) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(found, expected, strict=True):
         for name in ("loss", "balance_loss", "grad_norm", "val_loss", *FIGURES, *(f"val_{name}" for name in FIGURES)):
@@ -83,14 +81,14 @@ def test_accumulation_and_two_processes_are_one(
     assert moe_lm("finetune", config_file, f"run_dir={tmp_path / 'one'}", "checkpoint.every=4").code == 0
     expected = metrics(tmp_path / "one")
     assert moe_lm("finetune", config_file, f"run_dir={tmp_path / 'cut'}", "train.micro_batch_size=1").code == 0
-    assert_same_run(metrics(tmp_path / "cut"), expected)
+    assert_close(metrics(tmp_path / "cut"), expected)
     for name, settings in (
         ("two", ()),
         ("experts", ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", "parallel.zero_stage=2")),
     ):
         ranks = run_ranks(2, "finetune", config_file, f"run_dir={tmp_path / name}", *settings)
         assert [(rank.code, rank.err) for rank in ranks] == [(0, ""), (0, "")]
-        assert_same_run(metrics(tmp_path / name), expected)
+        assert_close(metrics(tmp_path / name), expected)
         found, kept = (load_arrays(tmp_path / run / reference.FILE)["log_probs"] for run in (name, "one"))
         assert found == pytest.approx(kept, rel=1e-5)
 
@@ -115,16 +113,7 @@ def test_a_killed_run_resumes_to_the_bit_with_the_reference_it_has(
             (parted / reference.FILE).unlink()
         done = moe_lm(*command)
         assert "going on after step 4 of 8" in done.out
-        names = ("step", "loss", "grad_norm", "val_loss", *FIGURES, *(f"val_{name}" for name in FIGURES))
-        assert [[line.get(name) for name in names] for line in metrics(parted)] == [
-            [line.get(name) for name in names] for line in metrics(whole)
-        ]
-        for part in ("model", "optimizer"):
-            one, other = (
-                load_file(next((folder / "checkpoints/step-00000008" / part).glob("*.safetensors")))
-                for folder in (whole, parted)
-            )
-            assert [name for name in one if not torch.equal(one[name], other[name])] == []
+        assert_same_run(whole, parted)
         assert (parted / reference.FILE).read_bytes() == (whole / reference.FILE).read_bytes()
 
 
