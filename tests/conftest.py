@@ -47,7 +47,7 @@ def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real text beside the project; a test that needs it is skipped where it is absent."""
+    """The folder of real text beside the project. Where it is absent, the test is skipped."""
     folder = ROOT / ".." / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("../shared/data is not here")
@@ -56,7 +56,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
-    """1024 ids, trained on the Python standard library."""
+    """A tokenizer of 1024 ids, trained on the Python standard library."""
     return Tokenizer.load(ROOT / "tokenizer" / "tiny")
 
 
@@ -87,7 +87,7 @@ def pretrained(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def finetune_config(pretrained: Path, tmp_path: Path) -> Path:
-    """A fine-tuning config beside 150 conversations of one form, in both shapes, two in ten held out."""
+    """A fine-tuning config with 150 similar conversations, of both kinds of rows, a fifth held out."""
     draw, lines = random.Random(1), []
     for number in range(150):
         first, second = draw.choice(WORDS), draw.choice(WORDS)
@@ -113,7 +113,7 @@ def finetune_config(pretrained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and lose much when the machine is busy."""
+    """Computes on one thread."""
     with one_thread_here():
         yield
 

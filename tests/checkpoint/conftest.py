@@ -1,4 +1,4 @@
-"""Two checkpoints of a state that its step tells."""
+"""Two checkpoints, each of a state filled with its step."""
 
 from __future__ import annotations
 

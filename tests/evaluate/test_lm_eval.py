@@ -1,4 +1,4 @@
-"""An exported model in lm-eval, on a task of eval/tasks: the same answers that its own log-likelihoods give here."""
+"""An exported model in lm-eval, on a task of eval/tasks: the log-likelihoods are those of this program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS = 40
 
 
 def log_likelihood(session: Session, text: str) -> float:
-    """Of a text after the token that begins documents, in nats."""
+    """Log-likelihood of a text after `<|bos|>`, in nats."""
     ids = torch.tensor([session.tokenizer.bos_id, *session.tokenizer.encode(text)])
     length = len(ids) - 1
     attend = PackedAttention(torch.tensor([0, length], dtype=torch.int32), length)

@@ -1,4 +1,4 @@
-"""Scores: against token by token with the definition's own context, and what cannot be scored."""
+"""Scores against their definition, token by token with the context of its window; refusals; baselines."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def random_documents(*lengths: int) -> list[list[int]]:
 
 @torch.no_grad()
 def nll(model: LanguageModel, context: Sequence[int], token: int) -> float:
-    """Of one token after a context, in nats."""
+    """Negative log-likelihood of one token after a context, in nats."""
     attend = PackedAttention(torch.tensor([0, len(context)], dtype=torch.int32), len(context))
     logits = model(torch.tensor([context]), torch.arange(len(context))[None], attend).logits
     return -float(logits[0, -1].log_softmax(-1)[token])
 
 
 def by_definition(model: LanguageModel, ids: list[int], window: int, stride: int) -> float:
-    """Every token but the first, once, after what the window that scores it holds before it."""
+    """Sum over every token but the first, each after its context in the window that scores it."""
     total = 0.0
     for place in range(1, len(ids)):
         steps = max(0, -(-(place - window) // stride))  # strides until a window reaches this token
@@ -111,7 +111,7 @@ def test_a_stride_that_repeats_or_skips_tokens_is_refused(model: LanguageModel, 
 
 
 def changed(model: LanguageModel, head: Tensor) -> LanguageModel:
-    """The model with another head."""
+    """A copy of the model with another head."""
     other = LanguageModel(model.config)
     other.load_state_dict(model.state_dict() | {"lm_head.weight": head})
     return other
@@ -145,7 +145,7 @@ def pretrain_config(tmp_path: Path, model: LanguageModel, **data: object) -> Pre
 
 @pytest.fixture
 def run(tmp_path: Path, model: LanguageModel, save_run: SaveRun) -> Path:
-    """A run whose held-out text is not prepared."""
+    """A run without prepared shards."""
     return save_run(model, dump_config(pretrain_config(tmp_path, model)))
 
 

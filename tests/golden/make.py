@@ -55,7 +55,7 @@ def golden_config(folder: Path) -> PretrainConfig:
 
 
 def write_text(path: Path) -> Path:
-    """Write a document a line of JSONL."""
+    """Write the documents as JSONL; returns the path."""
     lines = [json.dumps({"text": text}) + "\n" for text in synthetic_documents()]
     path.write_text("".join(lines), encoding="utf-8")
     return path

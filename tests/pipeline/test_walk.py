@@ -131,7 +131,7 @@ def transformers_continues(folder: Path, prompt: str) -> str:
 
 @pytest.mark.slow
 def test_quickstart_on_a_text_of_ones_own_and_again(tmp_path: Path, moe_lm: MoeLm) -> None:
-    """The whole walk in its shortest form; the same command again has nothing left to train."""
+    """The whole walk in its shortest form. The same command again has nothing left to train."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number, file in enumerate(sorted((ROOT / "moe_lm").rglob("*.py"))):

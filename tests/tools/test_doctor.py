@@ -1,4 +1,4 @@
-"""What `moe-lm doctor` reports, on machines that lack something."""
+"""The report of `moe-lm doctor` on machines that lack something."""
 
 from __future__ import annotations
 

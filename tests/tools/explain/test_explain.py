@@ -1,4 +1,4 @@
-"""`moe-lm explain`: what is recorded is what the model computes, and the picture names every token."""
+"""`moe-lm explain`: the recording equals the model's own pass, and the picture labels every token."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_text_without_glyphs_is_spelled_out() -> None:
 
 
 def drawn(config: ModelConfig, tokens: int, **choice: list[int]) -> tuple[Recording, list[list[str]]]:
-    """A recording, and what stands beside each panel: its title, then its rows and columns."""
+    """A recording, and the texts of each panel: its title, then the labels of its rows and columns."""
     recording = record(built(config), list(range(10, 10 + tokens)))
     chosen = Choice(**{"layers": [0, 1], "heads": [0, 3]} | choice)  # type: ignore[arg-type]
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ FROZEN = [  # the router, the experts, everything but the experts
 
 @pytest.fixture
 def config_file(save_run: SaveRun, tmp_path: Path) -> Path:
-    """A fine-tuning of a run whose model is of the DeepSeekMoE form."""
+    """The config file of a fine-tuning that starts from a tiny model."""
     config = {
         "run_dir": str(tmp_path / "finetune"),
         "start_from": str(save_run(tiny_model(vocab_size=1024, max_position_embeddings=512))),
@@ -68,7 +68,7 @@ def test_every_layout_fine_tunes_as_one_process(
 def test_every_kind_of_layout_fine_tunes_as_one_process(
     config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
 ) -> None:
-    """Also packed or not, and from one layout's checkpoint to another."""
+    """With documents packed or not, and from one layout's checkpoint to another layout."""
     code, found = layouts(moe_lm, config_file, *settings, "--quick")
     assert code == 0
     assert found["documents in rows of their own"]["ok"]
@@ -77,7 +77,7 @@ def test_every_kind_of_layout_fine_tunes_as_one_process(
 
 @pytest.mark.slow
 def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
-    """A mean over a rank's own pairs is what a loss divided by the micro-batch would be."""
+    """A loss that is divided by the pairs of a rank, not of all ranks."""
     (tmp_path / "own_pairs.py").write_text(
         "from moe_lm.engine.engine import Engine\n"
         "from dataclasses import replace\n"
