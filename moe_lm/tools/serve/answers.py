@@ -9,130 +9,132 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from moe_lm.generate.decode import Step
 from moe_lm.generate.text import Delta
+from moe_lm.tools.serve.requests import GenerationRequest
 
 LEAST_LOGPROB = -9999.0  # OpenAI's for a token that is all but impossible; JSON has no -inf
 Name = Callable[[int], str]  # from a token's id to its text
+Json = dict[str, Any]
 
 
-class Shape(Protocol):
-    """How one of the endpoints writes the choices of its answers."""
+class Answer:
+    """The answer to one request; its subclasses are the shapes of the two endpoints."""
 
     object: str  # of a whole answer
     chunk_object: str
     prefix: str  # of its id
 
-    def whole(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]: ...
-    def chunk(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]: ...
-    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request."""
-
-    shape: Shape
-    model: str
-    name: Name
-    prompt_tokens: int
-    logprobs: bool
-    routing: bool
-    include_usage: bool = False  # in a stream
-    created: int = field(default_factory=lambda: int(time.time()))
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    def __init__(self, body: GenerationRequest, model: str, name: Name, prompt_tokens: int) -> None:
+        self.name, self.prompt_tokens = name, prompt_tokens
+        self.logprobs, self.routing = body.alternatives is not None, body.routing
+        self.include_usage = body.stream_options.include_usage
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, deltas: Sequence[Delta]) -> str:
         """The whole answer as JSON. It is encoded a choice at a time, as the encoder lets no other thread run."""
-        choices = ",".join(dumps(self._choice(self.shape.whole, part)) for part in _by_row(deltas))
-        around = self._around(self.shape.object, []) | {"usage": self.usage(written(deltas))}
-        del around["choices"]
+        choices = ",".join(dumps(self._choice(self.message, part)) for part in _by_row(deltas))
+        around = self._head | {"object": self.object, "usage": self.usage(written(deltas))}
         return f'{dumps(around)[:-1]},"choices":[{choices}]}}'
 
-    def chunks(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-        """A chunk for each row that has something new."""
-        parts = [part for part in _by_row(deltas) if self._says_something(part)]
-        return [self.chunk([self._choice(self.shape.chunk, part)]) for part in parts]
+    def opening(self, rows: int) -> list[Json]:
+        """The chunks that begin a stream."""
+        return []
 
-    def chunk(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self._around(self.shape.chunk_object, choices) | ({"usage": None} if self.include_usage else {})
+    def chunks(self, deltas: Sequence[Delta]) -> list[Json]:
+        """A chunk for each row that has something new."""
+        return [self._chunk([self._choice(self.delta, part)]) for part in _by_row(deltas) if self._says_something(part)]
+
+    def usage_chunk(self, tokens: int) -> Json:
+        """The chunk that ends a stream of `tokens` tokens."""
+        return self._chunk([]) | {"usage": self.usage(tokens)}
 
     def usage(self, tokens: int) -> dict[str, int]:
         prompt = self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
-    def usage_chunk(self, tokens: int) -> dict[str, Any]:
-        return self.chunk([]) | {"usage": self.usage(tokens)}
+    def message(self, text: str) -> Json:
+        """The text in a choice of a whole answer."""
+        raise NotImplementedError
 
-    def _around(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        number = f"{self.shape.prefix}-{self.number}"
-        return {"id": number, "object": kind, "created": self.created, "model": self.model, "choices": list(choices)}
+    def delta(self, text: str) -> Json:
+        """The text in a choice of a chunk."""
+        raise NotImplementedError
 
-    def _choice(self, write: Callable[[str, str | None, Any], dict[str, Any]], part: Sequence[Delta]) -> dict[str, Any]:
+    def log_probabilities(self, steps: Sequence[Step], starts: Sequence[int]) -> Json:
+        """Of each token, and of the likeliest ones beside it; `starts` are the characters before each."""
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        usage: Json = {"usage": None} if self.include_usage else {}
+        return self._head | {"object": self.chunk_object, "choices": choices} | usage
+
+    def _choice(self, shape: Callable[[str], Json], part: Sequence[Delta]) -> Json:
         # OpenAI has no word for a text whose penalties leave no token: it has ended.
         finish = "stop" if part[-1].finish == "exhausted" else part[-1].finish
         chosen = [delta for delta in part if delta.step.token is not None]
-        logprobs = self.shape.logprobs(chosen, self.name) if self.logprobs else None
-        choice = {"index": part[0].row} | write("".join(delta.text for delta in part), finish, logprobs)
-        return choice | ({"routing": [delta.step.experts for delta in chosen]} if self.routing else {})
+        steps, starts = [delta.step for delta in chosen], [delta.start for delta in chosen]
+        logprobs = self.log_probabilities(steps, starts) if self.logprobs else None
+        choice: Json = {"index": part[0].row} | shape("".join(delta.text for delta in part))
+        choice |= {"logprobs": logprobs, "finish_reason": finish}
+        return choice | ({"routing": [step.experts for step in steps]} if self.routing else {})
 
     def _says_something(self, part: Sequence[Delta]) -> bool:
         """Whether there is anything to send: half a character, or the beginning of a stop string, is not sent yet."""
         return bool(self.logprobs or self.routing or part[-1].finish or any(delta.text for delta in part))
 
 
-class CompletionShape:
+class CompletionAnswer(Answer):
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
 
-    def whole(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs, "finish_reason": finish}
+    def message(self, text: str) -> Json:
+        return {"text": text}
 
-    chunk = whole
+    delta = message
 
-    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]:
+    def log_probabilities(self, steps: Sequence[Step], starts: Sequence[int]) -> Json:
         return {
-            "tokens": [name(_token(delta.step)) for delta in deltas],
-            "token_logprobs": [_finite(delta.step.logprob) for delta in deltas],
-            "top_logprobs": [self._likeliest(delta.step, name) for delta in deltas],
-            "text_offset": [delta.start for delta in deltas],
+            "tokens": [self.name(_token(step)) for step in steps],
+            "token_logprobs": [_finite(step.logprob) for step in steps],
+            "top_logprobs": [self._likeliest(step) for step in steps],
+            "text_offset": list(starts),
         }
 
-    def _likeliest(self, step: Step, name: Name) -> dict[str, float]:
+    def _likeliest(self, step: Step) -> dict[str, float]:
         """Log-probabilities by text, of equal texts the likeliest; the token itself is among them."""
         found: dict[str, float] = {}
         for token, logprob in [*step.alternatives, (_token(step), step.logprob)]:
-            found.setdefault(name(token), _finite(logprob))
+            found.setdefault(self.name(token), _finite(logprob))
         return found
 
 
-class ChatShape:
+class ChatAnswer(Answer):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def whole(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": logprobs, "finish_reason": finish}
-
-    def chunk(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": logprobs, "finish_reason": finish}
-
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first choice of a stream."""
+    def opening(self, rows: int) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [
+            self._chunk([{"index": row, "delta": delta, "logprobs": None, "finish_reason": None}])
+            for row in range(rows)
+        ]
 
-    def logprobs(self, deltas: Sequence[Delta], name: Name) -> dict[str, Any]:
+    def message(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text: str) -> Json:
+        return {"delta": {"content": text} if text else {}}
+
+    def log_probabilities(self, steps: Sequence[Step], starts: Sequence[int]) -> Json:
         content = []
-        for delta in deltas:
-            best = [self._probable(token, logprob, name) for token, logprob in delta.step.alternatives]
-            own = self._probable(_token(delta.step), delta.step.logprob, name)
-            content.append(own | {"top_logprobs": best})
+        for step in steps:
+            best = [self._probable(token, logprob) for token, logprob in step.alternatives]
+            content.append(self._probable(_token(step), step.logprob) | {"top_logprobs": best})
         return {"content": content, "refusal": None}
 
-    def _probable(self, token: int, logprob: float | None, name: Name) -> dict[str, Any]:
-        text = name(token)
+    def _probable(self, token: int, logprob: float | None) -> Json:
+        text = self.name(token)
         # U+FFFD stands for bytes that are not a whole character.
         as_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": as_bytes}

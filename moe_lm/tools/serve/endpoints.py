@@ -1,4 +1,4 @@
-"""From a request's body to its answer."""
+"""The endpoints that write text: from a request's body to its answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from moe_lm.common.errors import UsageError
 from moe_lm.generate.session import Session
 from moe_lm.generate.text import Delta, Row
-from moe_lm.tools.serve.answers import Answer, ChatShape, CompletionShape, Shape, dumps, written
+from moe_lm.tools.serve.answers import Answer, ChatAnswer, CompletionAnswer, dumps, written
 from moe_lm.tools.serve.errors import GONE, ApiError, no_such_model
 from moe_lm.tools.serve.limits import Limits
 from moe_lm.tools.serve.metrics import Metrics
@@ -27,8 +27,13 @@ from moe_lm.tools.serve.ticket import Job, Ticket
 MOST_VALUES = 1 << 20  # log-probabilities and experts of a whole answer: about 25 MB
 
 
+class Prompt(NamedTuple):
+    ids: Sequence[int]
+    echo: str = ""  # comes before the text
+
+
 class Endpoints:
-    """The endpoints that write text; `model` is the name that clients use."""
+    """Both endpoints of a server whose clients call it `model`."""
 
     def __init__(self, session: Session, scheduler: Scheduler, limits: Limits, metrics: Metrics, model: str) -> None:
         self.session, self.scheduler, self.limits, self.metrics, self.model = session, scheduler, limits, metrics, model
@@ -36,15 +41,11 @@ class Endpoints:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self._check(body, len(body.prompt))
-        prompts, echoes = await run_in_threadpool(self._prompts, body)
-        most = min(body.max_tokens, self.limits.max_tokens or body.max_tokens)
-        return await self._answer(request, body, prompts, CompletionShape(), most, body.logprobs, echoes)
+        return await self._answer(request, body, await run_in_threadpool(self._prompts, body), CompletionAnswer)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check(body, 1)
-        prompt = await run_in_threadpool(self._chat_prompt, body)
-        most = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens or self.scheduler.capacity
-        return await self._answer(request, body, [prompt], ChatShape(), most, body.alternatives)
+        return await self._answer(request, body, await run_in_threadpool(self._chat_prompt, body), ChatAnswer)
 
     def _check(self, body: GenerationRequest, prompts: int) -> None:
         if body.model not in (None, self.model):
@@ -67,31 +68,29 @@ class Endpoints:
                 message = f"logit_bias names the token {token}; the ids end at {self.session.tokenizer.vocab_size - 1}"
                 raise ApiError(400, message, "logit_bias")
 
-    def _prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-        """The ids of each prompt, and its text for an echo. Texts begin with the token that begins a document."""
+    def _prompts(self, body: CompletionRequest) -> list[Prompt]:
+        """The prompts of a body; a text begins with the token that begins a document."""
         tokenizer = self.session.tokenizer
         texts = [item for item in body.prompt if isinstance(item, str)]
-        if texts:
-            try:
-                prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
-            except UsageError as error:
-                raise ApiError(400, str(error), "prompt") from error
-        else:
-            prompts = [item for item in body.prompt if isinstance(item, list)]
+        try:
+            of_texts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)] if texts else []
+        except UsageError as error:
+            raise ApiError(400, str(error), "prompt") from error
+        prompts = of_texts or [item for item in body.prompt if isinstance(item, list)]
         for ids in prompts:
             self._check_prompt(ids, "prompt")
         if not body.echo:
-            return prompts, [""] * len(prompts)
-        return prompts, texts or [tokenizer.decode(ids) for ids in prompts]
+            return [Prompt(ids) for ids in prompts]
+        return [Prompt(*both) for both in zip(prompts, texts or map(tokenizer.decode, prompts), strict=True)]
 
-    def _chat_prompt(self, body: ChatRequest) -> list[int]:
+    def _chat_prompt(self, body: ChatRequest) -> list[Prompt]:
         messages = [message.for_template() for message in body.messages]
         try:
             ids, _ = self.session.tokenizer.encode_chat(messages, add_generation_prompt=True)
         except UsageError as error:
             raise ApiError(400, str(error), "messages") from error
         self._check_prompt(ids, "messages")
-        return ids
+        return [Prompt(ids)]
 
     def _check_prompt(self, ids: Sequence[int], param: str) -> None:
         if len(ids) > self.scheduler.capacity:
@@ -106,17 +105,12 @@ class Endpoints:
             raise ApiError(400, f"the prompt has ids from {min(ids)} to {max(ids)}; expected 0 to {last}", param)
 
     async def _answer(
-        self,
-        request: Request,
-        body: GenerationRequest,
-        prompts: Sequence[Sequence[int]],
-        shape: Shape,
-        max_tokens: int,
-        logprobs: int | None,
-        echoes: Sequence[str] = ("",),
+        self, request: Request, body: GenerationRequest, prompts: Sequence[Prompt], kind: type[Answer]
     ) -> Response:
-        tokens = min(max_tokens, self.scheduler.capacity - min(map(len, prompts)) + 1)
-        values = len(prompts) * body.n * tokens * self._values(body, logprobs)
+        capacity = self.scheduler.capacity
+        max_tokens = min(body.most_tokens or capacity, self.limits.max_tokens or capacity)
+        longest = min(max_tokens, capacity - min(len(prompt.ids) for prompt in prompts) + 1)
+        values = len(prompts) * body.n * longest * self._values(body)
         if values > MOST_VALUES and not body.stream:
             raise ApiError(
                 400,
@@ -124,16 +118,8 @@ class Endpoints:
                 "texts, tokens or logprobs, or for a stream",
                 code="answer_too_large",
             )
-        ticket = Ticket(self._jobs(body, prompts, max_tokens, logprobs, echoes))
-        answer = Answer(
-            shape,
-            self.model,
-            self.name,
-            sum(map(len, prompts)),
-            logprobs is not None,
-            body.routing,
-            body.stream_options.include_usage,
-        )
+        ticket = Ticket(self._jobs(body, prompts, max_tokens))
+        answer = kind(body, self.model, self.name, sum(len(prompt.ids) for prompt in prompts))
         if body.stream:
             return await self._stream(request, ticket, answer)
         deltas: list[Delta] = []
@@ -144,10 +130,10 @@ class Endpoints:
                 news = await ticket.next()
         return await run_in_threadpool(lambda: Response(answer.whole(deltas), media_type="application/json"))
 
-    def _values(self, body: GenerationRequest, logprobs: int | None) -> int:
+    def _values(self, body: GenerationRequest) -> int:
         """The number of values that a token has beside its text."""
         experts = len(self.session.model.moe_layers) * self.session.model.config.num_experts_per_tok
-        return (0 if logprobs is None else 1 + logprobs) + (experts if body.routing else 0)
+        return (0 if body.alternatives is None else 1 + body.alternatives) + (experts if body.routing else 0)
 
     async def _stream(self, request: Request, ticket: Ticket, answer: Answer) -> Response:
         """Server-sent events. An error before the first token still has its own status."""
@@ -160,9 +146,7 @@ class Endpoints:
     async def _events(
         self, request: Request, ticket: Ticket, answer: Answer, news: list[Delta], served: AsyncExitStack
     ) -> AsyncIterator[str]:
-        tokens, opening = 0, ""
-        if isinstance(answer.shape, ChatShape):
-            opening = _events_of([answer.chunk([answer.shape.opening(row)]) for row in range(ticket.rows)])
+        tokens, opening = 0, _events_of(answer.opening(ticket.rows))
         async with served:
             try:
                 while news:
@@ -210,19 +194,13 @@ class Endpoints:
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return news
 
-    def _jobs(
-        self,
-        body: GenerationRequest,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        logprobs: int | None,
-        echoes: Sequence[str],
-    ) -> list[Job]:
+    def _jobs(self, body: GenerationRequest, prompts: Sequence[Prompt], max_tokens: int) -> list[Job]:
         """Text j of prompt i draws with `seed + i * n + j`, as in `moe-lm sample --num`."""
-        tokenizer, settings, jobs = self.session.tokenizer, body.settings(max_tokens, logprobs), []
+        tokenizer, settings, jobs = self.session.tokenizer, body.settings(max_tokens), []
         for index in range(len(prompts) * body.n):
-            row = Row(index, tokenizer.decode, body.stop, prefix=echoes[index // body.n])
-            jobs.append(Job(row, prompts[index // body.n], settings.of_row(index), tokenizer.stop_ids))
+            prompt = prompts[index // body.n]
+            row = Row(index, tokenizer.decode, body.stop, prefix=prompt.echo)
+            jobs.append(Job(row, prompt.ids, settings.of_row(index), tokenizer.stop_ids))
         return jobs
 
 

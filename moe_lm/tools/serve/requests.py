@@ -36,7 +36,7 @@ MOST_CHOICES = 128
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
 MOST_NESTING = 100  # far below what chat templates and encoders can follow
-TOO_DEEP = f"lists and objects lie more than {MOST_NESTING} deep in each other; flatten them"
+TOO_DEEP = f"lists and objects are nested more than {MOST_NESTING} deep; flatten them"
 MOST_BIASES = 1024  # each costs time in every step
 MOST_BIAS = 1e300  # far beyond any logit
 
@@ -141,10 +141,20 @@ class GenerationRequest(Strict, SamplingConfig):
             raise ValueError("stream_options belongs to a stream; give stream=true too")
         return self
 
-    def settings(self, max_new_tokens: int, logprobs: int | None) -> Settings:
+    @property
+    def most_tokens(self) -> int | None:
+        """The greatest number of tokens that is asked for."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """The number of likeliest tokens whose log-probabilities are asked for; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def settings(self, max_new_tokens: int) -> Settings:
         """The decoder's settings; without a seed, with a random one."""
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed % SEEDS
-        return Settings(max_new_tokens, Sampling.of(self), seed, logprobs=logprobs, routing=self.routing)
+        return Settings(max_new_tokens, Sampling.of(self), seed, logprobs=self.alternatives, routing=self.routing)
 
 
 class CompletionRequest(GenerationRequest):
@@ -160,6 +170,10 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.logprobs is not None:
             raise ValueError("echo gives no log-probabilities of a prompt; leave out echo or logprobs")
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
 
 def read_content(value: Any) -> Any:
@@ -244,6 +258,10 @@ class ChatRequest(GenerationRequest):
         if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def alternatives(self) -> int | None:

@@ -43,32 +43,34 @@ def serve(run: Path, config: ServeConfig, load: LoadConfig) -> None:
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
         context = min(config.max_context or positions, positions)
-        engine = Scheduler(session, config.max_concurrent, context, config.max_queue, metrics)
-        engine.warm_up()
+        scheduler = Scheduler(session, config.max_concurrent, context, config.max_queue, metrics)
+        scheduler.warm_up()
         hosts = LOOPBACK_NAMES if at_home and not config.api_key else None
         limits = Limits(MOST_BODY, config.timeout, config.max_tokens, config.api_key, hosts)
-        app = build_app(session, engine, limits, metrics, config.model_name or run.resolve().name)
+        app = build_app(session, scheduler, limits, metrics, config.model_name or run.resolve().name)
         connections = server_config(
             app,
-            engine.most,
+            scheduler.most,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=math.ceil(GRACE) + 5,  # only for a client that does not take what is sent to it
+            timeout_graceful_shutdown=math.ceil(GRACE) + 5,  # only for a client that does not read its answer
         )
         logging.basicConfig(format="%(levelname)s: %(message)s")
-        asyncio.run(_run(connections, engine, listener))
+        asyncio.run(_run(connections, scheduler, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that who comes while the model loads waits; 0 is any free port.
+    """A socket that already listens, so that clients can wait while the model loads; port 0 is any free port.
 
-    Raises MoeLmError when the address cannot be had.
+    Raises MoeLmError when the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise MoeLmError(f"--host {host} is no address of this machine ({error.strerror}); try 127.0.0.1") from error
+        raise MoeLmError(
+            f"--host {host} is not an address of this machine ({error.strerror}); try 127.0.0.1"
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -76,30 +78,30 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise MoeLmError(
-            f"cannot listen on {host}:{port} ({error.strerror}); end what uses it or choose another --port"
+            f"cannot listen on {host}:{port} ({error.strerror}); stop the program that uses it or choose another --port"
         ) from error
     return listener
 
 
-async def _run(config: uvicorn.Config, engine: Scheduler, listener: socket.socket) -> None:
+async def _run(config: uvicorn.Config, scheduler: Scheduler, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(config)
-    engine.start(loop)
+    scheduler.start(loop)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     print(f"serving on http://{where}:{port}; Ctrl-C stops", file=sys.stderr, flush=True)
-    with _signals(loop, server, engine):
+    with _signals(loop, server, scheduler):
         await server.serve(sockets=[listener])
-    engine.close()
+    scheduler.close()
 
 
 class _Server(uvicorn.Server):
-    """One that leaves signals alone: uvicorn raises them again when it is done, and we exit with 0."""
+    """uvicorn without its handling of signals: it raises them again when it is done, and we exit with 0."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # the kernel may hold more than are accepted in one go
+            listener.listen(BACKLOG)  # the kernel may hold more than are accepted at once
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -107,16 +109,16 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, engine: Scheduler) -> Iterator[None]:
-    """The first one lets what runs come to its end within `GRACE` seconds, a second one does not wait."""
+def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, scheduler: Scheduler) -> Iterator[None]:
+    """At the first signal, let running requests end within `GRACE` seconds; at a second one, do not wait."""
 
     def stop() -> None:
         if server.should_exit:
-            engine.close()
+            scheduler.close()
             return
-        engine.refuse()
+        scheduler.refuse()
         server.should_exit = True
-        loop.call_later(GRACE, engine.close)
+        loop.call_later(GRACE, scheduler.close)
 
     before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in STOP_SIGNALS}
     try:

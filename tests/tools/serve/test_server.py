@@ -120,7 +120,7 @@ def test_a_port_in_use_is_one_sentence(served_run: Path, moe_lm: Callable[..., D
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--host", "no.such.host.invalid"], 1, "is no address of this machine"),
+        (["--host", "no.such.host.invalid"], 1, "is not an address of this machine"),
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1:0"),
         (["--api-key", ""], 2, "--api-key is empty"),
         (["--api-key", "schlüssel"], 2, "--api-key is empty or has a character"),
