@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ Name = Callable[[int], str]  # from a token's id to its text
 Json = dict[str, Any]
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one request; its subclasses are the shapes of the two endpoints."""
 
     object: str  # of a whole answer
@@ -55,17 +56,17 @@ class Answer:
         prompt = self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
+    @abstractmethod
     def message(self, text: str) -> Json:
         """The text in a choice of a whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str) -> Json:
         """The text in a choice of a chunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_probabilities(self, steps: Sequence[Step], starts: Sequence[int]) -> Json:
         """Of each token, and of the likeliest ones beside it; `starts` are the characters before each."""
-        raise NotImplementedError
 
     def _chunk(self, choices: list[Json]) -> Json:
         usage: Json = {"usage": None} if self.include_usage else {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -147,9 +148,9 @@ class GenerationRequest(Strict, SamplingConfig):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """The number of likeliest tokens whose log-probabilities are asked for; None for no log-probabilities."""
-        raise NotImplementedError
 
     def settings(self, max_new_tokens: int) -> Settings:
         """The decoder's settings; without a seed, with a random one."""
