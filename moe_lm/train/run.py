@@ -39,7 +39,7 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a stage brings to a run: the model and where it starts, the data, and the objective."""
+    """A stage's part of a run: the model and its start, the data, and the objective."""
 
     title: str
     config: RunConfig
@@ -80,7 +80,7 @@ def join(recipe: Recipe, meeting: Meeting) -> Topology:
 
 @contextmanager
 def claim(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
-    """Hold the run folder, and log what becomes of this rank; the settings that differ from the newest checkpoint's."""
+    """Hold the run folder and keep this rank's log; yields the settings that differ from the newest checkpoint's."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
     with folder if is_main else nullcontext(), rank_log(meeting.topology, config.run_dir), meeting.lost_ranks_named():

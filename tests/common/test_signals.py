@@ -1,4 +1,4 @@
-"""Which signals stop a run, and what a second one does."""
+"""The signals that stop a run, and the second one, which ends it at once."""
 
 from __future__ import annotations
 

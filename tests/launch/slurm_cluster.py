@@ -130,7 +130,7 @@ class Cluster:
             daemon.wait()
 
     def run(self, *command: str, **environment: str) -> str:
-        """What a command of Slurm prints."""
+        """The output of a Slurm command."""
         done = subprocess.run(command, env=self.environment | environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise AssertionError(f"{command} failed: {done.stderr}{self.log()}")

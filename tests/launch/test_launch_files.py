@@ -1,4 +1,4 @@
-"""What the launchers say before they launch, and that the files for Kubernetes and SkyPilot agree with themselves."""
+"""Errors of the launchers before they launch; the files for Kubernetes and SkyPilot are consistent."""
 
 from __future__ import annotations
 

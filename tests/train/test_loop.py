@@ -131,7 +131,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, ragged: BatchSource) -> N
 
 @pytest.mark.parametrize("evaluate_first", [False, True])
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, ragged: BatchSource, evaluate_first: bool) -> None:
-    """Whatever had been done after the last checkpoint, also when there is none yet: each step once in the log."""
+    """From the last checkpoint, or from the start if there is none; the log has each step once."""
     whole = LoopRun(tmp_path / "whole", ragged, evaluate_first=evaluate_first)
     run = LoopRun(tmp_path / "parts", ragged, evaluate_first=evaluate_first, save_every=2)
     whole()
