@@ -34,8 +34,6 @@ from moe_lm.train.loop import Training, TrainingResult
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 
-GENERATION = "generation_config.json"
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -179,6 +177,8 @@ def checkpoint_files(recipe: Recipe) -> dict[str, str]:
             files[START] = recipe.start.describe()
         else:
             files[ADAPTER] = lineage.describe_adapter(folder, lora)
-        if (folder / GENERATION).is_file():  # of an imported model, which passes it on to those trained from it
-            files[GENERATION] = checkpoint.read_text(folder, GENERATION)
+        if (
+            folder / checkpoint.GENERATION
+        ).is_file():  # of an imported model, which passes it on to those trained from it
+            files[checkpoint.GENERATION] = checkpoint.read_text(folder, checkpoint.GENERATION)
     return files

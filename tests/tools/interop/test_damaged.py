@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lm.checkpoint.safetensors_file import Output, read_header, write_file
-from moe_lm.common.errors import MoeLmError
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import importing
 from tests.tools.interop.folders import write_folder
@@ -52,16 +50,6 @@ def refused(moe_lm: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Write another header before the same bytes."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-
-
 def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(path)
     change(tensors)
@@ -76,117 +64,96 @@ def change_config(folder: Path, **values: Any) -> None:
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
-def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda header: header[NORM].update(values)
+def set_tensor(name: str, tensor: Tensor) -> Callable[[Path], None]:
+    return lambda folder: change_tensors(folder / MODEL, lambda tensors: tensors.update({name: tensor}))
 
 
-def overlap(header: dict[str, Any]) -> None:
-    header[QUERY]["data_offsets"] = [place - 16 for place in header[QUERY]["data_offsets"]]
+def set_config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: change_config(folder, **values)
+
+
+def set_text(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "a pickle under the name of a safetensors file": (
+        lambda folder: torch.save({"a": torch.zeros(3)}, folder / MODEL), 1, "is not a sound safetensors file",
+    ),
+    "only a pickle": (
+        lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), 2, "a pickle, which can run code",
+    ),
+    "no weights": (
+        lambda folder: (folder / MODEL).unlink(), 2, "holds no weights; expected model.safetensors",
+    ),
+    "more experts than the config says": (  # elsewhere they are dropped, and the import is called a success
+        set_config(n_routed_experts=6, n_group=1, topk_group=1), 1, "is [8, 32], expected [6, 32]",
+    ),
+    "an unexpected tensor": (
+        set_tensor("extra", torch.ones(3)), 1, "holds 1 tensors that its config.json does not explain: extra",
+    ),
+    "another shape": (
+        set_tensor(NORM, torch.ones(33)), 1, f"hf/{MODEL}: tensor {NORM} is [33], expected [32]",
+    ),
+    "integers": (
+        set_tensor(NORM, torch.ones(32, dtype=torch.int32)), 1,
+        f"hf/{MODEL}: tensor {NORM} has dtype I32, expected one of F32",
+    ),
+    "8 bits": (set_tensor(NORM, torch.ones(32).to(torch.float8_e4m3fn)), 1, "has dtype F8_E4M3"),
+    "half a config": (set_text("config.json", "{"), 2, "hf/config.json is not valid JSON"),
+    "a config of another form": (set_text("config.json", "[]"), 2, "hf/config.json holds list, expected a JSON object"),
+    "a config that is text": (set_text("config.json", "nothing"), 2, "hf/config.json is not valid JSON"),
+    "more ids than embeddings": (
+        set_config(vocab_size=1000), 2, "has 1024 ids, but the model embeddings for only 1000",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_folder(folder: Path, refused: Any, what: str) -> None:
+    damage, code, said = BROKEN[what]
+    damage(folder)
+    assert said in refused(folder, code=code)
+
+
+def place(name: str) -> Callable[[Path, dict[str, str]], object]:
+    return lambda shards, places: places.update({NORM: name})
+
+
+def lose_a_shard(shards: Path, places: dict[str, str]) -> None:
+    (shards / places[QUERY]).unlink()
+
+
+def exchange(shards: Path, places: dict[str, str]) -> None:
+    places[NORM] = next(name for name in places.values() if name != places[NORM])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (overlap, "invalid offset for tensor"),
-        (lambda header: header.pop(QUERY), "invalid offset for tensor"),  # a hole
-        (entry(shape=[64]), "invalid shape, data type, or offset"),
-        (entry(shape=[-8, -4]), "expected usize"),
-        (entry(shape=[1 << 62, 1 << 62]), "overflow computing buffer size"),
-        (entry(dtype="F31"), "unknown variant `F31`"),
-        (lambda header: header[NORM].pop("data_offsets"), "missing field `data_offsets`"),
-    ],
-)  # fmt: skip
-def test_header_that_contradicts_itself(folder: Path, refused: Any, change: Any, said: str) -> None:
-    rewrite_header(folder / MODEL, change)
-    error = refused(folder)
-    assert f"{folder / MODEL} is not a sound safetensors file: " in error
-    assert said in error
-
-
-@pytest.mark.parametrize(
-    ("length", "said"),
-    [(1 << 62, "header too large"), (100_000_001, "header too large"), (1 << 20, "invalid header length")],
-)
-def test_absurd_header_length_allocates_nothing(folder: Path, refused: Any, length: int, said: str) -> None:
-    raw = (folder / MODEL).read_bytes()
-    with (folder / MODEL).open("wb") as file:
-        file.write(length.to_bytes(8, "little") + raw[8:])
-        if length < 1 << 40:
-            file.truncate(max(len(raw), length // 2))
-    assert said in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (lambda raw: raw[:-1], "file not fully covered"),
-        (lambda raw: raw + b"x", "file not fully covered"),
-        (lambda raw: raw[:40], "invalid header length"),
-        (lambda raw: raw[:4], "header too small"),
-        (lambda raw: b"", "header too small"),
+        (lose_a_shard, ".safetensors, which is missing; copy it again"),
+        (exchange, f"promises tensor {NORM}"),
+        *(
+            (place(name), f"names the file {name!r}, expected a safetensors file in the same folder")
+            for name in ("../elsewhere.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "weights.bin")
+        ),
     ],
 )
-def test_file_that_is_cut_off_or_goes_on(folder: Path, refused: Any, content: Any, said: str) -> None:
-    (folder / MODEL).write_bytes(content((folder / MODEL).read_bytes()))
-    assert said in refused(folder)
+def test_index_that_does_not_fit_its_shards(shards: Path, refused: Any, change: Any, said: str) -> None:
+    index = json.loads((shards / INDEX).read_text())
+    change(shards, index["weight_map"])
+    (shards / INDEX).write_text(json.dumps(index))
+    assert said in refused(shards)
 
 
-@pytest.mark.parametrize("text", [b"{", b"[1]", b'{"a":{},"a":{}}', b"[" * 100_000, b'{"__metadata__":{"a":1}}'])
-def test_header_that_is_not_a_table(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / MODEL).write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(MoeLmError, match="is not a sound safetensors file"):
-        read_header(tmp_path / MODEL)
-
-
-def test_mislabelled_file(folder: Path, refused: Any) -> None:
-    """A pickle under the name of a safetensors file."""
-    torch.save({"a": torch.zeros(3)}, folder / MODEL)
-    assert "is not a sound safetensors file" in refused(folder)
-
-
-def test_pickle_alone_is_not_read(folder: Path, refused: Any) -> None:
-    (folder / MODEL).rename(folder / "pytorch_model.bin")
-    assert "a pickle, which can run code" in refused(folder, code=2)
-
-
-def test_no_weights_at_all(folder: Path, refused: Any) -> None:
-    (folder / MODEL).unlink()
-    assert "holds no weights; expected model.safetensors" in refused(folder, code=2)
+@pytest.mark.parametrize(("content", "code"), [("{", 2), ("[]", 2), ('{"weight_map": 3}', 1)])
+def test_broken_index(shards: Path, refused: Any, content: str, code: int) -> None:
+    (shards / INDEX).write_text(content)
+    assert str(shards / INDEX) in refused(shards, code=code)
 
 
 def test_no_folder(tmp_path: Path, refused: Any) -> None:
     assert "there is no folder" in refused(tmp_path / "nowhere", code=2)
-
-
-def test_missing_shard(shards: Path, refused: Any) -> None:
-    lost = sorted(shards.glob("model-*.safetensors"))[1]
-    lost.unlink()
-    assert f"names {lost.name}, which is missing" in refused(shards)
-
-
-@pytest.mark.parametrize(
-    "place", ["../elsewhere.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "weights.bin"]
-)
-def test_index_that_points_out_of_the_folder(shards: Path, refused: Any, place: str) -> None:
-    index = json.loads((shards / INDEX).read_text())
-    index["weight_map"][NORM] = place
-    (shards / INDEX).write_text(json.dumps(index))
-    assert f"names the file {place!r}, expected a safetensors file in the same folder" in refused(shards)
-
-
-def test_index_and_shard_disagree(shards: Path, refused: Any) -> None:
-    index = json.loads((shards / INDEX).read_text())
-    places = index["weight_map"]
-    places[NORM] = next(place for place in places.values() if place != places[NORM])
-    (shards / INDEX).write_text(json.dumps(index))
-    assert f"promises tensor {NORM}" in refused(shards)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
-def test_broken_index(shards: Path, refused: Any, content: str) -> None:
-    (shards / INDEX).write_text(content)
-    error = refused(shards, code=1 if "weight_map" in content else 2)
-    assert str(shards / INDEX) in error
 
 
 @pytest.mark.parametrize("name", [MODEL, "config.json"])
@@ -203,28 +170,6 @@ def test_missing_and_unexpected_tensors_are_listed(folder: Path, refused: Any) -
     assert "lacks 7 tensors that its config.json promises" in error
     assert expert.format(0) in error
     assert error.rstrip().endswith("and 2 more")
-
-
-def test_more_experts_than_the_config_says(folder: Path, refused: Any) -> None:
-    """The bug elsewhere: experts are dropped, and the import is called a success."""
-    change_config(folder, n_routed_experts=6, n_group=1, topk_group=1)
-    error = refused(folder)
-    assert "is [8, 32], expected [6, 32]" in error or "does not explain" in error
-
-
-def test_unexpected_tensor(folder: Path, refused: Any) -> None:
-    change_tensors(folder / MODEL, lambda tensors: tensors.update(extra=torch.ones(3)))
-    assert "holds 1 tensors that its config.json does not explain: extra" in refused(folder)
-
-
-def test_wrong_shape_and_dtype_name_file_and_tensor(folder: Path, refused: Any) -> None:
-    change_tensors(folder / MODEL, lambda tensors: tensors.update({NORM: torch.ones(33)}))
-    assert f"{folder / MODEL}: tensor {NORM} is [33], expected [32]" in refused(folder)
-    change_tensors(folder / MODEL, lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int32)}))
-    assert f"{folder / MODEL}: tensor {NORM} has dtype I32, expected one of F32" in refused(folder)
-    eight_bits = torch.ones(32).to(torch.float8_e4m3fn)
-    change_tensors(folder / MODEL, lambda tensors: tensors.update({NORM: eight_bits}))
-    assert "has dtype F8_E4M3" in refused(folder)
 
 
 def test_known_extras_are_said(folder: Path, moe_lm: Any, tmp_path: Path) -> None:
@@ -296,17 +241,6 @@ def test_what_a_family_alone_has(
     assert f"{said} cannot be expressed here" in refused(folder, code=2)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "nothing"])
-def test_broken_config(folder: Path, refused: Any, content: str) -> None:
-    (folder / "config.json").write_text(content)
-    assert str(folder / "config.json") in refused(folder, code=2)
-
-
-def test_tokenizer_with_more_ids_than_embeddings(folder: Path, refused: Any) -> None:
-    change_config(folder, vocab_size=1000)
-    assert "has 1024 ids, but the model embeddings for only 1000" in refused(folder, code=2)
-
-
 def test_tokenizer_missing_and_given(folder: Path, refused: Any, moe_lm: Any, tmp_path: Path) -> None:
     (tmp_path / "words").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -323,24 +257,6 @@ def test_run_folder_that_exists(folder: Path, moe_lm: Any, tmp_path: Path) -> No
     assert done.code == 2
     assert "exists already" in done.err
     assert (tmp_path / "run" / "mine").read_text() == "kept"
-
-
-def test_library_reads_what_is_written(tmp_path: Path) -> None:
-    """Mixed data types, sizes that are no multiple of another, an empty tensor."""
-    draw = torch.Generator().manual_seed(0)
-    tensors = {
-        "a": torch.randn(3, generator=draw).bfloat16(), "b": torch.randn(5, 7, generator=draw),
-        "c": torch.randn(1, generator=draw).half(), "d": torch.zeros(0, 4), "e": torch.randn(2, 2, 3, generator=draw),
-    }  # fmt: skip
-    outputs = [Output(name, tuple(t.shape), t.dtype, lambda t=t: iter(t.split(1))) for name, t in tensors.items()]
-    write_file(tmp_path / MODEL, outputs, {"format": "pt"})
-    found = load_file(tmp_path / MODEL)
-    header = read_header(tmp_path / MODEL)
-    assert found.keys() == tensors.keys() == header.tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor)
-        assert torch.equal(header.tensors[name].rows(0, len(tensor)), tensor)
-        assert header.tensors[name].start % tensor.element_size() == 0
 
 
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "Evil"])
