@@ -35,9 +35,12 @@ def test_it_equals_a_product_per_group_with_its_gradients(loads: list[int], dtyp
     x = torch.randn(sum(loads), 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(len(loads), 16, 24, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(sum(loads), 24, generator=generator).to(dtype)
-    out = bucketed(x, weight, torch.tensor(loads).cumsum(0).to(torch.int32))
+    ends = torch.tensor(loads).cumsum(0).to(torch.int32)
+    out = bucketed(x, weight, ends)
     expected = torch.cat([rows @ matrix for rows, matrix in zip(x.split(loads), weight, strict=True)])
     torch.testing.assert_close(out, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(bucketed(x, weight, ends), expected)
     torch.testing.assert_close(
         torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad)
     )

@@ -89,6 +89,19 @@ def test_cached_decoding_equals_uncached(kind: str) -> None:
         last = extend(model, chosen[:, None], cache)[:, 0]
 
 
+def prefilled(model: LanguageModel, dtype: torch.dtype = torch.float32, garbage: float = 0.0) -> KVCache:
+    """A cache of the random prompts, one a row; free places hold `garbage`."""
+    cache = empty_cache(model, len(PROMPTS), dtype)
+    cache.keys.fill_(garbage)
+    cache.values.fill_(garbage)
+    prefill(model, random_prompts(), cache)
+    return cache
+
+
+def next_tokens(number: int = 1) -> Tensor:
+    return torch.randint(VOCABULARY, (len(PROMPTS), number), generator=torch.Generator().manual_seed(1))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["multi_head", "moe", "latent_moe"])
 def test_prefilled_prompts_equal_each_prompt_alone(kind: str) -> None:
@@ -101,68 +114,46 @@ def test_prefilled_prompts_equal_each_prompt_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["grouped_query", "moe", "latent", "latent_moe"])
 def test_several_new_tokens_at_once_see_each_other_causally(kind: str) -> None:
     """A second turn of a conversation: a block of tokens appended to rows of unequal length."""
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    cache = empty_cache(model, len(prompts))
-    prefill(model, prompts, cache)
-    turn = torch.randint(VOCABULARY, (len(prompts), 6), generator=torch.Generator().manual_seed(1))
-    logits = extend(model, turn, cache)
-    for row, prompt in enumerate(prompts):
-        expected = uncached(model, torch.cat((prompt, turn[row])))[len(prompt) :]
+    model, turns = build(**KINDS[kind]), next_tokens(6)
+    logits = extend(model, turns, prefilled(model))
+    for row, prompt in enumerate(random_prompts()):
+        expected = uncached(model, torch.cat((prompt, turns[row])))[len(prompt) :]
         torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["grouped_query", "latent"])
-def test_what_lies_behind_a_rows_length_is_never_read(kind: str) -> None:
-    """A cache whose free places hold garbage, as after a shorter sequence took a longer one's row."""
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    clean, dirty = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
-    dirty.keys.fill_(1e3)
-    dirty.values.fill_(1e3)
-    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
-    results = []
-    for cache in (clean, dirty):
-        prefill(model, prompts, cache)
-        results.append(extend(model, token, cache))
-    assert torch.equal(*results)
+def test_places_behind_a_rows_length_are_never_read(kind: str) -> None:
+    """Free places hold garbage after a shorter sequence took a longer one's row."""
+    model = build(**KINDS[kind])
+    clean, dirty = (extend(model, next_tokens(), prefilled(model, garbage=garbage)) for garbage in (0.0, 1e3))
+    assert torch.equal(clean, dirty)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["moe", "latent"])
 def test_a_bfloat16_cache_is_near_a_float32_one(kind: str) -> None:
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        cache = empty_cache(model, len(prompts), dtype)
-        prefill(model, prompts, cache)
-        results.append(extend(model, token, cache))
-    torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.1)
+    model = build(**KINDS[kind])
+    wide, narrow = (extend(model, next_tokens(), prefilled(model, t)) for t in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(narrow, wide, rtol=0.05, atol=0.1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["moe", "latent"])
 def test_cached_decoding_under_bfloat16_autocast_is_near_float32(kind: str) -> None:
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
-    results = []
-    for autocast in (False, True):
-        cache = empty_cache(model, len(prompts), torch.bfloat16 if autocast else torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            prefill(model, prompts, cache)
-            results.append(extend(model, token, cache).float())
-    torch.testing.assert_close(results[1], results[0], rtol=0.1, atol=0.2)
+    model = build(**KINDS[kind])
+    expected = extend(model, next_tokens(), prefilled(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = extend(model, next_tokens(), prefilled(model, torch.bfloat16))
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["grouped_query", "latent"])
 @pytest.mark.parametrize("places", [[3, 1], [0, 0, 0, 0], [2, 0, 3, 3], [1, 2, 0, 3]])
 def test_rows_that_are_taken_go_on_as_before(kind: str, places: list[int]) -> None:
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    every, some = empty_cache(model, len(prompts)), empty_cache(model, len(prompts))
-    token = torch.randint(VOCABULARY, (len(prompts), 1), generator=torch.Generator().manual_seed(1))
-    for cache in (every, some):
-        prefill(model, prompts, cache)
+    model, token = build(**KINDS[kind]), next_tokens()
+    every, some = prefilled(model), prefilled(model)
     some.take_rows(torch.tensor(places))
     some = some.view(0, len(places))
     for _ in range(2):
@@ -173,11 +164,9 @@ def test_rows_that_are_taken_go_on_as_before(kind: str, places: list[int]) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["grouped_query", "latent"])
 def test_a_moved_row_goes_on_as_before_and_a_view_shares_memory(kind: str) -> None:
-    model, prompts = build(**KINDS[kind]), random_prompts()
-    cache = empty_cache(model, len(prompts))
-    prefill(model, prompts, cache)
-    token = torch.tensor([[3]])
-    expected = uncached(model, torch.cat((prompts[2], token[0])))[-1]
+    model, token = build(**KINDS[kind]), torch.tensor([[3]])
+    cache = prefilled(model)
+    expected = uncached(model, torch.cat((random_prompts()[2], token[0])))[-1]
     cache.move_row(2, 0)
     part = cache.view(0, 1)
     torch.testing.assert_close(extend(model, token, part)[0, 0], expected, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, check_targets
+from moe_lm.kernels import kernels
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
@@ -28,6 +29,7 @@ def adapted_model(settings: LoraConfig, **changes: Any) -> LanguageModel:
     """A model whose adapters do something: B is not zero, as it is at the start."""
     model = tiny_model(**changes)
     lora.freeze(model, settings, None)
+    kernels.apply(model, kernels.choose(model.device))
     lora.initialise_adapters(model, 1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -76,11 +78,13 @@ def test_a_linear_layer_is_the_sum_of_both_in_float64() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 5, 8])
-def test_experts_are_the_dense_form_token_by_token_and_so_are_their_gradients(rank: int) -> None:
+@pytest.mark.parametrize("kernel", ["plain", "bucketed"])
+def test_experts_are_the_dense_form_token_by_token_and_so_are_their_gradients(rank: int, kernel: str) -> None:
     """Also with an expert that gets no token, and where no gradient is asked for, which other code computes."""
     experts = Experts(tiny()).double()
     experts.__class__ = LoraExperts
     experts.adapt(LoraConfig(rank=rank, alpha=3.0))
+    experts.grouped_mm = kernels.EXPERTS[kernel]
     filled(experts)
     counts = [3, 0, 70, 1, 2, 5, 1, 9]
     ends = torch.tensor(counts).cumsum(0).int()

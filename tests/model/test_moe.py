@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels.kernels import EXPERTS
 from moe_lm.model.moe import MoE, Routing, expert_counts, route, within_capacity
 
 ROWS, POSITIONS, HIDDEN, WIDTH = 3, 5, 8, 16
@@ -241,9 +242,12 @@ def assert_close(actual: Tensor | None, expected: Array, what: str) -> None:
     np.testing.assert_allclose(array(actual), expected, rtol=1e-5, atol=5e-6, err_msg=what)
 
 
-def assert_layer_equals_reference(config: ModelConfig, bias: bool = False) -> tuple[Reference, Routing]:
+def assert_layer_equals_reference(
+    config: ModelConfig, bias: bool = False, kernel: str = "plain"
+) -> tuple[Reference, Routing]:
     """Output, choice, and the gradients of input, router and every expert."""
     layer = random_layer(config, bias)
+    layer.experts.grouped_mm = EXPERTS[kernel]
     reference = reference_of(layer, config)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, POSITIONS, HIDDEN, generator=generator, requires_grad=True)
@@ -309,9 +313,10 @@ LADDER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kernel", ["plain", "bucketed"])
 @pytest.mark.parametrize("name", LADDER)
-def test_every_step_of_the_ladder_equals_the_numpy_reference(name: str) -> None:
-    assert_layer_equals_reference(moe_config(**LADDER[name]), bias=name == "deepseek_v3")
+def test_every_step_of_the_ladder_equals_the_numpy_reference(name: str, kernel: str) -> None:
+    assert_layer_equals_reference(moe_config(**LADDER[name]), bias=name == "deepseek_v3", kernel=kernel)
 
 
 def test_capacity_drops_second_choices_before_first_ones() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 
@@ -56,7 +57,9 @@ def in_our_layout(tensors: Tensors) -> Tensors:
 
 
 def our_model(config: ModelConfig, weights: Tensors) -> LanguageModel:
+    """Our model with these weights, in the kernels that it trains in."""
     model = LanguageModel(config)
+    kernels.apply(model, kernels.choose(model.device))
     model.initialise(0)  # only for the balance biases that a model without them lacks
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
