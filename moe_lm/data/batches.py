@@ -32,7 +32,7 @@ class Batch:
     input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
     ends of rows are always among them. max_seqlen: tokens in the longest segment.
-    own_tokens: [rows, sequence] bool, where the model reads its own prediction (train/scheduled_sampling.py).
+    own_tokens: [rows, sequence] bool, where the model reads its own prediction (objective/scheduled_sampling.py).
     answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the chosen one of the batch's pair p,
     2p + 1 for the rejected one, 2 * pairs for padding. reference: [pairs, 2] float32, their log-probabilities under the
     reference model.

@@ -25,7 +25,7 @@ from moe_lm.data.batches import Batch
 from moe_lm.data.pairs import PairRows
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.process_group import Ranks, all_reduce_sum
-from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
+from moe_lm.parallel.watch import Watchdog
 
 FILE = "reference.safetensors"
 
@@ -45,9 +45,9 @@ def add_reference(
         raise lost_reference(start)
     if kept is None and engine.topology.is_main:
         print(f"computing the reference: log-probabilities of {2 * sum(pairs):,} answers under the start", flush=True)
-    found = (
-        kept if kept is not None else np.concatenate([log_probs(engine, item, batch_size, watchdog) for item in rows])
-    )
+    found = kept
+    if found is None:
+        found = np.concatenate([log_probs(engine, item, batch_size, watchdog) for item in rows])
     for item, values in zip(rows, np.split(found, np.cumsum(pairs)[:-1]), strict=True):
         item.reference = values
     if kept is None:
@@ -57,18 +57,18 @@ def add_reference(
     return kept is not None
 
 
-def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdog = NO_WATCHDOG) -> NDArray[np.float32]:
+def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdog) -> NDArray[np.float32]:
     """Log-probabilities of every answer under the engine's model, in nats: [pairs, 2]."""
     found = np.zeros((len(rows.pairs), 2), np.float32)
     batches = rows.in_order(batch_size)
     while share := list(islice(batches, engine.topology.world_size)):
         watchdog.feed()
         order = [pair for pairs, _ in share for pair in pairs]
-        found[order] = answer_log_probs(engine, [batch for _, batch in share]).numpy()
+        found[order] = gather_log_probs(engine, [batch for _, batch in share]).numpy()
     return found
 
 
-def answer_log_probs(engine: Engine, batches: Sequence[Batch]) -> Tensor:
+def gather_log_probs(engine: Engine, batches: Sequence[Batch]) -> Tensor:
     """Log-probabilities of the answers of all pairs, in the order of the batches: [pairs, 2] on the host."""
     bounds = [0, *accumulate(batch.num_pairs for batch in batches)]
     found = torch.zeros(bounds[-1], 2, device=engine.device)

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from moe_lm.config.model import ModelConfig
+from moe_lm.config.training import BalanceConfig
 from moe_lm.model.moe import Routing, expert_counts, route
-from moe_lm.objective.balance import batch_balance_loss, router_entropy, router_z_loss, sequence_balance_loss
+from moe_lm.objective.balance import (
+    balance_loss,
+    batch_balance_loss,
+    router_entropy,
+    router_z_loss,
+    sequence_balance_loss,
+)
 
 ROWS, POSITIONS, EXPERTS, PER_TOKEN = 4, 6, 8, 3
 TOKENS = ROWS * POSITIONS
@@ -123,6 +130,12 @@ def test_z_loss_equals_its_equation(padding: str) -> None:
     assert_gradient_is_the_slope(loss, logits, reference)
 
 
+def every_term(routing: Routing, counted: Tensor, load: Tensor) -> Tensor:
+    """The three losses as they are, without division by the sizes of the batch."""
+    weights = BalanceConfig(sequence_loss=1.0, batch_loss=1.0, z_loss=1.0)
+    return balance_loss([routing], counted, weights, load[None], tokens=1, rows=1)
+
+
 def part_of(routing: Routing, rows: slice) -> Routing:
     tokens = slice(rows.start * POSITIONS, rows.stop * POSITIONS)
     return Routing(*(tensor[tokens] for tensor in routing))
@@ -135,17 +148,9 @@ def test_losses_of_micro_batches_add_up_to_the_whole_batch(size: int, padding: s
     logits, counted = random_logits(), PADDING[padding]
     routing = routing_of("sigmoid", logits)
     load = expert_counts(routing.experts, EXPERTS, counted.flatten())
-    whole = (
-        batch_balance_loss(routing, counted.flatten(), load)
-        + sequence_balance_loss(routing, counted)
-        + router_z_loss(routing, counted.flatten())
-    )
-    parts = logits.new_zeros(())
-    for start in range(0, ROWS, size):
-        rows = slice(start, start + size)
-        part, mask = part_of(routing, rows), counted[rows]
-        parts = parts + batch_balance_loss(part, mask.flatten(), load)
-        parts = parts + sequence_balance_loss(part, mask) + router_z_loss(part, mask.flatten())
+    whole = every_term(routing, counted, load)
+    cuts = [slice(start, start + size) for start in range(0, ROWS, size)]
+    parts = torch.stack([every_term(part_of(routing, rows), counted[rows], load) for rows in cuts]).sum()
     torch.testing.assert_close(parts, whole)
     (whole_grad,) = torch.autograd.grad(whole, logits, retain_graph=True)
     (parts_grad,) = torch.autograd.grad(parts, logits)
@@ -160,8 +165,7 @@ def test_padding_changes_no_loss_and_gets_no_gradient() -> None:
     for tensor in (logits, changed):
         routing = routing_of("sigmoid", tensor)
         load = expert_counts(routing.experts, EXPERTS, counted.flatten())
-        loss = batch_balance_loss(routing, counted.flatten(), load) + sequence_balance_loss(routing, counted)
-        loss = loss + router_z_loss(routing, counted.flatten())
+        loss = every_term(routing, counted, load)
         values.append(loss.item())
         grads.append(torch.autograd.grad(loss, tensor)[0])
     assert values[0] == values[1]

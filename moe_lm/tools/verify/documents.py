@@ -13,7 +13,7 @@ from moe_lm.data.packing import Example, pack_examples
 from moe_lm.data.pairs import SIDES, Pair, pack_pairs
 from moe_lm.engine.engine import Engine
 from moe_lm.tools.verify.scale import BATCH, LENGTH, PAD, VOCABULARY
-from moe_lm.train.reference import answer_log_probs
+from moe_lm.train.reference import gather_log_probs
 
 DOCUMENTS = 2  # in a row; or this many pairs
 
@@ -56,7 +56,7 @@ class Pairs:
         """Compute the reference log-probabilities of these steps with the engine's model, as a run does."""
         rows = range(BATCH if self.packed else BATCH * DOCUMENTS)
         for step in steps:
-            self.reference[step] = answer_log_probs(engine, [self._pack(step, rows[row : row + 1]) for row in rows])
+            self.reference[step] = gather_log_probs(engine, [self._pack(step, rows[row : row + 1]) for row in rows])
 
     def batch(self, step: int, rows: range) -> Batch:
         batch = self._pack(step, rows)
