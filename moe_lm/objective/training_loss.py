@@ -27,7 +27,7 @@ class Score(NamedTuple):
 
     loss: Tensor  # float32, summed over the units
     figures: dict[str, Tensor]  # further figures for the log, each summed over the units
-    values: dict[str, Tensor]  # figures of single units, for those who ask for them
+    values: dict[str, Tensor]  # values of single units, such as the log-probabilities of a pair
 
 
 class Objective(Protocol):
@@ -82,7 +82,7 @@ class LossParts(NamedTuple):
     loss: Tensor
     balance: Tensor  # the balance terms within `loss`
     sums: dict[str, Tensor]  # "loss" and the further figures of the objective, each summed over the units
-    values: dict[str, Tensor]  # figures of single units
+    values: dict[str, Tensor]  # values of single units
     load: Tensor  # [layers, E] int64, padding left out
     entropy: Tensor  # [layers], the router's, in nats, mean over the tokens
 

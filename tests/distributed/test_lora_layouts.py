@@ -25,7 +25,7 @@ def deepspeed(zero_stage: int) -> tuple[str, ...]:
 
 @pytest.fixture
 def lora_config(finetune_config: Path) -> Path:
-    """Everything that a layout could get wrong at once: dropout, a rank that is no multiple of 8, a trained router."""
+    """All that a layout could get wrong at once: dropout, a rank that is not a multiple of 8, a trained router."""
     values = yaml.safe_load(finetune_config.read_text())
     values["lora"] = {"rank": 4, "dropout": 0.2}
     values["train"] |= {
@@ -40,7 +40,7 @@ def lora_config(finetune_config: Path) -> Path:
 def train(
     run_ranks: RunRanks, config: Path, run: Path, ranks: int, *settings: str, goes_on_from: Path | None = None
 ) -> Path:
-    """A run in so many processes; from the checkpoint in the middle of another one when that is given."""
+    """A run in this many processes; it goes on from the middle checkpoint of another run if that is given."""
     if goes_on_from is not None:
         name = f"step-{SAVED:08d}"
         shutil.copytree(goes_on_from / "checkpoints" / name, run / "checkpoints" / name)

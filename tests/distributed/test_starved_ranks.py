@@ -12,7 +12,7 @@ from tests.processes import finish, start_program
 
 
 def run(world_size: int, engine: str) -> dict[str, Any]:
-    """What rank 0 found."""
+    """The losses and gradient norms that rank 0 found."""
     first, *_ = finish(start_program(world_size, Path(__file__).with_name("starved_ranks.py"), engine))
     found: dict[str, Any] = json.loads(first)
     return found

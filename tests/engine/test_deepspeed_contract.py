@@ -1,4 +1,4 @@
-"""What moe_lm/engine/deepspeed_engine.py uses of DeepSpeed's inside; a new DeepSpeed that moves it fails here."""
+"""The internals of DeepSpeed that moe_lm/engine/deepspeed_engine.py uses; a DeepSpeed that moves them fails here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FUNCTIONS = (
     "deepspeed.utils:safe_set_full_fp32_param",
     "deepspeed.utils:safe_set_full_optimizer_state",
 )
-# Attributes that exist in objects alone, as the source of a class or module says.
+# Attributes that exist only in objects, as the source of a class or module shows.
 ATTRIBUTES = (
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.single_partition_of_fp32_groups\b"),
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.bit16_groups\b"),

@@ -60,7 +60,7 @@ def rows() -> PairRows:
 
 
 def log_probs_alone(model: LanguageModel, side: Example) -> Tensor:
-    """Of the targets of one answer, in a batch of its own."""
+    """Log-probabilities of the targets of one answer, in a batch of its own."""
     attend = PackedAttention(torch.tensor([0, len(side.input_ids)], dtype=torch.int32), len(side.input_ids))
     ids = torch.from_numpy(side.input_ids.astype(np.int64))[None]
     log_probs = F.log_softmax(model(ids, torch.arange(ids.shape[1])[None], attend).logits[0], -1)
@@ -101,7 +101,7 @@ def test_the_loss_is_the_papers(settings: dict[str, float]) -> None:
 def trl_loss(
     loss_types: dict[str, float], config: PreferenceConfig, per_token: Tensor, mask: Tensor, reference: Tensor
 ) -> Any:
-    """What trl's DPOTrainer makes of these log-probabilities [2 pairs, tokens], chosen ones first, and its metrics."""
+    """The loss of trl's DPOTrainer for log-probabilities [2 pairs, tokens], chosen ones first, and its metrics."""
     trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed")
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
@@ -192,7 +192,7 @@ def test_a_model_that_is_its_own_reference_loses_log_2(rows: PairRows) -> None:
 
 @pytest.mark.parametrize("sizes", [[1], [2, 3], [4, 2]])
 def test_parts_add_up_whatever_the_micro_batches(rows: PairRows, sizes: list[int]) -> None:
-    """With every balance loss; a micro-batch may hold padding alone, and so no pair."""
+    """With every balance loss; a micro-batch may hold only padding, and so no pair."""
     balance = BalanceConfig(sequence_loss=0.3, batch_loss=0.5, z_loss=0.1)
     loss, numbers = build_loss(PreferenceConfig(sft_weight=0.5), balance), list(range(len(rows) + 2))
     whole = loss(rows.batch(numbers), counts_of(rows))

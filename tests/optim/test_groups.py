@@ -189,7 +189,7 @@ def test_every_layer_moves_by_its_own_load() -> None:
 
 
 def test_counts_beyond_float32_still_move_biases_the_right_way() -> None:
-    """2^25 + 1 is no float32; a mean of rounded counts would call it even."""
+    """2^25 + 1 is not a float32; a mean of rounded counts would call it even."""
     model = tiny_model(**SMALL)
     (layer,) = model.moe_layers
     update_router_biases(model, torch.tensor([[2**25 + 1, 2**25 - 1, 2**25, 2**25]]), rate=1.0)
