@@ -126,10 +126,7 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def render_chat(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
         """The conversation as the template writes it, for people to read; `encode_chat` gives the ids.
 
@@ -138,10 +135,7 @@ class Tokenizer:
         return self.chat_format.template.render(messages, tools, add_generation_prompt).text
 
     def encode_chat(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and the loss mask: for each id, whether it is trained on.
 

@@ -153,9 +153,9 @@ def test_the_loss_is_trls_on_the_same_log_probabilities(settings: dict[str, floa
 def test_packed_log_probabilities_are_those_of_every_answer_alone(rows: PairRows) -> None:
     loss = build_loss(PreferenceConfig())
     assert len(rows) < PAIRS / 1.5  # several pairs share a row
-    numbers = range(len(rows) + 1)  # and one row is padding
-    part = loss(rows.batch(numbers), None)
-    for place, number in enumerate(rows.pairs_of(numbers)):
+    [(pairs, batch)] = rows.in_order(len(rows) + 1)  # and one row is padding
+    part = loss(batch, None)
+    for place, number in enumerate(pairs):
         for side in range(2):
             alone = log_probs_alone(loss.model, rows.pairs[number].sides[side]).sum()
             assert part.values["log_probs"][place, side].item() == pytest.approx(alone.item(), rel=1e-6)
@@ -184,8 +184,8 @@ def test_loss_and_gradients_are_the_mean_over_pairs_run_alone(rows: PairRows, se
 
 def test_a_model_that_is_its_own_reference_loses_log_2(rows: PairRows) -> None:
     loss = build_loss(PreferenceConfig(beta=5.0))
-    whole = rows.batch(range(len(rows)))
-    rows.reference[rows.pairs_of(range(len(rows)))] = loss(whole, None).values["log_probs"].numpy()
+    [(pairs, whole)] = rows.in_order(len(rows))
+    rows.reference[pairs] = loss(whole, None).values["log_probs"].numpy()
     part = loss(rows.batch(range(len(rows))), counts_of(rows))
     assert part.loss.item() == pytest.approx(np.log(2), rel=1e-6)
 
@@ -229,7 +229,8 @@ def test_bfloat16_logits_are_summed_in_float32(rows: PairRows) -> None:
 
 
 def test_what_is_moved_to_a_device_is_all_of_a_batch(rows: PairRows) -> None:
-    batch = rows.batch(range(2)).to("meta")
-    assert {name for name, value in vars(batch).items() if isinstance(value, Tensor) and not value.is_meta} == set()
-    assert isinstance(batch, Batch)
-    assert batch.num_pairs == len(rows.pairs_of(range(2)))
+    pairs, batch = next(rows.in_order(2))
+    moved = batch.to("meta")
+    assert {name for name, value in vars(moved).items() if isinstance(value, Tensor) and not value.is_meta} == set()
+    assert isinstance(moved, Batch)
+    assert moved.num_pairs == len(pairs)
