@@ -1,4 +1,4 @@
-"""The library is built once, whatever else builds it or was killed at it, and its absence is no failure."""
+"""The library is built once, even beside other builds and after killed ones, and its absence is not a failure."""
 
 from __future__ import annotations
 

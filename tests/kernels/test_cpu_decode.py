@@ -46,7 +46,7 @@ def native(module: Module) -> Module:
 
 
 def both_ways(module: Module, compute: Callable[[Module], Any]) -> tuple[Any, Any]:
-    """What the C++ gives and what torch gives."""
+    """The results of the C++ and of torch."""
     with torch.inference_mode():
         return compute(native(module)), compute(module)
 
@@ -83,7 +83,7 @@ def test_feed_forward(bias: bool, gated: bool, activation: str, dtype: torch.dty
 def test_rms_norm(size: int, dtype: torch.dtype) -> None:
     norm = RMSNorm(size, 1e-6)
     norm.weight.data = random(size, dtype=dtype)
-    x = random(3, 1, 2 * size, dtype=dtype)[..., size:]  # not contiguous, as the latent of latent attention
+    x = random(3, 1, 2 * size, dtype=dtype)[..., size:]  # not contiguous, like the latent of latent attention
     assert_near(*both_ways(norm, lambda norm: norm(x)))
 
 
@@ -158,7 +158,7 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [32, 24, 40])  # of vectors whole ones, and a rest
+@pytest.mark.parametrize("width", [32, 24, 40])  # whole vectors, and a rest
 def test_rows_get_the_same_bits_whatever_is_beside_them(width: int, dtype: torch.dtype) -> None:
     widths = {"intermediate_size": width, "moe_intermediate_size": width}
     model = native(build(**KINDS["moe"] | widths, head_dim=32).to(dtype))
@@ -189,7 +189,7 @@ def test_a_step_of_the_whole_model(kind: str) -> None:
 
 
 def test_threads_change_no_bit() -> None:
-    """Also when two callers come at the same time, of whom one finds the helpers taken."""
+    """Also when two callers come at the same time, so that one finds the helpers taken."""
     layer, x = native(nn.Linear(256, 4096, bias=False)), random(3, 1, 256)
     before = torch.get_num_threads()
 

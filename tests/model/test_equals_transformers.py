@@ -1,4 +1,4 @@
-"""The two ends of what a config can say, Dots1 and GPT-2, against `transformers` with copied weights, float32."""
+"""The two ends of the range of configs, Dots1 and GPT-2, against `transformers` with copied weights, float32."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def admit(chosen: list[list[int]], config: ModelConfig) -> list[list[bool]]:
 
 @dataclass
 class Reference:
-    """What the layer computes, token by token; `backward` fills the gradients."""
+    """The layer's equations, token by token; `backward` fills the gradients."""
 
     config: ModelConfig
     router: Array  # [E, D]
@@ -167,7 +167,7 @@ class Reference:
     router_grad: Array = field(init=False)
 
     def forward(self, x: Array) -> Array:
-        """`x [rows, positions, D]` -> the same shape; keeps what it decided."""
+        """`x [rows, positions, D]` -> the same shape; keeps the decisions."""
         self.x, self.out = x, np.zeros_like(x)
         self.scores = [[score(self.router @ token, self.config.scoring_func) for token in row] for row in x]
         self.chosen = [[choose(scores, self.bias, self.config) for scores in row] for row in self.scores]
@@ -364,7 +364,7 @@ def test_experts_without_a_token_have_zero_gradients() -> None:
 
 
 def test_experts_take_no_rows_at_all() -> None:
-    """What a rank meets whose experts nobody chose: the result is empty and the gradients are zero, not None."""
+    """As on a rank whose experts nobody chose: the result is empty and the gradients are zero, not None."""
     layer = random_layer(moe_config())
     rows = torch.zeros(0, HIDDEN, requires_grad=True)
     out = layer.experts(rows, torch.zeros(8, dtype=torch.int32))

@@ -48,7 +48,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(interleave: bool, s
     torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag, rest), -1), rtol=1e-4, atol=1e-5)
 
 
-def test_rotated_products_depend_on_the_distance_alone() -> None:
+def test_rotated_products_depend_only_on_the_distance() -> None:
     rotary = Rotary(config_with(16, 10_000.0))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 

@@ -37,8 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def build(seed: int = 0, **changes: Any) -> LanguageModel:
-    """A model whose logits are of order 1."""
-    return tiny_model(seed, **DENSE | changes)
+    """A model whose logits are of order 1, in the kernels that it trains in."""
+    model = tiny_model(seed, **DENSE | changes)
+    kernels.apply(model, kernels.choose(model.device))
+    return model
 
 
 def packed(lengths: list[int]) -> tuple[Tensor, PackedAttention]:
@@ -73,8 +75,8 @@ def test_other_documents_do_not_change_a_bit_of_the_logits(kind: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_other_documents_change_moe_logits_by_rounding_alone() -> None:
-    """An expert's matrix product gets other neighbours, so its rounding may differ; what it computes does not."""
+def test_other_documents_change_moe_logits_only_by_rounding() -> None:
+    """An expert's matrix product gets other neighbours, and so may round differently; it computes the same."""
     model, tokens = build(**KINDS["moe"]), random_tokens(sum(LENGTHS))
     other = random_tokens(sum(LENGTHS), seed=1)
     other[:, MINE] = tokens[:, MINE]
@@ -130,7 +132,7 @@ def test_each_moe_layer_reports_its_routing() -> None:
         assert routing.logits.shape == routing.scores.shape == (10, 8)
 
 
-def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+def test_initial_weights_depend_only_on_seed_and_name() -> None:
     first, again, other = build(0, **MOE), build(0, **MOE), build(1, **MOE)
     deeper = dict(build(0, **MOE, num_hidden_layers=4, vocab_size=65).named_parameters())
     for name, weight in first.named_parameters():
@@ -239,7 +241,6 @@ def test_a_capacity_is_shared_by_the_documents_of_a_row() -> None:
 def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
     """Block by block, as training compiles them; another packing must not fail either."""
     model = build(**KINDS[kind], num_hidden_layers=2)
-    kernels.apply(model, kernels.choose(torch.device("cpu")))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss, grads = loss_and_gradients(model)
         for layer in model.model.layers:
@@ -256,9 +257,8 @@ def test_compiled_blocks_equal_eager_ones(kind: str, autocast: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["moe", "deepseek_v3"])
 def test_blocks_are_traced_whole(kind: str) -> None:
-    """A break would leave training compiled in pieces, slow and without a word; tracing alone takes no compiler."""
+    """A break would compile training in pieces, slowly and silently. Tracing needs no compiler."""
     model = build(**KINDS[kind], num_hidden_layers=2)
-    kernels.apply(model, kernels.choose(torch.device("cpu")))
     loss, _ = loss_and_gradients(model)
     torch._dynamo.reset()
     for layer in model.model.layers:

@@ -1,7 +1,7 @@
 """Compiles the C++ of this package once per machine, in three seconds, and loads it; nothing here needs torch.
 
 The library lies in the user's cache under a name that is a hash of everything that it depends on. It is written under
-another name and then renamed: several processes may build at once, and one that is killed leaves nothing to wait for.
+another name and then renamed, so that several processes may build at once and a killed one leaves no lock.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ OFF = "MOE_LM_NATIVE"  # "0" in the environment: everything runs in torch
 
 
 class UnavailableError(Exception):
-    """Why there is no library; decoding works without it, slower."""
+    """The reason why there is no library; decoding works without it, slower."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions of few_rows.cpp, or None where they cannot be had."""
+    """The functions of few_rows.cpp, or None if they cannot be built."""
     try:
         return load()
     except UnavailableError:
@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def load() -> ctypes.CDLL:
-    """The same; raises UnavailableError with the reason."""
+    """The functions of few_rows.cpp; raises UnavailableError with the reason if they cannot be built."""
     path = build()
     try:
         return ctypes.CDLL(str(path))
@@ -49,7 +49,7 @@ def load() -> ctypes.CDLL:
 
 
 def start() -> None:
-    """Begin to build, so that it is done by the time that torch is imported and the weights are read."""
+    """Begin to build in the background, to be ready when torch is imported and the weights are read."""
     threading.Thread(target=_try_to_build, daemon=True).start()
 
 
