@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint, lineage, read
+from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
@@ -177,8 +178,6 @@ def checkpoint_files(recipe: Recipe) -> dict[str, str]:
             files[START] = recipe.start.describe()
         else:
             files[ADAPTER] = lineage.describe_adapter(folder, lora)
-        if (
-            folder / checkpoint.GENERATION
-        ).is_file():  # of an imported model, which passes it on to those trained from it
-            files[checkpoint.GENERATION] = checkpoint.read_text(folder, checkpoint.GENERATION)
+        if (folder / GENERATION).is_file():
+            files[GENERATION] = checkpoint.read_text(folder, GENERATION)
     return files

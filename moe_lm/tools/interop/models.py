@@ -16,6 +16,7 @@ from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
 from moe_lm.checkpoint.read import TensorSource, fill
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.size import count_parameters
 from moe_lm.model.transformer import LanguageModel, ModelOutput
@@ -97,6 +98,7 @@ def our_model(
     for name, dtype in (rounded_to or {}).items():
         if name in ours:
             ours[name].copy_(ours[name].to(dtype))
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
     return model.eval()
 
 
