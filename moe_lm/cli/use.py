@@ -37,9 +37,7 @@ def _typed(prompt: str | None) -> str | None:
     return prompt
 
 
-Truncate = Annotated[
-    Literal["left"] | None, typer.Option(help="left: drop the beginning of a prompt that is too long.")
-]
+Truncate = Annotated[Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")]
 
 
 def sample(

@@ -142,7 +142,7 @@ class LoadConfig(Section):
         description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
     )
     device_map: Literal["auto"] | None = Field(
-        default=None, description="auto: spread a large model over devices, host memory and disk"
+        default=None, description="spread a large model over devices, host memory and disk"
     )
     max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(
         default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
