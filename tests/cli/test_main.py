@@ -108,11 +108,13 @@ def test_module_runs_as_a_program() -> None:
     assert done.stdout == f"moe-lm {__version__}\n"
 
 
-def test_help_imports_no_stage() -> None:
-    heavy = ("torch", "numpy", "pydantic", "tokenizers", "datasets", "deepspeed")
+@pytest.mark.parametrize(("arguments", "config"), [(["--help"], "pydantic"), (["sample", "--help"], "yaml")])
+def test_help_imports_no_stage(arguments: list[str], config: str) -> None:
+    """And no config, but for the one whose fields are a verb's options."""
+    heavy = ("torch", "numpy", config, "tokenizers", "datasets", "deepspeed")
     program = (
         "import sys; from moe_lm.cli.main import main\n"
-        "sys.argv = ['moe-lm', '--help']\n"
+        f"sys.argv = ['moe-lm', *{arguments}]\n"
         "try: main()\n"
         f"except SystemExit: sys.exit(str(found) if (found := sys.modules.keys() & set({heavy})) else 0)"
     )
