@@ -23,11 +23,9 @@ from moe_lm.model.kv_cache import ByLayer
 from moe_lm.model.transformer import Placement
 from moe_lm.parallel.spread import Spread
 from tests.processes import ROOT
+from tests.tiny import LATENT
 
 MakeRun = Callable[..., Path]
-LATENT = {
-    "use_qk_norm": False, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
-}  # fmt: skip
 MODELS = {
     "grouped-query": {"num_hidden_layers": 4, "num_key_value_heads": 1},
     "latent": LATENT | {"num_hidden_layers": 4},
@@ -44,10 +42,11 @@ def test_layers_on_the_disk_write_the_same_tokens(make_run: MakeRun, name: str, 
     run = make_run(**MODELS[name])
     expected = generate(Session.load(run, device="cpu").model, PROMPTS, DRAWN)
     offload = tmp_path / "offload"
-    for cpu in ("0MiB", "320KiB", "1GiB"):
+    some = "240KiB" if name == "tied" else "330KiB"  # room for some of the layers
+    for cpu in ("0MiB", some, "1GiB"):
         session = Session.load(run, spread=Spread({"cpu": cpu}, offload))
         lies = [parameter.is_meta for parameter in session.model.model.layers.parameters()]
-        assert {"0MiB": all(lies), "320KiB": any(lies) and not all(lies), "1GiB": not any(lies)}[cpu], cpu
+        assert {"0MiB": all(lies), some: any(lies) and not all(lies), "1GiB": not any(lies)}[cpu], cpu
         assert generate(session.model, PROMPTS, DRAWN) == expected
         assert [parameter.is_meta for parameter in session.model.model.layers.parameters()] == lies
         assert bool(list(offload.glob("*/*.dat"))) == any(lies)
@@ -171,7 +170,7 @@ print(json.dumps({"grown": peak() - before, "ids": ids}))
 
 def test_memory_is_that_of_a_few_layers(make_run: MakeRun, tmp_path: Path) -> None:
     small = make_run().rename(tmp_path / "small")
-    shape = {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 1024, "n_routed_experts": 0}
+    shape = {"hidden_size": 512, "num_hidden_layers": 26, "intermediate_size": 1024, "n_routed_experts": 0}
     large = make_run(**shape, initializer_range=0.02)
     size = sum(file.stat().st_size for file in large.glob("checkpoints/*/model/*"))
     command = [sys.executable, "-c", PROGRAM, str(small), str(large)]
