@@ -18,7 +18,7 @@ from moe_lm.config.generation import SamplingConfig
 
 
 class Text(NamedTuple):
-    """The ids of a row so far, of which the first `prompt` were given, and what may not come next."""
+    """The ids of a row so far, of which the first `prompt` were given, and the tokens that may not come next."""
 
     ids: Sequence[int]
     prompt: int = 0
@@ -51,7 +51,7 @@ def penalised(logits_RV: Tensor, config: SamplingConfig, texts: Sequence[Text]) 
 
 
 def check_ids(config: SamplingConfig, vocab_size: int) -> None:
-    """Raise UsageError for a bias of a token that is not there."""
+    """Raise UsageError for a bias of a token that does not exist."""
     for token, bias in config.logit_bias:
         if token >= vocab_size:
             raise UsageError(f"logit_bias {token}={bias} names no token; the ids end at {vocab_size - 1}")
@@ -67,13 +67,13 @@ def with_bias(logits_RV: Tensor, bias: Iterable[tuple[int, float]]) -> Tensor:
 
 
 def penalise_repetition(logits_V: Tensor, ids: Sequence[int], penalty: float) -> None:
-    """Change in place the logits of every id that is there."""
+    """Make every id of `ids` less likely, in place."""
     seen = _tokens(logits_V, ids)
     logits_V[seen] = torch.where(logits_V[seen] < 0, logits_V[seen] * penalty, logits_V[seen] / penalty)
 
 
 def penalise_counts(logits_V: Tensor, ids: Sequence[int], presence: float, frequency: float) -> None:
-    """Take `presence + frequency * count`, in place, from the logits of every id that is there."""
+    """Subtract `presence + frequency * count`, in place, from the logit of every id of `ids`."""
     counts = Counter(ids)
     seen = _tokens(logits_V, counts)
     times = torch.tensor([counts[token] for token in seen.tolist()], dtype=logits_V.dtype, device=logits_V.device)
@@ -81,7 +81,7 @@ def penalise_counts(logits_V: Tensor, ids: Sequence[int], presence: float, frequ
 
 
 def repeating(ids: Sequence[int], size: int) -> set[int]:
-    """The tokens that would end, after `ids`, a run of `size` tokens that is there already."""
+    """The tokens that would repeat, after `ids`, a sequence of `size` tokens."""
     start = len(ids) - size + 1
     if start < 0:
         return set()
@@ -90,5 +90,5 @@ def repeating(ids: Sequence[int], size: int) -> set[int]:
 
 
 def _tokens(logits_V: Tensor, ids: Iterable[int]) -> Tensor:
-    """Each id of the vocabulary once, as an index."""
+    """The ids below V, each once, as an index."""
     return torch.tensor(sorted({token for token in ids if token < len(logits_V)}), dtype=torch.long).to(logits_V.device)

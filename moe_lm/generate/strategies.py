@@ -19,25 +19,25 @@ from moe_lm.generate.penalties import Text, penalised, penalises
 class Sampling(SamplingConfig):
     """Penalties, temperature, top-k, top-p, min-p, typical, in this order and each where it is set, then a draw.
 
-    temperature: 0 is greedy, whatever follows it.
-    top_k: choose among this many likeliest tokens; more than the vocabulary is the vocabulary.
-    top_p: choose among the likeliest tokens that together hold this probability (arXiv 1904.09751), at least one.
+    temperature: 0 is greedy, whatever the others are.
+    top_k: choose among this many likeliest tokens; more than the vocabulary means all of it.
+    top_p: choose among the likeliest tokens that together have this probability (arXiv 1904.09751), at least one.
     min_p: choose among tokens at least this share as likely as the likeliest (arXiv 2407.01082).
-    typical_p: choose among the tokens whose surprise is nearest to the expected one and that together hold this
+    typical_p: choose among the tokens whose surprise is nearest to its expectation and that together have this
     probability (arXiv 2202.00666), at least one.
     """
 
     @classmethod
     def of(cls, config: SamplingConfig) -> Sampling:
-        """The strategy that a section with more fields than these describes."""
+        """The strategy in a section that has more fields than these."""
         return cls(**{name: getattr(config, name) for name in SamplingConfig.model_fields})
 
     def __call__(self, logits_RV: Tensor, generators: Sequence[torch.Generator], texts: Sequence[Text] = ()) -> Tensor:
-        """The chosen token of each row, `[R]` int64. Each row draws once from its own generator, a CPU one, so that
-        what it gets does not depend on the other rows; greedy choice draws nothing.
+        """The chosen token of each row, `[R]` int64.
 
-        `texts` are what the penalties look at. -1 is chosen where they leave no token. Raises MoeLmError for logits
-        that are no distribution (NaN, +inf, or -inf everywhere).
+        Each row draws once from its own CPU generator, so that its token does not depend on the other rows; greedy
+        choice draws nothing. The penalties read `texts`; -1 stands where they leave no token. Raises MoeLmError for
+        logits that are not a distribution (NaN, +inf, or -inf everywhere).
         """
         check_logits(logits_RV)
         changed = penalises(self) or any(text.forbidden for text in texts)
@@ -52,7 +52,7 @@ class Sampling(SamplingConfig):
         return tokens_R.masked_fill(logits_RV.amax(-1) == -math.inf, -1)
 
     def kept(self, logits_RV: Tensor) -> Tensor:
-        """The logits of what is drawn from, at a `temperature` above 0 and after the penalties."""
+        """The logits that are drawn from, at a `temperature` above 0 and after the penalties."""
         logits_RV = with_temperature(logits_RV, self.temperature)
         if self.top_k is not None:
             logits_RV = keep_top_k(logits_RV, self.top_k)
@@ -107,7 +107,7 @@ def keep_typical(logits_RV: Tensor, typical_p: float) -> Tensor:
 
 
 def _keep_until(mass: float, logits_RV: Tensor, rank_RV: Tensor) -> Tensor:
-    """-inf for what comes, by ascending `rank`, after the tokens that together reach a probability of `mass`."""
+    """-inf for all but the first tokens, by ascending `rank`, that together reach a probability of `mass`."""
     if mass == 1:
         return logits_RV  # a sum of rounded probabilities can reach 1 before the last token
     order = rank_RV.argsort(dim=-1, stable=True)
