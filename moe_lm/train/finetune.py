@@ -46,7 +46,7 @@ def run(config: FinetuneConfig, meeting: Meeting | None = None) -> TrainingResul
 def supervised(
     config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig, topology: Topology
 ) -> Recipe:
-    """Learning the assistant's words in conversations."""
+    """The recipe of supervised fine-tuning, which learns the assistant's words in conversations."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
     shape = (data.sequence_length, tokenizer.pad_id, data.separate_documents)
@@ -68,7 +68,7 @@ def supervised(
 def by_preference(
     config: FinetuneConfig, start: Start, tokenizer: Tokenizer, model: ModelConfig, topology: Topology
 ) -> Recipe:
-    """Making one of two answers likelier than the other, measured from the model that training starts from."""
+    """The recipe of preference tuning, which makes one of two answers likelier than the start does."""
     data, train = config.data, config.train
     assert config.preference is not None
     pairs = read_pairs(data, tokenizer)
@@ -90,7 +90,7 @@ def by_preference(
 
 
 def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> list[str]:
-    """The cost, after a warning of what `moe-lm export` would refuse when all is done."""
+    """The cost, after a warning if `moe-lm export` would refuse the trained model."""
     rate = config.train.balance.bias_update_rate
     lines = cost_lines(config, model, topology)
     if not rate or not model.moe_layers or model.scoring_func != "softmax":
