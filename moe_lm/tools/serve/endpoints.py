@@ -27,7 +27,7 @@ from moe_lm.tools.serve.ticket import Job, Ticket
 MOST_VALUES = 1 << 20  # log-probabilities and experts of a whole answer: about 25 MB
 
 
-class Prompt(NamedTuple):
+class PromptIds(NamedTuple):
     ids: Sequence[int]
     echo: str = ""  # comes before the text
 
@@ -68,7 +68,7 @@ class Endpoints:
                 message = f"logit_bias names the token {token}; the ids end at {self.session.tokenizer.vocab_size - 1}"
                 raise ApiError(400, message, "logit_bias")
 
-    def _prompts(self, body: CompletionRequest) -> list[Prompt]:
+    def _prompts(self, body: CompletionRequest) -> list[PromptIds]:
         """The prompts of a body; a text begins with the token that begins a document."""
         tokenizer = self.session.tokenizer
         texts = [item for item in body.prompt if isinstance(item, str)]
@@ -80,17 +80,17 @@ class Endpoints:
         for ids in prompts:
             self._check_prompt(ids, "prompt")
         if not body.echo:
-            return [Prompt(ids) for ids in prompts]
-        return [Prompt(*both) for both in zip(prompts, texts or map(tokenizer.decode, prompts), strict=True)]
+            return [PromptIds(ids) for ids in prompts]
+        return [PromptIds(*both) for both in zip(prompts, texts or map(tokenizer.decode, prompts), strict=True)]
 
-    def _chat_prompt(self, body: ChatRequest) -> list[Prompt]:
+    def _chat_prompt(self, body: ChatRequest) -> list[PromptIds]:
         messages = [message.for_template() for message in body.messages]
         try:
             ids, _ = self.session.tokenizer.encode_chat(messages, add_generation_prompt=True)
         except UsageError as error:
             raise ApiError(400, str(error), "messages") from error
         self._check_prompt(ids, "messages")
-        return [Prompt(ids)]
+        return [PromptIds(ids)]
 
     def _check_prompt(self, ids: Sequence[int], param: str) -> None:
         if len(ids) > self.scheduler.capacity:
@@ -105,7 +105,7 @@ class Endpoints:
             raise ApiError(400, f"the prompt has ids from {min(ids)} to {max(ids)}; expected 0 to {last}", param)
 
     async def _answer(
-        self, request: Request, body: GenerationRequest, prompts: Sequence[Prompt], kind: type[Answer]
+        self, request: Request, body: GenerationRequest, prompts: Sequence[PromptIds], kind: type[Answer]
     ) -> Response:
         capacity = self.scheduler.capacity
         max_tokens = min(body.most_tokens or capacity, self.limits.max_tokens or capacity)
@@ -194,7 +194,7 @@ class Endpoints:
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return news
 
-    def _jobs(self, body: GenerationRequest, prompts: Sequence[Prompt], max_tokens: int) -> list[Job]:
+    def _jobs(self, body: GenerationRequest, prompts: Sequence[PromptIds], max_tokens: int) -> list[Job]:
         """Text j of prompt i draws with `seed + i * n + j`, as in `moe-lm sample --num`."""
         tokenizer, settings, jobs = self.session.tokenizer, body.settings(max_tokens), []
         for index in range(len(prompts) * body.n):

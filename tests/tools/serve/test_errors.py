@@ -32,55 +32,18 @@ def check(answer: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 0),
-        ("n", 129),
-        ("n", "2"),
-        ("n", 1.5),
-        ("n", True),
-        ("max_tokens", 0),
-        ("max_tokens", -1),
-        ("temperature", -0.1),
-        ("temperature", "hot"),
-        ("top_p", 1.1),
-        ("top_k", 0),
-        ("min_p", 2),
-        ("seed", 1 << 70),
-        ("seed", "x"),
-        ("repetition_penalty", 0),
-        ("presence_penalty", "x"),
-        ("stop", ["a"] * 5),
-        ("stop", ""),
-        ("stop", [1]),
-        ("stop", {"a": 1}),
-        ("logit_bias", {"x": 1}),
-        ("logit_bias", {"5": "x"}),
-        ("logit_bias", {"5": 10**400}),
-        ("logit_bias", {"-1": 1}),
-        ("logit_bias", {"1024": 1}),
-        ("logit_bias", {str(token): 0 for token in range(2000)}),
-        ("logit_bias", [1]),
-        ("stream", "yes"),
-        ("logprobs", 21),
-        ("logprobs", -1),
-        ("prompt", None),
-        ("prompt", 5),
-        ("prompt", []),
-        ("prompt", [[]]),
-        ("prompt", ["a", 1]),
-        ("prompt", [[1, "a"]]),
-        ("prompt", [5, -1]),
-        ("prompt", [5, 1 << 70]),
-        ("prompt", [1024]),
-        ("prompt", "\ud800"),
-        ("prompt", {"a": 1}),
-        ("echo", 1),
-        ("best_of", 3),
-        ("suffix", "end"),
-        ("tools", [{}]),
-        ("response_format", {"type": "json_schema"}),
-        ("temprature", 1),
+        ("n", 0), ("n", 129), ("n", "2"), ("n", 1.5), ("n", True), ("max_tokens", 0), ("max_tokens", -1),
+        ("temperature", -0.1), ("temperature", "hot"), ("top_p", 1.1), ("top_k", 0), ("min_p", 2), ("seed", 1 << 70),
+        ("seed", "x"), ("repetition_penalty", 0), ("presence_penalty", "x"), ("stop", ["a"] * 5), ("stop", ""),
+        ("stop", [1]), ("stop", {"a": 1}), ("logit_bias", {"x": 1}), ("logit_bias", {"5": "x"}),
+        ("logit_bias", {"5": 10**400}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1024": 1}),
+        ("logit_bias", {str(token): 0 for token in range(2000)}), ("logit_bias", [1]), ("stream", "yes"),
+        ("logprobs", 21), ("logprobs", -1), ("prompt", None), ("prompt", 5), ("prompt", []), ("prompt", [[]]),
+        ("prompt", ["a", 1]), ("prompt", [[1, "a"]]), ("prompt", [5, -1]), ("prompt", [5, 1 << 70]),
+        ("prompt", [1024]), ("prompt", "\ud800"), ("prompt", {"a": 1}), ("echo", 1), ("best_of", 3),
+        ("suffix", "end"), ("tools", [{}]), ("response_format", {"type": "json_schema"}), ("temprature", 1),
     ],
-)
+)  # fmt: skip
 def test_a_field_that_is_wrong_or_unknown_is_named(served: Served, field: str, value: Any) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 2} | {field: value})
     answer = served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
@@ -92,9 +55,7 @@ def test_a_field_that_is_wrong_or_unknown_is_named(served: Served, field: str, v
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"messages": []}, "messages"),
-        ({"messages": None}, "messages"),
-        ({"messages": "hello"}, "messages"),
+        ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "king", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": None}]}, "messages"),
@@ -104,17 +65,13 @@ def test_a_field_that_is_wrong_or_unknown_is_named(served: Served, field: str, v
         ({"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages.0.mood"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"messages": [*CHAT, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, None),
-        ({"top_logprobs": 2}, ""),
-        ({"logprobs": 3}, "logprobs"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, ""),
-        ({"stream_options": {"include_usage": True}}, ""),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"top_logprobs": 2}, ""), ({"logprobs": 3}, "logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, ""), ({"stream_options": {"include_usage": True}}, ""),
+        ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "auto"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
-        ({"prompt": "x"}, "prompt"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"), ({"prompt": "x"}, "prompt"),
     ],
-)
+)  # fmt: skip
 def test_chat_refuses_by_name(served: Served, change: dict[str, Any], param: str | None) -> None:
     body = json.dumps({"messages": CHAT, "max_tokens": 2} | change)
     answer = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
@@ -136,21 +93,12 @@ def test_harmless_fields_and_null_are_as_if_they_were_not_there(served: Served) 
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{",
-        b'{"prompt": ',
-        b"\xff\xfe{}",
-        b"[]",
-        b'"text"',
-        b"null",
-        b"5",
-        b'{"prompt": "x", "temperature": NaN}',
-        b'{"prompt": "x", "temperature": 1e999}',
-        b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
-        b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}",
+        b"", b"{", b'{"prompt": ', b"\xff\xfe{}", b"[]", b'"text"', b"null", b"5",
+        b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}",
     ],
     ids=lambda body: str(body[:24]),
-)
+)  # fmt: skip
 def test_a_malformed_body_is_refused(served: Served, body: bytes) -> None:
     for path in ("completions", "chat/completions"):
         check(served.http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"}), 400)
