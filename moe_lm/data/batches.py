@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,14 +52,9 @@ class Batch:
         return 0 if self.reference is None else len(self.reference)
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(
-            self,
-            **{  # type: ignore[arg-type]
-                name: value.to(device, non_blocking=True)
-                for name, value in vars(self).items()
-                if isinstance(value, Tensor)
-            },
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 class BatchSource(Protocol):
@@ -77,7 +72,7 @@ class PackedBatches:
     """Training batches from the shards of one or several sources, mixed by weight (relative shares of sequences).
 
     With `separate_documents` a document attends only to itself, its positions begin at 0, and its last token has no
-    target. Raises UsageError when a source is shorter than one window.
+    target. `steps_per_epoch` is rounded up. Raises UsageError when a source is shorter than one window.
     """
 
     def __init__(
@@ -91,20 +86,16 @@ class PackedBatches:
     ) -> None:
         self._length = sequence_length
         self._batch_size = global_batch_size
-        self._windows = [_num_windows(item, sequence_length) for item in shards]
+        windows = [_num_windows(item, sequence_length) for item in shards]
+        self.steps_per_epoch = -(-sum(windows) // global_batch_size)
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
-        self._mixture = Mixture(self._windows, weights, seed)
+        self._mixture = Mixture(windows, weights, seed)
         self.fingerprint = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps that hold as many sequences as all sources have windows, rounded up."""
-        return -(-sum(self._windows) // self._batch_size)
 
     def batch(self, step: int, rows: range) -> Batch:
         number, offset = divmod(step, self._plan_steps)
@@ -116,13 +107,9 @@ class PackedBatches:
 
     def _plan_windows(self, number: int) -> _Windows:
         size = self._plan_steps * self._batch_size
-        starts = self._window_starts(np.arange(number * size, (number + 1) * size))
+        sources, windows = self._mixture.items(np.arange(number * size, (number + 1) * size))
+        starts = self._first_token[sources] + windows * self._length
         return _Windows(self._stream, starts, self._length, self._document_starts)
-
-    def _window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places in the stream where the windows of these sequences of the run begin. [n] -> [n]"""
-        sources, windows = self._mixture.items(sequences)
-        return self._first_token[sources] + windows * self._length
 
 
 class EvaluationBatches:

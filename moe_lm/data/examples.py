@@ -16,7 +16,7 @@ from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import Batch
 from moe_lm.data.formats import Dialogue
 from moe_lm.data.packing import Example, PackedRows, next_tokens, pack_examples
-from moe_lm.data.records import nothing_usable, read_dialogues, split_held_out
+from moe_lm.data.records import Splits, nothing_usable, read_dialogues, read_splits
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -33,32 +33,17 @@ class ChatExample(Example):
     where: str = ""
 
 
-@dataclass(frozen=True)
-class ChatData:
-    """The examples of both splits, and the counts of what was read, shortened and skipped for both."""
+def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> Splits[ChatExample]:
+    """All conversations as examples. Raises UsageError as `read_splits`, and when a source with a weight has none."""
 
-    train: list[ChatExample]
-    validation: list[ChatExample]
-    report: Report
+    def read(sources: Sequence[ChatSource], report: Report) -> list[ChatExample]:
+        return read_examples(sources, tokenizer, config.sequence_length, report, config.truncate == "left")
 
-
-def read_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read and tokenize all conversations. Those for validation have sources of their own or are split off `train`.
-
-    Raises UsageError for a file that does not exist, when there is nothing to train on, also in one source that has a
-    weight, and for a tokenizer without a chat template that can be trained on.
-    """
-    tokenizer.chat_format  # noqa: B018 (without one every conversation would be skipped)
-    report = Report()
-    settings = tokenizer, config.sequence_length, report, config.truncate == "left"
-    train = read_examples(config.train, *settings)
-    validation = read_examples(config.validation, *settings)
-    train, held_out = split_held_out(train, config.validation_fraction)
-    needed = range(len(config.train)) if config.weights else [None]
-    for source in needed:
-        if not any(source in (None, item.source) for item in train):
-            raise nothing_usable(config.train if source is None else [config.train[source]], "conversation", report)
-    return ChatData(train, validation + held_out, report)
+    data = read_splits(config, tokenizer, "conversation", read)
+    for number, source in enumerate(config.train):
+        if source.weight is not None and not any(item.source == number for item in data.train):
+            raise nothing_usable([source], "conversation", data.report)
+    return data
 
 
 def read_examples(

@@ -31,10 +31,7 @@ def next_tokens(ids: Sequence[int], trained: Sequence[bool]) -> tuple[NDArray[np
 
 
 class PackedRows(ABC):
-    """Items packed into rows, source by source; a subclass makes batches of them.
-
-    sizes: the number of rows of each source.
-    """
+    """Items packed into rows, `sizes` rows of each source; a subclass makes batches of them."""
 
     def __init__(self, lengths: Sequence[int], capacity: int, sources: Sequence[int] = ()) -> None:
         source_of = np.array(sources or [0] * len(lengths), np.int64)
@@ -72,7 +69,7 @@ class PackedRows(ABC):
 class RowBatches:
     """Training batches of packed rows; a `BatchSource`. Every row comes once per epoch, in a new order each time.
 
-    With `weights`, the relative shares of the sources, each source has epochs of its own.
+    With `weights`, the relative shares of the sources, each source has its own epochs. `steps_per_epoch` is rounded up.
     """
 
     def __init__(
@@ -83,11 +80,7 @@ class RowBatches:
         self._first_row = np.cumsum([0, *rows.sizes])
         self._mixture = Mixture(rows.sizes, weights or [1.0], seed)
         self.fingerprint = rows.fingerprint
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps that hold as many sequences as there are rows, rounded up."""
-        return -(-len(self._rows) // self._batch_size)
+        self.steps_per_epoch = -(-len(rows) // global_batch_size)
 
     def batch(self, step: int, rows: range) -> Batch:
         source, row = self._mixture.items(step * self._batch_size + np.asarray(rows))

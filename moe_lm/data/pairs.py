@@ -19,7 +19,7 @@ from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.examples import tokenize
 from moe_lm.data.formats import Dialogue, Message, Preference
 from moe_lm.data.packing import Example, PackedRows, next_tokens, pack_examples
-from moe_lm.data.records import nothing_usable, read_preferences, split_held_out
+from moe_lm.data.records import Splits, read_preferences, read_splits
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -47,29 +47,13 @@ class Pair:
         return sum(len(side.input_ids) for side in self.sides)
 
 
-@dataclass(frozen=True)
-class PairData:
-    """The pairs of both splits, and the counts of what was read and skipped for both."""
+def read_pairs(config: ChatDataConfig, tokenizer: Tokenizer) -> Splits[Pair]:
+    """All preferences as pairs. Raises UsageError as `read_splits`."""
 
-    train: list[Pair]
-    validation: list[Pair]
-    report: Report
+    def read(sources: Sequence[ChatSource], report: Report) -> list[Pair]:
+        return _tokenize_all(sources, tokenizer, config.sequence_length, report)
 
-
-def read_pairs(config: ChatDataConfig, tokenizer: Tokenizer) -> PairData:
-    """Read and tokenize all pairs. Those for validation have sources of their own or are split off `train`.
-
-    Raises UsageError for a file that does not exist, when there is nothing to train on, and for a tokenizer without a
-    chat template that can be trained on.
-    """
-    tokenizer.chat_format  # noqa: B018 (without one every pair would be skipped)
-    report = Report()
-    train = _tokenize_all(config.train, tokenizer, config.sequence_length, report)
-    validation = _tokenize_all(config.validation, tokenizer, config.sequence_length, report)
-    train, held_out = split_held_out(train, config.validation_fraction)
-    if not train:
-        raise nothing_usable(config.train, "preference pair", report)
-    return PairData(train, validation + held_out, report)
+    return read_splits(config, tokenizer, "preference pair", read)
 
 
 class PairRows(PackedRows):
@@ -127,11 +111,8 @@ def _tokenize_all(
             report.skip("the chat template marks nothing to train on", record.where)
             continue
         report.documents += 1
-        report.text_bytes += sum(
-            len((message["content"] or "").encode())
-            for answer in (record.content.chosen, record.content.rejected)
-            for message in answer
-        )
+        answers = record.content.chosen + record.content.rejected
+        report.text_bytes += sum(len((message["content"] or "").encode()) for message in answers)
         pairs.append(Pair(chosen, rejected, record.hash, record.where))
     return pairs
 

@@ -181,8 +181,7 @@ def _remove_work(folder: Path, keep: Path | None = None) -> None:
 
 
 def _join(chunks: Sequence[Path], folder: Path, validation_fraction: float) -> dict[Split, tuple[Shard, ...]]:
-    old = ".*.partial"  # what earlier versions of this program left unfinished
-    for pattern in ("train-?????.*", "validation-?????.*", f"*{UNFINISHED}", old):
+    for pattern in ("train-?????.*", "validation-?????.*", f"*{UNFINISHED}"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
     held_out = held_out_of(np.concatenate([_read(path, "hashes") for path in chunks]), validation_fraction)

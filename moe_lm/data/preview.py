@@ -12,9 +12,10 @@ from rich.text import Text
 
 from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.examples import ChatData
+from moe_lm.data.examples import ChatExample
 from moe_lm.data.packing import Example
-from moe_lm.data.pairs import PairData
+from moe_lm.data.pairs import Pair
+from moe_lm.data.records import Splits
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TRAINED, PROMPT, SPECIAL = "bold green", "dim", "cyan"
@@ -24,31 +25,25 @@ CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) no
 
 
 def show_conversations(
-    console: Console, tokenizer: Tokenizer, config: ChatDataConfig, data: ChatData, count: int
+    console: Console, tokenizer: Tokenizer, config: ChatDataConfig, data: Splits[ChatExample], count: int
 ) -> None:
     """Print the first `count` training examples, then figures for all of them, and what was left out."""
     for item in data.train[:count]:
         show_example(console, tokenizer, item.where, item)
-    sources = [
-        (
-            Path(source.path).name if source.path else source.origin,
-            source.weight,
-            [item for item in data.train if item.source == number],
-        )
-        for number, source in enumerate(config.train)
-    ]
     weights = sum(config.weights or [])
     table = _table("examples", *(["share of rows"] if weights else []))
-    for origin, weight, items in sources:
-        table.add_row(origin, *_figures(items), *([f"{weight / weights:.1%}"] if weight else []))
-    if len(sources) > 1:
+    for number, source in enumerate(config.train):
+        name = Path(source.path).name if source.path else source.origin
+        items = [item for item in data.train if item.source == number]
+        table.add_row(name, *_figures(items), *([f"{source.weight / weights:.1%}"] if source.weight else []))
+    if len(config.train) > 1:
         table.add_row("all", *_figures(data.train))
     table.add_row("held out", *_figures(data.validation))
     console.print(table)
     show_skipped(console, data.report.skipped_lines())
 
 
-def show_pairs(console: Console, tokenizer: Tokenizer, data: PairData, count: int) -> None:
+def show_pairs(console: Console, tokenizer: Tokenizer, data: Splits[Pair], count: int) -> None:
     """Print both sides of the first `count` pairs, the chosen one first, then figures for all of them."""
     for pair in data.train[:count]:
         for name, side in zip(("chosen", "rejected"), pair.sides, strict=True):

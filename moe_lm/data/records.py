@@ -1,7 +1,4 @@
-"""Conversations and preferences from files and data sets, each with its place and the hash that decides its split.
-
-One bad row never stops a file: it is counted in a `Report` by reason, with the first place where that happened.
-"""
+"""Conversations and preferences from files and data sets, each with its place and the hash that decides its split."""
 
 from __future__ import annotations
 
@@ -15,11 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.data import ChatSource
+from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.formats import Dialogue, Message, Preference, Unusable, dialogue_of, preference_of
-from moe_lm.text.files import Report, read_rows
+from moe_lm.text.files import Report, Rows, read_rows
 from moe_lm.text.sources import read_dataset
 from moe_lm.text.split import document_hash, held_out_of
+from moe_lm.tokenizer.tokenizer import Tokenizer
 
 ContentT = TypeVar("ContentT", Dialogue, Preference)
 
@@ -38,7 +36,7 @@ class Record(Generic[ContentT]):
 
 
 def read_dialogues(sources: Sequence[ChatSource], report: Report) -> Iterator[Record[Dialogue]]:
-    """The conversations of all sources in order. A row without one is counted by reason.
+    """The conversations of all sources in order. A row without one is counted by reason and stops nothing.
 
     Raises UsageError for a file that does not exist, MoeLmError for a data set that cannot be read.
     """
@@ -59,6 +57,35 @@ class Hashed(Protocol):
 
 
 HashedT = TypeVar("HashedT", bound=Hashed)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[HashedT]):
+    """The tokenized items of both splits, and the counts of what was read, shortened and skipped for both."""
+
+    train: list[HashedT]
+    validation: list[HashedT]
+    report: Report
+
+
+def read_splits(
+    config: ChatDataConfig,
+    tokenizer: Tokenizer,
+    kind: str,
+    read: Callable[[Sequence[ChatSource], Report], list[HashedT]],
+) -> Splits[HashedT]:
+    """`read` for both splits. Items for validation have sources of their own or are split off `train`.
+
+    Raises UsageError for a file that does not exist, when there is nothing to train on, and for a tokenizer without a
+    chat template that can be trained on.
+    """
+    tokenizer.chat_format  # noqa: B018 (without one every item would be skipped)
+    report = Report()
+    read_for_train, validation = read(config.train, report), read(config.validation, report)
+    train, held_out = split_held_out(read_for_train, config.validation_fraction)
+    if not train:
+        raise nothing_usable(config.train, kind, report)
+    return Splits(train, validation + held_out, report)
 
 
 def split_held_out(items: Sequence[HashedT], fraction: float) -> tuple[list[HashedT], list[HashedT]]:
@@ -95,7 +122,7 @@ def _read(
                 yield Record(content, where, number, content_hash)
 
 
-def _rows(source: ChatSource, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(source: ChatSource, report: Report) -> Rows:
     if source.dataset is not None:
         yield from read_dataset(source.dataset, source.subset, source.split, "data")
         return

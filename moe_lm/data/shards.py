@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")
+AGAIN = "delete its folder and run moe-lm prepare"
 Split = Literal["train", "validation"]
 
 
@@ -189,30 +190,27 @@ def _open_shard(folder: Path, shard: Shard, manifest: Manifest, verify: bool) ->
         if tokens[largest] >= manifest.vocab_size:
             raise UsageError(
                 f"{tokens_path}: token {tokens[largest]} at offset {largest} is outside the vocabulary of "
-                f"{manifest.vocab_size}; {_AGAIN}"
+                f"{manifest.vocab_size}; {AGAIN}"
             )
     if int(index[:, 0].sum()) != shard.tokens or index.min() < 0:
-        raise UsageError(f"{index_path} does not add up to the {shard.tokens} tokens of its shard; {_AGAIN}")
+        raise UsageError(f"{index_path} does not add up to the {shard.tokens} tokens of its shard; {AGAIN}")
     return tokens, index
-
-
-_AGAIN = "delete its folder and run moe-lm prepare"
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if path.is_symlink() or not path.is_file():
         problem = "is a symbolic link" if path.is_symlink() else "is missing"
-        raise UsageError(f"shard {path} {problem}, expected a file of {count * dtype.itemsize} bytes; {_AGAIN}")
+        raise UsageError(f"shard {path} {problem}, expected a file of {count * dtype.itemsize} bytes; {AGAIN}")
     size = path.stat().st_size
     if size != count * dtype.itemsize:
-        raise UsageError(f"shard {path} has {size} bytes, expected {count * dtype.itemsize}; {_AGAIN}")
+        raise UsageError(f"shard {path} has {size} bytes, expected {count * dtype.itemsize}; {AGAIN}")
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
 def _check_sum(path: Path, data: NDArray[Any], expected: str) -> None:
     found = hashlib.sha256(data.data).hexdigest()
     if found != expected:
-        raise UsageError(f"shard {path} is corrupt: sha256 {found[:12]}, expected {expected[:12]}; {_AGAIN}")
+        raise UsageError(f"shard {path} is corrupt: sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}")
 
 
 def _every_window(tokens: NDArray[Any], length: int) -> NDArray[Any]:

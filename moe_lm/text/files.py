@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -36,6 +37,8 @@ COMPRESSED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
 UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
 if zstd is not None:
     UNREADABLE += (zstd.ZstdError,)
+
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each with its place, like `a.jsonl:7`
 
 
 @dataclass
@@ -88,10 +91,8 @@ def open_decompressed(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def read_rows(
-    path: Path, name: str, report: Report, text_field: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a .jsonl, .json or .parquet file (compressed or not), each with its place, like `a.jsonl:7`.
+def read_rows(path: Path, name: str, report: Report, text_field: str | None = None) -> Rows:
+    """The rows of a .jsonl, .json or .parquet file, compressed or not.
 
     With `text_field` only this column of a Parquet file is read; a file in which it is missing or not text counts once.
     """
@@ -134,9 +135,7 @@ def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int,
         yield number, line
 
 
-def _parquet_rows(
-    path: Path, name: str, report: Report, text_field: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, name: str, report: Report, text_field: str | None) -> Rows:
     import pyarrow
 
     try:
@@ -145,14 +144,12 @@ def _parquet_rows(
                 reason, detail = problem
                 report.skip(reason, f"{name}, {detail}")
                 return
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=text_field and [text_field]):
-                for row in _batch_rows(batch):
-                    number += 1
-                    if row is None:
-                        report.skip("invalid UTF-8", f"{name}:{number}")
-                    else:
-                        yield f"{name}:{number}", row
+            batches = table.iter_batches(batch_size=256, columns=text_field and [text_field])
+            for number, row in enumerate(chain.from_iterable(map(_batch_rows, batches)), 1):
+                if row is None:
+                    report.skip("invalid UTF-8", f"{name}:{number}")
+                else:
+                    yield f"{name}:{number}", row
     except (pyarrow.ArrowException, *UNREADABLE) as error:
         report.skip("unreadable file", f"{name}: {error}")
 

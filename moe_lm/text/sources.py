@@ -1,7 +1,6 @@
 """Documents from text files, JSON rows, Parquet, `datasets` data sets and the Python standard library.
 
-One bad document never stops a corpus: what cannot be used is counted in a `Report` by reason, with the first place
-where that happened. Memory is bounded whatever the size of a file. The order is the same on every run.
+The order is the same on every run. What cannot be used is counted in a `Report` and stops nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from moe_lm.text.files import (
     MAX_LINE_BYTES,
     UNREADABLE,
     Report,
+    Rows,
     kind_of,
     open_decompressed,
     read_lines,
@@ -99,7 +99,8 @@ def origin(source: SourceConfig) -> str:
 def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
     """Every document with its place (`file:line`), before the checks that every text must pass."""
     if source.dataset is not None:
-        yield from _dataset_documents(source, report)
+        for where, row in read_dataset(source.dataset, source.subset, source.split, f"source {source.name!r}"):
+            yield from _row_document(row, source.text_field, where, report)
         return
     for name, path in source_files(source, report):
         kind = kind_of(path)
@@ -117,14 +118,13 @@ def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> 
     try:
         with open_decompressed(path) as file:
             for index, (line, piece) in enumerate(_pieces(file, name, piece_bytes, report)):
-                where = f"{name}:{line}"
                 try:
                     text = piece.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    line += piece.count(b"\n", 0, error.start)
-                    report.skip("invalid UTF-8", f"{name}:{line}")
-                    continue
-                yield Document(f"{name}#{index}" if index else name, text), where
+                    lines_before = piece.count(b"\n", 0, error.start)
+                    report.skip("invalid UTF-8", f"{name}:{line + lines_before}")
+                else:
+                    yield Document(f"{name}#{index}" if index else name, text), f"{name}:{line}"
     except UNREADABLE as error:
         report.skip("unreadable file", f"{name}: {error}")
 
@@ -163,13 +163,8 @@ def _row_document(row: dict[str, Any], text_field: str, where: str, report: Repo
         report.skip(f"no field {text_field!r}", f"{where}, which has {', '.join(map(repr, list(row)[:8])) or 'none'}")
 
 
-def _dataset_documents(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
-    for where, row in read_dataset(source.dataset or "", source.subset, source.split, f"source {source.name!r}"):
-        yield from _row_document(row, source.text_field, where, report)
-
-
-def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a `datasets` data set, streamed, each with its place, like `name:7`.
+def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Rows:
+    """The rows of a `datasets` data set, streamed.
 
     Raises MoeLmError, which begins with `reader`, for anything that the library, the network or a file format raises.
     """
@@ -188,7 +183,7 @@ def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Iter
 
 def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:
     """The files of a known kind under a folder, without hidden ones."""
-    files: list[tuple[str, Path]] = []
+    files = []
     for name, path in _walk(root, left_out=frozenset()):
         if kind_of(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
             files.append((name, path))

@@ -9,10 +9,7 @@ from numpy.typing import NDArray
 
 
 def held_out(document_id: str, validation_fraction: float) -> bool:
-    """Whether a document belongs to the validation split, which depends only on its id and the fraction.
-
-    `held_out_of` makes one exception: it holds out at least one document of a corpus.
-    """
+    """Whether a document is held out, by its id and the fraction only; `held_out_of` holds out at least one."""
     return document_hash(document_id) < _limit(validation_fraction)
 
 

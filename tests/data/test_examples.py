@@ -13,8 +13,9 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.batches import IGNORE
-from moe_lm.data.examples import ChatData, ChatExample, read_chat, read_examples
+from moe_lm.data.examples import ChatExample, read_chat, read_examples
 from moe_lm.data.packing import pack_rows
+from moe_lm.data.records import Splits
 from moe_lm.text.files import Report, read_rows
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.data.rows import assistant, said, user, write
@@ -23,7 +24,7 @@ from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save
 ASKED_TWICE = [user("q"), assistant("one"), user("r"), assistant("two")]
 
 
-def read(folder: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> ChatData:
+def read(folder: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> Splits[ChatExample]:
     """The examples of these rows, `a.jsonl` in the folder."""
     return read_chat(ChatDataConfig(train=(write(folder / "a.jsonl", rows),), **settings), tokenizer)
 

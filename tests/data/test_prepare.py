@@ -109,7 +109,7 @@ def test_shards_of_another_size_hold_the_same_stream(
 
 PREPARE_AND_DIE = textwrap.dedent("""
     import os, signal, sys
-    from pathlib import Path
+    from moe_lm.common.files import unfinished_path
     from moe_lm.config.data import DataConfig
     from moe_lm.data import chunks, prepare
 
@@ -125,7 +125,7 @@ PREPARE_AND_DIE = textwrap.dedent("""
     if sys.argv[2] == "joining":
         write = prepare._write
         def write_and_die(path, data):
-            Path(path.parent, "." + path.name + ".partial").write_bytes(bytes(data)[: len(data) // 2])
+            unfinished_path(path).write_bytes(bytes(data)[: len(data) // 2])
             die()
             return write(path, data)
         prepare._write = write_and_die
