@@ -19,6 +19,8 @@ def test_a_step_is_read_in_twelve_files_from_the_engine_downwards() -> None:
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[:3] == ["1", "engine/engine.py", "Engine.train_step,"]
+    tour = SCRIPT.with_name("tour.md").read_text(encoding="utf-8")
+    assert done.stdout in tour, "docs/tour.md shows an older trace; put in what python docs/trace_step.py prints"
 
 
 def test_a_call_upwards_is_found() -> None:
