@@ -42,7 +42,7 @@ class BeamSettings:
 
     @classmethod
     def of(cls, config: SampleConfig) -> BeamSettings:
-        """What a command line asks for; `config.beams` is set."""
+        """The settings that a command line asks for; `config.beams` is set."""
         assert config.beams is not None
         lengths = config.max_new_tokens, config.min_new_tokens
         return cls(config.beams, config.num, config.length_penalty, *lengths, config)

@@ -45,7 +45,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Settings:
-        """What a command line asks for; without a seed one is drawn."""
+        """The settings that a command line asks for; without a seed, with a random one."""
         seed = secrets.randbelow(SEEDS) if config.seed is None else config.seed
         sampling = Sampling.of(config)
         if not isinstance(config, SampleConfig):

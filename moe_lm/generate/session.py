@@ -27,7 +27,7 @@ from moe_lm.tokenizer.tokenizer import Message, Tokenizer
 if TYPE_CHECKING:
     from moe_lm.parallel.spread import Spread
 
-COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths find what was compiled before
+COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths run the same compiled program
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 

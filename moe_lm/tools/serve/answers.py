@@ -66,7 +66,7 @@ class Answer(ABC):
 
     @abstractmethod
     def log_probabilities(self, steps: Sequence[Step], starts: Sequence[int]) -> Json:
-        """Of each token, and of the likeliest ones beside it; `starts` are the characters before each."""
+        """The log-probabilities of tokens and of the likeliest ones beside each; `starts` are offsets in the text."""
 
     def _chunk(self, choices: list[Json]) -> Json:
         usage: Json = {"usage": None} if self.include_usage else {}

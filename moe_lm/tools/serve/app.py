@@ -1,4 +1,4 @@
-"""The application: its paths, and what is served at each."""
+"""The application: its paths, and the handler of each."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ log = logging.getLogger("moe_lm.serve")
 class Scheduler:
     """Writes the texts of tickets, `slots` at a time; at most `max_queue` texts wait.
 
-    A free row goes to the ticket that has the fewest rows, and among equals to the one that came first. So requests
-    for one text are served in order, and a request for a hundred texts leaves room for the others.
+    A free row goes to the ticket that has the fewest rows, and among equals to the earliest. So requests for one text
+    are served in order, and a request for a hundred texts leaves room for the others.
     Raises MoeLmError when a cache of `slots` rows of `capacity` positions does not fit into memory.
     """
 

@@ -1,4 +1,4 @@
-"""A request on its way: the texts that it asks for, and what comes back to it."""
+"""A request on its way: the texts that it asks for, and the inbox for what is written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ticket:
         self._inbox.put_nowait(item)
 
     async def next(self) -> list[Delta]:
-        """What was written since the last call; empty once all texts have ended. Raises the ApiError that ended it."""
+        """The deltas since the last call; none once all texts have ended. Raises the ApiError that ended the ticket."""
         if not self._open:
             return []
         deltas: list[Delta] = []
