@@ -49,7 +49,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     if ADAPTER not in checkpoint.checksums(folder):
         return None
     values = yaml.safe_load(checkpoint.read_text(folder, ADAPTER))
-    settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}", saved=True)
+    settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}")
     return Adapter(Path(values["base"]), values["fingerprint"], settings)
 
 

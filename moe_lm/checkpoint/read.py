@@ -141,7 +141,7 @@ def check_fits(tensors: Mapping[str, Tensor], source: TensorSource, whole: bool)
 def read_model_config(folder: Path, **changes: Any) -> ModelConfig:
     """The shape of the model in a checkpoint, with some settings changed."""
     values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
-    return build_config(ModelConfig, values | changes, origin=str(folder / "model.yaml"), saved=True)
+    return build_config(ModelConfig, values | changes, origin=str(folder / "model.yaml"))
 
 
 class Piece(NamedTuple):

@@ -8,6 +8,7 @@ A section may be written in place, or be the path of a file (relative to the con
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -21,7 +22,7 @@ from moe_lm.config.section import Section
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-# Settings that are gone: the value that changed nothing, which saved configs still hold, and what to do instead.
+# Settings that are gone: the value that changed nothing, which configs of older versions hold, and what to do instead.
 REMOVED: dict[str, tuple[Any, str]] = {
     "moe_layer_freq": (1, "remove it, and name the dense layers in mlp_only_layers"),
     "rank_stabilised": (False, "remove it, and multiply alpha by the root of rank"),
@@ -30,8 +31,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 
-def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = (), *, saved: bool = False) -> ConfigT:
-    """Read a YAML file, apply `section.key=value` overrides and check everything; `saved` as in `build_config`.
+def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply `section.key=value` overrides and check everything.
 
     Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
     """
@@ -40,7 +41,7 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = (), 
     for override in overrides:
         _apply_override(values, override)
         _read_sections(kind, values, Path())
-    return build_config(kind, values, str(path), saved=saved)
+    return build_config(kind, values, str(path))
 
 
 def has_key(path: Path, key: str) -> bool:
@@ -48,14 +49,10 @@ def has_key(path: Path, key: str) -> bool:
     return key in _read_yaml(path)
 
 
-def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str, *, saved: bool = False) -> ConfigT:
-    """Check `values` against a config class; `origin` names the file in error messages.
-
-    A config that this program `saved` may be older than it: settings that are gone since are passed over where they
-    changed nothing.
-    """
+def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
+    """Check `values` against a config class; `origin` names the file in error messages."""
     try:
-        return kind.model_validate(_without_removed(values) if saved else values)
+        return kind.model_validate(_without_removed(values))
     except ValidationError as error:
         raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
 
@@ -101,9 +98,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _without_removed(values: Any) -> Any:
+    """The same settings as a version without those in REMOVED says them, as far as it can."""
     if not isinstance(values, dict):
         return values
     kept = {key: item for key, item in values.items() if key not in REMOVED or item != REMOVED[key][0]}
+    if {"moe_layer_freq", "num_hidden_layers"} <= kept.keys():
+        every, layers = kept.pop("moe_layer_freq"), range(kept["num_hidden_layers"])
+        kept["mlp_only_layers"] = sorted({*kept.get("mlp_only_layers", ()), *(i for i in layers if i % every)})
+    if {"rank_stabilised", "rank", "alpha"} <= kept.keys():
+        del kept["rank_stabilised"]
+        kept["alpha"] *= math.sqrt(kept["rank"])
     return {key: _without_removed(item) for key, item in kept.items()}
 
 

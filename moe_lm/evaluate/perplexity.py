@@ -186,8 +186,8 @@ def _run_config(folder: Path) -> RunConfig | None:
     values = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     origin = str(folder / "config.yaml")
     if "start_from" in values:
-        return build_config(FinetuneConfig, values, origin, saved=True)
-    return build_config(PretrainConfig, values, origin, saved=True)
+        return build_config(FinetuneConfig, values, origin)
+    return build_config(PretrainConfig, values, origin)
 
 
 def _held_out_documents(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> Scorable:

@@ -139,7 +139,7 @@ def do_pretrain(setup: Setup, config: PretrainConfig) -> PretrainConfig:
     """Pretrain for PRETRAIN_SHARE of the time; returns the config with the number of steps that fits."""
     saved = setup.pretrain_dir / "config.yaml"
     if saved.exists():
-        config = load_config(PretrainConfig, saved, saved=True)
+        config = load_config(PretrainConfig, saved)
     else:
         setup.console.print("measuring the time of a step, after torch.compile ...")
         seconds = pretrain.seconds_per_step(config)
@@ -154,7 +154,7 @@ def do_finetune(setup: Setup, pretrained: PretrainConfig) -> None:
     write_conversations(setup, pretrained.data.validation_fraction)
     saved = setup.finetune_dir / "config.yaml"
     if saved.exists():
-        config = load_config(FinetuneConfig, saved, saved=True)
+        config = load_config(FinetuneConfig, saved)
     else:
         settings = {
             "run_dir": setup.finetune_dir,

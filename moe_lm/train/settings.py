@@ -74,6 +74,6 @@ def _saved_config(folder: Path, config: RunConfig) -> dict[str, Any]:
     """The config of a checkpoint, in which settings younger than it have their defaults."""
     values: dict[str, Any] = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
     try:
-        return build_config(type(config), values, f"{folder}/config.yaml", saved=True).model_dump(mode="json")
+        return build_config(type(config), values, f"{folder}/config.yaml").model_dump(mode="json")
     except UsageError:  # of another stage, or with a setting that no longer exists
         return values
