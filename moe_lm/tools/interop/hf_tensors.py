@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
-from moe_lm.checkpoint.read import TensorSource
-from moe_lm.checkpoint.safetensors_file import pieces_of
+from moe_lm.checkpoint.read import TensorSource, pieces
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.transformer import LanguageModel
@@ -105,10 +104,8 @@ def check_complete(source: TensorSource, pairs: Sequence[Pair], config: ModelCon
 
 def _check_tied(source: TensorSource, origin: str) -> None:
     """Raise MoeLmError for a head that differs from the embedding, although config.json says that they are tied."""
-    shape = source.shape(EMBEDDING)
-    same = source.shape(HEAD) == shape and all(
-        torch.equal(source.rows(HEAD, start, stop), source.rows(EMBEDDING, start, stop))
-        for start, stop in pieces_of(shape, 4)
+    same = source.shape(HEAD) == source.shape(EMBEDDING) and all(
+        torch.equal(*both) for both in zip(pieces(source, HEAD), pieces(source, EMBEDDING), strict=True)
     )
     if not same:
         raise MoeLmError(

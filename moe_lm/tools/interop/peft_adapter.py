@@ -64,15 +64,15 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
         raise UsageError(
             f"{folder} holds a whole model and no adapters; leave --format out, or give one of the families"
         )
-    place = lineage.base_of(folder, base)
+    beside = lineage.base_of(folder, base)
     model, own = read_model_config(folder), open_own_tensors(folder)
     family = nearest_family(model)
     _check_layers(own, model, family)
-    _check_nothing_else_trained(own, open_tensors(place))
+    _check_nothing_else_trained(own, open_tensors(beside))
     tensors: dict[str, Tensor] = {}
-    for spot in places(model, adapter.lora, family):
-        factor = own.rows(spot.ours, *_rows_of(own, spot))
-        tensors[spot.theirs] = factor.contiguous() if spot.expert is None else factor[0].T.contiguous()
+    for place in places(model, adapter.lora, family):
+        factor = own.rows(place.ours, *_rows_of(own, place))
+        tensors[place.theirs] = factor.contiguous() if place.expert is None else factor[0].T.contiguous()
     layers = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": adapter.lora.rank,
@@ -90,7 +90,7 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
     return (
         f"adapters of rank {adapter.lora.rank} in the names of {family.model_type}, {len(tensors)} tensors beside "
         f"{', '.join(layers)}\n"
-        f"their base is {place} (fingerprint {adapter.fingerprint}); export that too, and give it to peft"
+        f"their base is {beside} (fingerprint {adapter.fingerprint}); export that too, and give it to peft"
     )
 
 
@@ -102,22 +102,22 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     """
     if base is None:
         raise UsageError(f"{source} holds an adapter; say with --base which run it stands beside")
-    place = checkpoint.resolve(base)
-    model = read_model_config(place)
+    beside = checkpoint.resolve(base)
+    model = read_model_config(beside)
     family = nearest_family(model)
     settings = read_settings(read_json(source / SETTINGS), source / SETTINGS)
-    fingerprint = lineage.fingerprint(place)
+    fingerprint = lineage.fingerprint(beside)
     if (source / BASE).is_file() and (known := (source / BASE).read_text(encoding="utf-8").strip()) != fingerprint:
         raise UsageError(
-            f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {place} is "
+            f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {beside} is "
             f"another model (fingerprint {fingerprint}); give the model that they were trained beside"
         )
     header = read_header(source / TENSORS)
-    by_name = {spot.theirs: spot for spot in places(model, settings, family)}
+    by_name = {place.theirs: place for place in places(model, settings, family)}
     unknown = sorted(header.tensors.keys() - by_name.keys())
     if unknown:
         raise MoeLmError(
-            f"{source / TENSORS} holds {len(unknown)} tensors that belong to no layer of {place} in "
+            f"{source / TENSORS} holds {len(unknown)} tensors that belong to no layer of {beside} in "
             f"{family.model_type}'s names: {', '.join(unknown[:5])}"
         )
     alone = [name for name in header.tensors if _other(name) not in header.tensors]
@@ -125,29 +125,29 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
         raise MoeLmError(f"{source / TENSORS} holds {alone[0]} without {_other(alone[0])}; it is not whole")
     state = _empty(model, settings)
     for name, stored in header.tensors.items():
-        spot = by_name[name]
-        if stored.shape != spot.shape:
-            raise MoeLmError(f"{source / TENSORS}: tensor {name} is {list(stored.shape)}, expected {list(spot.shape)}")
+        place = by_name[name]
+        if stored.shape != place.shape:
+            raise MoeLmError(f"{source / TENSORS}: tensor {name} is {list(stored.shape)}, expected {list(place.shape)}")
         tensor = stored.rows(0, stored.shape[0]).float()
-        if spot.expert is None:
-            state[spot.ours].copy_(tensor)
+        if place.expert is None:
+            state[place.ours].copy_(tensor)
         else:
-            state[spot.ours][spot.expert].copy_(tensor.T)
-    beneath = open_tensors(place)
-    for name in beneath.names():
+            state[place.ours][place.expert].copy_(tensor.T)
+    base_tensors = open_tensors(beside)
+    for name in base_tensors.names():
         if name.endswith(ROUTER_BIAS):
-            state[name] = beneath.rows(name, 0, beneath.shape(name)[0])
+            state[name] = base_tensors.rows(name, 0, base_tensors.shape(name)[0])
     files: dict[str, write.Content] = {
         "model.yaml": dump_config(model),
-        "tokenizer": checkpoint.verified_path(place, "tokenizer"),
-        lineage.ADAPTER: lineage.describe_adapter(place, settings),
+        "tokenizer": checkpoint.verified_path(beside, "tokenizer"),
+        lineage.ADAPTER: lineage.describe_adapter(beside, settings),
     }
     with whole_folder(run_dir) as unfinished:
         write.save(unfinished / "checkpoints", 0, state, files)
     layers = sum("lora_A" in name for name in header.tensors)
     of_all = sum("lora_A" in name for name in by_name)
     return (
-        f"adapters of rank {settings.rank} for {layers} of {of_all} layers, beside {place} (fingerprint {fingerprint})"
+        f"adapters of rank {settings.rank} for {layers} of {of_all} layers, beside {beside} (fingerprint {fingerprint})"
     )
 
 
@@ -198,8 +198,8 @@ def _other(factor: str) -> str:
     return factor.replace(letter, other)
 
 
-def _rows_of(own: CheckpointTensors, spot: Place) -> tuple[int, int]:
-    return (0, own.shape(spot.ours)[0]) if spot.expert is None else (spot.expert, spot.expert + 1)
+def _rows_of(own: CheckpointTensors, place: Place) -> tuple[int, int]:
+    return (0, own.shape(place.ours)[0]) if place.expert is None else (place.expert, place.expert + 1)
 
 
 def _check_layers(own: CheckpointTensors, model: ModelConfig, family: Family) -> None:

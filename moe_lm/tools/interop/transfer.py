@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, write
-from moe_lm.checkpoint.read import TensorSource, open_tensors
-from moe_lm.checkpoint.safetensors_file import Output, as_bytes, pieces_of, write_files
+from moe_lm.checkpoint.read import TensorSource, open_tensors, pieces
+from moe_lm.checkpoint.safetensors_file import Output, as_bytes, write_files
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
@@ -79,13 +79,16 @@ class Audit(NamedTuple):
 
 def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
     """Our tensors, made from a folder's. `dtype` None keeps the folder's; biases of routers are float32."""
-    return [Output(pair.ours, pair.shape, _our_dtype(theirs, pair, dtype), _our_pieces(theirs, pair)) for pair in pairs]
+    return [
+        Output(pair.ours, pair.shape, _our_dtype(theirs, pair, dtype), partial(_our_pieces, theirs, pair))
+        for pair in pairs
+    ]
 
 
 def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
     """A folder's tensors, made from ours; `dtype` as in `outputs_of_ours`."""
     return [
-        Output(part.name, part.shape, _their_dtype(ours, pair, dtype), _their_pieces(ours, pair, part))
+        Output(part.name, part.shape, _their_dtype(ours, pair, dtype), partial(_their_pieces, ours, pair, part))
         for pair in pairs
         for part in pair.parts
         if not pair.copied
@@ -111,7 +114,8 @@ def audit(
         if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any():
             raise MoeLmError(f"the audit failed: {pair.ours} is not zero, and has no place in the other format")
         for part in pair.parts:
-            for our_piece, their_piece in _pieces_of_both(ours, theirs, pair, part):
+            both = zip(_part_of_ours(ours, pair, part), _part_of_theirs(theirs, part), strict=True)
+            for our_piece, their_piece in both:
                 dtype = (our_piece if written is ours else their_piece).dtype
                 if as_bytes(our_piece.to(dtype)) != as_bytes(their_piece.to(dtype)):
                     raise MoeLmError(f"the audit failed: {pair.ours} and {part.name} differ")
@@ -137,37 +141,29 @@ def _their_dtype(ours: TensorSource, pair: Pair, dtype: torch.dtype | None) -> t
     return torch.float32 if pair.is_bias_of_router else dtype or ours.dtype(pair.ours)
 
 
-def _our_pieces(theirs: TensorSource, pair: Pair) -> Callable[[], Iterator[Tensor]]:
-    def pieces() -> Iterator[Tensor]:
-        if not pair.parts:
-            yield torch.zeros(pair.shape)
-        for part in pair.parts:
-            if part.expert is None:
-                for start, stop in pieces_of(part.shape, 4):
-                    yield theirs.rows(part.name, start, stop)
-            else:
-                yield theirs.rows(part.name, 0, part.shape[0]).mT
-
-    return pieces
+def _our_pieces(theirs: TensorSource, pair: Pair) -> Iterator[Tensor]:
+    if not pair.parts:
+        yield torch.zeros(pair.shape)
+    for part in pair.parts:
+        yield from _part_of_theirs(theirs, part)
 
 
-def _their_pieces(ours: TensorSource, pair: Pair, part: Part) -> Callable[[], Iterator[Tensor]]:
-    def pieces() -> Iterator[Tensor]:
-        if part.expert is None:
-            for start, stop in pieces_of(part.shape, 4):
-                yield ours.rows(pair.ours, start, stop)
-        else:
-            yield ours.rows(pair.ours, part.expert, part.expert + 1)[0].mT
-
-    return pieces
+def _their_pieces(ours: TensorSource, pair: Pair, part: Part) -> Iterator[Tensor]:
+    for piece in _part_of_ours(ours, pair, part):
+        yield piece if part.expert is None else piece.mT
 
 
-def _pieces_of_both(
-    ours: TensorSource, theirs: TensorSource, pair: Pair, part: Part
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _part_of_ours(ours: TensorSource, pair: Pair, part: Part) -> Iterator[Tensor]:
+    """A part of our tensor, in pieces: one expert of a stack, or all of its rows."""
     if part.expert is None:
-        for start, stop in pieces_of(part.shape, 4):
-            yield ours.rows(pair.ours, start, stop), theirs.rows(part.name, start, stop)
+        yield from pieces(ours, pair.ours)
     else:
-        expert = ours.rows(pair.ours, part.expert, part.expert + 1)[0]
-        yield expert, theirs.rows(part.name, 0, part.shape[0]).mT
+        yield ours.rows(pair.ours, part.expert, part.expert + 1)[0]
+
+
+def _part_of_theirs(theirs: TensorSource, part: Part) -> Iterator[Tensor]:
+    """The same part read from their tensor, in the same pieces."""
+    if part.expert is None:
+        yield from pieces(theirs, part.name)
+    else:
+        yield theirs.rows(part.name, 0, part.shape[0]).mT

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import GENERATION, MODEL_PREFIX
-from moe_lm.checkpoint.read import TensorSource, open_tensors, read_model_config
-from moe_lm.checkpoint.safetensors_file import Output, pieces_of
+from moe_lm.checkpoint.read import TensorSource, open_tensors, pieces, read_model_config
+from moe_lm.checkpoint.safetensors_file import Output
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
@@ -80,7 +80,7 @@ class UpcyclingProof:
 
 
 def upcycle(
-    run: Path, run_dir: Path, how: Upcycling, base: Path | None = None, proof_bytes: int | None = None
+    run: Path, run_dir: Path, cut: Upcycling, base: Path | None = None, proof_bytes: int | None = None
 ) -> UpcyclingProof:
     """Write `run_dir` with a checkpoint of step 0 of the new model, and return the proof that it computes the same.
 
@@ -89,97 +89,93 @@ def upcycle(
     """
     folder = checkpoint.resolve(run)
     dense = read_model_config(folder)
-    config = upcycled_config(dense, how)
+    config = upcycled_config(dense, cut)
     tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
     before = open_tensors(folder, base)
     generation = checkpoint.read_text(folder, GENERATION) if (folder / GENERATION).is_file() else None
     with whole_folder(run_dir) as unfinished:
-        after = write_run(unfinished, config, tokenizer, _outputs(before, config, how), generation)
+        after = write_run(unfinished, config, tokenizer, _outputs(before, config, cut), generation)
         proof = _prove(f"upcycle {run.name}", dense, before, config, after, tokenizer, proof_bytes)
         write_proof(proof, unfinished)
     return proof
 
 
-def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
+def upcycled_config(dense: ModelConfig, cut: Upcycling) -> ModelConfig:
     """The shape of the new model. Raises UsageError naming what does not fit."""
     if dense.moe_layers:
         raise UsageError(f"the model has experts already (n_routed_experts={dense.n_routed_experts}); give a dense one")
     if dense.mlp_bias:
         raise UsageError("mlp_bias=True cannot be upcycled: experts have no bias")
-    if not 0 <= how.shared < how.split:
-        raise UsageError(f"--shared {how.shared} leaves none of --split {how.split} pieces to be routed; choose fewer")
-    if dense.intermediate_size % how.split:
+    if not 0 <= cut.shared < cut.split:
+        raise UsageError(f"--shared {cut.shared} leaves none of --split {cut.split} pieces to be routed; choose fewer")
+    if dense.intermediate_size % cut.split:
         raise UsageError(
-            f"--split {how.split} does not divide intermediate_size={dense.intermediate_size}; choose a divisor"
+            f"--split {cut.split} does not divide intermediate_size={dense.intermediate_size}; choose a divisor"
         )
-    for name, value in (("experts", how.experts), ("per-token", how.per_token)):
-        if value % how.pieces:
+    for name, value in (("experts", cut.experts), ("per-token", cut.per_token)):
+        if value % cut.pieces:
             raise UsageError(
-                f"--{name} {value} is not a multiple of {how.pieces}, the routed pieces of a copy "
+                f"--{name} {value} is not a multiple of {cut.pieces}, the routed pieces of a copy "
                 "(--split less --shared)"
             )
     values = dense.model_dump() | {
-        "n_routed_experts": how.experts,
-        "num_experts_per_tok": how.per_token,
-        "moe_intermediate_size": dense.intermediate_size // how.split,
-        "n_shared_experts": how.shared,
-        "first_k_dense_replace": how.first_dense,
+        "n_routed_experts": cut.experts,
+        "num_experts_per_tok": cut.per_token,
+        "moe_intermediate_size": dense.intermediate_size // cut.split,
+        "n_shared_experts": cut.shared,
+        "first_k_dense_replace": cut.first_dense,
         # As the families have it that can hold the result: with shared experts Dots1 and GLM, without Qwen3-MoE.
-        "scoring_func": "sigmoid" if how.shared else "softmax",
+        "scoring_func": "sigmoid" if cut.shared else "softmax",
         "norm_topk_prob": True,
-        "routed_scaling_factor": float(how.pieces) if how.shared else 1.0,
+        "routed_scaling_factor": float(cut.pieces) if cut.shared else 1.0,
     }
     return build_config(ModelConfig, values, "upcycle")
 
 
-def _outputs(before: TensorSource, config: ModelConfig, how: Upcycling) -> list[Output]:
+def _outputs(before: TensorSource, config: ModelConfig, cut: Upcycling) -> list[Output]:
     with torch.device("meta"):
         model = LanguageModel(config)
-    scaled = ".experts.down_proj" if how.factor != 1 else "none"
+    scaled = ".experts.down_proj" if cut.factor != 1 else "none"
     outputs = []
     for name, tensor in model.state_dict().items():
         shape, ours = tuple(tensor.shape), MODEL_PREFIX + name
         new = ".mlp.gate." in name or scaled in name
         dtype = torch.float32 if new else before.dtype(_dense_name(ours))
-        outputs.append(Output(ours, shape, dtype, _pieces(before, ours, shape, config, how)))
+        outputs.append(Output(ours, shape, dtype, _pieces(before, ours, shape, config, cut)))
     return outputs
 
 
 def _pieces(
-    before: TensorSource, name: str, shape: tuple[int, ...], config: ModelConfig, how: Upcycling
+    before: TensorSource, name: str, shape: tuple[int, ...], config: ModelConfig, cut: Upcycling
 ) -> Callable[[], Iterator[Tensor]]:
     width = config.expert_size
 
-    def copied() -> Iterator[Tensor]:
-        for start, stop in pieces_of(shape, 4):
-            yield before.rows(name, start, stop)
-
     def router() -> Iterator[Tensor]:
-        rows = torch.empty(how.experts // how.pieces, *shape[1:])
-        initialise_tensor(name, rows, config, how.seed)
-        yield rows.repeat_interleave(how.pieces, dim=0)
+        rows = torch.empty(cut.experts // cut.pieces, *shape[1:])
+        initialise_tensor(name, rows, config, cut.seed)
+        yield rows.repeat_interleave(cut.pieces, dim=0)
 
     def shared() -> Iterator[Tensor]:
         dense = _dense_name(name)
         if name.endswith("down_proj.weight"):
-            yield before.rows(dense, 0, shape[0])[:, : how.shared * width]
+            yield before.rows(dense, 0, shape[0], slice(0, cut.shared * width))
         else:
-            yield before.rows(dense, 0, how.shared * width)
+            yield before.rows(dense, 0, cut.shared * width)
 
     def routed() -> Iterator[Tensor]:
         dense = _dense_name(name)
         whole = before.rows(dense, 0, before.shape(dense)[0])
         whole = whole if name.endswith("down_proj") else whole.mT  # the width is last
-        for expert in range(how.experts):
-            start = (how.shared + expert % how.pieces) * width
+        for expert in range(cut.experts):
+            start = (cut.shared + expert % cut.pieces) * width
             piece = whole[:, start : start + width]
-            yield piece.mT.float() * how.factor if name.endswith("down_proj") else piece
+            yield piece.mT.float() * cut.factor if name.endswith("down_proj") else piece
 
     if ".mlp.gate." in name:
         return router
     if ".shared_experts." in name:
         return shared
-    return routed if ".experts." in name else copied
+    return routed if ".experts." in name else lambda: pieces(before, name)
 
 
 def _dense_name(name: str) -> str:
