@@ -87,7 +87,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from moe_lm.data.prepare import prepare
 
     with copying("tokenizing", always=True) as tell:
-        report = prepare(settings.data, lambda progress: tell(progress.text_bytes, progress.total_bytes))
+        report = prepare(settings.data, tell)
     print(report)
 
 

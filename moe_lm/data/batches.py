@@ -1,7 +1,6 @@
 """The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
 
-The token stream of a source is divided into consecutive windows of `sequence_length`, which order.py shuffles: sequence
-g of the run is visit g. Nothing is stored between steps: any step can be asked for, in any order, by any rank.
+The token stream of a source is divided into consecutive windows of `sequence_length`, which order.py shuffles.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -32,21 +31,16 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, which keeps the number of files low
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk. Its file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and `hashes`."""
-
-    path: Path
-    documents: int
-    text_bytes: int
-    tokens: int
+Chunk = tuple[Path, int]  # the file of a finished chunk, and the bytes of its text
 
 
 def write_chunks(
     documents: Iterable[Document], tokenizer_path: Path, fingerprint: str, folder: Path, workers: Workers
 ) -> Iterator[Chunk]:
-    """Tokenize documents into chunk files, in order. Files that are in the folder already are not written again."""
+    """Tokenize documents into chunk files, in order. Files that are in the folder already are not written again.
+
+    A file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and the `hashes` of the documents' ids.
+    """
     pending: deque[Future[Chunk]] = deque()
     for number, chunk in enumerate(_divide(documents)):
         path = folder / f"{number:06d}-{_chunk_hash(chunk)}.npz"
@@ -112,8 +106,7 @@ def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fi
         hashes = np.array([document_hash(document.id) for document in documents], np.uint64)
         with whole_file(path) as unfinished, unfinished.open("wb") as file:  # given a name, savez appends .npz
             np.savez(file, tokens=np.concatenate(framed), index=index, hashes=hashes)
-    tokens, text_bytes = index.sum(axis=0).tolist()
-    return Chunk(path, len(index), text_bytes, tokens)
+    return path, int(index[:, 1].sum())
 
 
 @cache

@@ -31,16 +31,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 64 << 20
 
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """Counts of what is tokenized of a source so far; `total_bytes` is None when the size is not known in advance."""
-
-    source: str
-    documents: int
-    text_bytes: int
-    tokens: int
-    total_bytes: int | None
+Progress = Callable[[int, int | None], None]  # bytes of a source's text that are done, and all of them if known
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ class PrepareReport:
         return "\n".join(line for name, manifest in self.manifests.items() for line in _summary(name, manifest))
 
 
-def prepare(config: DataConfig, progress: Callable[[PrepareProgress], None] | None = None) -> PrepareReport:
+def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareReport:
     """Write the shards of every source that has none yet.
 
     Raises UsageError for a source that is missing or empty and for shards made from something else, MoeLmError
@@ -61,7 +52,7 @@ def prepare(config: DataConfig, progress: Callable[[PrepareProgress], None] | No
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     with Workers(config.workers or os.cpu_count() or 1) as workers:
-        job = _Job(config, tokenizer, workers, progress or (lambda progress: None))
+        job = _Job(config, tokenizer, workers, progress or (lambda done, total: None))
         return PrepareReport({source.name: _prepare_source(job, source) for source in config.sources})
 
 
@@ -70,7 +61,7 @@ class _Job:
     config: DataConfig
     tokenizer: Tokenizer
     workers: Workers
-    progress: Callable[[PrepareProgress], None]
+    progress: Progress
 
 
 def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
@@ -111,14 +102,11 @@ def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
 def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total_bytes: int | None) -> list[Path]:
     """The chunk files of a source, in order."""
     documents = read_documents(source, report)
-    paths: list[Path] = []
-    documents_done = bytes_done = tokens_done = 0
-    for chunk in write_chunks(documents, job.config.tokenizer, job.tokenizer.fingerprint, work, job.workers):
-        paths.append(chunk.path)
-        documents_done += chunk.documents
-        bytes_done += chunk.text_bytes
-        tokens_done += chunk.tokens
-        job.progress(PrepareProgress(source.name, documents_done, bytes_done, tokens_done, total_bytes))
+    paths, done = [], 0
+    for path, text_bytes in write_chunks(documents, job.config.tokenizer, job.tokenizer.fingerprint, work, job.workers):
+        paths.append(path)
+        done += text_bytes
+        job.progress(done, total_bytes)
     return paths
 
 
@@ -208,7 +196,9 @@ class _ShardWriter:
         self._folder = folder
         self._split = split
         self._shards: list[Shard] = []
-        self._clear()
+        self._tokens: list[NDArray[Any]] = []
+        self._index: list[NDArray[np.int64]] = []
+        self._size = 0
 
     def add(self, tokens: NDArray[Any], index: NDArray[np.int64]) -> None:
         self._tokens.append(tokens)
@@ -225,21 +215,17 @@ class _ShardWriter:
     def _flush(self) -> None:
         name = f"{self._split}-{len(self._shards):05d}"
         tokens, index = np.concatenate(self._tokens), np.concatenate(self._index)
-        shard = Shard(
-            name=name,
-            tokens=len(tokens),
-            documents=len(index),
-            text_bytes=int(index[:, 1].sum()),
-            sha256=_write(self._folder / f"{name}.bin", tokens.data),
-            index_sha256=_write(self._folder / f"{name}.index", index.data),
+        self._shards.append(
+            Shard(
+                name=name,
+                tokens=len(tokens),
+                documents=len(index),
+                text_bytes=int(index[:, 1].sum()),
+                sha256=_write(self._folder / f"{name}.bin", tokens.data),
+                index_sha256=_write(self._folder / f"{name}.index", index.data),
+            )
         )
-        self._shards.append(shard)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._tokens: list[NDArray[Any]] = []
-        self._index: list[NDArray[np.int64]] = []
-        self._size = 0
+        self._tokens, self._index, self._size = [], [], 0
 
 
 def _write(path: Path, data: bytes | memoryview) -> str:

@@ -54,7 +54,6 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Of a token: the model is as uncertain as between this many equally likely tokens."""
         return math.exp(min(self.nll, 700.0))  # exp overflows beyond
 
     @property
@@ -81,10 +80,9 @@ class Scorable:
 def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> Evaluation:
     """Score files (text, JSON rows or Parquet, compressed or not) or, without any, the run's held-out text.
 
-    A text file is one document. A document longer than the training's sequence length (WINDOW for a model that was not
-    trained here) is scored in windows of that length. Each window but the first scores `stride` new tokens, by default
-    half a window; a smaller stride gives every token more context and takes longer. The precision is that of training.
-    `base` is the folder of the adapters' base, if it has moved.
+    A text file is one document. Windows are as long as the training's sequences (WINDOW for a model that was not
+    trained here), and the precision is that of training. A smaller `stride` gives every token more context and takes
+    longer. `base` is the folder of the adapters' base, if it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
     """
     session = Session.load(run, base=base)
@@ -131,16 +129,15 @@ def score_documents(
     return float(nll_sum), tokens
 
 
-def compression_baselines(text: bytes) -> dict[str, float]:
-    """Bits per byte of general compressors, by their names in the quickstart's summary."""
-    return {"xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+def xz_bits_per_byte(text: bytes) -> float:
+    """Bits per byte of a general compressor."""
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
 def unigram_bits_per_byte(train_counts: NDArray[Any], tokens: NDArray[Any], text_bytes: int) -> float:
-    """Bits per byte when each token is predicted only by its frequency, with add-one smoothing.
+    """Bits per byte of `tokens`, predicted by their frequency only, with add-one smoothing.
 
-    train_counts: [vocabulary], the count of each token in the training text; tokens: the text to predict. Leave bos,
-    which is never predicted, out of both.
+    train_counts: [vocabulary], of the training text. Leave bos, which is never predicted, out of both.
     """
     probabilities = (train_counts + 1) / (train_counts.sum() + len(train_counts))
     return float(-np.log2(probabilities)[tokens].sum()) / text_bytes

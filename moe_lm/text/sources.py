@@ -49,10 +49,7 @@ class Document:
 
 
 def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
-    """The documents of a source in a fixed order, up to `source.max_bytes` of text.
-
-    Raises UsageError when the source does not exist, or when nothing in it can be used.
-    """
+    """The documents of a source in order, up to `source.max_bytes` of text. Raises UsageError when there are none."""
     before = report.documents
     budget = report.text_bytes + source.max_bytes if source.max_bytes is not None else None
     for document, where in _candidates(source, report):

@@ -55,10 +55,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a folder with `tokenizer.json`, or with GPT-2's vocabulary and merges.
-
-        Raises UsageError naming the folder or file that is missing or broken.
-        """
+        """Read a folder with `tokenizer.json`, or GPT-2's vocabulary and merges. Raises UsageError for a broken one."""
         if (path / "tokenizer.json").is_file():
             return cls(_parse(path / "tokenizer.json", tokenizers.Tokenizer.from_str), _read_config(path))
         for vocabulary, merges in GPT2_FILES:

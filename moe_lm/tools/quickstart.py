@@ -28,7 +28,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
-from moe_lm.evaluate.perplexity import compression_baselines, evaluate, unigram_bits_per_byte
+from moe_lm.evaluate.perplexity import evaluate, unigram_bits_per_byte, xz_bits_per_byte
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
@@ -130,7 +130,7 @@ def make_shards(setup: Setup) -> PretrainConfig:
     config = load_config(PretrainConfig, PROJECT / f"configs/pretrain/{preset}.yaml", overrides(settings))
     config = compiled_if_possible(setup, config)
     with byte_bar(setup.console, "tokenizing") as advance:
-        report = prepare(config.data, lambda progress: advance(progress.text_bytes, progress.total_bytes))
+        report = prepare(config.data, advance)
     setup.console.print(str(report), highlight=False)
     return config
 
@@ -227,7 +227,7 @@ def measure(setup: Setup, config: PretrainConfig) -> dict[str, Any]:
         "val_perplexity": evaluation.perplexity,
         "val_bytes": evaluation.text_bytes,
         "val_documents": evaluation.documents,
-        **compression_baselines(text),
+        "xz_bits_per_byte": xz_bits_per_byte(text),
         "unigram_bits_per_byte": unigram_bits_per_byte(counts, predicted, validation.text_bytes),
     }
 

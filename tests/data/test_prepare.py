@@ -15,7 +15,7 @@ from moe_lm.config.data import DataConfig
 from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.chunks import Workers
-from moe_lm.data.prepare import PrepareProgress, prepare
+from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards, read_manifest, token_dtype
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.text.split import held_out
@@ -121,7 +121,7 @@ PREPARE_AND_DIE = textwrap.dedent("""
     chunks.CHUNK_BYTES = 1000
     config = DataConfig.model_validate_json(sys.argv[1])
     if sys.argv[2] == "tokenizing":
-        prepare.prepare(config, lambda progress: die())
+        prepare.prepare(config, lambda done, total: die())
     if sys.argv[2] == "joining":
         write = prepare._write
         def write_and_die(path, data):
@@ -154,7 +154,7 @@ def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
     finished = {path: path.stat().st_mtime_ns for path in folder.glob(".work-*/[0-9]*.npz")}
     assert len(finished) >= countdown
     joined: dict[Path, int] = {}
-    prepare(killed, lambda progress: joined.update((path, path.stat().st_mtime_ns) for path in finished))
+    prepare(killed, lambda *_: joined.update((path, path.stat().st_mtime_ns) for path in finished))
     assert joined == finished  # none was tokenized again
     assert contents(folder) == contents(tmp_path / "undisturbed" / "corpus")
 
@@ -162,9 +162,8 @@ def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
 def test_a_finished_folder_is_left_as_it_is(corpus: Path, tmp_path: Path) -> None:
     first = prepare(config(corpus, tmp_path / "shards"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
-    progress: list[PrepareProgress] = []
-    second = prepare(config(corpus, tmp_path / "shards"), progress.append)
-    assert (second, progress) == (first, [])
+    second = prepare(config(corpus, tmp_path / "shards"), lambda *_: pytest.fail("tokenized again"))
+    assert second == first
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
 
 
@@ -252,13 +251,13 @@ def test_a_second_prepare_at_the_same_time_is_refused(corpus: Path, tmp_path: Pa
     settings = config(corpus, tmp_path / "shards")
     refused = []
 
-    def prepare_again(progress: PrepareProgress) -> None:
+    def prepare_again(done: int, total: int | None) -> None:
         with pytest.raises(UsageError, match="another process is preparing"):
             prepare(settings)
-        refused.append(progress)
+        refused.append((done, total))
 
     prepare(settings, prepare_again)
-    assert refused
+    assert refused == [(read_manifest(tmp_path / "shards" / "corpus").text_bytes, None)]
     assert read_manifest(tmp_path / "shards" / "corpus").documents == 202
 
 

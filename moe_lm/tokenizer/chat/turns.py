@@ -67,10 +67,7 @@ class ChatFormat:
 
     @cached_property
     def end(self) -> str:
-        """The special token that ends an answer.
-
-        Raises UsageError when the template puts none there, so that no model could learn to stop.
-        """
+        """The special token that ends an answer. Raises UsageError when the template puts none there."""
         # In ChatGLM's templates it is the token that begins the next turn, so the answer is not the last message.
         rendering = self.template.render([*ANSWERING, *ASKING])
         found = [rendering.text[begin:end] for begin, end in self.specials(rendering, *_gap_after(rendering, 1))]
