@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_lm.checkpoint import write
 from moe_lm.config.model import ModelConfig
@@ -15,6 +17,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import PlacedModel, build_engine
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
+from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import Topology
@@ -41,6 +44,16 @@ def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
     model = LanguageModel(tiny(**changes))
     model.initialise(seed)
     return model
+
+
+def logits_of(model: LanguageModel, ids: Sequence[int]) -> Tensor:
+    """The logits of a document alone: [tokens, vocabulary]."""
+    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    return model(torch.tensor([ids]), torch.arange(len(ids))[None], attend).logits[0]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:
