@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_lm.model.transformer import LanguageModel
 
 SaveRun = Callable[..., Path]
+MoeLm = Callable[..., "Done"]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
 
 
@@ -127,7 +128,7 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def moe_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def moe_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> MoeLm:
     """Runs `moe-lm` with these arguments in this process."""
     from moe_lm.cli.main import main
 

@@ -46,14 +46,10 @@ def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
     return model
 
 
-def logits_of(model: LanguageModel, ids: Sequence[int]) -> Tensor:
-    """The logits of a document alone: [tokens, vocabulary]."""
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    return model(torch.tensor([ids]), torch.arange(len(ids))[None], attend).logits[0]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def packed(lengths: Sequence[int]) -> tuple[Tensor, PackedAttention]:
+    """Position ids `[1, T]` and attention of documents of these lengths in one row."""
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    return position_ids, PackedAttention(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
 
 
 def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:

@@ -16,12 +16,8 @@ DType = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(help="Number format of the weights; default: as they are. Router biases stay float32."),
 ]
-BasePath = Annotated[
-    Path | None, typer.Option("--base", help="Where the base of the run's adapters is now, if it has moved.")
-]
-ProofMemory = Annotated[
-    float | None, typer.Option(min=0, help="GiB for comparing logits; default: half of the free memory.")
-]
+BasePath = Annotated[Path | None, typer.Option("--base", help="Where the adapters' base is now, if it has moved.")]
+ProofMemory = Annotated[float | None, typer.Option(min=0, help="GiB to compare logits; default: half of free memory.")]
 
 
 @contextmanager

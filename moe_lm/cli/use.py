@@ -47,8 +47,7 @@ def sample(
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=_typed, help="Text to continue.")] = None,
     file: Annotated[
-        Path | None,
-        typer.Option(help='File of prompts, one JSON line each: "text" or {"prompt": "text"}; -: stdin.'),
+        Path | None, typer.Option(help='File of prompts, one JSON line each: "text" or {"prompt": "text"}; -: stdin.')
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write JSON lines to.")] = None,
     truncate: Truncate = None,

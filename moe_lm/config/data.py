@@ -52,9 +52,7 @@ class TokenizerRecipe(Section):
     output: Path = Field(description="folder for tokenizer.json, tokenizer_config.json and the chat template")
     vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes and merges")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to learn from")
-    validation_fraction: float = Field(
-        default=0, ge=0, lt=1, description="share of documents to leave out, chosen by hash"
-    )
+    validation_fraction: float = Field(default=0, ge=0, lt=1, description="share of documents to leave out, by hash")
 
 
 class DataConfig(Section):
@@ -63,9 +61,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to train on")
     tokenizer: Path = Field(description="folder of the tokenizer")
     shards: Path = Field(description="folder of token shards, one subfolder a source")
-    validation_fraction: float = Field(
-        default=0.01, ge=0, lt=1, description="share of documents held out, chosen by hash"
-    )
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
     separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")
     workers: int | None = Field(default=None, gt=0, description="processes of `prepare`; null: one a core")
@@ -148,7 +144,7 @@ class ChatDataConfig(Section):
 
     train: tuple[ChatSource, ...] = Field(min_length=1, description="rows to train on")
     validation: tuple[ChatSource, ...] = Field(default=(), description="rows to evaluate on")
-    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of `train` held out, chosen by hash")
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of `train` held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row; of an answer when there are pairs")
     truncate: Literal["skip", "left"] = Field(
         default="skip",

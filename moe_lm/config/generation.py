@@ -68,10 +68,7 @@ class SamplingConfig(Section):
         default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
     )
     logit_bias: Annotated[
-        tuple[tuple[int, float], ...],
-        BeforeValidator(read_bias),
-        AfterValidator(check_bias),
-        Flag(metavar="ID=BIAS"),
+        tuple[tuple[int, float], ...], BeforeValidator(read_bias), AfterValidator(check_bias), Flag(metavar="ID=BIAS")
     ] = Field(default=(), description="added to a token's logit; -inf forbids it; may be repeated")
 
 
@@ -79,9 +76,7 @@ class GenerationConfig(SamplingConfig):
     """How `sample` and `chat` choose tokens, and how long a text becomes."""
 
     temperature: Temperature = 0.8
-    seed: int | None = Field(
-        default=None, ge=0, lt=SEEDS, description="the same seed gives the same text; default: random"
-    )
+    seed: int | None = Field(default=None, ge=0, lt=SEEDS, description="same seed, same text; default: random")
     max_new_tokens: int = Field(default=200, ge=1, description="stop after this many tokens")
     min_new_tokens: int = Field(default=0, ge=0, description="do not stop before this many tokens")
 
@@ -141,16 +136,12 @@ class LoadConfig(Section):
         default=False,
         description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
     )
-    device_map: Literal["auto"] | None = Field(
-        default=None, description="spread a large model over devices, host memory and disk"
-    )
+    device_map: Literal["auto"] | None = Field(default=None, description="spread over devices, host memory and disk")
     max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(
         default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
     )
-    offload_folder: Path | None = Field(
-        default=None, description="with --device-map: folder for what does not fit into memory"
-    )
-    base: Path | None = Field(default=None, description="where the base of the run's adapters is now, if it has moved")
+    offload_folder: Path | None = Field(default=None, description="with --device-map: folder for what does not fit")
+    base: Path | None = Field(default=None, description="where the adapters' base is now, if it has moved")
 
     @model_validator(mode="after")
     def _places_fit(self) -> Self:

@@ -60,41 +60,29 @@ class ModelConfig(Section):
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     num_hidden_layers: int = Field(gt=0, description="number of transformer blocks")
     num_attention_heads: int = Field(gt=0, description="query heads of a layer")
-    num_key_value_heads: int | None = Field(
-        default=None, gt=0, description="key and value heads (GQA); null: one a query head"
-    )
+    num_key_value_heads: int | None = Field(default=None, gt=0, description="KV heads (GQA); null: one a query head")
     head_dim: int | None = Field(default=None, gt=0, description="size of a head; null: hidden_size over query heads")
-    q_lora_rank: int | None = Field(default=None, gt=0, description="latent attention: size of the compressed query")
+    q_lora_rank: int | None = Field(default=None, gt=0, description="MLA: size of the compressed query")
     kv_lora_rank: int | None = Field(
         default=None, gt=0, description="size of the compressed keys and values; turns on latent attention (MLA)"
     )
-    qk_nope_head_dim: int | None = Field(
-        default=None, gt=0, description="latent attention: unrotated part of a query or key"
-    )
-    qk_rope_head_dim: int | None = Field(
-        default=None, gt=0, description="latent attention: rotated part of a query or key"
-    )
-    v_head_dim: int | None = Field(default=None, gt=0, description="latent attention: size of a head's values")
+    qk_nope_head_dim: int | None = Field(default=None, gt=0, description="MLA: unrotated part of a query or key")
+    qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a query or key")
+    v_head_dim: int | None = Field(default=None, gt=0, description="MLA: size of a head's values")
     intermediate_size: int = Field(gt=0, description="width of a dense feed-forward layer")
     max_position_embeddings: int = Field(default=4096, gt=0, description="longest sequence, in tokens")
 
-    moe_intermediate_size: int | None = Field(
-        default=None, gt=0, description="width of an expert; null: intermediate_size"
-    )
+    moe_intermediate_size: int | None = Field(default=None, gt=0, description="expert width; null: intermediate_size")
     n_routed_experts: int = Field(default=0, ge=0, description="routed experts of an MoE layer; 0: a dense model")
     num_experts_per_tok: int = Field(default=2, gt=0, description="routed experts that a token is sent to (top-k)")
     n_shared_experts: int = Field(default=1, ge=0, description="experts that every token of an MoE layer uses")
     shared_expert_intermediate_size: int | None = Field(
         default=None, gt=0, description="width of all shared experts together; null: n_shared_experts times one expert"
     )
-    shared_expert_gate: bool = Field(
-        default=False, description="a sigmoid gate on the shared experts' output, as in Qwen2-MoE"
-    )
+    shared_expert_gate: bool = Field(default=False, description="sigmoid gate on the shared experts, as in Qwen2-MoE")
     first_k_dense_replace: int = Field(default=0, ge=0, description="number of first layers that stay dense")
     mlp_only_layers: tuple[int, ...] = Field(default=(), description="further dense layers, counted from 0")
-    scoring_func: Literal["sigmoid", "softmax"] = Field(
-        default="sigmoid", description="makes scores of the router's logits"
-    )
+    scoring_func: Literal["sigmoid", "softmax"] = Field(default="sigmoid", description="makes scores of router logits")
     norm_topk_prob: bool = Field(default=True, description="divide the scores of the chosen experts by their sum")
     routed_scaling_factor: float = Field(default=1.0, description="factor on the weights of routed experts")
     n_group: int = Field(default=1, gt=0, description="groups that the routed experts are divided into")

@@ -23,9 +23,7 @@ class ParallelConfig(Section):
     `engine: torch` is one device or plain data parallelism. `engine: deepspeed` adds expert parallelism and ZeRO.
     """
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="device; auto: the fastest there is"
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the fastest there is")
     engine: Literal["torch", "deepspeed"] = Field(default="torch", description="engine that runs the steps")
     expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
     zero_stage: Literal[1, 2, 3] | None = Field(

@@ -21,9 +21,7 @@ class BalanceConfig(Section):
         description="change of a router bias in a step (DeepSeek-V3's gamma); 0 leaves biases as they are, which is "
         "the default of fine-tuning",
     )
-    sequence_loss: float = Field(
-        default=1e-4, ge=0, description="weight of the balance loss of each sequence (DeepSeek-V3)"
-    )
+    sequence_loss: float = Field(default=1e-4, ge=0, description="weight of each sequence's balance loss (DeepSeek-V3)")
     batch_loss: float = Field(
         default=0.0, ge=0, description="weight of the balance loss of the global batch (Switch, GShard)"
     )
@@ -47,9 +45,7 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "wsd", "multistep", "constant"] = Field(default="cosine", description="shape")
     warmup_steps: int = Field(default=100, ge=0, description="steps of the warm-up")
-    decay_fraction: float = Field(
-        default=0.2, gt=0, le=1, description="wsd: share of the steps, at the end, of the linear decay"
-    )
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: share of steps in the final linear decay")
     milestones: tuple[Share, ...] = Field(
         default=(0.8, 0.9), description="multistep: shares of the steps where the rate falls"
     )
@@ -68,12 +64,8 @@ class PreferenceConfig(Section):
     """Direct preference optimisation (arXiv 2305.18290); the reference is the model that training starts from."""
 
     beta: float = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="assumed share of wrongly labelled pairs (cDPO)"
-    )
-    sft_weight: float = Field(
-        default=0.0, ge=0, description="weight of the preferred answer's loss per token, which is added"
-    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="share of pairs assumed mislabelled (cDPO)")
+    sft_weight: float = Field(default=0.0, ge=0, description="weight of the preferred answer's added loss per token")
 
 
 class TrainConfig(Section):

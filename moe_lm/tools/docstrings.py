@@ -23,12 +23,7 @@ class Question(NamedTuple):
 
     @property
     def conversation(self) -> dict[str, list[dict[str, str]]]:
-        return {
-            "messages": [
-                {"role": "user", "content": self.text},
-                {"role": "assistant", "content": self.answer},
-            ]
-        }
+        return {"messages": [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]}
 
 
 def docstring_questions() -> Iterator[Question]:

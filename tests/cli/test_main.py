@@ -9,20 +9,11 @@ from pathlib import Path
 import pytest
 
 from moe_lm import __version__
-from moe_lm.cli.main import main
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.tools import doctor
+from tests.conftest import MoeLm
 
 VERBS = "quickstart doctor tokenizer prepare pretrain finetune verify import upcycle sample chat eval export".split()
-
-
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run `moe-lm` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["moe-lm", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
 
 
 def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,69 +23,62 @@ def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "run", fail)
 
 
-def test_help_lists_the_verbs_in_the_order_of_the_walk(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("--help", monkeypatch=monkeypatch) == 0
-    first_words = [line.strip("│ ").split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+def test_help_lists_the_verbs_in_the_order_of_the_walk(moe_lm: MoeLm) -> None:
+    done = moe_lm("--help")
+    assert done.code == 0
+    first_words = [line.strip("│ ").split(" ")[0] for line in done.out.splitlines()]
     assert [word for word in first_words if word in VERBS] == VERBS
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS), ["tokenizer", "train"], ["tokenizer", "inspect"]])
-def test_short_help_works_at_every_level(
-    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*verb, "-h", monkeypatch=monkeypatch) == 0
-    assert " ".join(["moe-lm", *verb]) in capsys.readouterr().out
+def test_short_help_works_at_every_level(verb: list[str], moe_lm: MoeLm) -> None:
+    done = moe_lm(*verb, "-h")
+    assert done.code == 0
+    assert " ".join(["moe-lm", *verb]) in done.out
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out == f"moe-lm {__version__}\n"
+def test_version(moe_lm: MoeLm) -> None:
+    assert moe_lm("--version") == (0, f"moe-lm {__version__}\n", "")
 
 
 @pytest.mark.parametrize(
     "arguments", [["sampel"], ["sample"], ["sample", "run", "-p", "x", "--top-p", "2"], ["pretrain", "--nonsense"], []]
 )
-def test_wrong_use_exits_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(*arguments, monkeypatch=monkeypatch) == 2
+def test_wrong_use_exits_2(arguments: list[str], moe_lm: MoeLm) -> None:
+    assert moe_lm(*arguments).code == 2
 
 
-@pytest.mark.parametrize(("error", "code"), [(UsageError("bad value"), 2), (MoeLmError("bad luck"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UsageError("bad value"), 2, "error: bad value\n"),
+        (MoeLmError("bad luck"), 1, "error: bad luck\n"),
+        (ZeroDivisionError("by zero"), 1,
+         "internal error: ZeroDivisionError: by zero; run again with --debug for the traceback\n"),
+    ],
+)  # fmt: skip
 def test_error_is_one_line_with_its_exit_code(
-    error: MoeLmError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: int, said: str, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing_with(error, monkeypatch)
-    assert run("doctor", monkeypatch=monkeypatch) == code
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", f"error: {error}\n")
-
-
-def test_unforeseen_error_is_one_line_that_names_debug(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failing_with(ZeroDivisionError("by zero"), monkeypatch)
-    assert run("doctor", monkeypatch=monkeypatch) == 1
-    assert capsys.readouterr().err == (
-        "internal error: ZeroDivisionError: by zero; run again with --debug for the traceback\n"
-    )
+    assert moe_lm("doctor") == (code, "", said)
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "doctor"], ["doctor", "--debug"]])
 def test_debug_shows_the_traceback_before_and_after_the_verb(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing_with(UsageError("bad value"), monkeypatch)
-    assert run(*arguments, monkeypatch=monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("Traceback (most recent call last):")
-    assert error.endswith("error: bad value\n")
+    done = moe_lm(*arguments)
+    assert done.code == 2
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert done.err.endswith("error: bad value\n")
 
 
-def test_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_is_one_line(moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_with(KeyboardInterrupt(), monkeypatch)
-    assert run("doctor", monkeypatch=monkeypatch) == 130
-    assert capsys.readouterr().err.strip() == "interrupted"
+    done = moe_lm("doctor")
+    assert (done.code, done.err.strip()) == (130, "interrupted")
 
 
 def test_closed_pipe_is_quiet() -> None:

@@ -34,11 +34,7 @@ from moe_lm.config.section import Section
         (SamplingConfig, {"logit_bias": ((1, 1.0), (1, 2.0))}, "logit_bias: an id is named twice"),
         (SamplingConfig, {"logit_bias": ["x=1"]}, "logit_bias: expected ID=BIAS"),
         (GenerationConfig, {"max_new_tokens": 0}, "max_new_tokens=0"),
-        (
-            GenerationConfig,
-            {"max_new_tokens": 8, "min_new_tokens": 9},
-            "min_new_tokens=9 is more than",
-        ),
+        (GenerationConfig, {"max_new_tokens": 8, "min_new_tokens": 9}, "min_new_tokens=9 is more than"),
         *((GenerationConfig, {"seed": value}, f"seed={value}") for value in (-1, 1 << 32)),
         (SampleConfig, {"logprobs": -1}, "logprobs=-1"),
         (SampleConfig, {"beams": 0}, "beams=0"),

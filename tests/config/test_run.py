@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from moe_lm.cli.main import main
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig, check_vocabulary
 from moe_lm.config.reading import build_config, dump_config, load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
+from tests.conftest import MoeLm
 
 MODEL = yaml.safe_load("""
     {vocab_size: 512, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4, num_key_value_heads: 2,
@@ -195,28 +194,24 @@ def test_missing_section_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [("a: [", "is not valid YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType"), ("just words", "holds str")],
+    ("content", "words"),
+    [
+        (b"a: [", "is not valid YAML"),
+        (b"run_dir: \xff\xfe", "is not valid YAML"),
+        (b"- a\n- b\n", "holds list"),
+        (b"", "holds NoneType"),
+        (b"just words", "holds str"),
+    ],
 )
-def test_file_that_is_no_config(text: str, words: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.yaml", text)
-    with pytest.raises(UsageError) as caught:
-        load_config(PretrainConfig, path)
-    assert words in str(caught.value)
-
-
-def test_file_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_bytes(b"run_dir: \xff\xfe")
-    with pytest.raises(UsageError, match="is not valid YAML"):
-        load_config(PretrainConfig, path)
+def test_file_that_is_not_a_config(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        load_config(PretrainConfig, tmp_path / "x.yaml")
 
 
 def test_a_section_may_come_from_another_file_by_override(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(PRETRAIN))
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(PRETRAIN["model"] | {"hidden_size": 64}))
-    overrides = [f"model={tmp_path / 'other.yaml'}", "model.intermediate_size=24"]
-    config = load_config(PretrainConfig, tmp_path / "run.yaml", overrides)
+    path, other = write(tmp_path / "run.yaml", PRETRAIN), write(tmp_path / "other.yaml", MODEL | {"hidden_size": 64})
+    config = load_config(PretrainConfig, path, [f"model={other}", "model.intermediate_size=24"])
     assert (config.model.hidden_size, config.model.intermediate_size) == (64, 24)
 
 
@@ -259,20 +254,12 @@ def test_moe_layers_are_neither_first_nor_named() -> None:
     ],
 )
 def test_command_line_refuses_with_exit_code_2(
-    arguments: list[str],
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], words: str, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "x.yaml", PRETRAIN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moe-lm", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert words in captured.err
+    done = moe_lm(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert words in done.err

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.kernels import attention
 from moe_lm.kernels.kernels import ATTENTION
 from moe_lm.model.attention import Attention, PackedAttention, SegmentAttention
+from tests.tiny import tiny
 
 SEGMENTS = {
     "one_document": [12],
@@ -27,9 +27,8 @@ SEGMENTS = {
 }
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """Softmax over every visible pair, in float64: same document, not later; query head h reads K/V head h // group."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     places = torch.arange(len(q))
@@ -65,16 +64,19 @@ def assert_backend_equals_reference(
     kv_heads: int,
     size: int,
     tolerance: float = 1e-5,
+    scale: float | None = None,
     **kind: Any,
 ) -> None:
+    """Output and gradients, in float64 on the host; the scale is that of the paper unless it is given."""
+    scale = scale or size**-0.5
     q, k, v = random_qkv(sum(lengths), heads, kv_heads, size, **kind)
     cu_seqlens = boundaries(lengths, kind.get("device", "cpu"))
-    out = backend(q, k, v, cu_seqlens, max(lengths), size**-0.5)
+    out = backend(q, k, v, cu_seqlens, max(lengths), scale)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad(out, (q, k, v), grad)
 
     copies = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
-    expected = reference_attention(*copies, cu_seqlens.cpu())
+    expected = reference_attention(*copies, cu_seqlens.cpu(), scale)
     expected_grads = torch.autograd.grad(expected, copies, grad.cpu().double())
     assert out.dtype == q.dtype
     for actual, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
@@ -113,7 +115,7 @@ def test_gradient_of_a_plain_sum_is_right(backend: str) -> None:
     q, k, v = random_qkv(12, 2, 2, 8)
     cu_seqlens = boundaries([5, 7])
     grads = torch.autograd.grad(BACKENDS[backend](q, k, v, cu_seqlens, 7, 8**-0.5).sum(), (q, k, v))
-    expected = torch.autograd.grad(reference_attention(q, k, v, cu_seqlens).sum(), (q, k, v))
+    expected = torch.autograd.grad(reference_attention(q, k, v, cu_seqlens, 8**-0.5).sum(), (q, k, v))
     torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +127,7 @@ def test_inputs_of_any_layout_are_read_right(backend: str) -> None:
     joint = torch.cat((q, k, v), dim=1).detach().requires_grad_()
     sliced = BACKENDS[backend](*joint.split(2, dim=1), cu_seqlens, 7, 8**-0.5)
     turned = BACKENDS[backend](*(x.mT.contiguous().mT for x in (q, k, v)), cu_seqlens, 7, 8**-0.5)
-    expected = reference_attention(q, k, v, cu_seqlens)
+    expected = reference_attention(q, k, v, cu_seqlens, 8**-0.5)
     for out in (sliced, turned):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
@@ -150,32 +152,22 @@ def test_other_documents_change_nothing_to_the_bit(backend: str) -> None:
         assert grad[mine].any()
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("size", "value_size"), [(24, 16), (12, 20), (6, 1)])
 @pytest.mark.parametrize("segments", ["equal_rows", "ragged", "longer_than_a_kernel_block"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_may_have_another_size_and_scores_another_scale(
-    backend: str, segments: str, size: int, value_size: int
+    backend: str, segments: str, size: int, value_size: int, scale: float | None
 ) -> None:
-    lengths = SEGMENTS[segments]
-    q, k, v = random_qkv(sum(lengths), 4, 2, size, value_size)
-    cu_seqlens = boundaries(lengths)
-    for scale in (size**-0.5, 0.3):
-        out = BACKENDS[backend](q, k, v, cu_seqlens, max(lengths), scale)
-        expected = reference_attention(q, k, v, cu_seqlens, scale)
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        found = torch.autograd.grad(out, (q, k, v), grad)
-        wanted = torch.autograd.grad(expected, (q, k, v), grad.double())
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    kind = {"value_size": value_size, "scale": scale}
+    assert_backend_equals_reference(BACKENDS[backend], SEGMENTS[segments], 4, 2, size, **kind)
 
 
 def test_packed_attention_flattens_rows_and_keeps_their_shape() -> None:
     q, k, v = random_qkv(12, 4, 2, 8)
     rows = [x.detach().unflatten(0, (2, 6)) for x in (q, k, v)]
-    shape = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 8}
-    layer = Attention(ModelConfig(**shape, num_attention_heads=4, num_key_value_heads=2), 0)
-    out = PackedAttention(boundaries([4, 2, 6]), 6)(layer, *rows)
-    expected = reference_attention(q, k, v, boundaries([4, 2, 6])).float()
+    out = PackedAttention(boundaries([4, 2, 6]), 6)(Attention(tiny(), 0), *rows)
+    expected = reference_attention(q, k, v, boundaries([4, 2, 6]), 8**-0.5).float()
     torch.testing.assert_close(out, expected.unflatten(0, (2, 6)), rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.model import LoraConfig
 from moe_lm.kernels import cpu_decode
 from moe_lm.kernels.native import build as native
 from moe_lm.model import lora, rotary
@@ -22,6 +22,7 @@ from moe_lm.model.lora import LoraExperts, LoraLinear
 from moe_lm.model.moe import MoE, dispatch_locally
 from moe_lm.model.transformer import LanguageModel
 from tests.model.test_decoding import KINDS, build, empty_cache, extend, prefill, random_prompts
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
@@ -72,8 +73,8 @@ def test_linear(rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.d
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward(bias: bool, gated: bool, activation: str, dtype: torch.dtype) -> None:
-    shape = {"vocab_size": 8, "hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ModelConfig(**shape, intermediate_size=70, mlp_bias=bias, mlp_gated=gated, hidden_act=activation)
+    shape = {"hidden_size": 20, "num_attention_heads": 2, "n_routed_experts": 0}
+    config = tiny(**shape, mlp_bias=bias, mlp_gated=gated, hidden_act=activation)
     mlp, x = MLP(config, 70).to(dtype), random(5, 1, 20, dtype=dtype)
     assert_near(*both_ways(mlp, lambda mlp: mlp(x)))
 
@@ -101,10 +102,7 @@ def test_rotate(size: int, interleave: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("lengths", [[0], [3, 0, 40, 17], [9, 9]])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 10), (8, 1, 64)])
 def test_attention_over_a_cache(heads: int, key_heads: int, size: int, lengths: list[int], dtype: torch.dtype) -> None:
-    config = ModelConfig(
-        vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=key_heads,
-        head_dim=size, intermediate_size=8,
-    )  # fmt: skip
+    config = tiny(num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=size)
     rows, layer = len(lengths), Attention(config, 1)
     q = random(rows, 1, heads, size, dtype=dtype)
     k, v = (random(rows, 1, key_heads, size, dtype=dtype, seed=seed) for seed in (1, 2))
@@ -226,9 +224,8 @@ def test_broken_logits_choose_different_experts() -> None:
 def test_angles_of_one_row_serve_all() -> None:
     x, angles = random(3, 2, 4, 12), random(1, 2, 1, 6, seed=1)
     with torch.inference_mode():
-        assert cpu_decode.rotate(x, angles.cos(), angles.sin()).equal(
-            cpu_decode.rotate(x, *(a.expand(3, -1, -1, -1) for a in (angles.cos(), angles.sin())))
-        )
+        each = [angle.expand(3, -1, -1, -1) for angle in (angles.cos(), angles.sin())]
+        assert cpu_decode.rotate(x, angles.cos(), angles.sin()).equal(cpu_decode.rotate(x, *each))
 
 
 def test_broken_weights_give_no_numbers() -> None:
@@ -270,11 +267,7 @@ def test_adapted_modules_keep_their_class() -> None:
 
 
 def mixture(dtype: torch.dtype, **changes: Any) -> MoE:
-    config = ModelConfig(
-        vocab_size=8, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        moe_intermediate_size=40, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, **changes,
-    )  # fmt: skip
-    moe = MoE(config).to(dtype)
+    moe = MoE(tiny(hidden_size=48, moe_intermediate_size=40, **changes)).to(dtype)
     with torch.no_grad():
         for index, parameter in enumerate(moe.parameters()):
             parameter.copy_(random(*parameter.shape, seed=index) * 0.3)

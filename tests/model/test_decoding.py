@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.model.attention import PackedAttention, PrefillAttention
+from moe_lm.model.attention import PrefillAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.transformer import LanguageModel
-from tests.tiny import LATENT, tiny_model
+from tests.tiny import LATENT, packed, tiny_model
 
 VOCABULARY = 64
 PROMPTS = [5, 1, 11, 8]
@@ -51,16 +51,14 @@ def empty_cache(model: LanguageModel, rows: int, dtype: torch.dtype = torch.floa
 
 def uncached(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits `[S, V]` of one sequence, computed anew."""
-    attend = PackedAttention(torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
-    return model(tokens[None], torch.arange(len(tokens))[None], attend).logits[0]
+    return model(tokens[None], *packed([len(tokens)])).logits[0]
 
 
 def prefill(model: LanguageModel, prompts: list[Tensor], cache: KVCache) -> list[Tensor]:
     """Logits of every prompt, which the cache keeps."""
     lengths = [len(prompt) for prompt in prompts]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    attend = PrefillAttention(cache, lengths, torch.tensor([0, *lengths]).cumsum(0).int())
-    logits = model(torch.cat(prompts)[None], positions[None], attend).logits[0]
+    positions, attend = packed(lengths)
+    logits = model(torch.cat(prompts)[None], positions, PrefillAttention(cache, lengths, attend.cu_seqlens)).logits[0]
     cache.lengths = torch.tensor(lengths)
     return list(logits.split(lengths))
 

@@ -9,7 +9,6 @@ import torch
 from transformers import Dots1Config, Dots1ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from tests.model.transformers_models import (
     VOCABULARY,
@@ -20,6 +19,7 @@ from tests.model.transformers_models import (
     our_model,
     random_tokens,
 )
+from tests.tiny import packed
 
 HIDDEN, ROWS, POSITIONS = 32, 3, 17
 
@@ -64,21 +64,17 @@ def test_model_equals_dots1(variant: str) -> None:
 def test_model_equals_dots1_far_from_the_start() -> None:
     """Positions in the thousands, where rounding in the rotary angles would show."""
     ours, theirs = dots1_and_ours("grouped_query")
-    positions = torch.arange(POSITIONS) + 40_000
     tokens = random_tokens(1, POSITIONS)
-    attend = PackedAttention(torch.tensor([0, POSITIONS], dtype=torch.int32), POSITIONS)
-    logits = ours(tokens, positions[None], attend).logits
-    expected = theirs(input_ids=tokens, position_ids=positions[None]).logits
+    from_the_start, attend = packed([POSITIONS])
+    logits = ours(tokens, from_the_start + 40_000, attend).logits
+    expected = theirs(input_ids=tokens, position_ids=from_the_start + 40_000).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_packed_documents_equal_dots1_on_each_document_alone() -> None:
     ours, theirs = dots1_and_ours("everything")
-    lengths = [4, 1, 9, 3]
-    tokens = random_tokens(1, POSITIONS)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    attend = PackedAttention(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
-    logits = ours(tokens, positions, attend).logits[0]
+    lengths, tokens = [4, 1, 9, 3], random_tokens(1, POSITIONS)
+    logits = ours(tokens, *packed(lengths)).logits[0]
     for piece, document in zip(logits.split(lengths), tokens[0].split(lengths), strict=True):
         torch.testing.assert_close(piece, theirs(input_ids=document[None]).logits[0], rtol=0, atol=1e-5)
 

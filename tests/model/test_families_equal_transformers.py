@@ -153,12 +153,7 @@ def test_model_equals_transformers(name: str) -> None:
 
 @pytest.mark.parametrize(
     "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        LLAMA3,
-        YARN,
-        {**YARN, "attention_factor": 1.25, "truncate": False},
-    ],
+    [{"rope_type": "linear", "factor": 4.0}, LLAMA3, YARN, {**YARN, "attention_factor": 1.25, "truncate": False}],
     ids=["linear", "llama3", "yarn", "yarn_factor"],
 )
 def test_stretched_positions_equal_transformers(rope: dict[str, Any]) -> None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.model.layers import MLP, RMSNorm, build_norm, sinusoidal_positions
-
-
-def config_with(**changes: Any) -> ModelConfig:
-    values = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return ModelConfig(**{**values, "intermediate_size": 12, **changes})
+from tests.tiny import tiny
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
@@ -44,7 +38,7 @@ def test_rms_norm_keeps_the_data_type_and_computes_in_float32() -> None:
 
 @pytest.mark.parametrize(("kind", "built"), [("rmsnorm", RMSNorm), ("layernorm", torch.nn.LayerNorm)])
 def test_the_residual_norm_is_the_one_asked_for(kind: str, built: type) -> None:
-    norm = build_norm(config_with(norm_type=kind, rms_norm_eps=0.25))
+    norm = build_norm(tiny(norm_type=kind, rms_norm_eps=0.25))
     assert isinstance(norm, built)
     assert norm.eps == 0.25
 
@@ -53,7 +47,7 @@ def test_the_residual_norm_is_the_one_asked_for(kind: str, built: type) -> None:
 @pytest.mark.parametrize("kind", ["silu", "relu", "gelu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_feed_forward_is_its_formula(gated: bool, kind: str, bias: bool) -> None:
-    mlp = randomised(MLP(config_with(mlp_gated=gated, hidden_act=kind, mlp_bias=bias), 12))
+    mlp = randomised(MLP(tiny(hidden_size=8, mlp_gated=gated, hidden_act=kind, mlp_bias=bias), 12))
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     activations = {
         "silu": lambda z: z / (1 + torch.exp(-z)),

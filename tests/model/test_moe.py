@@ -21,18 +21,15 @@ from torch import Tensor
 from moe_lm.config.model import ModelConfig
 from moe_lm.kernels.kernels import EXPERTS
 from moe_lm.model.moe import MoE, Routing, expert_counts, route, within_capacity
+from tests.tiny import tiny
 
-ROWS, POSITIONS, HIDDEN, WIDTH = 3, 5, 8, 16
+ROWS, POSITIONS, HIDDEN = 3, 5, 8
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def moe_config(**changes: Any) -> ModelConfig:
-    values = {
-        "vocab_size": 16, "hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 24, "moe_intermediate_size": WIDTH, "n_routed_experts": 8, "num_experts_per_tok": 3,
-        "n_shared_experts": 0,
-    }  # fmt: skip
-    return ModelConfig(**{**values, **changes})
+    """Eight experts of width 16, of which a token is sent to three."""
+    return tiny(**{"hidden_size": HIDDEN, "n_shared_experts": 0} | changes)
 
 
 # ---------------------------------------------------------------------------------------------- the reference

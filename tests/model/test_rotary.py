@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.model.rotary import Rotary, rotate
+from tests.tiny import tiny
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -27,17 +27,12 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def config_with(head_size: int, theta: float, **changes: Any) -> ModelConfig:
-    values = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return ModelConfig(**values, intermediate_size=12, head_dim=head_size, rope_theta=theta, **changes)
-
-
 @pytest.mark.parametrize("interleave", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_rotation_is_multiplication_by_a_unit_complex_number(interleave: bool, share: float) -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 90, 2, 1]])
-    angles = Rotary(config_with(8, 100.0, partial_rotary_factor=share)).angles(positions)
+    angles = Rotary(tiny(head_dim=8, rope_theta=100.0, partial_rotary_factor=share)).angles(positions)
     size = int(8 * share)
     rotated, rest = x.double().split([size, 8 - size], dim=-1)
     first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleave else rotated.chunk(2, dim=-1)
@@ -49,7 +44,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(interleave: bool, s
 
 
 def test_rotated_products_depend_only_on_the_distance() -> None:
-    rotary = Rotary(config_with(16, 10_000.0))
+    rotary = Rotary(tiny(head_dim=16))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def product(query_position: int, key_position: int) -> float:
@@ -74,7 +69,7 @@ def test_rotary_angles_are_transformers_angles_to_the_bit_at_any_position(
     theirs = Glm4MoeConfig(head_dim=head_size, rope_parameters=rope, max_position_embeddings=163_840)
     positions = torch.tensor([[0, 1, 511, 4095, 131_071]])
     expected_cos, expected_sin = Glm4MoeRotaryEmbedding(theirs)(torch.zeros(1), positions)
-    ours = config_with(head_size, theta, partial_rotary_factor=share, rope_scaling=given)
+    ours = tiny(head_dim=head_size, rope_theta=theta, partial_rotary_factor=share, rope_scaling=given)
     cos, sin = Rotary(ours).angles(positions)
     assert torch.equal(cos[..., 0, :], expected_cos[..., : cos.shape[-1]])
     assert torch.equal(sin[..., 0, :], expected_sin[..., : sin.shape[-1]])

@@ -33,13 +33,11 @@ def explain(
     picture.need_matplotlib()
     session = Session.load(run, base=base)
     config = session.model.config
-    choice = picture.Choice(
-        _chosen("layer", layers, config.num_hidden_layers, MOST_LAYERS),
-        _chosen("head", heads, config.num_attention_heads, MOST_HEADS),
-    )
-    if len(choice.layers) * len(choice.heads) > MOST_PANELS:
+    layers = _chosen("layer", layers, config.num_hidden_layers, MOST_LAYERS)
+    heads = _chosen("head", heads, config.num_attention_heads, MOST_HEADS)
+    if len(layers) * len(heads) > MOST_PANELS:
         raise UsageError(
-            f"{len(choice.layers)} layers by {len(choice.heads)} heads are more than the {MOST_PANELS} panels that a "
+            f"{len(layers)} layers by {len(heads)} heads are more than the {MOST_PANELS} panels that a "
             "picture can hold; choose fewer with --layers and --heads"
         )
     recording = record(session.model, session.prompt_ids(prompt, 1, truncate))
@@ -50,23 +48,20 @@ def explain(
             file=sys.stderr,
         )
     words = prompt if len(prompt) <= 60 else f"{prompt[:29]} … {prompt[-29:]}"
-    title = f"{_name(run, session.checkpoint)}: {words!r}\n{_legend(bool(recording.routings))}"
+    title = f"{_name(run, session.checkpoint)}: {words!r}\nblue: what each token (a row) attends to (columns)"
+    if recording.routings:
+        title += "; orange: its routed experts, by weight"
 
     def decode(id_: int) -> str:
         return session.tokenizer.decode([id_], skip_special=False)
 
-    picture.save(picture.draw(recording, decode, choice, config.n_routed_experts, title), out)
-    print(f"{out}: layers {_listed(choice.layers)}, heads {_listed(choice.heads)}", file=sys.stderr)
+    picture.save(picture.draw(recording, decode, layers, heads, config.n_routed_experts, title), out)
+    print(f"{out}: layers {', '.join(map(str, layers))}, heads {', '.join(map(str, heads))}", file=sys.stderr)
 
 
 def _name(run: Path, checkpoint: Path) -> str:
     """The names of the run and its checkpoint; a single name if `run` is the checkpoint."""
     return ", ".join(dict.fromkeys(filter(None, (run.resolve().name, checkpoint.resolve().name))))
-
-
-def _legend(routed: bool) -> str:
-    blue = "blue: what each token (a row) attends to (columns)"
-    return f"{blue}; orange: its routed experts, by weight" if routed else blue
 
 
 def _chosen(kind: str, chosen: Sequence[int] | None, number: int, most: int) -> Sequence[int]:
@@ -77,7 +72,3 @@ def _chosen(kind: str, chosen: Sequence[int] | None, number: int, most: int) -> 
         if not 0 <= place < number:
             raise UsageError(f"--{kind}s names {kind} {place}; this model has {kind}s 0 to {number - 1}")
     return list(dict.fromkeys(chosen))
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

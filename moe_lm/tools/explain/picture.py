@@ -5,7 +5,6 @@ The rows of every panel are the attending tokens, so that the labels on the left
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,20 +28,18 @@ FORMATS = (".png", ".svg", ".pdf")
 MASKED = "#eeeeee"  # the tokens that one cannot attend to
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The layers and heads to draw."""
-
-    layers: Sequence[int]
-    heads: Sequence[int]
-
-
-def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, experts: int, title: str) -> Figure:
+def draw(
+    recording: Recording,
+    decode: Callable[[int], str],
+    layers: Sequence[int],
+    heads: Sequence[int],
+    experts: int,
+    title: str,
+) -> Figure:
     """Draw the last `TOKENS` tokens. Attention to earlier ones is summed up in one column, so that rows sum to 1.
 
-    `decode` gives the text of one id. Raises MoeLmError when matplotlib is not installed.
+    `decode` gives the text of one id.
     """
-    need_matplotlib()
     import matplotlib
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -51,23 +48,23 @@ def draw(recording: Recording, decode: Callable[[int], str], choice: Choice, exp
     before = max(0, len(recording.ids) - TOKENS)
     names = [label(id_, decode(id_), fonts) for id_ in recording.ids[before:]]
     seen = [f"{before} before", *names] if before else names
-    widths = [max(len(seen), 8) * INCHES] * len(choice.heads)
+    widths = [max(len(seen), 8) * INCHES] * len(heads)
     if recording.routings:
         widths.append(min(max(experts, 8), 2 * TOKENS) * INCHES)
     height = max(len(names) * INCHES, 1.0) + 0.45
-    size = max(sum(widths) + 0.25 * len(widths) + 1.5, 7.0), height * len(choice.layers) + 1.3
+    size = max(sum(widths) + 0.25 * len(widths) + 1.5, 7.0), height * len(layers) + 1.3
     norm = PowerNorm(0.5, 0, 1)
     with matplotlib.rc_context({"font.family": fonts, "font.size": 7, "svg.fonttype": "path"}):
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         figure.suptitle(spelled(title, fonts), parse_math=False, x=0.01, ha="left", fontsize=9)
-        panels = figure.subplots(len(choice.layers), len(widths), squeeze=False, width_ratios=widths)
-        for row, layer in zip(panels, choice.layers, strict=True):
-            for axes, head in zip(row, choice.heads, strict=False):
+        panels = figure.subplots(len(layers), len(widths), squeeze=False, width_ratios=widths)
+        for row, layer in zip(panels, layers, strict=True):
+            for axes, head in zip(row, heads, strict=False):
                 weights = fold(recording.attention[layer][head], before)
                 axes.set_facecolor(MASKED)
                 axes.imshow(weights, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
                 axes.set_title(f"layer {layer}, head {head}" if axes is row[0] else f"head {head}", loc="left", pad=3)
-                _name(axes, names if axes is row[0] else None, seen if layer == choice.layers[-1] else None)
+                _name(axes, names if axes is row[0] else None, seen if layer == layers[-1] else None)
             if recording.routings:
                 _draw_experts(row[-1], recording, layer, before, experts, norm)
         share = matplotlib.cm.ScalarMappable(norm, "Greys")
@@ -123,7 +120,6 @@ def spelled(text: str, fonts: Sequence[str]) -> str:
 
 def installed_fonts() -> list[str]:
     """The `FONTS` that are installed; the first one comes with matplotlib."""
-    need_matplotlib()
     from matplotlib import font_manager
 
     here = set(font_manager.get_font_names())

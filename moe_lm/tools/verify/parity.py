@@ -39,7 +39,7 @@ def run(
 ) -> int:
     """Run the verb `verify` and return its exit code. Prints the table, or only JSON when `json_file` is "-"."""
     messages = Console(stderr=True)
-    report = verify(config, parse_world_sizes(world_sizes), quick, only, timeout_seconds, sabotage, messages)
+    report = verify(config, world_sizes, quick, only, timeout_seconds, sabotage, messages)
     content = json.dumps(report.as_json(), indent=1)
     if json_file == "-":
         print(content)
@@ -84,20 +84,20 @@ class Report:
 
 def verify(
     config: RunConfig,
-    world_sizes: Sequence[int] | None = None,
-    quick: bool = False,
-    only: Sequence[str] = (),
-    timeout_seconds: float = 600,
-    sabotage: Path | None = None,
-    console: Console | None = None,
+    world_sizes: str | None,
+    quick: bool,
+    only: Sequence[str],
+    timeout_seconds: float,
+    sabotage: Path | None,
+    messages: Console,
 ) -> Report:
-    """Run every layout and compare it with one process. `world_sizes` None: all that the devices are enough for.
+    """Run every layout and compare it with one process.
 
-    Raises MoeLmError when a process fails or takes too long, UsageError for more processes than devices.
+    Raises MoeLmError when a process fails or takes too long, UsageError for a choice that this machine does not have.
     """
     started = time.monotonic()
     device = "cuda" if pick_device(config.parallel.device).type == "cuda" else "cpu"  # DeepSpeed knows no other
-    world_sizes = check_devices(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
+    sizes = choose_world_sizes(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
     model, train = small_model(trained_model(config)), training(config)
     plan = Plan(
         model=model,
@@ -105,7 +105,7 @@ def verify(
         preference=strong_preference(config.preference),
         train=train,
         parallel=ParallelConfig.model_validate({"device": device, "timeout_seconds": timeout_seconds}),
-        layouts=select(all_layouts(model, train, world_sizes, quick), only),
+        layouts=select(all_layouts(model, train, sizes, quick), only),
         sabotage=sabotage and sabotage.absolute(),
     )
     tolerance = Tolerance.of(train.precision)
@@ -113,10 +113,9 @@ def verify(
         folder = Path(name)
         (folder / PLAN).write_text(plan.model_dump_json(), encoding="utf-8")
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):
-            if console is not None:
-                number = sum(layout.world_size == world_size for layout in plan.layouts)
-                console.print(f"processes: {world_size}, layouts: {number}")
-            run_ranks("moe_lm.tools.verify.worker", folder, world_size, timeout_seconds)
+            number = sum(layout.world_size == world_size for layout in plan.layouts)
+            messages.print(f"processes: {world_size}, layouts: {number}")
+            run_ranks(folder, world_size, timeout_seconds)
         results = {layout.name: folder / str(number) for number, layout in enumerate(plan.layouts)}
         deviations = []
         for layout in plan.layouts:
@@ -179,27 +178,19 @@ def table(report: Report) -> Table:
     return view
 
 
-def check_devices(world_sizes: Sequence[int] | None, devices: int) -> list[int]:
-    """The numbers of processes to compare. Raises UsageError for a requested one that has too few devices."""
-    if world_sizes is None:
-        return [size for size in WORLD_SIZES if size <= devices]
-    most = max(world_sizes)
-    if most > devices:
-        raise UsageError(
-            f"--world-sizes {most} needs {most} CUDA devices, and this machine has {devices}; ask for fewer, or set "
-            "parallel.device=cpu"
-        )
-    return list(world_sizes)
+def choose_world_sizes(text: str | None, devices: int) -> list[int]:
+    """The numbers of processes between the commas of `text`, by default all that there are enough devices for.
 
-
-def parse_world_sizes(text: str | None) -> list[int] | None:
-    """Numbers between commas. Raises UsageError for anything but a choice of WORLD_SIZES."""
+    Raises UsageError for anything but a choice of WORLD_SIZES, and for one that has too few devices.
+    """
     if text is None:
-        return None
-    try:
-        sizes = sorted({int(item) for item in text.split(",")})
-    except ValueError:
-        sizes = []
-    if not sizes or not set(sizes) <= set(WORLD_SIZES):
+        return [size for size in WORLD_SIZES if size <= devices]
+    sizes = [size for size in WORLD_SIZES if str(size) in text.split(",")]
+    if len(sizes) != len(set(text.split(","))):
         raise UsageError(f"--world-sizes {text} is not a choice of 1, 2, 4; write it like --world-sizes 1,2")
+    if sizes[-1] > devices:
+        raise UsageError(
+            f"--world-sizes {sizes[-1]} needs {sizes[-1]} CUDA devices, and this machine has {devices}; ask for fewer, "
+            "or set parallel.device=cpu"
+        )
     return sizes

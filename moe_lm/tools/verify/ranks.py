@@ -16,11 +16,12 @@ from pathlib import Path
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import after_this
 
+WORKER = "moe_lm.tools.verify.worker"
 TAIL = 15  # last lines of a log that are shown
 
 
-def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float) -> None:
-    """Run `python -m module folder` on this many ranks.
+def run_ranks(folder: Path, world_size: int, timeout_seconds: float) -> None:
+    """Run the worker on this many ranks, with the plan in `folder`.
 
     Raises MoeLmError with the last lines of a rank's log when it fails or is not done in time.
     """
@@ -45,7 +46,7 @@ def run_ranks(module: str, folder: Path, world_size: int, timeout_seconds: float
             with after_this():
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", module, str(folder)],
+                        [sys.executable, "-m", WORKER, str(folder)],
                         env=environment | own,
                         stdin=subprocess.DEVNULL,
                         stdout=output,

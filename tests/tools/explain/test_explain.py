@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,12 @@ import torch
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tools.explain import explain as verb
 from moe_lm.tools.explain import picture
-from moe_lm.tools.explain.picture import Choice, draw, fold, label
+from moe_lm.tools.explain.picture import draw, fold, label
 from moe_lm.tools.explain.recording import Recording, record, shares
-from tests.tiny import LATENT, tiny
+from tests.tiny import LATENT, packed, tiny
 
 SIZES = {"vocab_size": 1100, "initializer_range": 0.3}
 GROUPED, MULTI_LATENT, DENSE = tiny(**SIZES), tiny(**SIZES | LATENT), tiny(**SIZES, n_routed_experts=0)
@@ -34,9 +33,8 @@ def built(config: ModelConfig) -> LanguageModel:
 def test_the_recording_is_what_the_model_computes(config: ModelConfig) -> None:
     model, ids = built(config), list(range(7, 27))
     recording = record(model, ids)
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
     with torch.inference_mode():
-        logits, routings = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
+        logits, routings = model(torch.tensor([ids]), *packed([len(ids)]))
     torch.testing.assert_close(recording.logits, logits[0], rtol=1e-4, atol=1e-4)
     assert list(recording.routings) == [1, 2]
     for ours, theirs in zip(recording.routings.values(), routings, strict=True):
@@ -82,13 +80,14 @@ def test_text_without_glyphs_is_spelled_out() -> None:
     assert picture.spelled("a\n你", ["DejaVu Sans"]) == "a\n\\u4f60"
 
 
-def drawn(config: ModelConfig, tokens: int, **choice: list[int]) -> tuple[Recording, list[list[str]]]:
+def drawn(
+    config: ModelConfig, tokens: int, layers: Sequence[int] = (0, 1), heads: Sequence[int] = (0, 3)
+) -> tuple[Recording, list[list[str]]]:
     """A recording, and the texts of each panel: its title, then the labels of its rows and columns."""
     recording = record(built(config), list(range(10, 10 + tokens)))
-    chosen = Choice(**{"layers": [0, 1], "heads": [0, 3]} | choice)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = draw(recording, lambda id_: f"${id_}", chosen, config.n_routed_experts, "你 $a_b$")
+        figure = draw(recording, lambda id_: f"${id_}", layers, heads, config.n_routed_experts, "你 $a_b$")
     texts = []
     for axes in figure.axes:
         rows, columns = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tools.verify.parity import check_devices
+from moe_lm.tools.verify.parity import choose_world_sizes
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "pretrain" / "deepseekmoe-2b.yaml"
@@ -21,10 +21,16 @@ PLANTED = Path(__file__).parent / "planted"
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) -> None:
-    process = start_moe_lm("verify", CONFIG, "--quick", "--json", tmp_path / "report.json", COLUMNS=120)
+def verify(start: Start, code: int, *arguments: object, **environment: object) -> tuple[str, str]:
+    """Run `moe-lm verify` on CONFIG, which must end with this exit code; returns its output and its errors."""
+    process = start("verify", CONFIG, *arguments, **environment)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
+    return out, err
+
+
+def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) -> None:
+    out, _ = verify(start_moe_lm, 0, "--quick", "--json", tmp_path / "report.json", COLUMNS=120)
     assert "2 x DeepSpeed, EP 2, ZeRO 3" in out
     assert "FAIL" not in out
     report = json.loads((tmp_path / "report.json").read_text())
@@ -45,14 +51,10 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(start_moe_lm: Start) -> None:
-    process = start_moe_lm(
-        "verify", CONFIG, f"model={ROOT / 'configs' / 'model' / 'deepseek-v3.yaml'}", "--world-sizes", "2",
-        "--only", "2 x DeepSpeed, EP 2, ZeRO 3", "--json", "-",
-    )  # fmt: skip
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    model, name = f"model={ROOT / 'configs' / 'model' / 'deepseek-v3.yaml'}", "2 x DeepSpeed, EP 2, ZeRO 3"
+    out, _ = verify(start_moe_lm, 0, model, "--world-sizes", "2", "--only", name, "--json", "-")
     layouts = {layout["name"]: layout for layout in json.loads(out)["layouts"]}
-    assert layouts["2 x DeepSpeed, EP 2, ZeRO 3"]["ok"]
+    assert layouts[name]["ok"]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,8 @@ def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(st
 def test_a_planted_error_is_found_and_named(
     start_moe_lm: Start, planted: str, layout: str, named: str, precision: str
 ) -> None:
-    process = start_moe_lm(
-        "verify", CONFIG, "--world-sizes", "2", "--only", layout, "--json", "-",
-        "--sabotage", PLANTED / f"{planted}.py", f"train.precision={precision}",
-    )  # fmt: skip
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 1, err
+    sabotage = ("--sabotage", PLANTED / f"{planted}.py", f"train.precision={precision}")
+    out, err = verify(start_moe_lm, 1, "--world-sizes", "2", "--only", layout, "--json", "-", *sabotage)
     report = next(item for item in json.loads(out)["layouts"] if item["name"] == layout)
     assert not report["ok"]
     line = next(line for line in err.splitlines() if line.startswith(f"{layout} is not like 'one process': "))
@@ -89,18 +87,14 @@ def test_a_planted_error_is_found_and_named(
 
 def test_what_a_failed_rank_said_last_is_shown(start_moe_lm: Start, tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("raise RuntimeError('the cable is loose')\n")
-    process = start_moe_lm("verify", CONFIG, "--world-sizes", "1", "--quick", "--sabotage", tmp_path / "fails.py")
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1
+    _, err = verify(start_moe_lm, 1, "--world-sizes", "1", "--quick", "--sabotage", tmp_path / "fails.py")
     assert "error: rank 0 of 1 failed with exit code 1; its last lines:" in err
     assert "RuntimeError: the cable is loose" in err
 
 
 def test_bfloat16_is_compared_with_its_own_tolerance(start_moe_lm: Start) -> None:
     layout = ("--world-sizes", "2", "--only", "2 x DeepSpeed, EP 2, ZeRO 2")
-    process = start_moe_lm("verify", CONFIG, "train.precision=bfloat16", *layout, "--json", "-")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    out, _ = verify(start_moe_lm, 0, "train.precision=bfloat16", *layout, "--json", "-")
     report = json.loads(out)
     assert report["precision"] == "bfloat16"
     (layout,) = report["layouts"]
@@ -124,10 +118,10 @@ def test_nothing_is_left_behind_when_it_is_told_to_stop(start_moe_lm: Start, tmp
 
 
 def test_more_processes_than_devices_are_refused_when_asked_for() -> None:
-    assert check_devices(None, devices=2) == [1, 2]
-    assert check_devices([1, 2], devices=2) == [1, 2]
+    assert choose_world_sizes(None, devices=2) == [1, 2]
+    assert choose_world_sizes("1,2", devices=2) == [1, 2]
     with pytest.raises(UsageError, match="--world-sizes 4 needs 4 CUDA devices, and this machine has 2"):
-        check_devices([1, 4], devices=2)
+        choose_world_sizes("1,4", devices=2)
 
 
 @pytest.mark.parametrize("sizes", ["3", "two", ""])

@@ -15,9 +15,10 @@ from tests.tiny import tiny_model
 
 PREFER = "preference={beta: 0.1, label_smoothing: 0.1, sft_weight: 0.5}"
 ADAPT = "lora={rank: 8, dropout: 0.1}"
-FROZEN = [  # the router, the experts
+FROZEN = [  # the router, the experts, everything but the experts
     ("train.freeze_router=true",),
     ("lora={rank: 4, dropout: 0.2, targets: [attention]}", "train.freeze_router=false"),
+    ("lora={rank: 4, targets: [experts]}", "train.freeze_router=true"),
 ]
 
 
@@ -43,8 +44,7 @@ def layouts(moe_lm: Callable[..., Any], *arguments: object) -> tuple[int, dict[s
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [(ADAPT, PREFER), pytest.param(("train.scheduled_sampling={share: 0.5}",), marks=pytest.mark.slow)],
+    "settings", [(ADAPT, PREFER), pytest.param(("train.scheduled_sampling={share: 0.5}",), marks=pytest.mark.slow)]
 )
 def test_every_layout_fine_tunes_as_one_process(
     config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
