@@ -52,6 +52,15 @@ def packed(lengths: Sequence[int]) -> tuple[Tensor, PackedAttention]:
     return position_ids, PackedAttention(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
 
 
+def logits_of(model: LanguageModel, ids: Sequence[int]) -> Tensor:
+    """The logits of a document alone: [tokens, vocabulary]."""
+    return model(torch.tensor([ids]), *packed([len(ids)])).logits[0]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:
     """The torch engine around a model, to predict the next token; id 2 is padding."""
     device = torch.device("cpu")

@@ -1,3 +1,8 @@
+"""Batches: packing by hand and against a token-by-token reference, epochs, mixtures, ranks, cut files, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +19,27 @@ from moe_lm.objective.training_loss import num_targets
 LENGTH = 8
 
 
-def numbered(make_shards, tokens: int, first: int = 0) -> TokenShards:
+def make_shards(documents: Sequence[Sequence[int]], tokens_a_file: int | None = None) -> TokenShards:
+    stream = np.array([token for document in documents for token in document], np.uint16)
+    lengths = np.array([len(document) for document in documents], np.int64)
+    size = tokens_a_file or max(1, len(stream))
+    files = tuple(stream[start : start + size] for start in range(0, len(stream), size))
+    return TokenShards(Path("in-memory"), "train", files, np.cumsum(lengths) - lengths, lengths, "in-memory")
+
+
+def numbered(tokens: int, first: int = 0) -> TokenShards:
     """One document whose tokens count up, so that a window shows where it came from."""
     return make_shards([list(range(first, first + tokens))])
 
 
-def train(shards: list[TokenShards], batch_size: int = 4, weights=None, separate: bool = True, seed: int = 1):
+def train(
+    shards: list[TokenShards], batch_size: int = 4, weights: Sequence[float] = (), separate: bool = True, seed: int = 1
+) -> PackedBatches:
     return PackedBatches(shards, weights or [1.0] * len(shards), LENGTH, batch_size, seed, separate)
+
+
+def first_tokens(batches: PackedBatches, steps: int, batch_size: int) -> torch.Tensor:
+    return torch.cat([batches.batch(step, range(batch_size)).input_ids[:, 0] for step in range(steps)])
 
 
 def evaluation_batches(shards: TokenShards, batch_size: int, separate: bool) -> list[Batch]:
@@ -37,7 +56,7 @@ def assert_same(left: Batch, right: Batch) -> None:
 DOCUMENTS = [[0, 10, 11, 1], [0, 20, 21, 22, 23, 24, 25, 1], [0, 30, 31, 1], [0, 40, 41, 42, 43, 44, 45, 46, 1]]
 
 
-def test_packing_by_hand_without_attention_across_documents(make_shards) -> None:
+def test_packing_by_hand_without_attention_across_documents() -> None:
     """Three windows of 8 over documents of 4, 8, 4 and 9 tokens; 25 tokens, so that the last is a target only."""
     [batch] = evaluation_batches(make_shards(DOCUMENTS), 3, separate=True)
     assert batch.input_ids.tolist() == [
@@ -60,7 +79,7 @@ def test_packing_by_hand_without_attention_across_documents(make_shards) -> None
     assert num_targets(batch) == 21
 
 
-def test_packing_by_hand_with_attention_across_documents(make_shards) -> None:
+def test_packing_by_hand_with_attention_across_documents() -> None:
     [batch] = evaluation_batches(make_shards(DOCUMENTS), 3, separate=False)
     assert batch.targets[0].tolist() == [10, 11, 1, 0, 20, 21, 22, 23]
     assert batch.position_ids.tolist() == [list(range(8))] * 3
@@ -68,35 +87,30 @@ def test_packing_by_hand_with_attention_across_documents(make_shards) -> None:
     assert num_targets(batch) == 24
 
 
-def packed_one_by_one(stream: list[int], starts: set[int], length: int) -> tuple[list[list[int]], ...]:
-    """Every window of a stream, token by token: inputs, targets, positions, and how many segments came before."""
-    inputs, targets, positions, segments = [], [], [], []
-    segment = 0
+def packed_one_by_one(stream: list[int], starts: set[int], length: int) -> list[list[list[int]]]:
+    """Every window of a stream, token by token: inputs, targets, positions, and the number of each one's segment."""
+    windows = []
+    position = segment = 0
     for first in range(0, len(stream) - length, length):
-        position = 0
-        rows: tuple[list[int], ...] = ([], [], [], [])
+        window = []
         for place in range(first, first + length):
             if place == first or place in starts:
                 position, segment = 0, segment + 1
-            rows[0].append(stream[place])
-            rows[1].append(IGNORE if place + 1 in starts else stream[place + 1])
-            rows[2].append(position)
-            rows[3].append(segment)
+            target = IGNORE if place + 1 in starts else stream[place + 1]
+            window.append((stream[place], target, position, segment))
             position += 1
-        for whole, row in zip((inputs, targets, positions, segments), rows, strict=True):
-            whole.append(row)
-    return inputs, targets, positions, segments
+        windows.append([list(column) for column in zip(*window, strict=True)])
+    return windows
 
 
 @settings(deadline=None, max_examples=100)
 @given(sizes=st.lists(st.integers(2, 20), min_size=1, max_size=30), length=st.integers(2, 12))
 def test_packing_is_that_of_a_token_by_token_reference(sizes: list[int], length: int) -> None:
-    stream = np.arange(sum(sizes), dtype=np.uint16)
-    starts = np.cumsum(sizes) - sizes
-    shards = TokenShards(Path("in-memory"), "train", (stream,), starts, starts, "test")
-    expected = packed_one_by_one(stream.tolist(), set(starts.tolist()), length)
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    shards = make_shards([range(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+    expected = packed_one_by_one(list(range(sum(sizes))), set(starts), length)
     batches = EvaluationBatches(shards, length, 1, separate_documents=True)
-    for row, (inputs, targets, positions, segments) in enumerate(zip(*expected, strict=True)):
+    for row, (inputs, targets, positions, segments) in enumerate(expected):
         batch = batches.batch(row, range(1))
         assert batch.input_ids.tolist() == [inputs]
         assert batch.targets.tolist() == [targets]
@@ -104,8 +118,8 @@ def test_packing_is_that_of_a_token_by_token_reference(sizes: list[int], length:
         assert np.diff(batch.cu_seqlens).tolist() == np.unique(segments, return_counts=True)[1].tolist()
 
 
-def test_types_are_those_the_model_takes(make_shards) -> None:
-    batch = train([numbered(make_shards, 100)]).batch(0, range(4))
+def test_types_are_those_the_model_takes() -> None:
+    batch = train([numbered(100)]).batch(0, range(4))
     assert batch.input_ids.dtype == batch.targets.dtype == batch.position_ids.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.input_ids.is_contiguous()
@@ -113,8 +127,8 @@ def test_types_are_those_the_model_takes(make_shards) -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 4, 37])
-def test_every_window_is_seen_exactly_once_an_epoch(make_shards, windows: int) -> None:
-    batches = train([numbered(make_shards, windows * LENGTH + 3)], batch_size=1)
+def test_every_window_is_seen_exactly_once_an_epoch(windows: int) -> None:
+    batches = train([numbered(windows * LENGTH + 3)], batch_size=1)
     assert batches.steps_per_epoch == windows
     orders = []
     for epoch in range(3):
@@ -129,9 +143,8 @@ def test_every_window_is_seen_exactly_once_an_epoch(make_shards, windows: int) -
 @given(ranks=st.sampled_from([1, 2, 4, 8]), step=st.integers(0, 10**6), separate=st.booleans(), mixed=st.booleans())
 def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int, step: int, separate: bool, mixed: bool) -> None:
     rng = np.random.default_rng(0)
-    starts = np.sort(rng.choice(np.arange(1, 4000), 300, replace=False))
-    starts[0] = 0
-    one = TokenShards("a", "train", (rng.integers(0, 60000, 4000, np.uint16),), starts, starts, "test")
+    cuts = np.sort(rng.choice(np.arange(1, 4000), 299, replace=False))
+    one = make_shards(np.split(rng.integers(0, 60000, 4000, np.uint16), cuts))
     batches = train([one, one] if mixed else [one], batch_size=8, separate=separate)
     whole = batches.batch(step, range(8))
     share = 8 // ranks
@@ -143,47 +156,43 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int, step: int,
     assert max(part.max_seqlen for part in parts) == whole.max_seqlen
 
 
-def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for(make_shards) -> None:
-    shards = [numbered(make_shards, 5000), numbered(make_shards, 1000, first=10_000)]
+def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for() -> None:
+    shards = [numbered(5000), numbered(1000, first=10_000)]
     steps = [9000, 3, 2048, 3, 0, 77, 4095, 0]
     jumping = train(shards)
     for step in steps:
         assert_same(jumping.batch(step, range(4)), train(shards).batch(step, range(4)))
 
 
-def test_another_seed_is_another_order(make_shards) -> None:
-    shards = [numbered(make_shards, 5000)]
+def test_another_seed_is_another_order() -> None:
+    shards = [numbered(5000)]
     one, two = (train(shards, seed=seed).batch(0, range(4)).input_ids for seed in (1, 2))
     assert not torch.equal(one, two)
 
 
-def test_targets_are_the_next_tokens(make_shards) -> None:
-    batch = train([numbered(make_shards, 1000)], batch_size=16).batch(2, range(16))
+def test_targets_are_the_next_tokens() -> None:
+    batch = train([numbered(1000)], batch_size=16).batch(2, range(16))
     assert torch.equal(batch.targets, batch.input_ids + 1)
 
 
-def test_sources_are_mixed_by_weight(make_shards) -> None:
-    shards = [numbered(make_shards, 2000), numbered(make_shards, 2000, first=5000)]
-    batches = train(shards, batch_size=64, weights=[3, 1])
-    rows = torch.cat([batches.batch(step, range(64)).input_ids[:, 0] for step in range(64)])
+def test_sources_are_mixed_by_weight() -> None:
+    shards = [numbered(2000), numbered(2000, first=5000)]
+    rows = first_tokens(train(shards, batch_size=64, weights=[3, 1]), 64, 64)
     assert int((rows < 5000).sum()) == 3072  # exactly three quarters of the block of 4096
-    early = int((rows[:256] < 5000).sum())
-    assert 160 < early < 224
+    assert 160 < int((rows[:256] < 5000).sum()) < 224
 
 
-def test_a_mixed_source_too_is_seen_window_by_window(make_shards) -> None:
+def test_a_mixed_source_too_is_seen_window_by_window() -> None:
     """Half of 4096 sequences from a source of 128 windows: 16 whole epochs of it."""
-    shards = [numbered(make_shards, 128 * LENGTH + 1), numbered(make_shards, 2000, first=5000)]
-    batches = train(shards, batch_size=64)
-    rows = torch.cat([batches.batch(step, range(64)).input_ids[:, 0] for step in range(64)])
-    counts = torch.bincount(rows[rows < 5000] // LENGTH)
-    assert counts.tolist() == [16] * 128
+    shards = [numbered(128 * LENGTH + 1), numbered(2000, first=5000)]
+    rows = first_tokens(train(shards, batch_size=64), 64, 64)
+    assert torch.bincount(rows[rows < 5000] // LENGTH).tolist() == [16] * 128
 
 
-def test_a_source_with_a_tiny_weight_is_not_forgotten(make_shards) -> None:
-    shards = [numbered(make_shards, 2000), numbered(make_shards, 100, first=5000)]
-    batches = train(shards, batch_size=4096, weights=[1.0, 1e-9])
-    assert int((batches.batch(0, range(4096)).input_ids[:, 0] >= 5000).sum()) == 1
+def test_a_source_with_a_tiny_weight_is_not_forgotten() -> None:
+    shards = [numbered(2000), numbered(100, first=5000)]
+    rows = first_tokens(train(shards, batch_size=4096, weights=[1.0, 1e-9]), 1, 4096)
+    assert int((rows >= 5000).sum()) == 1
 
 
 @settings(deadline=None, max_examples=100)
@@ -196,7 +205,7 @@ def test_windows_are_the_same_however_the_stream_is_cut_into_files(size: int, le
     assert [cut.tokens(start, start + length).tolist() for start in starts] == expected
 
 
-def test_windows_leave_no_document_boundary_out_when_files_are_cut(make_shards) -> None:
+def test_windows_leave_no_document_boundary_out_when_files_are_cut() -> None:
     documents = [[0, *range(2, 2 + size), 1] for size in (3, 1, 17, 5, 9, 30, 2, 2, 2, 40)]
     whole = train([make_shards(documents)]).batch(0, range(4))
     cut = train([make_shards(documents, tokens_a_file=7)]).batch(0, range(4))
@@ -205,33 +214,31 @@ def test_windows_leave_no_document_boundary_out_when_files_are_cut(make_shards) 
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 33, 49, 50])
-def test_evaluation_predicts_every_token_once_and_pads_the_rest(make_shards, tokens: int, separate: bool) -> None:
-    shards = numbered(make_shards, tokens, first=100)
+def test_evaluation_predicts_every_token_once_and_pads_the_rest(tokens: int, separate: bool) -> None:
+    shards = numbered(tokens, first=100)
     batches = evaluation_batches(shards, 2, separate)
+    assert all(batch.input_ids.shape == (2, LENGTH) for batch in batches)
     targets = torch.cat([batch.targets.flatten() for batch in batches])
     assert targets[targets != IGNORE].tolist() == list(range(101, 100 + tokens))
-    assert all(batch.input_ids.shape == (2, LENGTH) for batch in batches)
-    padding = torch.cat([batch.input_ids.flatten() for batch in batches])[tokens:]
-    assert not padding.any()
+    assert not torch.cat([batch.input_ids.flatten() for batch in batches])[tokens:].any()
 
 
-def test_padding_attends_to_itself_alone(make_shards) -> None:
-    [batch] = evaluation_batches(numbered(make_shards, 12, first=100), 3, separate=False)
+def test_padding_attends_to_itself_alone() -> None:
+    [batch] = evaluation_batches(numbered(12, first=100), 3, separate=False)
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16, 24]
 
 
-def test_ranks_slice_evaluation_batches_as_they_do_training_batches(make_shards) -> None:
+def test_ranks_slice_evaluation_batches_as_they_do_training_batches() -> None:
     batches = EvaluationBatches(make_shards(DOCUMENTS), LENGTH, 4, separate_documents=True)
     whole = batches.batch(0, range(4))
     parts = [batches.batch(0, range(row, row + 1)) for row in range(4)]
     assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
 
 
-def test_an_empty_split_has_no_evaluation_batches(make_shards) -> None:
-    empty = TokenShards("a", "validation", (), np.empty(0, np.int64), np.empty(0, np.int64), "test")
-    assert evaluation_batches(empty, 2, separate=True) == []
+def test_an_empty_split_has_no_evaluation_batches() -> None:
+    assert evaluation_batches(make_shards([]), 2, separate=True) == []
 
 
-def test_a_source_shorter_than_a_sequence_is_refused(make_shards) -> None:
+def test_a_source_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(UsageError, match="8 train tokens, sequence_length=8 needs at least 9"):
-        train([numbered(make_shards, 8)])
+        train([numbered(8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,17 @@ from tests.tokenizer.chat.foreign import CHATML, GLM, MISTRAL, save
 ASKED_TWICE = [user("q"), assistant("one"), user("r"), assistant("two")]
 
 
-def read(folder: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> Splits[ChatExample]:
-    """The examples of these rows, `a.jsonl` in the folder."""
-    return read_chat(ChatDataConfig(train=(write(folder / "a.jsonl", rows),), **settings), tokenizer)
+Read = Callable[..., Splits[ChatExample]]
+
+
+@pytest.fixture
+def read(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Read:
+    """Reads rows, which are `a.jsonl` in a folder, as examples."""
+
+    def read(*rows: Any, tokenizer: Tokenizer = tiny_tokenizer, **settings: Any) -> Splits[ChatExample]:
+        return read_chat(ChatDataConfig(train=(write(tmp_path / "a.jsonl", rows),), **settings), tokenizer)
+
+    return read
 
 
 def text_of(item: ChatExample, tokenizer: Tokenizer) -> str:
@@ -43,9 +52,9 @@ def glm(tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(save(GLM, tmp_path / "glm"))
 
 
-def test_targets_are_the_next_tokens_of_the_assistant(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_targets_are_the_next_tokens_of_the_assistant(read: Read, tiny_tokenizer: Tokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *ASKED_TWICE[:3], assistant("Yes, <|end|> of story.")]
-    [item] = read(tmp_path, tiny_tokenizer, {"messages": messages}).train
+    [item] = read({"messages": messages}).train
     ids, loss_mask = tiny_tokenizer.encode_chat(messages)
     assert item.input_ids.tolist() == ids[:-1]
     assert item.targets.tolist() == [
@@ -56,7 +65,7 @@ def test_targets_are_the_next_tokens_of_the_assistant(tmp_path: Path, tiny_token
     assert (item.where, item.source) == ("a.jsonl:1", 0)
 
 
-def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_both_shapes_give_the_same_conversation(read: Read) -> None:
     rows = [
         {"instruction": "Correct this.", "input": "freind", "output": "friend"},
         said("Correct this.\n\nfreind", "friend"),
@@ -64,7 +73,7 @@ def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: 
         {"instruction": "Say hello.", "output": "Hello."},
         said("Say hello.", "Hello."),
     ]
-    data = read(tmp_path, tiny_tokenizer, *rows)
+    data = read(*rows)
     ids = [item.input_ids.tolist() for item in data.train]
     assert ids == [*[ids[0]] * 2, *[ids[2]] * 3]
     assert len({item.hash for item in data.train}) == 2
@@ -80,22 +89,22 @@ def test_both_shapes_give_the_same_conversation(tmp_path: Path, tiny_tokenizer: 
         ([1, 2], "row is not an object"),
     ],
 )
-def test_a_bad_row_is_skipped_counted_and_named(
-    tmp_path: Path, tiny_tokenizer: Tokenizer, row: Any, reason: str
-) -> None:
-    data = read(tmp_path, tiny_tokenizer, said("a", "b"), row, said("c", "d"))
+def test_a_bad_row_is_skipped_counted_and_named(read: Read, row: Any, reason: str) -> None:
+    data = read(said("a", "b"), row, said("c", "d"))
     assert len(data.train) == data.report.documents == 2
     assert (data.report.skipped, data.report.examples) == ({reason: 1}, {reason: "a.jsonl:2"})
 
 
-def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer: Tokenizer, glm: Tokenizer) -> None:
+def test_a_masked_answer_is_context_and_no_target(
+    read: Read, tmp_path: Path, tiny_tokenizer: Tokenizer, glm: Tokenizer
+) -> None:
     masked = [user("q"), assistant("one", weight=0), *ASKED_TWICE[2:]]
     for tokenizer, end in (
         (tiny_tokenizer, "two<|end|>"),
         (Tokenizer.load(save(CHATML, tmp_path / "chatml")), "<think>\n\n</think>\n\ntwo<|im_end|>"),
         (glm, "\ntwo<|user|>"),
     ):
-        data = read(tmp_path, tokenizer, {"messages": ASKED_TWICE}, {"messages": masked}, {"messages": masked[:2]})
+        data = read(*({"messages": turns} for turns in (ASKED_TWICE, masked, masked[:2])), tokenizer=tokenizer)
         one, other = data.train
         assert one.input_ids.tolist() == other.input_ids.tolist()
         assert learnt(other, tokenizer) == end
@@ -106,38 +115,38 @@ def test_a_masked_answer_is_context_and_no_target(tmp_path: Path, tiny_tokenizer
         ]
 
 
-def test_a_last_answer_that_is_masked_is_not_ended(tmp_path: Path, glm: Tokenizer) -> None:
+def test_a_last_answer_that_is_masked_is_not_ended(read: Read, glm: Tokenizer) -> None:
     messages = [*ASKED_TWICE[:3], assistant("two", train=False)]
-    [item] = read(tmp_path, glm, {"messages": messages}).train
+    [item] = read({"messages": messages}, tokenizer=glm).train
     assert learnt(item, glm) == "\none<|user|>"
     ids, _ = glm.encode_chat(messages)
     assert item.input_ids.tolist() == ids[:-1]
 
 
-def test_an_answer_that_the_next_turn_would_end_is_ended(tmp_path: Path, glm: Tokenizer) -> None:
-    [item] = read(tmp_path, glm, {"messages": ASKED_TWICE}).train
+def test_an_answer_that_the_next_turn_would_end_is_ended(read: Read, glm: Tokenizer) -> None:
+    [item] = read({"messages": ASKED_TWICE}, tokenizer=glm).train
     assert learnt(item, glm) == "\none<|user|>\ntwo<|user|>"
 
 
-def test_the_history_of_an_instruction_is_trained_on(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_the_history_of_an_instruction_is_trained_on(read: Read, tiny_tokenizer: Tokenizer) -> None:
     row = {"instruction": "three?", "output": "3", "history": [["one?", "1"], ["two?", "2"]]}
-    [item] = read(tmp_path, tiny_tokenizer, row).train
+    [item] = read(row).train
     assert learnt(item, tiny_tokenizer) == "1<|end|>2<|end|>3<|end|>"
     assert "<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?" in text_of(item, tiny_tokenizer)
 
 
-def test_tools_and_calls_reach_the_template(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_tools_and_calls_reach_the_template(read: Read, tiny_tokenizer: Tokenizer) -> None:
     call = {"function": {"name": "f", "arguments": "{}"}}
     row = {"messages": [user("q"), {"role": "assistant", "tool_calls": [call]}], "tools": [{"name": "f"}]}
-    [item] = read(tmp_path, tiny_tokenizer, row).train
+    [item] = read(row).train
     assert '<|system|>Tools:\n{"type": "function", "function": {"name": "f"}}<|end|>' in text_of(item, tiny_tokenizer)
     assert learnt(item, tiny_tokenizer) == '<tool_call>{"name": "f", "arguments": {}}</tool_call><|end|>'
 
 
-def test_what_a_template_refuses_is_counted_with_its_reason(tmp_path: Path) -> None:
+def test_what_a_template_refuses_is_counted_with_its_reason(read: Read, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(save(MISTRAL, tmp_path / "mistral"))
     with_system = {"messages": [{"role": "system", "content": "s"}, *said("q", "a")["messages"]]}
-    data = read(tmp_path, tokenizer, with_system, said("q", "a"))
+    data = read(with_system, said("q", "a"), tokenizer=tokenizer)
     assert len(data.train) == 1
     assert data.report.skipped_lines() == [
         "1 skipped: the tokenizer's chat template failed: only user, assistant and tool are supported "
@@ -176,21 +185,21 @@ def lengths(tokenizer: Tokenizer) -> list[int]:
     return [len(tokenizer.encode_chat([LONG[0], *LONG[start:]])[0]) - 1 for start in (1, 3, 5)]
 
 
-def test_what_is_too_long_is_skipped_by_default(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_what_is_too_long_is_skipped_by_default(read: Read, tiny_tokenizer: Tokenizer) -> None:
     length = lengths(tiny_tokenizer)[0]
     rows = {"messages": LONG}, {"messages": LONG[3:]}
-    assert len(read(tmp_path, tiny_tokenizer, *rows, sequence_length=length).train) == 2
-    data = read(tmp_path, tiny_tokenizer, *rows, sequence_length=length - 1)
+    assert len(read(*rows, sequence_length=length).train) == 2
+    data = read(*rows, sequence_length=length - 1)
     assert len(data.train) == 1
     assert data.report.skipped_lines() == [f"1 skipped: longer than sequence_length={length - 1} (first: a.jsonl:1)"]
 
 
 @pytest.mark.parametrize(("kept", "spare", "start"), [(0, 0, 1), (0, -1, 3), (1, 0, 3), (1, -1, 5), (2, 0, 5)])
 def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
-    tmp_path: Path, tiny_tokenizer: Tokenizer, kept: int, spare: int, start: int
+    read: Read, tiny_tokenizer: Tokenizer, kept: int, spare: int, start: int
 ) -> None:
     length = lengths(tiny_tokenizer)[kept] + spare
-    data = read(tmp_path, tiny_tokenizer, {"messages": LONG}, sequence_length=length, truncate="left")
+    data = read({"messages": LONG}, sequence_length=length, truncate="left")
     [item] = data.train
     assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[start:]])
     dropped = f"oldest turns dropped to fit into sequence_length={length}"
@@ -198,9 +207,9 @@ def test_truncating_left_drops_whole_turns_and_keeps_the_system_prompt(
     assert data.report.skipped == {}
 
 
-def test_truncating_left_drops_masked_turns_as_any_other(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_truncating_left_drops_masked_turns_as_any_other(read: Read, tiny_tokenizer: Tokenizer) -> None:
     length = lengths(tiny_tokenizer)[1]
-    data = read(tmp_path, tiny_tokenizer, masked_at(2, 4), sequence_length=length, truncate="left")
+    data = read(masked_at(2, 4), sequence_length=length, truncate="left")
     [item] = data.train
     assert text_of(item, tiny_tokenizer) == tiny_tokenizer.render_chat([LONG[0], *LONG[3:]])
     assert learnt(item, tiny_tokenizer) == "three<|end|>"
@@ -238,23 +247,21 @@ def test_a_source_with_a_weight_needs_a_conversation(tmp_path: Path, tiny_tokeni
     assert [item.source for item in without.train] == [0]
 
 
-def test_validation_may_come_from_files_of_its_own_or_out_of_training(
-    tmp_path: Path, tiny_tokenizer: Tokenizer
-) -> None:
+def test_validation_may_come_from_files_of_its_own_or_out_of_training(read: Read, tmp_path: Path) -> None:
     rows = [said(f"question {number}", "answer") for number in range(100)]
     validation = write(tmp_path / "validation.jsonl", [said("a", "b")])
-    apart = read(tmp_path, tiny_tokenizer, *rows, validation=(validation,))
+    apart = read(*rows, validation=(validation,))
     assert (len(apart.train), len(apart.validation), apart.report.documents) == (100, 1, 101)
-    split = read(tmp_path, tiny_tokenizer, *rows, validation_fraction=0.1)
+    split = read(*rows, validation_fraction=0.1)
     assert len(split.train) + len(split.validation) == 100
     assert 3 < len(split.validation) < 20
-    again = read(tmp_path, tiny_tokenizer, *rows[::-1], validation_fraction=0.1)
+    again = read(*rows[::-1], validation_fraction=0.1)
     assert {item.hash for item in again.validation} == {item.hash for item in split.validation}
 
 
-def test_one_conversation_at_least_is_held_out_when_some_shall_be(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_one_conversation_at_least_is_held_out_when_some_shall_be(read: Read) -> None:
     rows = [said("a", "b"), said("c", "d")]
-    assert len(read(tmp_path, tiny_tokenizer, *rows, validation_fraction=0.001).validation) == 1
+    assert len(read(*rows, validation_fraction=0.001).validation) == 1
 
 
 @pytest.mark.parametrize(
@@ -265,10 +272,10 @@ def test_one_conversation_at_least_is_held_out_when_some_shall_be(tmp_path: Path
     ],
 )
 def test_files_that_leave_nothing_to_train_on_are_refused(
-    tmp_path: Path, tiny_tokenizer: Tokenizer, rows: list[Any], fraction: float, message: str
+    read: Read, rows: list[Any], fraction: float, message: str
 ) -> None:
     with pytest.raises(UsageError, match=f"no usable conversation: {message}"):
-        read(tmp_path, tiny_tokenizer, *rows, validation_fraction=fraction)
+        read(*rows, validation_fraction=fraction)
 
 
 # The real sets

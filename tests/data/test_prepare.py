@@ -68,13 +68,12 @@ def test_what_is_kept_round_trips_and_what_is_not_is_reported(
     train, validation = (TokenShards.open(tmp_path / "shards" / "corpus", split) for split in ("train", "validation"))
     read = Report()
     originals = list(read_documents(settings.sources[0], read))
-    assert documents_of(train, tiny_tokenizer) == [item.text for item in originals if not held_out(item.id, 0.1)]
+    kept = [item.text for item in originals if not held_out(item.id, 0.1)]
+    assert documents_of(train, tiny_tokenizer) == kept
     assert documents_of(validation, tiny_tokenizer) == [item.text for item in originals if held_out(item.id, 0.1)]
     assert train.num_documents + validation.num_documents == read.documents == 202
     assert train.text_bytes + validation.text_bytes == read.text_bytes
-    assert train.document_bytes.tolist() == [
-        len(item.text.encode()) for item in originals if not held_out(item.id, 0.1)
-    ]
+    assert train.document_bytes.tolist() == [len(text.encode()) for text in kept]
     manifest = report.manifests["corpus"]
     assert (manifest.documents, manifest.text_bytes) == (read.documents, read.text_bytes)
     assert manifest.tokens == train.num_tokens + validation.num_tokens
@@ -210,22 +209,16 @@ def test_what_an_interrupted_run_made_from_other_text_is_not_used(corpus: Path, 
     assert np.array_equal(*(item.tokens(0, item.num_tokens) for item in shards))
 
 
-def test_at_least_one_document_is_held_out_of_few(tmp_path: Path) -> None:
-    texts = ["one\n", "two\n", "three\n"]
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.txt").write_text(text)
-    prepare(config(tmp_path / "*.txt", tmp_path / "shards", validation_fraction=0.001))
-    assert TokenShards.open(tmp_path / "shards" / "corpus", "validation").num_documents == 1
-    assert TokenShards.open(tmp_path / "shards" / "corpus", "train").num_documents == 2
-
-
-@pytest.mark.parametrize(("documents", "fraction"), [(3, 0.0), (1, 0.5)])
-def test_nothing_is_held_out_when_nothing_shall_or_can_be(tmp_path: Path, documents: int, fraction: float) -> None:
+@pytest.mark.parametrize(("documents", "fraction", "expected"), [(3, 0.001, 1), (3, 0.0, 0), (1, 0.5, 0)])
+def test_few_documents_hold_one_out_where_one_shall_and_can_be(
+    tmp_path: Path, documents: int, fraction: float, expected: int
+) -> None:
     for number in range(documents):
         (tmp_path / f"{number}.txt").write_text("text")
     prepare(config(tmp_path / "*.txt", tmp_path / "shards", validation_fraction=fraction))
-    validation = TokenShards.open(tmp_path / "shards" / "corpus", "validation")
-    assert (validation.num_tokens, validation.num_documents, validation.text_bytes) == (0, 0, 0)
+    train, validation = (TokenShards.open(tmp_path / "shards" / "corpus", split) for split in ("train", "validation"))
+    assert (train.num_documents, validation.num_documents) == (documents - expected, expected)
+    assert (validation.num_tokens > 0, validation.text_bytes) == (expected > 0, expected * len("text"))
 
 
 def test_the_split_is_stable_and_close_to_the_fraction() -> None:

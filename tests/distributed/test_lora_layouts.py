@@ -84,3 +84,15 @@ def test_a_run_of_adapters_moves_to_another_engine_and_leaves_its_base_out(
         moe_lm("sample", run, "--prompt", "x", "--max-new-tokens", 8, "--greedy").out for run in (sharded, expected)
     ]
     assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_experts_are_trained_as_in_one_process_when_all_else_is_frozen(
+    lora_config: Path, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    """Their gradients are too small for the gate, which insists on clipping."""
+    settings = ("lora.targets=[experts]", "train.freeze_router=true")
+    expected = train(run_ranks, lora_config, tmp_path / "one", 1, *TORCH, *settings)
+    sharded = train(run_ranks, lora_config, tmp_path / "zero 3", 2, *deepspeed(3), *settings)
+    assert_same_training(sharded, expected)
+    assert saved_names(sharded) == saved_names(expected)

@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from moe_lm.generate.session import Session
-from moe_lm.model.attention import PackedAttention
 from moe_lm.tools.interop.exporting import export_run
+from tests.processes import ROOT
+from tests.tiny import logits_of
 
-ROOT = Path(__file__).parents[2]
 PAIRS = 40
 
 
 def log_likelihood(session: Session, text: str) -> float:
     """Log-likelihood of a text after `<|bos|>`, in nats."""
-    ids = torch.tensor([session.tokenizer.bos_id, *session.tokenizer.encode(text)])
-    length = len(ids) - 1
-    attend = PackedAttention(torch.tensor([0, length], dtype=torch.int32), length)
-    hidden, _ = session.model.model(ids[None, :-1], torch.arange(length)[None], attend)
-    log_probs = session.model.lm_head(hidden[0]).log_softmax(-1)
-    return log_probs.gather(-1, ids[1:, None]).sum().item()
+    ids = [session.tokenizer.bos_id, *session.tokenizer.encode(text)]
+    log_probs = logits_of(session.model, ids[:-1]).log_softmax(-1)
+    return log_probs.gather(-1, torch.tensor(ids[1:])[:, None]).sum().item()
 
 
 @pytest.mark.slow

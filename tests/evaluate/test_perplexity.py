@@ -20,15 +20,14 @@ from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.evaluate.perplexity import evaluate, score_documents, unigram_bits_per_byte, xz_bits_per_byte
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import SaveRun
-from tests.tiny import tiny_model
+from tests.processes import ROOT
+from tests.tiny import logits_of, tiny_model
 
 WINDOW = 12
 BOS, EOS = 0, 1
-TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,7 @@ def random_documents(*lengths: int) -> list[list[int]]:
 @torch.no_grad()
 def nll(model: LanguageModel, context: Sequence[int], token: int) -> float:
     """Negative log-likelihood of one token after a context, in nats."""
-    attend = PackedAttention(torch.tensor([0, len(context)], dtype=torch.int32), len(context))
-    logits = model(torch.tensor([context]), torch.arange(len(context))[None], attend).logits
-    return -float(logits[0, -1].log_softmax(-1)[token])
+    return -float(logits_of(model, context)[-1].log_softmax(-1)[token])
 
 
 def by_definition(model: LanguageModel, ids: list[int], window: int, stride: int) -> float:
@@ -129,7 +126,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary(model: LanguageModel, tmp_
 def pretrain_config(tmp_path: Path, model: LanguageModel, **data: object) -> PretrainConfig:
     values: dict[str, object] = {
         "sources": (SourceConfig(name="a", path=str(tmp_path / "a")), SourceConfig(name="b", path=str(tmp_path / "b"))),
-        "tokenizer": TOKENIZER,
+        "tokenizer": ROOT / "tokenizer" / "tiny",
         "shards": tmp_path / "shards",
         "validation_fraction": 0.3,
         "sequence_length": WINDOW,
@@ -167,15 +164,12 @@ def test_without_files_the_held_out_text_of_every_source_is_scored(
     assert result.text_bytes == sum(shard.text_bytes for shard in held_out)
     assert result.tokens == sum(shard.tokens for shard in held_out) - result.documents
 
-    stream = [token for name in "ab" for token in held_out_tokens(tmp_path / "shards" / name)]
+    files = [file for name in "ab" for file in sorted((tmp_path / "shards" / name).glob("validation-*.bin"))]
+    stream = [token for file in files for token in np.fromfile(file, "<u2").tolist()]
     ends = [0, *(place + 1 for place, token in enumerate(stream) if token == EOS)]
     documents = [stream[start:stop] for start, stop in itertools.pairwise(ends)]
     expected = sum(by_definition(model, ids, WINDOW, 3) for ids in documents)
     assert result.nll * result.tokens == pytest.approx(expected, rel=1e-5)
-
-
-def held_out_tokens(folder: Path) -> list[int]:
-    return [token for file in sorted(folder.glob("validation-*.bin")) for token in np.fromfile(file, "<u2").tolist()]
 
 
 def test_a_text_file_is_one_document_with_its_end(

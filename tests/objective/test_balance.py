@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,11 @@ def z_loss_reference(logits: Array, counted: Array) -> float:
     return float(sum(np.log(np.exp(logits[token]).sum()) ** 2 for token in range(TOKENS) if counted.flat[token]))
 
 
-def assert_gradient_is_the_slope(loss: Tensor, logits: Tensor, reference: Any) -> None:
-    """Against finite differences of the NumPy equation, in float64, at every logit."""
+def assert_equals(loss: Tensor, logits: Tensor, reference: Callable[[Array], float]) -> None:
+    """The value of the NumPy equation, and its finite differences in float64 at every logit."""
     (grad,) = torch.autograd.grad(loss, logits)
     base, step = logits.detach().double().numpy(), 1e-6
+    assert loss.item() == pytest.approx(reference(base), rel=1e-6)
     slopes = np.zeros_like(base)
     for index in np.ndindex(base.shape):
         up, down = base.copy(), base.copy()
@@ -94,13 +96,8 @@ def assert_gradient_is_the_slope(loss: Tensor, logits: Tensor, reference: Any) -
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 def test_sequence_balance_loss_equals_its_equations(scoring_func: str, padding: str) -> None:
     logits, counted = random_logits(), PADDING[padding]
-
-    def reference(values: Array) -> float:
-        return sequence_loss_reference(scoring_func, values, counted.numpy())
-
     loss = sequence_balance_loss(routing_of(scoring_func, logits), counted)
-    assert loss.item() == pytest.approx(reference(logits.detach().double().numpy()), rel=1e-6)
-    assert_gradient_is_the_slope(loss, logits, reference)
+    assert_equals(loss, logits, lambda values: sequence_loss_reference(scoring_func, values, counted.numpy()))
 
 
 @pytest.mark.parametrize("padding", PADDING)
@@ -108,26 +105,16 @@ def test_sequence_balance_loss_equals_its_equations(scoring_func: str, padding: 
 def test_batch_balance_loss_equals_its_equations(scoring_func: str, padding: str) -> None:
     logits, counted = random_logits(), PADDING[padding]
     routing = routing_of(scoring_func, logits)
-
-    def reference(values: Array) -> float:
-        return batch_loss_reference(scoring_func, values, counted.numpy(), routing.experts.numpy())
-
-    load = expert_counts(routing.experts, EXPERTS, counted.flatten())
-    loss = batch_balance_loss(routing, counted.flatten(), load)
-    assert loss.item() == pytest.approx(reference(logits.detach().double().numpy()), rel=1e-6)
-    assert_gradient_is_the_slope(loss, logits, reference)
+    loss = batch_balance_loss(routing, counted.flatten(), expert_counts(routing.experts, EXPERTS, counted.flatten()))
+    chosen = routing.experts.numpy()
+    assert_equals(loss, logits, lambda values: batch_loss_reference(scoring_func, values, counted.numpy(), chosen))
 
 
 @pytest.mark.parametrize("padding", PADDING)
 def test_z_loss_equals_its_equation(padding: str) -> None:
     logits, counted = random_logits(), PADDING[padding]
-
-    def reference(values: Array) -> float:
-        return z_loss_reference(values, counted.numpy())
-
     loss = router_z_loss(routing_of("sigmoid", logits), counted.flatten())
-    assert loss.item() == pytest.approx(reference(logits.detach().double().numpy()), rel=1e-6)
-    assert_gradient_is_the_slope(loss, logits, reference)
+    assert_equals(loss, logits, lambda values: z_loss_reference(values, counted.numpy()))
 
 
 def every_term(routing: Routing, counted: Tensor, load: Tensor) -> Tensor:

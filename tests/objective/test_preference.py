@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +18,11 @@ from moe_lm.config.training import BalanceConfig, PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.packing import Example
 from moe_lm.data.pairs import Pair, PairRows
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.preference import Preference, figures, pair_losses
-from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
-from tests.tiny import tiny_model
+from moe_lm.objective.training_loss import StepCounts, TrainingLoss
+from tests.objective.gradients import assert_same_gradients, gradients
+from tests.tiny import logits_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD, LENGTH, PAIRS = 2, 24, 11
@@ -61,9 +61,7 @@ def rows() -> PairRows:
 
 def log_probs_alone(model: LanguageModel, side: Example) -> Tensor:
     """Log-probabilities of the targets of one answer, in a batch of its own."""
-    attend = PackedAttention(torch.tensor([0, len(side.input_ids)], dtype=torch.int32), len(side.input_ids))
-    ids = torch.from_numpy(side.input_ids.astype(np.int64))[None]
-    log_probs = F.log_softmax(model(ids, torch.arange(ids.shape[1])[None], attend).logits[0], -1)
+    log_probs = F.log_softmax(logits_of(model, side.input_ids.tolist()), -1)
     return torch.stack([log_probs[n, target] for n, target in enumerate(side.targets.tolist()) if target != IGNORE])
 
 
@@ -172,14 +170,9 @@ def test_loss_and_gradients_are_the_mean_over_pairs_run_alone(rows: PairRows, se
         dpo = (1 - config.label_smoothing) * F.softplus(-h) + config.label_smoothing * F.softplus(h)
         losses.append(dpo - config.sft_weight * chosen.mean())
     expected = torch.stack(losses).mean()
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
-    loss.zero_grad()
     part = loss(rows.batch(range(len(rows))), counts_of(rows))
-    part.loss.backward()
-    torch.testing.assert_close(part.loss.detach(), expected.detach(), rtol=1e-6, atol=0)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(loss.model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(part.loss, expected, rtol=1e-6, atol=0)
+    assert_same_gradients(gradients(loss, part.loss), gradients(loss, expected))
 
 
 def test_a_model_that_is_its_own_reference_loses_log_2(rows: PairRows) -> None:
@@ -196,12 +189,11 @@ def test_parts_add_up_whatever_the_micro_batches(rows: PairRows, sizes: list[int
     balance = BalanceConfig(sequence_loss=0.3, batch_loss=0.5, z_loss=0.1)
     loss, numbers = build_loss(PreferenceConfig(sft_weight=0.5), balance), list(range(len(rows) + 2))
     whole = loss(rows.batch(numbers), counts_of(rows))
-    cuts, size = [0], 0
-    while cuts[-1] < len(numbers):
-        cuts.append(min(len(numbers), cuts[-1] + sizes[size % len(sizes)]))
-        size += 1
+    left, pieces = iter(numbers), cycle(sizes)
+    batches = []
+    while piece := list(islice(left, next(pieces))):
+        batches.append(rows.batch(piece))
     counts = replace(counts_of(rows), load=whole.load)
-    batches = [rows.batch(numbers[start:end]) for start, end in pairwise(cuts)]
     assert 0 in {batch.num_pairs for batch in batches} or sizes != [1]
     parts = [loss(batch, counts) for batch in batches]
     for name in ("loss", "balance"):
@@ -209,17 +201,7 @@ def test_parts_add_up_whatever_the_micro_batches(rows: PairRows, sizes: list[int
     assert list(whole.sums) == ["loss", "margin", "accuracy", "reward_chosen", "reward_rejected"]
     for name, total in whole.sums.items():
         torch.testing.assert_close(sum(part.sums[name] for part in parts), total)
-    assert_same_gradients(loss, parts, whole)
-
-
-def assert_same_gradients(loss: TrainingLoss, parts: list[LossParts], whole: LossParts) -> None:
-    found = []
-    for total in (torch.stack([part.loss for part in parts]).sum(), whole.loss):
-        loss.zero_grad()
-        total.backward()
-        found.append({name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None})
-    for name, gradient in found[1].items():
-        torch.testing.assert_close(found[0][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_gradients(gradients(loss, *(part.loss for part in parts)), gradients(loss, whole.loss))
 
 
 def test_bfloat16_logits_are_summed_in_float32(rows: PairRows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import LossParts, NextToken, StepCounts, TrainingLoss, next_token_nll, num_targets
-from tests.tiny import tiny_model
+from moe_lm.objective.training_loss import NextToken, StepCounts, TrainingLoss, next_token_nll, num_targets
+from tests.objective.gradients import assert_same_gradients, gradients
+from tests.tiny import logits_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -33,21 +34,8 @@ def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
     return StepCounts(num_targets(batch), num_targets(batch), tokens, len(batch.input_ids), load)
 
 
-def gradients(loss: TrainingLoss, parts: list[LossParts]) -> dict[str, Tensor]:
-    loss.zero_grad()
-    torch.stack([part.loss for part in parts]).sum().backward()
-    found = {name: parameter.grad for name, parameter in loss.model.named_parameters()}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-
 def routings(loss: TrainingLoss, batch: Batch) -> list[Routing]:
     return loss.run_model(batch).routings
-
-
-def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # Cross-entropy
@@ -57,19 +45,13 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
     loss, batch = build_loss(OFF), ragged.batch(0, range(ROWS))
     part = loss(batch, counts_of(batch))
     logits, targets = [], []
-    for start, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist(), strict=False):
-        ids = batch.input_ids.flatten()[None, start:end]
-        attend = PackedAttention(torch.tensor([0, end - start], dtype=torch.int32), end - start)
-        logits.append(loss.model(ids, torch.arange(end - start)[None], attend).logits[0])
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        logits.append(logits_of(loss.model, batch.input_ids.flatten()[start:end].tolist()))
         targets.append(batch.targets.flatten()[start:end])
     reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
     torch.testing.assert_close(part.loss, reference)
     torch.testing.assert_close(part.sums["loss"], reference.detach() * num_targets(batch))
-    found = gradients(loss, [part])
-    loss.zero_grad()
-    reference.backward()
-    expected = {name: parameter.grad for name, parameter in loss.model.named_parameters() if parameter.grad is not None}
-    assert_same_gradients(found, expected)
+    assert_same_gradients(gradients(loss, part.loss), gradients(loss, reference))
 
 
 def test_nll_is_minus_the_log_probability_of_each_target() -> None:
@@ -102,7 +84,7 @@ def test_parts_add_up_whatever_the_micro_batches(ragged: BatchSource, sizes: lis
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
     torch.testing.assert_close(sum(part.sums["loss"] for part in parts), expected.sums["loss"])
     assert torch.equal(torch.stack([part.load for part in parts]).sum(0), expected.load)
-    assert_same_gradients(gradients(loss, parts), gradients(loss, [loss(whole, counts_of(whole))]))
+    assert_same_gradients(gradients(loss, *(part.loss for part in parts)), gradients(loss, expected.loss))
 
 
 def test_without_a_given_load_the_batch_loss_sums_it_over_the_ranks(ragged: BatchSource) -> None:
@@ -150,7 +132,7 @@ def test_balance_is_a_part_of_the_loss_that_moves_the_router_alone_by_itself(rag
     part = loss(batch, counts_of(batch))
     torch.testing.assert_close(part.loss, part.sums["loss"] / num_targets(batch) + part.balance)
     batch.targets.fill_(IGNORE)
-    found = gradients(loss, [loss(batch, StepCounts(1, 1, 100, ROWS))])
+    found = gradients(loss, loss(batch, StepCounts(1, 1, 100, ROWS)).loss)
     assert float(found["model.layers.2.mlp.gate.weight"].abs().max()) > 0
     assert float(found["model.layers.2.mlp.experts.down_proj"].abs().max()) == 0
     assert float(found["lm_head.weight"].abs().max()) == 0
@@ -192,7 +174,7 @@ def test_a_batch_without_targets_has_loss_0_and_zero_gradients(ragged: BatchSour
     batch.targets.fill_(IGNORE)
     part = loss(batch, StepCounts(units=1, targets=1, tokens=100, rows=ROWS))
     assert part.loss.item() == 0
-    assert all(not gradient.any() for gradient in gradients(loss, [part]).values())
+    assert all(not gradient.any() for gradient in gradients(loss, part.loss).values())
 
 
 def test_a_batch_of_padding_alone_is_finite(ragged: BatchSource) -> None:
@@ -202,7 +184,7 @@ def test_a_batch_of_padding_alone_is_finite(ragged: BatchSource) -> None:
     part = loss(batch, StepCounts(units=1, targets=1, tokens=1, rows=ROWS))
     assert part.loss.item() == 0
     assert int(part.load.sum()) == 0
-    assert all(gradient.isfinite().all() for gradient in gradients(loss, [part]).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, part.loss).values())
 
 
 def test_experts_without_a_token_get_zero_gradients(ragged: BatchSource) -> None:
@@ -213,7 +195,7 @@ def test_experts_without_a_token_get_zero_gradients(ragged: BatchSource) -> None
     part = loss(batch, counts_of(batch))
     assert part.load[:, 2:].eq(0).all()
     assert part.load[:, :2].gt(0).all()
-    found = gradients(loss, [part])
+    found = gradients(loss, part.loss)
     assert found.keys() == dict(loss.model.named_parameters()).keys()
     for layer in (1, 2):
         for name in ("gate_proj", "up_proj", "down_proj"):

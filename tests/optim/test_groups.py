@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
+from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.groups import build_optimizers, schedule_factor, set_learning_rate, update_router_biases
 from moe_lm.optim.muon import Muon
-from tests.tiny import tiny_model
+from tests.tiny import random, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # Parameter groups
@@ -58,15 +55,10 @@ def test_muon_takes_the_hidden_matrices_but_no_router_embedding_or_head() -> Non
     assert "model.layers.1.mlp.gate.weight" in names_in(model, adamw.param_groups[0])
 
 
-def test_muon_leaves_the_gate_of_the_shared_experts_to_adamw() -> None:
-    model = tiny_model(shared_expert_gate=True)
+def test_adamw_has_the_gate_of_the_shared_experts_and_tied_embeddings_once() -> None:
+    model = tiny_model(shared_expert_gate=True, tie_word_embeddings=True)
     adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))
     assert "model.layers.1.mlp.shared_expert_gate.weight" in names_in(model, adamw.param_groups[0])
-
-
-def test_tied_embeddings_are_one_parameter_of_adamw() -> None:
-    model = tiny_model(tie_word_embeddings=True)
-    adamw, _ = build_optimizers(model, OptimizerConfig(name="muon"))
     assert sum(parameter is model.lm_head.weight for parameter in adamw.param_groups[0]["params"]) == 1
 
 
@@ -98,22 +90,16 @@ def test_adamw_is_loshchilov_and_hutters_equation() -> None:
     model = tiny_model(**SMALL)
     config = OptimizerConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     (adamw,) = build_optimizers(model, config)
-    weights = {
-        "model.layers.1.mlp.experts.up_proj": 0.1,
-        "model.norm.weight": 0.0,
-        "model.layers.1.mlp.gate.weight": 0.1,
-    }
+    moe = "model.layers.1.mlp"
+    decays = {f"{moe}.experts.up_proj": 0.1, f"{moe}.gate.weight": 0.1, "model.norm.weight": 0.0}
     parameters = dict(model.named_parameters())
-    expected = {name: parameters[name].detach().double().clone() for name in weights}
-    first = {name: torch.zeros_like(value) for name, value in expected.items()}
-    second = {name: torch.zeros_like(value) for name, value in expected.items()}
+    expected = {name: parameters[name].detach().double().clone() for name in decays}
+    first, second = ({name: torch.zeros_like(value) for name, value in expected.items()} for _ in range(2))
     for t in (1, 2, 3):
         for number, parameter in enumerate(parameters.values()):
             parameter.grad = random(*parameter.shape, seed=100 * t + number)
-        for name, decay in weights.items():
-            gradient = parameters[name].grad
-            assert gradient is not None
-            gradient = gradient.double()
+        for name, decay in decays.items():
+            gradient = parameters[name].grad.double()  # type: ignore[union-attr]
             first[name] = 0.8 * first[name] + 0.2 * gradient
             second[name] = 0.9 * second[name] + 0.1 * gradient**2
             update = (first[name] / (1 - 0.8**t)) / ((second[name] / (1 - 0.9**t)).sqrt() + 1e-6)
@@ -170,27 +156,27 @@ def test_every_group_keeps_its_own_peak() -> None:
 # Router biases
 
 
-def test_biases_move_by_the_rate_towards_an_even_load() -> None:
-    """DeepSeek-V3, section 2.1.2: down for an overloaded expert, up for an underloaded one, by gamma whatever its size.
+def biases(model: LanguageModel) -> list[list[float]]:
+    return [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers]
 
-    Loads of mean 10; at the mean nothing moves.
-    """
+
+def test_biases_move_by_the_rate_towards_an_even_load() -> None:
+    """DeepSeek-V3, section 2.1.2: down over the mean load (10 here), up under it, by gamma whatever the distance."""
     model = tiny_model(**SMALL)
-    (layer,) = model.moe_layers
+    [layer] = model.moe_layers
     layer.gate.e_score_correction_bias.copy_(torch.tensor([0.5, 0.0, 0.0, -0.5]))
     update_router_biases(model, torch.tensor([[11, 10, 0, 19]]), rate=0.25)
-    assert layer.gate.e_score_correction_bias.tolist() == [0.25, 0.0, 0.25, -0.75]
+    assert biases(model) == [[0.25, 0.0, 0.25, -0.75]]
 
 
 def test_every_layer_moves_by_its_own_load() -> None:
     model = tiny_model(**SMALL, first_k_dense_replace=0)
     update_router_biases(model, torch.tensor([[1, 2, 3, 2], [4, 0, 0, 0]]), rate=1.0)
-    assert [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers] == [[1, 0, -1, 0], [-1, 1, 1, 1]]
+    assert biases(model) == [[1, 0, -1, 0], [-1, 1, 1, 1]]
 
 
 def test_counts_beyond_float32_still_move_biases_the_right_way() -> None:
     """2^25 + 1 is not a float32; a mean of rounded counts would call it even."""
     model = tiny_model(**SMALL)
-    (layer,) = model.moe_layers
     update_router_biases(model, torch.tensor([[2**25 + 1, 2**25 - 1, 2**25, 2**25]]), rate=1.0)
-    assert layer.gate.e_score_correction_bias.tolist() == [-1, 1, 0, 0]
+    assert biases(model) == [[-1, 1, 0, 0]]

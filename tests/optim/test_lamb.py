@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lm.optim.lamb import Lamb
+from tests.tiny import random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LR, BETA1, BETA2, EPS, DECAY = 0.02, 0.8, 0.95, 1e-6, 0.1
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def lamb(*groups: dict[str, Any]) -> Lamb:

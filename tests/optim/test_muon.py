@@ -6,16 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lm.optim import muon as muon_module
 from moe_lm.optim.muon import Muon, orthogonalise
+from tests.tiny import random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16), (8, 256), (64, 8)])

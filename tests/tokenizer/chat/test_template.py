@@ -48,9 +48,7 @@ def written(template: str, *messages: dict[str, Any], tools: Any = ()) -> tuple[
     ],
 )
 def test_an_expression_keeps_the_authors(expression: str, text: str, authors: str) -> None:
-    template = "{% set said = messages[0].content %}{{ EXPRESSION }}|{{ messages[1].content }}".replace(
-        "EXPRESSION", expression
-    )
+    template = "{% set said = messages[0].content %}{{ " + expression + " }}|{{ messages[1].content }}"
     assert written(template, ASKED, ANSWERED) == (f"{text}|three", f"{authors}.11111")
 
 
@@ -63,10 +61,8 @@ def test_statements_keep_the_authors() -> None:
         "{% filter upper %}{{ messages[1].content }}{% endfilter %}"
         "{% set ns = namespace(x=messages[1].content) %}{{ ns.x }}"
     )
-    assert written(template, ASKED, ANSWERED) == (
-        "<three>[one\ntwo]THREEthree",
-        ".11111.." + "0" * 7 + ".1111111111",
-    )
+    authors = ".11111.." + "0" * 7 + ".1111111111"
+    assert written(template, ASKED, ANSWERED) == ("<three>[one\ntwo]THREEthree", authors)
 
 
 def test_calls_and_tools_have_authors() -> None:
@@ -135,8 +131,13 @@ def test_generation_blocks_mark_what_is_in_them() -> None:
         ("{{ messages[0].content.nothing.at_all }}", [ASKED], "chat template failed: "),
         ("{{ 1 / 0 }}", [ASKED], "chat template failed: division by zero"),
         ("{{ ''.__class__.__mro__ }}", [ASKED], "chat template failed: access to attribute '__class__'"),
+        ("{{ [].__class__.__mro__ }}", [ASKED], "chat template failed: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", [ASKED], "chat template failed: "),
         ("x", [], "the conversation is empty"),
+        ("x", [ASKED, {"role": "robot", "content": "x"}], "message 1: role 'robot' is unknown"),
+        ("x", [{"content": "x"}], "message 0: role None is unknown"),
+        ("x", [{"role": "user"}], r"message 0 \(user\): content is None; expected text"),
+        ("x", [{"role": "user", "content": ["x"]}], r"content is \['x'\]; expected text"),
         ("x", [{"role": "user", "content": None}], r"message 0 \(user\): content is None; expected text"),
         ("x", [{"role": "assistant", "content": None}], r"message 0 \(assistant\): content is None; expected text"),
     ],
@@ -147,6 +148,10 @@ def test_what_a_template_or_a_conversation_lacks_is_said(template: str, messages
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_template_is_refused_when_it_is_read() -> None:
-    with pytest.raises(UsageError, match="chat template failed: Unexpected end of template"):
-        ChatTemplate("{% for x in y %}", {})
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [("{% for x in y %}", "Unexpected end of template"), ("{% for %}", "Expected an expression")],
+)
+def test_a_broken_template_is_refused_when_it_is_read(template: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"chat template failed: {reason}"):
+        ChatTemplate(template, {})

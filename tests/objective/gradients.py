@@ -1,0 +1,22 @@
+"""Gradients of a training loss, parameter by parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lm.objective.training_loss import TrainingLoss
+
+
+def gradients(loss: TrainingLoss, *totals: Tensor) -> dict[str, Tensor]:
+    """The gradients of the sum of these losses."""
+    loss.zero_grad()
+    torch.stack(totals).sum().backward()
+    found = {name: parameter.grad for name, parameter in loss.model.named_parameters()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
