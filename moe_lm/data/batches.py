@@ -112,10 +112,7 @@ class PackedBatches:
 
 
 class EvaluationBatches:
-    """Every token of a split once and in order, in batches of one shape. The last batch is filled up with padding.
-
-    Padding is token 0 without targets, in attention segments of its own.
-    """
+    """Every token of a split once and in order, in batches of one shape; padding is token 0 without targets."""
 
     def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, separate_documents: bool) -> None:
         self._length = sequence_length

@@ -97,18 +97,14 @@ def _fitting(
 
 
 def _endings(dialogue: Dialogue) -> Iterator[Dialogue]:
-    """The conversation without its oldest turns, shorter each time: the system prompt, then all from a later question.
-
-    An answer that is trained on follows that question.
-    """
+    """The conversation shorter each time: the system prompt, then all from a later question with a trained answer."""
     messages = dialogue.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
     for number, message in enumerate(messages):
-        asked_later = message["role"] == "user" and number > len(system)
-        if asked_later and any(
-            later["role"] == "assistant" and later.get("train", True) for later in messages[number:]
-        ):
-            yield Dialogue([*system, *messages[number:]], dialogue.tools)
+        rest = messages[number:]
+        is_answered = any(later["role"] == "assistant" and later.get("train", True) for later in rest)
+        if message["role"] == "user" and number > len(system) and is_answered:
+            yield Dialogue([*system, *rest], dialogue.tools)
 
 
 class ExampleRows(PackedRows):

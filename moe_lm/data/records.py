@@ -44,10 +44,7 @@ def read_dialogues(sources: Sequence[ChatSource], report: Report) -> Iterator[Re
 
 
 def read_preferences(sources: Sequence[ChatSource], report: Report) -> Iterator[Record[Preference]]:
-    """The preferences of all sources in order, as `read_dialogues` reads conversations.
-
-    Preferences with the same prompt have the same hash, so no question is in both splits.
-    """
+    """The preferences of all sources in order. Those with the same prompt have the same hash, and so the same split."""
     return _read(sources, report, preference_of, lambda preference: _hash(preference.prompt))
 
 

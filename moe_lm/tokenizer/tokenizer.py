@@ -125,10 +125,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
-        """The conversation as the template writes it, for people to read; `encode_chat` gives the ids.
-
-        Raises UsageError for a message without a known role or without text, and when the template refuses.
-        """
+        """The conversation as the template writes it, for people to read. Raises UsageError when it cannot."""
         return self.chat_format.template.render(messages, tools, add_generation_prompt).text
 
     def encode_chat(

@@ -12,11 +12,7 @@ TEMPLATE = "\0"  # the author of the template's own text
 
 
 class Traced(str):
-    """A string with an author for each of its characters.
-
-    Its methods return traced strings. It compares and searches like any other string, so that a template does the same
-    with it as with plain text.
-    """
+    """A string with authors. Its methods return traced strings; it compares and searches like any other string."""
 
     authors: str
 

@@ -174,10 +174,7 @@ class Turns:
         return start + _common_prefix(text[start:stop], _tail(shorter) if shorter else "")
 
     def up_to(self, number: int) -> Rendering | None:
-        """The conversation up to a turn with tool calls, to tell the turn from later text that repeats the calls.
-
-        None for a turn without calls and for the last turn, which nothing can repeat.
-        """
+        """The conversation up to a turn whose calls later text may repeat; None for other turns and the last one."""
         repeatable = self._messages[number].get("tool_calls") and number + 1 < len(self._messages)
         return self._chat.template.render(self._messages[: number + 1], self._tools) if repeatable else None
 

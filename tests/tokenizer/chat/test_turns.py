@@ -45,67 +45,56 @@ CALLING = [
     {"role": "tool", "content": '"sun"', "name": "weather", "tool_call_id": "abcdefgh2"},
     {"role": "assistant", "content": "No."},
 ]
-TRAINED: dict[str, tuple[list[str], list[str]]] = {
+
+
+def turns(call: str, yes: str, no: str) -> list[str]:
+    """The assistant's turns in CALLING: a call for Oslo, an answer, the same for Bergen and two days, an answer."""
+    return [call, yes, call.replace("Oslo", "Bergen").replace("1", "2"), no]
+
+
+DEEPSEEK_CALL = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>```json\n{"city": "Oslo", "days": 1}\n```'
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+)
+GLM_CALL = (
+    "\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>1</arg_value>\n</tool_call><|observation|>"
+)
+TRAINED: dict[str, tuple[list[str], list[str]]] = {  # the runs of SHORT and of CALLING
     "chatml": (
         ["\tIt joins two paths. <|im_end|>", "<think>\n\n</think>\n\nYou are welcome<|im_end|>"],
-        [
+        turns(
             '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 1}}\n</tool_call><|im_end|>',
             "Yes.<|im_end|>",
-            '<tool_call>\n{"name": "weather", "arguments": {"city": "Bergen", "days": 2}}\n</tool_call><|im_end|>',
             "<think>\n\n</think>\n\nNo.<|im_end|>",
-        ],
+        ),
     ),
     "llama": (
         ["It joins two paths.<|eot_id|>", "You are welcome<|eot_id|>"],
-        [
+        turns(
             '{"name": "weather", "parameters": {"city": "Oslo", "days": 1}}<|eom_id|>',
             "Yes.<|eot_id|>",
-            '{"name": "weather", "parameters": {"city": "Bergen", "days": 2}}<|eom_id|>',
             "No.<|eot_id|>",
-        ],
+        ),
     ),
     "deepseek": (
         ["\tIt joins two paths. <｜end▁of▁sentence｜>", "You are welcome<｜end▁of▁sentence｜>"],
-        [
-            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>```json\n{"city": "Oslo", "days": 1}\n```'
-            "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
-            "Yes.<｜end▁of▁sentence｜>",
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>```json\n"
-            '{"city": "Bergen", "days": 2}\n```'
-            "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
-            "No.<｜end▁of▁sentence｜>",
-        ],
+        turns(DEEPSEEK_CALL, "Yes.<｜end▁of▁sentence｜>", "No.<｜end▁of▁sentence｜>"),
     ),
     "mistral": (
         [" It joins two paths.</s>", " You are welcome</s>"],
-        [
+        turns(
             '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo", "days": 1}, "id": "abcdefgh1"}]</s>',
             " Yes.</s>",
-            '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bergen", "days": 2}, "id": "abcdefgh2"}]</s>',
             " No.</s>",
-        ],
+        ),
     ),
-    "glm": (
-        ["\nIt joins two paths.<|user|>", "\nYou are welcome"],
-        [
-            "\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n"
-            "<arg_value>1</arg_value>\n</tool_call><|observation|>",
-            "\nYes.<|user|>",
-            "\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bergen</arg_value>\n<arg_key>days</arg_key>\n"
-            "<arg_value>2</arg_value>\n</tool_call><|observation|>",
-            "\nNo.",
-        ],
-    ),
+    "glm": (["\nIt joins two paths.<|user|>", "\nYou are welcome"], turns(GLM_CALL, "\nYes.<|user|>", "\nNo.")),
     "eos_too": (["\tIt joins two paths. <|end|><|endoftext|>", "You are welcome<|end|><|endoftext|>"], []),
     "eos_at_last": (["\tIt joins two paths. <|end|>", "You are welcome<|end|>"], []),
     "named": (
         ["\tIt joins two paths. <|end|>", "You are welcome<|end|>"],
-        [
-            'to=weather {"city": "Oslo", "days": 1}<|call|>',
-            "Yes.<|end|>",
-            'to=weather {"city": "Bergen", "days": 2}<|call|>',
-            "No.<|end|>",
-        ],
+        turns('to=weather {"city": "Oslo", "days": 1}<|call|>', "Yes.<|end|>", "No.<|end|>"),
     ),
     "generation": (["\tIt joins two paths. ", "You are welcome"], []),
 }
