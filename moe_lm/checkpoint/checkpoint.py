@@ -1,4 +1,6 @@
-"""The folder of a checkpoint: `step-00001000` is whole and checksummed, or it is not there.
+"""The folder of a checkpoint, `step-00001000`: its layout, finding the newest, verifying it, which ones are kept.
+
+It is whole and checksummed, or it is not there.
 
     model/          safetensors with the tensors named `model.*`: all that sampling reads
     optimizer/      safetensors with every other tensor

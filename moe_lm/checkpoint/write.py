@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank writes a share of the tensors, and the folder gets its name when all is on the disk.
+"""Writes a checkpoint: a share of the tensors on every rank, then the manifest, COMPLETE, and the folder's final name.
 
 `torch.distributed.checkpoint` writes the tensors: plain ones in one process, DTensors and plain ones over any number of
 ranks. Its safetensors storage is the one without a pickled `.metadata`. Of a tensor that several ranks hold alike, the

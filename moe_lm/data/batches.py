@@ -1,4 +1,4 @@
-"""The batch of step N: a pure function of (seed, N, global batch size), whatever the number of ranks.
+"""The batch of step N of pretraining: a pure function of (seed, N, global batch size), whatever the number of ranks.
 
 The token stream of a source is divided into consecutive windows of `sequence_length`, which order.py shuffles.
 """

@@ -1,4 +1,4 @@
-"""The order of training: which item of which source comes when, a pure function of the seed and the visit's number.
+"""The order that batches follow: which item of which source comes when, a pure function of seed and visit number.
 
 Nothing is stored between steps: any visit can be asked for, in any order, by any rank. Position i of a shuffled
 sequence is computed only from i and a key.

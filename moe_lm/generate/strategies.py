@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits.
+"""How the next token is chosen from logits: temperature, top-k, top-p, min-p, typical-p, and the draw.
 
 Shapes: R rows, V vocabulary. Logits of -inf are tokens that are never chosen.
 """

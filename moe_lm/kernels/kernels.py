@@ -1,4 +1,4 @@
-"""The kernels that a model runs in: chosen by name, once, and applied from outside, as parallelism is.
+"""The kernels that a model runs in: chosen once for a device, by name, and applied from outside, as parallelism is.
 
 The model's own code is plain torch. Each operation that a kernel can replace is one attribute there, and one table here
 holds the kernels for it by name. A new kernel is one entry of a table and a line in `choose`.

@@ -1,4 +1,4 @@
-"""This process as one of the ranks that a launcher started. Imports torch only if there are several."""
+"""Being one of the ranks that a launcher (launch/) started. Imports torch only if there are several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer: loads, encodes and decodes; encodes conversations with their loss mask.
+"""A byte-level BPE tokenizer: loads, encodes and decodes text, and conversations by their chat template.
 
 Text and structure never mix. What a user writes is encoded as plain text, even where it spells `<|end|>`. The ids of
 special tokens come only from the chat template, and from the code that puts documents into shards.

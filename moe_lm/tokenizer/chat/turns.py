@@ -1,4 +1,4 @@
-"""A rendered conversation with its loss mask: where the assistant's turns begin and end, under any template.
+"""Decides what of a conversation is trained on: where the assistant's turns begin and end, under any template.
 
 A turn begins where its generation prompt ends, which is what the template adds to the messages before the turn when
 asked with `add_generation_prompt`. It ends with the special token that the template writes after an answer.
