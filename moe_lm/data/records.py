@@ -71,27 +71,20 @@ def read_splits(
     kind: str,
     read: Callable[[Sequence[ChatSource], Report], list[HashedT]],
 ) -> Splits[HashedT]:
-    """`read` for both splits. Items for validation have sources of their own or are split off `train`.
+    """`read` for both splits. Items for validation have sources of their own or are held out of `train`, by their hash.
 
     Raises UsageError for a file that does not exist, when there is nothing to train on, and for a tokenizer without a
     chat template that can be trained on.
     """
     tokenizer.chat_format  # noqa: B018 (without one every item would be skipped)
     report = Report()
-    read_for_train, validation = read(config.train, report), read(config.validation, report)
-    train, held_out = split_held_out(read_for_train, config.validation_fraction)
+    items, validation = read(config.train, report), read(config.validation, report)
+    held = held_out_of(np.array([item.hash for item in items], np.uint64), config.validation_fraction).tolist()
+    train = [item for item, is_held in zip(items, held, strict=True) if not is_held]
+    validation += [item for item, is_held in zip(items, held, strict=True) if is_held]
     if not train:
         raise nothing_usable(config.train, kind, report)
-    return Splits(train, validation + held_out, report)
-
-
-def split_held_out(items: Sequence[HashedT], fraction: float) -> tuple[list[HashedT], list[HashedT]]:
-    """The items to train on and those held out, by hash: at least one of two or more when `fraction` is above 0."""
-    held = held_out_of(np.array([item.hash for item in items], np.uint64), fraction).tolist()
-    return (
-        [item for item, is_held in zip(items, held, strict=True) if not is_held],
-        [item for item, is_held in zip(items, held, strict=True) if is_held],
-    )
+    return Splits(train, validation, report)
 
 
 def nothing_usable(sources: Sequence[ChatSource], kind: str, report: Report) -> UsageError:

@@ -275,6 +275,7 @@ def test_masks_change_no_pair(mark: dict[str, Any]) -> None:
     marked = [message | mark for message in before]
     for row in (
         {"prompt": marked, "chosen": [ANSWERED | mark], "rejected": WORSE},
+        {"prompt": marked, "chosen": ANSWERED | mark, "rejected": "b"},
         {"chosen": [*marked, ANSWERED], "rejected": [*before, WORSE | mark]},
     ):
         pair = preference_of(row, PLAIN)

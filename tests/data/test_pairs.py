@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +13,50 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig
 from moe_lm.data.batches import IGNORE
 from moe_lm.data.packing import RowBatches
-from moe_lm.data.pairs import PairRows, read_pairs
+from moe_lm.data.pairs import Pair, PairRows, read_pairs
+from moe_lm.data.records import Splits
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.data.rows import assistant, user, write
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
 
 
-def config(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> ChatDataConfig:
-    return ChatDataConfig(train=[write(tmp_path / "pairs.jsonl", rows)], sequence_length=48, **settings)
+Read = Callable[..., Splits[Pair]]
 
 
-def many(number: int = 40) -> list[dict[str, Any]]:
+@pytest.fixture
+def read(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Read:
+    """Reads rows, which are `pairs.jsonl` in a folder, as pairs of at most 48 tokens a side."""
+
+    def read(rows: list[dict[str, Any]], **settings: Any) -> Splits[Pair]:
+        train = [write(tmp_path / "pairs.jsonl", rows)]
+        return read_pairs(ChatDataConfig(train=train, sequence_length=48, **settings), tiny_tokenizer)
+
+    return read
+
+
+def forty() -> list[dict[str, Any]]:
     words = "apple river stone cloud paper green seven table".split()
     return [
         {"prompt": f"say {number} {words[number % 8]}", "chosen": " ".join(words[: number % 5 + 1]), "rejected": "no"}
-        for number in range(number)
+        for number in range(40)
     ]
 
 
-def test_the_answer_and_its_end_alone_are_targets(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_the_answer_and_its_end_alone_are_targets(read: Read, tiny_tokenizer: Tokenizer) -> None:
     said = [user("Hello"), assistant("Good day."), user("Name a colour.")]
     prompt = [{"role": "system", "content": "Be brief."}, *said]
-    (pair,) = read_pairs(config(tmp_path, [GOOD | {"prompt": prompt}]), tiny_tokenizer).train
+    [pair] = read([GOOD | {"prompt": prompt}]).train
+    told = tiny_tokenizer.encode_chat(prompt, add_generation_prompt=True)[0]
     for side, answer in zip(pair.sides, (GOOD["chosen"], GOOD["rejected"]), strict=True):
-        told = tiny_tokenizer.encode_chat(prompt, add_generation_prompt=True)[0]
         expected = [*tiny_tokenizer.encode(answer), tiny_tokenizer.end_id]
-        assert side.targets.tolist() == [IGNORE] * (len(told) - 1) + expected + [IGNORE] * (
-            len(side.targets) - len(told) + 1 - len(expected)
-        )
-        assert side.input_ids.tolist()[: len(told) + len(expected) - 1] == told + expected[:-1]
+        assert side.targets.tolist() == [IGNORE] * (len(told) - 1) + expected
+        assert side.input_ids.tolist() == told + expected[:-1]
 
 
-def test_masks_change_nothing_of_a_pair(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    def rows(**mark: Any) -> list[dict[str, Any]]:
-        said = assistant("a", **mark)
-        return [{"prompt": [user("q"), said, user("q")], "chosen": said, "rejected": "b"}]
-
-    [plain] = read_pairs(config(tmp_path, rows()), tiny_tokenizer).train
-    for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
-        [masked] = read_pairs(config(tmp_path, rows(**mark)), tiny_tokenizer).train
-        assert masked.hash == plain.hash
-        for one, other in zip(masked.sides, plain.sides, strict=True):
-            assert one.input_ids.tolist() == other.input_ids.tolist()
-            assert one.targets.tolist() == other.targets.tolist()
-
-
-def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_what_cannot_be_compared_is_counted_with_the_reason(read: Read) -> None:
     rows = [GOOD, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": "word " * 60}, {"prompt": "Why?"}]
-    data = read_pairs(config(tmp_path, rows), tiny_tokenizer)
+    data = read(rows)
     assert (len(data.train), data.report.documents) == (1, 1)
     assert data.report.skipped_lines()[:2] == [
         "1 skipped: a preference pair with equal sides (first: pairs.jsonl:2)",
@@ -69,24 +65,25 @@ def test_what_cannot_be_compared_is_counted_with_the_reason(tmp_path: Path, tiny
     assert sum(data.report.skipped.values()) == 3
 
 
-def test_nothing_to_prefer_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_nothing_to_prefer_is_refused(read: Read) -> None:
     message = "has no usable preference pair: 1 skipped: a preference pair with equal sides"
     with pytest.raises(UsageError, match=message):
-        read_pairs(config(tmp_path, [GOOD | {"rejected": GOOD["chosen"]}]), tiny_tokenizer)
+        read([GOOD | {"rejected": GOOD["chosen"]}])
 
 
-def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    rows = [row | {"rejected": f"{row['rejected']} {n}"} for row in many() for n in range(2)]
-    data = read_pairs(config(tmp_path, rows, validation_fraction=0.3), tiny_tokenizer)
-    train, held_out = ({pair.hash for pair in side} for side in (data.train, data.validation))
-    assert len(data.train) + len(data.validation) == 80
-    assert len(held_out) > 3
+def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(read: Read) -> None:
+    rows = [{"prompt": f"q{number // 2}", "chosen": f"a{number}", "rejected": "b"} for number in range(200)]
+    data = read(rows, validation_fraction=0.1)
+    lines = [[int(pair.where.split(":")[1]) for pair in side] for side in (data.train, data.validation)]
+    train, held_out = ({rows[line - 1]["prompt"] for line in side} for side in lines)
+    assert len(data.train) + len(data.validation) == 200
+    assert 4 < len(data.validation) < 50
     assert not train & held_out
 
 
 @pytest.fixture
-def rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> PairRows:
-    found = PairRows(read_pairs(config(tmp_path, many()), tiny_tokenizer).train, 48, tiny_tokenizer.pad_id)
+def rows(read: Read, tiny_tokenizer: Tokenizer) -> PairRows:
+    found = PairRows(read(forty()).train, 48, tiny_tokenizer.pad_id)
     found.reference = np.arange(80, dtype=np.float32).reshape(40, 2)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import ChatSource
-from moe_lm.data.records import read_dialogues, read_preferences, split_held_out
+from moe_lm.data.records import read_dialogues, read_preferences
 from moe_lm.text.files import Report
 from tests.data.rows import assistant, said, user, write
 
@@ -85,16 +85,6 @@ def test_broken_rows_are_counted_with_file_row_and_reason(tmp_path: Path) -> Non
         "no messages, conversations, instruction with output, or prompt with completion (first: a.jsonl:6)",
     ]
     assert report.skipped["broken JSON"] == 2
-
-
-def test_pairs_with_one_prompt_are_held_out_together(tmp_path: Path) -> None:
-    rows = [{"prompt": f"q{number // 2}", "chosen": f"a{number}", "rejected": "b"} for number in range(200)]
-    found = list(read_preferences([write_source(tmp_path / "a.jsonl", rows)], Report()))
-    train, held_out = split_held_out(found, 0.1)
-    asked = [{row.content.prompt[0]["content"] for row in side} for side in (train, held_out)]
-    assert len(train) + len(held_out) == 200
-    assert 4 < len(held_out) < 50
-    assert not asked[0] & asked[1]
 
 
 def test_tool_calls_count_in_the_hash(tmp_path: Path) -> None:

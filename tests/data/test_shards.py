@@ -28,12 +28,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "shards" / "corpus"
 
 
-def change(path: Path, edit: Callable[[bytearray], object]) -> None:
-    data = bytearray(path.read_bytes())
-    edit(data)
-    path.write_bytes(data)
-
-
 def change_manifest(folder: Path, edit: Callable[[Any], object]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     edit(manifest)
@@ -66,7 +60,9 @@ def test_the_tokenizer_must_be_the_one_that_made_the_shards(folder: Path, shared
 def test_a_shard_that_was_altered_is_refused_by_name(
     folder: Path, name: str, edit: Callable[[bytearray], object], message: str
 ) -> None:
-    change(folder / name, edit)
+    data = bytearray((folder / name).read_bytes())
+    edit(data)
+    (folder / name).write_bytes(data)
     with pytest.raises(UsageError, match=f"shard .*{name} {message}.*delete its folder and run moe-lm prepare"):
         TokenShards.open(folder, "train")
 
