@@ -35,12 +35,9 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
     Raises UsageError when a source does not exist or has no usable document.
     """
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # a letter for each byte
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         _training_text(recipe, progress or (lambda report: None)),
@@ -57,19 +54,16 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", SPECIAL_TOKENS.index("<|bos|>"))]
     )
-    return Tokenizer(
-        backend,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|bos|>",
-            "eos_token": "<|eos|>",
-            "pad_token": "<|pad|>",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": resources.files("moe_lm.tokenizer")
-            .joinpath("chat_template.jinja")
-            .read_text(encoding="utf-8"),
-        },
-    )
+    template = resources.files("moe_lm.tokenizer").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    return Tokenizer(backend, config)
 
 
 def _training_text(recipe: TokenizerRecipe, progress: Callable[[Report], None]) -> Iterator[str]:

@@ -27,6 +27,11 @@ def rows(path: Path, *pairs: tuple[str, str]) -> str:
     return str(write(path, ({"prompt": asked, "completion": answer} for asked, answer in pairs)))
 
 
+def cells(lines: list[str]) -> list[list[str]]:
+    """The rows of the table."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
 def printed(tokenizer: Tokenizer, config: ChatDataConfig, count: int, **settings: object) -> str:
     file = io.StringIO()
     console = Console(file=file, width=100, **settings)  # type: ignore[arg-type]
@@ -84,8 +89,7 @@ def test_figures_of_each_source_and_of_what_was_left_out(tmp_path: Path, tiny_to
         train=[{"path": one, "weight": 3}, {"path": other, "weight": 1}], validation=[held_out], sequence_length=64
     )
     lines = printed(tiny_tokenizer, config, 0).splitlines()
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
-    assert cells == [
+    assert cells(lines) == [
         ["one.jsonl", "1", "6", "2 (33.3%)", "6", "75.0%"],
         ["other.jsonl", "2", "12", "4 (33.3%)", "6", "25.0%"],
         ["all", "3", "18", "6 (33.3%)", "6", ""],
@@ -124,8 +128,6 @@ def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tiny_tokenizer: Tokeni
         f"a.jsonl:1, rejected: {sides[1] + 6} tokens, {sides[1] + 1} trained on",
         "<|bos|><|user|>q<|end|><|assistant|>⟦no<|end|>⟧",
     ]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
-    assert [row[:2] for row in cells] == [
-        ["chosen", "1"], ["rejected", "1"], ["held out, chosen", "0"], ["held out, rejected", "0"],
-    ]  # fmt: skip
+    counts = [f"{name} {count}" for name, count, *_ in cells(lines)]
+    assert counts == ["chosen 1", "rejected 1", "held out, chosen 0", "held out, rejected 0"]
     assert lines[-1] == "1 skipped: a preference pair with equal sides (first: a.jsonl:2)"
