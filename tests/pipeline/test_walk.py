@@ -7,19 +7,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
+from tests.conftest import MoeLm
 from tests.processes import ENVIRONMENT, ROOT, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MoeLm = Callable[..., Any]
 
 # Runs a verb and prints the heavy packages that it imported.
 WATCHED = (

@@ -20,9 +20,7 @@ from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import Pair, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
-from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, first_unwritable, outputs_of_theirs
-
-SHARD_BYTES = 4 << 30
+from moe_lm.tools.interop.transfer import DTYPES, FILE_BYTES, Meter, Tell, outputs_of_theirs
 
 
 def export_run(
@@ -32,7 +30,7 @@ def export_run(
     dtype: str | None = None,
     base: Path | None = None,
     proof_bytes: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = FILE_BYTES,
     tell: Tell | None = None,
 ) -> Proof:
     """Write `out` with the newest checkpoint of a run, or one checkpoint, and return the proof that it is that model.
@@ -50,11 +48,13 @@ def export_run(
     ours = open_tensors(folder, base)
     pairs = tensor_pairs(config, family)
     _check_holds(ours, pairs, family)
-    rounded_to = DTYPES[dtype] if dtype else None
-    outputs = outputs_of_theirs(ours, pairs, rounded_to)
+    outputs = outputs_of_theirs(ours, pairs, DTYPES[dtype] if dtype else None)
     meter = Meter(tell, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
+    notes = []
+    if config.capacity_factor is not None:
+        notes = [f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling"]
     with whole_folder(out) as unfinished:
         _write_tensors(unfinished, meter.watch(outputs), shard_bytes)
         _write_json(unfinished / CONFIG, hf_config)
@@ -68,11 +68,10 @@ def export_run(
             ours=ours,
             theirs=HFFolder(unfinished),
             importing=False,
-            rounded_to=rounded_to,
             tokenizer=tokenizer,
             tokenizer_of_theirs=unfinished,
         )
-        proof = prove(case, _notes(config), proof_bytes, meter)
+        proof = prove(case, notes, proof_bytes, meter)
         write_proof(proof, unfinished)
     return proof
 
@@ -98,18 +97,11 @@ def _check_holds(ours: TensorSource, pairs: Sequence[Pair], family: Family) -> N
                 f"tensor {pair.ours} in {ours.where(pair.ours)} is {list(ours.shape(pair.ours))}, expected "
                 f"{list(pair.shape)} by its model.yaml"
             )
-    lost = first_unwritable(ours, pairs)
-    if lost is not None:
-        raise UsageError(
-            f"the family {family.model_type} has no router bias, but {lost} is not zero; choose another --format, or "
-            "train with train.balance.bias_update_rate=0"
-        )
-
-
-def _notes(config: ModelConfig) -> list[str]:
-    if config.capacity_factor is None:
-        return []
-    return [f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling"]
+        if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any():
+            raise UsageError(
+                f"the family {family.model_type} has no router bias, but {pair.ours} is not zero; choose another "
+                "--format, or train with train.balance.bias_update_rate=0"
+            )
 
 
 def _write_tensors(folder: Path, outputs: Sequence[Output], shard_bytes: int) -> None:
@@ -136,11 +128,8 @@ def _generation_config(folder: Path, tokenizer: Tokenizer) -> str:
 
 def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
     ends = list(dict.fromkeys([tokenizer.eos_id, tokenizer.end_id]))
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": tokenizer.pad_id,
-    }
+    end = ends if len(ends) > 1 else ends[0]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -25,8 +25,11 @@ class Key:
     other_names: tuple[str, ...] = ()
 
 
-def same(name: str, default: Any = REQUIRED) -> Key:
-    return Key(name, (name,), default)
+def same(*required: str, **defaults: Any) -> tuple[Key, ...]:
+    """Keys with our names, first those that a config.json must have."""
+    return tuple(
+        Key(name, (name,), default) for name, default in (dict.fromkeys(required, REQUIRED) | defaults).items()
+    )
 
 
 @dataclass(frozen=True)
@@ -51,45 +54,22 @@ MIXTRAL_EXPERTS = {
     for name, letter in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 }
 
-SHAPE = (
-    same("vocab_size"),
-    same("hidden_size"),
-    same("num_hidden_layers"),
-    same("num_attention_heads"),
-    same("max_position_embeddings"),
-    same("hidden_act", "silu"),
-    same("tie_word_embeddings", False),
-    same("initializer_range", 0.02),
-)
-FEED_FORWARD = (same("intermediate_size"),)
-HEADS = (same("num_key_value_heads", None), same("head_dim", None))
+SHAPE = same(
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    hidden_act="silu", tie_word_embeddings=False, initializer_range=0.02,
+)  # fmt: skip
+FEED_FORWARD = same("intermediate_size")
+HEADS = same(num_key_value_heads=None, head_dim=None)
 BIAS_ON_ALL = (Key("attention_bias", ("attention_bias", "attention_out_bias"), False),)
-LATENT = (
-    same("q_lora_rank", None),
-    same("kv_lora_rank"),
-    same("qk_nope_head_dim"),
-    same("qk_rope_head_dim"),
-    same("v_head_dim"),
-)
-DEEPSEEK_EXPERTS = (
-    same("moe_intermediate_size"),
-    same("n_routed_experts"),
-    same("num_experts_per_tok"),
-    same("n_shared_experts"),
-    same("routed_scaling_factor", 1.0),
-    same("n_group", 1),
-    same("topk_group", 1),
-)
-QWEN_EXPERTS = (
-    same("moe_intermediate_size"),
-    Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",)),
-    same("num_experts_per_tok"),
-    same("norm_topk_prob", False),
-)
-WIDE_EXPERTS = (  # experts as wide as a dense layer would be
-    Key("intermediate_size", ("intermediate_size", "moe_intermediate_size")),
-    same("num_experts_per_tok"),
-)
+LATENT = (*same(q_lora_rank=None), *same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+DEEPSEEK_EXPERTS = same(
+    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    routed_scaling_factor=1.0, n_group=1, topk_group=1,
+)  # fmt: skip
+NUM_EXPERTS = Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",))
+QWEN_EXPERTS = (*same("moe_intermediate_size"), NUM_EXPERTS, *same("num_experts_per_tok", norm_topk_prob=False))
+WIDTH = Key("intermediate_size", ("intermediate_size", "moe_intermediate_size"))  # of experts as of a dense layer
+WIDE_EXPERTS = (WIDTH, *same("num_experts_per_tok"))
 
 PLAIN = {  # what every family here is
     "norm_type": "rmsnorm", "mlp_gated": True, "position_embedding": "rope", "lm_head_bias": False,
@@ -105,8 +85,8 @@ FAMILIES = (
         "dots1",
         "Dots1ForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
-            same("norm_topk_prob", False),
+            *SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
+            *same(norm_topk_prob=False),
         ),
         PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": True},
         constants=DEEPSEEK_V3_ROUTER,
@@ -116,8 +96,8 @@ FAMILIES = (
         "glm4_moe",
         "Glm4MoeForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-5), *FEED_FORWARD, *HEADS, same("attention_bias", False), *DEEPSEEK_EXPERTS,
-            same("norm_topk_prob", True), same("use_qk_norm", False),
+            *SHAPE, *same(rms_norm_eps=1e-5), *FEED_FORWARD, *HEADS, *same(attention_bias=False), *DEEPSEEK_EXPERTS,
+            *same(norm_topk_prob=True, use_qk_norm=False),
         ),
         PLAIN | {"scoring_func": "sigmoid", "attention_out_bias": False},
         constants=DEEPSEEK_V3_ROUTER,
@@ -128,8 +108,8 @@ FAMILIES = (
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
-            same("norm_topk_prob", True), same("rope_interleave", True),
+            *SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
+            *same(norm_topk_prob=True, rope_interleave=True),
         ),
         PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": False},
         constants=DEEPSEEK_V3_ROUTER,
@@ -138,7 +118,7 @@ FAMILIES = (
     Family(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
-        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS),
+        (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS),
         PLAIN | {"scoring_func": "softmax", "use_qk_norm": False, "norm_topk_prob": False, "rope_interleave": True},
         constants={
             "scoring_func": "softmax", "topk_method": ("group_limited_greedy", "greedy"), "norm_topk_prob": False,
@@ -148,7 +128,7 @@ FAMILIES = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *QWEN_EXPERTS),
+        (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *QWEN_EXPERTS),
         PLAIN | NOT_SHARED | {"use_qk_norm": True},
         constants={"use_sliding_window": False},
         dense_layers="listed",
@@ -157,8 +137,8 @@ FAMILIES = (
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, Key("qkv_bias", ("attention_bias",), True),
-            *QWEN_EXPERTS, same("shared_expert_intermediate_size"),
+            *SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, Key("qkv_bias", ("attention_bias",), True),
+            *QWEN_EXPERTS, *same("shared_expert_intermediate_size"),
         ),
         PLAIN | NOT_SHARED | {
             "use_qk_norm": False, "attention_out_bias": False, "n_shared_experts": 1, "shared_expert_gate": True,
@@ -171,7 +151,7 @@ FAMILIES = (
         "mixtral",
         "MixtralForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-5), *HEADS, *WIDE_EXPERTS,
+            *SHAPE, *same(rms_norm_eps=1e-5), *HEADS, *WIDE_EXPERTS,
             Key("num_local_experts", ("n_routed_experts",), other_names=("num_experts",)),
         ),
         PLAIN | NOT_SHARED | {
@@ -186,9 +166,9 @@ FAMILIES = (
         "olmoe",
         "OlmoeForCausalLM",
         (
-            *SHAPE, same("rms_norm_eps", 1e-5), same("num_key_value_heads", None), *BIAS_ON_ALL, *WIDE_EXPERTS,
-            Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",)),
-            same("norm_topk_prob", False),
+            *SHAPE, *same(rms_norm_eps=1e-5, num_key_value_heads=None), *BIAS_ON_ALL, *WIDE_EXPERTS,
+            NUM_EXPERTS,
+            *same(norm_topk_prob=False),
         ),
         PLAIN | NOT_SHARED | {"use_qk_norm": True, "qk_norm_over": "projection", "head_dim": None},
         constants={"clip_qkv": None},
@@ -197,7 +177,7 @@ FAMILIES = (
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL),
+        (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL),
         PLAIN | NO_EXPERTS | {"use_qk_norm": True},
         constants={"use_sliding_window": False},
         dense_layers="none",
@@ -205,7 +185,7 @@ FAMILIES = (
     Family(
         "llama",
         "LlamaForCausalLM",
-        (*SHAPE, same("rms_norm_eps", 1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, same("mlp_bias", False)),
+        (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *same(mlp_bias=False)),
         PLAIN | NO_EXPERTS | {"use_qk_norm": False},
         dense_layers="none",
     ),

@@ -70,7 +70,9 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
         values |= {"n_group": 1, "topk_group": 1}
     if "kv_lora_rank" in values:
         known |= {"head_dim", "num_key_value_heads"}
-        _check_latent_heads(hf, values, family, origin)
+        heads, expected = hf.get("num_key_value_heads"), values["num_attention_heads"]
+        if heads not in (None, expected):
+            raise _refused(origin, family, "num_key_value_heads", heads, f"num_attention_heads={expected}")
     config = build_config(ModelConfig, values, origin)
     return Read(family, config, [f"{name}={value!r:.60}" for name, value in hf.items() if name not in known])
 
@@ -91,8 +93,7 @@ def write_config(config: ModelConfig, family: Family) -> Values:
     if family.model_type == "deepseek_v2" and config.n_group == 1:
         hf["topk_method"] = "greedy"
     if config.kv_lora_rank is not None:
-        hf |= {"num_key_value_heads": config.num_attention_heads, "qk_head_dim": None, "head_dim": None}
-        del hf["qk_head_dim"], hf["head_dim"]
+        hf["num_key_value_heads"] = config.num_attention_heads
     hf |= _write_rope(config, family) | _write_dense_layers(config, family)
     if not config.moe_layers and "n_routed_experts" not in family.always:
         raise _cannot(family, ["n_routed_experts=0"])
@@ -161,7 +162,7 @@ def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
     for name in ("rope_scaling", "rope_parameters"):
         part = hf.get(name) or {}
         if not isinstance(part, Mapping):
-            raise UsageError(f"{origin}: {name}={part!r} is no table")
+            raise UsageError(f"{origin}: {name}={part!r} is not a table")
         rope |= {key: value for key, value in part.items() if value is not None}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
@@ -176,9 +177,9 @@ def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
 def _write_rope(config: ModelConfig, family: Family) -> Values:
     """Write both forms, for readers old and new."""
     scaling = config.rope_scaling
-    table = (
-        {"rope_type": "default"} if scaling is None else scaling.model_dump(exclude_none=True, exclude_defaults=True)
-    )
+    table = {"rope_type": "default"}
+    if scaling is not None:
+        table = scaling.model_dump(exclude_none=True, exclude_defaults=True)
     partial = {}
     if {config.partial_rotary_factor, family.partial_rotary_factor} != {1.0}:
         partial = {"partial_rotary_factor": config.partial_rotary_factor}
@@ -199,14 +200,6 @@ def _check_full_attention(hf: Mapping[str, Any], layers: int, positions: int, fa
         window, first = hf.get("sliding_window"), hf.get("max_window_layers", 0)
         if window and window < positions and first < layers and "use_sliding_window" not in family.constants:
             raise _refused(origin, family, "sliding_window", window, "null: every layer sees all positions")
-
-
-def _check_latent_heads(hf: Mapping[str, Any], values: Values, family: Family, origin: str) -> None:
-    heads = hf.get("num_key_value_heads")
-    if heads is not None and heads != values["num_attention_heads"]:
-        raise _refused(
-            origin, family, "num_key_value_heads", heads, f"num_attention_heads={values['num_attention_heads']}"
-        )
 
 
 def _read_dense_layers(hf: Mapping[str, Any], family: Family, layers: int) -> Values:

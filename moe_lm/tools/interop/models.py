@@ -19,7 +19,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.size import count_parameters
-from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.logits import ForwardPass, with_noise
@@ -55,10 +55,11 @@ def layers_that_fit(config: ModelConfig, max_bytes: int | None) -> tuple[int, st
     needed = 1 + (config.moe_layers[0] if config.moe_layers else 0)
     for layers in range(config.num_hidden_layers, needed - 1, -1):
         if bytes_to_compare(config, layers) <= limit:
-            missing = (
-                f"logits after layer {layers}: the whole model needs {_gib(config)} GiB, {limit / 2**30:.1f} are there"
-            )
-            return layers, missing if layers < config.num_hidden_layers else ""
+            if layers == config.num_hidden_layers:
+                return layers, ""
+            whole = f"{bytes_to_compare(config, config.num_hidden_layers) / 2**30:.1f}"
+            there = f"{limit / 2**30:.1f}"
+            return layers, f"logits after layer {layers}: the whole model needs {whole} GiB, {there} are there"
     return 0, (
         f"logits and experts: the first {needed} layers need more than the {limit / 2**30:.1f} GiB that are there; "
         "every tensor was compared"
@@ -107,16 +108,16 @@ def run_ours(model: LanguageModel, texts: Mapping[str, Tensor]) -> dict[str, For
     """Our model's forward pass over each text, with its noise."""
     passes = {}
     for name, tokens in texts.items():
-        rows, positions = tokens.shape
-        attend = PackedAttention(torch.arange(rows + 1, dtype=torch.int32) * positions, positions)
-        position_ids = torch.arange(positions).expand(rows, -1)
-        once = _forward_pass(model, model(tokens, position_ids, attend), tokens)
+        once = _forward_pass(model, tokens)
         with _disturbed(model):
-            passes[name] = with_noise(once, _forward_pass(model, model(tokens, position_ids, attend), tokens))
+            passes[name] = with_noise(once, _forward_pass(model, tokens))
     return passes
 
 
-def _forward_pass(model: LanguageModel, output: ModelOutput, tokens: Tensor) -> ForwardPass:
+def _forward_pass(model: LanguageModel, tokens: Tensor) -> ForwardPass:
+    rows, positions = tokens.shape
+    attend = PackedAttention(torch.arange(rows + 1, dtype=torch.int32) * positions, positions)
+    output = model(tokens, torch.arange(positions).expand(rows, -1), attend)
     biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
     return ForwardPass(
         output.logits,
@@ -190,15 +191,9 @@ def _their_model(folder: Path, layers: int) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        use_safetensors=True,
-        output_loading_info=True,
-        **safely,
-    )
+        folder, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        use_safetensors=True, output_loading_info=True, **safely,
+    )  # fmt: skip
     for kind in ("missing_keys", "mismatched_keys"):
         if found[kind]:
             raise MoeLmError(f"the proof failed: transformers reports {kind} {sorted(map(str, found[kind]))[:5]}")
@@ -223,10 +218,6 @@ def _disturbed(model: LanguageModel) -> Iterator[None]:
 def _first_layers(config: ModelConfig, layers: int) -> ModelConfig:
     dense = tuple(layer for layer in config.mlp_only_layers if layer < layers)
     return config.model_copy(update={"num_hidden_layers": layers, "mlp_only_layers": dense, "capacity_factor": None})
-
-
-def _gib(config: ModelConfig) -> str:
-    return f"{bytes_to_compare(config, config.num_hidden_layers) / 2**30:.1f}"
 
 
 def _free_bytes() -> int:

@@ -40,9 +40,9 @@ class Case:
     ours: TensorSource
     theirs: HFFolder
     importing: bool
-    rounded_to: torch.dtype | None  # the dtype that weights were written in, None if it is the dtype they had
     tokenizer: Tokenizer
     tokenizer_of_theirs: Path
+    rounded_to: torch.dtype | None = None  # the dtype that an import wrote weights in, None if it is the one they had
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
 
     Raises MoeLmError saying what differs.
     """
-    audited = audit(case.ours, case.theirs, case.pairs, case.ours if case.importing else case.theirs, meter)
+    values = audit(case.ours, case.theirs, case.pairs, case.ours if case.importing else case.theirs, meter)
     known: dict[str, Any] = {
         "what": case.what,
         "family": case.family.model_type,
-        "our_tensors": audited.our_tensors,
-        "their_tensors": audited.their_tensors,
-        "values_equal": audited.values,
+        "our_tensors": len(case.pairs),
+        "their_tensors": len({part.name for pair in case.pairs for part in pair.parts}),
+        "values_equal": values,
         "sha256": {path.name: sha256_of(path) for path in case.theirs.files},
         "notes": list(notes),
     }
@@ -96,9 +96,7 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
         return Proof(**known, not_proven=[f"logits and experts: {missing}"])
     layers, why = models.layers_that_fit(case.config, max_bytes)
     not_proven = [why] if why else []
-    comparisons: tuple[Comparison, ...] = ()
-    if layers:
-        comparisons = _compare_models(case, layers)
+    comparisons = _compare_models(case, layers) if layers else ()
     tokenizer, why = models.compare_tokenizers(case.tokenizer, case.tokenizer_of_theirs)
     if why:
         not_proven.append(why)
@@ -124,5 +122,5 @@ def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
         rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
     ours = models.run_ours(models.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
-    theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to if case.importing else None)
+    theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to)
     return compare_all(ours, theirs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from moe_lm.tools.interop.hf_tensors import Pair, Part
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 FILE_BYTES = 4 << 30  # tensors go into files of about this size
 
 
@@ -69,14 +66,6 @@ class Meter:
         return [output._replace(pieces=partial(counted, output)) for output in outputs]
 
 
-class Audit(NamedTuple):
-    """The number of tensors and values that were read back and found equal, bit by bit."""
-
-    our_tensors: int
-    their_tensors: int
-    values: int
-
-
 def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
     """Our tensors, made from a folder's. `dtype` None keeps the folder's; biases of routers are float32."""
     return [
@@ -97,10 +86,10 @@ def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dt
 
 def audit(
     ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource, meter: Meter | None = None
-) -> Audit:
+) -> int:
     """Read both formats again and compare every value, in the dtype of the source that was `written`.
 
-    Raises MoeLmError naming the first tensor that differs, is missing, or should not be there.
+    Returns their number. Raises MoeLmError naming the first tensor that differs, is missing, or should not be there.
     """
     for source, names in (
         (ours, {pair.ours for pair in pairs}),
@@ -122,13 +111,7 @@ def audit(
                 values += our_piece.numel()
                 if meter:
                     meter.add(our_piece)
-    return Audit(len(pairs), len({part.name for pair in pairs for part in pair.parts}), values)
-
-
-def first_unwritable(ours: TensorSource, pairs: Sequence[Pair]) -> str | None:
-    """The first router's bias that is not zero and has no tensor in the other format."""
-    lost = (pair.ours for pair in pairs if not pair.parts and ours.rows(pair.ours, 0, pair.shape[0]).any())
-    return next(lost, None)
+    return values
 
 
 def _our_dtype(theirs: TensorSource, pair: Pair, dtype: torch.dtype | None) -> torch.dtype:

@@ -17,6 +17,7 @@ from moe_lm.tools.explain import explain as verb
 from moe_lm.tools.explain import picture
 from moe_lm.tools.explain.picture import draw, fold, label
 from moe_lm.tools.explain.recording import Recording, record, shares
+from tests.conftest import MoeLm
 from tests.tiny import LATENT, packed, tiny
 
 SIZES = {"vocab_size": 1100, "initializer_range": 0.3}
@@ -132,7 +133,7 @@ def test_the_title_has_the_name_that_was_given(tmp_path: Path) -> None:
     assert verb._name(Path("/copied"), Path("/copied")) == "copied"
 
 
-def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: Callable, tmp_path: Path) -> None:
+def test_the_verb_writes_a_picture(save_run: Callable[..., Path], moe_lm: MoeLm, tmp_path: Path) -> None:
     run = save_run(built(GROUPED))
     done = moe_lm(
         "explain", run, "-p", "$5 " * 12 + "世界", "--out", tmp_path / "a.png", "--layers", "0,2", "--heads", 1

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -75,6 +76,11 @@ def write_folder(folder: Path, variant: str, tokenizer: Tokenizer, **saving: Any
     model.save_pretrained(folder, **saving)
     tokenizer.save(folder)
     return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors in all files of a folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def randomise(model: nn.Module) -> None:

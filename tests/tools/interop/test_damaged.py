@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import importing
+from tests.conftest import MoeLm
 from tests.tools.interop.folders import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,7 @@ def shards(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture
-def refused(moe_lm: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+def refused(moe_lm: MoeLm, tmp_path: Path) -> Callable[..., str]:
     """The one sentence that `moe-lm import` ends with; nothing may be left behind."""
 
     def run(folder: Path, *options: object, code: int = 1) -> str:
@@ -56,11 +57,6 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) ->
     save_file(tensors, path, {"format": "pt"})
 
 
-def change_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -68,8 +64,12 @@ def set_tensor(name: str, tensor: Tensor) -> Callable[[Path], None]:
     return lambda folder: change_tensors(folder / MODEL, lambda tensors: tensors.update({name: tensor}))
 
 
-def set_config(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: change_config(folder, **values)
+def set_config(**values: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
 
 
 def set_text(name: str, text: str) -> Callable[[Path], object]:
@@ -172,13 +172,13 @@ def test_missing_and_unexpected_tensors_are_listed(folder: Path, refused: Any) -
     assert error.rstrip().endswith("and 2 more")
 
 
-def test_known_extras_are_said(folder: Path, moe_lm: Any, tmp_path: Path) -> None:
+def test_known_extras_are_said(folder: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     extras = {
         "model.layers.3.eh_proj.weight": torch.ones(2),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
     }
     change_tensors(folder / MODEL, lambda tensors: tensors.update(extras))
-    change_config(folder, some_new_key=3, pretraining_tp=1)
+    set_config(some_new_key=3, pretraining_tp=1)(folder)
     done = moe_lm("import", folder, "--run-dir", tmp_path / "run", "--proof-memory", 0)
     assert done.code == 0
     lines = done.out.splitlines()
@@ -190,12 +190,12 @@ def test_known_extras_are_said(folder: Path, moe_lm: Any, tmp_path: Path) -> Non
     assert len(notes) == 3
 
 
-def test_tied_head_that_differs(hf_folder: Any, tmp_path: Path, refused: Any, moe_lm: Any) -> None:
+def test_tied_head_that_differs(hf_folder: Any, tmp_path: Path, refused: Any, moe_lm: MoeLm) -> None:
     folder = shutil.copytree(hf_folder("llama tied"), tmp_path / "hf")
     embedding = load_file(folder / MODEL)["model.embed_tokens.weight"]
-    change_tensors(folder / MODEL, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    set_tensor("lm_head.weight", embedding + 1)(folder)
     assert "tie_word_embeddings=True, but lm_head.weight differs from model.embed_tokens.weight" in refused(folder)
-    change_tensors(folder / MODEL, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    set_tensor("lm_head.weight", embedding.clone())(folder)
     assert moe_lm("import", folder, "--run-dir", tmp_path / "run", "--proof-memory", 0).code == 0
 
 
@@ -210,7 +210,7 @@ def test_tied_head_that_differs(hf_folder: Any, tmp_path: Path, refused: Any, mo
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 cannot be expressed"),
         ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1.0}}, "rope_type='dynamic'"),
-        ({"rope_parameters": 3}, "rope_parameters=3 is no table"),
+        ({"rope_parameters": 3}, "rope_parameters=3 is not a table"),
         ({"hidden_size": None}, "has no hidden_size, which a model of type dots1 needs"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
     ],
@@ -218,7 +218,7 @@ def test_tied_head_that_differs(hf_folder: Any, tmp_path: Path, refused: Any, mo
 def test_what_cannot_be_expressed_is_named_with_its_value(
     folder: Path, refused: Any, values: dict[str, Any], said: str
 ) -> None:
-    change_config(folder, **values)
+    set_config(**values)(folder)
     error = refused(folder, code=2)
     assert said in error
     assert str(folder / "config.json") in error
@@ -237,11 +237,11 @@ def test_what_a_family_alone_has(
     variant: str, values: dict[str, Any], said: str, hf_folder: Any, tmp_path: Path, refused: Any
 ) -> None:
     folder = shutil.copytree(hf_folder(variant), tmp_path / "hf")
-    change_config(folder, **values)
+    set_config(**values)(folder)
     assert f"{said} cannot be expressed here" in refused(folder, code=2)
 
 
-def test_tokenizer_missing_and_given(folder: Path, refused: Any, moe_lm: Any, tmp_path: Path) -> None:
+def test_tokenizer_missing_and_given(folder: Path, refused: Any, moe_lm: MoeLm, tmp_path: Path) -> None:
     (tmp_path / "words").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).rename(tmp_path / "words" / name)
@@ -250,7 +250,7 @@ def test_tokenizer_missing_and_given(folder: Path, refused: Any, moe_lm: Any, tm
     assert moe_lm("import", folder, *options).code == 0
 
 
-def test_run_folder_that_exists(folder: Path, moe_lm: Any, tmp_path: Path) -> None:
+def test_run_folder_that_exists(folder: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("kept")
     done = moe_lm("import", folder, "--run-dir", tmp_path / "run")
@@ -260,13 +260,10 @@ def test_run_folder_that_exists(folder: Path, moe_lm: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "Evil"])
-def test_code_in_the_folder_is_never_run(
-    tokenizer_class: str, folder: Path, moe_lm: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_code_in_the_folder_is_never_run(tokenizer_class: str, folder: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     """With the whole proof, in which `transformers` reads the folder too."""
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: ...\n")
-    places = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
-    change_config(folder, auto_map=places)
+    set_config(auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil"))(folder)
     words = json.loads((folder / "tokenizer_config.json").read_text())
     words |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": tokenizer_class}
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
@@ -282,7 +279,7 @@ def test_code_in_the_folder_is_never_run(
         assert "auto_map" not in (tmp_path / "out" / name).read_text()
 
 
-def test_interrupt_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_nothing(folder: Path, moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         assert (tmp_path / "run.tmp" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
         raise KeyboardInterrupt
@@ -293,7 +290,7 @@ def test_interrupt_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_sigterm_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_leaves_nothing(folder: Path, moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a scheduler or `kill` sends; the same command can be given again."""
 
     def end(*_: object) -> None:
@@ -309,7 +306,7 @@ def test_sigterm_leaves_nothing(folder: Path, moe_lm: Any, tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_working_directory_as_the_new_folder(folder: Path, moe_lm: Any, tmp_path: Path) -> None:
+def test_working_directory_as_the_new_folder(folder: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     """Relative paths mean what they meant until the end."""
     (tmp_path / "here").mkdir()
     with contextlib.chdir(tmp_path / "here"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_lm.checkpoint import write
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.reading import dump_config
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import families, hf_config, models
@@ -23,6 +22,8 @@ from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.importing import import_folder
 from moe_lm.tools.interop.logits import ForwardPass, compare
+from tests.conftest import MoeLm
+from tests.tiny import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,17 +38,20 @@ LATENT = {
 }  # fmt: skip
 
 
-def save(
-    config: ModelConfig, tokenizer: Tokenizer, run: Path, change: Callable[[LanguageModel], object] | None = None
-) -> Path:
-    """A run folder with a checkpoint as training writes it."""
-    model = LanguageModel(config)
-    model.initialise(0)
-    if change:
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Save:
+    """Makes a run folder with a checkpoint of a model with these settings, as training writes it."""
+
+    def make(settings: dict[str, Any] = MOE, change: Callable[[LanguageModel], object] = lambda model: None) -> Path:
+        model = LanguageModel(ModelConfig(**SHAPE | settings))
+        model.initialise(0)
         change(model)
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    write.save(run / "checkpoints", 7, state, {"model.yaml": dump_config(config), "tokenizer": tokenizer.save})
-    return run
+        return write_run(tmp_path / "run", model, tiny_tokenizer, step=7)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -94,10 +98,8 @@ def test_what_a_family_cannot_hold_is_named(family: str, settings: dict[str, Any
         assert said in str(refusal.value)
 
 
-def test_no_family_at_all_names_what_the_nearest_lacks(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]
-) -> None:
-    run = save(ModelConfig(**SHAPE, norm_type="layernorm"), tiny_tokenizer, tmp_path / "run")
+def test_no_family_at_all_names_what_the_nearest_lacks(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save({"norm_type": "layernorm"})
     done = moe_lm("export", run, tmp_path / "out")
     assert done.code == 2
     assert done.err == (
@@ -107,37 +109,33 @@ def test_no_family_at_all_names_what_the_nearest_lacks(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_every_export_can_be_imported_again(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]
-) -> None:
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run", lambda model: bias_of(model).normal_())
+def test_every_export_can_be_imported_again(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save(change=lambda model: bias_of(model).normal_())
     exported = moe_lm("export", run, tmp_path / "out")
     assert (exported.code, exported.err) == (0, "")
     assert exported.out.splitlines()[0].startswith("export step-00000007 (dots1): ")
     assert exported.out.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
     imported = moe_lm("import", tmp_path / "out", "--run-dir", tmp_path / "again")
     assert imported.code == 0
-    sampled = [
-        moe_lm("sample", path, "-p", "def", "--greedy", "--max-new-tokens", 8) for path in (run, tmp_path / "again")
-    ]
-    assert sampled[0].out == sampled[1].out
-    assert sampled[0].code == 0
+    greedy = ("-p", "def", "--greedy", "--max-new-tokens", 8)
+    first, second = (moe_lm("sample", path, *greedy) for path in (run, tmp_path / "again"))
+    assert first.out == second.out
+    assert first.code == 0
 
 
 def bias_of(model: LanguageModel) -> torch.Tensor:
     return model.moe_layers[0].gate.e_score_correction_bias
 
 
-def test_capacity_of_training_is_said_to_be_left_out(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    run = save(ModelConfig(**SHAPE | MOE, capacity_factor=1.25), tiny_tokenizer, tmp_path / "run")
+def test_capacity_of_training_is_said_to_be_left_out(save: Save, tmp_path: Path) -> None:
+    run = save(MOE | {"capacity_factor": 1.25})
     proof = export_run(run, tmp_path / "out")
     assert all(comparison.equal for comparison in proof.logits)
     assert proof.notes == ["left out: capacity_factor=1.25; no expert drops tokens, as when sampling"]
 
 
-def test_router_bias_is_not_dropped(tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]) -> None:
-    config = ModelConfig(**SHAPE | SOFTMAX)
-    run = save(config, tiny_tokenizer, tmp_path / "run", lambda model: bias_of(model)[3].fill_(1e-3))
+def test_router_bias_is_not_dropped(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save(SOFTMAX, lambda model: bias_of(model)[3].fill_(1e-3))
     done = moe_lm("export", run, tmp_path / "out")
     assert done.code == 2
     assert (
@@ -147,8 +145,8 @@ def test_router_bias_is_not_dropped(tiny_tokenizer: Tokenizer, tmp_path: Path, m
     assert not list(tmp_path.glob("out*"))
 
 
-def test_what_lies_beside_the_tensors(tiny_tokenizer: Tokenizer, tmp_path: Path, hf_folder: Any) -> None:
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
+def test_what_lies_beside_the_tensors(save: Save, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = save()
     export_run(run, tmp_path / "out", proof_bytes=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     turns = [{"role": "user", "content": "2 + 2?"}]
@@ -159,9 +157,7 @@ def test_what_lies_beside_the_tensors(tiny_tokenizer: Tokenizer, tmp_path: Path,
     assert (generation.bos_token_id, generation.pad_token_id) == (tiny_tokenizer.bos_id, tiny_tokenizer.pad_id)
 
 
-def test_generation_config_comes_through(tmp_path: Path, hf_folder: Any, tiny_tokenizer: Tokenizer) -> None:
-    import shutil
-
+def test_generation_config_comes_through(tmp_path: Path, hf_folder: Any) -> None:
     folder = shutil.copytree(hf_folder("qwen3"), tmp_path / "hf")
     wanted = {"eos_token_id": [3, 5], "temperature": 0.6, "top_k": 20}
     (folder / "generation_config.json").write_text(json.dumps(wanted))
@@ -178,20 +174,16 @@ def test_generation_config_comes_through(tmp_path: Path, hf_folder: Any, tiny_to
         (["--dtype", "int8"], "int8"),
     ],
 )
-def test_wrong_use(
-    options: list[str], said: str, tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]
-) -> None:
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
+def test_wrong_use(options: list[str], said: str, save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save()
     done = moe_lm("export", run, tmp_path / "out", *options)
     assert done.code == 2
     assert said in done.err
     assert not list(tmp_path.glob("out*"))
 
 
-def test_folder_in_the_way_and_one_left_by_a_kill(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]
-) -> None:
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
+def test_folder_in_the_way_and_one_left_by_a_kill(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     assert "exists already" in moe_lm("export", run, tmp_path / "out").err
@@ -202,8 +194,8 @@ def test_folder_in_the_way_and_one_left_by_a_kill(
     assert moe_lm("export", run, tmp_path / "empty", "--proof-memory", 0).code == 0
 
 
-def test_damaged_checkpoint(tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: Callable[..., Any]) -> None:
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
+def test_damaged_checkpoint(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run = save()
     file = next((run / "checkpoints" / "step-00000007" / "model").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     done = moe_lm("export", run, tmp_path / "out")
@@ -213,11 +205,7 @@ def test_damaged_checkpoint(tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: C
 
 
 def test_wrong_table_of_a_family_does_not_pass_the_proof(
-    tiny_tokenizer: Tokenizer,
-    tmp_path: Path,
-    hf_folder: Any,
-    moe_lm: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    save: Save, tmp_path: Path, hf_folder: Any, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gate and up exchanged: every tensor is there in its shape and comes back equal; the model is another."""
     names = families.EACH_EXPERT
@@ -225,7 +213,7 @@ def test_wrong_table_of_a_family_does_not_pass_the_proof(
     wrong = [dataclasses.replace(family, expert_tensors=swapped) for family in families.FAMILIES]
     monkeypatch.setattr(families, "FAMILIES", wrong)
     monkeypatch.setattr(hf_config, "FAMILIES", wrong)
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
+    run = save()
     for arguments in (("export", run, tmp_path / "out"), ("import", hf_folder("dots1"), "--run-dir", tmp_path / "new")):
         done = moe_lm(*arguments)
         assert (done.code, done.out) == (1, "")
@@ -234,7 +222,7 @@ def test_wrong_table_of_a_family_does_not_pass_the_proof(
 
 
 def test_values_changed_on_the_way_do_not_pass_the_audit(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One value of one expert, in the last bit."""
     from moe_lm.tools.interop import exporting, transfer
@@ -254,19 +242,16 @@ def test_values_changed_on_the_way_do_not_pass_the_audit(
         return outputs
 
     monkeypatch.setattr(exporting, "outputs_of_theirs", spoilt)
-    run = save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run")
-    with pytest.raises(
-        MoeLmError, match=r"the audit failed: .* and model.layers.0.mlp.experts.5.down_proj.weight differ"
-    ):
+    run = save()
+    said = r"the audit failed: .* and model.layers.0.mlp.experts.5.down_proj.weight differ"
+    with pytest.raises(MoeLmError, match=said):
         export_run(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_without_transformers_it_is_said(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_it_is_said(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    proof = export_run(save(ModelConfig(**SHAPE | MOE), tiny_tokenizer, tmp_path / "run"), tmp_path / "out")
+    proof = export_run(save(), tmp_path / "out")
     assert proof.compared_with is None
     assert "not proven: logits and experts: transformers is not installed (pip install transformers)" in str(proof)
     assert "values equal" in str(proof)

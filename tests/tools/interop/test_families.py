@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_lm.generate.session import Session
-from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.importing import import_folder
 from moe_lm.tools.interop.proof import Proof
-from tests.tools.interop.folders import FAMILIES, write_folder
+from tests.conftest import MoeLm
+from tests.tiny import packed
+from tests.tools.interop.folders import FAMILIES, tensors_of, write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_same_tensors(found: Path, wanted: Path) -> None:
@@ -84,9 +78,8 @@ def test_imported_run_loads_like_any_other(imported_run: Any, hf_folder: Any) ->
     theirs = AutoModelForCausalLM.from_pretrained(hf_folder("dots1"))
     tokens = torch.randint(1024, (1, 64), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        attend = PackedAttention(torch.tensor([0, 64], dtype=torch.int32), 64)
-        ours = session.model(tokens, torch.arange(64)[None], attend).logits
-        torch.testing.assert_close(ours, theirs(input_ids=tokens).logits, rtol=0, atol=1e-5)
+        ours, expected = session.model(tokens, *packed([64])).logits, theirs(input_ids=tokens).logits
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["dots1", "mixtral"])
@@ -106,9 +99,7 @@ def test_bfloat16_folder_in_shards_comes_back_as_it_was(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_imported_run_scores_files_but_has_no_text_of_its_own(
-    imported_run: Any, tmp_path: Path, moe_lm: Callable[..., Any]
-) -> None:
+def test_imported_run_scores_files_but_has_no_text_of_its_own(imported_run: Any, tmp_path: Path, moe_lm: MoeLm) -> None:
     run = imported_run("qwen3_moe")
     (tmp_path / "a.txt").write_text("A text to score.", encoding="utf-8")
     done = moe_lm("eval", run, tmp_path / "a.txt")

@@ -21,15 +21,15 @@ from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
 from moe_lm.model import lora
-from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.peft_adapter import import_adapter
+from tests.conftest import MoeLm
+from tests.tiny import logits_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
-MoeLm = Callable[..., Any]
 AdapterRun = Callable[..., Path]
 IDS = torch.randint(1024, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -66,10 +66,8 @@ def adapter_run(imported_run: Folder, tiny_tokenizer: Tokenizer, tmp_path: Path)
 
 
 def our_logits(run: Path) -> Tensor:
-    attend = PackedAttention(torch.tensor([0, 40]).int(), 40)
     with torch.no_grad():
-        output: Tensor = Session.load(run, "cpu").model(IDS, torch.arange(40)[None], attend).logits
-    return output
+        return logits_of(Session.load(run, "cpu").model, IDS[0].tolist())
 
 
 def their_model(folder: Path) -> Any:
@@ -196,6 +194,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -210,12 +212,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: change_settings(folder, r=3), "mlp.down_proj.lora_A.weight is [2, 48], expected [3, 48]"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
-        (
-            lambda folder: (folder / "adapter_model.safetensors").write_bytes(
-                (folder / "adapter_model.safetensors").read_bytes()[:-5]
-            ),
-            "adapter_model.safetensors",
-        ),
+        (lambda folder: shorten(folder / "adapter_model.safetensors"), "adapter_model.safetensors"),
         (lambda folder: change_tensors(folder, lambda t: t.pop(FIRST)), f"without {FIRST}; it is not whole"),
         (
             lambda folder: change_tensors(folder, lambda t: t.update({"x": torch.zeros(1)})),

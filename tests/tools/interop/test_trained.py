@@ -13,24 +13,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
-from moe_lm.model.attention import PackedAttention
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.importing import import_folder
+from tests.conftest import MoeLm
 from tests.processes import ENVIRONMENT
-from tests.tools.interop.folders import FAMILIES, write_folder
+from tests.tiny import logits_of
+from tests.tools.interop.folders import tensors_of, write_folder
 
 NEW_TOKENS = 64
-MOE_FAMILIES = [
-    variant
-    for variant in ("dots1", "glm4_moe", "deepseek_v3", "deepseek_v2", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe")
-    if "num_experts_per_tok" in FAMILIES[variant][1]
-]
+MOE_FAMILIES = ("dots1", "glm4_moe", "deepseek_v3", "deepseek_v2", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe")
 HAVE_ROUTER_BIAS = ("dots1", "glm4_moe", "deepseek_v3")
 
 
@@ -87,14 +83,12 @@ def test_export_after_training_on_two_ranks_goes_on_alike(
     assert any("e_score_correction_bias" in name for name in moved) == (variant in HAVE_ROUTER_BIAS)
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    prompt = session.tokenizer.encode_chat(
-        [{"role": "user", "content": "What is 3 and 3?"}], add_generation_prompt=True
-    )[0]
+    turns = [{"role": "user", "content": "What is 3 and 3?"}]
+    prompt = session.tokenizer.encode_chat(turns, add_generation_prompt=True)[0]
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        attend = PackedAttention(torch.tensor([0, len(prompt)], dtype=torch.int32), len(prompt))
-        ours = session.model(ids, torch.arange(len(prompt))[None], attend).logits
-        torch.testing.assert_close(ours, theirs(input_ids=ids).logits, rtol=0, atol=1e-5)
+        expected = theirs(input_ids=ids).logits[0]
+        torch.testing.assert_close(logits_of(session.model, prompt), expected, rtol=0, atol=1e-5)
         written = theirs.generate(
             ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )[0, len(prompt) :].tolist()
@@ -103,24 +97,21 @@ def test_export_after_training_on_two_ranks_goes_on_alike(
 
 
 def test_adapters_are_merged_into_their_base(
-    tmp_path: Path, moe_lm: Callable[..., Any], one_thread: None, tiny_tokenizer: Tokenizer
+    tmp_path: Path, moe_lm: MoeLm, one_thread: None, tiny_tokenizer: Tokenizer
 ) -> None:
     """A base in bfloat16, whose adapted weights are written in float32, as `sample` computes with them."""
     variant = "dots1"
     write_folder(tmp_path / "hf", variant, tiny_tokenizer, dtype=torch.bfloat16)
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [1, 6]}))
     import_folder(tmp_path / "hf", tmp_path / "base", proof_bytes=0)
-    settings = {"lora": {"rank": 4}, "parallel": {"device": "cpu"}}
-    config = write_config(tmp_path, variant, tmp_path / "base", **settings)
+    config = write_config(tmp_path, variant, tmp_path / "base", lora={"rank": 4}, parallel={"device": "cpu"})
     assert moe_lm("finetune", config).code == 0
     run = tmp_path / variant
     proof = export_run(run, tmp_path / "out")
     assert all(comparison.equal for comparison in proof.logits)
     wanted = Session.load(run, device="cpu").model.state_dict()
     before = Session.load(tmp_path / "base", device="cpu").model.state_dict()
-    found = {
-        name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    found = tensors_of(tmp_path / "out")
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight"):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-6)
         assert not torch.equal(found[name], before[name])
@@ -139,10 +130,9 @@ def test_adapters_are_merged_into_their_base(
 
 @pytest.mark.parametrize("rate", [0.0, 0.001])
 def test_router_biases_that_cannot_be_exported_are_said_at_the_start(
-    rate: float, tmp_path: Path, imported_run: Callable[[str], Path], moe_lm: Callable[..., Any], one_thread: None
+    rate: float, tmp_path: Path, imported_run: Callable[[str], Path], moe_lm: MoeLm, one_thread: None
 ) -> None:
-    settings = {"parallel": {"device": "cpu"}}
-    config = write_config(tmp_path, "mixtral", imported_run("mixtral"), **settings)
+    config = write_config(tmp_path, "mixtral", imported_run("mixtral"), parallel={"device": "cpu"})
     done = moe_lm("finetune", config, f"train.balance.bias_update_rate={rate}", "train.steps=1")
     assert done.code == 0
     said = "which no Hugging Face family with a softmax router has" in (tmp_path / "mixtral" / "train.log").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from moe_lm.generate.session import Session
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.upcycle import Upcycling, upcycle
+from tests.conftest import MoeLm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +76,7 @@ def test_what_upcycling_makes_can_be_exported(imported_run: Any, tmp_path: Path)
     ],
 )
 def test_wrong_use(
-    variant: str, options: list[Any], said: str, imported_run: Any, tmp_path: Path, moe_lm: Callable[..., Any]
+    variant: str, options: list[Any], said: str, imported_run: Any, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
     done = moe_lm("upcycle", imported_run(variant), "--run-dir", tmp_path / "moe", *options)
     assert done.code == (1 if "proven" in said else 2)
@@ -84,7 +84,7 @@ def test_wrong_use(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command(imported_run: Any, tmp_path: Path, moe_lm: Callable[..., Any]) -> None:
+def test_command(imported_run: Any, tmp_path: Path, moe_lm: MoeLm) -> None:
     done = moe_lm("upcycle", imported_run("qwen3"), "--run-dir", tmp_path / "moe")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[0] == "upcycle qwen3, compared over 3 of 3 layers"

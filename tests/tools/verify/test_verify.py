@@ -13,6 +13,7 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.tools.verify.parity import choose_world_sizes
+from tests.conftest import MoeLm
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "pretrain" / "deepseekmoe-2b.yaml"
@@ -125,7 +126,7 @@ def test_more_processes_than_devices_are_refused_when_asked_for() -> None:
 
 
 @pytest.mark.parametrize("sizes", ["3", "two", ""])
-def test_world_sizes_that_it_does_not_know(moe_lm: Callable[..., object], sizes: str) -> None:
+def test_world_sizes_that_it_does_not_know(moe_lm: MoeLm, sizes: str) -> None:
     done = moe_lm("verify", CONFIG, "--world-sizes", sizes)
     assert done.code == 2
     assert done.err.startswith(f"error: --world-sizes {sizes} is not a choice of 1, 2, 4")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import SaveRun
+from tests.conftest import MoeLm, SaveRun
 from tests.tiny import tiny_model
 
 PREFER = "preference={beta: 0.1, label_smoothing: 0.1, sft_weight: 0.5}"
@@ -36,7 +35,7 @@ def config_file(save_run: SaveRun, tmp_path: Path) -> Path:
     return file
 
 
-def layouts(moe_lm: Callable[..., Any], *arguments: object) -> tuple[int, dict[str, Any]]:
+def layouts(moe_lm: MoeLm, *arguments: object) -> tuple[int, dict[str, Any]]:
     done = moe_lm("verify", *arguments, "--json", "-")
     report = json.loads(done.out)
     return done.code, {layout["name"]: layout for layout in report["layouts"]} | {"report": report}
@@ -45,9 +44,7 @@ def layouts(moe_lm: Callable[..., Any], *arguments: object) -> tuple[int, dict[s
 @pytest.mark.parametrize(
     "settings", [(ADAPT, PREFER), pytest.param(("train.scheduled_sampling={share: 0.5}",), marks=pytest.mark.slow)]
 )
-def test_every_layout_fine_tunes_as_one_process(
-    config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
-) -> None:
+def test_every_layout_fine_tunes_as_one_process(config_file: Path, moe_lm: MoeLm, settings: tuple[str, ...]) -> None:
     names = ("2 x torch", "2 x DeepSpeed, EP 2, ZeRO 3 after ZeRO 2")
     only = [argument for name in names for argument in ("--only", name)]
     code, found = layouts(moe_lm, config_file, *settings, "--world-sizes", "2", *only)
@@ -64,7 +61,7 @@ def test_every_layout_fine_tunes_as_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), (PREFER,), (ADAPT,), (ADAPT, PREFER), *FROZEN])
 def test_every_kind_of_layout_fine_tunes_as_one_process(
-    config_file: Path, moe_lm: Callable[..., Any], settings: tuple[str, ...]
+    config_file: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:
     """With documents packed or not, and from one layout's checkpoint to another layout."""
     code, found = layouts(moe_lm, config_file, *settings, "--quick")
@@ -74,7 +71,7 @@ def test_every_kind_of_layout_fine_tunes_as_one_process(
 
 
 @pytest.mark.slow
-def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
+def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     """A loss that is divided by the pairs of a rank, not of all ranks."""
     (tmp_path / "own_pairs.py").write_text(
         "from moe_lm.engine.engine import Engine\n"
@@ -92,7 +89,7 @@ def test_pairs_that_count_by_the_rank_are_found(config_file: Path, moe_lm: Calla
     assert "2 x torch is not like 'one process': step 0: loss: expected" in done.err
 
 
-def test_a_start_that_is_not_there_is_refused(config_file: Path, moe_lm: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_start_that_is_not_there_is_refused(config_file: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     done = moe_lm("verify", config_file, f"start_from={tmp_path / 'nowhere'}")
     assert done.code == 2
     assert f"there is no folder {tmp_path / 'nowhere'}" in done.err
