@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_lm.config.model import LoraConfig
 from moe_lm.kernels import cpu_decode
-from moe_lm.kernels.native import build as native
+from moe_lm.kernels.native.build import library
 from moe_lm.model import lora, rotary
 from moe_lm.model.attention import Attention, CachedAttention
 from moe_lm.model.kv_cache import KVCache
@@ -24,7 +24,7 @@ from moe_lm.model.transformer import LanguageModel
 from tests.model.test_decoding import KINDS, build, empty_cache, extend, prefill, random_prompts
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 DTYPES = list(TOLERANCE)
 

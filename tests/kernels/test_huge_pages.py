@@ -7,9 +7,9 @@ import mmap
 import pytest
 import torch
 
-from moe_lm.config.model import ModelConfig
 from moe_lm.kernels import huge_pages
 from moe_lm.model.transformer import LanguageModel
+from tests.tiny import tiny
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20), (0, 4)])  # below and above what huge pages are asked for
@@ -27,10 +27,7 @@ def test_a_system_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_moved_model_is_filled_as_before(tied: bool) -> None:
-    config = ModelConfig(
-        vocab_size=4097, hidden_size=256, num_hidden_layers=2, num_attention_heads=2, head_dim=6, intermediate_size=24,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, tie_word_embeddings=tied,
-    )  # fmt: skip
+    config = tiny(vocab_size=4097, hidden_size=256, head_dim=6, intermediate_size=24, tie_word_embeddings=tied)
     models = [LanguageModel(config) for _ in range(2)]
     huge_pages.move(models[0])
     for model in models:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
+from moe_lm.model.size import on_meta
 from moe_lm.model.transformer import LanguageModel, initialise_tensor
 from tests.tiny import LATENT, packed, tiny, tiny_model
 
@@ -153,13 +154,9 @@ def test_initial_weights_have_the_spread_that_the_config_asks_for() -> None:
 
 
 def test_a_model_built_on_meta_starts_as_one_built_on_the_cpu() -> None:
-    with torch.device("meta"):
-        model = LanguageModel(tiny(first_k_dense_replace=0))
-    model = model.to_empty(device="cpu")
+    model = on_meta(tiny(first_k_dense_replace=0)).to_empty(device="cpu")
     model.initialise(3)
-    direct = LanguageModel(tiny(first_k_dense_replace=0))
-    direct.initialise(3)
-    for name, tensor in direct.state_dict().items():
+    for name, tensor in tiny_model(3, first_k_dense_replace=0).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
 
 

@@ -16,7 +16,7 @@ from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
 from moe_lm.checkpoint.read import TensorSource, pieces
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.size import on_meta
 from moe_lm.tools.interop.families import Family
 
 LISTED = 5  # names in an error; the others are counted
@@ -49,10 +49,8 @@ class Pair(NamedTuple):
 
 def tensor_pairs(config: ModelConfig, family: Family) -> list[Pair]:
     """Every tensor of the model, in the model's order."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
     pairs = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in on_meta(config).state_dict().items():
         shape = tuple(tensor.shape)
         if name.endswith(ROUTER_BIAS) and not family.router_bias:
             parts: tuple[Part, ...] = ()

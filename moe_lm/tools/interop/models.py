@@ -18,7 +18,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.size import count_parameters
+from moe_lm.model.size import count_parameters, on_meta
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
@@ -91,8 +91,7 @@ def our_model(
     config: ModelConfig, layers: int, tensors: TensorSource, rounded_to: Mapping[str, torch.dtype] | None = None
 ) -> LanguageModel:
     """The first `layers` layers of a checkpoint, in float32; tensors in `rounded_to` are rounded to that dtype."""
-    with torch.device("meta"):
-        model = LanguageModel(_first_layers(config, layers))
+    model = on_meta(_first_layers(config, layers))
     model.materialise(torch.device("cpu"))
     ours = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     fill(ours, tensors)

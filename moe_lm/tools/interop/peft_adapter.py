@@ -25,7 +25,7 @@ from moe_lm.common.files import whole_folder
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model import lora
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.size import on_meta
 from moe_lm.parallel.logical import is_expert
 from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_config import nearest_family
@@ -182,8 +182,7 @@ def places(model: ModelConfig, settings: LoraConfig, family: Family) -> Iterator
 
 def _empty(model: ModelConfig, settings: LoraConfig, device: str = "cpu") -> dict[str, Tensor]:
     """The factors of adapters that add nothing."""
-    with torch.device("meta"):
-        built = LanguageModel(model)
+    built = on_meta(model)
     lora.add_adapters(built, settings)
     return {
         MODEL_PREFIX + name: torch.zeros(parameter.shape, device=device)

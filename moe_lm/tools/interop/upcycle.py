@@ -27,7 +27,8 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
-from moe_lm.model.transformer import LanguageModel, initialise_tensor
+from moe_lm.model.size import on_meta
+from moe_lm.model.transformer import initialise_tensor
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import models
 from moe_lm.tools.interop.logits import Comparison, ForwardPass, compare_all
@@ -131,11 +132,9 @@ def upcycled_config(dense: ModelConfig, cut: Upcycling) -> ModelConfig:
 
 
 def _outputs(before: TensorSource, config: ModelConfig, cut: Upcycling) -> list[Output]:
-    with torch.device("meta"):
-        model = LanguageModel(config)
     scaled = ".experts.down_proj" if cut.factor != 1 else "none"
     outputs = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in on_meta(config).state_dict().items():
         shape, ours = tuple(tensor.shape), MODEL_PREFIX + name
         new = ".mlp.gate." in name or scaled in name
         dtype = torch.float32 if new else before.dtype(_dense_name(ours))

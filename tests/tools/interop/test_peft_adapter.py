@@ -21,7 +21,7 @@ from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.generate.session import Session
 from moe_lm.model import lora
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.size import on_meta
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.peft_adapter import import_adapter
@@ -41,8 +41,7 @@ def adapter_run(imported_run: Folder, tiny_tokenizer: Tokenizer, tmp_path: Path)
     def make(variant: str, settings: LoraConfig, disturbed: str = "") -> Path:
         base = checkpoint.resolve(imported_run(variant))
         model = read_model_config(base)
-        with torch.device("meta"):
-            built = LanguageModel(model)
+        built = on_meta(model)
         lora.add_adapters(built, settings)
         draw = torch.Generator().manual_seed(2)
         state = {
