@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,22 @@ def start_program(world_size: int, program: Path, *arguments: object) -> list[su
         )
         for rank in range(world_size)
     ]
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, instead: Callable[[], object] = str, seconds: float = 120
+) -> None:
+    """Poll; `instead` says what there is instead, when it did not come in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what} {instead()}"
+        time.sleep(0.01)
+
+
+def runs(process: subprocess.Popen[str]) -> bool:
+    """True for a process that has not ended; fails, with its output, for one that has."""
+    assert process.poll() is None, process.communicate()
+    return True
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:

@@ -25,12 +25,7 @@ ENDS = {"interrupted": ", stopped", "length": ", cut at the limit"}
 KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands; Ctrl-D ends"
 
 
-def chat(
-    run: Path,
-    settings: Settings,
-    load: LoadConfig | None = None,
-    history: bool = True,
-) -> None:
+def chat(run: Path, settings: Settings, load: LoadConfig | None = None, history: bool = True) -> None:
     """Talk until /quit or Ctrl-D.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no

@@ -135,11 +135,6 @@ class Decoder:
     def busy(self) -> bool:
         return bool(self._rows or self._waiting or self._growing)
 
-    @property
-    def waiting(self) -> int:
-        """Requests that have no row yet."""
-        return len(self._waiting)
-
     def add(self, prompt: Sequence[int], settings: Settings, stop_ids: Collection[int] = ()) -> int:
         """Queue a prompt. Returns the request's number in `step` and `cancel`: 0, 1, 2 and so on.
 

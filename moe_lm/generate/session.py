@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +15,15 @@ from torch.overrides import TorchFunctionMode
 from moe_lm.checkpoint import checkpoint, read
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import LoadConfig
-from moe_lm.config.model import ModelConfig, check_vocabulary
+from moe_lm.config.model import check_vocabulary
 from moe_lm.generate.decode import SLOTS, Decoder, Settings
 from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages, kernels
 from moe_lm.kernels.device import pick_device
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.parallel.spread import Spread, dispatch
 from moe_lm.tokenizer.tokenizer import Message, Tokenizer
-
-if TYPE_CHECKING:
-    from moe_lm.parallel.spread import Spread
 
 COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths run the same compiled program
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,21 +58,25 @@ class Session:
         Raises UsageError when there is no complete checkpoint, no such base or no such device, MoeLmError naming a
         file that is damaged.
         """
-        folder = checkpoint.resolve(run)
-        target = pick_device(device)
-        number = DTYPES[dtype]
+        folder, target = checkpoint.resolve(run), pick_device(device)
         tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
-        if spread is not None:
-            return cls(folder, spread_model(folder, tokenizer, spread, base, number), tokenizer)
-        return cls(folder, load_model(folder, tokenizer, target, base, number), tokenizer, compiled)
+        # Without a capacity experts take every token that chose them. Which tokens are dropped would depend on the
+        # texts beside them and, token by token, on tokens not yet written.
+        config = read.read_model_config(folder, capacity_factor=None)
+        check_vocabulary(config, tokenizer.vocab_size)
+        with target if spread is None else torch.device("meta"), _default_dtype(DTYPES[dtype]), _NoInitialValues():
+            model = LanguageModel(config).eval()
+        if spread is None:
+            _fill(model, folder, base)
+        else:
+            _fill_spread(model, folder, base, spread)
+        return cls(folder, model, tokenizer, compiled)
 
     @classmethod
     def open(cls, run: Path, config: LoadConfig) -> Session:
         """Load a run as `config` says; see `load`."""
         spread = None
         if config.device_map is not None:
-            from moe_lm.parallel.spread import Spread
-
             spread = Spread(dict(item.partition("=")[::2] for item in config.max_memory), config.offload_folder)
         return cls.load(run, config.device, config.base, spread, config.compile, config.dtype)
 
@@ -147,52 +149,19 @@ def _deltas(decoder: Decoder, rows: Sequence[Row]) -> Iterator[Delta]:
             yield delta
 
 
-def load_model(
-    folder: Path,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    base: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> LanguageModel:
-    """The model of a checkpoint, on one device."""
-    config = _model_config(folder, tokenizer)
-    with device, _default_dtype(dtype), _NoInitialValues():
-        model = LanguageModel(config)
-    if device.type == "cpu":
+def _fill(model: LanguageModel, folder: Path, base: Path | None) -> None:
+    """Give a model on one device the weights of a checkpoint, and its kernels."""
+    if model.device.type == "cpu":
         huge_pages.move(model)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    read.load_weights(folder, tensors, base)
-    kernels.apply(model, kernels.choose(device, decoding=True))
-    return model.eval()
+    read.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
+    kernels.apply(model, kernels.choose(model.device, decoding=True))
 
 
-def spread_model(
-    folder: Path,
-    tokenizer: Tokenizer,
-    spread: Spread,
-    base: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> LanguageModel:
-    """The model of a checkpoint, its layers where there is room for them."""
-    from moe_lm.parallel.spread import dispatch
-
-    config = _model_config(folder, tokenizer)
-    with torch.device("meta"), _default_dtype(dtype), _NoInitialValues():
-        model = LanguageModel(config).eval()
+def _fill_spread(model: LanguageModel, folder: Path, base: Path | None, spread: Spread) -> None:
+    """Give a model on the meta device the weights of a checkpoint, each layer where there is room for it."""
     source = read.open_tensors(folder, base)
     read.check_fits({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, source, whole=True)
     dispatch(model, lambda name: read.pieces(source, f"model.{name}"), spread)
-    return model
-
-
-def _model_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
-    """The shape of a checkpoint's model, without a capacity: experts take every token that chose them.
-
-    Which tokens are dropped would depend on the texts beside them and, token by token, on tokens not yet written.
-    """
-    config = read.read_model_config(folder, capacity_factor=None)
-    check_vocabulary(config, tokenizer.vocab_size)
-    return config
 
 
 @contextmanager

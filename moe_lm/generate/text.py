@@ -29,46 +29,38 @@ class Delta(NamedTuple):
 class Row:
     """One text while it is written: takes the decoder's steps and gives the text that each of them adds.
 
-    `prefix` comes before the first delta's own text. Raises UsageError for an empty stop string.
+    Text never ends within a character; a character that the last token leaves unfinished is dropped. The text ends
+    before the first stop string to be complete, and no part of a stop string is ever given. `decode` turns ids into
+    text byte by byte, as byte-level tokenizers do. `prefix` comes before the first delta's own text. Raises UsageError
+    for an empty stop string.
     """
 
     def __init__(
         self, index: int, decode: Callable[[list[int]], str], stop: Sequence[str] = (), prefix: str = ""
     ) -> None:
+        if "" in stop:
+            raise UsageError("a stop string is empty, which ends every text before it begins; leave it out")
         self.index = index
-        self._writer, self._prefix, self._start = Writer(decode, stop), prefix, 0
+        self._decode, self._stop, self._prefix = decode, tuple(stop), prefix
+        self._start = 0  # characters that were given
+        self._ids: list[int] = []  # whose text is not complete yet
+        self._shown = 0  # characters of theirs that were given
+        self._held = ""  # may be the beginning of a stop string
+        self._stopped = False  # at a stop string
 
     def take(self, step: Step) -> Delta:
         """Add a step. The delta can have a `finish` where the step has none: at a stop string."""
         text = self._prefix if self._start == 0 else ""
         if step.token is not None:
-            text += self._writer.push(step.token)
-        if step.finish is not None and not self._writer.stopped:
-            text += self._writer.end()
-        delta = Delta(self.index, text, self._start, step, "stop" if self._writer.stopped else step.finish)
+            text += self._before_stop(self._completed_by(step.token))
+        if step.finish is not None and not self._stopped:
+            text += self._held
+        delta = Delta(self.index, text, self._start, step, "stop" if self._stopped else step.finish)
         self._start += len(text)
         return delta
 
-
-class Writer:
-    """Turns tokens, pushed one at a time, into the text that each of them completes.
-
-    Text never ends within a character; a character that the last token leaves unfinished is dropped. The text ends
-    before the first stop string to be complete, and no part of a stop string is ever given. `decode` turns ids into
-    text byte by byte, as byte-level tokenizers do. Raises UsageError for an empty stop string.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        if "" in stop:
-            raise UsageError("a stop string is empty, which ends every text before it begins; leave it out")
-        self.stopped = False  # at a stop string
-        self._decode = decode
-        self._stop = tuple(stop)
-        self._ids: list[int] = []  # whose text is not complete yet
-        self._shown = 0  # characters of theirs that were given
-        self._held = ""  # may be the beginning of a stop string
-
-    def push(self, token: int) -> str:
+    def _completed_by(self, token: int) -> str:
+        """The characters whose last byte comes with a token."""
         self._ids.append(token)
         text = self._decode(self._ids)
         # Of bytes that are not UTF-8, only the last ones can still become a character.
@@ -77,18 +69,13 @@ class Writer:
         self._shown = max(self._shown, len(whole))
         if whole == text:
             self._ids, self._shown = [], 0
-        return self._before_stop(added)
-
-    def end(self) -> str:
-        """The text that was held back, once no more tokens come."""
-        held, self._held = self._held, ""
-        return held
+        return added
 
     def _before_stop(self, added: str) -> str:
         held = self._held + added
         found = [(start + len(stop), start) for stop in self._stop if (start := held.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self._stopped = True
             return held[: min(found)[1]]
         safe = len(held) - max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[safe:]

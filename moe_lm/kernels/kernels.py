@@ -25,15 +25,8 @@ ATTENTION: Mapping[str, SegmentAttention] = {
     "flash_attn": attention.flash_attn,
     "torch_varlen": attention.torch_varlen,
 }
-EXPERTS: Mapping[str, GroupedMM] = {
-    "plain": moe.grouped_mm,
-    "bucketed": grouped_mm.bucketed,
-    "fused": grouped_mm.fused,
-}
-DECODING: Mapping[str, Callable[[LanguageModel], None]] = {
-    "plain": lambda model: None,
-    "cpp": cpu_decode.apply,
-}
+EXPERTS: Mapping[str, GroupedMM] = {"plain": moe.grouped_mm, "bucketed": grouped_mm.bucketed, "fused": grouped_mm.fused}
+DECODING: Mapping[str, Callable[[LanguageModel], None]] = {"plain": lambda model: None, "cpp": cpu_decode.apply}
 
 
 class Kernels(NamedTuple):

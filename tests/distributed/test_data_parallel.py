@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ENVIRONMENT, Start, finish, free_port, metrics, start_ranks, train_alone
+from tests.processes import (
+    ENVIRONMENT,
+    Start,
+    finish,
+    free_port,
+    losses,
+    metrics,
+    runs,
+    start_ranks,
+    train_alone,
+    wait_until,
+)
 
 MoeLm = Callable[..., Any]
 
@@ -81,9 +91,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
 ) -> None:
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "train.steps=500")
     ranks = start_ranks(start_moe_lm, 2, *command)
-    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
-        assert all(rank.poll() is None for rank in ranks)
-        time.sleep(0.01)
+    wait_until(lambda: len(losses(tmp_path)) >= 2 or not all(map(runs, ranks)), "two steps")
     ranks[1].send_signal(signal.SIGTERM)
     out, silent = finish(ranks)
     stopped_at = len(metrics(tmp_path))
@@ -121,31 +129,21 @@ def test_no_rank_outlives_its_launcher(tiny_pretrain: Path, tmp_path: Path, laun
         process = subprocess.Popen(
             [*command, "train.steps=100000"], stdout=output, stderr=output, env=os.environ | ENVIRONMENT
         )
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "metrics.jsonl").exists():
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    begun, output = (tmp_path / "metrics.jsonl").exists, (tmp_path / "output").read_text
+    wait_until(lambda: begun() or process.poll() is not None, "training", output, seconds=90)
+    assert process.poll() is None, output()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "the ranks to end", seconds=60)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_by_all(
     tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start
 ) -> None:
-    arguments = (
-        "pretrain",
-        tiny_pretrain,
-        f"run_dir={tmp_path}",
-        "train.global_batch_size=7",
-        "train.micro_batch_size=1",
-    )
-    ranks = start_ranks(start_moe_lm, 2, *arguments)
+    settings = ("train.global_batch_size=7", "train.micro_batch_size=1")
+    ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings)
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "train.global_batch_size=7 is not divisible by the 2 processes of this run; choose a multiple" in errors[0]

@@ -15,7 +15,17 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.parallel.topology import Topology, current_topology
-from tests.processes import Start, finish, free_port, losses, rank_environment, start_program, start_ranks
+from tests.processes import (
+    Start,
+    finish,
+    free_port,
+    losses,
+    rank_environment,
+    runs,
+    start_program,
+    start_ranks,
+    wait_until,
+)
 
 SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=2")
 
@@ -25,11 +35,8 @@ def start_training(
 ) -> list[subprocess.Popen[str]]:
     """The ranks of a run without end, in training."""
     ranks = start_ranks(start, world_size, "pretrain", config, f"run_dir={folder / 'run'}", *SETTINGS, *settings)
-    deadline = time.monotonic() + 90
-    while not list((folder / "run").glob("checkpoints/step-*/COMPLETE")):
-        assert time.monotonic() < deadline
-        assert ranks[0].poll() is None
-        time.sleep(0.2)
+    saved = (folder / "run").glob
+    wait_until(lambda: list(saved("checkpoints/step-*/COMPLETE")) or not runs(ranks[0]), "a checkpoint", seconds=90)
     return ranks
 
 
@@ -80,17 +87,14 @@ def test_a_slow_rank_is_named_within_20_steps(
     ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SETTINGS, *layout)
 
     def steps() -> int:
-        assert ranks[0].poll() is None, ranks[0].communicate()[1]
-        return len(losses(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+        return len(losses(tmp_path)) if runs(ranks[0]) else 0
 
     def named() -> bool:
         log = (tmp_path / "train.log").read_text(encoding="utf-8")
         return f"rank 1 on {socket.gethostname()} keeps the others waiting: a step needs" in log
 
-    deadline = time.monotonic() + 90
-    while (begun := steps()) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: steps() >= 5, "five steps", seconds=90)
+    begun = steps()
     while not named():
         assert steps() <= begun + 21
         os.kill(ranks[1].pid, signal.SIGSTOP)

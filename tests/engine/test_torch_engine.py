@@ -66,10 +66,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_accumulation_changes_nothing(ragged: BatchSource, sizes: list[int], balance: str, optimizer: str) -> None:
     """1 x 8 = 8 x 1: rows have unequal numbers of targets, one has none, and most end in padding."""
     # An epsilon above rounding: Adam's default turns a gradient of 1e-9, which is rounding, into a step of full size.
-    options: dict[str, Any] = {
-        "balance": BALANCES[balance],
-        "optimizer": {"name": optimizer, "lr": 0.01, "eps": 1e-4},
-    }
+    options: dict[str, Any] = {"balance": BALANCES[balance], "optimizer": {"name": optimizer, "lr": 0.01, "eps": 1e-4}}
     whole, cut = build_engine(**options), build_engine(**options)
     steps = 1 if optimizer == "muon" else 3  # Newton-Schulz runs in bfloat16, which the next gradients would feel
     for expected, found in zip(train(whole, ragged, steps=steps), train(cut, ragged, sizes, steps), strict=True):

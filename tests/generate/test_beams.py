@@ -39,11 +39,7 @@ class Both(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[*MODELS, "trained"])
-def both(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_tokenizer: Tokenizer,
-) -> Both:
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Both:
     folder, draw = tmp_path_factory.mktemp("both"), torch.Generator().manual_seed(7)
     if request.param == "trained":
         run = request.getfixturevalue("pretrained")

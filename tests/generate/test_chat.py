@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,25 @@ from moe_lm.generate.text import Delta
 from moe_lm.text.files import Report
 from tests.texts import text_of
 
-MakeRun = Callable[..., Path]
+Talk = Callable[..., tuple[str, str]]
 PIECE = Delta(0, "a piece", 0, Step(0, 9), None)
 
 
-def chat(run: Path, typed: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    verb.chat(run, Settings(12, Sampling(temperature=0.0), **changes))  # type: ignore[arg-type]
+@pytest.fixture
+def chat(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Types lines into a greedy chat; returns what it writes to stdout and to stderr."""
+
+    def talk(typed: str, **changes: Any) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        verb.chat(run, Settings(12, Sampling(temperature=0.0), **changes))
+        return capsys.readouterr()
+
+    return talk
+
+
+@pytest.fixture
+def talk(session: Session) -> verb.Chat:
+    return verb.Chat(verb.Conversation(session, Settings(12, Sampling(temperature=0.0))), at_terminal=False)
 
 
 def answers(session: Session, *questions: str, system: str = "") -> list[str]:
@@ -41,40 +54,29 @@ def answers(session: Session, *questions: str, system: str = "") -> list[str]:
     return [message["content"] for message in messages[told + 1 :: 2]]
 
 
-def test_chat_remembers_the_conversation_until_quit(
-    session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat(run, "a\n\n b \n/quit\nc\n", monkeypatch)
+def test_chat_remembers_the_conversation_until_quit(session: Session, chat: Talk) -> None:
+    out, _ = chat("a\n\n b \n/quit\nc\n")
     first, second = answers(session, "a", "b")
-    assert capsys.readouterr().out == f"{first}\n{second}\n"
+    assert out == f"{first}\n{second}\n"
     assert second != answers(session, "b")[0]
 
 
-def test_chat_ends_with_its_input(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat(run, "", monkeypatch)
-    assert capsys.readouterr().out == "\n"
+def test_chat_ends_with_its_input(chat: Talk) -> None:
+    assert chat("")[0] == "\n"
 
 
-def test_chat_forgets_the_oldest_messages_when_the_model_has_no_room(
-    session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_forgets_the_oldest_messages_when_the_model_has_no_room(session: Session, chat: Talk) -> None:
     long = "1 2 3 4 5 6 7 8 9 " * 2
     assert session.chat_room([{"role": "user", "content": long}]) >= 12
-    chat(run, f"a\nb\n{long}\n", monkeypatch)
-    captured = capsys.readouterr()
-    assert "(only the last 1 messages fit)" in captured.err
-    assert captured.out.endswith(f"\n{answers(session, long.strip())[0]}\n\n")
+    out, err = chat(f"a\nb\n{long}\n")
+    assert "(only the last 1 messages fit)" in err
+    assert out.endswith(f"\n{answers(session, long.strip())[0]}\n\n")
 
 
-def test_chat_goes_on_after_a_question_that_is_too_long(
-    session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat(run, "1 2 3 4 5 6 7 8 9 " * 20 + "\na\n/quit\n", monkeypatch)
-    captured = capsys.readouterr()
-    assert "error: the prompt has" in captured.err
-    assert captured.out == answers(session, "a")[0] + "\n"
+def test_chat_goes_on_after_a_question_that_is_too_long(session: Session, chat: Talk) -> None:
+    out, err = chat("1 2 3 4 5 6 7 8 9 " * 20 + "\na\n/quit\n")
+    assert "error: the prompt has" in err
+    assert out == answers(session, "a")[0] + "\n"
 
 
 def test_chat_refuses_input_that_is_not_utf8(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +98,12 @@ class InterruptedOutput(io.StringIO):
         return super().write(text)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(session: Session, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    session: Session, chat: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = InterruptedOutput()
     monkeypatch.setattr(sys, "stdout", output)
-    chat(run, "a\nb\n/quit\n", monkeypatch)
+    chat("a\nb\n/quit\n")
     [whole] = answers(session, "a")
 
     def then(shown: str) -> str:
@@ -114,9 +118,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(session: Session, run: Path, m
 
 @pytest.mark.parametrize("pieces", [0, 1])
 def test_an_answer_stays_when_another_one_is_stopped(
-    session: Session, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talk: verb.Chat, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
     talk.through(["a", "b"])
     before = list(talk.conversation.turns)
 
@@ -131,9 +134,8 @@ def test_an_answer_stays_when_another_one_is_stopped(
 
 
 def test_the_conversation_outlives_an_answer_that_fails(
-    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talk: verb.Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
     talk.through(["a"])
     before = list(talk.conversation.turns)
 
@@ -150,8 +152,9 @@ def test_the_conversation_outlives_an_answer_that_fails(
     assert captured.out.endswith("\na piece\na piece\n")
 
 
-def test_what_is_not_utf8_is_refused_where_it_is_typed(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
-    talk = verb.Chat(verb.Conversation(session, Settings(12)), at_terminal=False)
+def test_what_is_not_utf8_is_refused_where_it_is_typed(
+    talk: verb.Chat, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
     talk.through(["/system caf\udce9", "caf\udce9", "a"])
     captured = capsys.readouterr()
     assert "error: /system is not UTF-8 text at character 3" in captured.err
@@ -159,27 +162,22 @@ def test_what_is_not_utf8_is_refused_where_it_is_typed(session: Session, capsys:
     assert captured.out == answers(session, "a")[0] + "\n"
 
 
-def test_commands_change_the_conversation(
-    session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat(run, "/system Be short.\na\nb\n/undo\nc\n/new\nd\n/system\n/new\na\n", monkeypatch)
-    captured = capsys.readouterr()
+def test_commands_change_the_conversation(session: Session, chat: Talk) -> None:
+    out, err = chat("/system Be short.\na\nb\n/undo\nc\n/new\nd\n/system\n/new\na\n")
     told_a, told_c = answers(session, "a", "c", system="Be short.")
     _, told_b = answers(session, "a", "b", system="Be short.")
     [told_d] = answers(session, "d", system="Be short.")
     [plain_a] = answers(session, "a")
-    assert captured.out == "\n".join([told_a, told_b, told_c, told_d, plain_a, "", ""])
+    assert out == "\n".join([told_a, told_b, told_c, told_d, plain_a, "", ""])
     assert told_a != plain_a
-    assert "(forgotten: 'b')" in captured.err
+    assert "(forgotten: 'b')" in err
 
 
-def test_retry_draws_another_answer_to_the_same_question(
-    session: Session, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat(run, "/temp 3\na\n/retry\n/temp 0\n/retry\n", monkeypatch, seed=4)
+def test_retry_draws_another_answer_to_the_same_question(session: Session, chat: Talk) -> None:
+    out, _ = chat("/temp 3\na\n/retry\n/temp 0\n/retry\n", seed=4)
     question = [{"role": "user", "content": "a"}]
     drawn = [text_of(session.chat(question, Settings(12, Sampling(temperature=3.0), seed))) for seed in (4, 5)]
-    assert capsys.readouterr().out == "\n".join([*drawn, *answers(session, "a"), "", ""])
+    assert out == "\n".join([*drawn, *answers(session, "a"), "", ""])
     assert drawn[0] != drawn[1]
 
 
@@ -198,16 +196,14 @@ def test_retry_draws_another_answer_to_the_same_question(
     ],
 )
 def test_a_command_that_cannot_be_says_why(
-    session: Session, line: str, said: str, capsys: pytest.CaptureFixture[str]
+    talk: verb.Chat, line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = verb.Chat(verb.Conversation(session, Settings(1, Sampling(temperature=0.0))), at_terminal=False)
     talk.through([line])
     assert said in capsys.readouterr().err
 
 
-def test_a_path_is_no_command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    chat(run, "/usr/bin/env\n", monkeypatch)
-    assert "no command" not in capsys.readouterr().err
+def test_a_path_is_no_command(chat: Talk) -> None:
+    assert "no command" not in chat("/usr/bin/env\n")[1]
 
 
 def test_a_saved_conversation_is_what_fine_tuning_reads(session: Session, tmp_path: Path) -> None:
@@ -252,13 +248,13 @@ def test_a_conversation_that_cannot_be_written_says_why(session: Session, tmp_pa
     assert not (tmp_path / "talk.jsonl").exists()
 
 
-def test_an_answer_that_was_cut_is_not_trained_on(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    chat(run, f"a\n/save {tmp_path / 'talk.jsonl'}\n", monkeypatch)
+def test_an_answer_that_was_cut_is_not_trained_on(chat: Talk, tmp_path: Path) -> None:
+    chat(f"a\n/save {tmp_path / 'talk.jsonl'}\n")
     [line] = (tmp_path / "talk.jsonl").read_text().splitlines()
     assert json.loads(line)["messages"][1]["train"] is False  # 12 tokens, and the model had more to say
 
 
-def test_a_run_without_a_chat_template_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_chat_template_is_refused(chat: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_lm.tokenizer.tokenizer.Tokenizer.has_chat_template", False)
     with pytest.raises(UsageError, match=r"has no chat template.*moe-lm sample"):
-        chat(run, "a\n", monkeypatch)
+        chat("a\n")

@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from moe_lm.generate.session import Session
-from moe_lm.kernels.device import compiling_needs
 from tests.conftest import Done
+from tests.generate.test_cached import needs_compiler
 
 MoeLm = Callable[..., Done]
-needs_compiler = pytest.mark.skipif(
-    compiling_needs(torch.device("cpu")) is not None, reason="torch.compile lacks something here"
-)
 
 
 @pytest.fixture

@@ -117,14 +117,12 @@ def test_a_checkpoint_in_the_run_folder_is_taken_too(run: Path) -> None:
     assert Session.load(run / "checkpoints" / "step-00000001").checkpoint == Session.load(run).checkpoint
 
 
-def test_a_missing_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no folder .*nowhere"):
-        Session.load(tmp_path / "nowhere")
-
-
-def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no complete checkpoint"):
-        Session.load(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere", r"there is no folder .*nowhere"), (".", "holds no complete checkpoint")]
+)
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Session.load(tmp_path / name)
 
 
 def test_a_checkpoint_without_complete_is_refused(run: Path) -> None:
@@ -153,11 +151,9 @@ def test_an_unknown_device_is_refused(run: Path) -> None:
         Session.load(run, device="abacus")
 
 
-def test_text_that_is_not_unicode_is_refused(session: Session) -> None:
-    with pytest.raises(UsageError, match="surrogate"):
-        session.complete("\udce4", VARIED)
-
-
-def test_a_prompt_longer_than_the_model_has_positions_is_refused(session: Session) -> None:
-    with pytest.raises(UsageError, match="max_position_embeddings=64"):
-        session.complete("1 2 3 4 5 6 7 8 9 " * 20, VARIED)
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("\udce4", "surrogate"), ("1 2 3 4 5 6 7 8 9 " * 20, "max_position_embeddings=64")]
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(session: Session, prompt: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        session.complete(prompt, VARIED)

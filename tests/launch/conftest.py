@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.namespaces import SEARCH_PATH, missing, processes_beside
+from tests.processes import ROOT, wait_until
+
 PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "pdsh", "nsenter", "setpriv", "unshare")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 INTERFACE = "fabric0"
@@ -24,7 +25,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 hostname "$2"
 ip link set lo up
-exec {shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")} -D -e
+exec {shutil.which("sshd", path=SEARCH_PATH)} -D -e
 """
 SSH_CONFIG = """
 IdentityFile /etc/ssh/identity
@@ -54,10 +55,12 @@ class Host:
         with (folder / f"{name}.log").open("a") as log:
             self.machine = subprocess.Popen([*command, "sh", "-ec", BOOT, "sh", str(folder), name], stderr=log)
         children = Path(f"/proc/{self.machine.pid}/task/{self.machine.pid}/children")
-        wait_until(lambda: children.read_text().split(), f"{name} to start")
+        wait_until(lambda: children.read_text().split(), f"{name} to start", seconds=60)
         self.init = int(children.read_text())
         self.enter = ["nsenter", f"--target={self.init}", *NAMESPACES]
-        wait_until(lambda: ":0016 " in Path(f"/proc/{self.init}/net/tcp").read_text(), f"the sshd of {name}")
+        wait_until(
+            lambda: ":0016 " in Path(f"/proc/{self.init}/net/tcp").read_text(), f"the sshd of {name}", seconds=60
+        )
 
     def start(self, script: str, *arguments: object, **environment: object) -> subprocess.Popen[str]:
         """Run a script of this project in the host's folder; as after a login, the environment is nearly empty."""
@@ -76,14 +79,8 @@ class Host:
 
     def processes(self) -> dict[int, list[str]]:
         """The command lines of all that run here, but sshd, by process id as seen from outside."""
-        here, found = os.readlink(f"/proc/{self.init}/ns/pid"), {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(folder / "ns" / "pid") == here and int(folder.name) != self.init:
-                    found[int(folder.name)] = (folder / "cmdline").read_text().split("\0")[:-1]
-            except OSError:  # it has ended
-                continue
-        return {pid: line for pid, line in found.items() if line and not line[0].startswith("sshd:")}
+        found = processes_beside(self.init)
+        return {pid: line for pid, line in found.items() if not line[0].startswith("sshd:")}
 
     def process(self, part: str) -> int:
         """The id of the one process whose command line holds `part`."""
@@ -136,6 +133,7 @@ class TwoHosts:
             lambda: not any(host.processes() for host in running),
             "the last process to end, but there are",
             lambda: {host.name: host.processes() for host in running},
+            seconds=60,
         )
 
     def stop(self) -> None:
@@ -143,25 +141,11 @@ class TwoHosts:
             host.lose()
 
 
-def wait_until(condition: Callable[[], object], what: str, instead: Callable[[], object] = str) -> None:
-    """`instead` says what there is instead, when it did not come."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited 60 s for {what} {instead()}")
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Iterator[TwoHosts]:
     """Skips where they cannot be made; fails when a test leaves a process on one of them."""
-    found = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"
-    missing = [name for name in PROGRAMS if shutil.which(name, path=found) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh")
-    may = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True)
-    if os.geteuid() != 0 or may.returncode != 0:
-        pytest.skip(f"needs root and the right to make namespaces: {may.stderr.strip() or 'not root'}")
+    if reason := missing(PROGRAMS, "iproute2 openssh-server pdsh", NAMESPACES):
+        pytest.skip(reason)
     hosts = TwoHosts(tmp_path)
     try:
         hosts.start()

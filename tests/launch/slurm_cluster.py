@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from tests.launch.namespaces import SEARCH_PATH, processes_beside
+from tests.processes import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "setpriv", "unshare")
 NODES = ("n1", "n2")
-SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
+NAMESPACES = ("--mount", "--pid")
 # Short intervals, since a test waits for them. A node that does not answer for SlurmdTimeout is lost; ReturnToService
 # takes it back when it is there again. A requeued job is held back for as long as credentials live, else two minutes.
 CONFIG = """
@@ -46,17 +46,6 @@ NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
-
-
-def missing() -> str:
-    """Why there can be no Slurm here; empty when there can."""
-    absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
-    if absent:
-        return f"{', '.join(absent)} not found: apt-get install slurm-wlm munge"
-    may = subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
-    if os.geteuid() != 0 or may.returncode != 0:
-        return f"needs root and the right to make namespaces: {may.stderr.strip() or 'not root'}"
-    return ""
 
 
 class Cluster:
@@ -93,8 +82,8 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """A node's processes have ids of their own: when the first one ends, the kernel ends all others."""
-        namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-        self._start(name, *namespaces, "sh", "-c", 'slurmd -D -N "$1" & wait', "sh", name)
+        machine = ("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc")
+        self._start(name, *machine, "sh", "-c", 'slurmd -D -N "$1" & wait', "sh", name)
 
     def lose_node(self, name: str) -> None:
         """Everything on it ends at once, as when the power goes."""
@@ -107,14 +96,7 @@ class Cluster:
         children = Path(f"/proc/{unshare}/task/{unshare}/children")
         if not children.exists() or not (init := children.read_text().strip()):
             return {}
-        here, found = os.readlink(f"/proc/{init}/ns/pid"), {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(folder / "ns" / "pid") == here and folder.name != init:
-                    found[int(folder.name)] = (folder / "cmdline").read_text().split("\0")[:-1]
-            except OSError:  # it has ended
-                continue
-        return {pid: line for pid, line in found.items() if line and line[0] != "slurmd"}
+        return {pid: line for pid, line in processes_beside(int(init)).items() if line[0] != "slurmd"}
 
     def task(self, name: str) -> int:
         """The process id of the one task that trains on a node."""
@@ -171,12 +153,3 @@ def free_ports() -> list[int]:
             except (OSError, OverflowError):
                 continue
             return [int(first.getsockname()[1]), port, port + 1]
-
-
-def wait_until(condition: Callable[[], object], what: str, instead: Callable[[], object] = str) -> None:
-    """`instead` says what there is instead, when it did not come."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited 120 s for {what} {instead()}")
-        time.sleep(0.05)

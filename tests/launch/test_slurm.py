@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm_cluster import Cluster, missing, wait_until
-from tests.processes import ENVIRONMENT, ROOT, losses, train_alone
+from tests.launch.namespaces import missing
+from tests.launch.slurm_cluster import NAMESPACES, PROGRAMS, Cluster
+from tests.processes import ENVIRONMENT, ROOT, losses, train_alone, wait_until
 
 STEPS = 80
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=99", "log.every=5")
@@ -22,7 +23,7 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 @pytest.fixture(scope="module")
 def whole_cluster() -> Iterator[Cluster]:
-    if reason := missing():
+    if reason := missing(PROGRAMS, "slurm-wlm munge", NAMESPACES):
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path, for munged's socket
     cluster = Cluster(folder)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.processes import losses, train_alone
+from tests.processes import losses, runs, train_alone, wait_until
 
 if TYPE_CHECKING:
     from tests.launch.conftest import Host, TwoHosts
 
-ROOT = Path(__file__).parents[2]
 STEPS = 120  # enough that the slowest way of stopping comes before the end
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=10", "train.eval_every=0")
 # What a person sets where hosts have several networks.
@@ -36,11 +34,7 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """Until there is one of `step` or a later one."""
-    deadline = time.monotonic() + 120
-    while newest_checkpoint(run_dir) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: newest_checkpoint(run_dir) >= step or not runs(process), f"the checkpoint of step {step}")
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -10,6 +10,8 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from moe_lm.generate.decode import Step
@@ -151,10 +153,8 @@ def written(deltas: Sequence[Delta]) -> int:
 
 
 def _by_row(deltas: Sequence[Delta]) -> list[list[Delta]]:
-    rows: dict[int, list[Delta]] = {}
-    for delta in deltas:
-        rows.setdefault(delta.row, []).append(delta)
-    return [rows[row] for row in sorted(rows)]
+    row = attrgetter("row")
+    return [list(part) for _, part in groupby(sorted(deltas, key=row), row)]
 
 
 def _token(step: Step) -> int:

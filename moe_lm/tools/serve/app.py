@@ -35,7 +35,9 @@ def build_app(session: Session, scheduler: Scheduler, limits: Limits, metrics: M
     metrics.watch("running_rows", "Texts that are being written.", lambda: scheduler.running)
     metrics.watch("queued_rows", "Texts that wait for a row.", lambda: scheduler.queued)
     metrics.watch("slots", "Texts that can be written at a time.", lambda: scheduler.slots)
-    described, page, policy = describe(session, scheduler, model), _page(), _policy(_page())
+    described = describe(session, scheduler, model)
+    page = resources.files("moe_lm.tools.serve").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _policy(page), "X-Frame-Options": "DENY"}
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -57,7 +59,7 @@ def build_app(session: Session, scheduler: Scheduler, limits: Limits, metrics: M
 
     @app.get("/")
     async def chat_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return HTMLResponse(page, headers=headers)
 
     add_handlers(app)
     app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, endpoints=PATHS)
@@ -91,10 +93,6 @@ def chats(session: Session) -> str:
         return "yes"
     config = yaml.safe_load(checkpoint.read_text(session.checkpoint, "config.yaml")) or {}
     return "untrained" if "model" in config and "start_from" not in config else "yes"
-
-
-def _page() -> str:
-    return resources.files("moe_lm.tools.serve").joinpath("page.html").read_text(encoding="utf-8")
 
 
 def _policy(page: str) -> str:

@@ -21,8 +21,7 @@ from moe_lm.tools.serve.errors import GONE, ApiError, no_such_model
 from moe_lm.tools.serve.limits import Limits
 from moe_lm.tools.serve.metrics import Metrics
 from moe_lm.tools.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
-from moe_lm.tools.serve.scheduler import Scheduler
-from moe_lm.tools.serve.ticket import Job, Ticket
+from moe_lm.tools.serve.scheduler import Job, Scheduler, Ticket
 
 MOST_VALUES = 1 << 20  # log-probabilities and experts of a whole answer: about 25 MB
 

@@ -39,10 +39,6 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
-def broken(message: str) -> ApiError:
-    return ApiError(500, message, code="model_error")
-
-
 def no_such_model(name: str, served: str) -> ApiError:
     return ApiError(404, f"there is no model {name!r:.80}; this server has {served!r}", "model", "model_not_found")
 

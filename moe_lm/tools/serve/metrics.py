@@ -47,8 +47,10 @@ class Metrics:
         """Count the tokens of one step."""
         if tokens:
             self._generated.inc(tokens)
-            self._recent.append((time.monotonic(), tokens))
-            self._forget()
+            now = time.monotonic()
+            self._recent.append((now, tokens))
+            while self._recent[0][0] < now - WINDOW:
+                self._recent.popleft()
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
@@ -57,8 +59,3 @@ class Metrics:
     def _speed(self) -> float:
         since = time.monotonic() - WINDOW
         return sum(tokens for when, tokens in list(self._recent) if when > since) / WINDOW
-
-    def _forget(self) -> None:
-        since = time.monotonic() - WINDOW
-        while self._recent and self._recent[0][0] < since:
-            self._recent.popleft()

@@ -1,21 +1,62 @@
-"""Continuous batching: one thread drives one decoder, and requests take turns for its rows."""
+"""Continuous batching: one thread drives one decoder, and requests, each a ticket, take turns for its rows."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
-from moe_lm.generate.text import Delta
-from moe_lm.tools.serve.errors import ApiError, broken
+from moe_lm.generate.text import Delta, Row
+from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
-from moe_lm.tools.serve.ticket import Job, Ticket
 
 log = logging.getLogger("moe_lm.serve")
+
+
+class Job(NamedTuple):
+    """One of the texts that a request asks for."""
+
+    row: Row
+    prompt: Sequence[int]
+    settings: Settings
+    stop_ids: Collection[int]
+
+
+class Ticket:
+    """A request on its way: the texts that it asks for, and the inbox for what is written.
+
+    The scheduler moves `waiting` jobs into the decoder; the event loop reads what they write with `next`.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.rows = len(jobs)
+        self.waiting = deque(jobs)
+        self.running = 0  # in the decoder
+        self._open = len(jobs)  # whose end was not read yet
+        self._inbox: asyncio.Queue[list[Delta] | ApiError] = asyncio.Queue()
+
+    def put(self, item: list[Delta] | ApiError) -> None:
+        """Called in the event loop."""
+        self._inbox.put_nowait(item)
+
+    async def next(self) -> list[Delta]:
+        """The deltas since the last call; none once all texts have ended. Raises the ApiError that ended the ticket."""
+        if not self._open:
+            return []
+        deltas: list[Delta] = []
+        while not deltas or not self._inbox.empty():
+            item = await self._inbox.get()
+            if isinstance(item, ApiError):
+                raise item
+            deltas += item
+        self._open -= sum(delta.finish is not None for delta in deltas)
+        return deltas
 
 
 class Scheduler:
@@ -120,8 +161,8 @@ class Scheduler:
                 try:
                     if self._take_in():
                         self._give(self._decoder.step())
-                except Exception as error:
-                    self._fail(error)
+                except Exception as error:  # nobody knows which of the rows made the step fail
+                    self._drop(_told(error), self._at_work())
         finally:  # also when the decoder cannot go on: nobody must wait for it
             self.refuse()
             self._drop(stopping(), [*self._waiting, *self._at_work()])
@@ -167,10 +208,6 @@ class Scheduler:
         ticket.running -= 1
         self._decoder.cancel(number)  # does nothing when the decoder has ended it
 
-    def _fail(self, error: Exception) -> None:
-        """End all rows: nobody knows which of them made the step fail."""
-        self._drop(_told(error), self._at_work())
-
     def _at_work(self) -> list[Ticket]:
         return list({ticket: None for ticket, _ in self._working.values()})
 
@@ -196,9 +233,11 @@ def _told(error: Exception) -> ApiError:
     """Log an error. Returns it as the client is told."""
     if isinstance(error, MoeLmError):
         log.error("%s", error)
-        return broken(str(error))
-    log.error("a decoding step failed", exc_info=error)
-    return broken("the model failed; the server's log says why")
+        message = str(error)
+    else:
+        log.error("a decoding step failed", exc_info=error)
+        message = "the model failed; the server's log says why"
+    return ApiError(500, message, code="model_error")
 
 
 def stopping() -> ApiError:

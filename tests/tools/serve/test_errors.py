@@ -277,11 +277,7 @@ def test_the_key(serve: Serve) -> None:
     served = serve(api_key="secret")
     assert served.openai.completions.create(model=MODEL, prompt="x", max_tokens=2).choices
     with httpx.Client(base_url=served.url) as stranger:
-        for headers in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": "secret"},
-        ):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             for path in ("/v1/models", "/metrics", "/v1/nothing"):
                 answer = stranger.get(path, headers=headers)
                 assert check(answer, 401)["code"] == "invalid_api_key"

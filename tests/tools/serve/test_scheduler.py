@@ -6,8 +6,9 @@ import asyncio
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import httpx
 import openai
@@ -20,8 +21,7 @@ from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.generate.text import Row
 from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
-from moe_lm.tools.serve.scheduler import Scheduler
-from moe_lm.tools.serve.ticket import Job, Ticket
+from moe_lm.tools.serve.scheduler import Job, Scheduler, Ticket
 from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Serve, Served, connect, head
 
@@ -38,17 +38,32 @@ async def finished(asked: Ticket, order: list[str], name: str) -> None:
         order += [f"{name}{delta.row}" for delta in news if delta.finish]
 
 
-def run(session: Session, slots: int, asked: dict[str, Ticket], max_queue: int = 1000) -> list[str]:
+@asynccontextmanager
+async def working(scheduler: Scheduler, *tickets: Ticket) -> AsyncIterator[None]:
+    """The scheduler at work; the tickets are there from the start."""
+    for one in tickets:
+        scheduler.submit(one)
+    scheduler.start(asyncio.get_running_loop())
+    yield
+    scheduler.close()
+
+
+async def refused(asked: Ticket, status: int) -> ApiError:
+    """The error that ends a ticket."""
+    with pytest.raises(ApiError) as error:
+        await finished(asked, [], "")
+    assert error.value.status_code == status
+    return error.value
+
+
+def run(session: Session, slots: int, asked: dict[str, Ticket]) -> list[str]:
     """The order in which the texts of tickets end that are all there from the start."""
 
     async def main() -> list[str]:
-        scheduler, order = Scheduler(session, slots, 64, max_queue, Metrics()), list[str]()
-        for one in asked.values():
-            scheduler.submit(one)
-        scheduler.start(asyncio.get_running_loop())
-        await asyncio.gather(*(finished(one, order, name) for name, one in asked.items()))
-        assert scheduler.running == scheduler.queued == 0
-        scheduler.close()
+        scheduler, order = Scheduler(session, slots, 64, 1000, Metrics()), list[str]()
+        async with working(scheduler, *asked.values()):
+            await asyncio.gather(*(finished(one, order, name) for name, one in asked.items()))
+            assert scheduler.running == scheduler.queued == 0
         return order
 
     return asyncio.run(main())
@@ -64,17 +79,15 @@ def test_a_request_for_many_texts_leaves_room_for_those_behind_it(session: Sessi
 
     async def main() -> list[str]:
         scheduler, order = Scheduler(session, 2, 64, 100, Metrics()), list[str]()
-        scheduler.start(asyncio.get_running_loop())
         many, single = ticket(session, 10), [ticket(session, 1), ticket(session, 1)]
-        scheduler.submit(many)
-        ends = [asyncio.create_task(finished(many, order, "many"))]
-        while not order:
-            await asyncio.sleep(0)
-        for name, one in zip("ab", single, strict=True):
-            scheduler.submit(one)
-            ends.append(asyncio.create_task(finished(one, order, name)))
-        await asyncio.gather(*ends)
-        scheduler.close()
+        async with working(scheduler, many):
+            ends = [asyncio.create_task(finished(many, order, "many"))]
+            while not order:
+                await asyncio.sleep(0)
+            for name, one in zip("ab", single, strict=True):
+                scheduler.submit(one)
+                ends.append(asyncio.create_task(finished(one, order, name)))
+            await asyncio.gather(*ends)
         return order
 
     order = asyncio.run(main())
@@ -99,20 +112,16 @@ def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
     once = Settings(9, Sampling(temperature=0.0, no_repeat_ngram=1, logit_bias=every))
 
     async def main() -> None:
-        scheduler = Scheduler(session, 2, 64, 10, Metrics())
-        scheduler.start(asyncio.get_running_loop())
         short, long = ticket(session, 1, settings=once), ticket(session, 1, tokens=9)
-        scheduler.submit(short)
-        scheduler.submit(long)
-        deltas = []
-        while news := await short.next():
-            deltas += news
-        assert [(delta.step.token, delta.finish) for delta in deltas] == [(70, None), (None, "exhausted")]
-        tokens = 0
-        while news := await long.next():
-            tokens += len(news)
-        assert tokens == 9
-        scheduler.close()
+        async with working(Scheduler(session, 2, 64, 10, Metrics()), short, long):
+            deltas = []
+            while news := await short.next():
+                deltas += news
+            assert [(delta.step.token, delta.finish) for delta in deltas] == [(70, None), (None, "exhausted")]
+            tokens = 0
+            while news := await long.next():
+                tokens += len(news)
+            assert tokens == 9
 
     asyncio.run(main())
 
@@ -226,19 +235,14 @@ def test_a_row_that_cannot_begin_fails_alone(session: Session) -> None:
         scheduler = Scheduler(session, 3, 64, 10, Metrics())
         other, wrong = ticket(session, 1, 9), ticket(session, 2, 50)
         wrong.waiting[1] = wrong.waiting[1]._replace(prompt=[])
-        scheduler.submit(other)
-        scheduler.submit(wrong)
-        scheduler.start(asyncio.get_running_loop())
-        with pytest.raises(ApiError, match="no token to start from") as error:
-            await finished(wrong, [], "")
-        assert error.value.status_code == 500
-        order = list[str]()
-        await finished(other, order, "other")
-        assert order == ["other0"]
-        scheduler.submit(later := ticket(session, 3))
-        await finished(later, order, "later")
-        assert order[1:] == ["later0", "later1", "later2"]
-        scheduler.close()
+        async with working(scheduler, other, wrong):
+            assert "no token to start from" in (await refused(wrong, 500)).message
+            order = list[str]()
+            await finished(other, order, "other")
+            assert order == ["other0"]
+            scheduler.submit(later := ticket(session, 3))
+            await finished(later, order, "later")
+            assert order[1:] == ["later0", "later1", "later2"]
 
     asyncio.run(main())
 
@@ -254,17 +258,12 @@ def test_a_decoder_that_cannot_go_on_lets_nobody_wait(session: Session, monkeypa
         monkeypatch.setattr(scheduler._decoder, "step", no_memory)
         monkeypatch.setattr(scheduler._decoder, "clear", no_memory)
         running, waiting = ticket(session, 1), ticket(session, 1)
-        scheduler.submit(running)
-        scheduler.submit(waiting)
-        scheduler.start(asyncio.get_running_loop())
-        for one, status in ((running, 500), (waiting, 503)):
-            with pytest.raises(ApiError) as error:
-                await finished(one, [], "")
-            assert error.value.status_code == status
-        assert not scheduler.healthy
-        with pytest.raises(ApiError):
-            scheduler.submit(ticket(session, 1))
-        scheduler.close()
+        async with working(scheduler, running, waiting):
+            await refused(running, 500)
+            await refused(waiting, 503)
+            assert not scheduler.healthy
+            with pytest.raises(ApiError):
+                scheduler.submit(ticket(session, 1))
 
     with monkeypatch.context() as patch:
         patch.setattr(threading, "excepthook", lambda _: None)  # which prints the traceback
@@ -290,15 +289,12 @@ def test_metrics(serve: Serve) -> None:
 def test_an_engine_that_stops_ends_what_is_left(session: Session) -> None:
     async def main() -> None:
         scheduler = Scheduler(session, 1, 64, 10, Metrics())
-        scheduler.start(asyncio.get_running_loop())
         running, waiting = ticket(session, 1, 60), ticket(session, 1, 60)
-        scheduler.submit(running)
-        scheduler.submit(waiting)
-        scheduler.close()
-        for one in (running, waiting):
-            with pytest.raises(ApiError) as error:
-                await finished(one, [], "")
-            assert error.value.status_code == 503
+        async with working(scheduler):
+            scheduler.submit(running)
+            scheduler.submit(waiting)
+        await refused(running, 503)
+        await refused(waiting, 503)
         with pytest.raises(ApiError):
             scheduler.submit(ticket(session, 1))
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
-from moe_lm.kernels.device import compiling_needs
 from tests.conftest import Done
+from tests.generate.test_cached import needs_compiler
 from tests.processes import free_port
 from tests.texts import text_of
 
@@ -53,7 +52,7 @@ def test_sigterm_lets_what_runs_end_and_nothing_new_begin(served_run: Path, star
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(compiling_needs(torch.device("cpu")) is not None, reason="torch.compile lacks something here")
+@needs_compiler
 def test_a_compiled_server_writes_the_same(served_run: Path, session: Session, start_moe_lm: Start) -> None:
     _, url = start(start_moe_lm, served_run, "--compile", "--max-concurrent", 3)
     body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "n": 2}

@@ -1,0 +1,104 @@
+"""One of several ranks, run by test_experts_of_ranks.py: `poisoned STAGE FACTOR` or `starved ENGINE`.
+
+Rank 0 prints what it found, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+from moe_lm.common.process import end
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.engine.build import PlacedModel, build_engine, place_model
+from moe_lm.engine.engine import Engine
+from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel.logical import host_copy, is_expert, whole
+from moe_lm.parallel.topology import current_topology
+from moe_lm.tools.verify.documents import Documents
+from moe_lm.train.loop import local_micro_batches
+from tests.tiny import tiny
+
+POISONED = 2
+TRAIN = TrainConfig(
+    steps=4, global_batch_size=8, micro_batch_size=2, precision="float32", optimizer={"lr": 0.01, "eps": 1e-4}
+)
+BATCHES = Documents(seed=1)
+
+
+def poisoned(stage: str, factor: str) -> None:
+    """In step 2 experts on the last rank get gradients without end. `stage`: ZeRO's, or 0 for the torch engine.
+
+    Prints for every step whether it was skipped and whether the state stayed as it was, then the number of values in
+    the last state that are not finite.
+    """
+    layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": int(stage)} if stage != "0" else {}
+    parallel = ParallelConfig(device="cpu", **layout)
+    placed, step = place(parallel), 0
+    parameter = placed.model.moe_layers[0].experts.up_proj
+    if placed.topology.rank == placed.topology.world_size - 1:
+        parameter.register_hook(lambda gradient: gradient * float(factor) if step == POISONED else gradient)
+    engine = build_engine(placed, NextToken(), TRAIN, parallel, pad_id=2)
+    found, before = [], state_of(engine)
+    for step in range(TRAIN.steps):
+        result = engine.train_step(step, local_micro_batches(engine, BATCHES, TRAIN, step))
+        after = state_of(engine)
+        found.append([result.skipped, all(torch.equal(before[name], after[name]) for name in after)])
+        before = after
+    broken = sum(int((~tensor.isfinite()).sum()) for tensor in before.values())
+    report(engine, {"steps": found, "broken": broken})
+
+
+def starved(engine_name: str) -> None:
+    """Every token goes to the experts of rank 0.
+
+    Prints the losses of three steps, and the norm of the gradient of each expert in the last.
+    """
+    parallel = ParallelConfig(device="cpu")
+    if engine_name == "deepspeed":
+        size = current_topology().world_size
+        parallel = ParallelConfig(device="cpu", engine="deepspeed", expert_parallel_size=size, zero_stage=2)
+    balance = TRAIN.balance.model_copy(update={"bias_update_rate": 0})
+    train = TRAIN.model_copy(update={"steps": 3, "activation_checkpointing": True, "balance": balance})
+    placed = place(parallel, num_experts_per_tok=2)
+    with torch.no_grad():
+        for layer in placed.model.moe_layers:
+            layer.gate.e_score_correction_bias[:2] += 10
+    engine = build_engine(placed, NextToken(), train, parallel, pad_id=2)
+    gradients: dict[str, list[float]] = {}
+
+    def keep() -> None:
+        for name, gradient in engine.gradients().items():
+            gradient = whole(gradient)  # of every parameter: all ranks take part
+            if is_expert(name):
+                gradients[name] = gradient.flatten(1).norm(dim=1).tolist()
+
+    steps = range(train.steps)
+    results = [engine.train_step(step, local_micro_batches(engine, BATCHES, train, step), keep) for step in steps]
+    report(engine, {"losses": [result.loss for result in results], "gradients": gradients})
+
+
+def place(parallel: ParallelConfig, **changes: int) -> PlacedModel:
+    torch.set_num_threads(1)
+    placed = place_model(tiny(**changes), parallel, current_topology())
+    placed.initialise(seed=3)
+    return placed
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    return {name: host_copy(whole(tensor)) for name, tensor in engine.state().items() if name != "random.cpu"}
+
+
+def report(engine: Engine, found: dict[str, object]) -> None:
+    if engine.topology.is_main:
+        print(json.dumps(found))
+    engine.close()
+
+
+if __name__ == "__main__":
+    {"poisoned": poisoned, "starved": starved}[sys.argv[1]](*sys.argv[2:])
+    end(0)
