@@ -50,6 +50,15 @@ def start_ranks(start: Start, world_size: int, *arguments: object) -> list[subpr
     return [start(*arguments, **rank_environment(rank, world_size, port)) for rank in range(world_size)]
 
 
+def layout(expert_parallel_size: int, zero_stage: int) -> tuple[str, ...]:
+    """The settings of a sharded layout."""
+    return (
+        "parallel.engine=deepspeed",
+        f"parallel.expert_parallel_size={expert_parallel_size}",
+        f"parallel.zero_stage={zero_stage}",
+    )
+
+
 def start_program(world_size: int, program: Path, *arguments: object) -> list[subprocess.Popen[str]]:
     """Start a Python file with these arguments as this many ranks."""
     port = free_port()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,16 @@ def last_checkpoint(run_dir: Path) -> Path:
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The figures of every step that do not depend on the machine."""
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in metrics(run_dir)]
+
+
+def copy_as_of(step: int, source: Path, target: Path) -> Path:
+    """A copy of a run folder as it was when this step had been saved."""
+    name = f"step-{step:08d}"
+    shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
+    lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    until = [line for line in lines if json.loads(line)["step"] <= step]
+    (target / "metrics.jsonl").write_text("".join(until), encoding="utf-8")
+    return target
 
 
 def assert_same_run(one: Path, other: Path) -> None:

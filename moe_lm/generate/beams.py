@@ -131,8 +131,8 @@ class _Beams:
         for ids, score, there in zip(self.ended, self.ended_scores.tolist(), self.full.tolist(), strict=True):
             if there:
                 stopped = ids[-1] in self.stop_ids
-                by_text = not stopped and self.ends(ids)
-                beams.append(Beam(ids[:-1] if stopped else ids, score, "stop" if stopped or by_text else "length"))
+                finish = "stop" if stopped or self.ends(ids) else "length"
+                beams.append(Beam(ids[:-1] if stopped else ids, score, finish))
         return beams
 
     def _penalised(self, log_p_KV: Tensor) -> Tensor:

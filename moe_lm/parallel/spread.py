@@ -40,8 +40,8 @@ class Spread:
     offload_folder: Path | None = None
 
 
-def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]:
-    """Give a model on the meta device its weights, each where it fits; returns the place of each module by its name.
+def dispatch(model: LanguageModel, read: Read, spread: Spread) -> None:
+    """Give a model on the meta device its weights, each where it fits.
 
     Raises UsageError for a device or size that does not exist, MoeLmError when the disk cannot take its share.
     """
@@ -82,7 +82,6 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> dict[str, str]
     runs = {name: main if place in ("cpu", DISK) else torch.device(place) for name, place in device_map.items()}
     layers = range(model.config.num_hidden_layers)
     model.placement = Placement(main, tuple(_place_of(f"model.layers.{layer}", runs) for layer in layers))
-    return {name: str(place) for name, place in device_map.items()}
 
 
 def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from moe_lm.common.signals import stop_signals
+from tests.processes import ENVIRONMENT
 
-ROOT = Path(__file__).parents[2]
 WAITING = (
     "import sys, time\n"
     "from moe_lm.common.signals import stop_signals\n"
@@ -28,8 +27,8 @@ WAITING = (
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True, env=environment) as child:
+    command, environment = [sys.executable, "-c", WAITING], os.environ | ENVIRONMENT
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGTERM)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.processes import (
     ENVIRONMENT,
@@ -29,12 +28,7 @@ from tests.processes import (
     train_alone,
     wait_until,
 )
-
-MoeLm = Callable[..., Any]
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in checkpoint.rglob("*.safetensors") for name, tensor in load_file(file).items()}
+from tests.runs import tensors
 
 
 def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import metrics
+from tests.processes import layout, metrics
+from tests.runs import copy_as_of
 
 RunRanks = Callable[..., list[Any]]
 
@@ -24,26 +24,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def layout(expert_parallel_size: int, zero_stage: int) -> tuple[str, ...]:
-    return (
-        "parallel.engine=deepspeed",
-        f"parallel.expert_parallel_size={expert_parallel_size}",
-        f"parallel.zero_stage={zero_stage}",
-    )
-
-
 def succeeded(ranks: list[Any]) -> bool:
     """Every rank ended well and without a complaint."""
     return [(rank.code, rank.err) for rank in ranks] == [(0, "")] * len(ranks)
-
-
-def move(source: Path, target: Path) -> Path:
-    """A run folder as it was when step 4 had been saved."""
-    (target / "checkpoints").mkdir(parents=True)
-    shutil.copytree(source / "checkpoints" / "step-00000004", target / "checkpoints" / "step-00000004")
-    lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (target / "metrics.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
-    return target
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -59,7 +42,7 @@ def test_the_same_layout_goes_on_to_the_bit(
     arguments = ("pretrain", tiny_pretrain, *SETTINGS, *layout(2, zero_stage))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert succeeded(run_ranks(2, *arguments, f"run_dir={whole}"))
-    move(whole, resumed)
+    copy_as_of(4, whole, resumed)
     assert succeeded(run_ranks(2, *arguments, f"run_dir={resumed}"))
     assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(resumed)]
     expected, found = weights(whole), weights(resumed)
@@ -70,7 +53,10 @@ def test_the_same_layout_goes_on_to_the_bit(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (layout(4, 1), "parallel.expert_parallel_size=4 does not divide the 2 processes of this run; choose a divisor"),
+        (
+            layout(4, 1),
+            "parallel.expert_parallel_size=4 does not divide the 2 processes of this run; choose a divisor",
+        ),
         (
             (*layout(2, 1), "model.n_routed_experts=9"),
             "expert_parallel_size=2 does not divide model.n_routed_experts=9",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from tests.processes import metrics
+from tests.processes import layout, metrics
+from tests.runs import copy_as_of
 
 RunRanks = Callable[..., list[Any]]
 MoeLm = Callable[..., Any]
 STEPS, SAVED = 8, 4
 TORCH = ("parallel.engine=torch",)
-
-
-def deepspeed(zero_stage: int) -> tuple[str, ...]:
-    return ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", f"parallel.zero_stage={zero_stage}")
 
 
 @pytest.fixture
@@ -42,10 +38,7 @@ def train(
 ) -> Path:
     """A run in this many processes; it goes on from the middle checkpoint of another run if that is given."""
     if goes_on_from is not None:
-        name = f"step-{SAVED:08d}"
-        shutil.copytree(goes_on_from / "checkpoints" / name, run / "checkpoints" / name)
-        lines = (goes_on_from / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (run / "metrics.jsonl").write_text("".join(lines[: SAVED + 1]), encoding="utf-8")
+        copy_as_of(SAVED, goes_on_from, run)
     done = run_ranks(ranks, "finetune", config, f"run_dir={run}", *settings)
     assert [(rank.code, rank.err) for rank in done] == [(0, "")] * ranks
     return run
@@ -73,7 +66,7 @@ def test_a_run_of_adapters_moves_to_another_engine_and_leaves_its_base_out(
     """With dropout, a trained router and clipping; `moe-lm verify` compares more layouts of adapters."""
     expected = train(run_ranks, lora_config, tmp_path / "one", 1, *TORCH)
     assert any(line.get("grad_norm", 0) > 0.5 for line in metrics(expected)), "clipping never acted"
-    sharded = train(run_ranks, lora_config, tmp_path / "zero 3", 2, *deepspeed(3))
+    sharded = train(run_ranks, lora_config, tmp_path / "zero 3", 2, *layout(2, 3))
     moved = train(run_ranks, lora_config, tmp_path / "two", 2, *TORCH, goes_on_from=sharded)
     for run in (sharded, moved):
         assert_same_training(run, expected)
@@ -93,6 +86,6 @@ def test_experts_are_trained_as_in_one_process_when_all_else_is_frozen(
     """Their gradients are too small for the gate, which insists on clipping."""
     settings = ("lora.targets=[experts]", "train.freeze_router=true")
     expected = train(run_ranks, lora_config, tmp_path / "one", 1, *TORCH, *settings)
-    sharded = train(run_ranks, lora_config, tmp_path / "zero 3", 2, *deepspeed(3), *settings)
+    sharded = train(run_ranks, lora_config, tmp_path / "zero 3", 2, *layout(2, 3), *settings)
     assert_same_training(sharded, expected)
     assert saved_names(sharded) == saved_names(expected)

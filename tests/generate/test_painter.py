@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moe_lm.common.terminal import printable
 from moe_lm.config.model import ModelConfig
@@ -19,26 +18,23 @@ from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.painter import LAST, RESET, Painter, colour
 from moe_lm.generate.session import Session
 from moe_lm.generate.text import Delta
-from moe_lm.model.attention import PackedAttention
+from tests.generate.conftest import MakeRun
+from tests.generate.uncached import full_output
 from tests.texts import text_of
 
-MakeRun = Callable[..., Path]
 DEEP = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3}
 
 
 def strongest(session: Session, prompt: str, text_ids: list[int]) -> list[list[list[int]]]:
     """By MoE layer and token, the experts of the position before it by weight, out of one pass over everything."""
     ids = [*session.prompt_ids(prompt, 1), *text_ids]
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    with torch.inference_mode():
-        _, routings = session.model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
     before = slice(len(ids) - len(text_ids) - 1, -1)
     return [
         [
             [expert for _, expert in sorted(zip(weights, experts, strict=True), reverse=True)]
             for weights, experts in zip(routing.weights[before].tolist(), routing.experts[before].tolist(), strict=True)
         ]
-        for routing in routings
+        for routing in full_output(session.model, ids).routings
     ]
 
 

@@ -22,10 +22,10 @@ from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.model.transformer import LanguageModel
 from tests.conftest import Done
+from tests.generate.conftest import MakeRun
 from tests.texts import text_of
 
 MoeLm = Callable[..., Done]
-MakeRun = Callable[..., Path]
 
 
 def lines(text: str) -> list[dict[str, Any]]:

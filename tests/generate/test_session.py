@@ -16,10 +16,10 @@ from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.generate.conftest import MakeRun
 from tests.texts import text_of
 from tests.tokenizer.chat.foreign import STYLES, save
 
-MakeRun = Callable[..., Path]
 VARIED = Settings(30, Sampling(temperature=1.5), seed=3)
 QUESTION = [{"role": "user", "content": "What is <|end|>?"}]
 

@@ -29,11 +29,11 @@ from moe_lm.generate.typed import history_file, typed_lines
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.text.files import Report
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.generate.conftest import MakeRun
+from tests.processes import ROOT
 
-MakeRun = Callable[..., Path]
 ENTER, NEW_LINE, UP, CTRL_A, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x01", "\x03", "\x04"
 PASTE = "\x1b[200~{}\x1b[201~"
-ROOT = Path(__file__).parents[2]
 
 
 def lines_of(*keys: str, history: bool = True) -> list[str]:

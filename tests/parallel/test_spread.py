@@ -22,10 +22,10 @@ from moe_lm.generate.strategies import Sampling
 from moe_lm.model.kv_cache import ByLayer
 from moe_lm.model.transformer import Placement
 from moe_lm.parallel.spread import Spread
+from tests.generate.conftest import MakeRun
 from tests.processes import ROOT
 from tests.tiny import LATENT
 
-MakeRun = Callable[..., Path]
 MODELS = {
     "grouped-query": {"num_hidden_layers": 4, "num_key_value_heads": 1},
     "latent": LATENT | {"num_hidden_layers": 4},

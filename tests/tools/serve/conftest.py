@@ -61,6 +61,13 @@ class Served:
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(f"/v1/{path}", json=body)
 
+    def complete(self, **body: Any) -> Any:
+        """The answer to OpenAI's client, or the chunks of a stream."""
+        return self.openai.completions.create(model=MODEL, **body)
+
+    def chat(self, **body: Any) -> Any:
+        return self.openai.chat.completions.create(model=MODEL, **body)
+
     def metric(self, name: str) -> float:
         """A figure of /metrics; `name` may have labels."""
         lines = self.http.get("/metrics").text.splitlines()

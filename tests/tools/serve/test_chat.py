@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from moe_lm.generate.decode import Decoder, Settings
+from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.texts import text_of
-from tests.tools.serve.conftest import MODEL, Serve, Served
+from tests.tools.serve.conftest import Serve, Served
 
 TALK: list[Any] = [
     {"role": "system", "content": "be brief"},
@@ -23,23 +23,18 @@ TALK: list[Any] = [
 
 def test_the_assistants_next_message_as_chat_gives_it(served: Served, session: Session) -> None:
     expected = text_of(session.chat(TALK, Settings(20, GREEDY)))
-    answer = served.openai.chat.completions.create(model=MODEL, messages=TALK, max_tokens=20, temperature=0)
+    answer = served.chat(messages=TALK, max_tokens=20, temperature=0)
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == expected
-    again = served.openai.chat.completions.create(model=MODEL, messages=TALK, max_completion_tokens=20, temperature=0)
+    again = served.chat(messages=TALK, max_completion_tokens=20, temperature=0)
     assert again.choices == answer.choices
 
 
 def test_a_stream_opens_with_the_role_and_ends_with_a_reason(served: Served, session: Session) -> None:
-    settings = Settings(20, Sampling(temperature=0.8), seed=11)
     expected = [text_of(session.chat(TALK, Settings(20, Sampling(temperature=0.8), seed=seed))) for seed in (11, 12)]
     texts, reasons = ["", ""], {}
-    chunks = list(
-        served.openai.chat.completions.create(
-            model=MODEL, messages=TALK, max_tokens=20, temperature=0.8, seed=settings.seed, n=2, stream=True
-        )
-    )
+    chunks = list(served.chat(messages=TALK, max_tokens=20, temperature=0.8, seed=11, n=2, stream=True))
     assert [choice.delta.role for chunk in chunks[:2] for choice in chunk.choices] == ["assistant"] * 2
     for chunk in chunks:
         assert chunk.object == "chat.completion.chunk"
@@ -55,16 +50,15 @@ def test_a_stream_opens_with_the_role_and_ends_with_a_reason(served: Served, ses
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities(served: Served, session: Session, stream: bool) -> None:
     prompt, _ = session.tokenizer.encode_chat(TALK, add_generation_prompt=True)
-    decoder = Decoder(session.model, 1, 128, session.tokenizer.vocab_size)
+    decoder = session.decoder(1, 128)
     decoder.add(prompt, Settings(7, logprobs=3), session.tokenizer.stop_ids)
     steps = [step for step in decoder.run() if step.token is not None]
-    asked: dict[str, Any] = {"model": MODEL, "messages": TALK, "max_tokens": 7, "temperature": 0}
-    asked |= {"logprobs": True, "top_logprobs": 3}
+    asked = {"messages": TALK, "max_tokens": 7, "temperature": 0, "logprobs": True, "top_logprobs": 3}
     if stream:
-        chunks = served.openai.chat.completions.create(**asked, stream=True)
+        chunks = served.chat(**asked, stream=True)
         found = [item for chunk in chunks if (own := chunk.choices[0].logprobs) for item in own.content or []]
     else:
-        own = served.openai.chat.completions.create(**asked).choices[0].logprobs
+        own = served.chat(**asked).choices[0].logprobs
         assert own is not None
         found = own.content or []
     assert [item.logprob for item in found] == pytest.approx([step.logprob for step in steps], abs=1e-5)
@@ -79,10 +73,10 @@ def test_log_probabilities(served: Served, session: Session, stream: bool) -> No
 def test_stop_strings_and_the_end_of_the_context(served: Served, session: Session) -> None:
     whole = text_of(session.chat(TALK, Settings(128, Sampling(temperature=1.2), seed=3)))
     stop = whole[5:8]
-    asked: dict[str, Any] = {"model": MODEL, "messages": TALK, "temperature": 1.2, "seed": 3}
-    choice = served.openai.chat.completions.create(**asked, stop=stop).choices[0]
+    asked = {"messages": TALK, "temperature": 1.2, "seed": 3}
+    choice = served.chat(**asked, stop=stop).choices[0]
     assert (choice.message.content, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
-    assert served.openai.chat.completions.create(**asked).choices[0].message.content == whole
+    assert served.chat(**asked).choices[0].message.content == whole
 
 
 def test_content_in_parts_and_a_developer_are_the_same_conversation(served: Served) -> None:
@@ -90,17 +84,17 @@ def test_content_in_parts_and_a_developer_are_the_same_conversation(served: Serv
         {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
         *TALK[1:],
     ]
-    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0}
-    expected = served.openai.chat.completions.create(**asked, messages=TALK)
-    assert served.openai.chat.completions.create(**asked, messages=parts).choices == expected.choices
+    asked = {"max_tokens": 12, "temperature": 0}
+    expected = served.chat(**asked, messages=TALK)
+    assert served.chat(**asked, messages=parts).choices == expected.choices
     assert expected.usage is not None
 
 
 def test_an_answer_can_be_sent_back_as_it_came(served: Served) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "temperature": 0}
-    answer = served.openai.chat.completions.create(**asked, messages=TALK).choices[0].message
+    asked = {"max_tokens": 5, "temperature": 0}
+    answer = served.chat(**asked, messages=TALK).choices[0].message
     again = [*TALK, answer, {"role": "user", "content": "go on"}]
-    assert served.openai.chat.completions.create(**asked, messages=again).choices[0].message.role == "assistant"
+    assert served.chat(**asked, messages=again).choices[0].message.role == "assistant"
     with_calls = [
         TALK[1],
         {
@@ -110,7 +104,7 @@ def test_an_answer_can_be_sent_back_as_it_came(served: Served) -> None:
         },
         {"role": "tool", "tool_call_id": "1", "content": "42"},
     ]
-    assert served.openai.chat.completions.create(**asked, messages=with_calls).choices[0].finish_reason
+    assert served.chat(**asked, messages=with_calls).choices[0].finish_reason
 
 
 def test_without_a_chat_template_chat_is_refused_and_completion_is_not(serve: Serve, session: Session) -> None:

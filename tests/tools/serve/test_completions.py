@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from moe_lm.generate.decode import Settings, generate
@@ -15,9 +17,7 @@ PROMPTS = ["import os", "", "x"]
 
 def test_same_seed_same_text_as_sample(served: Served, session: Session) -> None:
     settings = Settings(20, Sampling(temperature=0.9, top_p=0.95), seed=7)
-    answer = served.openai.completions.create(
-        model=MODEL, prompt="import os", max_tokens=20, temperature=0.9, top_p=0.95, seed=7
-    )
+    answer = served.complete(prompt="import os", max_tokens=20, temperature=0.9, top_p=0.95, seed=7)
     assert answer.choices[0].text == text_of(session.complete("import os", settings))
     assert answer.object == "text_completion"
     assert answer.model == MODEL
@@ -26,7 +26,7 @@ def test_same_seed_same_text_as_sample(served: Served, session: Session) -> None
 def test_greedy_and_finish_reason_and_usage(served: Served, session: Session) -> None:
     prompt = session.prompt_ids("import os", 12)
     [ids] = generate(session.model, [prompt], Settings(12, GREEDY), session.tokenizer.stop_ids, 1024)
-    answer = served.openai.completions.create(model=MODEL, prompt="import os", max_tokens=12, temperature=0)
+    answer = served.complete(prompt="import os", max_tokens=12, temperature=0)
     assert answer.choices[0].text == session.tokenizer.decode(ids).removesuffix("\ufffd")
     assert answer.choices[0].finish_reason == ("length" if len(ids) == 12 else "stop")
     assert answer.usage is not None
@@ -37,14 +37,14 @@ def test_greedy_and_finish_reason_and_usage(served: Served, session: Session) ->
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_times_n_draw_with_seeds_in_order(served: Served, session: Session, stream: bool) -> None:
     """More texts than rows; text j of prompt i draws with seed + i * n + j."""
-    asked = {"model": MODEL, "prompt": PROMPTS, "n": 3, "max_tokens": 9, "seed": 40}
+    asked = {"prompt": PROMPTS, "n": 3, "max_tokens": 9, "seed": 40}
     if stream:
         texts = [""] * 9
-        for chunk in served.openai.completions.create(**asked, stream=True):
+        for chunk in served.complete(**asked, stream=True):
             for choice in chunk.choices:
                 texts[choice.index] += choice.text
     else:
-        answer = served.openai.completions.create(**asked)
+        answer = served.complete(**asked)
         assert [choice.index for choice in answer.choices] == list(range(9))
         texts = [choice.text for choice in answer.choices]
     for index, text in enumerate(texts):
@@ -54,10 +54,10 @@ def test_prompts_times_n_draw_with_seeds_in_order(served: Served, session: Sessi
 
 def test_ids_are_taken_as_they_are(served: Served, session: Session) -> None:
     ids = [[5, 6, 7], session.prompt_ids("import os", 8)]
-    answer = served.openai.completions.create(model=MODEL, prompt=ids, max_tokens=8, temperature=0)
+    answer = served.complete(prompt=ids, max_tokens=8, temperature=0)
     texts = generate(session.model, ids, Settings(8, GREEDY), session.tokenizer.stop_ids, 1024)
     assert [choice.text for choice in answer.choices] == [session.tokenizer.decode(text) for text in texts]
-    alone = served.openai.completions.create(model=MODEL, prompt=ids[0], max_tokens=8, temperature=0)
+    alone = served.complete(prompt=ids[0], max_tokens=8, temperature=0)
     assert alone.choices[0].text == answer.choices[0].text
 
 
@@ -67,17 +67,11 @@ def test_penalties_bias_and_our_own_fields_reach_the_decoder(served: Served, ses
         presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((70, 3.0), (80, -100.0)),
     )  # fmt: skip
     settings = Settings(24, sampling, seed=3)
-    answer = served.openai.completions.create(
-        model=MODEL,
-        prompt="def",
-        max_tokens=24,
-        temperature=1.3,
-        seed=3,
-        presence_penalty=0.5,
-        frequency_penalty=0.25,
-        logit_bias={"70": 3, "80": -100},
-        extra_body={"top_k": 40, "min_p": 0.01, "typical_p": 0.97, "repetition_penalty": 1.4, "no_repeat_ngram": 3},
-    )
+    own = {"top_k": 40, "min_p": 0.01, "typical_p": 0.97, "repetition_penalty": 1.4, "no_repeat_ngram": 3}
+    answer = served.complete(
+        prompt="def", max_tokens=24, temperature=1.3, seed=3, presence_penalty=0.5, frequency_penalty=0.25,
+        logit_bias={"70": 3, "80": -100}, extra_body=own,
+    )  # fmt: skip
     assert answer.choices[0].text == text_of(session.complete("def", settings))
 
 
@@ -86,26 +80,24 @@ def test_stop_strings_end_the_text_before_them(served: Served, session: Session,
     whole = text_of(session.complete("import os", Settings(30, Sampling(temperature=1.0), seed=1)))
     stop = whole[10:13]
     expected = whole[: whole.index(stop)]
-    asked = {"model": MODEL, "prompt": "import os", "max_tokens": 30, "seed": 1, "stop": ["never there", stop]}
+    asked = {"prompt": "import os", "max_tokens": 30, "seed": 1, "stop": ["never there", stop]}
     if stream:
-        chunks = list(served.openai.completions.create(**asked, stream=True))
+        chunks = list(served.complete(**asked, stream=True))
         text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
         finish = chunks[-1].choices[0].finish_reason
     else:
-        choice = served.openai.completions.create(**asked).choices[0]
+        choice = served.complete(**asked).choices[0]
         text, finish = choice.text, choice.finish_reason
     assert (text, finish) == (expected, "stop")
-    assert served.openai.completions.create(**asked | {"stop": stop}).choices[0].text == expected
+    assert served.complete(**asked | {"stop": stop}).choices[0].text == expected
     served.wait(lambda: served.scheduler.running == 0)
 
 
 def test_log_probabilities_are_the_decoders(served: Served, session: Session) -> None:
-    from moe_lm.generate.decode import Decoder
-
-    decoder = Decoder(session.model, 1, 64, session.tokenizer.vocab_size)
+    decoder = session.decoder(1, 64)
     decoder.add(session.prompt_ids("import os", 6), Settings(6, seed=2, logprobs=2))
     steps = list(decoder.run())
-    answer = served.openai.completions.create(model=MODEL, prompt="import os", max_tokens=6, temperature=0, logprobs=2)
+    answer = served.complete(prompt="import os", max_tokens=6, temperature=0, logprobs=2)
     found = answer.choices[0].logprobs
     assert found is not None
     assert found.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-5)
@@ -122,19 +114,19 @@ def test_log_probabilities_are_the_decoders(served: Served, session: Session) ->
 
 def test_echo_says_the_prompt_first(served: Served, session: Session) -> None:
     text = text_of(session.complete("import os", Settings(5, GREEDY)))
-    asked = {"model": MODEL, "prompt": "import os", "max_tokens": 5, "temperature": 0, "echo": True}
-    assert served.openai.completions.create(**asked).choices[0].text == "import os" + text
-    chunks = served.openai.completions.create(**asked, stream=True)
+    asked = {"prompt": "import os", "max_tokens": 5, "temperature": 0, "echo": True}
+    assert served.complete(**asked).choices[0].text == "import os" + text
+    chunks = served.complete(**asked, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "import os" + text
     ids = session.tokenizer.encode("import os")
     asked["prompt"] = [session.tokenizer.bos_id, *ids]
-    assert served.openai.completions.create(**asked).choices[0].text == "import os" + text
+    assert served.complete(**asked).choices[0].text == "import os" + text
 
 
 def test_usage_comes_last_in_a_stream_that_asks(served: Served) -> None:
-    asked = {"model": MODEL, "prompt": ["import os", "x"], "max_tokens": 5, "seed": 4}
-    whole = served.openai.completions.create(**asked).usage
-    chunks = list(served.openai.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    asked = {"prompt": ["import os", "x"], "max_tokens": 5, "seed": 4}
+    whole = served.complete(**asked).usage
+    chunks = list(served.complete(**asked, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -143,30 +135,21 @@ def test_usage_comes_last_in_a_stream_that_asks(served: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_routing_names_the_experts_of_every_token(served: Served, session: Session, stream: bool) -> None:
-    from moe_lm.generate.decode import Decoder
-
-    decoder = Decoder(session.model, 1, 64, session.tokenizer.vocab_size)
+    decoder = session.decoder(1, 64)
     decoder.add(session.prompt_ids("import os", 6), Settings(6, routing=True))
     expected = [[list(layer) for layer in step.experts or ()] for step in decoder.run()]
-    body = {"prompt": "import os", "max_tokens": 6, "temperature": 0, "routing": True}
+    body: dict[str, Any] = {"prompt": "import os", "max_tokens": 6, "temperature": 0}
     if stream:
-        chunks = served.openai.completions.create(
-            model=MODEL, prompt="import os", max_tokens=6, temperature=0, stream=True, extra_body={"routing": True}
-        )
+        chunks = served.complete(**body, stream=True, extra_body={"routing": True})
         found = [token for chunk in chunks for token in chunk.choices[0].model_extra["routing"]]
     else:
-        found = served.post("completions", **body).json()["choices"][0]["routing"]
+        found = served.post("completions", **body, routing=True).json()["choices"][0]["routing"]
     assert found == expected
-    assert "routing" not in served.post("completions", **body | {"routing": False}).json()["choices"][0]
+    assert "routing" not in served.post("completions", **body, routing=False).json()["choices"][0]
 
 
 def test_a_text_ends_where_the_context_does(served: Served, session: Session) -> None:
     ids = [5] * (served.scheduler.capacity - 3)
-    choice = served.openai.completions.create(
-        model=MODEL,
-        prompt=ids,
-        max_tokens=50,
-        temperature=0,
-        logit_bias={str(i): -100 for i in session.tokenizer.stop_ids},
-    ).choices[0]
-    assert choice.finish_reason == "length"
+    bias = {str(i): -100 for i in session.tokenizer.stop_ids}
+    answer = served.complete(prompt=ids, max_tokens=50, temperature=0, logit_bias=bias)
+    assert answer.choices[0].finish_reason == "length"

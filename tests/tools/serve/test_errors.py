@@ -19,6 +19,11 @@ from tests.tools.serve.conftest import CONTEXT, MODEL, Serve, Served, connect, h
 CHAT = [{"role": "user", "content": "a"}]
 
 
+def send(served: Served, path: str, body: Any) -> httpx.Response:
+    """Post a body that is called JSON, whatever it is."""
+    return served.http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+
+
 def check(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error"}
@@ -46,8 +51,7 @@ def check(answer: httpx.Response, status: int) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_field_that_is_wrong_or_unknown_is_named(served: Served, field: str, value: Any) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 2} | {field: value})
-    answer = served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    error = check(answer, 400)
+    error = check(send(served, "completions", body), 400)
     assert str(error["param"]).split(".")[0] == field
     assert field in error["message"] or field == "prompt"
 
@@ -74,8 +78,7 @@ def test_a_field_that_is_wrong_or_unknown_is_named(served: Served, field: str, v
 )  # fmt: skip
 def test_chat_refuses_by_name(served: Served, change: dict[str, Any], param: str | None) -> None:
     body = json.dumps({"messages": CHAT, "max_tokens": 2} | change)
-    answer = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    error = check(answer, 400)
+    error = check(send(served, "chat/completions", body), 400)
     assert param is None or (error["param"] or "") == param
 
 
@@ -101,7 +104,7 @@ def test_harmless_fields_and_null_are_as_if_they_were_not_there(served: Served) 
 )  # fmt: skip
 def test_a_malformed_body_is_refused(served: Served, body: bytes) -> None:
     for path in ("completions", "chat/completions"):
-        check(served.http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"}), 400)
+        check(send(served, path, body), 400)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_a_malformed_body_is_refused(served: Served, body: bytes) -> None:
     ids=lambda value: str(value[:24]),
 )
 def test_what_a_parser_of_json_cannot_take_is_said(served: Served, body: bytes, said: str) -> None:
-    error = check(served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}), 400)
+    error = check(send(served, "completions", body), 400)
     assert said in error["message"]
 
 
@@ -262,8 +265,7 @@ def test_a_body_that_is_longer_than_it_says_or_says_nothing(serve: Serve) -> Non
         for _ in range(10):
             yield b" " * 100
 
-    answer = served.http.post("/v1/completions", content=parts(), headers={"Content-Type": "application/json"})
-    check(answer, 413)
+    check(send(served, "completions", parts()), 413)
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve) -> None:

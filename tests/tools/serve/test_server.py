@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from tests.conftest import Done
 from tests.generate.test_cached import needs_compiler
-from tests.processes import free_port
+from tests.processes import ENVIRONMENT, free_port
 from tests.texts import text_of
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -166,9 +165,7 @@ def test_help_imports_neither_torch_nor_the_extra() -> None:
         "try: main()\n"
         "except SystemExit: print([name for name in ('torch', 'fastapi', 'uvicorn') if name in sys.modules])"
     )
-    root = Path(importlib.import_module("moe_lm").__file__ or "").parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}
-    )
+    command, environment = [sys.executable, "-c", program], os.environ | ENVIRONMENT
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "--max-concurrent" in done.stdout
