@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,7 @@ from moe_lm import __version__
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.tools import doctor
 from tests.conftest import MoeLm
+from tests.processes import ROOT
 
 VERBS = "quickstart doctor tokenizer prepare pretrain finetune verify import upcycle sample chat eval export".split()
 
@@ -115,7 +115,5 @@ def test_using_a_model_never_imports_deepspeed() -> None:
         "        importlib.import_module(item.name)\n"
         "assert 'deepspeed' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from moe_lm.config.run import FinetuneConfig
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.train import cost
+from tests.processes import ROOT
 from tests.tools.interop.published import PUBLISHED
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "finetune"
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 MODELS = {

@@ -13,8 +13,9 @@ from torch import nn
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
 from moe_lm.model.size import Parameters, count_parameters, flops_per_token, on_meta
+from tests.processes import ROOT
 
-FILES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "model").glob("*.yaml"))
 LADDER = ("modern-dense", "every-expert", "switch", "gshard", "deepseekmoe")
 
 

@@ -185,8 +185,9 @@ def choose_world_sizes(text: str | None, devices: int) -> list[int]:
     """
     if text is None:
         return [size for size in WORLD_SIZES if size <= devices]
-    sizes = [size for size in WORLD_SIZES if str(size) in text.split(",")]
-    if len(sizes) != len(set(text.split(","))):
+    numbers = {number.strip() for number in text.split(",")}
+    sizes = [size for size in WORLD_SIZES if str(size) in numbers]
+    if len(sizes) < len(numbers):
         raise UsageError(f"--world-sizes {text} is not a choice of 1, 2, 4; write it like --world-sizes 1,2")
     if sizes[-1] > devices:
         raise UsageError(

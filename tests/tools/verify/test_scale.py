@@ -10,8 +10,9 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
 from moe_lm.model.size import count_parameters
 from moe_lm.tools.verify.scale import LENGTH, small_model
+from tests.processes import ROOT
 
-FILES = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "model").glob("*.yaml"))
 SIZES = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "max_position_embeddings", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok",

@@ -14,8 +14,8 @@ import pytest
 from moe_lm.common.errors import UsageError
 from moe_lm.tools.verify.parity import choose_world_sizes
 from tests.conftest import MoeLm
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "pretrain" / "deepseekmoe-2b.yaml"
 PLANTED = Path(__file__).parent / "planted"
 
