@@ -79,12 +79,7 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
 
 def write_config(config: ModelConfig, family: Family) -> Values:
     """The config.json of a model in a family. Raises UsageError naming every setting that the family cannot hold."""
-    ours = config.model_dump() | {
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "moe_intermediate_size": config.expert_size,
-        "shared_expert_intermediate_size": config.shared_width,
-    }
+    ours = _with_sizes(config)
     hf: Values = {"architectures": [family.architecture], "model_type": family.model_type}
     for key in family.keys:
         hf[key.theirs] = ours.get(key.ours[-1])
@@ -132,12 +127,8 @@ def effective(config: ModelConfig) -> Values:
 
     A capacity, which drops tokens while training, is none of them: models are used without one.
     """
-    values = config.model_dump() | {
+    values = _with_sizes(config) | {
         "capacity_factor": None,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "moe_intermediate_size": config.expert_size,
-        "shared_expert_intermediate_size": config.shared_width,
         "n_shared_experts": min(1, config.n_shared_experts),
         "first_k_dense_replace": 0,
         "mlp_only_layers": config.moe_layers,
@@ -153,6 +144,16 @@ def effective(config: ModelConfig) -> Values:
     if not config.moe_layers:
         values |= {"n_routed_experts": 0, **dict.fromkeys(OF_EXPERTS)}
     return values
+
+
+def _with_sizes(config: ModelConfig) -> Values:
+    """All settings; sizes that others give are written out."""
+    return config.model_dump() | {
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "moe_intermediate_size": config.expert_size,
+        "shared_expert_intermediate_size": config.shared_width,
+    }
 
 
 def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
