@@ -17,17 +17,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moe_lm.common.errors import UsageError
+from moe_lm.config.data import TokenizerRecipe
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.run import ParallelConfig
 from moe_lm.config.section import Section
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 # Settings that are gone: the value that changed nothing, which configs of older versions hold, and what to do instead.
-REMOVED: dict[str, tuple[Any, str]] = {
-    "moe_layer_freq": (1, "remove it, and name the dense layers in mlp_only_layers"),
-    "rank_stabilised": (False, "remove it, and multiply alpha by the root of rank"),
-    "max_token_bytes": (16, "remove it; tokens have at most 16 bytes"),
-    "deepspeed": ({}, "remove it, and set zero_stage and offload_optimizer, from which DeepSpeed's JSON follows"),
+REMOVED: dict[tuple[type[BaseModel], str], tuple[Any, str]] = {
+    (ModelConfig, "moe_layer_freq"): (1, "remove it, and name the dense layers in mlp_only_layers"),
+    (LoraConfig, "rank_stabilised"): (False, "remove it, and multiply alpha by the root of rank"),
+    (TokenizerRecipe, "max_token_bytes"): (16, "remove it; tokens have at most 16 bytes"),
+    (ParallelConfig, "deepspeed"): (
+        {},
+        "remove it, and set zero_stage and offload_optimizer, from which DeepSpeed's JSON follows",
+    ),
 }
 
 
@@ -52,7 +58,7 @@ def has_key(path: Path, key: str) -> bool:
 def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
     """Check `values` against a config class; `origin` names the file in error messages."""
     try:
-        return kind.model_validate(_without_removed(values))
+        return kind.model_validate(_without_removed(kind, values))
     except ValidationError as error:
         raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
 
@@ -97,26 +103,33 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _without_removed(values: Any) -> Any:
-    """The same settings as a version without those in REMOVED says them, as far as it can."""
+def _without_removed(kind: type[BaseModel], values: Any) -> Any:
+    """The same settings without those in REMOVED, where these changed nothing or others can say the same."""
     if not isinstance(values, dict):
         return values
-    kept = {key: item for key, item in values.items() if key not in REMOVED or item != REMOVED[key][0]}
-    if {"moe_layer_freq", "num_hidden_layers"} <= kept.keys():
-        every, layers = kept.pop("moe_layer_freq"), range(kept["num_hidden_layers"])
-        kept["mlp_only_layers"] = sorted({*kept.get("mlp_only_layers", ()), *(i for i in layers if i % every)})
-    if {"rank_stabilised", "rank", "alpha"} <= kept.keys():
+    kept = {}
+    for key, item in values.items():
+        section = _section_type(kind, key)
+        if (kind, key) not in REMOVED or item != REMOVED[kind, key][0]:
+            kept[key] = item if section is None else _without_removed(section, item)
+    if kind is ModelConfig and isinstance(kept.get("moe_layer_freq"), int) and kept["moe_layer_freq"] > 1:
+        every = kept.pop("moe_layer_freq")
+        model = ModelConfig.model_validate(kept)
+        dense = (layer for layer in range(model.num_hidden_layers) if layer % every)
+        kept["mlp_only_layers"] = sorted({*model.mlp_only_layers, *dense})
+    if kind is LoraConfig and kept.get("rank_stabilised") is True:
         del kept["rank_stabilised"]
-        kept["alpha"] *= math.sqrt(kept["rank"])
-    return {key: _without_removed(item) for key, item in kept.items()}
+        lora = LoraConfig.model_validate(kept)
+        kept["alpha"] = lora.alpha * math.sqrt(lora.rank)
+    return kept
 
 
 def _explain(kind: type[BaseModel], item: Any) -> str:
     location = [part for part in item["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden" and location[-1] in REMOVED:
-        return f"{key} is not a setting any more; {REMOVED[location[-1]][1]}"
     if item["type"] == "extra_forbidden":
+        if (removed := REMOVED.get((_section_of(kind, location), location[-1]))) is not None:
+            return f"{key} is not a setting any more; {removed[1]}"
         near = _nearest(kind, location)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
     if item["type"] == "missing":
@@ -129,15 +142,20 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
 
 def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
     """The known key most like an unknown key: first among its siblings, then in the whole config."""
-    section: type[BaseModel] = kind
-    for part in location[:-1]:
-        section = _section_type(section, part) or section
-    siblings = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.6)
+    siblings = difflib.get_close_matches(location[-1], _section_of(kind, location).model_fields, n=1, cutoff=0.6)
     if siblings:
         return ".".join([*location[:-1], siblings[0]])
     everywhere = {name.rsplit(".", 1)[-1]: name for name in _all_keys(kind)}
     found = difflib.get_close_matches(location[-1], everywhere, n=1, cutoff=0.6)
     return everywhere[found[0]] if found else None
+
+
+def _section_of(kind: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    """The section that the key at `location` stands in."""
+    section = kind
+    for part in location[:-1]:
+        section = _section_type(section, part) or section
+    return section
 
 
 def _section_type(kind: type[BaseModel], key: str) -> type[BaseModel] | None:

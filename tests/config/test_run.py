@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,23 @@ def test_a_setting_that_is_gone_is_said_in_the_settings_that_stay() -> None:
     assert lora.alpha / lora.rank == 8.0 / math.sqrt(16)
 
 
-def test_a_setting_that_is_gone_and_said_something_is_refused_with_what_to_do() -> None:
-    old = changed(FINETUNE, "parallel.deepspeed", {"dump_state": True})
-    with pytest.raises(UsageError, match=r"parallel\.deepspeed is not a setting any more; remove it, and set"):
-        build_config(FinetuneConfig, old, "x.yaml")
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "parallel.deepspeed",
+            {"dump_state": True},
+            "parallel.deepspeed is not a setting any more; remove it, and",
+        ),
+        ("model.moe_layer_freq", 0, "model.moe_layer_freq is not a setting any more; remove it, and name"),
+        ("model.moe_layer_freq", "x", "model.moe_layer_freq is not a setting any more; remove it, and name"),
+        ("train.deepspeed", {}, "unknown key train.deepspeed"),
+        ("model.max_token_bytes", 16, "unknown key model.max_token_bytes"),
+    ],
+)
+def test_a_setting_that_is_gone_is_refused_where_it_said_something_else(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        build_config(PretrainConfig, changed(PRETRAIN, key, value), "x.yaml")
 
 
 def test_overrides_are_read_as_yaml_and_checked(tmp_path: Path) -> None:
