@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from moe_lm.config.reading import dump_config, load_config
 from moe_lm.config.run import PretrainConfig
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from moe_lm.data.batches import BatchSource
     from moe_lm.model.transformer import LanguageModel
 
+settings.register_profile("busy", settings.default, deadline=None)  # other tests may run beside this one
+settings.load_profile("busy")
 SaveRun = Callable[..., Path]
 MoeLm = Callable[..., "Done"]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()

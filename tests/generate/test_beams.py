@@ -53,10 +53,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts = [torch.randint(7, 1024, (size,), generator=draw).tolist() for size in sizes]
     # What texts of this model are full of ends them: a tenth of what greedy choice writes, so that beams do end.
     written = list(itertools.chain.from_iterable(generate(ours, prompts, Settings(NEW))))
-    stops = sorted(set(written), key=lambda token: (-written.count(token), token))[
-        : 3 if request.param != "trained" else 1
-    ]
-    return Both(ours, theirs, stops, prompts)
+    most_common = sorted(set(written), key=lambda token: (-written.count(token), token))
+    return Both(ours, theirs, most_common[: 3 if request.param != "trained" else 1], prompts)
 
 
 def transformers_beams(both: Both, prompt: list[int], best: int, **options: Any) -> list[tuple[list[int], float]]:

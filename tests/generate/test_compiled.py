@@ -34,9 +34,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_way_of_sampling_can_be_compiled(moe_lm: MoeLm, run: Path, tmp_path: Path, programs: list[str]) -> None:
     (tmp_path / "prompts.jsonl").write_text('"import "\n"def f("\n')
     always = ("--seed", 3, "--max-new-tokens", 6)
-    for number, options in enumerate(
-        [("-p", "import "), ("-p", "import ", "--num", 3), ("--file", tmp_path / "prompts.jsonl")], 1
-    ):
+    ways = [("-p", "import "), ("-p", "import ", "--num", 3), ("--file", tmp_path / "prompts.jsonl")]
+    for number, options in enumerate(ways, 1):
         expected = moe_lm("sample", run, *options, *always)
         assert (expected.code, len(programs)) == (0, number - 1)
         assert moe_lm("sample", run, *options, *always, "--compile").out == expected.out
@@ -73,9 +72,8 @@ def test_what_does_not_compile_is_refused_in_a_sentence(
     for verb, *options in (("sample", "-p", "a"), ("chat",), ("serve", "--port", "0")):
         done = moe_lm(verb, run, *options, "--compile")
         assert done.code == 2
-        assert (
-            "compiled decoding needs a C++ compiler (Debian: apt-get install g++); install it, or leave it" in done.err
-        )
+        needed = "a C++ compiler (Debian: apt-get install g++); install it, or leave it"
+        assert f"compiled decoding needs {needed}" in done.err
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process
@@ -25,19 +25,15 @@ def changed(penalties: SamplingConfig, logits: list[float], text: Text) -> list[
     return penalised(torch.tensor([logits], dtype=torch.float64), penalties, [text])[0].tolist()
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, ids_lists, st.integers(0, 30), st.floats(0.5, 3), st.floats(-2, 2), st.floats(-2, 2))
 def test_penalties_are_what_a_loop_over_the_vocabulary_gives(
     logits: list[float], ids: list[int], prompt: int, repetition: float, presence: float, frequency: float
 ) -> None:
     bias = ((0, 1.5), (3, -math.inf))
-    found = changed(
-        SamplingConfig(
-            repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
-        ),
-        logits,
-        Text(ids, prompt, {5}),
+    penalties = SamplingConfig(
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
     )
+    found = changed(penalties, logits, Text(ids, prompt, {5}))
     for token in range(V):
         value = logits[token] + dict(bias).get(token, 0.0)
         if token in ids:
@@ -47,7 +43,6 @@ def test_penalties_are_what_a_loop_over_the_vocabulary_gives(
         assert found[token] == (-math.inf if token == 5 else pytest.approx(value))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(ids_lists, st.integers(1, 5))
 def test_no_ngram_comes_twice(ids: list[int], size: int) -> None:
     def ngrams(tokens: list[int]) -> list[tuple[int, ...]]:
@@ -59,25 +54,18 @@ def test_no_ngram_comes_twice(ids: list[int], size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processor", "values", "penalties"),
+    ("processor", "value", "penalties"),
     [
-        ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.7}, SamplingConfig(repetition_penalty=1.7)),
-        ("RepetitionPenaltyLogitsProcessor", {"penalty": 0.6}, SamplingConfig(repetition_penalty=0.6)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 1}, SamplingConfig(no_repeat_ngram=1)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 2}, SamplingConfig(no_repeat_ngram=2)),
-        ("NoRepeatNGramLogitsProcessor", {"ngram_size": 3}, SamplingConfig(no_repeat_ngram=3)),
-        (
-            "SequenceBiasLogitsProcessor",
-            {"sequence_bias": {(1,): 2.5, (4,): -math.inf}},
-            SamplingConfig(logit_bias=((1, 2.5), (4, -math.inf))),
-        ),
+        *[("RepetitionPenalty", value, SamplingConfig(repetition_penalty=value)) for value in (1.7, 0.6)],
+        *[("NoRepeatNGram", value, SamplingConfig(no_repeat_ngram=value)) for value in (1, 2, 3)],
+        ("SequenceBias", {(1,): 2.5, (4,): -math.inf}, SamplingConfig(logit_bias=((1, 2.5), (4, -math.inf)))),
     ],
 )
-def test_the_same_as_transformers(processor: str, values: dict[str, Any], penalties: SamplingConfig) -> None:
+def test_the_same_as_transformers(processor: str, value: Any, penalties: SamplingConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, V, generator=generator, dtype=torch.float64) * 5
     ids = torch.randint(V, (50, 9), generator=generator)
-    expected = getattr(logits_process, processor)(**values)(ids, logits.clone())
+    expected = getattr(logits_process, f"{processor}LogitsProcessor")(value)(ids, logits.clone())
     before = logits.clone()
     found = penalised(logits, penalties, [Text(row, 4) for row in ids.tolist()])
     torch.testing.assert_close(found, expected)

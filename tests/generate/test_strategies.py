@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process
@@ -51,7 +51,6 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
     return sum((count - want) ** 2 / want for count, want in zip(counts, expected, strict=True) if want)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, st.floats(0, 0.999))
 def test_top_p_keeps_exactly_the_smallest_set_that_reaches_p(values: list[float], top_p: float) -> None:
     logits = torch.tensor([values], dtype=torch.float64)
@@ -78,7 +77,6 @@ def test_top_p_1_keeps_tokens_too_rare_to_change_the_sum() -> None:
     assert kept(keep_top_p(torch.tensor([[0.0, -60.0, -700.0]], dtype=torch.float64), 1.0)) == {0, 1, 2}
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, st.integers(1, 60))
 def test_top_k_keeps_exactly_k_likeliest(values: list[float], top_k: int) -> None:
     left = kept(keep_top_k(torch.tensor([values]), top_k))
@@ -86,7 +84,6 @@ def test_top_k_keeps_exactly_k_likeliest(values: list[float], top_k: int) -> Non
     assert sorted(values)[-len(left) :] == sorted(torch.tensor([values])[0, list(left)].tolist())
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, st.integers(0, 1000))
 def test_top_k_1_and_temperature_0_and_top_p_0_are_greedy(values: list[float], seed: int) -> None:
     logits = torch.tensor([values])
@@ -203,7 +200,6 @@ def test_100000_draws_of_every_strategy_follow_its_exact_distribution(sampling: 
     assert token == draw(after, generators(5))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, st.floats(0, 1))
 def test_min_p_keeps_exactly_what_is_likely_enough(values: list[float], min_p: float) -> None:
     logits = torch.tensor([values], dtype=torch.float64)
@@ -213,7 +209,6 @@ def test_min_p_keeps_exactly_what_is_likely_enough(values: list[float], min_p: f
     assert max(range(len(values)), key=lambda token: values[token]) in left
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(logits_lists, st.floats(0, 0.999))
 def test_typical_keeps_exactly_the_smallest_set_that_reaches_its_mass(values: list[float], mass: float) -> None:
     logits = torch.tensor([values], dtype=torch.float64)

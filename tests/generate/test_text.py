@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
@@ -63,7 +63,6 @@ def test_bytes_that_are_no_text_are_replaced_and_do_not_hold_up_the_rest() -> No
     assert bytes_of([b"a\xff", b"\xff", b"\xff", b"b"]) == ["a", "\ufffd", "\ufffd", "\ufffdb"]
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.binary(max_size=5), max_size=20))
 def test_pieces_of_any_bytes_are_what_the_whole_decodes_to(tokens: list[bytes]) -> None:
     assert "".join(bytes_of(tokens)) == b"".join(tokens).decode(errors="replace").removesuffix("\ufffd")
@@ -81,7 +80,6 @@ def test_a_stop_string_overlapping_itself_is_found() -> None:
     assert "".join(bytes_of([b"a", b"a", b"a", b"b"], stop=("aab",))) == "a"
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.text("ab你", max_size=3), max_size=12),
     st.lists(st.text("ab你", min_size=1, max_size=4), max_size=3).map(tuple),

@@ -123,6 +123,7 @@ def test_a_port_in_use_is_one_sentence(served_run: Path, moe_lm: Callable[..., D
         (["--api-key", ""], 2, "--api-key is empty"),
         (["--api-key", "schlüssel"], 2, "--api-key is empty or has a character"),
         (["--max-concurrent", "0"], 2, "max-concurrent"),
+        (["--max-concurrent", 1 << 40, "--device", "cpu"], 1, "give a smaller --max-concurrent"),
         (["--max-memory", "cpu=1GiB"], 2, "--max-memory belongs to a model on several devices"),
         (["--device-map", "auto", "--device", "cpu"], 2, "--device cpu names one device"),
     ],
@@ -139,12 +140,6 @@ def test_a_run_that_is_not_there(tmp_path: Path, moe_lm: Callable[..., Done]) ->
     done = moe_lm("serve", tmp_path / "none", "--port", 0)
     assert done.code == 2
     assert done.err.count("\n") == 1
-
-
-def test_a_cache_that_does_not_fit(served_run: Path, moe_lm: Callable[..., Done]) -> None:
-    done = moe_lm("serve", served_run, "--port", 0, "--max-concurrent", 1 << 40, "--device", "cpu")
-    assert done.code == 1
-    assert "give a smaller --max-concurrent" in done.err
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
