@@ -66,9 +66,8 @@ class CompiledStep:
     def _forward(
         self, keys: Tensor, values: Tensor | None, ids_R1: Tensor, lengths_R: Tensor
     ) -> tuple[Tensor, list[Routing]]:
-        attend = StaticAttention(
-            keys, keys[..., : self.model.config.kv_lora_rank] if values is None else values, lengths_R
-        )
+        values = keys[..., : self.model.config.kv_lora_rank] if values is None else values
+        attend = StaticAttention(keys, values, lengths_R)
         hidden_R1D, routings = self.model.model(ids_R1, lengths_R[:, None], attend)
         return self.model.lm_head(hidden_R1D[:, -1]), routings
 

@@ -38,10 +38,7 @@ class Topology:
 
 
 def current_topology() -> Topology:
-    """The topology in the environment; a single process if there is none.
-
-    Raises UsageError if a part of it is missing.
-    """
+    """The topology in the environment; a single process if there is none. Raises UsageError if a part is missing."""
     _translate_launcher()
     if "WORLD_SIZE" not in os.environ and os.environ.get("RANK", "0") != "0":
         raise UsageError(
@@ -55,11 +52,7 @@ def current_topology() -> Topology:
             f"WORLD_SIZE={world_size}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the "
             "environment; start with a launcher (launch/), or unset WORLD_SIZE"
         )
-    return Topology(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-    )
+    return Topology(int(os.environ.get("RANK", 0)), world_size, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _translate_launcher() -> None:

@@ -117,11 +117,8 @@ class ChatAnswer(Answer):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def opening(self, rows: int) -> list[Json]:
-        delta = {"role": "assistant", "content": ""}
-        return [
-            self._chunk([{"index": row, "delta": delta, "logprobs": None, "finish_reason": None}])
-            for row in range(rows)
-        ]
+        start = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._chunk([{"index": row} | start]) for row in range(rows)]
 
     def message(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}

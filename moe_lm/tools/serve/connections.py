@@ -23,14 +23,19 @@ MOST_IDLE = 1024  # connections beside those that write texts
 BACKLOG = 2048  # connections that wait to be accepted
 
 
-def server_config(app: ASGIApp, texts: int, head_seconds: float = HEAD_SECONDS, **options: Any) -> uvicorn.Config:
+def server_config(
+    app: ASGIApp, texts: int, shutdown_seconds: int, head_seconds: float = HEAD_SECONDS
+) -> uvicorn.Config:
     """uvicorn's settings for `texts` requests at a time; the files that the process may open bound the connections."""
     room = openable() - SPARE_FILES
     connections = Connections(app, max(1, min(room // 2, texts + MOST_IDLE)), head_seconds)
     # asyncio accepts this many at once, and does so several times before those that are too many are closed.
     backlog = max(1, min(room // 8, BACKLOG))
     http: Any = partial(Connection, connections)
-    return uvicorn.Config(connections, http=http, ws="none", log_level="warning", backlog=backlog, **options)
+    return uvicorn.Config(
+        connections, http=http, ws="none", log_level="warning", access_log=False, server_header=False, backlog=backlog,
+        timeout_graceful_shutdown=shutdown_seconds,
+    )  # fmt: skip
 
 
 def openable() -> int:

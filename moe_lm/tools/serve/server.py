@@ -32,13 +32,10 @@ GRACE = 30.0  # seconds that running requests have to end when a signal comes
 def serve(run: Path, config: ServeConfig, load: LoadConfig) -> None:
     """Serve until a signal; then give running requests `GRACE` seconds to end."""
     with listen(config.host, config.port) as listener:
-        address = listener.getsockname()
-        at_home = ip_address(address[0]).is_loopback
+        host, port = listener.getsockname()[:2]
+        at_home = ip_address(host).is_loopback
         if not (at_home or config.api_key):
-            print(
-                f"warning: {address[0]}:{address[1]} can be reached by others, and there is no --api-key",
-                file=sys.stderr,
-            )
+            print(f"warning: {host}:{port} can be reached by others, and there is no --api-key", file=sys.stderr)
         session = Session.open(run, load)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
@@ -48,13 +45,8 @@ def serve(run: Path, config: ServeConfig, load: LoadConfig) -> None:
         hosts = LOOPBACK_NAMES if at_home and not config.api_key else None
         limits = Limits(MOST_BODY, config.timeout, config.max_tokens, config.api_key, hosts)
         app = build_app(session, scheduler, limits, metrics, config.model_name or run.resolve().name)
-        connections = server_config(
-            app,
-            scheduler.most,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=math.ceil(GRACE) + 5,  # only for a client that does not read its answer
-        )
+        # Longer than GRACE only for a client that does not read its answer.
+        connections = server_config(app, scheduler.most, shutdown_seconds=math.ceil(GRACE) + 5)
         logging.basicConfig(format="%(levelname)s: %(message)s")
         asyncio.run(_run(connections, scheduler, listener))
 

@@ -97,14 +97,11 @@ def serve(session: Session) -> Iterator[Serve]:
         head_seconds: float = HEAD_SECONDS,
         **limits: Any,
     ) -> Served:
-        metrics = Metrics()
-        scheduler = Scheduler(own or session, slots, context, max_queue, metrics)
-        app = build_app(
-            own or session, scheduler, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL
-        )
+        one, metrics = own or session, Metrics()
+        scheduler = Scheduler(one, slots, context, max_queue, metrics)
+        app = build_app(one, scheduler, Limits(**{"max_body": 1 << 16, "timeout": 60.0} | limits), metrics, MODEL)
         listener = listen("127.0.0.1", 0)
-        config = server_config(app, scheduler.most, head_seconds, timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(app, scheduler.most, 5, head_seconds))
 
         async def main() -> None:
             scheduler.start(asyncio.get_running_loop())
