@@ -137,5 +137,5 @@ def test_every_folder_says_what_it_is_and_in_which_order_it_is_read(path: Path) 
 )
 def test_file_is_one_noun_and_finished(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= (420 if "tests" in path.parts else LONGEST_FILE)
+    assert text.count("\n") <= LONGEST_FILE
     assert LOOSE_END.search(text) is None
