@@ -151,7 +151,7 @@ def entry_of(path: Path) -> Entry:
 
 
 def pin(folder: Path, why: str) -> None:
-    """Keep a checkpoint that something else needs from `clean`, which cannot delete where this cannot write."""
+    """Protect a checkpoint from `clean`. In a read-only folder it does nothing: nothing can be deleted there."""
     with suppress(OSError):
         (folder / PINNED).write_text(f"{why}\n", encoding="utf-8")
 

@@ -108,17 +108,17 @@ def find_start(config: FinetuneConfig) -> Start:
     """
     newest = checkpoint.latest(Path(config.run_dir) / "checkpoints")
     if newest is None:
-        return _begin(checkpoint.resolve(config.start_from))
+        return _start_at(checkpoint.resolve(config.start_from))
     names = checkpoint.checksums(newest)
     if ADAPTER in names and config.lora is not None:
-        return _begin(_base(newest, config))
-    if START not in names:  # fine-tuning did not write it; `check_unchanged` says what differs
-        return _begin(checkpoint.resolve(config.start_from))
+        return _start_at(_base(newest, config))
+    if START not in names:  # fine-tuning did not write it; `changed_settings` reports the differences
+        return _start_at(checkpoint.resolve(config.start_from))
     kept = yaml.safe_load(checkpoint.read_text(newest, START))
     origin, known = Path(kept["origin"]), kept["fingerprint"]
     if config.preference is not None:
         for place in (origin, config.start_from):
-            start = _begin(checkpoint.resolve(place)) if checkpoint.is_there(place) else None
+            start = _start_at(checkpoint.resolve(place)) if checkpoint.is_there(place) else None
             if start is not None and start.fingerprint == known:
                 return start
     return Start(newest, origin, known)
@@ -132,7 +132,7 @@ def lost_reference(start: Start) -> UsageError:
     )
 
 
-def _begin(folder: Path) -> Start:
+def _start_at(folder: Path) -> Start:
     return Start(folder, folder.absolute(), fingerprint(folder))
 
 

@@ -32,7 +32,7 @@ class Saver:
     """Writes checkpoints and drops the oldest; never two at a time. Every rank has one and calls it alike.
 
     In the background a thread of each rank writes a copy in the host's memory, and these threads speak through a
-    process group of their own. It is a context that must be left before the training's groups are.
+    process group of their own. Leave this context before the training's process group is destroyed.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:

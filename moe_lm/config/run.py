@@ -54,7 +54,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is reported while training, and to whom."""
+    """The reports of training: how often, and to which programs."""
 
     every: int = Field(default=10, gt=0, description="steps between lines of train.log")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

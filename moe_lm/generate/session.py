@@ -166,7 +166,7 @@ def _fill_spread(model: LanguageModel, folder: Path, base: Path | None, spread: 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What layers are built in; buffers that name their own keep it, as the router's bias does."""
+    """Build layers in a data type. Buffers that name their own keep it, such as the router's bias."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -47,7 +47,7 @@ class Meeting:
         self._over = threading.Event()
         self._answering: threading.Thread | None = None
 
-    def gather(self, seconds: float) -> dist.Store:
+    def assemble(self, seconds: float) -> dist.Store:
         """Wait until every rank is here, and return the notes.
 
         Raises MoeLmError (UsageError) on every rank if one does not come in time, or has failed before.
@@ -77,7 +77,9 @@ class Meeting:
                 return notes
         except dist.DistError:
             pass
-        raise self._silence(f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
+        raise self._unreachable_error(
+            f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again"
+        )
 
     @contextmanager
     def lost_ranks_named(self) -> Iterator[None]:
@@ -87,7 +89,7 @@ class Meeting:
         except RuntimeError as error:
             if self.topology.world_size == 1 or not any(text in str(error) for text in LOST):
                 raise
-            raise self._loss() from error
+            raise self._lost_rank_error() from error
 
     def fail(self, message: str, exit_code: int, common: bool = False) -> None:
         """Print why this rank ends, unless another rank prints it, and stay until the others have read it.
@@ -101,7 +103,7 @@ class Meeting:
         if self._store is not None:
             self._linger(self._store)
 
-    def _loss(self) -> MoeLmError:
+    def _lost_rank_error(self) -> MoeLmError:
         """The reason why the connection broke: the failure that a rank reported, else the ranks that are gone.
 
         Rank 0 calls the roll, and all that are left say the same.
@@ -110,7 +112,7 @@ class Meeting:
         lost = f"lost {self.topology.named([0])}, which has ended or does not answer; {advice}"
         notes, topology = self._store, self.topology
         if notes is None:
-            return self._silence(lost)
+            return self._unreachable_error(lost)
         with suppress(dist.DistError):
             notes.set(f"left/{topology.rank}", "")
             places = [f"left/{rank}" for rank in range(topology.world_size)]
@@ -123,7 +125,7 @@ class Meeting:
             wait_until(lambda: notes.check(["failed"]), ROLL_CALL_SECONDS + LINGER_SECONDS)
             if notes.check(["failed"]):
                 return _reported_failure(notes)
-        return self._silence(lost)
+        return self._unreachable_error(lost)
 
     def _must_print(self, message: str, exit_code: int) -> bool:
         """Report a failure to the other ranks; whether it falls to this one to print it: rank 0, else the first."""
@@ -187,7 +189,7 @@ class Meeting:
             store.set(f"moe-lm/knock/{topology.rank}", nonce)
             if wait_until(lambda: store.check([answer]), seconds):
                 return self._notes(store, store.get(answer).decode())
-        raise self._silence(f"rank 0 at {_address()} does not answer; check that the launcher started it")
+        raise self._unreachable_error(f"rank 0 at {_address()} does not answer; check that the launcher started it")
 
     def _notes(self, store: dist.Store, name: str) -> dist.Store:
         self._store = dist.PrefixStore(f"moe-lm/{name}", store)
@@ -206,13 +208,13 @@ class Meeting:
                 advice = "check that it runs there, and that no firewall is in between"
                 if self.topology.is_main:
                     advice = "this is rank 0: set MASTER_ADDR to its host"
-                raise self._silence(
+                raise self._unreachable_error(
                     f"cannot reach rank 0 of {self.topology.world_size} at {_address()} within {seconds:g} s "
                     f"({reason}); {advice}"
                 )
             time.sleep(POLL_SECONDS)
 
-    def _silence(self, message: str) -> MoeLmError:
+    def _unreachable_error(self, message: str) -> MoeLmError:
         """An error about which ranks cannot agree: one rank a host prints it, and rank 1 in place of rank 0."""
         self._unreachable = True
         return MoeLmError(message, common=not (self.topology.local_rank == 0 or self.topology.rank == 1))

@@ -30,7 +30,7 @@ def join(meeting: Meeting, device: torch.device, timeout_seconds: float) -> None
     # The watchdog, which knows more and says it in fewer words, comes first.
     timeout = timedelta(seconds=timeout_seconds + min(timeout_seconds, PATIENCE_SECONDS))
     rank, world_size = meeting.topology.rank, meeting.topology.world_size
-    store = dist.HashStore() if world_size == 1 else dist.PrefixStore("group", meeting.gather(timeout_seconds))
+    store = dist.HashStore() if world_size == 1 else dist.PrefixStore("group", meeting.assemble(timeout_seconds))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

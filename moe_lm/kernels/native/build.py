@@ -100,7 +100,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder can be shared by machines with other processors."""
+    """The processor, on which -march=native depends: machines with different ones can share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

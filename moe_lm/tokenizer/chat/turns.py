@@ -196,8 +196,8 @@ def _gap_before(rendering: Rendering, number: int) -> tuple[int, int]:
 def _gap_after(rendering: Rendering, number: int, shorter: Rendering | None = None) -> tuple[int, int]:
     """The start and end of the template's text between message `number` and later messages.
 
-    A tool's result may be written with the name of the call, by the author of the call. Only as many characters of the
-    message belong to its turn as stand in `shorter`, the conversation up to it.
+    A template may repeat the name of a call beside the tool's result, and those characters are marked as message
+    `number` too. The turn ends before them: it has as many characters of the message as `shorter`, which ends with it.
     """
     authors = rendering.authors
     count = None if shorter is None else int((shorter.authors == number).sum())

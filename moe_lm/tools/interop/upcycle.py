@@ -1,11 +1,13 @@
 """`moe-lm upcycle`: a dense checkpoint becomes a Mixture of Experts that computes the same, with a new router.
 
-Every feed-forward layer is cut into `split` pieces along its width, whose outputs add up to the layer's. The first
-`shared` pieces become the shared experts. Of the others every copy of the layer has all, as routed experts side by
-side. The router's rows are drawn anew for every copy and alike for its pieces, so that a token chooses whole copies:
-with k = m times the pieces of a copy, m copies, whose weights add up to 1. Each piece counts as often as a copy has
-pieces: `routed_scaling_factor` says so beside shared experts; without any, where no family knows that setting, the
-pieces' last matrices are multiplied by it.
+1. Every feed-forward layer is cut along its width into `split` pieces, whose outputs add up to the layer's.
+2. The first `shared` pieces become the shared experts. The other P are one copy of the layer, and the routed experts
+   are such copies side by side: with P = 2 and 4 experts a0 a1 | b0 b1, where b0 = a0 and b1 = a1.
+3. The router has a random row for each copy, which all pieces of the copy repeat. So a token chooses whole copies, and
+   the weights of its experts, which add up to 1, are equal within a copy: 1/2 for a0 and a1 with 2 experts a token.
+4. A factor of P makes up for that division. It is `routed_scaling_factor` beside shared experts; without them no family
+   knows that setting, and the last matrices of the pieces are multiplied by P.
+
 Sparse upcycling: arXiv 2212.05055; fine-grained, with routers alike within a copy: arXiv 2410.07524.
 """
 
