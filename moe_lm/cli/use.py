@@ -16,17 +16,17 @@ from moe_lm.common.terminal import check_typed
 from moe_lm.kernels.native import build as native
 
 if TYPE_CHECKING:
-    from moe_lm.config.generation import GenerationConfig, LoadConfig, SampleConfig, ServeConfig
+    from moe_lm.config.generation import CompiledLoadConfig, GenerationConfig, LoadConfig, SampleConfig, ServeConfig
     from moe_lm.generate.sample import Prompt
 
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command line. Those that may leave files behind clean up when SIGTERM ends them."""
     use = "Use"
-    app.command(rich_help_panel=use)(takes(text="SampleConfig", load="LoadConfig")(ended_by_sigterm()(sample)))
-    app.command(rich_help_panel=use)(takes(text="GenerationConfig", load="LoadConfig")(ended_by_sigterm()(chat)))
+    app.command(rich_help_panel=use)(takes(options="SampleConfig", load="CompiledLoadConfig")(ended_by_sigterm()(sample)))
+    app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ended_by_sigterm()(chat)))
     app.command(rich_help_panel=use)(explain)
-    app.command(rich_help_panel=use)(takes(server="ServeConfig", load="LoadConfig")(serve))
+    app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
     app.command("eval", rich_help_panel=use)(evaluate)
     app.command(rich_help_panel=use)(ended_by_sigterm()(export))
 
@@ -42,8 +42,8 @@ Truncate = Annotated[Literal["left"] | None, typer.Option(help="Drop the beginni
 
 def sample(
     run: RunPath,
-    text: SampleConfig,
-    load: LoadConfig,
+    options: SampleConfig,
+    load: CompiledLoadConfig,
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=_typed, help="Text to continue.")] = None,
     file: Annotated[
@@ -54,7 +54,7 @@ def sample(
 ) -> None:
     """Continue a prompt, streaming; many prompts or samples become JSON lines."""
     _check_source(stdin, prompt, file)
-    if load.compile and text.beams is not None:
+    if load.compile and options.beams is not None:
         raise UsageError("--compile and --beams do not go together; leave one of them out")
 
     native.start()
@@ -64,12 +64,12 @@ def sample(
     from moe_lm.generate.session import Session
 
     prompts = [Prompt(prompt)] if prompt is not None else _read(stdin, file)
-    settings = Settings.of(text) if text.beams is None else BeamSettings.of(text)
-    one = len(prompts) == 1 and text.num == 1 and file is None and out is None
-    shown = text.show_routing is None or sys.stdout.isatty()
-    plain = one and text.beams is None and text.logprobs is None and shown
-    session = Session.open(run, load)
-    write_samples(session, prompts, text.num, settings, text.stop, truncate is not None, out, text.show_routing, plain)
+    settings = Settings.of(options) if options.beams is None else BeamSettings.of(options)
+    one = len(prompts) == 1 and options.num == 1 and file is None and out is None
+    shown = options.show_routing is None or sys.stdout.isatty()
+    plain = one and options.beams is None and options.logprobs is None and shown
+    session = Session.open(run, load, load.compile)
+    write_samples(session, prompts, options.num, settings, options.stop, truncate is not None, out, options.show_routing, plain)
 
 
 def _check_source(stdin: str | None, prompt: str | None, file: Path | None) -> None:
@@ -91,7 +91,7 @@ def _read(stdin: str | None, file: Path | None) -> list[Prompt]:
 
 def chat(
     run: RunPath,
-    text: GenerationConfig,
+    options: GenerationConfig,
     load: LoadConfig,
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Keep the lines you type in ~/.local/state/moe-lm.")
@@ -102,7 +102,7 @@ def chat(
     from moe_lm.generate import chat
     from moe_lm.generate.decode import Settings
 
-    chat.chat(run, Settings.of(text), load, history)
+    chat.chat(run, Settings.of(options), load, history)
 
 
 def explain(
@@ -133,7 +133,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise UsageError(f"--{option} {text} is not a list of numbers; give them like 0,3") from error
 
 
-def serve(run: RunPath, server: ServeConfig, load: LoadConfig) -> None:
+def serve(run: RunPath, server: ServeConfig, load: CompiledLoadConfig) -> None:
     """Answer OpenAI's clients over HTTP, and serve a chat page."""
     try:
         import fastapi  # noqa: F401

@@ -112,6 +112,10 @@ class SampleConfig(GenerationConfig):
             raise ValueError(f"temperature={values['temperature']} draws and --greedy never does; give one of them")
         return values | {"temperature": 0.0}
 
+    def is_set(self, name: str) -> bool:
+        """Whether a flag was given, be it at its default: no flag is silently ignored."""
+        return name in self.model_fields_set
+
     @model_validator(mode="after")
     def _beams_draw_nothing(self) -> Self:
         if self.beams is None:
@@ -132,10 +136,6 @@ class LoadConfig(Section):
         default="float32",
         description="number format of weights and cache; bfloat16 takes half the memory and rounds the logits",
     )
-    compile: bool = Field(
-        default=False,
-        description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
-    )
     device_map: Literal["auto"] | None = Field(default=None, description="spread over devices, host memory and disk")
     max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(
         default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
@@ -152,6 +152,20 @@ class LoadConfig(Section):
                     raise ValueError(f"{flag} belongs to a model on several devices; give --device-map auto too")
         else:
             self.refuse_any(["device"], "names one device and --device-map takes all; give one of them")
+        return self
+
+
+class CompiledLoadConfig(LoadConfig):
+    """The same for `sample` and `serve`, which make one decoder; `chat` makes a new one for each answer."""
+
+    compile: bool = Field(
+        default=False,
+        description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
+    )
+
+    @model_validator(mode="after")
+    def _compiled_on_one_device(self) -> Self:
+        if self.device_map is not None:
             self.refuse_any(["compile"], "and --device-map do not go together; leave one of them out")
         return self
 

@@ -32,7 +32,10 @@ RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  #
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready to write, with `compiled` steps (compiled.py) or without."""
+    """A model that is ready to write, with `compiled` steps (compiled.py) or without.
+
+    Each `write` makes a decoder, and each new size of one is compiled anew.
+    """
 
     checkpoint: Path
     model: LanguageModel
@@ -73,12 +76,12 @@ class Session:
         return cls(folder, model, tokenizer, compiled)
 
     @classmethod
-    def open(cls, run: Path, config: LoadConfig) -> Session:
+    def open(cls, run: Path, config: LoadConfig, compiled: bool = False) -> Session:
         """Load a run as `config` says; see `load`."""
         spread = None
         if config.device_map is not None:
             spread = Spread(dict(item.partition("=")[::2] for item in config.max_memory), config.offload_folder)
-        return cls.load(run, config.device, config.base, spread, config.compile, config.dtype)
+        return cls.load(run, config.device, config.base, spread, compiled, config.dtype)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
         """A decoder for up to `slots` texts at a time, each of up to `capacity` positions with its prompt."""

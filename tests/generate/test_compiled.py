@@ -61,7 +61,6 @@ def test_what_does_not_compile_is_refused_in_a_sentence(
     for verb, *options in (
         ("sample", "-p", "a", "--beams", "2"),
         ("sample", "-p", "a", "--device-map", "auto"),
-        ("chat", "--device-map", "auto"),
         ("serve", "--device-map", "auto"),
     ):
         done = moe_lm(verb, run, *options, "--compile")
@@ -69,11 +68,17 @@ def test_what_does_not_compile_is_refused_in_a_sentence(
         assert f"--compile and {options[-2]} do not go together; leave one of them out" in done.err
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    for verb, *options in (("sample", "-p", "a"), ("chat",), ("serve", "--port", "0")):
+    for verb, *options in (("sample", "-p", "a"), ("serve", "--port", "0")):
         done = moe_lm(verb, run, *options, "--compile")
         assert done.code == 2
         needed = "a C++ compiler (Debian: apt-get install g++); install it, or leave it"
         assert f"compiled decoding needs {needed}" in done.err
+
+
+def test_a_chat_is_not_compiled_since_each_answer_would_be_another_program(moe_lm: MoeLm, run: Path) -> None:
+    done = moe_lm("chat", run, "--compile")
+    assert done.code == 2
+    assert "No such option: --compile" in done.err
 
 
 @needs_compiler

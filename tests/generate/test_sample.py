@@ -240,6 +240,8 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(
     [
         ([], "nothing given to continue"), (["-", "-p", "a"], "- and --prompt given"), (["b"], "b is not a source"),
         (["-p", "a", "--length-penalty", 2], "--length-penalty 2.0 belongs to a beam search"),
+        (["-p", "a", "--length-penalty", 1.0], "--length-penalty 1.0 belongs to a beam search; give --beams too"),
+        (["-p", "a", "--beams", 2, "--temperature", 0.8], "--temperature 0.8 draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--top-k", 3], "--top-k 3 draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--greedy"], "--greedy draws nothing with --beams"),
         (["-p", "a", "--beams", 2, "--seed", 3], "--seed 3 draws nothing"),

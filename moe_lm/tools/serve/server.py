@@ -17,7 +17,7 @@ import uvicorn
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import STOP_SIGNALS
-from moe_lm.config.generation import LoadConfig, ServeConfig
+from moe_lm.config.generation import CompiledLoadConfig, ServeConfig
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.app import build_app
 from moe_lm.tools.serve.connections import BACKLOG, server_config
@@ -29,14 +29,14 @@ MOST_BODY = 1 << 20  # bytes of a request
 GRACE = 30.0  # seconds that running requests have to end when a signal comes
 
 
-def serve(run: Path, config: ServeConfig, load: LoadConfig) -> None:
+def serve(run: Path, config: ServeConfig, load: CompiledLoadConfig) -> None:
     """Serve until a signal; then give running requests `GRACE` seconds to end."""
     with listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         at_home = ip_address(host).is_loopback
         if not (at_home or config.api_key):
             print(f"warning: {host}:{port} can be reached by others, and there is no --api-key", file=sys.stderr)
-        session = Session.open(run, load)
+        session = Session.open(run, load, load.compile)
         metrics = Metrics()
         positions = session.model.config.max_position_embeddings
         context = min(config.max_context or positions, positions)
