@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command line. Those that may leave files behind clean up when SIGTERM ends them."""
     use = "Use"
-    app.command(rich_help_panel=use)(takes(options="SampleConfig", load="CompiledLoadConfig")(ended_by_sigterm()(sample)))
+    app.command(rich_help_panel=use)(
+        takes(options="SampleConfig", load="CompiledLoadConfig")(ended_by_sigterm()(sample))
+    )
     app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ended_by_sigterm()(chat)))
     app.command(rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
@@ -69,7 +71,9 @@ def sample(
     shown = options.show_routing is None or sys.stdout.isatty()
     plain = one and options.beams is None and options.logprobs is None and shown
     session = Session.open(run, load, load.compile)
-    write_samples(session, prompts, options.num, settings, options.stop, truncate is not None, out, options.show_routing, plain)
+    write_samples(
+        session, prompts, options.num, settings, options.stop, truncate is not None, out, options.show_routing, plain
+    )
 
 
 def _check_source(stdin: str | None, prompt: str | None, file: Path | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -39,7 +40,6 @@ MOST_LOGPROBS = 20
 MOST_NESTING = 100  # far below what chat templates and encoders can follow
 TOO_DEEP = f"lists and objects are nested more than {MOST_NESTING} deep; flatten them"
 MOST_BIASES = 1024  # each costs time in every step
-MOST_BIAS = 1e300  # far beyond any logit
 
 
 def read_stop(value: Any) -> list[str]:
@@ -60,7 +60,7 @@ def read_bias(value: Any) -> tuple[tuple[int, float], ...]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise ValueError(f'{key!r:.40} is not a token id; expected ids as texts, like {{"42": -100}}')
-        if type(bias) not in (int, float) or not -MOST_BIAS < bias < MOST_BIAS:
+        if type(bias) not in (int, float) or not -sys.float_info.max <= bias <= sys.float_info.max:
             raise ValueError(f"{bias!r:.40} is not a number to add to the logit of token {key}")
     return tuple({int(key): float(bias) for key, bias in value.items()}.items())
 
