@@ -85,7 +85,7 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
     longer. `base` is the folder of the adapters' base, if it has moved.
     Raises UsageError for a run, file or stride that cannot be used.
     """
-    session = Session.load(run, base=base)
+    session = Session.load(run, base=base, decoding=False)
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
     window = min(config.data.sequence_length if config else WINDOW, session.model.config.max_position_embeddings)

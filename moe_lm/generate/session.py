@@ -51,12 +51,14 @@ class Session:
         spread: Spread | None = None,
         compiled: bool = False,
         dtype: str = "float32",
+        decoding: bool = True,
     ) -> Session:
         """Load the newest checkpoint of a run folder, or one checkpoint; adapters are merged into their base.
 
         `base` is where that base is when it has moved. With `spread` a model that is too large for one device lies on
         all of them, in the host's memory and on the disk; it is never held whole. `dtype` is "float32" or "bfloat16",
-        for weights and cache; weights are rounded as they are read, adapters merged before.
+        for weights and cache; weights are rounded as they are read, adapters merged before. A model that only
+        scores text needs no kernel for `decoding`.
 
         Raises UsageError when there is no complete checkpoint, no such base or no such device, MoeLmError naming a
         file that is damaged.
@@ -71,6 +73,7 @@ class Session:
             model = LanguageModel(config).eval()
         if spread is None:
             _fill(model, folder, base)
+            kernels.apply(model, kernels.choose(model.device, decoding))
         else:
             _fill_spread(model, folder, base, spread)
         return cls(folder, model, tokenizer, compiled)
@@ -153,11 +156,10 @@ def _deltas(decoder: Decoder, rows: Sequence[Row]) -> Iterator[Delta]:
 
 
 def _fill(model: LanguageModel, folder: Path, base: Path | None) -> None:
-    """Give a model on one device the weights of a checkpoint, and its kernels."""
+    """Give a model on one device the weights of a checkpoint."""
     if model.device.type == "cpu":
         huge_pages.move(model)
     read.load_weights(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, base)
-    kernels.apply(model, kernels.choose(model.device, decoding=True))
 
 
 def _fill_spread(model: LanguageModel, folder: Path, base: Path | None, spread: Spread) -> None:

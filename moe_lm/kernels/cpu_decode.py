@@ -1,8 +1,8 @@
 """Decoding on a CPU in C++ (native/few_rows.cpp): few rows, and weights read at full speed.
 
 `apply` gives plain modules a faster class; adapted ones, and experts that lie on several ranks, stay as they are. Each
-class computes what the class under it computes, but for the order of a float32 sum, and leaves to that one what the
-C++ does not serve: gradients, autocast, other devices and data types, and programs that are compiled.
+class subclasses the plain one and calls super() for what the C++ does not serve: gradients, autocast, other devices
+and data types, and compiled programs. Results are the same but for the order of float32 sums.
 
 Shapes: B rows, S positions, R = B*S, D hidden_size, H heads, K key-value heads, N head size, M head size of the values,
 T tokens, E experts, k experts for each token.

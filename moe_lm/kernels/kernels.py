@@ -1,7 +1,7 @@
-"""The kernels that a model runs in: chosen once for a device, by name, and applied from outside, as parallelism is.
+"""The kernels that a model runs in: chosen by name for a device, then applied to a model that is already built.
 
-The model's own code is plain torch. Each operation that a kernel can replace is one attribute there, and one table here
-holds the kernels for it by name. A new kernel is one entry of a table and a line in `choose`.
+The model's own code is plain torch. An operation that kernels can replace is an attribute of its modules and has a
+table of kernels here, by name. A new kernel is an entry in a table and a line in `choose`.
 """
 
 from __future__ import annotations
@@ -41,18 +41,25 @@ class Kernels(NamedTuple):
 
 
 def choose(device: torch.device, decoding: bool = False) -> Kernels:
-    """The fastest kernels for a device, which need not be there; with `decoding` for generating text, too."""
-    steps = "plain" if decoding else None
+    """The fastest kernels for a device, which need not be there.
+
+    `decoding` adds one for generating text; on a CPU that compiles the C++ where it has not been compiled yet.
+    """
     if device.type == "cuda":
         has_flash_attn = importlib.util.find_spec("flash_attn") is not None
-        return Kernels("flash_attn" if has_flash_attn else "torch_varlen", "fused", steps)
-    if device.type == "cpu":
-        return Kernels("segments", "bucketed", "cpp" if decoding and build.library() is not None else steps)
-    return Kernels("plain", "fused", steps)
+        kernels = Kernels("flash_attn" if has_flash_attn else "torch_varlen", "fused")
+    elif device.type == "cpu":
+        kernels = Kernels("segments", "bucketed")
+    else:
+        kernels = Kernels("plain", "fused")
+    if not decoding:
+        return kernels
+    has_cpp = device.type == "cpu" and build.library() is not None
+    return kernels._replace(decoding="cpp" if has_cpp else "plain")
 
 
 def apply(model: LanguageModel, kernels: Kernels) -> None:
-    """Replace the model's operations; after adapters and expert parallelism, which `cpp` leaves as they are."""
+    """Give a model its kernels. Adapters and expert parallelism come first: `cpp` leaves them as they are."""
     for module in model.modules():
         if isinstance(module, AttentionLayer):
             module.segment_attention = ATTENTION[kernels.attention]
@@ -63,10 +70,11 @@ def apply(model: LanguageModel, kernels: Kernels) -> None:
 
 
 def of(model: LanguageModel) -> Kernels:
-    """The kernels that a model trains in."""
+    """The kernels that a model runs in; its `decoding` is None in plain torch, whether or not it was chosen."""
     attention = next(m.segment_attention for m in model.modules() if isinstance(m, AttentionLayer))
     experts = next((layer.experts.grouped_mm for layer in model.moe_layers), None)
-    return Kernels(_name(ATTENTION, attention), experts and _name(EXPERTS, experts))
+    decoding = "cpp" if model.cached_attention is cpu_decode.NativeCachedAttention else None
+    return Kernels(_name(ATTENTION, attention), experts and _name(EXPERTS, experts), decoding)
 
 
 def _name(table: Mapping[str, object], kernel: object) -> str:

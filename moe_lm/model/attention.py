@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.kv_cache import KVCache
+from moe_lm.model.kv_cache import ByLayer, KVCache
 from moe_lm.model.layers import RMSNorm
 from moe_lm.model.rotary import Angles, rotate
 
@@ -146,19 +146,19 @@ class PrefillAttention:
         return PackedAttention(self.cu_seqlens.to(q.device), max(self.lengths))(layer, q, k, v)
 
 
-class CachedAttention:
-    """Attention of new tokens `[rows, S]` over each row's cache, which they are appended to.
+class AppendingAttention:
+    """Attention of new tokens `[rows, S]` over each row of `keys` and `values`, which they are appended to.
 
-    k and v are what the cache stores. Serves one pass through the layers: the caller advances `cache.lengths` by S
-    once all of them have run.
+    k and v are what is stored. Serves one pass through the layers: the caller advances the `lengths` of the rows by S
+    once all of them have run. `longest` bounds the lengths; they are all the same if `even`.
     """
 
     from_cache: ClassVar[bool] = True
 
-    def __init__(self, cache: KVCache) -> None:
-        self.keys, self.values, self.lengths = cache.keys, cache.values, cache.lengths
-        lengths = cache.lengths.tolist()
-        self.longest, self.even = max(lengths), min(lengths) == max(lengths)
+    def __init__(
+        self, keys: Tensor | ByLayer, values: Tensor | ByLayer, lengths: Tensor, longest: int, even: bool
+    ) -> None:
+        self.keys, self.values, self.lengths, self.longest, self.even = keys, values, lengths, longest, even
         self._of_new: tuple[tuple[int, torch.device], Tensor, Tensor | None] | None = None
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -194,10 +194,17 @@ class CachedAttention:
         return self._of_new[1:]
 
 
-class StaticAttention(CachedAttention):
-    """The same in shapes that do not depend on the lengths: every query reads the whole cache, behind a mask."""
+class CachedAttention(AppendingAttention):
+    """Attention over the rows of a cache, as far as they are filled."""
+
+    def __init__(self, cache: KVCache) -> None:
+        lengths = cache.lengths.tolist()
+        longest = max(lengths)
+        super().__init__(cache.keys, cache.values, cache.lengths, longest, even=min(lengths) == longest)
+
+
+class StaticAttention(AppendingAttention):
+    """Attention in shapes that do not depend on the lengths: every query reads the whole memory, behind a mask."""
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        self.keys, self.values, self.lengths = keys, values, lengths
-        self.longest, self.even = keys.shape[3] - 1, False
-        self._of_new = None
+        super().__init__(keys, values, lengths, longest=keys.shape[3] - 1, even=False)

@@ -20,6 +20,7 @@ from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.evaluate.perplexity import evaluate, score_documents, unigram_bits_per_byte, xz_bits_per_byte
+from moe_lm.kernels.native import build
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import SaveRun
@@ -246,6 +247,16 @@ def test_a_fine_tuned_run_scores_files_and_names_its_base(
     assert evaluate(run, [tmp_path / "text.txt"]).documents == 1
     with pytest.raises(UsageError, match=r"run was fine-tuned on conversations .*started from, runs/base"):
         evaluate(run)
+
+
+def test_scoring_does_not_compile_the_cpp_of_decoding(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(build, "library", lambda: compiled.append("few_rows"))
+    (tmp_path / "text.txt").write_text("text")
+    evaluate(run, [tmp_path / "text.txt"])
+    assert not compiled
 
 
 def test_damaged_weights_are_a_clear_error(tmp_path: Path, model: LanguageModel, save_run: SaveRun) -> None:

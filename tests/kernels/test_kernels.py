@@ -59,6 +59,7 @@ def test_every_layer_gets_what_is_named_and_a_model_starts_in_plain_torch(change
     assert kernels.of(model) == Kernels("torch_varlen", "bucketed")
     kernels.apply(model, Kernels("segments", "fused", "cpp"))
     assert found() == {attention.segments, grouped_mm.fused, *native}
+    assert kernels.of(model) == Kernels("segments", "fused", "cpp")
 
 
 def test_the_log_of_a_run_names_them(pretrained: Path) -> None:
