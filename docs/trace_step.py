@@ -22,7 +22,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, pack
-from moe_lm.engine.build import build_engine, place_model
+from moe_lm.engine.build import build_engine, build_model
 from moe_lm.engine.engine import Engine
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import Topology
@@ -42,7 +42,7 @@ class Trace:
         self._floors = floors()
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        callee = place(frame) if event == "call" else None
+        callee = file_of(frame) if event == "call" else None
         if callee is None:
             return
         functions = self.files.setdefault(callee, [])
@@ -57,7 +57,7 @@ class Trace:
         return self._floors[file.split("/")[0].removesuffix(".py")]
 
 
-def place(frame: FrameType) -> str | None:
+def file_of(frame: FrameType) -> str | None:
     """The file that a frame's code stands in, below moe_lm/; None for other code."""
     path = Path(frame.f_code.co_filename)
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
@@ -66,9 +66,9 @@ def place(frame: FrameType) -> str | None:
 def caller_of(frame: FrameType) -> str | None:
     """The nearest file of moe_lm in the stack below a call; torch may stand in between."""
     caller = frame.f_back
-    while caller is not None and place(caller) is None:
+    while caller is not None and file_of(caller) is None:
         caller = caller.f_back
-    return None if caller is None else place(caller)
+    return None if caller is None else file_of(caller)
 
 
 def floors() -> dict[str, int]:
@@ -90,9 +90,9 @@ def tiny_engine() -> Engine:
     )  # fmt: skip
     train = TrainConfig(steps=10, global_batch_size=ROWS, micro_batch_size=ROWS // 2, optimizer={"name": "adamw"})
     parallel = ParallelConfig(device="cpu")
-    placed = place_model(model, parallel, Topology())
-    placed.initialise(seed=0)
-    return build_engine(placed, NextToken(), train, parallel, pad_id=0)
+    built = build_model(model, parallel, Topology())
+    built.initialise(seed=0)
+    return build_engine(built, NextToken(), train, parallel, pad_id=0)
 
 
 def micro_batches() -> list[Batch]:

@@ -14,7 +14,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
-from moe_lm.engine.build import PlacedModel, build_engine
+from moe_lm.engine.build import RankModel, build_engine
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
@@ -65,8 +65,8 @@ def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> 
     """The torch engine around a model, to predict the next token; id 2 is padding."""
     device = torch.device("cpu")
     kernels.apply(model, kernels.choose(device))
-    placed = PlacedModel(model, Topology(world_size=world_size), device)
-    return build_engine(placed, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
+    built = RankModel(model, Topology(world_size=world_size), device)
+    return build_engine(built, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
 
 
 def write_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, config: str = "", step: int = 1) -> Path:

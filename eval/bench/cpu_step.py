@@ -26,7 +26,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch, pack
-from moe_lm.engine.build import PlacedModel, build_engine
+from moe_lm.engine.build import RankModel, build_engine
 from moe_lm.kernels import kernels
 from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.model.transformer import LanguageModel
@@ -152,8 +152,8 @@ def our_step(shape: ModelConfig, precision: str, compiled: bool) -> Callable[[],
     model.initialise(0)
     device = torch.device("cpu")
     kernels.apply(model, kernels.choose(device))
-    placed = PlacedModel(model, Topology(), device)
-    engine = build_engine(placed, NextToken(compiled), train, ParallelConfig(device="cpu"), pad_id=-1)
+    built = RankModel(model, Topology(), device)
+    engine = build_engine(built, NextToken(compiled), train, ParallelConfig(device="cpu"), pad_id=-1)
     ids = token_ids(shape).numpy()
     batch: Batch = pack(ids[:, :-1].copy(), ids[:, 1:].copy(), np.arange(0, ROWS * LENGTH + 1, LENGTH))
     return lambda: engine.train_step(100, [batch])

@@ -32,7 +32,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import pack
-from moe_lm.engine.build import PlacedModel, build_engine, place_model
+from moe_lm.engine.build import RankModel, build_engine, build_model
 from moe_lm.model.layers import MLP
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import current_topology
@@ -53,7 +53,7 @@ def main() -> None:
         sys.exit(start_ranks())
     shape = load_config(ModelConfig, HOUSE / "configs/model/anchor-20m.yaml")
     contenders = {
-        "moe-lm": engine_step(shape, arguments.precision, lambda placed: None),
+        "moe-lm": engine_step(shape, arguments.precision, lambda built: None),
         "deepspeed.moe": engine_step(shape, arguments.precision, put_peer_layers),
     }
     speeds = in_turns(contenders, arguments.rounds)
@@ -80,25 +80,25 @@ def start_ranks() -> int:
     return max(process.wait() for process in processes)
 
 
-def engine_step(shape: ModelConfig, precision: str, change: Callable[[PlacedModel], None]) -> Callable[[], object]:
+def engine_step(shape: ModelConfig, precision: str, change: Callable[[RankModel], None]) -> Callable[[], object]:
     train = TrainConfig(
         steps=1000, global_batch_size=ROWS, precision=precision, optimizer=OptimizerConfig(lr=1e-4), clip_norm=1.0
     )
     parallel = ParallelConfig(engine="deepspeed", expert_parallel_size=RANKS, zero_stage=1)
-    placed = place_model(shape, parallel, current_topology())
-    placed.initialise(seed=0)
-    change(placed)
-    engine = build_engine(placed, NextToken(), train, parallel, pad_id=shape.vocab_size)
+    built = build_model(shape, parallel, current_topology())
+    built.initialise(seed=0)
+    change(built)
+    engine = build_engine(built, NextToken(), train, parallel, pad_id=shape.vocab_size)
     rows = ROWS // RANKS
     tokens = np.random.default_rng(int(os.environ["RANK"])).integers(0, shape.vocab_size, (rows, LENGTH + 1))
     batch = pack(tokens[:, :-1], tokens[:, 1:].copy(), np.arange(0, rows * LENGTH + 1, LENGTH))
     return lambda: engine.train_step(0, [batch])
 
 
-def put_peer_layers(placed: PlacedModel) -> None:
+def put_peer_layers(built: RankModel) -> None:
     """DeepSpeed's layer with the same experts in place of each of ours; the shared expert stays."""
-    config = placed.model.config
-    for block in placed.model.model.layers:
+    config = built.model.config
+    for block in built.model.model.layers:
         if hasattr(block.mlp, "gate"):
             block.mlp = PeerLayer(config, block.mlp.shared_experts)
 

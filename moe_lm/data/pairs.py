@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
@@ -68,6 +69,10 @@ class PairRows(PackedRows):
         self.pairs = pairs
         self.reference = np.zeros((len(pairs), SIDES), np.float32)
         self._pad_id = pad_id
+
+    def set_reference(self, log_probs: NDArray[np.float32]) -> None:
+        """Give the batches the reference model's log-probabilities."""
+        self.reference = log_probs
 
     @property
     def fingerprint(self) -> str:

@@ -19,18 +19,18 @@ from moe_lm.kernels import kernels
 from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import Objective, TrainingLoss
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.logical import divided_experts, is_expert
+from moe_lm.parallel.logical import divided_experts
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
 from moe_lm.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
-class PlacedModel:
+class RankModel:
     """A model with the experts of this rank, not yet filled, and what the engine around it needs."""
 
     model: LanguageModel
@@ -58,13 +58,13 @@ class PlacedModel:
         return {name: divided_experts(tensor, mesh) if is_expert(name) else tensor for name, tensor in named.items()}
 
 
-def place_model(
+def build_model(
     config: ModelConfig,
     parallel: ParallelConfig,
     topology: Topology,
     adapters: LoraConfig | None = None,
     freeze_router: bool | None = None,
-) -> PlacedModel:
+) -> RankModel:
     """Build the model with only the experts that this rank keeps; decide which weights are trained, choose kernels.
 
     Raises UsageError when the experts or the processes cannot be divided as the config says.
@@ -75,7 +75,7 @@ def place_model(
         model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
         kernels.apply(model, kernels.choose(device))
-        return PlacedModel(model, topology, device, exchange, adapters)
+        return RankModel(model, topology, device, exchange, adapters)
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
     join(Meeting(topology), device, parallel.timeout_seconds)
@@ -88,17 +88,17 @@ def place_model(
     first = expert_parallel.apply(model, mesh, exchange)
     model.materialise(torch.device("cpu"))
     kernels.apply(model, kernels.choose(device))
-    return PlacedModel(model, topology, device, exchange, adapters, mesh, first)
+    return RankModel(model, topology, device, exchange, adapters, mesh, first)
 
 
 def build_engine(
-    placed: PlacedModel, objective: Objective, train: TrainConfig, parallel: ParallelConfig, pad_id: int
+    built: RankModel, objective: Objective, train: TrainConfig, parallel: ParallelConfig, pad_id: int
 ) -> Engine:
     """Build the engine that `parallel.engine` names around a filled model, to minimise the objective.
 
     Raises UsageError when the processes cannot share the global batch evenly, or the device cannot do what is asked.
     """
-    model, topology, device, exchange = placed.model, placed.topology, placed.device, placed.exchange
+    model, topology, device, exchange = built.model, built.topology, built.device, built.exchange
     check_batch_size(train, topology)
     torch.manual_seed(train.seed)  # the run does not depend on what this process drew before
     model.model.activation_checkpointing = train.activation_checkpointing
@@ -107,15 +107,15 @@ def build_engine(
     sum_over_ranks = None if exchange is None else exchange.sum
     loss = TrainingLoss(model, objective, train.balance, pad_id, pick_dtype(train.precision, device), sum_over_ranks)
     before_step = None
-    if placed.adapters is not None and placed.adapters.dropout:
+    if built.adapters is not None and built.adapters.dropout:
         before_step = partial(lora.draw_dropout, model, train.seed)
-    if placed.mesh is None:
+    if built.mesh is None:
         from moe_lm.engine.torch_engine import TorchEngine
 
         return TorchEngine(loss, train, topology, device, exchange, before_step)
     from moe_lm.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(loss, train, parallel, topology, device, placed.mesh, exchange, before_step)
+    return DeepSpeedEngine(loss, train, parallel, topology, device, built.mesh, exchange, before_step)
 
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:

@@ -28,11 +28,11 @@ from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.model.lora import left_to_base, narrow_frozen
 from moe_lm.model.moe import MoE
-from moe_lm.model.transformer import LanguageModel
+from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.logical import divide, divide_experts, host_copy, is_expert, undivide
+from moe_lm.parallel.logical import divide, divide_experts, host_copy, undivide
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 

@@ -54,6 +54,15 @@ class Totals(NamedTuple):
     entropy: Tensor
 
 
+class ForwardShare(NamedTuple):
+    """One of several batches that the ranks share, and its loss parts on this rank."""
+
+    number: int  # of the batch among all
+    batch: Batch
+    parts: LossParts
+    is_own: bool  # False: another rank's batch, repeated because every rank takes part in a forward pass
+
+
 class Evaluation(NamedTuple):
     """The objective's loss and further figures, each summed over the units that were evaluated."""
 
@@ -98,7 +107,7 @@ class Engine(ABC):
         if self._before_step is not None:
             self._before_step(step)
         counts = self._count(micro_batches)
-        micro_batches = [self._place(batch) for batch in micro_batches]
+        micro_batches = [self._to_device(batch) for batch in micro_batches]
         if self.loss.needs_load_ahead(len(micro_batches)):
             counts = replace(counts, load=self._count_load_ahead(micro_batches))
         parts = self._accumulate(micro_batches, counts)
@@ -123,7 +132,7 @@ class Engine(ABC):
             rows=int(totals["rows"]),
         )
 
-    def _place(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: Batch) -> Batch:
         if batch.input_ids.device != self.device:
             batch = batch.to(self.device)
         if self.config.compile:
@@ -179,27 +188,27 @@ class Engine(ABC):
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
         """Sum loss and figures over all batches, which the ranks share."""
         mine = {"units": 0.0}
-        for number, batch, part in self.forward_shares(batches):
-            found: dict[str, float | Tensor] = {"units": self.loss.objective.units(batch), **part.sums}
-            for name, value in found.items():  # a batch that does not count still tells this rank the names
-                mine[name] = mine.get(name, 0.0) + (0.0 if number is None else float(value))
+        for share in self.forward_shares(batches):
+            found: dict[str, float | Tensor] = {"units": self.loss.objective.units(share.batch), **share.parts.sums}
+            for name, value in found.items():  # another rank's batch still tells this rank the names
+                mine[name] = mine.get(name, 0.0) + (float(value) if share.is_own else 0.0)
         named = {name: torch.tensor(total, dtype=torch.float64) for name, total in mine.items()}
         sums = {name: float(total) for name, total in self._sum_over_ranks(named).items()}
         return Evaluation(units=int(sums.pop("units")), sums=sums)
 
     @torch.no_grad()
-    def forward_shares(self, batches: Sequence[Batch]) -> Iterator[tuple[int | None, Batch, LossParts]]:
-        """Evaluate this rank's share of the batches; yields the number of each among all, the batch, and its parts.
+    def forward_shares(self, batches: Sequence[Batch]) -> Iterator[ForwardShare]:
+        """Evaluate this rank's share of the batches.
 
-        Tokens travel between ranks, so a rank that has no batch left runs another rank's, which does not count for it;
-        the number is then None.
+        Tokens travel between ranks, so a rank that has no batch left repeats another rank's.
         """
         self.loss.eval()
         for start in range(0, len(batches), self.topology.world_size):
             mine = start + self.topology.rank
-            counts = mine < len(batches)
-            batch = self._place(batches[mine if counts else start])
-            yield mine if counts else None, batch, self._forward(batch, None)
+            is_own = mine < len(batches)
+            number = mine if is_own else start
+            batch = self._to_device(batches[number])
+            yield ForwardShare(number, batch, self._forward(batch, None), is_own)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""

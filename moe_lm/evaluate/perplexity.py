@@ -43,7 +43,7 @@ LOGIT_ROWS = 4096  # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TextScore:
     """How well a model predicts a text."""
 
     text: str  # a description of it
@@ -77,7 +77,7 @@ class Scorable:
     text_bytes: int
 
 
-def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> Evaluation:
+def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> TextScore:
     """Score files (text, JSON rows or Parquet, compressed or not) or, without any, the run's held-out text.
 
     A text file is one document. Windows are as long as the training's sequences (WINDOW for a model that was not
@@ -98,7 +98,7 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
             "evaluate an earlier checkpoint"
         )
     name = ", ".join(map(str, files)) if files else f"held-out text of {run}"
-    return Evaluation(name, text.count, text.text_bytes, tokens, nll_sum / tokens)
+    return TextScore(name, text.count, text.text_bytes, tokens, nll_sum / tokens)
 
 
 def score_documents(

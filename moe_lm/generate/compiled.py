@@ -29,7 +29,7 @@ class CompiledStep:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        if model.placement is not None:
+        if model.layer_devices is not None:
             raise UsageError(
                 "compiled decoding needs the whole model on one device, but it lies on several; leave it out"
             )

@@ -70,7 +70,7 @@ def experts_by_row(ahead: Sequence[Ahead]) -> list[tuple[tuple[int, ...], ...]]:
 @torch.inference_mode()
 def cache_for(model: LanguageModel, rows: int, capacity: int) -> KVCache:
     """An empty cache on the devices of the model's layers."""
-    layers = None if model.placement is None else model.placement.layers
+    layers = None if model.layer_devices is None else model.layer_devices.layers
     return KVCache(model.config, rows, capacity, model.device, model.lm_head.weight.dtype, layers, huge_pages.zeros)
 
 

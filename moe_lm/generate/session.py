@@ -22,7 +22,7 @@ from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages, kernels
 from moe_lm.kernels.device import pick_device
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.parallel.spread import Spread, dispatch
+from moe_lm.parallel.spread import Spread, spread_over_devices
 from moe_lm.tokenizer.tokenizer import Message, Tokenizer
 
 COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths run the same compiled program
@@ -166,7 +166,7 @@ def _fill_spread(model: LanguageModel, folder: Path, base: Path | None, spread: 
     """Give a model on the meta device the weights of a checkpoint, each layer where there is room for it."""
     source = read.open_tensors(folder, base)
     read.check_fits({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, source, whole=True)
-    dispatch(model, lambda name: read.pieces(source, f"model.{name}"), spread)
+    spread_over_devices(model, lambda name: read.pieces(source, f"model.{name}"), spread)
 
 
 @contextmanager

@@ -103,12 +103,6 @@ def is_factor(name: str) -> bool:
     return name.endswith(("lora_A", "lora_B"))
 
 
-def adapted(factor: str) -> str:
-    """The name of the weight that a factor stands beside."""
-    stem = factor[: -len("_lora_A")]
-    return f"{stem}.weight" if factor[len(stem)] == "." else stem
-
-
 def factors_of(weight: str) -> tuple[str, str]:
     """The names of the factors A and B of a weight."""
     if weight.endswith(".weight"):

@@ -29,7 +29,7 @@ class ModelOutput(NamedTuple):
     routings: list[Routing]
 
 
-class Placement(NamedTuple):
+class LayerDevices(NamedTuple):
     """The devices of a model that lies on several: the one that takes its ids, and that of each layer."""
 
     entry: torch.device
@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.placement: Placement | None = None  # on one device
+        self.layer_devices: LayerDevices | None = None  # on one device
         self.cached_attention: Callable[[KVCache], Attend] = CachedAttention  # or a kernel
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device that takes the ids."""
-        return self.lm_head.weight.device if self.placement is None else self.placement.entry
+        return self.lm_head.weight.device if self.layer_devices is None else self.layer_devices.entry
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -144,11 +144,16 @@ def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int,
         tensor.fill_(1.0)
     elif name.endswith("bias"):
         tensor.zero_()
-    elif ".experts." in name:
+    elif is_expert(name):
         for index, expert in enumerate(tensor):
             _fill_normal(expert, config.initializer_range, f"{seed}/{name}/{first_expert + index}")
     else:
         _fill_normal(tensor, config.initializer_range, f"{seed}/{name}")
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name is a stack of routed experts."""
+    return ".mlp.experts." in name
 
 
 def generator_of(key: str) -> torch.Generator:

@@ -13,7 +13,7 @@ from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.objective.training_loss import Score
 
 
-class Preference:
+class PreferenceObjective:
     """The objective of preference tuning: the units are pairs."""
 
     def __init__(self, config: PreferenceConfig) -> None:

@@ -17,11 +17,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 SMALL = 4096  # elements; smaller tensors are not worth dividing
 
 
-def is_expert(name: str) -> bool:
-    """Whether a parameter of this name is a stack of routed experts."""
-    return ".mlp.experts." in name
-
-
 def divided_experts(local: Tensor, mesh: DeviceMesh) -> DTensor:
     """The experts of this rank as a part of the whole stack, in the memory of `local`."""
     return _dtensor(local, mesh, [Replicate(), Shard(0)], (local.shape[0] * mesh.size(1), *local.shape[1:]))

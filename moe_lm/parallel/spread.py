@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.kernels import kernels
-from moe_lm.model.transformer import LanguageModel, Placement
+from moe_lm.model.transformer import LanguageModel, LayerDevices
 
 WHOLE = ["Block"]  # a residual connection does not leave its device, and weights are used without their layer's forward
 DISK = "disk"
@@ -40,7 +40,7 @@ class Spread:
     offload_folder: Path | None = None
 
 
-def dispatch(model: LanguageModel, read: Read, spread: Spread) -> None:
+def spread_over_devices(model: LanguageModel, read: Read, spread: Spread) -> None:
     """Give a model on the meta device its weights, each where it fits.
 
     Raises UsageError for a device or size that does not exist, MoeLmError when the disk cannot take its share.
@@ -81,7 +81,7 @@ def dispatch(model: LanguageModel, read: Read, spread: Spread) -> None:
         )
     runs = {name: main if place in ("cpu", DISK) else torch.device(place) for name, place in device_map.items()}
     layers = range(model.config.num_hidden_layers)
-    model.placement = Placement(main, tuple(_place_of(f"model.layers.{layer}", runs) for layer in layers))
+    model.layer_devices = LayerDevices(main, tuple(_place_of(f"model.layers.{layer}", runs) for layer in layers))
 
 
 def _limits(given: Mapping[str, str] | None) -> dict[int | str, int]:

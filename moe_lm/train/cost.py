@@ -16,8 +16,8 @@ from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.kernels.device import pick_device, pick_dtype
 from moe_lm.model.lora import freeze, narrow_frozen
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
+from moe_lm.model.transformer import is_expert
 from moe_lm.optim.groups import is_hidden_matrix
-from moe_lm.parallel.logical import is_expert
 from moe_lm.parallel.topology import Topology
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32

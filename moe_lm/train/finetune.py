@@ -19,7 +19,7 @@ from moe_lm.data.examples import ExampleRows, read_chat
 from moe_lm.data.packing import PackedRows, RowBatches
 from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
-from moe_lm.objective.preference import Preference
+from moe_lm.objective.preference import PreferenceObjective
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology, current_topology
@@ -80,7 +80,7 @@ def by_preference(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        objective=Preference(config.preference),
+        objective=PreferenceObjective(config.preference),
         batches=RowBatches(rows, train.global_batch_size, train.seed),
         validation=held_out_batches(train, held_out, topology),  # read when they have their reference
         start=start,

@@ -91,12 +91,12 @@ def train(run: Training, start_step: int) -> TrainingResult:
             if slow := pace.step(seconds):
                 run.log.message(slow)
             if not last and not result.stopped and is_due(result.step, run.checkpoint.every):
-                saver.start(result.step, engine.state(), checkpoint_files(run, result))
+                saver.start(result.step, engine.state(), files_of_step(run, result))
             note_saves(run, saver, result)
         if result.stopped or result.step > start_step:
             saver.wait()
             note_saves(run, saver, result)
-            result.checkpoint = saver.save(result.step, engine.state(), checkpoint_files(run, result))
+            result.checkpoint = saver.save(result.step, engine.state(), files_of_step(run, result))
     if result.stopped:
         run.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
@@ -133,7 +133,7 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
     return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
 
 
-def checkpoint_files(run: Training, result: TrainingResult) -> dict[str, str]:
+def files_of_step(run: Training, result: TrainingResult) -> dict[str, str]:
     """The files beside the tensors, with the counters of this step."""
     counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
     return {**run.files, "trainer.json": json.dumps(counters)}

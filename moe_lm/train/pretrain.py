@@ -9,7 +9,7 @@ from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import Split, TokenShards
-from moe_lm.engine.build import build_engine, place_model
+from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology, current_topology
@@ -42,10 +42,10 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     """The median time of a step once everything is compiled, over a few steps that are thrown away."""
     tokenizer = load_tokenizer(config)
-    placed = place_model(config.model, config.parallel, current_topology())
-    placed.initialise(config.train.seed)
+    built = build_model(config.model, config.parallel, current_topology())
+    built.initialise(config.train.seed)
     objective = NextToken(config.train.compile)
-    engine = build_engine(placed, objective, config.train, config.parallel, tokenizer.pad_id)
+    engine = build_engine(built, objective, config.train, config.parallel, tokenizer.pad_id)
     batches = training_batches(config, tokenizer)
     seconds = []
     for step in range(WARM_UP_STEPS + steps):

@@ -32,11 +32,11 @@ FILE = "reference.safetensors"
 
 def add_reference(
     rows: Sequence[PairRows], engine: Engine, batch_size: int, run_dir: Path, start: Start, watchdog: Watchdog
-) -> bool:
+) -> None:
     """Give the pairs the log-probabilities of their answers under the engine's model, which is the start of the run.
 
-    They are read from `run_dir` if it has those of the same pairs and the same `start`; returns whether it does. Every
-    rank calls this; only rank 0 reads and writes. Raises UsageError if it has none and the start is gone.
+    They are read from `run_dir` if it has those of the same pairs and the same `start`. Every rank calls this; only
+    rank 0 reads and writes. Raises UsageError if the run folder has none and the start is gone.
     """
     key = hashlib.sha256(",".join([start.fingerprint, *(item.fingerprint for item in rows)]).encode()).hexdigest()
     pairs = [len(item.pairs) for item in rows]
@@ -49,12 +49,11 @@ def add_reference(
     if found is None:
         found = np.concatenate([log_probs(engine, item, batch_size, watchdog) for item in rows])
     for item, values in zip(rows, np.split(found, np.cumsum(pairs)[:-1]), strict=True):
-        item.reference = values
+        item.set_reference(values)
     if kept is None:
         with suppress(OSError):  # a full disk: it is computed again when the run goes on
             if engine.topology.is_main:
                 _write(run_dir / FILE, key, found)
-    return kept is not None
 
 
 def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdog) -> NDArray[np.float32]:
@@ -72,9 +71,9 @@ def gather_log_probs(engine: Engine, batches: Sequence[Batch]) -> Tensor:
     """Log-probabilities of the answers of all pairs, in the order of the batches: [pairs, 2] on the host."""
     bounds = [0, *accumulate(batch.num_pairs for batch in batches)]
     found = torch.zeros(bounds[-1], 2, device=engine.device)
-    for number, _, part in engine.forward_shares(batches):
-        if number is not None:
-            found[bounds[number] : bounds[number + 1]] = part.values["log_probs"]
+    for share in engine.forward_shares(batches):
+        if share.is_own:
+            found[bounds[share.number] : bounds[share.number + 1]] = share.parts.values["log_probs"]
     return all_reduce_sum(found).cpu()
 
 

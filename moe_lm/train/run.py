@@ -17,7 +17,7 @@ from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.data.pairs import PairRows
-from moe_lm.engine.build import build_engine, place_model, rank_device
+from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
@@ -28,10 +28,9 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.train import loop
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.log import RunLog, rank_log
-from moe_lm.train.loop import Training, TrainingResult
+from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 
@@ -58,14 +57,14 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it.
     """
-    topology = join(recipe, meeting)
+    topology = join_ranks(recipe, meeting)
     watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
-    with claim(recipe, meeting) as changes, build(recipe, topology) as engine, watchdog:
+    with claim_folder(recipe, meeting) as changes, watchdog, build_and_fill(recipe, topology) as engine:
         start_step = resume(recipe, engine, watchdog)
-        return train(recipe, engine, watchdog, start_step, changes)
+        return train_and_log(recipe, engine, watchdog, start_step, changes)
 
 
-def join(recipe: Recipe, meeting: Meeting) -> Topology:
+def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     """Meet the other ranks, and check that all of them are about to do the same."""
     parallel = recipe.config.parallel
     if meeting.topology.world_size > 1:
@@ -78,7 +77,7 @@ def join(recipe: Recipe, meeting: Meeting) -> Topology:
 
 
 @contextmanager
-def claim(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
+def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
     """Hold the run folder and keep this rank's log; yields the settings that differ from the newest checkpoint's."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
@@ -92,16 +91,16 @@ def claim(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
 
 
 @contextmanager
-def build(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
+def build_and_fill(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
     """The engine around the model with the weights of step 0: drawn from the seed, or those of the start."""
-    train, parallel = recipe.config.train, recipe.config.parallel
-    placed = place_model(recipe.model, parallel, topology, recipe.config.lora, train.freeze_router)
+    config, parallel = recipe.config.train, recipe.config.parallel
+    built = build_model(recipe.model, parallel, topology, recipe.config.lora, config.freeze_router)
     if recipe.start is None:
-        placed.initialise(train.seed)
+        built.initialise(config.seed)
     else:
-        read.load_weights(recipe.start.folder, placed.tensors())
-        placed.initialise_adapters(train.seed)
-    engine = build_engine(placed, recipe.objective, train, parallel, recipe.tokenizer.pad_id)
+        read.load_weights(recipe.start.folder, built.tensors())
+        built.initialise_adapters(config.seed)
+    engine = build_engine(built, recipe.objective, config, parallel, recipe.tokenizer.pad_id)
     try:
         yield engine
     except MoeLmError as error:
@@ -123,7 +122,7 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog) -> int:
     return load_newest(engine, recipe.config.run_dir / "checkpoints")
 
 
-def train(
+def train_and_log(
     recipe: Recipe, engine: Engine, watchdog: Watchdog, start_step: int, changes: Sequence[str]
 ) -> TrainingResult:
     """Open the log and call the loop."""
@@ -146,11 +145,11 @@ def train(
             checkpoints=folder.checkpoints,
             log=log,
             watchdog=watchdog,
-            files=checkpoint_files(recipe),
+            files=files_of_run(recipe),
             evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
         )
-        return loop.train(training, start_step)
+        return train(training, start_step)
 
 
 def load_newest(engine: Engine, checkpoints: Path) -> int:
@@ -164,7 +163,7 @@ def load_newest(engine: Engine, checkpoints: Path) -> int:
     return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
 
 
-def checkpoint_files(recipe: Recipe) -> dict[str, str]:
+def files_of_run(recipe: Recipe) -> dict[str, str]:
     """The files beside the tensors of every checkpoint of the run, by name."""
     files = {
         "config.yaml": dump_config(recipe.config),

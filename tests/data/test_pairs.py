@@ -84,7 +84,7 @@ def test_pairs_of_a_prompt_stay_on_one_side_of_the_split(read: Read) -> None:
 @pytest.fixture
 def rows(read: Read, tiny_tokenizer: Tokenizer) -> PairRows:
     found = PairRows(read(forty()).train, 48, tiny_tokenizer.pad_id)
-    found.reference = np.arange(80, dtype=np.float32).reshape(40, 2)
+    found.set_reference(np.arange(80, dtype=np.float32).reshape(40, 2))
     return found
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from moe_lm.common.process import end
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
-from moe_lm.engine.build import PlacedModel, build_engine, place_model
+from moe_lm.engine.build import RankModel, build_engine, build_model
 from moe_lm.engine.engine import Engine
+from moe_lm.model.transformer import is_expert
 from moe_lm.objective.training_loss import NextToken
-from moe_lm.parallel.logical import host_copy, is_expert, whole
+from moe_lm.parallel.logical import host_copy, whole
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
@@ -38,11 +39,11 @@ def poisoned(stage: str, factor: str) -> None:
     """
     layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": int(stage)} if stage != "0" else {}
     parallel = ParallelConfig(device="cpu", **layout)
-    placed, step = place(parallel), 0
-    parameter = placed.model.moe_layers[0].experts.up_proj
-    if placed.topology.rank == placed.topology.world_size - 1:
+    built, step = build(parallel), 0
+    parameter = built.model.moe_layers[0].experts.up_proj
+    if built.topology.rank == built.topology.world_size - 1:
         parameter.register_hook(lambda gradient: gradient * float(factor) if step == POISONED else gradient)
-    engine = build_engine(placed, NextToken(), TRAIN, parallel, pad_id=2)
+    engine = build_engine(built, NextToken(), TRAIN, parallel, pad_id=2)
     found, before = [], state_of(engine)
     for step in range(TRAIN.steps):
         result = engine.train_step(step, local_micro_batches(engine, BATCHES, TRAIN, step))
@@ -64,11 +65,11 @@ def starved(engine_name: str) -> None:
         parallel = ParallelConfig(device="cpu", engine="deepspeed", expert_parallel_size=size, zero_stage=2)
     balance = TRAIN.balance.model_copy(update={"bias_update_rate": 0})
     train = TRAIN.model_copy(update={"steps": 3, "activation_checkpointing": True, "balance": balance})
-    placed = place(parallel, num_experts_per_tok=2)
+    built = build(parallel, num_experts_per_tok=2)
     with torch.no_grad():
-        for layer in placed.model.moe_layers:
+        for layer in built.model.moe_layers:
             layer.gate.e_score_correction_bias[:2] += 10
-    engine = build_engine(placed, NextToken(), train, parallel, pad_id=2)
+    engine = build_engine(built, NextToken(), train, parallel, pad_id=2)
     gradients: dict[str, list[float]] = {}
 
     def keep() -> None:
@@ -82,11 +83,11 @@ def starved(engine_name: str) -> None:
     report(engine, {"losses": [result.loss for result in results], "gradients": gradients})
 
 
-def place(parallel: ParallelConfig, **changes: int) -> PlacedModel:
+def build(parallel: ParallelConfig, **changes: int) -> RankModel:
     torch.set_num_threads(1)
-    placed = place_model(tiny(**changes), parallel, current_topology())
-    placed.initialise(seed=3)
-    return placed
+    built = build_model(tiny(**changes), parallel, current_topology())
+    built.initialise(seed=3)
+    return built
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.packing import Example
 from moe_lm.data.pairs import Pair, PairRows
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.preference import Preference, figures, pair_losses
+from moe_lm.objective.preference import PreferenceObjective, figures, pair_losses
 from moe_lm.objective.training_loss import StepCounts, TrainingLoss
 from tests.objective.gradients import assert_same_gradients, gradients
 from tests.tiny import logits_of, tiny_model
@@ -49,13 +49,13 @@ def build_loss(
     preference: PreferenceConfig, balance: BalanceConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> TrainingLoss:
     balance = balance or BalanceConfig(bias_update_rate=0, sequence_loss=0)
-    return TrainingLoss(tiny_model(seed=3, num_hidden_layers=2), Preference(preference), balance, PAD, dtype)
+    return TrainingLoss(tiny_model(seed=3, num_hidden_layers=2), PreferenceObjective(preference), balance, PAD, dtype)
 
 
 @pytest.fixture
 def rows() -> PairRows:
     rows = PairRows(draw_pairs(), LENGTH, PAD)
-    rows.reference = np.random.default_rng(1).normal(-20, 5, (PAIRS, 2)).astype(np.float32)
+    rows.set_reference(np.random.default_rng(1).normal(-20, 5, (PAIRS, 2)).astype(np.float32))
     return rows
 
 

@@ -20,7 +20,7 @@ from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
 from moe_lm.model.kv_cache import ByLayer
-from moe_lm.model.transformer import Placement
+from moe_lm.model.transformer import LayerDevices
 from moe_lm.parallel.spread import Spread
 from tests.generate.conftest import MakeRun
 from tests.processes import ROOT
@@ -70,7 +70,7 @@ def test_a_cache_on_several_devices_gives_the_same_tokens(make_run: MakeRun, nam
     model = Session.load(make_run(**MODELS[name]), device="cpu").model
     settings = BeamSettings(3, 3, max_new_tokens=8)
     expected = generate(model, PROMPTS, DRAWN, slots=2), search(model, PROMPTS[0], settings)
-    model.placement = Placement(CPU, (CPU, torch.device("cpu:0"), CPU, CPU))
+    model.layer_devices = LayerDevices(CPU, (CPU, torch.device("cpu:0"), CPU, CPU))
     assert (generate(model, PROMPTS, DRAWN, slots=2), search(model, PROMPTS[0], settings)) == expected
 
 

@@ -14,7 +14,7 @@ from moe_lm.checkpoint import checkpoint, lineage, read, write
 from moe_lm.checkpoint.read import open_tensors
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
-from moe_lm.engine.build import place_model
+from moe_lm.engine.build import build_model
 from moe_lm.generate.session import Session
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
@@ -89,12 +89,12 @@ def test_merged_is_unmerged_and_the_base_stays(
     folder = newest(tmp_path / "run")
     session = Session.load(tmp_path / "run", device="cpu")
     config = load_config(FinetuneConfig, lora_config)
-    placed = place_model(session.model.config, config.parallel, Topology(), config.lora)
-    read.load_weights(newest(pretrained), placed.tensors())
-    placed.model.load_state_dict(
+    built = build_model(session.model.config, config.parallel, Topology(), config.lora)
+    read.load_weights(newest(pretrained), built.tensors())
+    built.model.load_state_dict(
         {name.removeprefix("model."): t for name, t in tensors(folder, "model").items()}, strict=False
     )
-    unmerged, merged, base = logits(placed.model), logits(session.model), logits(Session.load(pretrained, "cpu").model)
+    unmerged, merged, base = logits(built.model), logits(session.model), logits(Session.load(pretrained, "cpu").model)
     assert (merged - unmerged).abs().max() < 1e-5
     assert (merged - base).abs().max() > 0.1
     after = tensors(newest(pretrained), "model")

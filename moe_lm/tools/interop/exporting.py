@@ -18,7 +18,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.families import Family, family_of, known_families
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
-from moe_lm.tools.interop.hf_tensors import Pair, tensor_pairs
+from moe_lm.tools.interop.hf_tensors import TensorPair, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
 from moe_lm.tools.interop.transfer import DTYPES, FILE_BYTES, Meter, Tell, outputs_of_theirs
 
@@ -85,7 +85,7 @@ def _family(name: str | None, config: ModelConfig) -> Family:
     return family
 
 
-def _check_holds(ours: TensorSource, pairs: Sequence[Pair], family: Family) -> None:
+def _check_holds(ours: TensorSource, pairs: Sequence[TensorPair], family: Family) -> None:
     unknown = sorted(set(ours.names()) - {pair.ours for pair in pairs})
     if unknown:
         raise MoeLmError(

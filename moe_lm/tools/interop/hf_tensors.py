@@ -34,7 +34,7 @@ class Part(NamedTuple):
     expert: int | None
 
 
-class Pair(NamedTuple):
+class TensorPair(NamedTuple):
     """A tensor of ours and its parts there; a router's bias has none in a family without such biases."""
 
     ours: str
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
         return self.ours.endswith(ROUTER_BIAS)
 
 
-def tensor_pairs(config: ModelConfig, family: Family) -> list[Pair]:
+def tensor_pairs(config: ModelConfig, family: Family) -> list[TensorPair]:
     """Every tensor of the model, in the model's order."""
     pairs = []
     for name, tensor in on_meta(config).state_dict().items():
@@ -65,11 +65,11 @@ def tensor_pairs(config: ModelConfig, family: Family) -> list[Pair]:
                 theirs = theirs.replace(ours, other)
             parts = (Part(theirs, shape, None),)
         copied = name == HEAD and config.tie_word_embeddings
-        pairs.append(Pair(MODEL_PREFIX + name, shape, parts, copied))
+        pairs.append(TensorPair(MODEL_PREFIX + name, shape, parts, copied))
     return pairs
 
 
-def check_complete(source: TensorSource, pairs: Sequence[Pair], config: ModelConfig, origin: str) -> list[str]:
+def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: ModelConfig, origin: str) -> list[str]:
     """Compare a folder's tensors with those of the model; returns a sentence for each kind of tensor that is left out.
 
     Raises MoeLmError listing what is missing or unknown, or naming file and tensor of a wrong shape or data type.

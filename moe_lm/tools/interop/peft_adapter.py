@@ -26,7 +26,7 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model import lora
 from moe_lm.model.size import on_meta
-from moe_lm.parallel.logical import is_expert
+from moe_lm.model.transformer import is_expert
 from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_config import nearest_family
 from moe_lm.tools.interop.hf_folder import read_json

@@ -22,7 +22,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import models
 from moe_lm.tools.interop.families import Family
 from moe_lm.tools.interop.hf_folder import HFFolder
-from moe_lm.tools.interop.hf_tensors import Pair
+from moe_lm.tools.interop.hf_tensors import TensorPair
 from moe_lm.tools.interop.logits import Comparison, compare_all
 from moe_lm.tools.interop.transfer import Meter, audit
 
@@ -36,7 +36,7 @@ class Case:
     what: str
     config: ModelConfig
     family: Family
-    pairs: Sequence[Pair]
+    pairs: Sequence[TensorPair]
     ours: TensorSource
     theirs: HFFolder
     importing: bool

@@ -16,7 +16,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop.hf_tensors import Pair, Part
+from moe_lm.tools.interop.hf_tensors import Part, TensorPair
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +66,7 @@ class Meter:
         return [output._replace(pieces=partial(counted, output)) for output in outputs]
 
 
-def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
+def outputs_of_ours(theirs: TensorSource, pairs: Sequence[TensorPair], dtype: torch.dtype | None) -> list[Output]:
     """Our tensors, made from a folder's. `dtype` None keeps the folder's; biases of routers are float32."""
     return [
         Output(pair.ours, pair.shape, _our_dtype(theirs, pair, dtype), partial(_our_pieces, theirs, pair))
@@ -74,7 +74,7 @@ def outputs_of_ours(theirs: TensorSource, pairs: Sequence[Pair], dtype: torch.dt
     ]
 
 
-def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dtype | None) -> list[Output]:
+def outputs_of_theirs(ours: TensorSource, pairs: Sequence[TensorPair], dtype: torch.dtype | None) -> list[Output]:
     """A folder's tensors, made from ours; `dtype` as in `outputs_of_ours`."""
     return [
         Output(part.name, part.shape, _their_dtype(ours, pair, dtype), partial(_their_pieces, ours, pair, part))
@@ -85,7 +85,11 @@ def outputs_of_theirs(ours: TensorSource, pairs: Sequence[Pair], dtype: torch.dt
 
 
 def audit(
-    ours: TensorSource, theirs: TensorSource, pairs: Sequence[Pair], written: TensorSource, meter: Meter | None = None
+    ours: TensorSource,
+    theirs: TensorSource,
+    pairs: Sequence[TensorPair],
+    written: TensorSource,
+    meter: Meter | None = None,
 ) -> int:
     """Read both formats again and compare every value, in the dtype of the source that was `written`.
 
@@ -114,29 +118,29 @@ def audit(
     return values
 
 
-def _our_dtype(theirs: TensorSource, pair: Pair, dtype: torch.dtype | None) -> torch.dtype:
+def _our_dtype(theirs: TensorSource, pair: TensorPair, dtype: torch.dtype | None) -> torch.dtype:
     if pair.is_bias_of_router:
         return torch.float32
     return dtype or reduce(torch.promote_types, {theirs.dtype(part.name) for part in pair.parts})
 
 
-def _their_dtype(ours: TensorSource, pair: Pair, dtype: torch.dtype | None) -> torch.dtype:
+def _their_dtype(ours: TensorSource, pair: TensorPair, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float32 if pair.is_bias_of_router else dtype or ours.dtype(pair.ours)
 
 
-def _our_pieces(theirs: TensorSource, pair: Pair) -> Iterator[Tensor]:
+def _our_pieces(theirs: TensorSource, pair: TensorPair) -> Iterator[Tensor]:
     if not pair.parts:
         yield torch.zeros(pair.shape)
     for part in pair.parts:
         yield from _part_of_theirs(theirs, part)
 
 
-def _their_pieces(ours: TensorSource, pair: Pair, part: Part) -> Iterator[Tensor]:
+def _their_pieces(ours: TensorSource, pair: TensorPair, part: Part) -> Iterator[Tensor]:
     for piece in _part_of_ours(ours, pair, part):
         yield piece if part.expert is None else piece.mT
 
 
-def _part_of_ours(ours: TensorSource, pair: Pair, part: Part) -> Iterator[Tensor]:
+def _part_of_ours(ours: TensorSource, pair: TensorPair, part: Part) -> Iterator[Tensor]:
     """A part of our tensor, in pieces: one expert of a stack, or all of its rows."""
     if part.expert is None:
         yield from pieces(ours, pair.ours)

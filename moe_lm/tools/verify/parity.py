@@ -55,7 +55,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class Report:
+class ParityReport:
     """Every layout with its deviation from its reference."""
 
     plan: Plan
@@ -90,7 +90,7 @@ def verify(
     timeout_seconds: float,
     sabotage: Path | None,
     messages: Console,
-) -> Report:
+) -> ParityReport:
     """Run every layout and compare it with one process.
 
     Raises MoeLmError when a process fails or takes too long, UsageError for a choice that this machine does not have.
@@ -124,7 +124,7 @@ def verify(
             else:
                 found, reference = results[layout.name], results[layout.like]
                 deviations.append((layout, deviation_of(found, reference, tolerance, train.optimizer.lr)))
-    return Report(plan, deviations, tolerance, time.monotonic() - started)
+    return ParityReport(plan, deviations, tolerance, time.monotonic() - started)
 
 
 def trained_model(config: RunConfig) -> ModelConfig:
@@ -158,7 +158,7 @@ def _too_easy(what: str) -> MoeLmError:
     return MoeLmError(f"the steps that layouts are compared on are too easy: {what}; this is an error in moe-lm verify")
 
 
-def table(report: Report) -> Table:
+def table(report: ParityReport) -> Table:
     """The largest relative differences of every layout, to print."""
     worlds = sorted({layout.world_size for layout, _ in report.deviations})
     sizes = ", ".join(map(str, worlds))

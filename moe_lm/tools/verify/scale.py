@@ -12,7 +12,7 @@ from moe_lm.config.training import BalanceConfig, OptimizerConfig, PreferenceCon
 from moe_lm.model.transformer import generator_of
 
 if TYPE_CHECKING:  # the command starts processes, and need not import what they run
-    from moe_lm.engine.build import PlacedModel
+    from moe_lm.engine.build import RankModel
 
 STEPS = 5
 BATCH = 8  # rows of a global batch: each of 4 ranks has 2 to accumulate over
@@ -118,18 +118,18 @@ def training(config: RunConfig) -> TrainConfig:
 
 
 @torch.no_grad()
-def initialise(placed: PlacedModel, seed: int) -> None:
+def initialise(built: RankModel, seed: int) -> None:
     """Fill the weights of step 0. Routers prefer one expert and avoid another; adapters have an effect.
 
     An adapter's second factor is usually zero at first, which would leave its first factor without a gradient.
     """
-    placed.initialise(seed)
-    placed.initialise_adapters(seed)
-    for name, factor in placed.model.named_parameters():
+    built.initialise(seed)
+    built.initialise_adapters(seed)
+    for name, factor in built.model.named_parameters():
         if name.endswith("lora_B"):
-            parts = enumerate(factor, placed.first_expert) if ".experts." in name else [(0, factor)]
+            parts = enumerate(factor, built.first_expert) if ".experts." in name else [(0, factor)]
             for expert, part in parts:
                 part.copy_(torch.randn(part.shape, generator=generator_of(f"{seed}/{name}/{expert}")) * ADAPTED)
-    for layer in placed.model.moe_layers:
+    for layer in built.model.moe_layers:
         layer.gate.e_score_correction_bias[FAVOURED] += LIKED
         layer.gate.e_score_correction_bias[AVOIDED] += HATED

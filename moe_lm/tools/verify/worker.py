@@ -21,9 +21,9 @@ from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
-from moe_lm.engine.build import build_engine, place_model, rank_device
+from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
-from moe_lm.objective.preference import Preference
+from moe_lm.objective.preference import PreferenceObjective
 from moe_lm.objective.training_loss import NextToken, Objective
 from moe_lm.parallel import logical
 from moe_lm.parallel.meeting import Meeting
@@ -56,10 +56,10 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     """Run the steps of one layout, from the initial weights or from another layout's checkpoint."""
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
-    placed = place_model(plan.model, parallel, topology, plan.lora, train.freeze_router)
-    initialise(placed, train.seed)
-    objective: Objective = Preference(plan.preference) if plan.preference else NextToken(train.compile)
-    engine = build_engine(placed, objective, train, parallel, PAD)
+    built = build_model(plan.model, parallel, topology, plan.lora, train.freeze_router)
+    initialise(built, train.seed)
+    objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken(train.compile)
+    engine = build_engine(built, objective, train, parallel, PAD)
     batches = batch_source(layout, plan, engine)
     if layout.load_from is not None:
         state = engine.state()

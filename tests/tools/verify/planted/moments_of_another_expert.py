@@ -1,7 +1,8 @@
 """Planted: after a resume every expert has its neighbour's Adam moments."""
 
 from moe_lm.engine.deepspeed_engine import DeepSpeedEngine
-from moe_lm.parallel.logical import is_expert, undivide
+from moe_lm.model.transformer import is_expert
+from moe_lm.parallel.logical import undivide
 
 right = DeepSpeedEngine.load_state
 
