@@ -145,7 +145,9 @@ class ChatDataConfig(Section):
     train: tuple[ChatSource, ...] = Field(min_length=1, description="rows to train on")
     validation: tuple[ChatSource, ...] = Field(default=(), description="rows to evaluate on")
     validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of `train` held out, by hash")
-    sequence_length: int = Field(default=512, gt=1, description="tokens of a row; of an answer when there are pairs")
+    sequence_length: int = Field(
+        default=512, gt=1, description="tokens of a row; with pairs, of each side: prompt plus answer"
+    )
     truncate: Literal["skip", "left"] = Field(
         default="skip",
         description="what becomes of a conversation that is too long: it is skipped, or loses its oldest turns; an "

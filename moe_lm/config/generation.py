@@ -22,7 +22,7 @@ Penalty = Annotated[float, Field(allow_inf_nan=False)]
 SEEDS = 1 << 32
 
 
-def read_bias(value: Any) -> Any:
+def read_bias_texts(value: Any) -> Any:
     """Pairs of token id and bias, from texts like `42=-inf`."""
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
         return value
@@ -68,7 +68,10 @@ class SamplingConfig(Section):
         default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
     )
     logit_bias: Annotated[
-        tuple[tuple[int, float], ...], BeforeValidator(read_bias), AfterValidator(check_bias), Flag(metavar="ID=BIAS")
+        tuple[tuple[int, float], ...],
+        BeforeValidator(read_bias_texts),
+        AfterValidator(check_bias),
+        Flag(metavar="ID=BIAS"),
     ] = Field(default=(), description="added to a token's logit; -inf forbids it; may be repeated")
 
 

@@ -85,7 +85,9 @@ class TrainConfig(Section):
     )
     clip_norm: float | None = Field(default=1.0, gt=0, description="greatest norm of the gradient; null: no clipping")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="number format of the forward pass; auto: bfloat16 on GPUs that have it"
+        default="auto",
+        description="number format of the forward pass; auto: bfloat16 where the device is fast at it (GPUs, and CPUs "
+        "with AVX-512 BF16 or AMX), elsewhere float32",
     )
     compile: bool = Field(default=False, description="run the model through torch.compile")
     activation_checkpointing: bool = Field(

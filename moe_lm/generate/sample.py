@@ -90,10 +90,11 @@ def write_samples(
         painter = None  # the lines hold what it would paint
     ids = [_ids(session, prompt, settings.max_new_tokens, truncate) for prompt in prompts]
     if plain and isinstance(settings, Settings):
-        summary = _stream(session.write(ids, settings, stop), prompts[0].text, painter) + f", seed {settings.seed}"
+        speed = _stream(session.write(ids, settings, stop), prompts[0].text, painter)
+        summary = f"{speed}, seed {settings.seed}"
     else:
         with _output(out) as file:
-            summary = _list(_samples(session, ids, num, settings, stop, painter), prompts, file, out)
+            summary = _write_each(_samples(session, ids, num, settings, stop, painter), prompts, file, out)
     if painter is not None:
         print(painter.legend(colours(sys.stderr)), file=sys.stderr)
     print(summary, file=sys.stderr)
@@ -106,8 +107,8 @@ def _ids(session: Session, prompt: Prompt, wanted: int, truncate: bool) -> list[
         raise UsageError(f"{prompt.origin}: {error}") from error
 
 
-def _stream(deltas: Iterable[Delta], prompt: str, painter: Painter | None) -> str:
-    """Print a text as it is written, on a terminal after its prompt. Returns its number of tokens and its speed."""
+def _stream(deltas: Iterable[Delta], prompt: str, painter: Painter | None) -> Speed:
+    """Print a text as it is written, on a terminal after its prompt. Returns how fast it was."""
     at_terminal, speed = sys.stdout.isatty(), Speed()
     if at_terminal:
         print(prompt, end="", flush=True)
@@ -116,13 +117,13 @@ def _stream(deltas: Iterable[Delta], prompt: str, painter: Painter | None) -> st
         shown = painter.paint(delta) if painter else printable(delta.text) if at_terminal else delta.text
         print(shown, end="", flush=True)
     print()
-    return str(speed)
+    return speed
 
 
-def _list(
+def _write_each(
     samples: Iterable[tuple[int, int, dict[str, Any]]], prompts: Sequence[Prompt], file: TextIO, out: Path | None
 ) -> str:
-    """Write samples as they are finished. Returns how many there were, and how fast."""
+    """Write samples as they are finished. Returns the summary: how many there were, and how fast."""
     started, written, tokens = time.perf_counter(), 0, 0
     for place, number, sample in samples:
         line = {**prompts[place].extra, "prompt": prompts[place].text, "sample": number, **sample}

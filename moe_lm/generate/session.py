@@ -20,13 +20,12 @@ from moe_lm.generate.decode import SLOTS, Decoder, Settings
 from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages, kernels
-from moe_lm.kernels.device import pick_device
+from moe_lm.kernels.device import DTYPES, pick_device
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.spread import Spread, spread_over_devices
 from moe_lm.tokenizer.tokenizer import Message, Tokenizer
 
 COMPILED_FOR = 256  # positions, or a multiple: prompts of other lengths run the same compiled program
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANDOM_VALUES = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}  # what torch's layers begin with
 
 

@@ -11,6 +11,8 @@ import torch
 
 from moe_lm.common.errors import UsageError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def pick_device(wanted: str) -> torch.device:
     """`auto` prefers CUDA, then MPS, then the CPU. Raises UsageError for a device that is not there."""
@@ -26,7 +28,7 @@ def pick_device(wanted: str) -> torch.device:
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device has instructions for it; elsewhere bfloat16 is slower than float32."""
     if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+        return DTYPES[precision]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -68,15 +68,16 @@ def describe(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
 
 def cost_lines(config: RunConfig, model: ModelConfig, topology: Topology) -> list[str]:
     """The parameters that are trained and the memory that they need; with adapters, also that of training all."""
-    it = cost(config, model, config.lora, topology)
+    this_run = cost(config, model, config.lora, topology)
     memory = (
-        f"{_mib(it.memory.total)} MiB on each device of {processes(config, topology)} "
-        f"({_mib(it.memory.weights)} weights, {_mib(it.memory.gradients)} gradients, "
-        f"{_mib(it.memory.optimizer)} optimizer), before activations"
+        f"{_mib(this_run.memory.total)} MiB on each device of {processes(config, topology)} "
+        f"({_mib(this_run.memory.weights)} weights, {_mib(this_run.memory.gradients)} gradients, "
+        f"{_mib(this_run.memory.optimizer)} optimizer), before activations"
     )
     if config.lora is not None:
         memory += f"; {_mib(cost(config, model, None, topology).memory.total)} MiB if all weights were trained"
-    share = f"{it.trained:,} of {it.parameters:,} parameters ({100 * it.trained / it.parameters:.3g}%)"
+    percent = 100 * this_run.trained / this_run.parameters
+    share = f"{this_run.trained:,} of {this_run.parameters:,} parameters ({percent:.3g}%)"
     return [f"trained         {share}", f"memory          {memory}"]
 
 

@@ -14,13 +14,14 @@ from moe_lm.checkpoint.safetensors_file import Output, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.families import Family, family_of, known_families
 from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import TensorPair, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
-from moe_lm.tools.interop.transfer import DTYPES, FILE_BYTES, Meter, Tell, outputs_of_theirs
+from moe_lm.tools.interop.transfer import FILE_BYTES, Meter, Tell, outputs_of_theirs
 
 
 def export_run(

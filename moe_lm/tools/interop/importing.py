@@ -7,12 +7,13 @@ from pathlib import Path
 from moe_lm.common.errors import UsageError
 from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
+from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG, HFFolder
 from moe_lm.tools.interop.hf_tensors import check_complete, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
-from moe_lm.tools.interop.transfer import DTYPES, Meter, Tell, outputs_of_ours, write_run
+from moe_lm.tools.interop.transfer import Meter, Tell, outputs_of_ours, write_run
 
 
 def import_folder(

@@ -19,7 +19,6 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import Part, TensorPair
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FILE_BYTES = 4 << 30  # tensors go into files of about this size
 
 

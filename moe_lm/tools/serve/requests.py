@@ -51,7 +51,7 @@ def read_stop(value: Any) -> list[str]:
     return stops
 
 
-def read_bias(value: Any) -> tuple[tuple[int, float], ...]:
+def read_bias_object(value: Any) -> tuple[tuple[int, float], ...]:
     """Pairs of token id and bias, which travel as an object whose keys are ids."""
     if not isinstance(value, dict):
         raise ValueError('expected ids as texts, each with a number, like {"42": -100}')
@@ -120,7 +120,7 @@ class GenerationRequest(Strict, SamplingConfig):
     # Any number of 64 bits, as clients draw them; it counts modulo 2**32.
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stop: Annotated[list[str], PlainValidator(read_stop)] = []
-    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(read_bias)] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(read_bias_object)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     routing: bool = False  # the experts behind every token, beside the text

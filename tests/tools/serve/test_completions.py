@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
+from moe_lm.tools.serve.requests import read_bias_object
 from tests.texts import text_of
 from tests.tools.serve.conftest import MODEL, Served
 
@@ -146,6 +149,14 @@ def test_routing_names_the_experts_of_every_token(served: Served, session: Sessi
         found = served.post("completions", **body, routing=True).json()["choices"][0]["routing"]
     assert found == expected
     assert "routing" not in served.post("completions", **body, routing=False).json()["choices"][0]
+
+
+def test_a_bias_is_any_finite_number() -> None:
+    largest = sys.float_info.max
+    assert read_bias_object({"5": largest, "6": -largest, "7": 10**308}) == ((5, largest), (6, -largest), (7, 1e308))
+    for bias in (math.inf, -math.inf, math.nan, 10**400):
+        with pytest.raises(ValueError, match="is not a number to add to the logit of token 5"):
+            read_bias_object({"5": bias})
 
 
 def test_a_text_ends_where_the_context_does(served: Served, session: Session) -> None:
