@@ -26,7 +26,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update
-from moe_lm.model.lora import left_to_base, narrow_frozen
+from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.model.moe import MoE
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss

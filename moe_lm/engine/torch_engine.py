@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.engine import Engine, Update
-from moe_lm.model.lora import left_to_base, narrow_frozen
+from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
 from moe_lm.parallel.exchange import Exchange

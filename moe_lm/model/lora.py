@@ -154,28 +154,6 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
         weight.addmm_(lora_B, lora_A, alpha=scale)
 
 
-@torch.no_grad()
-def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Cast frozen matrices to the data type of their products, as autocast would in every pass: no result changes.
-
-    Weights with another use than these products (embedding, norms, router) stay as they are.
-    """
-    for name, module in model.named_modules():
-        tied = name == "lm_head" and model.config.tie_word_embeddings
-        if isinstance(module, nn.Linear | Experts) and not tied:
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
-
-
-def left_to_base(model: LanguageModel) -> frozenset[str]:
-    """The names of the weights that a checkpoint leaves to the base: with adapters, all that are frozen."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    if not any(map(is_factor, named)):
-        return frozenset()
-    return frozenset(name for name, parameter in named.items() if not parameter.requires_grad)
-
-
 def _fill_uniform(tensor: Tensor, inputs: int, key: str) -> None:
     draw = torch.rand(tensor.shape, generator=generator_of(key))
     tensor.copy_((2 * draw - 1) / math.sqrt(inputs))

@@ -13,8 +13,9 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
+from moe_lm.engine.frozen import narrow_frozen
 from moe_lm.kernels.device import pick_device, pick_dtype
-from moe_lm.model.lora import freeze, narrow_frozen
+from moe_lm.model.lora import freeze
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.model.transformer import is_expert
 from moe_lm.optim.groups import is_hidden_matrix

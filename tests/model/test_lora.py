@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, check_targets
+from moe_lm.engine.frozen import left_to_base
 from moe_lm.kernels import kernels
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
@@ -156,13 +157,13 @@ def test_the_router_is_trained_when_asked() -> None:
         model = LanguageModel(tiny())
         lora.freeze(model, settings, asked)
         assert [layer.gate.weight.requires_grad for layer in model.moe_layers] == [trained] * 2
-        assert ("model.layers.1.mlp.gate.weight" in lora.left_to_base(model)) != trained
+        assert ("model.layers.1.mlp.gate.weight" in left_to_base(model)) != trained
     model = LanguageModel(tiny())
     lora.freeze(model, None, True)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)
     }
-    assert lora.left_to_base(model) == frozenset()
+    assert left_to_base(model) == frozenset()
 
 
 def test_at_the_start_an_adapter_does_nothing() -> None:
@@ -240,34 +241,6 @@ def test_dropout_leaves_out_inputs_for_a_step_and_none_in_evaluation() -> None:
     assert not torch.allclose(logits(model), disturbed)
     lora.draw_dropout(model, seed=1, step=7)
     assert torch.equal(logits(model), disturbed)
-
-
-# Memory
-
-
-def test_narrow_frozen_weights_change_no_number_under_autocast() -> None:
-    wide, narrow = adapted_model(LoraConfig(rank=4)), adapted_model(LoraConfig(rank=4))
-    lora.narrow_frozen(narrow, torch.bfloat16)
-    results = []
-    for model in (wide, narrow):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = logits(model).float()
-        out.square().mean().backward()
-        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (out, grads), (narrow_out, narrow_grads) = results
-    assert torch.equal(out, narrow_out)
-    assert all(torch.equal(grad, narrow_grads[name]) for name, grad in grads.items())
-    dtypes = {name: p.dtype for name, p in narrow.named_parameters()}
-    assert dtypes["model.layers.1.mlp.experts.up_proj"] == dtypes["lm_head.weight"] == torch.bfloat16
-    kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight")
-    assert {dtypes[name] for name in (*kept, *(name for name in dtypes if lora.is_factor(name)))} == {torch.float32}
-
-
-def test_tied_embeddings_are_looked_up_in_float32() -> None:
-    model = adapted_model(LoraConfig(rank=4), tie_word_embeddings=True)
-    lora.narrow_frozen(model, torch.bfloat16)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.dtype == torch.float32
 
 
 # What cannot be
