@@ -29,11 +29,12 @@ import yaml
 from sacrebleu.metrics import CHRF
 
 from moe_lm.checkpoint import checkpoint
+from moe_lm.config.generation import SampleConfig
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig
 from moe_lm.config.training import PreferenceConfig
 from moe_lm.data.pairs import PairRows, read_pairs
-from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.objective.preference import answer_log_probs
@@ -234,7 +235,7 @@ def greedily(session: Session, prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def widely(session: Session, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The best of four beams, with no penalty for length but its own."""
-    tokenizer, how = session.tokenizer, BeamSettings(beams=4, max_new_tokens=NEW_TOKENS)
+    tokenizer, how = session.tokenizer, SampleConfig(beams=4, max_new_tokens=NEW_TOKENS)
     found = [search(session.model, prompt, how, tokenizer.stop_ids, tokenizer.vocab_size) for prompt in prompts]
     return [beams[0].ids for beams in found]
 

@@ -60,20 +60,15 @@ def sample(
         raise UsageError("--compile and --beams do not go together; leave one of them out")
 
     native.start()
-    from moe_lm.generate.beams import BeamSettings
-    from moe_lm.generate.decode import Settings
     from moe_lm.generate.sample import Prompt, write_samples
     from moe_lm.generate.session import Session
 
     prompts = [Prompt(prompt)] if prompt is not None else _read(stdin, file)
-    settings = Settings.of(options) if options.beams is None else BeamSettings.of(options)
     one = len(prompts) == 1 and options.num == 1 and file is None and out is None
     shown = options.show_routing is None or sys.stdout.isatty()
     plain = one and options.beams is None and options.logprobs is None and shown
     session = Session.open(run, load, load.compile)
-    write_samples(
-        session, prompts, options.num, settings, options.stop, truncate is not None, out, options.show_routing, plain
-    )
+    write_samples(session, prompts, options, truncate is not None, out, plain)
 
 
 def _check_source(stdin: str | None, prompt: str | None, file: Path | None) -> None:

@@ -7,45 +7,18 @@ tokens. Shapes: K beams, C candidates, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_lm.config.generation import SampleConfig, SamplingConfig
+from moe_lm.config.generation import SampleConfig
 from moe_lm.generate.forward import cache_for, capacity_for, check_prompt, extend, prefill, room
 from moe_lm.generate.penalties import Text, check_ids, penalised
 from moe_lm.generate.strategies import check_logits
 from moe_lm.model.transformer import LanguageModel
 
 NEVER = -1e9  # a score that no text has
-UNCHANGED = SamplingConfig()
-
-
-@dataclass(frozen=True)
-class BeamSettings:
-    """How wide to search, when to stop, and how many of the `best` texts to return.
-
-    A text's score is its log-probability divided by its length, stop token included, to the power of
-    `length_penalty`: above 0 it favours longer texts. The search ends when as many texts as beams have ended and no
-    running beam would beat the worst of them if it ended now. The penalties of `sampling` change log-probabilities
-    here, not logits; nothing else of it is used.
-    """
-
-    beams: int = 4
-    best: int = 1
-    length_penalty: float = 1.0
-    max_new_tokens: int = 200
-    min_new_tokens: int = 0
-    sampling: SamplingConfig = UNCHANGED
-
-    @classmethod
-    def of(cls, config: SampleConfig) -> BeamSettings:
-        """The settings that a command line asks for; `config.beams` is set."""
-        assert config.beams is not None
-        lengths = config.max_new_tokens, config.min_new_tokens
-        return cls(config.beams, config.num, config.length_penalty, *lengths, config)
 
 
 class Beam(NamedTuple):
@@ -60,29 +33,33 @@ class Beam(NamedTuple):
 def search(
     model: LanguageModel,
     prompt: Sequence[int],
-    settings: BeamSettings,
+    config: SampleConfig,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
     ends: Callable[[Sequence[int]], bool] = lambda ids: False,
 ) -> list[Beam]:
-    """The `best` texts after the prompt, best first.
+    """The best `config.num` texts after the prompt, best first, of a search with `config.beams`, which is set.
 
+    A text's score is its log-probability divided by its length, stop token included, to the power of
+    `length_penalty`. The search ends when as many texts as beams have ended and no running beam would beat the worst
+    of them if it ended now. Penalties change log-probabilities here, not logits.
     A text ends before a token of `stop_ids`, at its greatest length, or when `ends` says so of its ids, which then
     stay as they are: a stop string is complete. Only ids below `vocab_size` are chosen. Raises UsageError for a
     prompt that is empty or too long, MoeLmError for logits that are not a distribution.
     """
+    assert config.beams is not None
     check_prompt(model.config, prompt, model.config.max_position_embeddings)
-    check_ids(settings.sampling, vocab_size or model.config.vocab_size)
-    limit = min(settings.max_new_tokens, room(model.config, prompt))
-    beams = _Beams(prompt, settings, frozenset(stop_ids), limit, ends)
-    cache = cache_for(model, settings.beams, capacity_for(model.config, [len(prompt)], limit))
-    logits_KV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(settings.beams, -1)
-    cache.take_rows(torch.zeros(settings.beams, dtype=torch.long, device=model.device))
+    check_ids(config, vocab_size or model.config.vocab_size)
+    limit = min(config.max_new_tokens, room(model.config, prompt))
+    beams = _Beams(prompt, config, config.beams, frozenset(stop_ids), limit, ends)
+    cache = cache_for(model, config.beams, capacity_for(model.config, [len(prompt)], limit))
+    logits_KV = prefill(model, [prompt], cache.view(0, 1)).logits.expand(config.beams, -1)
+    cache.take_rows(torch.zeros(config.beams, dtype=torch.long, device=model.device))
     while True:
         check_logits(logits_KV)
         parents = beams.advance(logits_KV[:, :vocab_size].float().log_softmax(-1))
         if beams.done:
-            return sorted(beams.texts(), key=lambda beam: -beam.score)[: settings.best]
+            return sorted(beams.texts(), key=lambda beam: -beam.score)[: config.num]
         cache.take_rows(torch.tensor(parents, device=model.device))
         logits_KV = extend(model, cache, [ids[-1:] for ids in beams.running]).logits
 
@@ -93,13 +70,14 @@ class _Beams:
     def __init__(
         self,
         prompt: Sequence[int],
-        settings: BeamSettings,
+        config: SampleConfig,
+        width: int,
         stop_ids: frozenset[int],
         limit: int,
         ends: Callable[[Sequence[int]], bool],
     ) -> None:
-        self.prompt, self.settings, self.stop_ids, self.limit, self.ends = prompt, settings, stop_ids, limit, ends
-        self.width, self.candidates = settings.beams, max(2, 1 + len(stop_ids)) * settings.beams
+        self.prompt, self.config, self.stop_ids, self.limit, self.ends = prompt, config, stop_ids, limit, ends
+        self.width, self.candidates = width, max(2, 1 + len(stop_ids)) * width
         self.running: list[list[int]] = [[] for _ in range(self.width)]
         # All beams begin with the same text: only the first one's continuations count.
         self.scores = torch.tensor([0.0] + [NEVER] * (self.width - 1))
@@ -136,10 +114,10 @@ class _Beams:
         return beams
 
     def _penalised(self, log_p_KV: Tensor) -> Tensor:
-        short = len(self.running[0]) < self.settings.min_new_tokens
+        short = len(self.running[0]) < self.config.min_new_tokens
         forbidden = self.stop_ids if short else frozenset[int]()
         texts = [Text([*self.prompt, *ids], len(self.prompt), forbidden) for ids in self.running]
-        return penalised(log_p_KV, self.settings.sampling, texts)
+        return penalised(log_p_KV, self.config, texts)
 
     def _ends(self, ids: list[int]) -> bool:
         return len(ids) >= self.limit or ids[-1] in self.stop_ids or self.ends(ids)
@@ -152,7 +130,7 @@ class _Beams:
         new_C = hits_C & (torch.arange(len(hits_C)) < self.width)
         if not self.improvable:
             return
-        scores_C = log_p_C / len(texts[0]) ** self.settings.length_penalty + (~new_C).float() * NEVER
+        scores_C = log_p_C / len(texts[0]) ** self.config.length_penalty + (~new_C).float() * NEVER
         scores = torch.cat((self.ended_scores, scores_C))
         best = scores.topk(self.width).indices
         both, there = [*self.ended, *texts], torch.cat((self.full, new_C))
@@ -161,7 +139,7 @@ class _Beams:
 
     def _judge(self, all_hit: bool) -> None:
         """Decide whether a running beam would be among the best texts if it ended now."""
-        possible = self.scores[0] / len(self.running[0]) ** self.settings.length_penalty
+        possible = self.scores[0] / len(self.running[0]) ** self.config.length_penalty
         worst = torch.where(self.full, self.ended_scores.min(), NEVER)
         self.improvable = self.improvable and bool((possible > worst).any())
         self.done = not self.improvable or all_hit

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.terminal import colours, printable
-from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.config.generation import SampleConfig
+from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.painter import Painter, by_layer
 from moe_lm.generate.session import Session
@@ -71,30 +72,29 @@ def read_text(file: Path) -> str:
 def write_samples(
     session: Session,
     prompts: Sequence[Prompt],
-    num: int,
-    settings: Settings | BeamSettings,
-    stop: Sequence[str] = (),
+    options: SampleConfig,
     truncate: bool = False,
     out: Path | None = None,
-    show_routing: int | None = None,
     plain: bool = False,
 ) -> None:
-    """Write `num` samples of every prompt to `out` or stdout, and a summary to stderr.
+    """Write `options.num` samples of every prompt to `out` or stdout, and a summary to stderr.
 
     Sample j of prompt i draws with `seed + i * num + j`. Samples are JSON lines, or blocks on a terminal; `plain` asks
-    for the bare text of a single sample, as it is written. `show_routing` is the layer whose experts colour the text
-    on a terminal.
+    for the bare text of a single sample, as it is written. `options.show_routing` is the layer whose experts colour the
+    text on a terminal.
     """
+    show_routing = options.show_routing
     painter = None if show_routing is None else Painter(session.model.config, show_routing, colours(sys.stdout))
     if out is not None or not sys.stdout.isatty():
         painter = None  # the lines hold what it would paint
-    ids = [_ids(session, prompt, settings.max_new_tokens, truncate) for prompt in prompts]
-    if plain and isinstance(settings, Settings):
-        speed = _stream(session.write(ids, settings, stop), prompts[0].text, painter)
+    ids = [_ids(session, prompt, options.max_new_tokens, truncate) for prompt in prompts]
+    if plain:
+        settings = Settings.of(options)
+        speed = _stream(session.write(ids, settings, options.stop), prompts[0].text, painter)
         summary = f"{speed}, seed {settings.seed}"
     else:
         with _output(out) as file:
-            summary = _write_each(_samples(session, ids, num, settings, stop, painter), prompts, file, out)
+            summary = _write_each(_samples(session, ids, options, painter), prompts, file, out)
     if painter is not None:
         print(painter.legend(colours(sys.stderr)), file=sys.stderr)
     print(summary, file=sys.stderr)
@@ -153,16 +153,15 @@ def _block(line: Mapping[str, Any]) -> str:
 def _samples(
     session: Session,
     prompts: Sequence[list[int]],
-    num: int,
-    settings: Settings | BeamSettings,
-    stop: Sequence[str],
+    options: SampleConfig,
     painter: Painter | None,
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Number of the prompt, number of the sample and values of every sample, in this order."""
-    if isinstance(settings, BeamSettings):
-        yield from _searched(session, prompts, settings, stop)
+    if options.beams is not None:
+        yield from _searched(session, prompts, options)
         return
-    for deltas in _by_row(session.write(prompts, settings, stop, num)):
+    settings = Settings.of(options)
+    for deltas in _by_row(session.write(prompts, settings, options.stop, options.num)):
         row, steps = deltas[0].row, [delta.step for delta in deltas if delta.step.token is not None]
         values: dict[str, Any] = {
             "text": "".join(delta.text if painter is None else painter.paint(delta) for delta in deltas),
@@ -174,24 +173,24 @@ def _samples(
             values["logprobs"] = [_log_probabilities(step, session.tokenizer) for step in steps]
         if settings.routing:
             values["experts"] = by_layer(session.model.config, steps)
-        yield row // num, row % num, values
+        yield row // options.num, row % options.num, values
 
 
 def _searched(
-    session: Session, prompts: Sequence[list[int]], settings: BeamSettings, stop: Sequence[str]
+    session: Session, prompts: Sequence[list[int]], options: SampleConfig
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """The best texts of each prompt, the best first, as `_samples` gives them."""
     tokenizer = session.tokenizer
 
     def ends(ids: Sequence[int]) -> bool:
         text = tokenizer.decode(list(ids))
-        return any(item in text for item in stop)
+        return any(item in text for item in options.stop)
 
-    Row(0, tokenizer.decode, stop)  # an empty stop string is refused before the search
+    Row(0, tokenizer.decode, options.stop)  # an empty stop string is refused before the search
     for place, prompt in enumerate(prompts):
-        beams = search(session.model, prompt, settings, tokenizer.stop_ids, tokenizer.vocab_size, ends)
+        beams = search(session.model, prompt, options, tokenizer.stop_ids, tokenizer.vocab_size, ends)
         for number, beam in enumerate(beams):
-            row = Row(number, tokenizer.decode, stop)
+            row = Row(number, tokenizer.decode, options.stop)
             steps = [*(Step(number, token) for token in beam.ids), Step(number, None, beam.finish)]
             text = "".join(row.take(step).text for step in steps)
             yield place, number, {"text": text, "finish": beam.finish, "tokens": len(beam.ids), "score": beam.score}

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.generation import SamplingConfig
-from moe_lm.generate.beams import Beam, BeamSettings, search
+from moe_lm.config.generation import SampleConfig
+from moe_lm.generate.beams import Beam, search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.model.transformer import LanguageModel
@@ -86,7 +86,9 @@ def test_the_same_tokens_as_transformers(both: Both, beams: int, options: dict[s
     ended = 0
     for prompt in both.prompts:
         expected = transformers_beams(both, prompt, beams, num_beams=beams, **options)
-        found = search(both.ours, prompt, BeamSettings(beams, beams, max_new_tokens=NEW, **options), both.stops)
+        found = search(
+            both.ours, prompt, SampleConfig(beams=beams, num=beams, max_new_tokens=NEW, **options), both.stops
+        )
         assert [beam.ids for beam in found] == [ids for ids, _ in expected]
         if beams > 1:
             assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
@@ -95,11 +97,13 @@ def test_the_same_tokens_as_transformers(both: Both, beams: int, options: dict[s
 
 
 def test_penalties_are_the_same_as_in_transformers(both: Both) -> None:
-    penalties = SamplingConfig(repetition_penalty=1.4, no_repeat_ngram=2, logit_bias=((9, 2.0),))
+    config = SampleConfig(
+        beams=4, num=3, max_new_tokens=NEW, repetition_penalty=1.4, no_repeat_ngram=2, logit_bias=((9, 2.0),)
+    )
     options = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "sequence_bias": {(9,): 2.0}}
     for prompt in both.prompts[:6]:
         expected = transformers_beams(both, prompt, 3, num_beams=4, **options)
-        found = search(both.ours, prompt, BeamSettings(4, 3, max_new_tokens=NEW, sampling=penalties), both.stops)
+        found = search(both.ours, prompt, config, both.stops)
         assert [beam.ids for beam in found] == [ids for ids, _ in expected]
 
 
@@ -125,7 +129,7 @@ def by_definition(model: LanguageModel, prompt: Sequence[int], width: int, new: 
 @pytest.mark.parametrize("width", [2, 5])
 def test_beams_follow_the_definition(kind: str, width: int) -> None:
     model, prompt = build(kind), [5, 6, 7]
-    found = search(model, prompt, BeamSettings(width, width, max_new_tokens=6))
+    found = search(model, prompt, SampleConfig(beams=width, num=width, max_new_tokens=6))
     expected = by_definition(model, prompt, width, 6)
     assert [beam.ids for beam in found] == [ids for ids, _ in expected]
     assert [beam.score for beam in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
@@ -133,7 +137,7 @@ def test_beams_follow_the_definition(kind: str, width: int) -> None:
 
 def test_all_beams_are_every_text_there_is(model: LanguageModel) -> None:
     """With as many beams as texts of two tokens the search is exhaustive."""
-    found = search(model, [5, 6], BeamSettings(97, 97, 0.0, max_new_tokens=2), vocab_size=97)
+    found = search(model, [5, 6], SampleConfig(beams=97, num=97, length_penalty=0.0, max_new_tokens=2), vocab_size=97)
     scores = {}
     for first in range(97):
         before = full_logits(model, [5, 6])[-1].log_softmax(-1)[first].item()
@@ -144,10 +148,10 @@ def test_all_beams_are_every_text_there_is(model: LanguageModel) -> None:
 
 
 def test_a_text_ends_where_it_is_told_to(model: LanguageModel) -> None:
-    free = search(model, [5], BeamSettings(3, 3, max_new_tokens=8))
+    free = search(model, [5], SampleConfig(beams=3, num=3, max_new_tokens=8))
     token = free[0].ids[2]
     ends: Callable[[Sequence[int]], bool] = lambda ids: ids[-1] == token  # noqa: E731
-    found = search(model, [5], BeamSettings(3, 3, max_new_tokens=8), ends=ends)
+    found = search(model, [5], SampleConfig(beams=3, num=3, max_new_tokens=8), ends=ends)
     stopped = [beam for beam in found if beam.finish == "stop"]
     assert stopped
     assert all(beam.ids.index(token) == len(beam.ids) - 1 for beam in stopped)
@@ -155,17 +159,17 @@ def test_a_text_ends_where_it_is_told_to(model: LanguageModel) -> None:
 
 
 def test_one_beam_is_greedy_and_the_last_position_ends_it(model: LanguageModel) -> None:
-    [beam] = search(model, [5] * 30, BeamSettings(1, max_new_tokens=500))
+    [beam] = search(model, [5] * 30, SampleConfig(beams=1, max_new_tokens=500))
     assert beam == Beam(generate(model, [[5] * 30], Settings(500))[0], beam.score, "length")
     assert len(beam.ids) == 11
 
 
 def test_only_ids_of_the_tokenizer_are_chosen(model: LanguageModel) -> None:
-    found = search(model, [5], BeamSettings(4, 4, max_new_tokens=10), vocab_size=30)
+    found = search(model, [5], SampleConfig(beams=4, num=4, max_new_tokens=10), vocab_size=30)
     assert max(max(beam.ids) for beam in found) < 30
 
 
 def test_a_prompt_that_cannot_be_continued_is_refused(model: LanguageModel, tmp_path: Path) -> None:
     for prompt, said in (([], "has no token"), ([1] * 41, "has 41 tokens"), ([97], "ids from 97 to 97")):
         with pytest.raises(UsageError, match=said):
-            search(model, prompt, BeamSettings())
+            search(model, prompt, SampleConfig(beams=4))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.config.generation import SampleConfig
+from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
@@ -79,7 +80,7 @@ def test_every_way_of_choosing_takes_rounded_logits(make_run: Callable[..., Path
         logit_bias=((7, 2.0),),
     )  # fmt: skip
     assert len(written(session, Settings(8, sampling, 3, routing=True))) == 8
-    beams = search(session.model, PROMPT, BeamSettings(3, 2, max_new_tokens=6))
+    beams = search(session.model, PROMPT, SampleConfig(beams=3, num=2, max_new_tokens=6))
     assert [len(beam.ids) for beam in beams] == [6, 6]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lm.config.generation import SampleConfig, SamplingConfig
-from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.config.generation import SampleConfig
+from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.sample import Prompt, write_samples
 from moe_lm.generate.session import Session
@@ -40,8 +40,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def sample(run: Path, **changes: object) -> None:
-    text = SampleConfig(**{"max_new_tokens": 20, "temperature": 0.0, "seed": 0} | changes)  # type: ignore[arg-type]
-    write_samples(Session.load(run), [Prompt("import ")], 1, Settings.of(text), text.stop, plain=True)
+    options = SampleConfig(**{"max_new_tokens": 20, "temperature": 0.0, "seed": 0} | changes)  # type: ignore[arg-type]
+    write_samples(Session.load(run), [Prompt("import ")], options, plain=True)
 
 
 def test_sample_writes_the_text_alone_and_its_speed_beside_it(
@@ -148,9 +148,9 @@ def test_logprobs_alone_and_with_a_number(moe_lm: MoeLm, run: Path, session: Ses
 def test_beams_are_the_best_texts_and_end_before_a_stop_string(moe_lm: MoeLm, run: Path, session: Session) -> None:
     options = ("--beams", 4, "--max-new-tokens", 8, "--length-penalty", 0.5)
     found = lines(moe_lm("sample", run, "-p", "import ", "--num", 3, *options).out)
-    settings = BeamSettings(4, 3, 0.5, max_new_tokens=8)
+    config = SampleConfig(beams=4, num=3, length_penalty=0.5, max_new_tokens=8)
     ids, tokenizer = session.prompt_ids("import ", 8), session.tokenizer
-    expected = search(session.model, ids, settings, tokenizer.stop_ids, tokenizer.vocab_size)
+    expected = search(session.model, ids, config, tokenizer.stop_ids, tokenizer.vocab_size)
     assert [line["score"] for line in found] == pytest.approx([beam.score for beam in expected])
     assert [line["text"] for line in found] == [tokenizer.decode(beam.ids).removesuffix("\ufffd") for beam in expected]
     stop = found[0]["text"][2:4]
@@ -162,10 +162,10 @@ def test_beams_are_the_best_texts_and_end_before_a_stop_string(moe_lm: MoeLm, ru
 def test_penalties_reach_the_beam_search(moe_lm: MoeLm, run: Path, session: Session) -> None:
     options = ("--beams", 4, "--repetition-penalty", 1.3, "--logit-bias", "9=-inf")
     found = lines(moe_lm("sample", run, "-p", "import ", "--num", 4, "--max-new-tokens", 6, *options).out)
-    penalties = SamplingConfig(repetition_penalty=1.3, logit_bias=((9, float("-inf")),))
-    settings = BeamSettings(4, 4, max_new_tokens=6, sampling=penalties)
+    bias = ((9, float("-inf")),)
+    config = SampleConfig(beams=4, num=4, max_new_tokens=6, repetition_penalty=1.3, logit_bias=bias)
     ids, tokenizer = session.prompt_ids("import ", 6), session.tokenizer
-    expected = search(session.model, ids, settings, tokenizer.stop_ids, tokenizer.vocab_size)
+    expected = search(session.model, ids, config, tokenizer.stop_ids, tokenizer.vocab_size)
     assert [line["score"] for line in found] == pytest.approx([beam.score for beam in expected])
 
 

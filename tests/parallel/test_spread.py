@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lm.generate.beams import BeamSettings, search
+from moe_lm.config.generation import SampleConfig
+from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, generate
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import Sampling
@@ -68,7 +69,7 @@ def test_adapters_and_what_many_ranks_wrote_are_read_alike(make_run: MakeRun) ->
 def test_a_cache_on_several_devices_gives_the_same_tokens(make_run: MakeRun, name: str) -> None:
     """`cpu` and `cpu:0` are two devices by name and one in fact."""
     model = Session.load(make_run(**MODELS[name]), device="cpu").model
-    settings = BeamSettings(3, 3, max_new_tokens=8)
+    settings = SampleConfig(beams=3, num=3, max_new_tokens=8)
     expected = generate(model, PROMPTS, DRAWN, slots=2), search(model, PROMPTS[0], settings)
     model.layer_devices = LayerDevices(CPU, (CPU, torch.device("cpu:0"), CPU, CPU))
     assert (generate(model, PROMPTS, DRAWN, slots=2), search(model, PROMPTS[0], settings)) == expected
