@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
-from moe_lm.cli.options import ConfigCommand
+from moe_lm.cli.options import ConfigCommand, takes
 from moe_lm.common.errors import UsageError
 from moe_lm.common.signals import ended_by_sigterm
+
+if TYPE_CHECKING:
+    from moe_lm.config.generation import UpcycleConfig
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -37,7 +40,7 @@ def add_to(app: typer.Typer) -> None:
     for verb in (prepare, pretrain, finetune, verify):
         app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
     app.command("import", rich_help_panel="Build")(ended_by_sigterm()(import_))
-    app.command(rich_help_panel="Build")(ended_by_sigterm()(upcycle))
+    app.command(rich_help_panel="Build")(takes(how="UpcycleConfig")(ended_by_sigterm()(upcycle)))
 
 
 @tokenizer_app.command("train", cls=ConfigCommand)
@@ -203,21 +206,13 @@ def import_(
 
 def upcycle(
     run: RunPath,
+    how: UpcycleConfig,
     run_dir: Annotated[Path, typer.Option(help="Run folder to write.")],
-    experts: Annotated[int, typer.Option(min=1, help="Routed experts of a layer.")] = 8,
-    per_token: Annotated[int, typer.Option(min=1, help="Experts that a token is sent to.")] = 2,
-    split: Annotated[
-        int, typer.Option(min=1, help="Pieces that a feed-forward layer is cut into; 1: every expert is a copy.")
-    ] = 1,
-    shared: Annotated[int, typer.Option(min=0, help="Pieces that become shared experts.")] = 0,
-    first_dense: Annotated[int, typer.Option(min=0, help="Number of first layers that stay dense.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the new router.")] = 1234,
     base: BasePath = None,
     proof_memory: ProofMemory = None,
 ) -> None:
     """Make a Mixture of Experts of a dense run, proven to compute the same before any step."""
     from moe_lm.tools.interop import upcycle
 
-    how = upcycle.Upcycling(experts, per_token, split, shared, first_dense, seed)
     print(upcycle.upcycle(run, run_dir, how, base, gib(proof_memory)))
     print(f"wrote {run_dir}")

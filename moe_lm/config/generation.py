@@ -1,4 +1,4 @@
-"""The settings of using a model: how tokens are chosen, where the weights lie, what a server answers.
+"""The settings of verbs without a YAML file: how tokens are chosen, where weights lie, what a server answers, and more.
 
 Each is a flag of the verbs that take its section; the requests that the server reads inherit `SamplingConfig`.
 """
@@ -196,3 +196,26 @@ class ServeConfig(Section):
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key is empty or has a character that no header can carry; give printable ASCII")
         return self
+
+
+class UpcycleConfig(Section):
+    """How `upcycle` cuts and copies the feed-forward layers of a dense model."""
+
+    experts: int = Field(default=8, ge=1, description="routed experts of a layer")
+    per_token: int = Field(default=2, ge=1, description="experts that a token is sent to")
+    split: int = Field(
+        default=1, ge=1, description="pieces that a feed-forward layer is cut into; 1: every expert is a copy"
+    )
+    shared: int = Field(default=0, ge=0, description="pieces that become shared experts")
+    first_dense: int = Field(default=0, ge=0, description="number of first layers that stay dense")
+    seed: int = Field(default=1234, ge=0, description="seed of the new router")
+
+    @property
+    def pieces(self) -> int:
+        """The number of routed experts that together are one copy of a feed-forward layer."""
+        return self.split - self.shared
+
+    @property
+    def factor(self) -> int:
+        """The factor on the last matrices of the routed experts."""
+        return 1 if self.shared else self.pieces

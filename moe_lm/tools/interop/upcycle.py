@@ -27,6 +27,7 @@ from moe_lm.checkpoint.read import TensorSource, open_tensors, pieces, read_mode
 from moe_lm.checkpoint.safetensors_file import Output
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
+from moe_lm.config.generation import UpcycleConfig
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.model.size import on_meta
@@ -36,28 +37,6 @@ from moe_lm.tools.interop import models
 from moe_lm.tools.interop.logits import Comparison, ForwardPass, compare_all
 from moe_lm.tools.interop.proof import write_proof
 from moe_lm.tools.interop.transfer import write_run
-
-
-@dataclass(frozen=True)
-class Upcycling:
-    """The settings by which a dense model is cut and copied."""
-
-    experts: int
-    per_token: int
-    split: int = 1
-    shared: int = 0
-    first_dense: int = 0
-    seed: int = 1234
-
-    @property
-    def pieces(self) -> int:
-        """The number of routed experts that together are one copy of a feed-forward layer."""
-        return self.split - self.shared
-
-    @property
-    def factor(self) -> int:
-        """The factor on the last matrices of the routed experts."""
-        return 1 if self.shared else self.pieces
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class UpcyclingProof:
 
 
 def upcycle(
-    run: Path, run_dir: Path, cut: Upcycling, base: Path | None = None, proof_bytes: int | None = None
+    run: Path, run_dir: Path, cut: UpcycleConfig, base: Path | None = None, proof_bytes: int | None = None
 ) -> UpcyclingProof:
     """Write `run_dir` with a checkpoint of step 0 of the new model, and return the proof that it computes the same.
 
@@ -101,7 +80,7 @@ def upcycle(
     return proof
 
 
-def upcycled_config(dense: ModelConfig, cut: Upcycling) -> ModelConfig:
+def upcycled_config(dense: ModelConfig, cut: UpcycleConfig) -> ModelConfig:
     """The shape of the new model. Raises UsageError naming what does not fit."""
     if dense.moe_layers:
         raise UsageError(f"the model has experts already (n_routed_experts={dense.n_routed_experts}); give a dense one")
@@ -133,7 +112,7 @@ def upcycled_config(dense: ModelConfig, cut: Upcycling) -> ModelConfig:
     return build_config(ModelConfig, values, "upcycle")
 
 
-def _outputs(before: TensorSource, config: ModelConfig, cut: Upcycling) -> list[Output]:
+def _outputs(before: TensorSource, config: ModelConfig, cut: UpcycleConfig) -> list[Output]:
     scaled = ".experts.down_proj" if cut.factor != 1 else "none"
     outputs = []
     for name, tensor in on_meta(config).state_dict().items():
@@ -145,7 +124,7 @@ def _outputs(before: TensorSource, config: ModelConfig, cut: Upcycling) -> list[
 
 
 def _pieces(
-    before: TensorSource, name: str, shape: tuple[int, ...], config: ModelConfig, cut: Upcycling
+    before: TensorSource, name: str, shape: tuple[int, ...], config: ModelConfig, cut: UpcycleConfig
 ) -> Callable[[], Iterator[Tensor]]:
     width = config.expert_size
 

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lm.config.generation import UpcycleConfig
 from moe_lm.generate.session import Session
 from moe_lm.tools.interop.exporting import export_run
-from moe_lm.tools.interop.upcycle import Upcycling, upcycle
+from moe_lm.tools.interop.upcycle import upcycle
 from tests.conftest import MoeLm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WAYS = {
-    "copies": Upcycling(experts=4, per_token=2),
-    "one copy a token": Upcycling(experts=4, per_token=1),
-    "every copy": Upcycling(experts=4, per_token=4),
-    "fine-grained": Upcycling(experts=9, per_token=3, split=3),
-    "several fine-grained copies": Upcycling(experts=12, per_token=6, split=3),
-    "shared piece": Upcycling(experts=8, per_token=2, split=3, shared=1),
-    "shared pieces, first layer dense": Upcycling(experts=4, per_token=2, split=6, shared=4, first_dense=1),
+    "copies": UpcycleConfig(experts=4, per_token=2),
+    "one copy a token": UpcycleConfig(experts=4, per_token=1),
+    "every copy": UpcycleConfig(experts=4, per_token=4),
+    "fine-grained": UpcycleConfig(experts=9, per_token=3, split=3),
+    "several fine-grained copies": UpcycleConfig(experts=12, per_token=6, split=3),
+    "shared piece": UpcycleConfig(experts=8, per_token=2, split=3, shared=1),
+    "shared pieces, first layer dense": UpcycleConfig(experts=4, per_token=2, split=6, shared=4, first_dense=1),
 }
 
 
