@@ -59,7 +59,9 @@ def test_the_others_stop_when_a_rank_is_killed_and_one_names_it(
 
 def test_a_rank_that_hangs_is_not_waited_for(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> None:
     """The others end with their stacks, which tell where they waited."""
-    ranks = start_training(start_moe_lm, 2, tiny_pretrain, tmp_path)
+    settings = (*SETTINGS, "checkpoint.every=0")  # the watchdog rests during a save, which may take any time
+    ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings)
+    wait_until(lambda: runs(ranks[0]) and len(losses(tmp_path)) >= 5, "five steps", seconds=90)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     try:
         _, err = ranks[0].communicate(timeout=40)
