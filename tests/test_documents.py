@@ -34,7 +34,7 @@ def test_readme_is_short() -> None:
 
 def test_the_config_of_the_readme_is_one() -> None:
     (text,) = [body for kind, body in BLOCK.findall(README) if kind == "yaml"]
-    build_config(PretrainConfig, yaml.safe_load(text), "README.md")
+    assert build_config(PretrainConfig, yaml.safe_load(text), "README.md").model.n_routed_experts == 8
 
 
 def test_readme_shows_only_commands_that_ci_runs() -> None:
