@@ -6,6 +6,7 @@ The token stream of a source is divided into consecutive windows of `sequence_le
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -67,7 +68,30 @@ class BatchSource(Protocol):
         ...
 
 
-class PackedBatches:
+class MixedBatches(ABC):
+    """The batches of a run, in the order of a `Mixture` of its sources. `data`: a hash of what the sources hold."""
+
+    def __init__(self, mixture: Mixture, data: str) -> None:
+        self._mixture = mixture
+        self._data = data
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal only for equal data in equal order."""
+        return self._mixture.fingerprint(self._data)
+
+    @abstractmethod
+    def batch(self, step: int, rows: range) -> Batch:
+        """The rows `rows` of the global batch of step `step`."""
+
+    def keep_order_of(self, fingerprint: str) -> None:
+        """Take the order of a run that goes on, known by the fingerprint in its checkpoints, before the first batch."""
+        begun = self._mixture.in_first_order()
+        if fingerprint == begun.fingerprint(self._data):
+            self._mixture = begun
+
+
+class PackedBatches(MixedBatches):
     """Training batches from the shards of one or several sources, mixed by weight (relative shares of sequences).
 
     With `separate_documents` a document attends only to itself, its positions begin at 0, and its last token has no
@@ -91,8 +115,8 @@ class PackedBatches:
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
-        self._mixture = Mixture(windows, weights, seed)
-        self.fingerprint = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
+        data = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
+        super().__init__(Mixture(windows, weights, seed), data)
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None
 

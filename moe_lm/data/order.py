@@ -6,6 +6,7 @@ sequence is computed only from i and a key.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,28 +21,51 @@ class Mixture:
     """Sources of `sizes` items each, visited by weight (relative shares of the visits).
 
     A visit takes its source from a shuffled block of exact shares, and its item from a shuffle of the source's items, a
-    new one each epoch: within an epoch of a source every item comes once.
+    new one each epoch. A source's own visits are numbered in the order in which they come, so that it visits every item
+    once before any item again. With `exact_epochs` false they are numbered as in the first runs of this program, whose
+    epochs of several sources overlapped within a block.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, exact_epochs: bool = True) -> None:
         self._sizes = sizes
+        self._weights = weights
         self._seed = seed
         self._shares = block_shares(weights)
+        self._exact_epochs = exact_epochs
+
+    def in_first_order(self) -> Mixture:
+        """The same sources with `exact_epochs` false."""
+        return Mixture(self._sizes, self._weights, self._seed, exact_epochs=False)
+
+    def fingerprint(self, data: str) -> str:
+        """Equal only for equal `data` (a hash of what the sources hold) in equal order. One source has one order."""
+        if len(self._sizes) == 1 or not self._exact_epochs:
+            return data
+        return hashlib.sha256(f"{data}, epochs are exact".encode()).hexdigest()
 
     def items(self, visits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source of each visit, numbered over the whole run, and the item in that source. [n] -> [n], [n]"""
         if len(self._sizes) == 1:
             return np.zeros_like(visits), self._item(0, visits)
         block, place = np.divmod(visits, MIX_BLOCK)
-        place = shuffled(place, MIX_BLOCK, shuffle_key(self._seed, 0, block))
+        numbers, row = np.unique(block, return_inverse=True)
+        mixed = self._mixed(numbers)
         bounds = np.cumsum(self._shares)
-        sources = np.searchsorted(bounds, place, side="right")
+        sources = np.searchsorted(bounds, mixed, side="right")
+        turns = _ranks(sources) if self._exact_epochs else mixed
+        sources, turns = sources[row, place], turns[row, place]
         items = np.empty_like(visits)
         for source, share in enumerate(self._shares):
             mine = sources == source
-            # The places of one source are numbered through from block to block: these are its own visits, each once.
-            items[mine] = self._item(source, block[mine] * share + place[mine] - (bounds[source] - share))
+            # The turns of one source are numbered through from block to block: these are its own visits, each once.
+            items[mine] = self._item(source, block[mine] * share + turns[mine] - (bounds[source] - share))
         return sources, items
+
+    def _mixed(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shuffle of each block's places. [blocks] -> [blocks, MIX_BLOCK]"""
+        places = np.tile(np.arange(MIX_BLOCK), len(blocks))
+        keys = np.repeat(shuffle_key(self._seed, 0, blocks), MIX_BLOCK)
+        return shuffled(places, MIX_BLOCK, keys).reshape(len(blocks), MIX_BLOCK)
 
     def _item(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
         """The item of a source's own visits [n]: every item once an epoch."""
@@ -82,6 +106,11 @@ def shuffled(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -
         result[outside] = walked
         outside = outside[walked >= size]
     return result.astype(np.int64)
+
+
+def _ranks(sources: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each visit of a block when its visits are sorted by source and then by time. [blocks, n]"""
+    return np.argsort(np.argsort(sources, axis=-1, kind="stable"), axis=-1)
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, key: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.data.batches import IGNORE, Batch, pack
+from moe_lm.data.batches import IGNORE, Batch, MixedBatches, pack
 from moe_lm.data.order import Mixture
 
 
@@ -66,8 +66,8 @@ class PackedRows(ABC):
             yield [item for row in self.items_in(numbers) for item in row], self.batch(numbers)
 
 
-class RowBatches:
-    """Training batches of packed rows; a `BatchSource`. Every row comes once per epoch, in a new order each time.
+class RowBatches(MixedBatches):
+    """Training batches of packed rows. Every row comes once per epoch, in a new order each time.
 
     With `weights`, the relative shares of the sources, each source has its own epochs. `steps_per_epoch` is rounded up.
     """
@@ -78,8 +78,7 @@ class RowBatches:
         self._rows = rows
         self._batch_size = global_batch_size
         self._first_row = np.cumsum([0, *rows.sizes])
-        self._mixture = Mixture(rows.sizes, weights or [1.0], seed)
-        self.fingerprint = rows.fingerprint
+        super().__init__(Mixture(rows.sizes, weights or [1.0], seed), rows.fingerprint)
         self.steps_per_epoch = -(-len(rows) // global_batch_size)
 
     def batch(self, step: int, rows: range) -> Batch:

@@ -15,7 +15,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
-from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.batches import Batch, MixedBatches
 from moe_lm.data.pairs import PairRows
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
@@ -44,7 +44,7 @@ class Recipe:
     model: ModelConfig
     tokenizer: Tokenizer
     objective: Objective
-    batches: BatchSource
+    batches: MixedBatches
     validation: Iterable[Batch]  # read once, after the reference has been added to `pairs`
     start: Start | None = None  # the model to begin with; None: fresh weights
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
@@ -82,7 +82,7 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
     with folder if is_main else nullcontext(), rank_log(meeting.topology, config.run_dir), meeting.lost_ranks_named():
-        changes = changed_settings(folder.checkpoints, config, recipe.tokenizer, recipe.batches.fingerprint, start)
+        changes = changed_settings(folder.checkpoints, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             if start is not None and config.lora is not None:

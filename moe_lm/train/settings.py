@@ -13,6 +13,7 @@ from moe_lm.checkpoint.lineage import Start, read_adapter
 from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import RunConfig
+from moe_lm.data.batches import MixedBatches
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 # Settings of how a run is watched, kept and fitted to its machine, not of what it computes.
@@ -23,9 +24,9 @@ MAY_CHANGE = (
 
 
 def changed_settings(
-    checkpoints: Path, config: RunConfig, tokenizer: Tokenizer, data: str, start: Start | None
+    checkpoints: Path, config: RunConfig, tokenizer: Tokenizer, batches: MixedBatches, start: Start | None
 ) -> list[str]:
-    """The differences from the settings, tokenizer and data (its fingerprint) of the newest checkpoint.
+    """The differences from the settings, tokenizer and data of the newest checkpoint, whose order `batches` take.
 
     Raises UsageError with them unless `checkpoint.allow_changes` is set.
     """
@@ -40,7 +41,9 @@ def changed_settings(
     changes = [change for change in changes if not change.startswith(may_change)]
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != tokenizer.fingerprint:
         changes.append("the tokenizer is another one")
-    if checkpoint.read_text(folder, "data.sha256") != data:
+    data = checkpoint.read_text(folder, "data.sha256")
+    batches.keep_order_of(data)
+    if batches.fingerprint != data:
         changes.append("the training data is other data, which would repeat and skip tokens")
     if changes and not config.checkpoint.allow_changes:
         raise UsageError(

@@ -189,6 +189,16 @@ def test_a_mixed_source_too_is_seen_window_by_window() -> None:
     assert torch.bincount(rows[rows < 5000] // LENGTH).tolist() == [16] * 128
 
 
+def test_an_epoch_of_every_source_of_a_mix_is_exact() -> None:
+    """A third of the rows from each of three sources: of each the first epoch has every window once."""
+    sizes = (312, 171, 50)
+    shards = [numbered(size * LENGTH + 1, first=10_000 * source) for source, size in enumerate(sizes)]
+    rows = first_tokens(train(shards, batch_size=64), 32, 64)
+    for source, size in enumerate(sizes):
+        own = rows[rows // 10_000 == source] % 10_000 // LENGTH
+        assert sorted(own[:size].tolist()) == list(range(size))
+
+
 def test_a_source_with_a_tiny_weight_is_not_forgotten() -> None:
     shards = [numbered(2000), numbered(100, first=5000)]
     rows = first_tokens(train(shards, batch_size=4096, weights=[1.0, 1e-9]), 1, 4096)

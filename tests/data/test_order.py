@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,12 +25,45 @@ def test_sources_have_their_shares_and_items_equal_visits() -> None:
             assert (len(counts), np.ptp(counts)) in ((size, 0), (size, 1))
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 900), st.floats(0.01, 10)), min_size=1, max_size=6),
+    seed=st.integers(0, 2**62),
+)
+def test_an_epoch_of_every_source_is_exact(sources: list[tuple[int, float]], seed: int) -> None:
+    """Whatever the mix, and wherever its blocks end: each item once, then each once again in another order."""
+    sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
+    source_of, items = Mixture(sizes, weights, seed).items(np.arange(3 * MIX_BLOCK))
+    for source, size in enumerate(sizes):
+        own = items[source_of == source]
+        for epoch in np.split(own, range(size, len(own), size)):
+            assert len(np.unique(epoch)) == len(epoch)
+
+
+def test_a_run_that_began_with_the_first_order_can_keep_it() -> None:
+    """The order of version 0.1.0 before its epochs were exact, as it computed it, to the last visit."""
+    mixture = Mixture([50, 100, 7], [2.0, 1.0, 1.0], seed=3)
+    exact, begun = (np.stack(order.items(np.arange(10_000))) for order in (mixture, mixture.in_first_order()))
+    assert hashlib.sha256(begun.astype("<i8").tobytes()).hexdigest()[:16] == "c23e868ebedf7bd9"
+    assert np.array_equal(exact[0], begun[0])  # the sources take their turns as before
+    assert not np.array_equal(exact[1], begun[1])
+    assert mixture.fingerprint("data") != mixture.in_first_order().fingerprint("data") == "data"
+
+
+def test_one_source_has_one_order() -> None:
+    mixture = Mixture([50], [1.0], seed=3)
+    assert np.array_equal(mixture.items(np.arange(200))[1], mixture.in_first_order().items(np.arange(200))[1])
+    assert mixture.fingerprint("data") == mixture.in_first_order().fingerprint("data") == "data"
+
+
 def test_any_visit_can_be_asked_for_by_itself() -> None:
     mixture = Mixture([10, 20], [1.0, 5.0], seed=1)
-    sources, items = mixture.items(np.arange(10_000))
-    for visit in (0, 4095, 4096, 9999):
+    visits = np.append(np.arange(10_000), 400_000 * 4096 + np.arange(100))
+    sources, items = mixture.items(visits)
+    for visit in (0, 4095, 4096, 9999, 400_000 * 4096 + 77):
         alone = mixture.items(np.array([visit]))
-        assert (alone[0][0], alone[1][0]) == (sources[visit], items[visit])
+        [place] = np.flatnonzero(visits == visit)
+        assert (alone[0][0], alone[1][0]) == (sources[place], items[place])
 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:

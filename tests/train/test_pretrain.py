@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
+from moe_lm.data.order import Mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
@@ -231,6 +233,29 @@ def test_other_data_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path
     done = moe_lm(*command)
     assert done.code == 2
     assert "the training data is other data" in done.err
+
+
+def test_a_run_keeps_the_order_of_its_sources_that_it_began_with(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun before the epochs of several sources were exact goes on as it would have, to the bit."""
+    path = load_config(PretrainConfig, tiny_pretrain).data.sources[0].path
+    sources = f"data.sources=[{{name: one, path: {path}}}, {{name: two, path: {path}, weight: 3}}]"
+    command = (tiny_pretrain, sources, f"data.shards={tmp_path / 'shards'}", "checkpoint.every=6", *SHORT)
+    begun, parted, anew = (tmp_path / name for name in ("begun", "parted", "anew"))
+    assert moe_lm("prepare", *command).code == 0
+    with monkeypatch.context() as before:
+        before.setattr(Mixture, "__init__", partialmethod(Mixture.__init__, exact_epochs=False))
+        assert moe_lm("pretrain", *command, f"run_dir={begun}").code == 0
+    shutil.copytree(begun, parted)
+    shutil.rmtree(parted / "checkpoints" / "step-00000012")
+    for folder, message in ((parted, "going on after step 6 of 12"), (anew, "pretrain 12/12")):
+        done = moe_lm("pretrain", *command, f"run_dir={folder}")
+        assert (done.code, message in done.out) == (0, True), done
+    assert_same_run(begun, parted)
+    assert figures(begun) != figures(anew)
+    sums = [(last_checkpoint(folder) / "data.sha256").read_text() for folder in (begun, parted, anew)]
+    assert sums[0] == sums[1] != sums[2]
 
 
 def test_how_a_run_is_watched_and_fitted_to_its_machine_may_change(
