@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.run import load_newest
+from tests.processes import events, metrics
 from tests.tiny import engine_of, tiny_model
 
 
@@ -64,7 +64,11 @@ class LoopRun:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return metrics(self.folder)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return events(self.folder)
 
     @property
     def steps(self) -> list[int]:

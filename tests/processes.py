@@ -107,6 +107,16 @@ def train_alone(config: Path, run_dir: Path, *settings: str) -> Path:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The figures of every step."""
+    return [line for line in logged(run_dir) if "event" not in line]
+
+
+def events(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """The events between the steps, of one kind or of all."""
+    return [line for line in logged(run_dir) if "event" in line and kind in ("", line["event"])]
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -59,7 +59,8 @@ def train(config: PretrainConfig, run_dir: Path, steps: int, balance: BalanceCon
     schedule = config.train.schedule.model_copy(update={"name": "constant"})
     settings = config.train.model_copy(update={"steps": steps, "schedule": schedule, "balance": balance})
     pretrain.run(config.model_copy(update={"run_dir": run_dir, "train": settings}))
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [line for line in lines if "event" not in line]
     tokenizer = Tokenizer.load(config.data.tokenizer)
     whole = config.model_copy(update={"train": settings.model_copy(update={"eval_batches": None})})
     validation = pretrain.validation_batches(whole, tokenizer, current_topology())

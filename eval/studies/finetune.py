@@ -163,7 +163,7 @@ def tuned(name: str, recipe: str, variant: str) -> dict[str, Any]:
 def training(name: str) -> dict[str, Any]:
     """Held-out figures by step, speed, and the peak of the process's memory."""
     lines = (WORK / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [record for record in map(json.loads, lines) if "event" not in record]
     steps = [record for record in records if "loss" in record]
     held = [{key: record[key] for key in record if key == "step" or key.startswith("val_")} for record in records]
     return {

@@ -294,7 +294,9 @@ def read_seconds(setup: Setup) -> dict[str, float]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The figures of every step, without the events between them."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "event" not in line]
 
 
 def median_speed(run_dir: Path) -> float:

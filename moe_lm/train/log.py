@@ -27,6 +27,8 @@ from moe_lm.parallel.topology import Topology
 from moe_lm.train.display import Display, Status
 from moe_lm.train.trackers import open_trackers
 
+ROLLBACK = "rollback"  # the event of a return to an earlier checkpoint
+
 
 class RunLog:
     """Writes every step to `metrics.jsonl` and some to `train.log`, and shows the run on the terminal.
@@ -34,7 +36,8 @@ class RunLog:
     On entering, it drops the steps that a killed process logged after `start_step`, so that the file has each step
     once; a run that starts anew drops all, including the evaluation before its first step. A terminal shows a live
     bar; any other output gets a plain line every `config.every` steps. During the run no write failure stops the
-    training: each kind is reported once. On ranks other than 0 it does nothing.
+    training: each is reported when it begins, and how many lines it cost when it ends. On ranks other than 0 it does
+    nothing.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class RunLog:
         self._start_step = start_step
         self._is_main = is_main
         self._status = Status(title, total_steps, start_step)
-        self._failed: set[str] = set()
+        self._lost: dict[str, int] = {}  # lines that a file did not take, by its name
+        self._gone: set[str] = set()  # trackers
 
     def __enter__(self) -> Self:
         if not self._is_main:
@@ -66,7 +70,7 @@ class RunLog:
             return
         self._display.close()
         for name, tracker in self._trackers.items():
-            self._guard(name, tracker.close)
+            self._send(name, tracker.close)
         self._metrics.close()
         self._log.close()
 
@@ -75,15 +79,25 @@ class RunLog:
         if not self._is_main:
             return
         self._status.update(record, time.monotonic())
-        self._guard("metrics.jsonl", lambda: self._metrics.write(json.dumps(_json_safe(record))))
+        self._write(self._metrics, json_text(record))
         scalars = dict(_scalars({key: value for key, value in record.items() if key != "step"}))
         for name, tracker in self._trackers.items():
-            if name not in self._failed:
-                self._guard(name, partial(tracker.log, record["step"], scalars))
+            if name not in self._gone:
+                self._send(name, partial(tracker.log, record["step"], scalars))
         due = self._is_due(record)
         if due:
             self._write_log(self._status.line())
         self._display.step(self._status, due)
+
+    def event(self, kind: str, step: int, text: str, *, show: bool = True, **fields: Any) -> None:
+        """Write what happened in or after `step` as a line `{"event": kind, "step": ..., "message": text, ...}`.
+
+        It goes to `metrics.jsonl`; if `show`, the text goes to the terminal and to `train.log` too.
+        """
+        if self._is_main:
+            self._write(self._metrics, json_text({"event": kind, "step": step, "message": text, **fields}))
+            if show:
+                self.message(text)
 
     def message(self, text: str) -> None:
         """Write a line to the terminal and to `train.log`."""
@@ -98,15 +112,30 @@ class RunLog:
 
     def _write_log(self, text: str) -> None:
         stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
-        self._guard("train.log", lambda: self._log.write(f"{stamp}  {text}"))
+        self._write(self._log, f"{stamp}  {text}")
 
-    def _guard(self, name: str, action: Callable[[], object]) -> None:
-        """Training survives a full disk and an unreachable tracker; the first failure of each is reported."""
+    def _write(self, file: LineFile, line: str) -> None:
+        """Append a line. Training survives a full disk; that it is full is said once, and the loss when it has room."""
+        lost = self._lost.get(file.name, 0)
+        try:
+            file.write(line)
+        except OSError as error:
+            self._lost[file.name] = lost + 1
+            if not lost:
+                self.message(f"warning: {file.name} could not be written: {error}; training goes on")
+            return
+        if lost:
+            del self._lost[file.name]
+            text = f"{file.name} can be written again; lines missing before the newest one: {lost}"
+            self.event("log", self._status.step, text, file=file.name, missing=lost)
+
+    def _send(self, name: str, action: Callable[[], object]) -> None:
+        """Training survives an unreachable tracker, which is left alone after its first failure."""
         try:
             action()
         except Exception as error:
-            if name not in self._failed:
-                self._failed.add(name)
+            if name not in self._gone:
+                self._gone.add(name)
                 self.message(f"warning: {name} could not be written: {error}; training goes on")
 
 
@@ -147,6 +176,7 @@ class LineFile:
     """Appends whole lines without a buffer; a line that does not fit leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
@@ -167,27 +197,42 @@ class LineFile:
 
 
 def drop_later_steps(path: Path, last_step: int) -> None:
-    """Rewrite a `metrics.jsonl` without the lines of steps after `last_step`, and without torn lines."""
+    """Rewrite a `metrics.jsonl` without the lines of steps after `last_step`, and without torn lines.
+
+    Events later than `last_step` stay if they led to a rollback, which the run that goes on does not repeat. A run
+    without a step (`last_step` below 0) keeps nothing.
+    """
     if not path.exists():
         return
     with whole_file(path) as kept, path.open("rb") as old, kept.open("wb") as new:
-        new.writelines(line for line in old if _step_of(line) <= last_step)
+        rollback = max((number for number, line in enumerate(old) if _read(line).get("event") == ROLLBACK), default=-1)
+        old.seek(0)
+        for number, line in enumerate(old):
+            found = _read(line)
+            explains = number <= rollback and "event" in found and last_step >= 0
+            if explains or found.get("step", math.inf) <= last_step:
+                new.write(line)
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of `metrics.jsonl`; infinity for a torn line."""
+def _read(line: bytes) -> dict[str, Any]:
+    """A line of `metrics.jsonl`; empty for one that is torn or has no step."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        found = json.loads(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) and isinstance(found.get("step"), (int, float)) else {}
 
 
-def _json_safe(value: Any) -> Any:
-    """The value with null in place of NaN and infinity, which JSON does not have."""
+def json_text(values: Mapping[str, Any]) -> str:
+    """The values as JSON on one line, with null in place of NaN and infinity, which JSON does not have."""
+    return json.dumps(_finite(values))
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _json_safe(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.figures import step_record
-from moe_lm.train.log import RunLog
+from moe_lm.train.log import RunLog, json_text
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
 def files_of_step(run: Training, result: TrainingResult) -> dict[str, str]:
     """The files beside the tensors, with the counters of this step."""
     counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
-    return {**run.files, "trainer.json": json.dumps(counters)}
+    return {**run.files, "trainer.json": json_text(counters)}
 
 
 def note_saves(run: Training, saver: Saver, result: TrainingResult) -> None:

@@ -16,7 +16,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
 from moe_lm.train import pretrain
-from tests.processes import one_thread_here
+from tests.processes import metrics, one_thread_here
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "tiny_moe.json"
@@ -38,7 +38,7 @@ def golden_losses(folder: Path) -> dict[str, float]:
     prepare(config.data)
     with one_thread_here():
         pretrain.run(config)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = metrics(config.run_dir)
     losses = {f"step {line['step']}": line["loss"] for line in lines if line["step"] % EVERY == 0}
     return losses | {"held-out": lines[-1]["val_loss"]}
 

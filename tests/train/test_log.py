@@ -68,6 +68,38 @@ def test_a_run_from_the_start_forgets_the_old_steps(tmp_path: Path) -> None:
     assert len(logged(tmp_path)) == 1
 
 
+def test_an_event_is_a_line_between_the_steps_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log(tmp_path) as metrics:
+        metrics.step(record(1))
+        metrics.event("alarm", 1, "layer 3 is dead", layer=3, loss=math.nan)
+        metrics.event("skip", 2, "step 2 was skipped", show=False)
+    assert logged(tmp_path)[1:] == [
+        {"event": "alarm", "step": 1, "message": "layer 3 is dead", "layer": 3, "loss": None},
+        {"event": "skip", "step": 2, "message": "step 2 was skipped"},
+    ]
+    assert capsys.readouterr().out.splitlines()[1:] == ["layer 3 is dead"]
+    assert [line.split("  ")[1] for line in (tmp_path / "train.log").read_text().splitlines()][1:] == [
+        "layer 3 is dead"
+    ]
+
+
+def test_a_resumed_run_keeps_the_events_that_led_to_a_rollback_and_no_other_later_ones(tmp_path: Path) -> None:
+    with log(tmp_path) as metrics:
+        metrics.step(record(10))
+        metrics.event("skip", 12, "skipped")
+        metrics.event("rollback", 13, "back to step 10")
+        metrics.step(record(11))
+        metrics.event("spike", 11, "seen again by the run that goes on")
+    with log(tmp_path, start_step=10):
+        pass
+    assert [(line["step"], line.get("event")) for line in logged(tmp_path)] == [
+        (10, None), (12, "skip"), (13, "rollback"),
+    ]  # fmt: skip
+    with log(tmp_path, start_step=0):
+        pass
+    assert logged(tmp_path) == []
+
+
 def test_lines_that_are_no_steps_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\n[]\nnull\n{}\nnot json\n{"step": "x"}\n{"step": 2}\n')
     with log(tmp_path, start_step=2):
@@ -211,7 +243,7 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "lines").read_text() == "one\ntwo\n"
 
 
-def test_a_full_disk_is_said_once_and_whole_lines_go_on_when_there_is_room(
+def test_a_full_disk_is_said_once_and_what_is_missing_when_there_is_room_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with log(tmp_path, start_step=1) as metrics:
@@ -220,10 +252,17 @@ def test_a_full_disk_is_said_once_and_whole_lines_go_on_when_there_is_room(
             for step in range(3, 9):
                 metrics.step(record(step))
         metrics.step(record(9))
-    assert [line["step"] for line in logged(tmp_path)] == [2, 9]
+        with largest_file((tmp_path / "metrics.jsonl").stat().st_size + 5):
+            metrics.step(record(10))
+        metrics.step(record(11))
+    lines = [line for line in logged(tmp_path) if line.get("file") != "train.log"]
+    assert [(line["step"], line.get("event"), line.get("missing")) for line in lines] == [
+        (2, None, None), (9, None, None), (9, "log", 6), (11, None, None), (11, "log", 1),
+    ]  # fmt: skip
     shown = capsys.readouterr().out
-    assert shown.count("warning: metrics.jsonl could not be written") == 1
+    assert shown.count("warning: metrics.jsonl could not be written") == 2
     assert "training goes on" in shown
+    assert "metrics.jsonl can be written again; lines missing before the newest one: 6" in shown
 
 
 def test_a_full_log_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
