@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tokenizers
@@ -35,6 +35,14 @@ NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no te
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
+class _Renamed(NamedTuple):
+    """A tokenizer whose special tokens have names that no text holds; added tokens may have other ids in it."""
+
+    backend: tokenizers.Tokenizer
+    ids: Mapping[int, int]  # of its added tokens, by the ids that they have in `backend`
+    special: frozenset[int]  # ids in `backend`
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` that never reads special tokens from text, with a chat template.
 
@@ -48,7 +56,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._config = dict(config)
-        self._renamed_backends: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
+        self._renamed_backends: dict[str, _Renamed] = {}
         self.eos_id = self._special_id("eos_token")
         self.bos_id = self._special_id("bos_token", self.eos_id)
         self.pad_id = self._special_id("pad_token", self.eos_id)
@@ -141,7 +149,7 @@ class Tokenizer:
         mark = NAME_MARK
         while mark in text:
             mark += NAME_END
-        backend, ids_of_names = self._renamed_backend(mark)
+        renamed = self._renamed(mark)
         # The template's special tokens get names that no text can hold; everything else is tokenized as it is.
         pieces, flags, done = list[str](), list[np.ndarray[Any, Any]](), 0
         for begin, end in specials:
@@ -150,14 +158,19 @@ class Tokenizer:
             flags += [trained[done:begin], np.full(len(name), trained[begin])]
             done = end
         try:
-            encoding = backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
+            encoding = renamed.backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
         except TypeError as error:
             raise UsageError(HALF_PAIR) from error
+        if sum(id_ in renamed.special for id_ in encoding.ids) != len(specials):
+            raise UsageError(
+                "the tokenizer does not read every special token that its chat template writes; expected special "
+                "tokens without single_word, and a normalizer that leaves U+FDD0 and U+FDD1 alone"
+            )
         # A token is trained on when one of its characters is.
         trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         loss_mask: list[bool] = (trained_before[ends] > trained_before[begins]).tolist()
-        return [ids_of_names.get(id_, id_) for id_ in encoding.ids], loss_mask
+        return [renamed.ids.get(id_, id_) for id_ in encoding.ids], loss_mask
 
     @property
     def has_chat_template(self) -> bool:
@@ -188,18 +201,26 @@ class Tokenizer:
         eos_token = self._backend.id_to_token(self.eos_id) or ""
         return ChatFormat(ChatTemplate(source, names), self.special_tokens, eos_token)
 
-    def _renamed_backend(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """The same tokenizer with other names for its special tokens, and their ids by the new ids."""
+    def _renamed(self, mark: str) -> _Renamed:
+        """The same tokenizer with other names for its special tokens.
+
+        `tokenizers` numbers added tokens anew when it reads them: one whose name is in the model's vocabulary has its
+        id from there, any other the next free one. So a new name may move every added token, special or not.
+        """
         if mark not in self._renamed_backends:
             content = json.loads(self._backend.to_str())
             content["post_processor"] = None
+            _fill_holes(content["model"]["vocab"], mark)
+            ids = {}
             for token in content["added_tokens"]:
                 if token["special"]:
                     token["content"] = f"{mark}{token['id']}{NAME_END}"
+                ids[token["content"]] = token["id"]
             backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-            names = {f"{mark}{id_}{NAME_END}": id_ for id_ in self.special_tokens.values()}
             new_ids = backend.get_vocab(with_added_tokens=True)
-            self._renamed_backends[mark] = backend, {new_ids[name]: id_ for name, id_ in names.items()}
+            special = frozenset(new_ids[token["content"]] for token in content["added_tokens"] if token["special"])
+            renamed = _Renamed(backend, {new_ids[name]: id_ for name, id_ in ids.items()}, special)
+            self._renamed_backends[mark] = renamed
         return self._renamed_backends[mark]
 
     def _special_id(self, name: str, otherwise: int | None = None) -> int:
@@ -227,6 +248,13 @@ def split_text(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def _fill_holes(vocabulary: Any, mark: str) -> None:
+    """Name the ids that a vocabulary leaves out, so that no added token gets the id of another entry."""
+    if isinstance(vocabulary, dict):  # else the ids are places in a list
+        holes = set(range(max(vocabulary.values(), default=0))) - set(vocabulary.values())
+        vocabulary.update({f"{mark}hole{id_}{NAME_END}": id_ for id_ in holes})
 
 
 def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.size import count_parameters, on_meta
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.tokenizer.chat.environment import TODAY
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.logits import ForwardPass, with_noise
@@ -30,6 +32,8 @@ LONGEST_ROW = 128
 DISTURBANCE = 1e-7  # relative: about one rounding in float32
 CONTAINER = Path("/sys/fs/cgroup")
 OVERHEAD = 1.5  # of weights, for activations and for tensors while they are put together
+CODE = "def f(x):\n    if x:\n\t\treturn x  # 1 < 2\n"
+DAY = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
 CONVERSATION = [{"role": "user", "content": "1 < 2?"}, {"role": "assistant", "content": "Yes."}]
 
 
@@ -158,7 +162,7 @@ def run_theirs(
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
     """A sentence saying that `AutoTokenizer` agrees, and the reason if it cannot be asked; one of them is empty.
 
-    Raises MoeLmError when it gives other ids or renders another conversation.
+    Raises MoeLmError when it gives other ids, for a text or for a conversation, or renders another conversation.
     """
     import transformers
 
@@ -169,16 +173,39 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
         if "trust_remote_code" in str(error):  # it advises to run the code
             why = "its class is code in the folder, which is never run"
         return "", f"tokenizer: {why}"
-    text = "def f(x):\n    return x  # 1 < 2, naïve 中文 🙂\n"
+    if isinstance(theirs.chat_template, str):  # here it is always the same day
+        theirs.chat_template = DAY.sub(lambda call: repr(TODAY.strftime(call[2])), theirs.chat_template)
+    plain = [token.content for token in theirs.added_tokens_decoder.values() if not token.special]
+    text = f"{CODE} naïve 中文 🙂 {' a '.join(plain)}\n"
     if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
-        raise MoeLmError(f"the proof failed: AutoTokenizer gives other ids than this program for {text!r}")
+        raise MoeLmError(f"the proof failed: AutoTokenizer gives other ids than this program for {text!r:.200}")
     try:
-        rendered = ours.render_chat(CONVERSATION)
+        _compare_conversation(ours, theirs, CONVERSATION)
     except UsageError as error:
         return f"AutoTokenizer gives the same ids; no conversation was compared ({error})", ""
-    if theirs.apply_chat_template(CONVERSATION, tokenize=False) != rendered:
-        raise MoeLmError("the proof failed: the chat template renders another conversation in AutoTokenizer")
+    answered = [*CONVERSATION[:1], {"role": "assistant", "content": CODE}]
+    asked = [*CONVERSATION, {"role": "user", "content": text}]
+    for messages in (answered, asked, [{"role": "system", "content": "Be  brief.\n"}, *asked]):
+        with suppress(UsageError):  # a template may refuse a system role, say
+            _compare_conversation(ours, theirs, messages)
     return "AutoTokenizer gives the same ids and renders the same conversation", ""
+
+
+def _compare_conversation(ours: Tokenizer, theirs: Any, messages: list[dict[str, str]]) -> None:
+    """Raise MoeLmError when `theirs` writes a conversation in other text or ids, UsageError when `ours` cannot."""
+    for prompt in (False, True):
+        rendered = ours.render_chat(messages, add_generation_prompt=prompt)
+        ids, _ = ours.encode_chat(messages, add_generation_prompt=prompt)
+        if theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False) != rendered:
+            raise MoeLmError("the proof failed: the chat template renders another conversation in AutoTokenizer")
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        if ids != expected:
+            pairs = enumerate(zip(ids, expected, strict=False))
+            place = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(expected)))
+            raise MoeLmError(
+                f"the proof failed: AutoTokenizer gives the ids {expected[place : place + 5]} where this program gives "
+                f"{ids[place : place + 5]}, from token {place} of the conversation {rendered!r:.200}"
+            )
 
 
 def _their_model(folder: Path, layers: int) -> Any:
