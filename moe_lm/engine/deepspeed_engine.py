@@ -85,9 +85,9 @@ class DeepSpeedEngine(Engine):
             self.wrapped.step()  # counts the micro-batch
         return part
 
-    def _clip_and_update(self, factor: float, finite: bool) -> Update:
-        # A loss that is not finite has a gradient that is not, which DeepSpeed sees in the norm of all ranks.
+    def _clip_and_update(self, factor: float, accepted: bool) -> Update:
         set_learning_rate([self.wrapped.optimizer], factor)
+        self.zero.skip = not accepted
         self.wrapped.step()
         grad_norm = float(self.wrapped.get_global_grad_norm())
         return Update(grad_norm, skipped=not self.wrapped.was_step_applied() or not math.isfinite(grad_norm))
@@ -152,10 +152,15 @@ class DeepSpeedEngine(Engine):
 
 
 class _Zero:
-    """DeepSpeed's ZeRO optimizer. The moments exist from the start, so that a checkpoint can be loaded at once."""
+    """DeepSpeed's ZeRO optimizer. The moments exist from the start, so that a checkpoint can be loaded at once.
+
+    With `skip` it drops the gradients instead of taking a step, as it does by itself when their norm is not finite.
+    """
 
     def __init__(self, optimizer: Any, stage: int) -> None:
-        self.optimizer, self.stage = optimizer, stage
+        self.optimizer, self.stage, self.skip = optimizer, stage, False
+        # Every stage calls this between the norm and the update, and looks at `overflow` once more afterwards.
+        optimizer._update_scale = self._note_skip
         if stage == 3:
             self.flat = optimizer.fp32_partitioned_groups_flat
         else:
@@ -173,6 +178,9 @@ class _Zero:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
             self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
+
+    def _note_skip(self, overflow: bool = False) -> None:
+        self.optimizer.overflow = overflow or self.skip
 
     def steps(self, parameter: nn.Parameter) -> Tensor:
         """AdamW's count of steps for the partition that holds this parameter."""

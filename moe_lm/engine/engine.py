@@ -27,11 +27,11 @@ class StepResult:
 
     loss: float  # mean over the units: nats per target token, or the loss of a pair
     balance_loss: float
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; infinite when DeepSpeed did not take the step
     learning_rate: float
     targets: int  # tokens that were predicted
     tokens: int  # tokens that went through the model, without padding
-    skipped: bool  # the loss or the gradient was not finite: nothing was changed
+    skipped: bool  # the loss or the gradient was not finite, or the loss above its limit: nothing was changed
     load: Tensor  # [layers, E] int64 on the CPU, tokens per expert
     entropy: Tensor  # [layers], the router's, nats
     bias_range: list[float]  # largest minus smallest router bias of each layer
@@ -97,11 +97,16 @@ class Engine(ABC):
         self._before_step = before_step
 
     def train_step(
-        self, step: int, micro_batches: Sequence[Batch], on_gradients: Callable[[], None] | None = None
+        self,
+        step: int,
+        micro_batches: Sequence[Batch],
+        on_gradients: Callable[[], None] | None = None,
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches of global step `step` (counted from 0).
 
-        `on_gradients` is called after the last backward pass, before clipping.
+        `on_gradients` is called after the last backward pass, before clipping. A step whose loss is above `loss_limit`,
+        or whose loss or gradient is not finite, is skipped.
         """
         self.loss.train()
         if self._before_step is not None:
@@ -115,11 +120,12 @@ class Engine(ABC):
             on_gradients()
         totals = self._add_up(parts)
         factor = schedule_factor(step, self.config.steps, self.config.schedule)
-        # Loss and gradient were summed over the ranks: when one is not finite, every rank sees it and skips alike.
-        update = self._clip_and_update(factor, finite=math.isfinite(totals.sums["loss"]))
+        # Loss and gradient were summed over the ranks: what one rank sees in them, all see, and skip alike.
+        loss = float(totals.sums["loss"]) / counts.units
+        update = self._clip_and_update(factor, accepted=math.isfinite(loss) and loss <= loss_limit)
         if not update.skipped and self.config.balance.bias_update_rate:
             update_router_biases(self.model, totals.load, self.config.balance.bias_update_rate)
-        return self._result(counts, totals, update, self.config.optimizer.lr * factor)
+        return self._result(loss, counts, totals, update, self.config.optimizer.lr * factor)
 
     def _count(self, micro_batches: Sequence[Batch]) -> StepCounts:
         """Sizes of the whole global batch."""
@@ -168,10 +174,12 @@ class Engine(ABC):
             sums=sums,
         )
 
-    def _result(self, counts: StepCounts, totals: Totals, update: Update, learning_rate: float) -> StepResult:
+    def _result(
+        self, loss: float, counts: StepCounts, totals: Totals, update: Update, learning_rate: float
+    ) -> StepResult:
         biases = [layer.gate.e_score_correction_bias for layer in self.model.moe_layers]
         return StepResult(
-            loss=float(totals.sums["loss"]) / counts.units,
+            loss=loss,
             balance_loss=float(totals.balance),
             grad_norm=update.grad_norm,
             learning_rate=learning_rate,
@@ -226,10 +234,10 @@ class Engine(ABC):
         """Run forward and backward; with `last`, sum the gradients over the ranks."""
 
     @abstractmethod
-    def _clip_and_update(self, factor: float, finite: bool) -> Update:
+    def _clip_and_update(self, factor: float, accepted: bool) -> Update:
         """Clip the gradients, step at `factor` of the peak rates, drop the gradients.
 
-        There is no step if the loss (`finite`) or the gradient norm is not finite.
+        There is no step if the loss is not `accepted` or the gradient norm is not finite.
         """
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -58,10 +58,10 @@ class TorchEngine(Engine):
             (part.loss * self.topology.world_size).backward()
         return part
 
-    def _clip_and_update(self, factor: float, finite: bool) -> Update:
+    def _clip_and_update(self, factor: float, accepted: bool) -> Update:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
-        skipped = not (math.isfinite(grad_norm) and finite)
+        skipped = not (math.isfinite(grad_norm) and accepted)
         if not skipped:
             set_learning_rate(self.optimizers, factor)
             for optimizer in self.optimizers:

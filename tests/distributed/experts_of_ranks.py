@@ -1,4 +1,4 @@
-"""One of several ranks, run by test_experts_of_ranks.py: `poisoned STAGE FACTOR` or `starved ENGINE`.
+"""One of several ranks, run by test_experts_of_ranks.py: `poisoned STAGE FACTOR ...` or `starved ENGINE`.
 
 Rank 0 prints what it found, as JSON.
 """
@@ -6,6 +6,7 @@ Rank 0 prints what it found, as JSON.
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import torch
@@ -24,34 +25,47 @@ from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
 from tests.tiny import tiny
 
-POISONED = 2
+POISONED, REJECTED = 2, 4
 TRAIN = TrainConfig(
-    steps=4, global_batch_size=8, micro_batch_size=2, precision="float32", optimizer={"lr": 0.01, "eps": 1e-4}
+    steps=6, global_batch_size=8, micro_batch_size=2, precision="float32", optimizer={"lr": 0.01, "eps": 1e-4}
 )
 BATCHES = Documents(seed=1)
 
 
-def poisoned(stage: str, factor: str) -> None:
-    """In step 2 experts on the last rank get gradients without end. `stage`: ZeRO's, or 0 for the torch engine.
+def poisoned(*stages_and_factors: str) -> None:
+    """In step 2 experts on the last rank get gradients without end, in step 4 the loss is above its limit.
 
-    Prints for every step whether it was skipped and whether the state stayed as it was, then the number of values in
-    the last state that are not finite.
+    Prints for every stage (ZeRO's, or 0 for the torch engine) and every step whether it was skipped and whether the
+    state stayed as it was, then the number of values in the last state that are not finite.
     """
+    pairs = list(zip(stages_and_factors[::2], stages_and_factors[1::2], strict=True))
+    found, engines = [], []
+    for stage, factor in pairs:
+        engine, figures = train_poisoned(stage, float(factor))
+        found.append(figures)
+        engines.append(engine)
+    for engine in engines[1:]:
+        engine.close(leave=False)
+    report(engines[0], found)
+
+
+def train_poisoned(stage: str, factor: float) -> tuple[Engine, dict[str, object]]:
     layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": int(stage)} if stage != "0" else {}
     parallel = ParallelConfig(device="cpu", **layout)
     built, step = build(parallel), 0
     parameter = built.model.moe_layers[0].experts.up_proj
     if built.topology.rank == built.topology.world_size - 1:
-        parameter.register_hook(lambda gradient: gradient * float(factor) if step == POISONED else gradient)
+        parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
     engine = build_engine(built, NextToken(), TRAIN, parallel, pad_id=2)
     found, before = [], state_of(engine)
     for step in range(TRAIN.steps):
-        result = engine.train_step(step, local_micro_batches(engine, BATCHES, TRAIN, step))
+        limit = 0.1 if step == REJECTED else math.inf
+        result = engine.train_step(step, local_micro_batches(engine, BATCHES, TRAIN, step), loss_limit=limit)
         after = state_of(engine)
         found.append([result.skipped, all(torch.equal(before[name], after[name]) for name in after)])
         before = after
     broken = sum(int((~tensor.isfinite()).sum()) for tensor in before.values())
-    report(engine, {"steps": found, "broken": broken})
+    return engine, {"steps": found, "broken": broken}
 
 
 def starved(engine_name: str) -> None:
@@ -94,7 +108,7 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
     return {name: host_copy(whole(tensor)) for name, tensor in engine.state().items() if name != "random.cpu"}
 
 
-def report(engine: Engine, found: dict[str, object]) -> None:
+def report(engine: Engine, found: object) -> None:
     if engine.topology.is_main:
         print(json.dumps(found))
     engine.close()

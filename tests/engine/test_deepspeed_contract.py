@@ -43,6 +43,13 @@ ATTRIBUTES = (
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\._hp_optimizer_states_linked\b"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp32_partitioned_groups_flat\b"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp16_groups\b"),
+    *(
+        (f"deepspeed.runtime.zero.{stage}", r"self\._update_scale\(self\.overflow\)\s[^=]*if self\.overflow:")
+        for stage in (
+            "stage_1_and_2:DeepSpeedZeroOptimizer.step",
+            "stage3:DeepSpeedZeroOptimizer_Stage3._loss_scale_update_and_overflow_cleanup",
+        )
+    ),
     ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_id\b"),
     ("deepspeed.moe.utils", r"param\.group_name\b"),
     ("deepspeed.moe.utils", r"\ballreduce\b"),
