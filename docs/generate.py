@@ -25,10 +25,11 @@ CONFIG = """\
 
 This page is generated from the code by `python docs/generate.py`.
 
-A run is one YAML file, and every setting in it has a place in one of the sections below. Unknown keys are errors. A
-section may be the path of a file that holds it (`model: ../model/deepseekmoe.yaml`, relative to the config). On the
-command line `train.steps=100` or `--train.steps 100` replaces a setting, with the value read as YAML, and
-`model=configs/model/switch.yaml` takes another file. The flags of `sample`, `chat` and `serve` are in [cli.md](cli.md).
+A run is one YAML file, and every setting in it has a place in one of the sections below. Unknown keys are errors, and
+so is a key that stands twice. A section may be the path of a file that holds it (`model: ../model/deepseekmoe.yaml`,
+relative to the config). On the command line `train.steps=100` or `--train.steps 100` replaces a setting, with the
+value read as YAML, and `model=configs/model/switch.yaml` takes another file. The flags of `sample`, `chat` and
+`serve` are in [cli.md](cli.md).
 """
 CLI = """\
 # Command line

@@ -23,12 +23,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, sha256_of, unfinished_path
+from moe_lm.config.strict_yaml import parse_section
 from moe_lm.parallel.process_group import Ranks
 
 COMPLETE = "COMPLETE"
@@ -135,6 +136,12 @@ def verified_path(folder: Path, name: str) -> Path:
 def read_text(folder: Path, name: str) -> str:
     """The text of a file that `write.save` kept beside the tensors, verified."""
     return verified_path(folder, name).read_text(encoding="utf-8")
+
+
+def read_section(folder: Path, name: str) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file that `write.save` kept beside the tensors, verified."""
+    text = read_text(folder, name)
+    return parse_section(text, f"{folder}/{name}") if text else {}
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     """The description of a checkpoint's adapters; None for a checkpoint of a whole model."""
     if ADAPTER not in checkpoint.checksums(folder):
         return None
-    values = yaml.safe_load(checkpoint.read_text(folder, ADAPTER))
+    values = checkpoint.read_section(folder, ADAPTER)
     settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}")
     return Adapter(Path(values["base"]), values["fingerprint"], settings)
 
@@ -114,7 +114,7 @@ def find_start(config: FinetuneConfig) -> Start:
         return _start_at(_base(newest, config))
     if START not in names:  # fine-tuning did not write it; `changed_settings` reports the differences
         return _start_at(checkpoint.resolve(config.start_from))
-    kept = yaml.safe_load(checkpoint.read_text(newest, START))
+    kept = checkpoint.read_section(newest, START)
     origin, known = Path(kept["origin"]), kept["fingerprint"]
     if config.preference is not None:
         for place in (origin, config.start_from):
@@ -138,6 +138,6 @@ def _start_at(folder: Path) -> Start:
 
 def _base(newest: Path, config: FinetuneConfig) -> Path:
     adapter = read_adapter(newest)
-    old = yaml.safe_load(checkpoint.read_text(newest, "config.yaml"))
+    old = checkpoint.read_section(newest, "config.yaml")
     moved = Path(old["start_from"]) != config.start_from or adapter is None or not adapter.base.is_dir()
     return base_of(newest, config.start_from if moved else None)

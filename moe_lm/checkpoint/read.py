@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage
@@ -140,7 +139,7 @@ def check_fits(tensors: Mapping[str, Tensor], source: TensorSource, whole: bool)
 
 def read_model_config(folder: Path, **changes: Any) -> ModelConfig:
     """The shape of the model in a checkpoint, with some settings changed."""
-    values = yaml.safe_load(checkpoint.read_text(folder, "model.yaml"))
+    values = checkpoint.read_section(folder, "model.yaml")
     return build_config(ModelConfig, values | changes, origin=str(folder / "model.yaml"))
 
 

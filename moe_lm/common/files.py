@@ -1,15 +1,16 @@
-"""Files and folders that appear whole or not at all, and locks that end with their process."""
+"""Files and folders that appear whole or not at all, files that come from elsewhere, locks that end with a process."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from moe_lm.common.errors import MoeLmError, UsageError
 
@@ -69,6 +70,64 @@ def whole_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# Files from elsewhere
+
+
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """Open a file that a stranger may have made, unbuffered: a regular file of at most `most` bytes.
+
+    Nothing is waited for, as at a FIFO, and nothing is allocated. A symbolic link is followed only within a cache of
+    Hugging Face, from `snapshots/REVISION` to `blobs` beside it. Raises UsageError naming the file and what it is.
+    """
+    try:
+        place = _blob(path) or path if path.is_symlink() else path
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and path.is_symlink():
+            raise UsageError(
+                f"{path} is a symbolic link, which is not followed; put the file itself there (`cp -L`), or download "
+                "the folder with --local-dir"
+            ) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot read {path}: {why}") from error
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+        return os.fdopen(descriptor, "rb", buffering=0)
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path} has {status.st_size} bytes, expected at most {most}; is it the right file?")
+    raise UsageError(f"cannot read {path}: it is not a regular file")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a file that `open_regular` opens."""
+    with open_regular(path, most) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > most:
+        raise UsageError(f"{path} grew beyond {most} bytes while it was read")
+    return content
+
+
+def check_regular(folder: Path) -> None:
+    """Raise UsageError for an entry of a folder that another program might read, and `open_regular` would refuse."""
+    for entry in os.scandir(folder):
+        if not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
+            open_regular(Path(entry.path)).close()
+
+
+def _blob(path: Path) -> Path | None:
+    """The file that an entry of a Hugging Face cache is a link to; None for any other link."""
+    target = Path(os.path.realpath(path))
+    repositories = (folder.parent for folder in path.absolute().parents if folder.name == "snapshots")
+    return target if any(target.parent == Path(os.path.realpath(folder), "blobs") for folder in repositories) else None
+
+
+# Locks and checksums
 
 
 def try_lock(path: Path) -> BaseFileLock | None:

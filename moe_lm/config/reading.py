@@ -21,6 +21,7 @@ from moe_lm.config.data import TokenizerRecipe
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.section import Section
+from moe_lm.config.strict_yaml import MOST_CHARACTERS, parse_section, parse_yaml
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -70,14 +71,15 @@ def dump_config(config: Section) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # a pipe too, as in `moe-lm pretrain <(...)`
+            text = file.read(MOST_CHARACTERS + 1)
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds {type(values).__name__}, expected `key: value` lines")
-    return values
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UsageError(f"cannot read the config {str(path)!r}: {error}") from error
+    return parse_section(text, str(path))
 
 
 def _read_sections(kind: type[BaseModel], values: dict[str, Any], folder: Path) -> None:
@@ -97,10 +99,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise UsageError(f"override {override!r}: {parent} is not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {override!r}: the value is not valid YAML") from error
+    node[leaf] = parse_yaml(text, f"override {override!r}")
 
 
 def _without_removed(kind: type[BaseModel], values: Any) -> Any:

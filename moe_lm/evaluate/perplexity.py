@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from moe_lm.checkpoint import checkpoint
@@ -180,7 +179,7 @@ def _run_config(folder: Path) -> RunConfig | None:
     """The config of a run; None for a model that was imported or upcycled."""
     if not checkpoint.verify(folder, "config.yaml"):
         return None
-    values = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
+    values = checkpoint.read_section(folder, "config.yaml")
     origin = str(folder / "config.yaml")
     if "start_from" in values:
         return build_config(FinetuneConfig, values, origin)

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Start, read_adapter
 from moe_lm.common.errors import UsageError
@@ -75,7 +73,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 def _saved_config(folder: Path, config: RunConfig) -> dict[str, Any]:
     """The config of a checkpoint, in which settings younger than it have their defaults."""
-    values: dict[str, Any] = yaml.safe_load(checkpoint.read_text(folder, "config.yaml"))
+    values: dict[str, Any] = checkpoint.read_section(folder, "config.yaml")
     try:
         return build_config(type(config), values, f"{folder}/config.yaml").model_dump(mode="json")
     except UsageError:  # of another stage, or with a setting that no longer exists

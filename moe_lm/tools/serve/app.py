@@ -9,7 +9,6 @@ import time
 from importlib import resources
 from typing import Any
 
-import yaml
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -91,7 +90,7 @@ def chats(session: Session) -> str:
         return "no"
     if not checkpoint.verify(session.checkpoint, "config.yaml"):  # imported
         return "yes"
-    config = yaml.safe_load(checkpoint.read_text(session.checkpoint, "config.yaml")) or {}
+    config = checkpoint.read_section(session.checkpoint, "config.yaml")
     return "untrained" if "model" in config and "start_from" not in config else "yes"
 
 
