@@ -46,7 +46,7 @@ class TorchEngine(Engine):
         super().__init__(loss, train, topology, self.accelerator.device, exchange, before_step)
         narrow_frozen(self.model, self.dtype)
         loss.to(self.device)
-        self.optimizers = build_optimizers(self.model, train.optimizer)
+        self.optimizers = build_optimizers(self.model, train.optimizer, self.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor does less
             self.wrapped = self.accelerator.prepare(loss)

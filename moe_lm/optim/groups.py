@@ -15,9 +15,12 @@ from moe_lm.optim.lamb import Lamb
 from moe_lm.optim.muon import Muon
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
 
+    Muon orthogonalises in `dtype`, all else is computed in the type of the weights, float32.
     Frozen parameters are left out. Weight decay is decoupled and acts only on matrices. Every state tensor exists from
     the start, so that a checkpoint can be loaded into an optimizer that has not stepped yet.
     """
@@ -40,7 +43,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     if muon:
-        optimizers.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay))
+        optimizers.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

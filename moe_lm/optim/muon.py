@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.device import pick_dtype
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by Newton-Schulz (Keller Jordan, 2024), for 2-D and stacked 3-D weights.
@@ -19,11 +17,19 @@ class Muon(torch.optim.Optimizer):
     On a 2-D weight it equals `torch.optim.Muon` (tested), which takes only 2-D weights, one at a time. Here all
     matrices of the same shape, of any layer or expert, are orthogonalised in one batched product. The update is scaled
     by `sqrt(max(1, rows / columns))` of the matrix as output x input, so that one rate suits every shape; an expert of
-    a stack [E, in, out] moves as the linear layer [out, in] that it is.
+    a stack [E, in, out] moves as the linear layer [out, in] that it is. `dtype`: what Newton-Schulz computes in.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -46,7 +52,7 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - momentum)
             update = torch.lerp(parameter.grad, buffer, momentum)  # Nesterov
             updates.append(update.view(-1, *parameter.shape[-2:]))
-        orthogonal = orthogonalise(torch.cat(updates))
+        orthogonal = orthogonalise(torch.cat(updates), self._dtype)
         pieces = orthogonal.split([len(update) for update in updates])
         for parameter, piece in zip(parameters, pieces, strict=True):
             out_size, in_size = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
@@ -54,14 +60,14 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(piece.view_as(parameter), alpha=-rate * math.sqrt(max(1.0, out_size / in_size)))
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, approximately, by Newton-Schulz.
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, approximately, by Newton-Schulz in `dtype`.
 
-    The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2. It runs in bfloat16 where the
-    device is fast at it: a CPU without instructions for it takes 20 times as long as in float32.
+    The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2. Small ones are multiplied by
+    up to 500, and so is rounding: in bfloat16, which is enough to train well, layouts differ by more than in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(pick_dtype("auto", matrices.device))
+    x = matrices.to(dtype)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from moe_lm.tools.verify.scale import STEPS
 REFERENCE = "one process"
 # The sequence-wise balance loss is a mean over rows, so packing changes its value.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
+OTHER_OPTIMIZERS = {"muon": "Muon", "lamb": "LAMB"}  # of the torch engine; DeepSpeed has AdamW alone
 CHANGE = 2  # steps before a run goes on in another layout
 PLAN = "plan.json"
 
@@ -32,6 +33,7 @@ class Layout(Section):
     activation_checkpointing: bool = False
     packed: bool = True
     sequence_loss: bool = True
+    optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
     save_as: str | None = None
     load_from: str | None = None
     like: str | None = REFERENCE  # the layout that it must equal; None: it is a reference itself
@@ -61,6 +63,8 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
             layouts += _one_process(model, quick, deepspeed=1 in world_sizes)
         else:
             layouts += _many(world_size, model, quick)
+        if not (quick and world_size > 2):
+            layouts += _other_optimizers(world_size, train.precision)
     # An expert's capacity is counted per row, and the model's own tokens are drawn by row and position: packing changes
     # both.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
@@ -145,6 +149,22 @@ def _two_processes(model: ModelConfig) -> list[Layout]:
         layout(f"{sharded} after ZeRO 2", three, load_from="sharded 2"),
         layout("2 x torch after DeepSpeed", {}, load_from="sharded 2"),
     ]
+
+
+def _other_optimizers(world_size: int, precision: str) -> list[Layout]:
+    """Muon only in float32: Newton-Schulz multiplies the rounding of bfloat16 beyond what an error would change."""
+    layouts = []
+    for name, title in OTHER_OPTIMIZERS.items():
+        if name == "muon" and precision == "bfloat16":
+            continue
+        reference = Layout(name=f"{REFERENCE}, {title}", world_size=1, optimizer=name, like=None)
+        if world_size == 1:
+            changes: dict[str, Any] = {"name": f"accumulation, {title}", "micro_batch_size": 2}
+            layouts.append(reference)
+        else:
+            changes = {"name": f"{world_size} x torch, {title}", "world_size": world_size}
+        layouts.append(reference.model_copy(update=changes | {"like": reference.name}))
+    return layouts
 
 
 def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:

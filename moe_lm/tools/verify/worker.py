@@ -109,6 +109,7 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
     changes: dict[str, object] = {
         "micro_batch_size": layout.micro_batch_size,
         "activation_checkpointing": layout.activation_checkpointing,
+        "optimizer": train.optimizer.model_copy(update={"name": layout.optimizer}),
     }
     if not layout.packed:
         changes["global_batch_size"] = train.global_batch_size * DOCUMENTS

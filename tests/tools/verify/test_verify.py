@@ -1,4 +1,4 @@
-"""The parity check: it passes on this code, and each of four errors planted into its processes makes it fail."""
+"""The parity check: it passes on this code, and each of five errors planted into its processes makes it fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.errors import UsageError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.training import TrainConfig
+from moe_lm.tools.verify.layouts import all_layouts
 from moe_lm.tools.verify.parity import choose_world_sizes
+from moe_lm.tools.verify.scale import small_model
 from tests.conftest import MoeLm
 from tests.processes import ROOT
 
@@ -46,6 +51,8 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
         "2 x DeepSpeed, EP 2, ZeRO 3, offload, after ZeRO 2",
         "1 process after DeepSpeed",
         "documents in rows of their own",
+        "2 x torch, Muon",
+        "accumulation, LAMB",
     ):
         assert name in layouts
 
@@ -58,6 +65,14 @@ def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(st
     assert layouts[name]["ok"]
 
 
+def test_in_bfloat16_muon_has_no_rows() -> None:
+    model = load_config(ModelConfig, ROOT / "configs" / "model" / "deepseek-v3.yaml")
+    for precision, titles in (("float32", {"Muon", "LAMB"}), ("bfloat16", {"LAMB"})):
+        train = TrainConfig(steps=1, global_batch_size=8, precision=precision)
+        names = [layout.name for layout in all_layouts(small_model(model), train, [2], True)]
+        assert {title for title in ("Muon", "LAMB") if f"2 x torch, {title}" in names} == titles
+
+
 @pytest.mark.parametrize(
     ("planted", "layout", "named", "precision"),
     [
@@ -66,6 +81,7 @@ def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(st
         pytest.param(
             "balance_times_ranks", "2 x torch", "step 0: balance loss: expected", "bfloat16", marks=pytest.mark.slow
         ),
+        pytest.param("muon_in_bfloat16", "2 x torch, Muon", "weight model.layers.", "float32", marks=pytest.mark.slow),
         ("bias_from_local_counts", "2 x torch", "step 0: router bias model.layers.", "float32"),
         (
             "moments_of_another_expert",
@@ -82,7 +98,7 @@ def test_a_planted_error_is_found_and_named(
     out, err = verify(start_moe_lm, 1, "--world-sizes", "2", "--only", layout, "--json", "-", *sabotage)
     report = next(item for item in json.loads(out)["layouts"] if item["name"] == layout)
     assert not report["ok"]
-    line = next(line for line in err.splitlines() if line.startswith(f"{layout} is not like 'one process': "))
+    line = next(line for line in err.splitlines() if line.startswith(f"{layout} is not like 'one process"))
     assert named in line
 
 
