@@ -18,7 +18,8 @@ from moe_lm.tools.verify.scale import STEPS
 REFERENCE = "one process"
 # The sequence-wise balance loss is a mean over rows, so packing changes its value.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
-OTHER_OPTIMIZERS = {"muon": "Muon", "lamb": "LAMB"}  # of the torch engine; DeepSpeed has AdamW alone
+# Of the torch engine; DeepSpeed has AdamW alone.
+OTHER_OPTIMIZERS: dict[Literal["muon", "lamb"], str] = {"muon": "Muon", "lamb": "LAMB"}
 CHANGE = 2  # steps before a run goes on in another layout
 PLAN = "plan.json"
 
