@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import torch
+from typing import NamedTuple
 
 from moe_lm.engine.engine import Engine
+from moe_lm.parallel.topology import Topology
 
-WINDOW = 10  # steps whose median counts, so that one delayed by a garbage collection or a checkpoint says nothing
+WINDOW = 10  # steps whose mean counts
+INTERVAL = 5  # steps between two comparisons; a rank is named when it is the slow one in two of them in a row
 SLOW = 1.5  # times the seconds of the others
 COSTS = 0.05  # of a step: the least delay for which a rank is named
-REMIND = 10  # windows until a rank that stays slow is named again
+REMIND = 20  # comparisons until a rank that stays slow is named again
+
+
+class SlowRank(NamedTuple):
+    """A rank that keeps the others waiting, with the seconds of its own work in a step and the median of the others."""
+
+    rank: int
+    seconds: float
+    others_seconds: float
+    text: str
 
 
 class Pace:
@@ -24,11 +35,11 @@ class Pace:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         self._exchange = engine.exchange
-        self._own: list[float] = []
-        self._steps: list[float] = []
-        self._silent = 0  # windows for which a slow rank is not named again
+        self._comparison = Comparison(engine.topology)
+        self._own: deque[float] = deque(maxlen=WINDOW)
+        self._steps: deque[float] = deque(maxlen=WINDOW)
+        self._num_steps = 0
         if (exchange := engine.exchange) is not None:
             engine.loss.register_forward_pre_hook(lambda loss, _: exchange.begin_work() if loss.training else None)
             engine.loss.register_forward_hook(lambda *_: exchange.end_work())
@@ -43,32 +54,49 @@ class Pace:
         yield
         self._exchange.end_work()
 
-    def step(self, seconds: float) -> str | None:
-        """Note a step of this many seconds, on every rank; returns a sentence if one rank keeps the others waiting."""
+    def step(self, seconds: float) -> SlowRank | None:
+        """Note a step of this many seconds, on every rank; returns the rank that keeps the others waiting."""
         if self._exchange is None:
             return None
         self._own.append(self._exchange.take_seconds())
         self._steps.append(seconds)
-        if len(self._own) < WINDOW:
+        self._num_steps += 1
+        if self._num_steps < WINDOW or self._num_steps % INTERVAL:
             return None
-        mine = torch.zeros(self._engine.topology.world_size, dtype=torch.float64)
-        mine[self._engine.topology.rank] = statistics.median(self._own)
-        own = self._exchange.sums({"own": mine})["own"].tolist()
-        said = self._judge(own, statistics.median(self._steps))
-        self._own.clear()
-        self._steps.clear()
-        return said
+        return self._comparison.slow_rank(self._exchange.gather(typical(self._own)), typical(self._steps))
 
-    def _judge(self, own: list[float], step: float) -> str | None:
+
+class Comparison:
+    """Tells which rank is slow; one that stays slow is told again after a while."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._suspect: int | None = None
+        self._silent = 0  # comparisons for which no rank is named again
+
+    def slow_rank(self, own: Sequence[float], step: float) -> SlowRank | None:
+        """The slow rank, if there is one, from the seconds of each rank's own work in a step, and of a whole step."""
         slowest = max(range(len(own)), key=own.__getitem__)
-        others = statistics.median(own[:slowest] + own[slowest + 1 :])
-        self._silent -= 1
-        if own[slowest] < max(SLOW * others, others + COSTS * step):
-            self._silent = 0
-        elif self._silent <= 0:
-            self._silent = REMIND
-            return (
-                f"{self._engine.topology.named([slowest])} keeps the others waiting: a step needs {own[slowest]:.3g} s "
-                f"of its own there, {others:.3g} s on the others; see what else runs there, its clock rate and its disk"
-            )
-        return None
+        others = statistics.median([*own[:slowest], *own[slowest + 1 :]])
+        is_slow = own[slowest] >= max(SLOW * others, others + COSTS * step)
+        # Once may be a burst of something else on the machine.
+        again, self._suspect = is_slow and slowest == self._suspect, slowest if is_slow else None
+        self._silent = max(0, self._silent - 1) if is_slow else 0
+        if not again or self._silent:
+            return None
+        self._silent = REMIND
+        return SlowRank(
+            slowest,
+            own[slowest],
+            others,
+            f"{self._topology.named([slowest])} keeps the others waiting: a step needs {own[slowest]:.3g} s of its own "
+            f"there, {others:.3g} s on the others; see what else runs there, its clock rate and its disk",
+        )
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The mean without the longest, which may have been delayed by a garbage collection or a slow read.
+
+    Not the median: a rank whose processor is taken away in turns has long steps between short ones.
+    """
+    return statistics.fmean(sorted(seconds)[:-1])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_lm.parallel.process_group import all_reduce_sum
@@ -33,6 +34,12 @@ class Exchange:
         total = self.sum(packed.to(self._device)).to(packed.device)
         parts = total.split([tensor.numel() for tensor in named.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(named.items(), parts, strict=True)}
+
+    def gather(self, value: float) -> list[float]:
+        """The value of every rank."""
+        values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        values[dist.get_rank()] = value
+        return self.sums({"value": values})["value"].tolist()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

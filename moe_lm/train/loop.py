@@ -88,7 +88,8 @@ def train(run: Training, start_step: int) -> TrainingResult:
                     result.validation_loss = held_out["val_loss"]
             run.log.step(record)
             if slow := pace.step(seconds):
-                run.log.message(slow)
+                rank, own, others, text = slow
+                run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
             if not last and not result.stopped and is_due(result.step, run.checkpoint.every):
                 saver.start(result.step, engine.state(), files_of_step(run, result))
             note_saves(run, saver, result)
