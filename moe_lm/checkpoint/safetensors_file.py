@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lm.common.errors import MoeLmError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import open_regular
 
 PIECE_BYTES = 1 << 24  # of a tensor, in memory at once
+MOST_HEADER = 100_000_000  # bytes, as in the library
+MOST_DIMENSIONS, MOST_ROWS = 16, 1 << 48
 WEIGHTS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = WEIGHTS | {
     "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -100,14 +102,21 @@ def read_header(path: Path) -> Header:
     form, a shape that does not fit its bytes, bytes that overlap, lie outside the file or belong to no tensor.
     """
     with _open(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        most = min(MOST_HEADER, max(0, size - 8))
+        if length > most:  # before anything is allocated for it
+            raise _unsound(path, f"its header has {length} bytes, expected at most {most}")
         try:
             with safe_open(path, "numpy"):
                 pass
-        except SafetensorError as error:
-            raise MoeLmError(f"{path} is not a sound safetensors file: {error}; copy it again") from error
-        length = int.from_bytes(file.read(8), "little")
-        entries: dict[str, Any] = json.loads(file.read(length))
+            entries: dict[str, Any] = json.loads(file.read(length))
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise _unsound(path, error) from error
     metadata = entries.pop("__metadata__", None) or {}
+    for name, entry in entries.items():
+        if len(entry["shape"]) > MOST_DIMENSIONS or max(entry["shape"], default=0) >= MOST_ROWS:
+            raise _unsound(path, f"tensor {name} has more than {MOST_DIMENSIONS} dimensions, or one of 2**48 rows")
     tensors = {
         name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
@@ -173,14 +182,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def _unsound(path: Path, why: object) -> MoeLmError:
+    return MoeLmError(f"{path} is not a sound safetensors file: {why}; copy it again")
+
+
 def _open(path: Path) -> BinaryIO:
-    """Open a regular file, but not through a symbolic link."""
+    """Open a regular file, but not through a symbolic link that leads out of its repository."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise MoeLmError(f"cannot read {path}: {'it is a symbolic link' if path.is_symlink() else error.strerror}; "
-                         "copy the checkpoint's files again") from error  # fmt: skip
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise MoeLmError(f"cannot read {path}: it is not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
+        return open_regular(path)
+    except UsageError as error:
+        raise MoeLmError(str(error)) from error

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from moe_lm.common.errors import UsageError
 from moe_lm.config.section import Section
 
+MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 16  # more are a mistake, or an attempt to keep a reader busy
+
 
 class RopeScaling(Section):
     """How rotary positions reach beyond the trained length, in Hugging Face's names.
@@ -58,7 +60,7 @@ class ModelConfig(Section):
 
     vocab_size: int = Field(gt=0, description="rows of the embedding; at least the tokenizer's ids")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
-    num_hidden_layers: int = Field(gt=0, description="number of transformer blocks")
+    num_hidden_layers: int = Field(gt=0, le=MOST_LAYERS, description="number of transformer blocks")
     num_attention_heads: int = Field(gt=0, description="query heads of a layer")
     num_key_value_heads: int | None = Field(default=None, gt=0, description="KV heads (GQA); null: one a query head")
     head_dim: int | None = Field(default=None, gt=0, description="size of a head; null: hidden_size over query heads")
@@ -73,7 +75,9 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(default=4096, gt=0, description="longest sequence, in tokens")
 
     moe_intermediate_size: int | None = Field(default=None, gt=0, description="expert width; null: intermediate_size")
-    n_routed_experts: int = Field(default=0, ge=0, description="routed experts of an MoE layer; 0: a dense model")
+    n_routed_experts: int = Field(
+        default=0, ge=0, le=MOST_EXPERTS, description="routed experts of an MoE layer; 0: a dense model"
+    )
     num_experts_per_tok: int = Field(default=2, gt=0, description="routed experts that a token is sent to (top-k)")
     n_shared_experts: int = Field(default=1, ge=0, description="experts that every token of an MoE layer uses")
     shared_expert_intermediate_size: int | None = Field(

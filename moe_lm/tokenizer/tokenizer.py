@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
 from moe_lm.tokenizer.chat.turns import ChatFormat
+from moe_lm.tokenizer.files import check_ids, read_backend, read_config
 
 # `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
 # where the splits of GPT-2, of GPT-4 and ours all begin a new pre-token in any context, so the ids stay the same.
@@ -32,7 +32,6 @@ SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
 HALF_PAIR = "the text holds half of a surrogate pair; expected valid Unicode"
 
 NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no template contains them
-GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class _Renamed(NamedTuple):
@@ -62,14 +61,14 @@ class Tokenizer:
         self.pad_id = self._special_id("pad_token", self.eos_id)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a folder with `tokenizer.json`, or GPT-2's vocabulary and merges. Raises UsageError for a broken one."""
-        if (path / "tokenizer.json").is_file():
-            return cls(_parse(path / "tokenizer.json", tokenizers.Tokenizer.from_str), _read_config(path))
-        for vocabulary, merges in GPT2_FILES:
-            if (path / vocabulary).is_file() and (path / merges).is_file():
-                return cls(_gpt2_backend(path / vocabulary, path / merges), _read_config(path))
-        raise UsageError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
+    def load(cls, path: Path, vocab_size: int | None = None) -> Self:
+        """Read a folder with `tokenizer.json`, or GPT-2's vocabulary and merges.
+
+        Raises UsageError for a broken one, and for one with more ids than a model of `vocab_size` has embeddings.
+        """
+        tokenizer = cls(read_backend(path, vocab_size), read_config(path))
+        check_ids(tokenizer.vocab_size, vocab_size, path)  # the library may number added tokens anew
+        return tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle through the constructor: a pickled backend forgets that special tokens in text are plain text."""
@@ -255,35 +254,6 @@ def _fill_holes(vocabulary: Any, mark: str) -> None:
     if isinstance(vocabulary, dict):  # else the ids are places in a list
         holes = set(range(max(vocabulary.values(), default=0))) - set(vocabulary.values())
         vocabulary.update({f"{mark}hole{id_}{NAME_END}": id_ for id_ in holes})
-
-
-def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises nothing more specific
-        raise UsageError(f"{vocabulary} and {merges} are not a GPT-2 vocabulary: {error}; copy them again") from error
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
-    return backend
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, with the chat template that newer programs write to a separate file."""
-    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config: dict[str, Any] = _parse(file, lambda text: dict(json.loads(text))) if file.is_file() else {}
-    if template.is_file():
-        config["chat_template"] = _parse(template, str)
-    return config
-
-
-def _parse(file: Path, parser: Callable[[str], Any]) -> Any:
-    try:
-        return parser(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise UsageError(f"{file} is broken: {error}; copy or train the tokenizer again") from error
 
 
 def _content(token: Any) -> str | None:

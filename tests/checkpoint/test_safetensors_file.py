@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda header: header["norm"].update(values)
 
 
+def empty(shape: list[int]) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header.update(empty={"dtype": "F32", "shape": shape, "data_offsets": [0, 0]})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -61,6 +66,8 @@ def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
         (entry(shape=[64]), "invalid shape, data type, or offset"),
         (entry(shape=[-8, -4]), "expected usize"),
         (entry(shape=[1 << 62, 1 << 62]), "overflow computing buffer size"),
+        (empty([0, 1 << 48]), "tensor empty has more than 16 dimensions, or one of 2**48 rows"),
+        (empty([0] * 17), "tensor empty has more than 16 dimensions"),
         (entry(dtype="F31"), "unknown variant `F31`"),
         (lambda header: header["norm"].pop("data_offsets"), "missing field `data_offsets`"),
     ],
@@ -77,15 +84,22 @@ def test_header_that_contradicts_itself(path: Path, change: Any, said: str) -> N
 
 @pytest.mark.parametrize(
     ("length", "said"),
-    [(1 << 62, "header too large"), (100_000_001, "header too large"), (1 << 20, "invalid header length")],
+    [
+        (1 << 62, f"its header has {1 << 62} bytes, expected at most "),
+        (150_000_000, "its header has 150000000 bytes, expected at most 100000000"),
+        (40_000_000, "its header has 40000000 bytes, expected at most 19999992"),
+    ],
 )
 def test_absurd_header_length_allocates_nothing(path: Path, length: int, said: str) -> None:
     raw = path.read_bytes()
     with path.open("wb") as file:
         file.write(length.to_bytes(8, "little") + raw[8:])
         if length < 1 << 40:
-            file.truncate(max(len(raw), length // 2))
+            file.truncate(length * 2 if length > 100_000_000 else length // 2)
+    tracemalloc.start()
     assert said in refusal(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -93,8 +107,8 @@ def test_absurd_header_length_allocates_nothing(path: Path, length: int, said: s
     [
         (lambda raw: raw[:-1], "file not fully covered"),
         (lambda raw: raw + b"x", "file not fully covered"),
-        (lambda raw: raw[:40], "invalid header length"),
-        (lambda raw: raw[:4], "header too small"),
+        (lambda raw: raw[:40], "bytes, expected at most 32"),
+        (lambda raw: raw[:4], "bytes, expected at most 0"),
         (lambda raw: b"", "header too small"),
     ],
 )
@@ -112,9 +126,9 @@ def test_header_that_is_not_a_table(path: Path, text: bytes) -> None:
 def test_only_a_regular_file_is_read(path: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(path)
     for name, said in (
-        ("link", "it is a symbolic link"),
+        ("link", "is a symbolic link"),
         ("absent", "No such file"),
         (".", "it is not a regular file"),
     ):
-        with pytest.raises(MoeLmError, match=f"cannot read .*{said}"):
+        with pytest.raises(MoeLmError, match=said):
             read_header(tmp_path / name)

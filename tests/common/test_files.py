@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import sha256_of, try_lock, unfinished_path, whole_file, whole_folder
+from moe_lm.common.files import read_regular, sha256_of, try_lock, unfinished_path, whole_file, whole_folder
 from tests.processes import ROOT
 
 HOLD = """
@@ -100,3 +102,38 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
 def test_digest(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "cannot read .*: No such file"),
+        (lambda path: path.mkdir(), "cannot read .*: it is not a regular file"),
+        (os.mkfifo, "cannot read .*: it is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a symbolic link, which is not followed"),
+        (lambda path: path.symlink_to(path), "is a symbolic link, which is not followed"),
+        (lambda path: path.write_bytes(b"123456789"), "has 9 bytes, expected at most 8"),
+    ],
+)
+def test_a_file_from_elsewhere_is_opened_only_if_it_is_a_file_of_its_size(
+    tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    make(tmp_path / "file")
+    with pytest.raises(UsageError, match=said):
+        read_regular(tmp_path / "file", 8)
+
+
+def test_a_link_is_followed_within_the_repository_of_a_cache_alone(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for folder, name in ((repository / "blobs", "0123"), (repository / "refs", "0123"), (tmp_path / "blobs", "0123")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"text")
+    (snapshot / "good").symlink_to("../../blobs/0123")
+    assert read_regular(snapshot / "good", 8) == b"text"
+    for bad in ("../../refs/0123", "../../../blobs/0123", f"{tmp_path}/blobs/0123", "../../blobs", "/etc/hostname"):
+        (snapshot / "bad").unlink(missing_ok=True)
+        (snapshot / "bad").symlink_to(bad)
+        with pytest.raises(UsageError, match="symbolic link"):
+            read_regular(snapshot / "bad", 1 << 20)

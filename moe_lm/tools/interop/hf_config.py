@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.model import ModelConfig
+from moe_lm.config.model import MOST_LAYERS, ModelConfig
 from moe_lm.config.reading import build_config
-from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, family_of, known_families
+from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, Key, family_of, known_families
 
 Values = dict[str, Any]
+MOST = 1 << 31  # of a count or size
 # Settings of ours without a meaning when no layer has experts.
 OF_EXPERTS = (
     "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size",
@@ -60,12 +61,13 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
         value = next((hf[name] for name in names if hf.get(name) is not None), key.default)
         if value is REQUIRED:
             raise UsageError(f"{origin} has no {key.theirs}, which a model of type {family.model_type} needs")
+        _check_kind(value, key, origin)
         values.update(dict.fromkeys(key.ours, value))
     if "n_shared_experts" in {key.theirs for key in family.keys} and values["n_shared_experts"] == 0:
         raise _refused(origin, family, "n_shared_experts", 0, "at least 1")
     values |= _read_rope(hf, family, origin)
     _check_full_attention(hf, values["num_hidden_layers"], values["max_position_embeddings"], family, origin)
-    values |= _read_dense_layers(hf, family, values["num_hidden_layers"])
+    values |= _read_dense_layers(hf, family, values["num_hidden_layers"], origin)
     if family.model_type == "deepseek_v2" and hf.get("topk_method", "greedy") == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
     if "kv_lora_rank" in values:
@@ -75,6 +77,31 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
             raise _refused(origin, family, "num_key_value_heads", heads, f"num_attention_heads={expected}")
     config = build_config(ModelConfig, values, origin)
     return Read(family, config, [f"{name}={value!r:.60}" for name, value in hf.items() if name not in known])
+
+
+def _check_kind(value: Any, key: Key, origin: str) -> None:
+    """Raise UsageError for a value that is no whole number where our setting is one, or absurdly large."""
+    whole = any(int in _kinds(ModelConfig.model_fields[name].annotation) for name in key.ours)
+    most = MOST_LAYERS if key.theirs == "num_hidden_layers" else MOST
+    if whole and value is not None and (type(value) is not int or not 0 <= value <= most):
+        raise UsageError(f"{origin}: {key.theirs}={value!r:.40}, expected a whole number from 0 to {most}")
+
+
+def _whole(hf: Mapping[str, Any], name: str, default: int, origin: str) -> int:
+    _check_kind(hf.get(name), Key(name, ("hidden_size",)), origin)
+    return default if hf.get(name) is None else int(hf[name])
+
+
+def _items(hf: Mapping[str, Any], name: str, kind: type, origin: str) -> list[Any]:
+    """The list of a key, empty when it is left out. Raises UsageError unless its items are of this kind."""
+    items = hf.get(name)
+    if items is not None and (not isinstance(items, list) or any(type(item) is not kind for item in items)):
+        raise UsageError(f"{origin}: {name}={items!r:.60}, expected a list of {kind.__name__}")
+    return items or []
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
 
 
 def write_config(config: ModelConfig, family: Family) -> Values:
@@ -193,22 +220,23 @@ def _write_rope(config: ModelConfig, family: Family) -> Values:
 
 
 def _check_full_attention(hf: Mapping[str, Any], layers: int, positions: int, family: Family, origin: str) -> None:
-    kinds = hf.get("layer_types")
-    if kinds is not None:
+    kinds = _items(hf, "layer_types", str, origin)
+    if kinds:
         if set(kinds) - {"full_attention"}:
             raise _refused(origin, family, "layer_types", sorted(set(kinds)), "full_attention in every layer")
     elif hf.get("use_sliding_window", True):
-        window, first = hf.get("sliding_window"), hf.get("max_window_layers", 0)
+        window, first = (_whole(hf, name, 0, origin) for name in ("sliding_window", "max_window_layers"))
         if window and window < positions and first < layers and "use_sliding_window" not in family.constants:
             raise _refused(origin, family, "sliding_window", window, "null: every layer sees all positions")
 
 
-def _read_dense_layers(hf: Mapping[str, Any], family: Family, layers: int) -> Values:
+def _read_dense_layers(hf: Mapping[str, Any], family: Family, layers: int, origin: str) -> Values:
     if family.dense_layers == "first":
-        return {"first_k_dense_replace": hf.get("first_k_dense_replace") or 0}
+        return {"first_k_dense_replace": _whole(hf, "first_k_dense_replace", 0, origin)}
     if family.dense_layers == "none":
         return {}
-    every, listed = hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
+    every = _whole(hf, "decoder_sparse_step", 1, origin) or 1
+    listed = set(_items(hf, "mlp_only_layers", int, origin))
     return {"mlp_only_layers": [layer for layer in range(layers) if layer in listed or (layer + 1) % every]}
 
 

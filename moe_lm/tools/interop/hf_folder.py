@@ -15,8 +15,10 @@ from torch import Tensor
 from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.safetensors_file import Stored, read_header
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import check_regular, read_regular
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MOST_JSON = 64 << 20  # bytes; the index of DeepSeek-V3 has 9 MB
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -32,6 +34,7 @@ class HFFolder:
                 f"there is no folder {path}; give a folder with config.json and safetensors, as `hf download NAME "
                 "--local-dir FOLDER` makes"
             )
+        check_regular(path)
         self.path = path
         self.config = read_json(path / CONFIG)
 
@@ -96,15 +99,10 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a regular file. Raises UsageError naming what is wrong with it."""
-    if path.is_symlink():
-        raise UsageError(
-            f"{path} is a symbolic link, which is not followed; copy the folder, or download it with --local-dir"
-        )
+    """The JSON object in a regular file of at most MOST_JSON bytes. Raises UsageError naming what is wrong with it."""
+    content = read_regular(path, MOST_JSON)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(values, dict):

@@ -69,6 +69,17 @@ def tensor_pairs(config: ModelConfig, family: Family) -> list[TensorPair]:
     return pairs
 
 
+def check_counts(source: TensorSource, config: ModelConfig, origin: str) -> None:
+    """Raise MoeLmError when a folder has far too few tensors for its config.json, before a name is made for each."""
+    present = len(list(source.names()))
+    least = config.num_hidden_layers + len(config.moe_layers) * config.n_routed_experts
+    if least > 1000 + 4 * present:
+        raise MoeLmError(
+            f"{origin} holds {present} tensors, but num_hidden_layers={config.num_hidden_layers} and "
+            f"{config.n_routed_experts} experts of its config.json promise more than {least}; copy both again"
+        )
+
+
 def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: ModelConfig, origin: str) -> list[str]:
     """Compare a folder's tensors with those of the model; returns a sentence for each kind of tensor that is left out.
 

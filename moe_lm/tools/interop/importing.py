@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_lm.common.errors import UsageError
-from moe_lm.common.files import whole_folder
-from moe_lm.config.model import ModelConfig
+from moe_lm.common.files import check_regular, whole_folder
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG, HFFolder
-from moe_lm.tools.interop.hf_tensors import check_complete, tensor_pairs
+from moe_lm.tools.interop.hf_tensors import check_complete, check_counts, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
 from moe_lm.tools.interop.transfer import Meter, Tell, outputs_of_ours, write_run
 
@@ -34,8 +32,9 @@ def import_folder(
     """
     folder = HFFolder(source)
     family, config, unused = read_config(folder.config, str(source / CONFIG))
-    words = Tokenizer.load(tokenizer or source)
-    _check_ids(words, config, tokenizer or source)
+    check_regular(tokenizer or source)
+    words = Tokenizer.load(tokenizer or source, config.vocab_size)
+    check_counts(folder, config, str(source))
     pairs = tensor_pairs(config, family)
     notes = check_complete(folder, pairs, config, str(source))
     new = [pair.ours for pair in pairs if not pair.parts]
@@ -66,11 +65,3 @@ def import_folder(
         proof = prove(case, notes, proof_bytes, meter)
         write_proof(proof, unfinished)
     return proof
-
-
-def _check_ids(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model embeddings for "
-            f"only {config.vocab_size}; give the tokenizer that it was trained with (--tokenizer)"
-        )

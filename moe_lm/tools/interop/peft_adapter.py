@@ -21,7 +21,7 @@ from moe_lm.checkpoint.checkpoint import MODEL_PREFIX
 from moe_lm.checkpoint.read import CheckpointTensors, TensorSource, open_own_tensors, open_tensors, read_model_config
 from moe_lm.checkpoint.safetensors_file import read_header
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import whole_folder
+from moe_lm.common.files import check_regular, read_regular, whole_folder
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import build_config, dump_config
 from moe_lm.model import lora
@@ -105,9 +105,11 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     beside = checkpoint.resolve(base)
     model = read_model_config(beside)
     family = nearest_family(model)
+    check_regular(source)
     settings = read_settings(read_json(source / SETTINGS), source / SETTINGS)
     fingerprint = lineage.fingerprint(beside)
-    if (source / BASE).is_file() and (known := (source / BASE).read_text(encoding="utf-8").strip()) != fingerprint:
+    known = read_regular(source / BASE, 1 << 10).decode(errors="replace").strip() if (source / BASE).exists() else None
+    if known not in (None, fingerprint):
         raise UsageError(
             f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {beside} is "
             f"another model (fingerprint {fingerprint}); give the model that they were trained beside"

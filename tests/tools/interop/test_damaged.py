@@ -76,6 +76,40 @@ def set_text(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def fifo(name: str) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
+
+
+def link(name: str, target: str) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return make
+
+
+def holes(name: str, size: int) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+
+    return make
+
+
+def special_tokens(count: int, first: int = 0) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        form = '{"id": %d, "content": "<%d>", "special": true}'
+        tokens = ", ".join(form % (number, number) for number in range(first, first + count))
+        text = f'{{"added_tokens": [{tokens}], "model": {{"type": "BPE", "vocab": {{}}, "merges": []}}}}'
+        (folder / "tokenizer.json").write_text(text)
+
+    return change
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a pickle under the name of a safetensors file": (
         lambda folder: torch.save({"a": torch.zeros(3)}, folder / MODEL), 1, "is not a sound safetensors file",
@@ -106,6 +140,33 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "more ids than embeddings": (
         set_config(vocab_size=1000), 2, "has 1024 ids, but the model embeddings for only 1000",
     ),
+    "a size that is text": (
+        set_config(hidden_size="64"), 2, "hidden_size='64', expected a whole number from 0 to",
+    ),
+    "absurdly many layers": (
+        set_config(num_hidden_layers=10**9), 2, "num_hidden_layers=1000000000, expected a whole number from 0 to 4096",
+    ),
+    "absurdly many experts": (set_config(n_routed_experts=10**9), 2, "less than or equal to 65536"),
+    "experts for which there are no tensors": (
+        set_config(num_hidden_layers=4096, n_routed_experts=65536), 1, "and 65536 experts of its config.json promise",
+    ),
+    "layer types that are no list": (set_config(layer_types=3), 2, "layer_types=3, expected a list of str"),
+    "a FIFO for a config": (fifo("config.json"), 2, "hf/config.json: it is not a regular file"),
+    "a FIFO for an index": (fifo(INDEX), 2, f"hf/{INDEX}: it is not a regular file"),
+    "a FIFO for weights": (fifo(MODEL), 2, f"hf/{MODEL}: it is not a regular file"),
+    "a FIFO that transformers would read": (fifo("added_tokens.json"), 2, "is not a regular file"),
+    "a tokenizer that is a link": (link("tokenizer.json", "/etc/hostname"), 2, "tokenizer.json is a symbolic link"),
+    "a template that is a device": (link("chat_template.jinja", "/dev/zero"), 2, "jinja is a symbolic link"),
+    "a template that is a file of the user": (link("chat_template.jinja", "/etc/hostname"), 2, "is a symbolic link"),
+    "a template that is nowhere": (link("chat_template.jinja", "nowhere"), 2, "chat_template.jinja is a symbolic link"),
+    "a config of 6 GB": (holes("config.json", 6 << 30), 2, "config.json has 6442450944 bytes, expected at most"),
+    "a tokenizer of 6 GB": (holes("tokenizer.json", 6 << 30), 2, "tokenizer.json has 6442450944 bytes, expected at"),
+    "a template of 6 GB": (holes("chat_template.jinja", 6 << 30), 2, "template.jinja has 6442450944 bytes, expected"),
+    "200,000 special tokens": (
+        special_tokens(200_000), 2, "tokenizer.json is broken: it has 200000 added tokens, expected a list of at most",
+    ),
+    "more special tokens than embeddings": (special_tokens(10_000), 2, "has 10000 ids, but the model embeddings for"),
+    "a token with an absurd id": (special_tokens(1, first=4_000_000_000), 2, "its ids end at 4000000000, expected at"),
 }  # fmt: skip
 
 
@@ -160,7 +221,26 @@ def test_no_folder(tmp_path: Path, refused: Any) -> None:
 def test_symbolic_link_is_not_followed(folder: Path, refused: Any, tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    assert "is a symbolic link" in refused(folder, code=1 if name == MODEL else 2)
+    assert "is a symbolic link" in refused(folder, code=2)
+
+
+def test_a_folder_in_a_cache_of_hugging_face_is_read_through_its_links(
+    folder: Path, moe_lm: MoeLm, tmp_path: Path
+) -> None:
+    """Whose files are links from `snapshots/REVISION` into `blobs`, and no further."""
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert moe_lm("import", snapshot, "--run-dir", tmp_path / "run").code == 0
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    done = moe_lm("import", snapshot, "--run-dir", tmp_path / "other")
+    assert done.code == 2
+    assert "is a symbolic link, which is not followed" in done.err
 
 
 def test_missing_and_unexpected_tensors_are_listed(folder: Path, refused: Any) -> None:
