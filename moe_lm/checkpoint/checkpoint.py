@@ -5,7 +5,7 @@ It is whole and checksummed, or it is not there.
     model/          safetensors with the tensors named `model.*`: all that sampling reads
     optimizer/      safetensors with every other tensor
     ...             the files beside them: config, tokenizer, the trainer's counters
-    manifest.json   size and sha256 of every file above
+    manifest.json   size and checksum of every file above
     COMPLETE        the manifest's sha256, written last
 
 Checkpoints are found, verified and dropped here. Each rank writes, hashes and verifies a share of the files (write.py),
@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import UNFINISHED, sha256_of, unfinished_path
+from moe_lm.common.files import UNFINISHED, unfinished_path
+from moe_lm.common.integrity import Entry, damage_in
 from moe_lm.config.strict_yaml import parse_section
-from moe_lm.parallel.process_group import Ranks
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -38,15 +38,10 @@ PINNED = "PINNED"
 GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
-# `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step.
-STEP_NAME = re.compile(r"step-(\d{8,})(\.replaced|(?:\.replaced)?\.tmp)?")
-
-
-class Entry(TypedDict):
-    """A file's line in the manifest."""
-
-    size: int
-    sha256: str
+# `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step;
+# `.damaged` was moved aside when a run went on from an older one.
+REPLACED, DAMAGED = ".replaced", ".damaged"
+STEP_NAME = re.compile(r"step-(\d{8,})((?:\.replaced|\.damaged)?(?:\.tmp)?)")
 
 
 def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -84,25 +79,22 @@ def is_there(path: Path) -> bool:
 
 def latest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints."""
-    complete = _complete(checkpoints)
+    complete = complete_checkpoints(checkpoints)
     return complete[max(complete)] if complete else None
 
 
-def latest_of_all(checkpoints: Path, ranks: Ranks | None = None) -> Path | None:
-    """`latest` as rank 0 sees it, for every rank; raises MoeLmError when another rank does not see it."""
-    ranks = ranks or Ranks()
+def latest_readable(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint of which all but the tensors verifies."""
+    complete = complete_checkpoints(checkpoints)
+    return next((complete[step] for step in sorted(complete, reverse=True) if _is_readable(complete[step])), None)
 
-    def seen() -> None:
-        if name is not None and not (checkpoints / name / COMPLETE).is_file():
-            raise MoeLmError(
-                f"rank {ranks.rank} does not see the checkpoint {checkpoints / name} that rank 0 goes on from; set "
-                "run_dir to a folder that all hosts share"
-            )
 
-    newest = latest(checkpoints)
-    name = ranks.first(lambda: newest and newest.name, ())
-    ranks.each(seen, (MoeLmError,))
-    return None if name is None else checkpoints / name
+def previous_sound(folder: Path) -> Path | None:
+    """The newest checkpoint before `folder` that verifies."""
+    match = STEP_NAME.fullmatch(folder.name)
+    complete = complete_checkpoints(folder.parent) if match else {}
+    older = [complete[step] for step in sorted(complete, reverse=True) if match and step < int(match[1])]
+    return next((path for path in older if damage_of(path) is None), None)
 
 
 # Verify
@@ -114,16 +106,39 @@ def verify(folder: Path, part: str = "", share: slice = slice(None)) -> list[str
     `share` selects the files to verify, in the manifest's order; other ranks verify the rest. Raises UsageError for a
     checkpoint without COMPLETE, MoeLmError naming the first file that is not as written.
     """
-    manifest = _read_manifest(folder)
-    names = [name for name in manifest if part in ("", name) or name.startswith(f"{part}/")]
+    if not (folder / COMPLETE).is_file():
+        raise _incomplete(folder)
+    damage = damage_of(folder, part, share)
+    if damage is not None:
+        raise _damaged(folder, damage)
+    return _names_in(read_manifest(folder), part)
+
+
+def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str | None:
+    """The first file that is not as it was written, and how; None for a sound checkpoint. Arguments as of `verify`."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{MANIFEST} {reason(error)}"
+    names = _names_in(manifest, part)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda name: _verify_file(folder, name, manifest[name]), names[share]))
+        found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
     for tensors in (MODEL, OPTIMIZER):
         if part in ("", tensors):
             present = {f"{tensors}/{path.name}" for path in (folder / tensors).glob("*.safetensors")}
-            for name in sorted(present.difference(manifest)):
-                raise _corrupt(folder, name, "is not in the manifest")
-    return names
+            found += [f"{name} is not in the manifest" for name in sorted(present.difference(manifest))]
+    return next((damage for damage in found if damage is not None), None)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """The manifest, if it is the one that COMPLETE names. Raises OSError, ValueError or TypeError if it is not."""
+    if not (folder / COMPLETE).is_file():
+        raise ValueError(f"has no {COMPLETE} beside it, which is written last")
+    text = (folder / MANIFEST).read_bytes()
+    expected = (folder / COMPLETE).read_bytes().strip().decode()
+    if hashlib.sha256(text).hexdigest() != expected:
+        raise ValueError(f"does not have the sha256 that {COMPLETE} gives")
+    return dict(json.loads(text))
 
 
 def verified_path(folder: Path, name: str) -> Path:
@@ -144,14 +159,10 @@ def read_section(folder: Path, name: str) -> dict[str, Any]:
     return parse_section(text, f"{folder}/{name}") if text else {}
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """The sha256 that a checkpoint's manifest gives of each of its files, by name."""
-    return {name: entry["sha256"] for name, entry in _read_manifest(folder).items()}
-
-
-def entry_of(path: Path) -> Entry:
-    """The line that a manifest should have for a file."""
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+def entries(folder: Path) -> dict[str, Entry]:
+    """The lines of a checkpoint's manifest, by name. Raises as `verify` does, but looks at no other file."""
+    verify(folder, MANIFEST)
+    return read_manifest(folder)
 
 
 # Retain
@@ -167,13 +178,13 @@ def clean(checkpoints: Path, keep: int) -> None:
     """Delete leftovers of unfinished saves, and all complete checkpoints but the newest `keep` and the pinned ones.
 
     What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is not a leftover
-    of a save, so it stays too.
+    of a save, so it stays too; so does a damaged one that was moved aside.
     """
-    complete = _complete(checkpoints)
+    complete = complete_checkpoints(checkpoints)
     kept = {complete[step] for step in sorted(complete)[-keep:]}
     kept |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
-    for folder, _, suffix in _step_folders(checkpoints):
-        if folder not in kept and (suffix or folder in complete.values()):
+    for folder, _, suffix in step_folders(checkpoints):
+        if folder not in kept and suffix != DAMAGED and (suffix or folder in complete.values()):
             delete(folder)
 
 
@@ -194,45 +205,26 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _read_manifest(folder: Path) -> dict[str, Entry]:
-    if not (folder / COMPLETE).is_file():
-        raise _incomplete(folder)
-    try:
-        text = (folder / MANIFEST).read_bytes()
-        expected = (folder / COMPLETE).read_bytes().strip().decode()
-        if hashlib.sha256(text).hexdigest() != expected:
-            raise _corrupt(folder, MANIFEST, f"does not have the sha256 that {COMPLETE} gives")
-        manifest: dict[str, Entry] = dict(json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(folder, MANIFEST, reason(error)) from error
-    return manifest
+def _names_in(manifest: Mapping[str, Entry], part: str) -> list[str]:
+    return [name for name in manifest if part in ("", name) or name.startswith(f"{part}/")]
 
 
-def _verify_file(folder: Path, name: str, entry: Entry) -> None:
+def _damage_in(folder: Path, name: str, entry: Entry) -> str | None:
     root = Path(os.path.realpath(folder))
     path = root / name
     try:
         if not path.is_relative_to(root) or os.path.realpath(path) != str(path):
-            raise _corrupt(folder, name, "leads out of the checkpoint or through a symbolic link")
-        if not path.is_file():
-            raise _corrupt(folder, name, "is missing")
-        size = path.stat().st_size
-        if size != entry["size"]:
-            raise _corrupt(folder, name, f"has {size} bytes, expected {entry['size']}")
-        if entry_of(path) != entry:
-            raise _corrupt(folder, name, "does not have the sha256 that the manifest gives")
+            return f"{name} leads out of the checkpoint or through a symbolic link"
+        damage = damage_in(path, entry)
     except (OSError, ValueError, TypeError, KeyError) as error:  # unreadable, or a manifest that no `save` wrote
-        raise _corrupt(folder, name, f"cannot be checked ({reason(error)})") from error
+        return f"{name} cannot be checked ({reason(error)})"
+    return None if damage is None else f"{name} {damage}"
 
 
-def _corrupt(folder: Path, name: str, what: str) -> MoeLmError:
-    older = {step: path for step, path in _complete(folder.parent).items() if path.name < folder.name}
-    advice = (
-        f"to go on from {older[max(older)]}, the previous complete checkpoint, delete {folder} and run again"
-        if older
-        else "no older complete checkpoint is beside it"
-    )
-    return MoeLmError(f"the checkpoint {folder} is damaged: {name} {what}; {advice}")
+def _damaged(folder: Path, damage: str) -> MoeLmError:
+    sound = previous_sound(folder)
+    advice = f"use {sound}, the newest sound one before it" if sound else "no sound checkpoint is before it"
+    return MoeLmError(f"the checkpoint {folder} is damaged: {damage}; {advice}")
 
 
 def _incomplete(folder: Path) -> UsageError:
@@ -241,20 +233,27 @@ def _incomplete(folder: Path) -> UsageError:
     return UsageError(f"{folder} has no {COMPLETE}, so it was never written to its end; {advice}")
 
 
-def _complete(checkpoints: Path) -> dict[int, Path]:
+def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """The complete checkpoint of every step. A `.replaced` one counts until its successor is there."""
     found: dict[int, Path] = {}
-    for folder, step, suffix in sorted(_step_folders(checkpoints), key=lambda item: item[2], reverse=True):
-        if suffix in ("", ".replaced") and (folder / COMPLETE).is_file():
+    for folder, step, suffix in sorted(step_folders(checkpoints), key=lambda item: item[2], reverse=True):
+        if suffix in ("", REPLACED) and (folder / COMPLETE).is_file():
             found[step] = folder
     return found
 
 
-def _step_folders(checkpoints: Path) -> Iterator[tuple[Path, int, str]]:
+def _is_readable(folder: Path) -> bool:
+    with suppress(OSError, ValueError, TypeError):
+        names = [name for name in read_manifest(folder) if not name.startswith((f"{MODEL}/", f"{OPTIMIZER}/"))]
+        return all(damage_of(folder, name) is None for name in names)
+    return False
+
+
+def step_folders(checkpoints: Path) -> Iterator[tuple[Path, int, str]]:
     """Every `step-*` folder with its step and the suffix of its name."""
     if not checkpoints.is_dir():
         return
     for folder in list(checkpoints.iterdir()):
         match = STEP_NAME.fullmatch(folder.name)
         if match and folder.is_dir():
-            yield folder, int(match[1]), match[2] or ""
+            yield folder, int(match[1]), match[2]

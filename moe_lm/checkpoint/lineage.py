@@ -16,6 +16,7 @@ import yaml
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
+from moe_lm.common.integrity import KINDS, checksum_of, kind_of
 from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig
@@ -23,14 +24,25 @@ from moe_lm.config.run import FinetuneConfig
 ADAPTER, START = "adapter.yaml", "start.yaml"
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint's model: of its shape, and of the checksums of its files of weights."""
-    lines = [
-        f"{checksum} {name}\n"
-        for name, checksum in sorted(checkpoint.checksums(folder).items())
-        if name.startswith(f"{checkpoint.MODEL}/") or name in ("model.yaml", ADAPTER)
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+def fingerprint(folder: Path, kind: str | None = None) -> str:
+    """A digest of a checkpoint's model: of its shape, and of the checksums of its files of weights.
+
+    The checksums are those of its manifest, or of another `kind`, which an older or newer version would have written.
+    """
+
+    def checksum(name: str) -> str:
+        entry = entries[name]
+        return str(entry[kind or kind_of(entry)]) if kind in (None, *entry) else checksum_of(folder / name, kind or "")
+
+    entries = checkpoint.entries(folder)
+    of_model = (f"{checkpoint.MODEL}/", "model.yaml", ADAPTER)
+    names = [name for name in sorted(entries) if name.startswith(of_model)]
+    return hashlib.sha256("".join(f"{checksum(name)} {name}\n" for name in names).encode()).hexdigest()[:16]
+
+
+def is_model(folder: Path, known: str) -> bool:
+    """Whether a checkpoint holds the model of a fingerprint, whichever kind of checksum that was made of."""
+    return fingerprint(folder) == known or known in (fingerprint(folder, kind) for kind in KINDS)
 
 
 # Adapters and their base
@@ -46,7 +58,7 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: Path) -> Adapter | None:
     """The description of a checkpoint's adapters; None for a checkpoint of a whole model."""
-    if ADAPTER not in checkpoint.checksums(folder):
+    if ADAPTER not in checkpoint.entries(folder):
         return None
     values = checkpoint.read_section(folder, ADAPTER)
     settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}")
@@ -73,10 +85,10 @@ def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
             "not there; say where it is now with --base, when training with start_from"
         )
     base = checkpoint.resolve(elsewhere or adapter.base)
-    if (found := fingerprint(base)) != adapter.fingerprint:
+    if not is_model(base, adapter.fingerprint):
         raise UsageError(
             f"the adapters in {folder} were trained beside {adapter.base} (fingerprint {adapter.fingerprint}), and "
-            f"{base} is another model (fingerprint {found}); give the model that they were trained beside"
+            f"{base} is another model (fingerprint {fingerprint(base)}); give the model that they were trained beside"
         )
     return base
 
@@ -94,7 +106,7 @@ class Start(NamedTuple):
     @property
     def is_origin(self) -> bool:
         """Whether the weights in `folder` are those that training began with."""
-        return fingerprint(self.folder) == self.fingerprint
+        return is_model(self.folder, self.fingerprint)
 
     def describe(self) -> str:
         """The text of `start.yaml`."""
@@ -106,21 +118,21 @@ def find_start(config: FinetuneConfig) -> Start:
 
     Raises UsageError when the base of adapters is missing, or `start_from` is another model.
     """
-    newest = checkpoint.latest(Path(config.run_dir) / "checkpoints")
+    newest = checkpoint.latest_readable(Path(config.run_dir) / "checkpoints")
     if newest is None:
         return _start_at(checkpoint.resolve(config.start_from))
-    names = checkpoint.checksums(newest)
+    names = checkpoint.entries(newest)
     if ADAPTER in names and config.lora is not None:
-        return _start_at(_base(newest, config))
+        return _start_at(*_base(newest, config))
     if START not in names:  # fine-tuning did not write it; `changed_settings` reports the differences
         return _start_at(checkpoint.resolve(config.start_from))
     kept = checkpoint.read_section(newest, START)
     origin, known = Path(kept["origin"]), kept["fingerprint"]
     if config.preference is not None:
         for place in (origin, config.start_from):
-            start = _start_at(checkpoint.resolve(place)) if checkpoint.is_there(place) else None
-            if start is not None and start.fingerprint == known:
-                return start
+            folder = checkpoint.resolve(place) if checkpoint.is_there(place) else None
+            if folder is not None and is_model(folder, known):
+                return Start(folder, folder.absolute(), known)
     return Start(newest, origin, known)
 
 
@@ -132,12 +144,12 @@ def lost_reference(start: Start) -> UsageError:
     )
 
 
-def _start_at(folder: Path) -> Start:
-    return Start(folder, folder.absolute(), fingerprint(folder))
+def _start_at(folder: Path, known: str | None = None) -> Start:
+    return Start(folder, folder.absolute(), known or fingerprint(folder))
 
 
-def _base(newest: Path, config: FinetuneConfig) -> Path:
+def _base(newest: Path, config: FinetuneConfig) -> tuple[Path, str | None]:
     adapter = read_adapter(newest)
     old = checkpoint.read_section(newest, "config.yaml")
     moved = Path(old["start_from"]) != config.start_from or adapter is None or not adapter.base.is_dir()
-    return base_of(newest, config.start_from if moved else None)
+    return base_of(newest, config.start_from if moved else None), adapter and adapter.fingerprint

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage
 from moe_lm.checkpoint.checkpoint import MODEL
-from moe_lm.checkpoint.safetensors_file import Header, Stored, pieces_of, read_header
+from moe_lm.checkpoint.safetensors_file import OFFSETS, SHARDING, Header, Stored, pieces_of, read_header
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.model import lora
 from moe_lm.parallel.logical import box_of
 from moe_lm.parallel.process_group import Ranks
-
-SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # where torch's writer says what place a piece has
 
 
 class TensorSource(Protocol):
@@ -42,15 +40,16 @@ class TensorSource(Protocol):
         """Rows `start..stop` of the first dimension, only `across` of the others; a scalar is one row."""
 
 
-def load(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:
+def load(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None = None, verified: bool = False) -> None:
     """Verify every file of a checkpoint, then fill the tensors of `state` in place; every rank calls this.
 
-    They keep their dtype and layout, and each rank reads its own part of them. Raises UsageError for a checkpoint
-    without COMPLETE, MoeLmError naming the file that is not as it was written or the tensor that is missing or has
-    another shape; no tensor has been touched then.
+    They keep their dtype and layout, and each rank reads its own part of them. Nothing is verified again that was
+    `verified` just now. Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as
+    it was written or the tensor that is missing or has another shape; no tensor has been touched then.
     """
     ranks = ranks or Ranks()
-    ranks.each(lambda: checkpoint.verify(folder, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
+    if not verified:
+        ranks.each(lambda: checkpoint.verify(folder, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
     parts = [(part, tensors, CheckpointTensors(folder, part)) for part, tensors in checkpoint.parts_of(state).items()]
 
     def check() -> None:

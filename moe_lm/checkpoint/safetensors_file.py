@@ -22,7 +22,9 @@ from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import open_regular
+from moe_lm.common.integrity import Entry, Hashed
 
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # where torch's writer says what place a piece has
 PIECE_BYTES = 1 << 24  # of a tensor, in memory at once
 MOST_HEADER = 100_000_000  # bytes, as in the library
 MOST_DIMENSIONS, MOST_ROWS = 16, 1 << 48
@@ -124,8 +126,10 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> Entry:
     """Write the tensors in the order of their item size, largest first, so that each begins at a multiple of its own.
+
+    Returns the file's line for a manifest, of the tensors as they are in memory.
 
     Raises OSError when the disk does not take it.
     """
@@ -138,12 +142,14 @@ def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str
         place += output.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("wb") as raw:
+        file = Hashed(raw)
         file.write(len(text).to_bytes(8, "little") + text)
         for output in ordered:
             written = sum(file.write(as_bytes(piece.to(output.dtype))) for piece in output.pieces())
             if written != output.size:
                 raise MoeLmError(f"{path}: tensor {output.name} came to {written} bytes, expected {output.size}")
+    return file.entry
 
 
 def write_files(folder: Path, outputs: Sequence[Output], metadata: Mapping[str, str], max_bytes: int) -> dict[str, str]:

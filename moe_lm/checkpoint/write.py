@@ -1,8 +1,7 @@
 """Writes a checkpoint: a share of the tensors on every rank, then the manifest, COMPLETE, and the folder's final name.
 
-`torch.distributed.checkpoint` writes the tensors: plain ones in one process, DTensors and plain ones over any number of
-ranks. Its safetensors storage is the one without a pickled `.metadata`. Of a tensor that several ranks hold alike, the
-rank with the least to write writes it.
+`torch.distributed.checkpoint` plans who writes what: plain tensors in one process, DTensors and plain ones over any
+number of ranks. Of a tensor that several ranks hold alike, the rank with the least to write writes it.
 """
 
 from __future__ import annotations
@@ -10,27 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint import CheckpointException, Metadata, SavePlan, SavePlanner, StorageWriter
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint import COMPLETE, MANIFEST, Entry
+from moe_lm.checkpoint.checkpoint import COMPLETE, MANIFEST
+from moe_lm.checkpoint.safetensors_file import OFFSETS, SHARDING, Output, write_file
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import sync, unfinished_path
+from moe_lm.common.integrity import Entry, entry_of, entry_of_bytes
 from moe_lm.parallel.logical import host_copy, with_local
 from moe_lm.parallel.process_group import Ranks
 
-MAX_FILE_BYTES = 1 << 30  # a file is serialised in memory before it is written
+MAX_FILE_BYTES = 1 << 30  # files are written and verified side by side
 Content = str | Path | Callable[[Path], None]
 
 # One process needs no process group. Once and for all: what `warnings.catch_warnings` does is not for threads.
@@ -56,10 +62,8 @@ def save(
     unfinished = unfinished_path(folder)
     try:
         ranks.first(lambda: _make_empty(unfinished), (OSError,))
-        written: list[Path] = []
-        for part, tensors in checkpoint.parts_of(state).items():
-            written += _write_tensors(unfinished / part, tensors, ranks)
-        manifests = ranks.each(lambda: _settle(unfinished, written, files, ranks.rank), (OSError,))
+        written = _write_tensors(unfinished, state, ranks)
+        manifests = ranks.each(lambda: written | _settle(unfinished, files, ranks.rank), (OSError,))
         entries = {name: entry for manifest in manifests for name, entry in manifest.items()}
         ranks.first(lambda: _finish(unfinished, folder, entries), (OSError,))
     except (OSError, CheckpointException) as error:
@@ -81,40 +85,86 @@ def snapshot(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> list[Path]:
-    """Write safetensors into `folder`, each rank its share; returns the files that this rank wrote.
+def _write_tensors(folder: Path, state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Entry]:
+    """Write safetensors into `folder`, each rank its share; returns the lines of the files that this rank wrote.
 
     Raises CheckpointException on every rank alike.
     """
-    writer = _Writer(str(folder), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True)
-    dcp.save(_storable(tensors), storage_writer=writer, process_group=ranks.group)
-    return sorted(folder / name for name in writer.written)
+    writer = _Writer(folder, ranks.rank, _places(state))
+    dcp.save(dict(state), storage_writer=writer, process_group=ranks.group)
+    return writer.entries
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """Remembers the names of the files that this rank wrote."""
+class _Writer(StorageWriter):
+    """Writes this rank's tensors and pieces of tensors, each file in a thread, hashed from memory and synced.
 
-    written: frozenset[str] = frozenset()
+    The format is that of `HuggingFaceStorageWriter`, which serialises a whole file in memory first.
+    """
+
+    def __init__(self, folder: Path, rank: int, places: Mapping[str, tuple[str, int, int]]) -> None:
+        self._folder, self._rank, self._places = folder, rank, places
+        self.entries: dict[str, Entry] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner)
-        self.written = frozenset(result.storage_data.relative_path for result in results.wait())
-        return results
+        files: dict[str, list[WriteItem]] = {}
+        for item in plan.items:
+            part, number, total = self._places[item.index.fqn]
+            name = f"{part}/shard-{self._rank + 1:05d}-model-{number:05d}-of-{total:05d}.safetensors"
+            files.setdefault(name, []).append(item)
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            found = pool.map(lambda name: _write_shard(self._folder / name, files[name], planner), files)
+            self.entries = dict(zip(files, found, strict=True))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
 
 
-def _settle(unfinished: Path, written: list[Path], files: Mapping[str, Content], rank: int) -> dict[str, Entry]:
-    """Bring what this rank wrote onto the disk, on rank 0 also the files beside the tensors; returns its entries.
+def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> Entry:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outputs, begins = [], {}
+    for item in items:
+        assert item.tensor_data is not None
+        name, chunk, dtype = item.index.fqn, item.tensor_data.chunk, item.tensor_data.properties.dtype
+        outputs.append(Output(name, tuple(chunk.sizes), dtype, partial(_on_host, planner, item)))
+        begins[name] = {OFFSETS: list(chunk.offsets)}
+    entry = write_file(path, outputs, {SHARDING: json.dumps(begins), "format": "pt"})
+    sync(path)
+    return entry
 
-    A file's writer does this: on a network's file system only the writer has the file at hand, and bytes to bring.
-    """
-    paths = list(written)
-    if rank == 0:
-        for name, content in files.items():
-            _put(unfinished / name, content)
-            paths += _files_of(unfinished / name)
-    for path in paths:
-        sync(path)
-    return {path.relative_to(unfinished).as_posix(): checkpoint.entry_of(path) for path in paths}
+
+def _on_host(planner: SavePlanner, item: WriteItem) -> Iterator[Tensor]:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, Tensor)
+    yield tensor.detach().cpu()
+
+
+def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[str, Entry]:
+    """Write the files beside the tensors, on rank 0, and bring them onto the disk; returns their lines."""
+    found: dict[str, Entry] = {}
+    for name, content in files.items() if rank == 0 else ():
+        _put(unfinished / name, content)
+        for path in _files_of(unfinished / name):
+            sync(path)
+            found[path.relative_to(unfinished).as_posix()] = entry_of(path)
+        if isinstance(content, str):
+            found[name] = entry_of_bytes(content.encode())
+    return found
 
 
 def _finish(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -163,16 +213,19 @@ def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
 
 
-def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that takes each tensor; a rank's share of a file stays below the limit."""
-    numbers, number, filled = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = math.ceil(tensor.numel() / _num_pieces(tensor)) * tensor.element_size()
-        if filled and filled + size > MAX_FILE_BYTES:
-            number, filled = number + 1, 0
-        filled += size
-        numbers[name] = number
-    return numbers
+def _places(state: Mapping[str, Tensor]) -> dict[str, tuple[str, int, int]]:
+    """The file of each tensor: subfolder, number from 1, and how many; a rank's share of a file is below the limit."""
+    places: dict[str, tuple[str, int, int]] = {}
+    for part, tensors in checkpoint.parts_of(state).items():
+        numbers, number, filled = {}, 1, 0
+        for name, tensor in tensors.items():
+            size = math.ceil(tensor.numel() / _num_pieces(tensor)) * tensor.element_size()
+            if filled and filled + size > MAX_FILE_BYTES:
+                number, filled = number + 1, 0
+            filled += size
+            numbers[name] = number
+        places |= {name: (part, its, number) for name, its in numbers.items()}
+    return places
 
 
 def _num_pieces(tensor: Tensor) -> int:
@@ -181,20 +234,6 @@ def _num_pieces(tensor: Tensor) -> int:
         return 1
     mesh = tensor.device_mesh
     return math.prod(mesh.size(place) for place, kind in enumerate(tensor.placements) if isinstance(kind, Shard))
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, each in memory of its own: safetensors refuses tied weights, which are two names of one tensor."""
-    addresses = set()
-
-    def own(local: Tensor) -> Tensor:
-        local = local.detach().contiguous()
-        if local.data_ptr() in addresses:
-            return local.clone()
-        addresses.add(local.data_ptr())
-        return local
-
-    return {name: with_local(tensor, own) for name, tensor in tensors.items()}
 
 
 def _reason(error: OSError | CheckpointException) -> str:

@@ -42,12 +42,20 @@ class ParallelConfig(Section):
         return self
 
 
+OnDamage = Literal["previous", "stop"]
+
+
 class CheckpointConfig(Section):
     """When to save, and what to keep."""
 
     every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
     background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
+    on_damage: OnDamage = Field(
+        default="previous",
+        description="when the newest checkpoint is damaged: previous moves it aside and goes on from the newest sound "
+        "one; stop ends with an error",
+    )
     allow_changes: bool = Field(
         default=False, description="resume from a checkpoint that has other settings, another tokenizer or other data"
     )

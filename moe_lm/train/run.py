@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint, lineage, read
 from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
+from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
@@ -59,9 +60,11 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     """
     topology = join_ranks(recipe, meeting)
     watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
-    with claim_folder(recipe, meeting) as changes, watchdog, build_and_fill(recipe, topology) as engine:
-        start_step = resume(recipe, engine, watchdog)
-        return train_and_log(recipe, engine, watchdog, start_step, changes)
+    with claim_folder(recipe, meeting) as (found, changes):
+        recipe = with_start_in(recipe, found.folder)
+        with watchdog, build_and_fill(recipe, topology) as engine:
+            start_step = resume(recipe, engine, watchdog, found.folder)
+            return train_and_log(recipe, engine, watchdog, start_step, changes, found)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -77,17 +80,26 @@ def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
 
 
 @contextmanager
-def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[list[str]]:
-    """Hold the run folder and keep this rank's log; yields the settings that differ from the newest checkpoint's."""
+def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[tuple[Found, list[str]]]:
+    """Hold the run folder and keep this rank's log; yields the checkpoint to go on from, and what differs from it."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
     with folder if is_main else nullcontext(), rank_log(meeting.topology, config.run_dir), meeting.lost_ranks_named():
-        changes = changed_settings(folder.checkpoints, config, recipe.tokenizer, recipe.batches, start)
+        found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
+        changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
             checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
             if start is not None and config.lora is not None:
                 checkpoint.pin(start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
-        yield changes
+        yield found, changes
+
+
+def with_start_in(recipe: Recipe, newest: Path | None) -> Recipe:
+    """The recipe with the shape and tokenizer of the run's own sound checkpoint, if it has them from one of its own."""
+    start = recipe.start
+    if start is None or newest is None or start.folder.parent != newest.parent:
+        return recipe
+    return replace(recipe, start=start._replace(folder=newest))
 
 
 @contextmanager
@@ -110,8 +122,8 @@ def build_and_fill(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
     engine.close()
 
 
-def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog) -> int:
-    """Load the newest checkpoint and return its step; 0 if there is none.
+def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | None) -> int:
+    """Load the checkpoint to go on from and return its step; 0 if there is none.
 
     The reference of preference tuning is computed before, while the engine has the weights of the start.
     """
@@ -119,11 +131,11 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog) -> int:
         assert recipe.start is not None
         batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
-    return load_newest(engine, recipe.config.run_dir / "checkpoints")
+    return load_step(engine, newest)
 
 
 def train_and_log(
-    recipe: Recipe, engine: Engine, watchdog: Watchdog, start_step: int, changes: Sequence[str]
+    recipe: Recipe, engine: Engine, watchdog: Watchdog, start_step: int, changes: Sequence[str], found: Found
 ) -> TrainingResult:
     """Open the log and call the loop."""
     config, is_main = recipe.config, engine.topology.is_main
@@ -131,6 +143,8 @@ def train_and_log(
     if is_main:
         folder.write_config(dump_config(config))
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main) as log:
+        for line in found.lines.values():
+            log.message(f"warning: {line}")
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
@@ -153,12 +167,16 @@ def train_and_log(
 
 
 def load_newest(engine: Engine, checkpoints: Path) -> int:
-    """Load the newest complete checkpoint into the engine and return its step; 0 if there is none."""
-    folder = checkpoint.latest_of_all(checkpoints)
+    """Load the newest sound checkpoint into the engine and return its step; 0 if there is none."""
+    return load_step(engine, newest_sound(checkpoints).folder)
+
+
+def load_step(engine: Engine, folder: Path | None) -> int:
+    """Load a checkpoint, verified before, into the engine and return its step; 0 without one."""
     if folder is None:
         return 0
     state = engine.state()
-    read.load(folder, state)
+    read.load(folder, state, verified=True)
     engine.load_state(state)
     return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
 

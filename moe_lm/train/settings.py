@@ -1,4 +1,4 @@
-"""The settings of a run that goes on: which may differ from those of its newest checkpoint."""
+"""The settings of a run that goes on: which may differ from those of the checkpoint that it goes on from."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ MAY_CHANGE = (
 
 
 def changed_settings(
-    checkpoints: Path, config: RunConfig, tokenizer: Tokenizer, batches: MixedBatches, start: Start | None
+    folder: Path | None, config: RunConfig, tokenizer: Tokenizer, batches: MixedBatches, start: Start | None
 ) -> list[str]:
-    """The differences from the settings, tokenizer and data of the newest checkpoint, whose order `batches` take.
+    """The differences from the settings, tokenizer and data of the checkpoint to go on from; `batches` take its order.
 
     Raises UsageError with them unless `checkpoint.allow_changes` is set.
     """
-    folder = checkpoint.latest(checkpoints)
     if folder is None:
         return []
     may_change: tuple[str, ...] = MAY_CHANGE

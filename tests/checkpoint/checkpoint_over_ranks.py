@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint.recovery import newest_sound
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import end
@@ -50,11 +51,9 @@ def act_together(rank: int) -> None:
 
 def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
     hashed = []
-    entry = checkpoint.entry_of
-    checkpoint.entry_of = lambda path: hashed.append(path.name) or entry(path)  # type: ignore[func-returns-value]
     folder = write.save(checkpoints, 10, sharded(1, Shard(0)), CONFIG)
-    own = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-    assert hashed == [own, own, "config.yaml"][: 3 - rank]
+    damage_in = checkpoint.damage_in
+    checkpoint.damage_in = lambda path, line: hashed.append(path.name) or damage_in(path, line)  # type: ignore
     for placement in (Shard(0), Shard(1), Replicate()):
         loaded = sharded(0, placement)
         hashed.clear()
@@ -62,7 +61,7 @@ def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
         assert len(hashed) == 3 - rank  # of five files, each is verified by one rank
         for name, tensor in sharded(1, placement).items():
             assert torch.equal(local(loaded[name]), local(tensor)), (name, placement)
-    checkpoint.entry_of = entry
+    checkpoint.damage_in = damage_in
     expect_error(lambda: write.save(checkpoints, 20, sharded(1, Shard(0)), {"a": root / "absent"}), "absent")
     return folder
 
@@ -76,7 +75,7 @@ def refuse_damage(folder: Path, rank: int) -> None:
             (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         dist.barrier()
         loaded = sharded(0, Shard(0))
-        expect_error(lambda: read.load(folder, loaded), f"{name} does not have the sha256")  # noqa: B023
+        expect_error(lambda: read.load(folder, loaded), f"{name} does not have the checksum")  # noqa: B023
         assert not any(local(tensor).any() for tensor in loaded.values())
         dist.barrier()
         if rank == 0:
@@ -87,10 +86,10 @@ def refuse_damage(folder: Path, rank: int) -> None:
 def see_the_same(root: Path, rank: int) -> None:
     """Hosts that do not share the folder of the run are told."""
     checkpoints = root / "run" / "checkpoints"
-    assert checkpoint.latest_of_all(checkpoints) == checkpoints / "step-00000010"
+    assert newest_sound(checkpoints) == (checkpoints / "step-00000010", {})
     elsewhere = root / "another host" / "checkpoints"
     mine = checkpoints if rank == 0 else elsewhere
-    expect_error(lambda: checkpoint.latest_of_all(mine), "rank 1 does not see .*step-00000010 that rank 0 goes on from")
+    expect_error(lambda: newest_sound(mine), "rank 1 does not see .*step-00000010 that rank 0 goes on from")
     expect_error(
         lambda: write.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
     )

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from moe_lm.checkpoint import checkpoint, read
+from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint.lineage import fingerprint, is_model
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import sync
 from tests.checkpoint.conftest import state_of
 
 MODEL_FILE = "model/shard-00001-model-00001-of-00001.safetensors"
@@ -37,15 +40,69 @@ def test_a_flipped_bit_is_refused(newest: Path) -> None:
         for position in (0, len(content) // 2, len(content) - 1):
             content[position] ^= 1
             (newest / name).write_bytes(content)
-            assert_refused(newest, name, "sha256", "delete")
+            assert_refused(newest, name, "checksum", "the newest sound one before it")
             content[position] ^= 1
         (newest / name).write_bytes(content)
     read.load(newest, state_of(0))
 
 
+def test_a_bit_flipped_between_memory_and_file_is_found(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checksum is of the tensor, not of what the file got."""
+
+    def flip(path: Path) -> None:
+        if path.name == Path(MODEL_FILE).name:
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        sync(path)
+
+    monkeypatch.setattr(write, "sync", flip)
+    folder = write.save(checkpoints, 1500, state_of(1500), {})
+    with pytest.raises(MoeLmError, match=f"{MODEL_FILE} does not have the checksum"):
+        read.load(folder, state_of(0))
+
+
+def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
+    """Make manifest and COMPLETE agree with the files, as an attacker would, or a version that wrote SHA-256."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest:
+        content = (folder / name).read_bytes()
+        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(manifest)
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_manifests_with_sha256_are_read_and_verified(newest: Path) -> None:
+    before = fingerprint(newest)
+    sign(newest)
+    loaded = state_of(0)
+    read.load(newest, loaded)
+    assert torch.equal(loaded["model.weight"], state_of(1000)["model.weight"])
+    assert fingerprint(newest) != before
+    assert is_model(newest, before)
+    content = bytearray((newest / MODEL_FILE).read_bytes())
+    content[-1] ^= 1
+    (newest / MODEL_FILE).write_bytes(content)
+    assert_refused(newest, MODEL_FILE, "checksum")
+
+
+def test_a_model_is_known_by_fingerprints_of_old_and_new_checksums(checkpoints: Path) -> None:
+    """What is read is the model, so a copy that another version wrote is the same model."""
+    new, old, other = (write.save(checkpoints.parent / name, 1, state_of(1), {}) for name in ("new", "old", "other"))
+    sign(old)
+    assert fingerprint(old) != fingerprint(new) == fingerprint(other)
+    assert is_model(new, fingerprint(old))
+    assert is_model(old, fingerprint(new))
+    assert not is_model(checkpoints / "step-00000500", fingerprint(old))
+
+
 def test_a_flipped_bit_in_a_kept_file_is_refused_when_read(newest: Path) -> None:
     (newest / "config.yaml").write_text("step: 1001\n")
-    with pytest.raises(MoeLmError, match=r"config\.yaml does not have the sha256"):
+    with pytest.raises(MoeLmError, match=r"config\.yaml does not have the checksum"):
         checkpoint.read_text(newest, "config.yaml")
 
 
@@ -76,20 +133,8 @@ def test_a_tensor_file_that_the_manifest_does_not_know_is_refused(newest: Path) 
 def test_without_an_older_checkpoint_the_error_says_so(newest: Path) -> None:
     shutil.rmtree(newest.parent / "step-00000500")
     (newest / MODEL_FILE).unlink()
-    with pytest.raises(MoeLmError, match="no older complete checkpoint"):
+    with pytest.raises(MoeLmError, match="no sound checkpoint is before it"):
         read.load(newest, {})
-
-
-def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
-    """Make manifest and COMPLETE agree with the files, as an attacker would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in manifest:
-        content = (folder / name).read_bytes()
-        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change(manifest)
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(text)
-    (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "model/../../step-00000500/config.yaml"])

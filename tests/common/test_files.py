@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import read_regular, sha256_of, try_lock, unfinished_path, whole_file, whole_folder
+from moe_lm.common.files import read_regular, try_lock, unfinished_path, whole_file, whole_folder
 from tests.processes import ROOT
 
 HOLD = """
@@ -97,11 +97,6 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     lock = try_lock(path)
     assert lock is not None
     lock.release()
-
-
-def test_digest(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "file").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def import_adapter(source: Path, base: Path | None, run_dir: Path) -> str:
     settings = read_settings(read_json(source / SETTINGS), source / SETTINGS)
     fingerprint = lineage.fingerprint(beside)
     known = read_regular(source / BASE, 1 << 10).decode(errors="replace").strip() if (source / BASE).exists() else None
-    if known not in (None, fingerprint):
+    if known is not None and not lineage.is_model(beside, known):
         raise UsageError(
             f"the adapters in {source} were trained beside a model with the fingerprint {known}, and {beside} is "
             f"another model (fingerprint {fingerprint}); give the model that they were trained beside"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_lm.checkpoint.read import TensorSource
-from moe_lm.common.files import sha256_of
+from moe_lm.common.integrity import SHA256, checksum_of
 from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import models
@@ -88,7 +88,7 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
         "our_tensors": len(case.pairs),
         "their_tensors": len({part.name for pair in case.pairs for part in pair.parts}),
         "values_equal": values,
-        "sha256": {path.name: sha256_of(path) for path in case.theirs.files},
+        "sha256": {path.name: checksum_of(path, SHA256) for path in case.theirs.files},
         "notes": list(notes),
     }
     library, missing = models.find_transformers(case.family.model_type)

@@ -1,0 +1,121 @@
+"""Going on past damage: the newest sound checkpoint is taken, and the damaged ones after it are moved aside."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.checkpoint import DAMAGED, REPLACED
+from moe_lm.common.errors import MoeLmError
+from moe_lm.config.run import OnDamage
+from moe_lm.parallel.process_group import Ranks
+
+WHY = "DAMAGED"  # a file in a checkpoint that was moved aside: how it is damaged
+KEEP_DAMAGED = 3
+
+
+class Found(NamedTuple):
+    """The checkpoint to go on from, verified, and how each newer one is damaged."""
+
+    folder: Path | None
+    damaged: dict[str, str]  # by the name of the folder
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """What became of each damaged checkpoint, for the user."""
+        return {
+            name: f"the checkpoint {name} is damaged: {damage}; it is now {name}{DAMAGED}, and training goes on from "
+            f"{self.folder and self.folder.name}"
+            for name, damage in self.damaged.items()
+        }
+
+
+def newest_sound(checkpoints: Path, on_damage: OnDamage = "previous", ranks: Ranks | None = None) -> Found:
+    """The newest checkpoint that verifies, the same for every rank; every rank calls this and verifies a share.
+
+    Damaged ones after it are moved aside; at most KEEP_DAMAGED of them are kept. Raises MoeLmError when a rank does
+    not see what rank 0 sees, when none is sound though there are some, and for `stop` when the newest is damaged.
+    """
+    ranks = ranks or Ranks()
+    names = ranks.first(lambda: _newest_first(checkpoints), ())
+    damaged: dict[str, str] = {}
+    sound = next((name for name in names if _is_sound(checkpoints, name, damaged, ranks)), None)
+    found = Found(checkpoints / sound if sound else None, damaged)
+    ranks.first(lambda: _settle(checkpoints, found, on_damage), (MoeLmError,))
+    return found
+
+
+def _newest_first(checkpoints: Path) -> list[str]:
+    """Every checkpoint under a name that only a finished save gives, or that makes room for one."""
+    found = [item for item in checkpoint.step_folders(checkpoints) if item[2] in ("", REPLACED)]
+    return [folder.name for folder, _, _ in sorted(found, key=lambda item: (-item[1], item[2]))]
+
+
+def _is_sound(checkpoints: Path, name: str, damaged: dict[str, str], ranks: Ranks) -> bool:
+    folder = checkpoints / name
+
+    def look() -> str | None:
+        if not folder.is_dir():
+            raise MoeLmError(
+                f"rank {ranks.rank} does not see the checkpoint {folder} that rank 0 goes on from; set run_dir to a "
+                "folder that all hosts share"
+            )
+        return checkpoint.damage_of(folder, share=slice(ranks.rank, None, ranks.size))
+
+    damage = next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)
+    if damage is not None:
+        damaged[name] = damage
+    return damage is None
+
+
+def _settle(checkpoints: Path, found: Found, on_damage: OnDamage) -> None:
+    if found.folder is None:
+        aside = {folder.name: _why(folder) for _, folder in _moved_aside(checkpoints)}
+        if found.damaged or aside:
+            raise MoeLmError(
+                f"no checkpoint in {checkpoints} is sound: {_listed(found.damaged | aside)}; bring one back from a "
+                "copy, or choose another run_dir to begin anew"
+            )
+    elif found.damaged and on_damage == "stop":
+        raise MoeLmError(
+            f"checkpoints in {checkpoints} are damaged: {_listed(found.damaged)}; {found.folder.name} is sound, and "
+            "checkpoint.on_damage=previous goes on from it"
+        )
+    else:
+        for name, damage in found.damaged.items():
+            _move_aside(checkpoints / name, damage)
+
+
+def _move_aside(folder: Path, damage: str) -> None:
+    aside = folder.with_name(folder.name.removesuffix(REPLACED) + DAMAGED)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+    except OSError as error:
+        raise MoeLmError(
+            f"the checkpoint {folder} is damaged ({damage}) and cannot be renamed: {checkpoint.reason(error)}; move it "
+            "away by hand"
+        ) from error
+    with suppress(OSError):
+        (aside / WHY).write_text(f"{damage}\n", encoding="utf-8")
+    for _, other in _moved_aside(folder.parent)[:-KEEP_DAMAGED]:
+        checkpoint.delete(other)
+
+
+def _moved_aside(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The damaged checkpoints that were moved aside, with their steps, oldest first."""
+    return sorted((step, folder) for folder, step, suffix in checkpoint.step_folders(checkpoints) if suffix == DAMAGED)
+
+
+def _why(folder: Path) -> str:
+    with suppress(OSError, ValueError):
+        return (folder / WHY).read_text(encoding="utf-8").strip()
+    return "moved aside as damaged"
+
+
+def _listed(damaged: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({damage})" for name, damage in damaged.items())
