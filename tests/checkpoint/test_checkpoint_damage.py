@@ -46,9 +46,7 @@ def test_a_flipped_bit_is_refused(newest: Path) -> None:
     read.load(newest, state_of(0))
 
 
-def test_a_bit_flipped_between_memory_and_file_is_found(
-    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bit_flipped_between_memory_and_file_is_found(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checksum is of the tensor, not of what the file got."""
 
     def flip(path: Path) -> None:

@@ -83,9 +83,7 @@ def test_a_run_of_which_only_damaged_ones_are_left_does_not_begin_anew(checkpoin
 
 def test_by_choice_damage_is_an_error(checkpoints: Path, newest: Path) -> None:
     flip(newest / MODEL_FILE)
-    with pytest.raises(
-        MoeLmError, match=r"step-00001000 \(.*\); step-00000500 is sound, and checkpoint.on_damage=pr"
-    ):
+    with pytest.raises(MoeLmError, match=r"step-00001000 \(.*\); step-00000500 is sound, and checkpoint.on_damage=pr"):
         newest_sound(checkpoints, "stop")
     assert names(checkpoints) == ["step-00000500", "step-00001000"]
 

@@ -286,4 +286,5 @@ def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSo
     run()
     assert load_newest(run.engine, tmp_path / "nowhere") == 0
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
-    assert load_newest(run.engine, tmp_path / "checkpoints") == 0
+    with pytest.raises(MoeLmError, match="no checkpoint in .* is sound"):
+        load_newest(run.engine, tmp_path / "checkpoints")

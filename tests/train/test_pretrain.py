@@ -58,17 +58,19 @@ def flip_a_byte(file: Path) -> None:
 def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, start_moe_lm: Start, optimizer: str, precision: str
 ) -> None:
-    """12 steps at once, against 12 of which all after the sixth are lost, and done again (FAULTS row 3)."""
+    """12 steps at once, against 12 with a SIGKILL after the third (FAULTS row 3)."""
     settings = [*SHORT, f"train.optimizer.name={optimizer}", f"train.precision={precision}"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert moe_lm("pretrain", tiny_pretrain, f"run_dir={whole}", *settings).code == 0
-    command = ("pretrain", tiny_pretrain, f"run_dir={parted}", "checkpoint.every=6", *settings)
-    assert moe_lm(*command).code == 0
-    shutil.rmtree(parted / "checkpoints" / "step-00000012")
-    again = start_moe_lm(*command)
-    out, err = again.communicate()
-    assert (again.returncode, err) == (0, "")
-    assert "going on after step 6 of 12" in out
+    command = ("pretrain", tiny_pretrain, f"run_dir={parted}", "checkpoint.every=3", *settings)
+    first = start_moe_lm(*command)
+    wait_for(lambda: (parted / "checkpoints" / "step-00000003").is_dir(), first)
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    done = moe_lm(*command)
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"going on after step (3|6|9) of 12", done.out)
     assert [line["step"] for line in metrics(parted)] == list(range(1, 13))
     assert_same_run(whole, parted)
 
@@ -139,7 +141,7 @@ def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: 
 
 
 def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    """FAULTS row 8: what a killed save leaves, and a folder whose COMPLETE is gone."""
+    """FAULTS row 8: what a killed save leaves goes; a folder whose COMPLETE is gone is damaged."""
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=5")
     assert moe_lm(*command).code == 0
     checkpoints = tmp_path / "checkpoints"
@@ -148,7 +150,8 @@ def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp
     done = moe_lm(*command)
     assert done.code == 0
     assert "going on after step 5 of 12" in done.out
-    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in (5, 10, 12)]
+    steps = [f"step-{step:08d}" for step in (10, 12)]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [*steps, "step-00000012.damaged"]
 
 
 # Another config, another tokenizer (FAULTS row 33)
@@ -307,20 +310,49 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, 
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "trainer.json"])
-def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_offered(
+def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_one_before_it_taken(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, part: str
 ) -> None:
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=6")
     assert moe_lm(*command).code == 0
-    newest, older = (tmp_path / "checkpoints" / f"step-000000{step}" for step in ("12", "06"))
+    whole, checkpoints = figures(tmp_path), tmp_path / "checkpoints"
+    newest, older = (checkpoints / f"step-000000{step}" for step in ("12", "06"))
     file = newest / part if part.endswith("json") else next((newest / part).iterdir())
     flip_a_byte(file)
+
+    refused = moe_lm("sample", tmp_path, "--prompt", "a")
+    if part != "optimizer":  # which sampling does not read
+        assert refused.code == 1
+        assert refused.err.startswith(f"error: the checkpoint {newest} is damaged: {file.relative_to(newest)} does not")
+        assert f"; use {older}, the newest sound one before it" in refused.err
+    assert "newest.name (" not in refused.err
+    stopped = moe_lm(*command, "checkpoint.on_damage=stop")
+    assert stopped.code == 1
+    assert f"{newest.name} ({file.relative_to(newest)} does not have the checksum" in stopped.err
+
+    done = moe_lm(*command)
+    assert (done.code, done.err) == (0, "")
+    said = f"warning: the checkpoint {newest.name} is damaged: {file.relative_to(newest)} does not have the checksum"
+    assert said in done.out
+    assert "going on after step 6 of 12" in done.out
+    (event,) = (line for line in metrics(tmp_path) if line.get("event") == "damaged_checkpoint")
+    assert (event["step"], event["checkpoint"]) == (6, newest.name)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [older.name, newest.name, f"{newest.name}.damaged"]
+    assert [line for line in figures(tmp_path) if "event" not in line] == whole
+
+
+def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=6")
+    assert moe_lm(*command).code == 0
+    for folder in (tmp_path / "checkpoints").iterdir():
+        flip_a_byte(next((folder / "model").iterdir()))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
     done = moe_lm(*command)
     assert done.code == 1
-    assert done.err.startswith(f"error: the checkpoint {newest} is damaged: {file.relative_to(newest)} does not have")
-    assert f"to go on from {older}, the previous complete checkpoint, delete {newest} and run again" in done.err
-    shutil.rmtree(newest)
-    assert "going on after step 6 of 12" in moe_lm(*command).out
+    assert f"no checkpoint in {tmp_path / 'checkpoints'} is sound: step-00000012 (" in done.err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
