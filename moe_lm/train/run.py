@@ -143,8 +143,8 @@ def train_and_log(
     if is_main:
         folder.write_config(dump_config(config))
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main) as log:
-        for line in found.lines.values():
-            log.message(f"warning: {line}")
+        for name, text in found.lines.items():
+            log.event("damaged_checkpoint", start_step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")

@@ -286,5 +286,5 @@ def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSo
     run()
     assert load_newest(run.engine, tmp_path / "nowhere") == 0
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
-    with pytest.raises(MoeLmError, match="no checkpoint in .* is sound"):
+    with pytest.raises(MoeLmError, match=r"no checkpoint in .* is sound"):
         load_newest(run.engine, tmp_path / "checkpoints")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
-from tests.processes import metrics
+from tests.processes import events, metrics, runs, wait_until
 from tests.runs import assert_same_run, figures, last_checkpoint, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ def test_a_killed_run_resumes_to_the_bit_in_a_new_process(
     assert moe_lm("pretrain", tiny_pretrain, f"run_dir={whole}", *settings).code == 0
     command = ("pretrain", tiny_pretrain, f"run_dir={parted}", "checkpoint.every=3", *settings)
     first = start_moe_lm(*command)
-    wait_for(lambda: (parted / "checkpoints" / "step-00000003").is_dir(), first)
+    wait_until(lambda: runs(first) and (parted / "checkpoints" / "step-00000003").is_dir(), "the first checkpoint")
     first.kill()
     first.communicate()
     assert first.returncode == -signal.SIGKILL
@@ -150,7 +151,7 @@ def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp
     done = moe_lm(*command)
     assert done.code == 0
     assert "going on after step 5 of 12" in done.out
-    steps = [f"step-{step:08d}" for step in (10, 12)]
+    steps = [f"step-{step:08d}" for step in (5, 10, 12)]
     assert sorted(path.name for path in checkpoints.iterdir()) == [*steps, "step-00000012.damaged"]
 
 
@@ -321,11 +322,10 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_one_before_it_tak
     flip_a_byte(file)
 
     refused = moe_lm("sample", tmp_path, "--prompt", "a")
-    if part != "optimizer":  # which sampling does not read
+    if part == "model":  # sampling reads nothing else
         assert refused.code == 1
         assert refused.err.startswith(f"error: the checkpoint {newest} is damaged: {file.relative_to(newest)} does not")
         assert f"; use {older}, the newest sound one before it" in refused.err
-    assert "newest.name (" not in refused.err
     stopped = moe_lm(*command, "checkpoint.on_damage=stop")
     assert stopped.code == 1
     assert f"{newest.name} ({file.relative_to(newest)} does not have the checksum" in stopped.err
@@ -335,10 +335,10 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_one_before_it_tak
     said = f"warning: the checkpoint {newest.name} is damaged: {file.relative_to(newest)} does not have the checksum"
     assert said in done.out
     assert "going on after step 6 of 12" in done.out
-    (event,) = (line for line in metrics(tmp_path) if line.get("event") == "damaged_checkpoint")
+    (event,) = events(tmp_path, "damaged_checkpoint")
     assert (event["step"], event["checkpoint"]) == (6, newest.name)
     assert sorted(path.name for path in checkpoints.iterdir()) == [older.name, newest.name, f"{newest.name}.damaged"]
-    assert [line for line in figures(tmp_path) if "event" not in line] == whole
+    assert figures(tmp_path) == whole
 
 
 def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(
