@@ -26,7 +26,7 @@ from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
-from tests.processes import events, metrics, runs, wait_until
+from tests.processes import metrics, runs, wait_until
 from tests.runs import assert_same_run, figures, last_checkpoint, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -308,51 +308,6 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, 
     assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("part", ["model", "optimizer", "trainer.json"])
-def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_one_before_it_taken(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, part: str
-) -> None:
-    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=6")
-    assert moe_lm(*command).code == 0
-    whole, checkpoints = figures(tmp_path), tmp_path / "checkpoints"
-    newest, older = (checkpoints / f"step-000000{step}" for step in ("12", "06"))
-    file = newest / part if part.endswith("json") else next((newest / part).iterdir())
-    flip_a_byte(file)
-
-    refused = moe_lm("sample", tmp_path, "--prompt", "a")
-    if part == "model":  # sampling reads nothing else
-        assert refused.code == 1
-        assert refused.err.startswith(f"error: the checkpoint {newest} is damaged: {file.relative_to(newest)} does not")
-        assert f"; use {older}, the newest sound one before it" in refused.err
-    stopped = moe_lm(*command, "checkpoint.on_damage=stop")
-    assert stopped.code == 1
-    assert f"{newest.name} ({file.relative_to(newest)} does not have the checksum" in stopped.err
-
-    done = moe_lm(*command)
-    assert (done.code, done.err) == (0, "")
-    said = f"warning: the checkpoint {newest.name} is damaged: {file.relative_to(newest)} does not have the checksum"
-    assert said in done.out
-    assert "going on after step 6 of 12" in done.out
-    (event,) = events(tmp_path, "damaged_checkpoint")
-    assert (event["step"], event["checkpoint"]) == (6, newest.name)
-    assert sorted(path.name for path in checkpoints.iterdir()) == [older.name, newest.name, f"{newest.name}.damaged"]
-    assert figures(tmp_path) == whole
-
-
-def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
-) -> None:
-    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=6")
-    assert moe_lm(*command).code == 0
-    for folder in (tmp_path / "checkpoints").iterdir():
-        flip_a_byte(next((folder / "model").iterdir()))
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    done = moe_lm(*command)
-    assert done.code == 1
-    assert f"no checkpoint in {tmp_path / 'checkpoints'} is sound: step-00000012 (" in done.err
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
