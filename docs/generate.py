@@ -37,7 +37,8 @@ CLI = """\
 This page is generated from the code by `python docs/generate.py`.
 
 `moe-lm VERB --help` shows the same for one verb. `--debug`, before or after the verb, adds the traceback to an error.
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal with everything saved, 128+n ended by signal n; see
+[Stopping and going on](parallelism.md#stopping-and-going-on).
 """
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", bool: "true or false", dict: "mapping", Any: "any"}
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -12,9 +12,8 @@
 #   MAX_RESTARTS   how often a failed process is started again, with all others; default 3
 # When a process fails, all are started again and go on from the last checkpoint. When a machine is lost, the others wait
 # up to 10 minutes for this line to be run on it, or on one in its place.
-# SIGTERM and Ctrl-C reach every process, which saves a checkpoint; it is killed TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
-# later, default 120. On one machine of several they end the training on all, with a checkpoint, but torchrun waits 300 s on
-# the others before it ends there too.
+# SIGTERM, Ctrl-C, SIGUSR1 and a closed terminal end the training on all machines, with a checkpoint and exit code 75; a
+# second one ends it at once here. Exit codes: moe_lm/common/exits.py.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,8 +29,15 @@ if [ "$nodes" != 1 ]; then
     [ -n "${MASTER_ADDR:-}" ] || stop "NNODES=$nodes needs MASTER_ADDR, the machine where all meet"
     meeting=$MASTER_ADDR:${MASTER_PORT:-29400}
 fi
-command -v torchrun >/dev/null || stop "moe-lm is not installed; run: bash launch/setup.sh"
+command -v moe-lm >/dev/null || stop "moe-lm is not installed; run: bash launch/setup.sh"
 
-exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
+again=
+for name in VERB NNODES NPROC MASTER_ADDR MASTER_PORT JOB_ID MAX_RESTARTS; do
+    [ -z "${!name:-}" ] || again+="$name=$(printf %q "${!name}") "
+done
+export MOE_LM_COMMAND="${again}bash $(printf '%q ' "$0" "$@")"
+
+exec python -m moe_lm.parallel.torchrun --nnodes "$nodes" --nproc-per-node "${NPROC:-auto}" \
+    --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$meeting" --rdzv-id "${JOB_ID:-moe-lm}" \
     --module moe_lm "${VERB:-pretrain}" "$@"

@@ -90,11 +90,11 @@ def runs(process: subprocess.Popen[str]) -> bool:
     return True
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """The output of each rank; none may fail or write to stderr."""
+def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
+    """The output of each rank; all end with `code`, and none writes to stderr."""
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
-        (0, "") for _ in processes
+        (code, "") for _ in processes
     ]
     return [out for out, _ in outputs]
 

@@ -11,10 +11,11 @@ import typer
 from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
 from moe_lm.cli.options import ConfigCommand, takes
 from moe_lm.common.errors import UsageError
-from moe_lm.common.signals import ended_by_sigterm
+from moe_lm.common.exits import STOPPED
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
+    from moe_lm.train.loop import TrainingResult
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -30,7 +31,7 @@ tokenizer_app = typer.Typer(no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add these verbs to the command line. Those that write folders take them away when SIGTERM ends them."""
+    """Add these verbs to the command line."""
     app.add_typer(
         tokenizer_app,
         name="tokenizer",
@@ -39,8 +40,8 @@ def add_to(app: typer.Typer) -> None:
     )
     for verb in (prepare, pretrain, finetune, verify):
         app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
-    app.command("import", rich_help_panel="Build")(ended_by_sigterm()(import_))
-    app.command(rich_help_panel="Build")(takes(how="UpcycleConfig")(ended_by_sigterm()(upcycle)))
+    app.command("import", rich_help_panel="Build")(import_)
+    app.command(rich_help_panel="Build")(takes(how="UpcycleConfig")(upcycle))
 
 
 @tokenizer_app.command("train", cls=ConfigCommand)
@@ -107,7 +108,13 @@ def pretrain(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None
     if dry_run:
         print(cost.describe(settings, settings.model, current_topology()))
     else:
-        pretrain.run(settings, ctx.obj)
+        end_with(pretrain.run(settings, ctx.obj))
+
+
+def end_with(result: TrainingResult) -> None:
+    """Exit with the code for schedulers: a run that a signal stopped has not finished."""
+    if result.stopped:
+        raise typer.Exit(STOPPED)
 
 
 def finetune(
@@ -134,7 +141,7 @@ def finetune(
     elif dry_run:
         print(finetune.describe(settings, current_topology()))
     else:
-        finetune.run(settings, ctx.obj)
+        end_with(finetune.run(settings, ctx.obj))
 
 
 def verify(

@@ -1,8 +1,7 @@
 """The command line: one verb for each stage of the walk.
 
-A verb is imported when it runs, so that `--help` needs no torch and a wrong config is refused at once. Exit codes: 0
-done, 1 failed, 2 wrong use, 130 interrupted. An error is one sentence on stderr; `--debug`, before or after the verb,
-adds the traceback.
+A verb is imported when it runs, so that `--help` needs no torch and a wrong config is refused at once. Exit codes are
+those of common/process.py. An error is one sentence on stderr; `--debug`, before or after the verb, adds the traceback.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from moe_lm import __version__
 from moe_lm.cli import build, use
 from moe_lm.cli.options import Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.signals import Interrupted
 from moe_lm.parallel.launch import launched_ranks, without_local_rank
 
 if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, as click counts a KeyboardInterrupt
 OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def main() -> None:
         code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=ranks is None, obj=ranks)
         sys.exit(code if isinstance(code, int) else 0)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
+        if stop.code == INTERRUPTED and not isinstance(stop, Interrupted):
             print("interrupted", file=sys.stderr)
         unwritten = _flush_quietly()
         if unwritten and not stop.code:

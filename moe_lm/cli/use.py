@@ -11,7 +11,7 @@ import typer
 from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
 from moe_lm.cli.options import takes
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.signals import ended_by_sigterm
+from moe_lm.common.signals import ctrl_c_as_exception
 from moe_lm.common.terminal import check_typed
 from moe_lm.kernels.native import build as native
 
@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add these verbs to the command line. Those that may leave files behind clean up when SIGTERM ends them."""
+    """Add these verbs to the command line. In a chat, Ctrl-C ends the answer."""
     use = "Use"
-    app.command(rich_help_panel=use)(
-        takes(options="SampleConfig", load="CompiledLoadConfig")(ended_by_sigterm()(sample))
-    )
-    app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ended_by_sigterm()(chat)))
+    app.command(rich_help_panel=use)(takes(options="SampleConfig", load="CompiledLoadConfig")(sample))
+    app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ctrl_c_as_exception()(chat)))
     app.command(rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
     app.command("eval", rich_help_panel=use)(evaluate)
-    app.command(rich_help_panel=use)(ended_by_sigterm()(export))
+    app.command(rich_help_panel=use)(export)
 
 
 def _typed(prompt: str | None) -> str | None:

@@ -1,4 +1,4 @@
 """Small things that every room may use.
 
-Reading order: errors, files, integrity, process, signals, terminal.
+Reading order: errors, exits, files, integrity, process, signals, terminal.
 """

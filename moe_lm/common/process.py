@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from moe_lm.common.exits import exit_code
+
+COMMAND = "MOE_LM_COMMAND"  # the line that a person typed to start a launcher
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def this_command() -> str:
-    """The command line of this process, as a person would type it."""
-    return shlex.join([*this_program(), *sys.argv[1:]])
+    """The command line of this process, or of its launcher, as a person would type it."""
+    return os.environ.get(COMMAND, "").rstrip() or shlex.join([*this_program(), *sys.argv[1:]])
 
 
 def this_program() -> list[str]:
@@ -42,7 +45,7 @@ def end(code: int) -> NoReturn:
             continue  # the reader has gone away, which is not an error
         except OSError:
             code = code or 1
-    os._exit(code)
+    os._exit(exit_code(code))
 
 
 def end_with_parent() -> None:

@@ -1,66 +1,164 @@
-"""The signals that end a verb: SIGTERM, and SIGINT from Ctrl-C."""
+"""The signals that stop the program, heard from its first import to its last write.
+
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (a scheduler's warning ahead of a time limit) and SIGHUP (the terminal was closed)
+mean the same: save what there is to save, and stop. A thread reads them, whatever the main thread waits for. What was
+ignored when the program began stays ignored: SIGHUP under `nohup`, SIGINT in what a script starts in the background.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from moe_lm.common.exits import STOPPED, exit_code
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+MAY_BE_IGNORED, IGNORED = (signal.SIGINT, signal.SIGHUP), signal.SIG_IGN
+SAME_EVENT_SECONDS = 0.5  # timeout(1), a terminal and its shell, or a launcher and its group send a signal twice
+PATIENCE_SECONDS = 5.0  # that a verb has to hear a signal, unless it is within a long call of a library
+OVER = b"\0"  # in place of a signal: all is saved
+
+
+class Interrupted(SystemExit):
+    """A verb that a signal ends, after the user was told."""
+
+
+class Received(list[int]):
+    """The stop signals that came, in order."""
+
+    holding = False
+
+    def hold(self) -> None:
+        """From now on there is something to save, so that a signal no longer ends the process at once."""
+        self.holding = True
+
+    @property
+    def cause(self) -> str:
+        """What to tell the user about the first one: `SIGTERM`."""
+        if not self:
+            return "a signal to another rank"
+        name = signal.Signals(self[0]).name
+        return f"{name}, the terminal was closed" if self[0] == signal.SIGHUP else name
+
+
+def unignored() -> list[signal.Signals]:
+    """The stop signals but those that were ignored when the program began, and may be."""
+    return [number for number in STOP_SIGNALS if number not in MAY_BE_IGNORED or signal.getsignal(number) != IGNORED]
 
 
 @contextmanager
-def stop_signals() -> Iterator[Sequence[int]]:
-    """Yield a list that receives SIGTERM and SIGINT in place of the process; a second signal ends it at once.
+def stop_signals() -> Iterator[Received]:
+    """Yield a list that receives the stop signals in place of the process; a second signal ends it at once.
 
-    A thread reads them, whatever the main thread waits for. The main thread blocks them, and the processes it starts
-    inherit that: Ctrl-C reaches every process of a terminal, and would kill the compilers of `torch.compile`.
+    Under `ended_at_once`, the first one does so too until `hold()` is called. The main thread blocks the signals, and
+    the processes it starts inherit that: Ctrl-C reaches every process of a terminal, and would kill the compilers of
+    `torch.compile`.
     """
-    received: list[int] = []
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    received, again, outer = Received(), _Again(), -1
 
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] not in STOP_SIGNALS:
-                continue  # the pipe reports every signal that Python handles
-            if received:
-                os._exit(128 + number[0])
-            received.append(number[0])
+    def receive(number: int) -> None:
+        if outer >= 0 and not received.holding:
+            os.write(outer, bytes([number]))
+        elif again(number):
+            os._exit(128 + number)
+        else:
+            received.append(number)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield received
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(writer)
-        watcher.join()
-        os.close(reader)
+    with _heard(_noted, receive) as (before, wakeup):
+        if before is _noted:  # of ended_at_once
+            outer = wakeup
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield received
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if outer >= 0:
+                os.write(outer, OVER)
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the verb as Ctrl-C does, by an exception that cleans up; in the main thread only."""
-    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def ended_at_once() -> Iterator[None]:
+    """End the process with exit code 75 when a stop signal comes, for as long as nothing would be lost."""
+    saved = False
+
+    def receive(number: int) -> None:
+        nonlocal saved
+        if number == OVER[0]:
+            saved = True
+            return
+        if _first_rank():
+            _say("stopped after the last save" if saved else "stopped before the first step; nothing to save")
+        os._exit(exit_code(STOPPED))
+
+    with _heard(_noted, receive):
+        yield
+
+
+@contextmanager
+def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
+    """Let a stop signal end the verb by an exception, so that it cleans up; a second one ends it at once.
+
+    The exit code is 128 and the signal's number; 75 for a verb that `goes_on` when it is started again.
+    """
+    heard, again = threading.Event(), _Again()
+
+    def code(number: int) -> int:
+        return STOPPED if goes_on else 128 + number
+
+    def leave(number: int, _: FrameType | None) -> None:
+        if not heard.is_set():
+            heard.set()
+            _say(f"interrupted by {signal.Signals(number).name}{'; the same command goes on' if goes_on else ''}")
+            raise Interrupted(code(number))
+
+    def receive(number: int) -> None:
+        if signal.getsignal(number) is not leave:
+            return  # the verb listens itself
+        if again(number):
+            os._exit(128 + number)
+        if not heard.wait(PATIENCE_SECONDS):
+            _say(f"interrupted by {signal.Signals(number).name}")
+            os._exit(code(number))
+
+    with _heard(leave, receive):
+        yield
+
+
+@contextmanager
+def told_to_stop(stop: Callable[[], object], leave: Callable[[int], object]) -> Iterator[None]:
+    """Call `stop` when a stop signal comes; `leave` with the exit code at a second one."""
+    again = _Again()
+
+    def receive(number: int) -> None:
+        if again(number):
+            leave(128 + number)
+        else:
+            stop()
+
+    with _heard(_noted, receive):
+        yield
+
+
+@contextmanager
+def ctrl_c_as_exception() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt, for a verb in which it ends less than the program."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != IGNORED:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def after_this() -> Iterator[None]:
-    """Hold both signals back until the block ends: within `Popen` they would orphan the process that it starts.
+    """Hold the signals back until the block ends: within `Popen` they would orphan the process that it starts.
 
     That process inherits the blocked signals and has to unblock `STOP_SIGNALS` itself.
     """
@@ -69,3 +167,61 @@ def after_this() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+@contextmanager
+def _heard(handler: Handler, receive: Callable[[int], None]) -> Iterator[tuple[object, int]]:
+    """Install the handler, and call `receive` on a thread; yields SIGTERM's handler and the wake-up pipe of before."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in (*STOP_SIGNALS, OVER[0]):  # the pipe reports every signal that Python handles
+                receive(number[0])
+
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    before = {number: signal.signal(number, handler) for number in unignored()}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield before[signal.SIGTERM], wakeup
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, old in before.items():
+            signal.signal(number, old)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The handler where the thread does all."""
+
+
+def _first_rank() -> bool:
+    """Whether this process speaks for its run, as far as the environment tells before the ranks meet."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+class _Again:
+    """Tells a second signal from the first one that came twice."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def __call__(self, number: int) -> bool:
+        if self._first is None:
+            self._first = time.monotonic()
+            return False
+        return number != signal.SIGHUP and time.monotonic() - self._first > SAME_EVENT_SECONDS
+
+
+def _say(text: str) -> None:
+    """Write a line to stderr, also from within a handler; the terminal may be gone."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

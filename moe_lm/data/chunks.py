@@ -127,7 +127,8 @@ def _chunk_hash(documents: Sequence[Document]) -> str:
 
 def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach every process; the parent ends this one
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

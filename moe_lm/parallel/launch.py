@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_lm.common.exits import LAUNCHER
 from moe_lm.common.process import end_with_parent
 from moe_lm.parallel.topology import current_topology
 
 if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
+
+STOP = "stop"  # the file in the launcher's folder that stops the ranks
+STOP_POLL_SECONDS = 0.2
 
 
 def launched_ranks() -> Meeting | None:
@@ -40,11 +48,22 @@ def without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def end_with_launcher() -> None:
-    """End when torchrun's agent or DeepSpeed's launcher ends; a shell may end and leave a rank running.
+def heed_launcher() -> None:
+    """End when torchrun's agent or DeepSpeed's launcher ends, and stop when launch/torchrun.sh is told to.
 
     These launchers end their ranks unless they are killed themselves. A rank that outlives them would hold its device
     and the run folder, and the ranks on other hosts would wait for it.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
         end_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER in os.environ:
+        folder = Path(os.environ[LAUNCHER])
+        (folder / f"rank-{os.getpid()}").touch()
+        threading.Thread(target=_stop_with_launcher, args=(folder / STOP,), daemon=True).start()
+
+
+def _stop_with_launcher(file: Path) -> None:
+    """Wait for the file by which the launcher stops its ranks: a signal would be lost on one that is about to start."""
+    while not file.exists():
+        time.sleep(STOP_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)

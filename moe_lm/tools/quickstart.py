@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moe_lm.common.exits import STOPPED
 from moe_lm.common.process import this_program
 from moe_lm.common.terminal import byte_bar
 from moe_lm.config.data import TokenizerRecipe
@@ -104,7 +106,7 @@ def run(minutes: float | None, corpus: Path | None, run_dir: Path) -> None:
         with stage(setup, "evaluate"):
             figures = measure(setup, config)
     except StageStoppedError:  # training has printed how to resume
-        return
+        sys.exit(STOPPED)
     summarise(setup, config, figures | {"samples": samples})
 
 

@@ -53,8 +53,8 @@ class TrainingResult:
 def train(run: Training, start_step: int) -> TrainingResult:
     """Train from `start_step` to the last step, evaluating, saving and logging on the way.
 
-    SIGTERM or SIGINT ends it with a checkpoint after the current step or evaluation batch; only the evaluation after
-    the last step is still finished. A second signal ends the process at once.
+    A stop signal ends it with a checkpoint after the current step or evaluation batch; only the evaluation after the
+    last step is still finished. Before the first step is done, and as a second one, it ends the process at once.
     """
     config, engine = run.config, run.engine
     result = TrainingResult(step=start_step)
@@ -73,6 +73,7 @@ def train(run: Training, start_step: int) -> TrainingResult:
             run.watchdog.feed()
             step_result = engine.train_step(result.step, micro_batches)
             seconds = time.perf_counter() - started
+            signalled.hold()
             result.step += 1
             result.loss = step_result.loss
             record = step_record(result.step, step_result, seconds, engine, run.flops_per_token)
@@ -93,6 +94,8 @@ def train(run: Training, start_step: int) -> TrainingResult:
             if not last and not result.stopped and is_due(result.step, run.checkpoint.every):
                 saver.start(result.step, engine.state(), files_of_step(run, result))
             note_saves(run, saver, result)
+        if result.stopped:
+            run.log.event("stop", result.step, f"stopping after step {result.step}: {signalled.cause}")
         if result.stopped or result.step > start_step:
             saver.wait()
             note_saves(run, saver, result)

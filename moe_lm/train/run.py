@@ -24,7 +24,6 @@ from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel import process_group
-from moe_lm.parallel.launch import end_with_launcher
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
@@ -71,7 +70,6 @@ def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     """Meet the other ranks, and check that all of them are about to do the same."""
     parallel = recipe.config.parallel
     if meeting.topology.world_size > 1:
-        end_with_launcher()
         process_group.join(meeting, rank_device(parallel, meeting.topology), parallel.timeout_seconds)
     settings = dict(flat_settings(recipe.config.model_dump(mode="json")))
     fingerprints = {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint}

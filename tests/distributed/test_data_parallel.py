@@ -87,7 +87,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
     ranks = start_ranks(start_moe_lm, 2, *command)
     wait_until(lambda: len(losses(tmp_path)) >= 2 or not all(map(runs, ranks)), "two steps")
     ranks[1].send_signal(signal.SIGTERM)
-    out, silent = finish(ranks)
+    out, silent = finish(ranks, code=75)
     stopped_at = len(metrics(tmp_path))
     assert stopped_at < 500
     assert out.splitlines()[-1].startswith(

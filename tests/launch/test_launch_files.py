@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_lm.common.exits import MISUSED, STOPPED
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-NEEDED = ("bash", "dirname", "ssh", "pdsh", "deepspeed", "torchrun")
+NEEDED = ("bash", "dirname", "ssh", "pdsh", "deepspeed", "moe-lm", "python")
 
 
 def programs(folder: Path, missing: str = "") -> str:
@@ -54,7 +56,7 @@ def launch(project: Path, script: str, *arguments: str, **environment: str) -> s
             "there is no hostfile nowhere; copy launch/hostfile.example there, or set HOSTFILE",
         ),
         ("torchrun.sh", "", "", {}, "no config named; run: bash launch/torchrun.sh CONFIG [key=value ...]"),
-        ("torchrun.sh", "c.yaml", "torchrun", {}, "moe-lm is not installed; run: bash launch/setup.sh"),
+        ("torchrun.sh", "c.yaml", "moe-lm", {}, "moe-lm is not installed; run: bash launch/setup.sh"),
         ("torchrun.sh", "c.yaml", "", {"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR, the machine where all meet"),
     ],
 )  # fmt: skip
@@ -99,6 +101,10 @@ def test_kubernetes_file_agrees_with_itself() -> None:
     assert run_config(" ".join(container["command"])).is_file()
     (until_killed,) = re.findall(r"SHUTDOWN_TIMEOUT:-(\d+)", (LAUNCH / "torchrun.sh").read_text(encoding="utf-8"))
     assert pod["terminationGracePeriodSeconds"] > int(until_killed)
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", ())}
+    assert codes == {MISUSED: "FailJob", STOPPED: "Ignore"}
+    assert pod["restartPolicy"] == "Never"  # else Kubernetes refuses the policy
 
 
 def test_skypilot_file_agrees_with_itself() -> None:

@@ -17,6 +17,7 @@ import torch
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
+from moe_lm.common.signals import STOP_SIGNALS
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
@@ -192,20 +193,23 @@ def test_a_full_disk_at_the_last_step_is_an_error_and_the_older_checkpoint_stays
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_in_a_step_ends_the_run_after_it(
     tmp_path: Path, ragged: BatchSource, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = LoopRun(tmp_path / "whole", ragged)
     parted = LoopRun(tmp_path / "parts", Watched(ragged, stop_at(3, number)), eval_every=4)
     whole()
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     result = parted()
     assert (result.step, result.stopped, result.validation_loss) == (4, True, None)
     assert parted.checkpoints == ["step-00000004"]
     assert f"stopped after step 4; to go on, run again: {this_command()}\n" in capsys.readouterr().out
+    (event,) = parted.events
+    assert (event["event"], event["step"]) == ("stop", 4)
+    assert event["message"].startswith(f"stopping after step 4: {number.name}")
     assert {each: signal.getsignal(each) for each in before} == before
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT} == set()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*STOP_SIGNALS} == set()
     parted.source = ragged
     assert parted().step == 6
     assert parted.steps == [1, 2, 3, 4, 5, 6]

@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 
 from moe_lm.common.errors import MoeLmError
-from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.common.signals import unignored
 from moe_lm.config.generation import CompiledLoadConfig, ServeConfig
 from moe_lm.generate.session import Session
 from moe_lm.tools.serve.app import build_app
@@ -112,7 +112,7 @@ def _signals(loop: asyncio.AbstractEventLoop, server: uvicorn.Server, scheduler:
         server.should_exit = True
         loop.call_later(GRACE, scheduler.close)
 
-    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in unignored()}
     try:
         yield
     finally:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.signals import ended_by_sigterm
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.kernels.device import pick_device
@@ -109,7 +108,7 @@ def verify(
         sabotage=sabotage and sabotage.absolute(),
     )
     tolerance = Tolerance.of(train.precision)
-    with ended_by_sigterm(), TemporaryDirectory(prefix="moe-lm-verify-") as name:
+    with TemporaryDirectory(prefix="moe-lm-verify-") as name:
         folder = Path(name)
         (folder / PLAN).write_text(plan.model_dump_json(), encoding="utf-8")
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_lm.common.signals import STOP_SIGNALS, ended_by_exception
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import importing
 from tests.conftest import MoeLm
@@ -370,19 +371,19 @@ def test_interrupt_leaves_nothing(folder: Path, moe_lm: MoeLm, tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_sigterm_leaves_nothing(folder: Path, moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a scheduler or `kill` sends; the same command can be given again."""
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_leaves_nothing(
+    folder: Path, moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """What a scheduler, `kill` or a terminal sends; the same command can be given again."""
 
     def end(*_: object) -> None:
         assert (tmp_path / "run.tmp").is_dir()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody took care of the signal"))
-    try:
-        monkeypatch.setattr(importing, "prove", end)
-        assert moe_lm("import", folder, "--run-dir", tmp_path / "run").code == 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(importing, "prove", end)
+    with ended_by_exception():  # as in moe_lm/__main__.py
+        assert moe_lm("import", folder, "--run-dir", tmp_path / "run").code == 128 + number
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 

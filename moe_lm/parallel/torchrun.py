@@ -1,0 +1,81 @@
+"""torchrun, which stops as a run does: `python -m moe_lm.parallel.torchrun OPTIONS --module moe_lm VERB CONFIG`.
+
+Torch's agent takes a signal for its own failure: it ends in a traceback, and 1, even if every rank saved and ended
+well. So the signals are kept from it. The ranks learn of them from a file, and in files they say why they must not be
+started again (common/exits.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
+from moe_lm.common.signals import told_to_stop
+from moe_lm.parallel.launch import STOP
+
+SECONDS_TO_APPEAR = 1.0  # for a rank that has been started, to say so
+
+
+def main() -> None:
+    """Run torch's agent, and end with the exit code of the ranks."""
+    folder = Path(tempfile.mkdtemp(prefix="moe-lm-"))
+    os.environ[LAUNCHER] = str(folder)
+
+    def stop() -> None:
+        (folder / STOP).touch()
+        time.sleep(SECONDS_TO_APPEAR)
+        if not any(map(runs, folder.glob("rank-*"))):  # torch is being imported, or waits for other machines
+            print("stopped before the first step; nothing to save", file=sys.stderr, flush=True)
+            leave(STOPPED)
+
+    def leave(code: int) -> NoReturn:
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(code)
+
+    with told_to_stop(stop, leave):
+        leave(run_agent(sys.argv[1:]) or max(reasons(folder), default=FINISHED))
+
+
+def run_agent(arguments: list[str]) -> int:
+    """Run torch's agent until its ranks have ended well, or have failed more often than it may start them again."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    # The agent wants one signal at least: at this one, from Ctrl-\\, it ends the ranks, and itself in a traceback.
+    options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])
+    try:
+        run(options)
+    except ChildFailedError as error:  # the ranks have said why
+        rank, failure = error.get_first_failure()
+        print(f"torchrun: rank {rank} failed (exitcode: {failure.exitcode}), and no restart is left", file=sys.stderr)
+        return FAILED
+    except RendezvousError as error:
+        where = f"{options.nnodes} machines at {options.rdzv_endpoint}"
+        print(f"torchrun: the meeting of {where} failed: {error or type(error).__name__}", file=sys.stderr)
+        return FAILED
+    return FINISHED
+
+
+def reasons(folder: Path) -> list[int]:
+    """The exit codes of ranks that have a reason not to be started again."""
+    return [int(file.read_text(encoding="utf-8")) for file in folder.glob("exit-*")]
+
+
+def runs(rank: Path) -> bool:
+    """Whether the process that left this file still runs."""
+    with suppress(ProcessLookupError):
+        os.kill(int(rank.name.removeprefix("rank-")), 0)
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main()
