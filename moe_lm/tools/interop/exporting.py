@@ -17,7 +17,8 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.families import Family, family_of, known_families
-from moe_lm.tools.interop.hf_config import nearest_family, write_config
+from moe_lm.tools.interop.fitting import nearest_family
+from moe_lm.tools.interop.hf_config import write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import TensorPair, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof

@@ -46,7 +46,31 @@ class Family:
     router_bias: bool = False  # whether it has a tensor for the bias that balances the load
     dense_layers: Literal["first", "listed", "none"] = "first"  # how it says which layers have no experts
     rope_theta: float = 10_000.0
-    partial_rotary_factor: float = 1.0
+    # The share of a head that is rotated, where the file leaves it out. None: all of it, whatever a file says, because
+    # the class in `transformers` does not read the key.
+    partial_rotary_factor: float | None = None
+
+    @property
+    def is_latent(self) -> bool:
+        return self._has_key("kv_lora_rank")
+
+    @property
+    def has_experts(self) -> bool:
+        return self._has_key("n_routed_experts")
+
+    @property
+    def has_shared_experts(self) -> bool:
+        """Whether every layer with experts has shared ones too, as many as the file says."""
+        return self._has_key("n_shared_experts")
+
+    @property
+    def rotary_settings(self) -> tuple[str, ...]:
+        """The settings of rotary positions that the family has, in our names."""
+        partial = () if self.partial_rotary_factor is None else ("partial_rotary_factor",)
+        return ("rope_theta", "rope_scaling", *partial)
+
+    def _has_key(self, ours: str) -> bool:
+        return any(ours in key.ours for key in self.keys)
 
 
 MIXTRAL_EXPERTS = {

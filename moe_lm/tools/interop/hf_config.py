@@ -8,16 +8,11 @@ from typing import Any, NamedTuple, get_args
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import MOST_LAYERS, ModelConfig
 from moe_lm.config.reading import build_config
-from moe_lm.tools.interop.families import FAMILIES, REQUIRED, WITHOUT_MEANING, Family, Key, family_of, known_families
+from moe_lm.tools.interop.families import REQUIRED, WITHOUT_MEANING, Family, Key, family_of, known_families
+from moe_lm.tools.interop.fitting import obstacles, with_sizes
 
 Values = dict[str, Any]
 MOST = 1 << 31  # of a count or size
-# Settings of ours without a meaning when no layer has experts.
-OF_EXPERTS = (
-    "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size",
-    "shared_expert_gate", "first_k_dense_replace", "mlp_only_layers", "scoring_func",
-    "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
-)  # fmt: skip
 OF_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 OF_WINDOWS = ("sliding_window", "layer_types", "max_window_layers", "use_sliding_window")
 OF_DENSE_LAYERS = {
@@ -63,14 +58,14 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
             raise UsageError(f"{origin} has no {key.theirs}, which a model of type {family.model_type} needs")
         _check_kind(value, key, origin)
         values.update(dict.fromkeys(key.ours, value))
-    if "n_shared_experts" in {key.theirs for key in family.keys} and values["n_shared_experts"] == 0:
+    if family.has_shared_experts and values["n_shared_experts"] == 0:
         raise _refused(origin, family, "n_shared_experts", 0, "at least 1")
     values |= _read_rope(hf, family, origin)
     _check_full_attention(hf, values["num_hidden_layers"], values["max_position_embeddings"], family, origin)
     values |= _read_dense_layers(hf, family, values["num_hidden_layers"], origin)
     if family.model_type == "deepseek_v2" and hf.get("topk_method", "greedy") == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
-    if "kv_lora_rank" in values:
+    if family.is_latent:
         known |= {"head_dim", "num_key_value_heads"}
         heads, expected = hf.get("num_key_value_heads"), values["num_attention_heads"]
         if heads not in (None, expected):
@@ -106,7 +101,11 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def write_config(config: ModelConfig, family: Family) -> Values:
     """The config.json of a model in a family. Raises UsageError naming every setting that the family cannot hold."""
-    ours = _with_sizes(config)
+    in_the_way = obstacles(config, family)
+    if in_the_way:
+        settings = ", ".join(in_the_way.values())
+        raise UsageError(f"the family {family.model_type} cannot hold a model with {settings}")
+    ours = with_sizes(config)
     hf: Values = {"architectures": [family.architecture], "model_type": family.model_type}
     for key in family.keys:
         hf[key.theirs] = ours.get(key.ours[-1])
@@ -117,75 +116,14 @@ def write_config(config: ModelConfig, family: Family) -> Values:
     if config.kv_lora_rank is not None:
         hf["num_key_value_heads"] = config.num_attention_heads
     hf |= _write_rope(config, family) | _write_dense_layers(config, family)
-    if not config.moe_layers and "n_routed_experts" not in family.always:
-        raise _cannot(family, ["n_routed_experts=0"])
-    try:
-        back = read_config(hf, "config.json").config
-    except UsageError as error:  # a setting that is not even a config of the family
-        raise UsageError(f"the family {family.model_type} cannot hold this model: {error}") from error
-    found, wanted = effective(back), effective(config)
-    differing = [name for name in wanted if found[name] != wanted[name]]
-    if "n_routed_experts" in differing and not back.moe_layers:
-        differing = ["n_routed_experts"]  # and with it all that is about experts
-    if differing:
-        said = {name: f"{name}={getattr(config, name)!r}" for name in differing}
-        if "mlp_only_layers" in said:
-            said["mlp_only_layers"] = f"experts in layers {config.moe_layers}"
-        raise _cannot(family, list(said.values()))
     return hf
-
-
-def nearest_family(config: ModelConfig) -> Family:
-    """The first family that holds the model exactly. If none does, raises UsageError naming what the nearest lacks."""
-    refusals = []
-    for family in FAMILIES:
-        try:
-            write_config(config, family)
-        except UsageError as error:
-            refusals.append(str(error))
-        else:
-            return family
-    nearest = min(refusals, key=lambda refusal: ("n_routed_experts=" in refusal, refusal.count("="), len(refusal)))
-    raise UsageError(f"no family of Hugging Face holds this model; as for the nearest, {nearest}")
-
-
-def effective(config: ModelConfig) -> Values:
-    """The settings that decide what a model computes, so that equal ones mean equal functions of equal weights.
-
-    A capacity, which drops tokens while training, is none of them: models are used without one.
-    """
-    values = _with_sizes(config) | {
-        "capacity_factor": None,
-        "n_shared_experts": min(1, config.n_shared_experts),
-        "first_k_dense_replace": 0,
-        "mlp_only_layers": config.moe_layers,
-    }
-    if config.kv_lora_rank is not None:
-        values |= {"num_key_value_heads": None, "head_dim": None, "use_qk_norm": False}
-    if not config.n_shared_experts:
-        values["shared_expert_gate"] = False
-    if config.n_group == 1:
-        values["topk_group"] = 1
-    if len(config.moe_layers) == config.num_hidden_layers:
-        values["intermediate_size"] = None
-    if not config.moe_layers:
-        values |= {"n_routed_experts": 0, **dict.fromkeys(OF_EXPERTS)}
-    return values
-
-
-def _with_sizes(config: ModelConfig) -> Values:
-    """All settings; sizes that others give are written out."""
-    return config.model_dump() | {
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "moe_intermediate_size": config.expert_size,
-        "shared_expert_intermediate_size": config.shared_width,
-    }
 
 
 def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
     """Read either form: `rope_parameters`, or, before transformers 5, `rope_theta` beside `rope_scaling`."""
-    rope: Values = {"rope_theta": family.rope_theta, "partial_rotary_factor": family.partial_rotary_factor}
+    whole = family.partial_rotary_factor is None
+    share = 1.0 if whole else family.partial_rotary_factor
+    rope: Values = {"rope_theta": family.rope_theta, "partial_rotary_factor": share}
     rope |= {name: hf[name] for name in ("rope_theta", "partial_rotary_factor") if hf.get(name) is not None}
     for name in ("rope_scaling", "rope_parameters"):
         part = hf.get(name) or {}
@@ -195,6 +133,8 @@ def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     values = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    if whole and values["partial_rotary_factor"] != 1:
+        raise _refused(origin, family, "partial_rotary_factor", values["partial_rotary_factor"], "1.0")
     if kind == "default":
         return values
     if kind == "yarn":
@@ -209,7 +149,7 @@ def _write_rope(config: ModelConfig, family: Family) -> Values:
     if scaling is not None:
         table = scaling.model_dump(exclude_none=True, exclude_defaults=True)
     partial = {}
-    if {config.partial_rotary_factor, family.partial_rotary_factor} != {1.0}:
+    if family.partial_rotary_factor is not None:
         partial = {"partial_rotary_factor": config.partial_rotary_factor}
     return {
         "rope_theta": config.rope_theta,
@@ -251,7 +191,3 @@ def _refused(origin: str, family: Family, name: str, value: object, expected: st
     return UsageError(
         f"{origin}: {name}={value!r} cannot be expressed here, expected {expected} of a {family.model_type}"
     )
-
-
-def _cannot(family: Family, settings: list[str]) -> UsageError:
-    return UsageError(f"the family {family.model_type} cannot hold a model with {', '.join(settings)}")

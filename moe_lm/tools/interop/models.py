@@ -129,6 +129,20 @@ def _forward_pass(model: LanguageModel, tokens: Tensor) -> ForwardPass:
     )
 
 
+@contextmanager
+def running(library: str, known_limit: str | None) -> Iterator[None]:
+    """Say of an error within `library` that it cannot run the model, and why where that is known. Raises MoeLmError."""
+    try:
+        yield
+    except MoeLmError:
+        raise
+    except Exception as error:  # of any kind: it finds out where it fails
+        why = known_limit or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise MoeLmError(
+            f"{library} cannot run this model: {why}; nothing was kept (--proof-memory 0 compares the tensors alone)"
+        ) from error
+
+
 @torch.inference_mode()
 def run_theirs(
     folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
@@ -168,7 +182,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
 
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # the library raises almost anything
         why = str(error).strip().splitlines()[0]
         if "trust_remote_code" in str(error):  # it advises to run the code
             why = "its class is code in the folder, which is never run"

@@ -28,7 +28,7 @@ from moe_lm.model import lora
 from moe_lm.model.size import on_meta
 from moe_lm.model.transformer import is_expert
 from moe_lm.tools.interop.families import Family
-from moe_lm.tools.interop.hf_config import nearest_family
+from moe_lm.tools.interop.fitting import nearest_family
 from moe_lm.tools.interop.hf_folder import read_json
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS, tensor_pairs
 

@@ -21,6 +21,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop import models
 from moe_lm.tools.interop.families import Family
+from moe_lm.tools.interop.fitting import known_limit
 from moe_lm.tools.interop.hf_folder import HFFolder
 from moe_lm.tools.interop.hf_tensors import TensorPair
 from moe_lm.tools.interop.logits import Comparison, compare_all
@@ -96,7 +97,7 @@ def prove(case: Case, notes: Sequence[str], max_bytes: int | None, meter: Meter 
         return Proof(**known, not_proven=[f"logits and experts: {missing}"])
     layers, why = models.layers_that_fit(case.config, max_bytes)
     not_proven = [why] if why else []
-    comparisons = _compare_models(case, layers) if layers else ()
+    comparisons = _compare_models(case, layers, library) if layers else ()
     tokenizer, why = models.compare_tokenizers(case.tokenizer, case.tokenizer_of_theirs)
     if why:
         not_proven.append(why)
@@ -115,12 +116,13 @@ def write_proof(proof: Any, folder: Path) -> None:
     (folder / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
 
 
-def _compare_models(case: Case, layers: int) -> tuple[Comparison, ...]:
+def _compare_models(case: Case, layers: int, library: str) -> tuple[Comparison, ...]:
     texts = models.token_batches(case.config, case.tokenizer)
     rounded = None
     if not case.importing:
         rounded = {pair.ours: case.theirs.dtype(pair.parts[0].name) for pair in case.pairs if pair.parts}
     ours = models.run_ours(models.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
-    theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to)
+    with models.running(library, known_limit(case.config, case.family)):
+        theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to)
     return compare_all(ours, theirs)

@@ -1,11 +1,10 @@
-"""Export: which families hold a model, what is refused, what lies beside the tensors, and proofs that fail."""
+"""Export: what is refused, what lies beside the tensors, and proofs that fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,89 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.interop import families, hf_config, models
+from moe_lm.tools.interop import families, fitting, models
 from moe_lm.tools.interop.exporting import export_run
-from moe_lm.tools.interop.hf_config import nearest_family, write_config
 from moe_lm.tools.interop.importing import import_folder
 from moe_lm.tools.interop.logits import ForwardPass, compare
 from tests.conftest import MoeLm
-from tests.tiny import write_run
+from tests.tools.interop.conftest import Save
+from tests.tools.interop.shapes import MOE, SHAPE, SOFTMAX
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 128, "initializer_range": 0.2,
-}  # fmt: skip
-MOE = {"n_routed_experts": 8, "moe_intermediate_size": 16}
-SOFTMAX = MOE | {"scoring_func": "softmax", "n_shared_experts": 0}
-LATENT = {
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "use_qk_norm": False,
-}  # fmt: skip
-
-
-Save = Callable[..., Path]
-
-
-@pytest.fixture
-def save(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Save:
-    """Makes a run folder with a checkpoint of a model with these settings, as training writes it."""
-
-    def make(settings: dict[str, Any] = MOE, change: Callable[[LanguageModel], object] = lambda model: None) -> Path:
-        model = LanguageModel(ModelConfig(**SHAPE | settings))
-        model.initialise(0)
-        change(model)
-        return write_run(tmp_path / "run", model, tiny_tokenizer, step=7)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("dots1", MOE), ("dots1", MOE | {"first_k_dense_replace": 1, "n_shared_experts": 3}),
-        ("glm4_moe", MOE | {"use_qk_norm": False}), ("glm4_moe", MOE | {"attention_bias": True}),
-        ("deepseek_v3", MOE | LATENT), ("deepseek_v2", MOE | LATENT | {
-            "scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True}),
-        ("qwen3_moe", SOFTMAX), ("qwen3_moe", SOFTMAX | {"mlp_only_layers": (1,)}),
-        ("qwen2_moe", SOFTMAX | {"use_qk_norm": False, "n_shared_experts": 1, "shared_expert_gate": True}),
-        ("mixtral", SOFTMAX | {"use_qk_norm": False}), ("olmoe", SOFTMAX | {"qk_norm_over": "projection"}),
-        ("qwen3", {}), ("llama", {"use_qk_norm": False, "mlp_bias": True}), ("dots1", MOE | {"capacity_factor": 1.5}),
-    ],
-)  # fmt: skip
-def test_nearest_family(family: str, settings: dict[str, Any]) -> None:
-    assert nearest_family(ModelConfig(**SHAPE | settings)).model_type == family
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "said"),
-    [
-        ("llama", {}, "use_qk_norm=True"), ("qwen3", MOE, "n_routed_experts=8"), ("dots1", {}, "n_routed_experts=0"),
-        ("dots1", MOE | {"n_shared_experts": 0}, "n_shared_experts=0"),
-        ("qwen3_moe", SOFTMAX | {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
-        ("qwen3_moe", MOE, "scoring_func='sigmoid'"), ("mixtral", SOFTMAX, "use_qk_norm=True"),
-        ("dots1", MOE | {"mlp_only_layers": (1,)}, "experts in layers [0]"), ("qwen3", {"hidden_act": "relu"}, None),
-        ("qwen3", {"norm_type": "layernorm"}, "norm_type='layernorm'"),
-        ("qwen3", {"mlp_gated": False}, "mlp_gated=False"),
-        ("qwen3", {"position_embedding": "learned"}, "position_embedding='learned'"),
-        ("qwen3", {"lm_head_bias": True}, "lm_head_bias=True"),
-        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
-        ("dots1", MOE | LATENT, "kv_lora_rank=16"),
-    ],
-)  # fmt: skip
-def test_what_a_family_cannot_hold_is_named(family: str, settings: dict[str, Any], said: str | None) -> None:
-    config, kind = ModelConfig(**SHAPE | settings), families.family_of(family)
-    assert kind is not None
-    if said is None:
-        assert write_config(config, kind)["hidden_act"] == settings["hidden_act"]
-    else:
-        with pytest.raises(UsageError, match=f"the family {family} cannot hold .*") as refusal:
-            write_config(config, kind)
-        assert said in str(refusal.value)
 
 
 def test_no_family_at_all_names_what_the_nearest_lacks(save: Save, tmp_path: Path, moe_lm: MoeLm) -> None:
@@ -103,8 +32,8 @@ def test_no_family_at_all_names_what_the_nearest_lacks(save: Save, tmp_path: Pat
     done = moe_lm("export", run, tmp_path / "out")
     assert done.code == 2
     assert done.err == (
-        "error: no family of Hugging Face holds this model; as for the nearest, the family qwen3 cannot hold a model "
-        "with norm_type='layernorm'\n"
+        "error: no family of Hugging Face holds this model; what stands in the way of the nearest: "
+        "norm_type='layernorm' (qwen3)\n"
     )
     assert not list(tmp_path.glob("out*"))
 
@@ -212,7 +141,7 @@ def test_wrong_table_of_a_family_does_not_pass_the_proof(
     swapped = {"gate_proj": names["up_proj"], "up_proj": names["gate_proj"], "down_proj": names["down_proj"]}
     wrong = [dataclasses.replace(family, expert_tensors=swapped) for family in families.FAMILIES]
     monkeypatch.setattr(families, "FAMILIES", wrong)
-    monkeypatch.setattr(hf_config, "FAMILIES", wrong)
+    monkeypatch.setattr(fitting, "FAMILIES", wrong)
     run = save()
     for arguments in (("export", run, tmp_path / "out"), ("import", hf_folder("dots1"), "--run-dir", tmp_path / "new")):
         done = moe_lm(*arguments)

@@ -12,7 +12,8 @@ import pytest
 
 from moe_lm.model.size import count_parameters
 from moe_lm.tools.interop.families import family_of
-from moe_lm.tools.interop.hf_config import effective, read_config, write_config
+from moe_lm.tools.interop.fitting import effective
+from moe_lm.tools.interop.hf_config import read_config, write_config
 from moe_lm.tools.interop.hf_tensors import tensor_pairs
 from tests.tools.interop.published import PUBLISHED
 
