@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -12,6 +11,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from moe_lm.config.data import SourceConfig, TokenizerRecipe
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.text.split import held_out
+from moe_lm.tokenizer.chat.template import own_template
 from moe_lm.tokenizer.tokenizer import Tokenizer, split_text
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -54,7 +54,7 @@ def train_tokenizer(recipe: TokenizerRecipe, progress: Callable[[Report], None] 
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", SPECIAL_TOKENS.index("<|bos|>"))]
     )
-    template = resources.files("moe_lm.tokenizer").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    template = own_template()
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",

@@ -1,4 +1,4 @@
 """Chat templates: a conversation as text in which the author of every character is known.
 
-Reading order: template, traced, environment, turns.
+Reading order: template, traced, environment, writing, sandbox, turns.
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -12,18 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import UsageError
-from moe_lm.tokenizer.chat.environment import ENVIRONMENT, GENERATED, to_json
-from moe_lm.tokenizer.chat.traced import TEMPLATE, Traced, concat, traced
+from moe_lm.tokenizer.chat.environment import GENERATED
+from moe_lm.tokenizer.chat.sandbox import SandboxError, sandbox
+from moe_lm.tokenizer.chat.traced import Traced
+from moe_lm.tokenizer.chat.writing import CALLS, CONTENT, Conversation, Templates
 
 ROLES = ("system", "user", "assistant", "tool")
 BY_TEMPLATE = 1 << 30  # in Rendering.authors; messages are numbered from 0
 BY_TOOLS = -1
-
-# The authors that go into a template, one character each: field f of message i is chr(4 * (i + 1) + f), and the
-# descriptions of tools are chr(TOOLS).
-CONTENT, REASONING, CALLS = range(3)
-TOOLS = 1
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # what templates call it
 
 # {"role": one of ROLES, "content": str} and the fields that `checked` keeps. An assistant's message that is not to be
 # trained on has `"train": False`, which no template sees.
@@ -53,12 +51,14 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | Sequence[Mapping[str, str]], names: Mapping[str, str]) -> None:
-        texts = {"default": source} if isinstance(source, str) else {item["name"]: item["template"] for item in source}
         try:
-            self._templates = {name: ENVIRONMENT.from_string(text) for name, text in texts.items()}
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the tokenizer's chat template failed: {_one_line(error)}") from error
-        if "default" not in self._templates:
+            texts = {"default": source} if isinstance(source, str) else {one["name"]: one["template"] for one in source}
+        except (TypeError, KeyError) as error:
+            raise UsageError("the tokenizer's chat templates are not a list of names and templates") from error
+        if not all(isinstance(text, str) for pair in texts.items() for text in pair):
+            raise UsageError("the tokenizer's chat templates are not a list of names and templates")
+        self._write = self._compiled(texts)
+        if "default" not in texts:
             raise UsageError(f"the tokenizer has chat templates {', '.join(texts)}, but none named default; add one")
         self._names = dict(names)
 
@@ -79,23 +79,32 @@ class ChatTemplate:
                     return self._render(turns, tools, add_generation_prompt)
             raise refusal
 
+    def _compiled(self, texts: Mapping[str, str]) -> Callable[[Conversation], Traced]:
+        """What writes a conversation: our own template here, foreign ones in the sandbox."""
+        try:
+            if texts == {"default": own_template()}:
+                return Templates(texts).write
+            sandbox().check(texts)
+        except (jinja2.TemplateError, SandboxError) as error:
+            raise _failed(error) from error
+        return lambda conversation: sandbox().write(texts, conversation)
+
     def _render(
         self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> Rendering:
-        template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         try:
-            text = template.render(
-                messages=[_traced_message(turn, index) for index, turn in enumerate(turns)],
-                tools=traced([dict(tool) for tool in tools], chr(TOOLS)) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._names,
-            )
-        except Exception as error:  # a template may raise anything
-            raise UsageError(f"the tokenizer's chat template failed: {_one_line(error)}") from error
+            text = self._write(Conversation(turns, tools, add_generation_prompt, self._names))
+        except Exception as error:  # our own template raises what Jinja does
+            raise _failed(error) from error
         rendering = _read_authors(text)
         _check_whole(turns, bool(tools), rendering)
         return rendering
+
+
+@functools.cache
+def own_template() -> str:
+    """The chat template of the tokenizers that this program trains."""
+    return resources.files("moe_lm.tokenizer").joinpath("chat_template.jinja").read_text(encoding="utf-8")
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -118,40 +127,8 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return turns
 
 
-class Arguments(dict[str, Any]):
-    """The arguments of a tool call: an object, or its JSON where a template uses them as text."""
-
-    def __str__(self) -> str:
-        return to_json(self)
-
-    def __add__(self, other: str) -> str:
-        return concat((self, other))
-
-    def __radd__(self, other: str) -> str:
-        return concat((other, self))
-
-
-def _traced_message(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message for the template to see, its strings with their authors."""
-
-    def author(field: int) -> str:
-        return chr(4 * (index + 1) + field)
-
-    result = {key: traced(value, author(CONTENT)) for key, value in turn.items()}
-    result["role"] = turn["role"]
-    if "reasoning_content" in turn:
-        result |= dict.fromkeys(REASONING_NAMES, traced(turn["reasoning_content"], author(REASONING)))
-    if "tool_calls" in turn:
-        calls = traced(turn["tool_calls"], author(CALLS))
-        for call in calls:
-            call["function"]["arguments"] = Arguments(call["function"]["arguments"])
-        result["tool_calls"] = calls
-    return result
-
-
-def _read_authors(text: str) -> Rendering:
-    written_by = text.authors if isinstance(text, Traced) else TEMPLATE * len(text)
-    codes = np.frombuffer(written_by.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+def _read_authors(text: Traced) -> Rendering:
+    codes = np.frombuffer(text.authors.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
     generated = codes >= GENERATED
     codes = codes & (GENERATED - 1)
     authors = np.where(codes > 0, codes // 4 - 1, BY_TEMPLATE)
@@ -170,5 +147,5 @@ def _check_whole(turns: Sequence[Mapping[str, Any]], with_tools: bool, rendering
         raise UsageError("the tokenizer's chat template leaves out the descriptions of tools")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _failed(error: Exception) -> UsageError:
+    return UsageError(f"the tokenizer's chat template failed: {' '.join(str(error).split())}")
