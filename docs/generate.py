@@ -1,11 +1,14 @@
 """Writes docs/config.md and docs/cli.md from the sections' fields and from the verbs' options.
 
+In docs/faults.md it writes the table of symptoms.
+
 python docs/generate.py
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -18,6 +21,7 @@ from moe_lm.cli.main import app
 from moe_lm.config.data import TokenizerRecipe
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.config.section import Section
+from moe_lm.train.symptoms import SYMPTOMS
 
 DOCS = Path(__file__).parent
 CONFIG = """\
@@ -41,6 +45,8 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal with everythin
 [Stopping and going on](parallelism.md#stopping-and-going-on).
 """
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", bool: "true or false", dict: "mapping", Any: "any"}
+TABLE, END = "<!-- from the table in the code, by python docs/generate.py -->\n", "<!-- end -->\n"
+FIELD = re.compile(r"\{(\w+)[^}]*\}")
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -51,7 +57,15 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """The text of each generated page."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    return {"config.md": config_page(), "cli.md": cli_page(), "faults.md": faults_page()}
+
+
+def faults_page() -> str:
+    """The page with its table of symptoms; the fields of a sentence stand in it by their names."""
+    before, rest = (DOCS / "faults.md").read_text(encoding="utf-8").split(TABLE)
+    rows = [(s.name, s.when, FIELD.sub(r"*\1*", s.says), s.cure) for s in SYMPTOMS]
+    head = ("symptom", "it shows when", "what is said", "what to do")
+    return before + TABLE + table(head, rows) + END + rest.split(END)[1]
 
 
 def config_page() -> str:

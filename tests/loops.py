@@ -11,8 +11,11 @@ import torch
 from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.model.transformer import LanguageModel
+from moe_lm.train.alarms import Alarms
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, train
+from moe_lm.train.past import Plan
 from moe_lm.train.run import load_newest
 from tests.processes import events, metrics
 from tests.tiny import engine_of, tiny_model
@@ -40,6 +43,8 @@ class LoopRun:
         source: BatchSource,
         validation: Sequence[Batch] | None = None,
         evaluate_first: bool = False,
+        make_model: Callable[[], LanguageModel] = lambda: tiny_model(seed=3, num_hidden_layers=2),
+        fresh: bool = True,
         save_every: int = 0,
         keep: int = 2,
         background: bool = False,
@@ -47,14 +52,16 @@ class LoopRun:
     ) -> None:
         self.folder, self.source, self.evaluate_first = folder, source, evaluate_first
         self.validation = [source.batch(100 + n, range(2)) for n in (0, 1)] if validation is None else validation
+        self.make_model, self.fresh = make_model, fresh
         self.checkpoint = CheckpointConfig(every=save_every, keep=keep, background=background)
         self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | train)
 
     def __call__(self) -> TrainingResult:
         self.folder.mkdir(exist_ok=True)
-        self.engine = engine_of(tiny_model(seed=3, num_hidden_layers=2), self.config)
+        self.engine = engine_of(self.make_model(), self.config)
         step = load_newest(self.engine, self.folder / "checkpoints")
-        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step) as log:
+        self.plan = Plan(self.config, self.engine.model.config, self.fresh)
+        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step, alarms=Alarms(self.plan)) as log:
             training = Training(
                 engine=self.engine, batches=self.source, validation=self.validation, config=self.config,
                 checkpoint=self.checkpoint, checkpoints=self.folder / "checkpoints", log=log,

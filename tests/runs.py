@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from tests.processes import metrics
 
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
-CLOCK = {"tokens_per_second", "seconds", "memory_bytes"}  # figures of the machine, not of what is computed
+CLOCK = {  # figures of the machine, not of what is computed
+    "tokens_per_second", "seconds", "data_seconds", "memory_bytes", "host_bytes",
+}  # fmt: skip
 
 
 def tensors(checkpoint: Path, part: str = "") -> dict[str, torch.Tensor]:

@@ -65,6 +65,9 @@ class LogConfig(Section):
     """The reports of training: how often, and to which programs."""
 
     every: int = Field(default=10, gt=0, description="steps between lines of train.log")
+    alarms: bool = Field(
+        default=True, description="say when the figures show a known disease, such as dead experts, and its cure"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         default=(), description="programs that figures are also sent to"
     )

@@ -71,9 +71,10 @@ class BatchSource(Protocol):
 class MixedBatches(ABC):
     """The batches of a run, in the order of a `Mixture` of its sources. `data`: a hash of what the sources hold."""
 
-    def __init__(self, mixture: Mixture, data: str) -> None:
+    def __init__(self, mixture: Mixture, data: str, global_batch_size: int) -> None:
         self._mixture = mixture
         self._data = data
+        self._batch_size = global_batch_size
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +84,10 @@ class MixedBatches(ABC):
     @abstractmethod
     def batch(self, step: int, rows: range) -> Batch:
         """The rows `rows` of the global batch of step `step`."""
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source is read over this many steps."""
+        return self._mixture.epochs(steps * self._batch_size)
 
     def keep_order_of(self, fingerprint: str) -> None:
         """Take the order of a run that goes on, known by the fingerprint in its checkpoints, before the first batch."""
@@ -108,7 +113,6 @@ class PackedBatches(MixedBatches):
         separate_documents: bool,
     ) -> None:
         self._length = sequence_length
-        self._batch_size = global_batch_size
         windows = [_num_windows(item, sequence_length) for item in shards]
         self.steps_per_epoch = -(-sum(windows) // global_batch_size)
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
@@ -116,7 +120,7 @@ class PackedBatches(MixedBatches):
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
         data = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
-        super().__init__(Mixture(windows, weights, seed), data)
+        super().__init__(Mixture(windows, weights, seed), data, global_batch_size)
         self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
         self._plan: tuple[int, _Windows] | None = None
 

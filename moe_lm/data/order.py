@@ -61,6 +61,10 @@ class Mixture:
             items[mine] = self._item(source, block[mine] * share + turns[mine] - (bounds[source] - share))
         return sources, items
 
+    def epochs(self, visits: int) -> list[float]:
+        """How often each source is read over this many visits."""
+        return [visits * share / MIX_BLOCK / size for share, size in zip(self._shares, self._sizes, strict=True)]
+
     def _mixed(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shuffle of each block's places. [blocks] -> [blocks, MIX_BLOCK]"""
         places = np.tile(np.arange(MIX_BLOCK), len(blocks))

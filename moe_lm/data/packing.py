@@ -76,9 +76,8 @@ class RowBatches(MixedBatches):
         self, rows: PackedRows, global_batch_size: int, seed: int, weights: Sequence[float] | None = None
     ) -> None:
         self._rows = rows
-        self._batch_size = global_batch_size
         self._first_row = np.cumsum([0, *rows.sizes])
-        super().__init__(Mixture(rows.sizes, weights or [1.0], seed), rows.fingerprint)
+        super().__init__(Mixture(rows.sizes, weights or [1.0], seed), rows.fingerprint, global_batch_size)
         self.steps_per_epoch = -(-len(rows) // global_batch_size)
 
     def batch(self, step: int, rows: range) -> Batch:

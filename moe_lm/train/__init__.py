@@ -1,4 +1,5 @@
 """The training loop, and the recipes that pretraining and fine-tuning bring to it.
 
-Reading order: loop, run, pretrain, finetune, reference, settings, folder, log, figures, display, trackers, cost.
+Reading order: loop, run, pretrain, finetune, reference, settings, folder, past, symptoms, alarms, log, figures,
+display, trackers, cost.
 """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +41,9 @@ PEAK_FLOPS = {
 
 
 def step_record(
-    step: int, result: StepResult, seconds: float, engine: Engine, flops_per_token: float
+    step: int, result: StepResult, seconds: float, data_seconds: float, engine: Engine, flops_per_token: float
 ) -> dict[str, object]:
-    """The figures of a step that took this many seconds."""
+    """The figures of a step that took this many seconds, `data_seconds` of which this rank read its batch."""
     tokens_per_second = result.tokens / seconds
     record: dict[str, object] = {
         "step": step,
@@ -52,7 +55,8 @@ def step_record(
         "targets": result.targets,
         "tokens_per_second": tokens_per_second,
         "seconds": seconds,
-        "memory_bytes": memory_bytes(engine.device),
+        "data_seconds": data_seconds,
+        **memory(engine.device),
         "skipped": result.skipped,
         **result.figures,
     }
@@ -68,20 +72,23 @@ def step_record(
     return record
 
 
-def load_statistics(load: Tensor) -> list[dict[str, float]]:
+def load_statistics(load: Tensor) -> list[dict[str, Any]]:
     """Measures of balance for each MoE layer, from `load [layers, experts]`, the tokens of each expert.
 
     max_over_mean: the largest load over the mean load; max_violation: that minus 1 (MaxVio, arXiv 2408.15664);
     entropy: of the load distribution, 1 if even, 0 if one expert has all tokens; dead_share: experts without a token.
+    Where there are any, dead_experts says which: bit e of this hexadecimal number is set for expert e.
     A layer without tokens counts as even but dead: max_over_mean 1, entropy 0, dead_share 1.
     """
     return [_layer_statistics(counts) for counts in load.double().cpu()]
 
 
-def _layer_statistics(counts: Tensor) -> dict[str, float]:
+def _layer_statistics(counts: Tensor) -> dict[str, Any]:
     experts, total = len(counts), float(counts.sum())
+    dead = (counts == 0).nonzero().flatten().tolist()
+    which = {"dead_experts": hex(sum(1 << expert for expert in dead))} if dead else {}
     if total == 0:
-        return {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": 0.0, "dead_share": 1.0}
+        return {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": 0.0, "dead_share": 1.0} | which
     shares = counts / total
     max_over_mean = float(shares.max()) * experts
     entropy = float(torch.special.entr(shares).sum()) / math.log(experts) if experts > 1 else 1.0
@@ -89,7 +96,8 @@ def _layer_statistics(counts: Tensor) -> dict[str, float]:
         "max_over_mean": max_over_mean,
         "max_violation": max_over_mean - 1,
         "entropy": entropy,
-        "dead_share": float((counts == 0).double().mean()),
+        "dead_share": len(dead) / experts,
+        **which,
     }
 
 
@@ -106,6 +114,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes of memory, as far as the system tells.
+
+    memory_bytes: the peak, of the tensors on the device, or of the process if the device is the CPU; device_bytes: of
+    the tensors on the device now; host_bytes: of the process now, without the files that it maps.
+    """
+    figures = {"memory_bytes": memory_bytes(device), "host_bytes": host_bytes()}
+    if device.type == "cuda":
+        figures["device_bytes"] = torch.cuda.memory_allocated(device)
+    return {name: size for name, size in figures.items() if size is not None}
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak memory in bytes: of the tensors on the device, or of the process if the device is the CPU."""
     if device.type == "cuda":
@@ -117,3 +137,14 @@ def memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def host_bytes() -> int | None:
+    """The memory that this process has for itself now; None where the system does not tell, as macOS.
+
+    Token shards are mapped files, which stay resident the more of them has been read: they do not count.
+    """
+    with suppress(OSError), open("/proc/self/statm", "rb", buffering=0) as file:
+        resident, shared = file.read().split()[1:3]
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    return None

@@ -52,15 +52,17 @@ def supervised(
     shape = (data.sequence_length, tokenizer.pad_id, data.separate_documents)
     rows = ExampleRows(conversations.train, *shape, bool(data.weights))
     held_out = ExampleRows(conversations.validation, *shape)
+    batches = RowBatches(rows, train.global_batch_size, train.seed, data.weights)
     return Recipe(
         title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,
         objective=NextToken(train.compile),
-        batches=RowBatches(rows, train.global_batch_size, train.seed, data.weights),
+        batches=batches,
         validation=held_out_batches(train, held_out, topology),
         start=start,
+        epochs=epochs_by_source(config, batches),
         notes=[*conversations.report.skipped_lines(), *_notes(config, model, topology)],
     )
 
@@ -75,18 +77,26 @@ def by_preference(
     rows, held_out = (
         PairRows(side, data.sequence_length, tokenizer.pad_id) for side in (pairs.train, pairs.validation)
     )
+    batches = RowBatches(rows, train.global_batch_size, train.seed)
     return Recipe(
         title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,
         objective=PreferenceObjective(config.preference),
-        batches=RowBatches(rows, train.global_batch_size, train.seed),
+        batches=batches,
         validation=held_out_batches(train, held_out, topology),  # read when they have their reference
         start=start,
+        epochs=epochs_by_source(config, batches),
         pairs=(rows, held_out),
         notes=[*pairs.report.skipped_lines(), *_notes(config, model, topology)],
     )
+
+
+def epochs_by_source(config: FinetuneConfig, batches: RowBatches) -> dict[str, float]:
+    """How often the run reads each source; without weights, the sources are one."""
+    names = [source.origin for source in config.data.train] if config.data.weights else ["the training data"]
+    return dict(zip(names, batches.epochs(config.train.steps), strict=True))
 
 
 def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> list[str]:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -24,6 +24,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
 from moe_lm.config.run import LogConfig
 from moe_lm.parallel.topology import Topology
+from moe_lm.train.alarms import Alarm, Alarms
 from moe_lm.train.display import Display, Status
 from moe_lm.train.trackers import open_trackers
 
@@ -41,12 +42,20 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, config: LogConfig, total_steps: int, title: str, start_step: int, is_main: bool = True
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        total_steps: int,
+        title: str,
+        start_step: int,
+        is_main: bool = True,
+        alarms: Alarms | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
         self._start_step = start_step
         self._is_main = is_main
+        self._alarms = alarms if config.alarms else None
         self._status = Status(title, total_steps, start_step)
         self._lost: dict[str, int] = {}  # lines that a file did not take, by its name
         self._gone: set[str] = set()  # trackers
@@ -88,6 +97,14 @@ class RunLog:
         if due:
             self._write_log(self._status.line())
         self._display.step(self._status, due)
+        if self._alarms:
+            self.sound(self._alarms.after(record))
+
+    def sound(self, alarms: Iterable[Alarm]) -> None:
+        """Write an event for each alarm."""
+        for alarm in alarms if self._config.alarms else ():
+            name, cure = alarm.symptom.name, alarm.symptom.cure
+            self.event("alarm", alarm.step, alarm.text, symptom=name, found=alarm.found, cure=cure)
 
     def event(self, kind: str, step: int, text: str, *, show: bool = True, **fields: Any) -> None:
         """Write what happened in or after `step` as a line `{"event": kind, "step": ..., "message": text, ...}`.

@@ -70,13 +70,14 @@ def train(run: Training, start_step: int) -> TrainingResult:
             started = time.perf_counter()
             with pace.reading():
                 micro_batches = local_micro_batches(engine, run.batches, config, result.step)
+            data_seconds = time.perf_counter() - started
             run.watchdog.feed()
             step_result = engine.train_step(result.step, micro_batches)
             seconds = time.perf_counter() - started
             signalled.hold()
             result.step += 1
             result.loss = step_result.loss
-            record = step_record(result.step, step_result, seconds, engine, run.flops_per_token)
+            record = step_record(result.step, step_result, seconds, data_seconds, engine, run.flops_per_token)
             last = result.step == config.steps
             result.stopped = engine.any_rank(bool(signalled)) and not last
             if run.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):

@@ -27,14 +27,17 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
     """
     meeting = meeting or Meeting(current_topology())
     tokenizer = load_tokenizer(config)
+    batches = training_batches(config, tokenizer)
+    names = [source.name for source in config.data.sources]
     recipe = Recipe(
         title="pretrain",
         config=config,
         model=config.model,
         tokenizer=tokenizer,
         objective=NextToken(config.train.compile),
-        batches=training_batches(config, tokenizer),
+        batches=batches,
         validation=validation_batches(config, tokenizer, meeting.topology),
+        epochs=dict(zip(names, batches.epochs(config.train.steps), strict=True)),
     )
     return run_recipe(recipe, meeting)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint, lineage, read
@@ -28,9 +28,11 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.log import RunLog, rank_log
 from moe_lm.train.loop import Training, TrainingResult, train
+from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 
@@ -48,6 +50,7 @@ class Recipe:
     validation: Iterable[Batch]  # read once, after the reference has been added to `pairs`
     start: Start | None = None  # the model to begin with; None: fresh weights
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
+    epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source
     notes: Sequence[str] = ()  # about data and cost, reported at the start
 
 
@@ -140,12 +143,15 @@ def train_and_log(
     folder = RunFolder(config.run_dir)
     if is_main:
         folder.write_config(dump_config(config))
-    with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main) as log:
+    alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
+    with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms) as log:
         for name, text in found.lines.items():
             log.event("damaged_checkpoint", start_step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
+        if changes or not start_step:
+            log.sound(alarms.at_start(start_step))
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         training = Training(

@@ -56,6 +56,13 @@ def test_one_source_has_one_order() -> None:
     assert mixture.fingerprint("data") == mixture.in_first_order().fingerprint("data") == "data"
 
 
+def test_epochs_count_the_visits_of_every_item() -> None:
+    mixture = Mixture([50, 100, 7], [2.0, 1.0, 1.0], seed=3)
+    visits = 5 * MIX_BLOCK
+    sources, _ = mixture.items(np.arange(visits))
+    assert mixture.epochs(visits) == [np.sum(sources == source) / size for source, size in enumerate([50, 100, 7])]
+
+
 def test_any_visit_can_be_asked_for_by_itself() -> None:
     mixture = Mixture([10, 20], [1.0, 5.0], seed=1)
     visits = np.append(np.arange(10_000), 400_000 * 4096 + np.arange(100))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from moe_lm.train.figures import load_statistics, memory_bytes, model_flops_utilisation, peak_flops
+from moe_lm.train.figures import host_bytes, load_statistics, memory_bytes, model_flops_utilisation, peak_flops
 
 # Load of the experts
 
@@ -21,12 +23,14 @@ def test_load_statistics_of_counted_tokens() -> None:
         "max_violation": pytest.approx(8 / 4 - 1),
         "entropy": pytest.approx(-sum(share * math.log(share, 4) for share in shares)),
         "dead_share": 0.25,
+        "dead_experts": "0x8",
     }
-    assert collapsed == {"max_over_mean": 4.0, "max_violation": 3.0, "entropy": 0.0, "dead_share": 0.75}
+    one = {"max_over_mean": 4.0, "max_violation": 3.0, "entropy": 0.0, "dead_share": 0.75, "dead_experts": "0xd"}
+    assert collapsed == one
 
 
 def test_load_statistics_without_tokens_experts_or_layers() -> None:
-    nothing = {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": 0.0, "dead_share": 1.0}
+    nothing = {"max_over_mean": 1.0, "max_violation": 0.0, "entropy": 0.0, "dead_share": 1.0, "dead_experts": "0xf"}
     assert load_statistics(torch.zeros(2, 4, dtype=torch.int64)) == [nothing, nothing]
     assert load_statistics(torch.tensor([[7]]))[0]["entropy"] == 1.0
     assert load_statistics(torch.zeros(0, 0, dtype=torch.int64)) == []
@@ -74,3 +78,18 @@ def test_memory_counts_this_process_in_bytes() -> None:
     before = memory_bytes(torch.device("cpu"))
     kept = torch.ones(before // 4)  # as much again: 4 bytes an element
     assert memory_bytes(torch.device("cpu")) > before + kept.nbytes // 2
+
+
+def test_memory_now_falls_again_and_counts_no_mapped_file(tmp_path: Path) -> None:
+    if host_bytes() is None:
+        pytest.skip("this system does not tell how much memory a process has now")
+    size = 256 * 2**20
+    np.lib.format.open_memmap(tmp_path / "shard", "w+", np.uint8, (size,))[:] = 1
+    before = host_bytes()
+    mapped = np.load(tmp_path / "shard", mmap_mode="r")
+    assert int(mapped.sum(dtype=np.int64)) == size
+    assert host_bytes() < before + size // 2
+    kept = np.ones(size, np.uint8)
+    assert host_bytes() > before + size // 2
+    del kept
+    assert host_bytes() < before + size // 2
