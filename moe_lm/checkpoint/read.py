@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +27,8 @@ from moe_lm.config.reading import build_config
 from moe_lm.model import lora
 from moe_lm.parallel.logical import box_of
 from moe_lm.parallel.process_group import Ranks
+
+READERS = 4  # threads that read tensors
 
 
 class TensorSource(Protocol):
@@ -105,12 +109,18 @@ def pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
     """Fill tensors in place, in their dtype; of what ranks divide, a rank reads and fills its own part."""
-    for name, tensor in tensors.items():
-        local, box = box_of(tensor)
+
+    def fill_one(name: str) -> None:
+        local, box = box_of(tensors[name])
+        if isinstance(source, CheckpointTensors) and source.read_into(name, local.detach(), box):
+            return
         first = box[0].start if box else 0
         rows = local if local.ndim else local.view(1)
         for start, stop in pieces_of(local.shape):
             rows[start:stop] = source.rows(name, first + start, first + stop, *box[1:])
+
+    with ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(torch.no_grad()(fill_one), tensors))
 
 
 def check_fits(tensors: Mapping[str, Tensor], source: TensorSource, whole: bool) -> None:
@@ -198,6 +208,26 @@ class CheckpointTensors:
         if filled != out.numel():
             raise MoeLmError(f"the checkpoint {self.folder} holds only a part of tensor {name}")
         return out
+
+    def read_into(self, name: str, out: Tensor, box: Sequence[slice]) -> bool:
+        """Read a box of a tensor straight into `out`; False where files and memory do not have its rows alike."""
+        if not box or not out.is_cpu or not out.is_contiguous() or out.dtype != self.dtype(name):
+            return False
+        wanted, *across = box
+        pieces, _ = self._find(name), self.shape(name)
+        for piece in pieces:
+            sides = zip(across, piece.begin[1:], piece.stored.shape[1:], strict=True)
+            if any((side.start, side.stop) != (begin, begin + size) for side, begin, size in sides):
+                return False
+        filled = 0
+        for piece in pieces:
+            start, stop = max(wanted.start, piece.begin[0]), min(wanted.stop, piece.end(0))
+            if start < stop:
+                piece.stored.read_into(out[start - wanted.start : stop - wanted.start], start - piece.begin[0])
+                filled += stop - start
+        if filled != len(out):
+            raise MoeLmError(f"the checkpoint {self.folder} holds only a part of tensor {name}")
+        return True
 
     @cached_property
     def _pieces(self) -> dict[str, list[Piece]]:

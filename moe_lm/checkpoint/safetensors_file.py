@@ -57,16 +57,20 @@ class Stored:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start..stop` of the first dimension, in memory of their own. A scalar is one row."""
-        row_shape = self.shape[1:]
-        row_bytes = math.prod(row_shape) * self.dtype.itemsize
-        buffer = bytearray((stop - start) * row_bytes)
-        if not buffer:
-            return torch.empty(stop - start, *row_shape, dtype=self.dtype)
+        rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        self.read_into(rows, start)
+        return rows
+
+    def read_into(self, rows: Tensor, start: int) -> None:
+        """Fill contiguous rows of this dtype with those from `start` on."""
+        buffer, filled = as_bytes(rows), 0
         with _open(self.file) as file:
-            file.seek(self.start + start * row_bytes)
-            if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-                raise MoeLmError(f"{self.file} ends within tensor {self.name}; it changed while it was read")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *row_shape)
+            file.seek(self.start + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    raise MoeLmError(f"{self.file} ends within tensor {self.name}; it changed while it was read")
+                filled += count
 
     def _dtype_among(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
         if self.dtype_name not in dtypes:

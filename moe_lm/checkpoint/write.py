@@ -36,7 +36,7 @@ from moe_lm.common.integrity import Entry, entry_of, entry_of_bytes
 from moe_lm.parallel.logical import host_copy, with_local
 from moe_lm.parallel.process_group import Ranks
 
-MAX_FILE_BYTES = 1 << 30  # files are written and verified side by side
+MAX_FILE_BYTES = 1 << 28  # files are written, verified and read side by side
 Content = str | Path | Callable[[Path], None]
 
 # One process needs no process group. Once and for all: what `warnings.catch_warnings` does is not for threads.

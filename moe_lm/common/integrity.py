@@ -15,7 +15,7 @@ import xxhash
 
 XXH3, SHA256 = "xxh3_128", "sha256"
 KINDS: dict[str, Callable[..., Any]] = {XXH3: xxhash.xxh3_128, SHA256: hashlib.sha256}
-CHUNK_BYTES = 1 << 20  # hashed and written while they are in the processor's cache
+CHUNK_BYTES = 1 << 18  # hashed and written while they are in the processor's cache
 
 Entry = dict[str, Any]  # a file's line in a manifest: `size` in bytes, and a checksum under its kind
 

@@ -78,3 +78,37 @@ def test_tensors_are_filled_a_piece_at_a_time_and_rounded_once(tmp_path: Path, m
     read.load_weights(folder, filled)
     assert torch.equal(filled["model.a"], weight.bfloat16())
     assert float(filled["model.b"]) == 3.5
+
+
+def test_pieces_of_whole_rows_are_read_straight_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any rows of it, from several files; no other tensor is made on the way."""
+    source = save_pieces(tmp_path, {(0, 0): WHOLE[:1], (1, 0): WHOLE[1:3], (3, 0): WHOLE[3:]})
+    assert source.shape(NAME) == (4, 6, 3)
+    monkeypatch.setattr(source, "rows", None)
+    for start, stop in ((0, 4), (1, 3), (2, 4), (3, 3)):
+        out = torch.zeros(stop - start, 6, 3)
+        assert source.read_into(NAME, out, (slice(start, stop), slice(0, 6), slice(0, 3)))
+        assert torch.equal(out, WHOLE[start:stop])
+    (tmp_path / checkpoint.MODEL / "1.safetensors").unlink()
+    with pytest.raises(MoeLmError, match=r"cannot read .*1\.safetensors"):
+        source.read_into(NAME, torch.zeros(4, 6, 3), (slice(0, 4), slice(0, 6), slice(0, 3)))
+
+
+@pytest.mark.parametrize(
+    ("out", "box"),
+    [
+        (torch.zeros(4, 3, 3), (slice(0, 4), slice(0, 3), slice(0, 3))),  # a part of each row
+        (torch.zeros(4, 6, 3, dtype=torch.bfloat16), (slice(0, 4), slice(0, 6), slice(0, 3))),
+        (torch.zeros(6, 4, 3).transpose(0, 1), (slice(0, 4), slice(0, 6), slice(0, 3))),
+    ],
+)
+def test_rows_that_memory_has_otherwise_are_not_read_straight_into_it(tmp_path: Path, out: Tensor, box: Any) -> None:
+    assert not save_pieces(tmp_path, {(0, 0): WHOLE}).read_into(NAME, out, box)
+    assert not out.any()
+
+
+def test_rows_that_no_file_has_are_an_error(tmp_path: Path) -> None:
+    """Two pieces overlap and others are missing: the elements are as many as they should be."""
+    places = {(0, 0): WHOLE[:2], (1, 0): WHOLE[:1], (3, 0): WHOLE[3:]}
+    with pytest.raises(MoeLmError, match=f"holds only a part of tensor {NAME}"):
+        save_pieces(tmp_path, places).read_into(NAME, torch.zeros(2, 6, 3), (slice(2, 4), slice(0, 6), slice(0, 3)))
