@@ -59,6 +59,7 @@ class Connections:
             await self.app(scope, receive, send)
             return
         connection: Connection = scope["state"]["connection"]
+        scope["state"]["close"] = connection.transport.abort
 
         async def watched() -> Message:
             message = await receive()

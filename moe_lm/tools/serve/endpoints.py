@@ -24,6 +24,7 @@ from moe_lm.tools.serve.requests import ChatRequest, CompletionRequest, Generati
 from moe_lm.tools.serve.scheduler import Job, Scheduler, Ticket
 
 MOST_VALUES = 1 << 20  # log-probabilities and experts of a whole answer: about 25 MB
+LAST_WORDS = 5.0  # seconds that a client has to read why its answer ends
 
 
 class PromptIds(NamedTuple):
@@ -163,8 +164,9 @@ class Endpoints:
 
     @asynccontextmanager
     async def _served(self, request: Request, ticket: Ticket) -> AsyncIterator[None]:
-        """Keep a ticket in the scheduler, until the client goes away or the time is up at the latest."""
-        self.scheduler.submit(ticket)
+        """Keep a ticket in the scheduler until the client goes away, does not read, or the time is up."""
+        loop, close = asyncio.get_running_loop(), request.scope.get("state", {}).get("close", lambda: None)
+        timers: list[asyncio.TimerHandle] = []
 
         def end(error: ApiError) -> None:
             ticket.put(error)
@@ -175,14 +177,25 @@ class Endpoints:
                 pass
             end(ApiError(GONE, "the client went away"))
 
+        def end_unread() -> None:
+            end(ApiError(GONE, "the client does not read its answer"))
+            close()
+
+        def end_late() -> None:
+            end(late)
+            timers.append(loop.call_later(LAST_WORDS, close))  # a client that does not read would stay for ever
+
         limit = self.limits.timeout
         late = ApiError(504, f"the answer was not ready within the server's {limit:g} s; ask for less", code="timeout")
-        timer = asyncio.get_running_loop().call_later(limit, end, late)
+        ticket.overflow = end_unread
+        self.scheduler.submit(ticket)
+        timers.append(loop.call_later(limit, end_late))
         watch = asyncio.create_task(end_when_gone())
         try:
             yield
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
             watch.cancel()
             self.scheduler.leave(ticket)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from moe_lm.common.errors import MoeLmError
@@ -17,6 +17,8 @@ from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
 
 log = logging.getLogger("moe_lm.serve")
+# What may wait for a client that does not read: a token counts for 8 values, and for its log-probabilities and experts.
+MOST_UNREAD = 1 << 15  # values, about 3 MB
 
 
 class Job(NamedTuple):
@@ -31,7 +33,8 @@ class Job(NamedTuple):
 class Ticket:
     """A request on its way: the texts that it asks for, and the inbox for what is written.
 
-    The scheduler moves `waiting` jobs into the decoder; the event loop reads what they write with `next`.
+    The scheduler moves `waiting` jobs into the decoder; the event loop reads what they write with `next`. When more
+    than MOST_UNREAD values wait to be read, `overflow` is called.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -40,10 +43,16 @@ class Ticket:
         self.running = 0  # in the decoder
         self._open = len(jobs)  # whose end was not read yet
         self._inbox: asyncio.Queue[list[Delta] | ApiError] = asyncio.Queue()
+        self._unread = 0  # values
+        self.overflow: Callable[[], None] = lambda: None
 
     def put(self, item: list[Delta] | ApiError) -> None:
         """Called in the event loop."""
         self._inbox.put_nowait(item)
+        if not isinstance(item, ApiError):
+            self._unread += sum(_values(delta.step) for delta in item)
+            if self._unread > MOST_UNREAD:
+                self.overflow()
 
     async def next(self) -> list[Delta]:
         """The deltas since the last call; none once all texts have ended. Raises the ApiError that ended the ticket."""
@@ -55,6 +64,7 @@ class Ticket:
             if isinstance(item, ApiError):
                 raise item
             deltas += item
+        self._unread = 0
         self._open -= sum(delta.finish is not None for delta in deltas)
         return deltas
 
@@ -227,6 +237,10 @@ class Scheduler:
                 ticket.put(item)
 
         self._loop.call_soon_threadsafe(put)
+
+
+def _values(step: Step) -> int:
+    return 8 + len(step.alternatives) + sum(map(len, step.experts or ()))
 
 
 def _told(error: Exception) -> ApiError:

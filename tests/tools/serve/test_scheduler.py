@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.generate.text import Row
+from moe_lm.tools.serve import endpoints, scheduler
 from moe_lm.tools.serve.errors import ApiError
 from moe_lm.tools.serve.metrics import Metrics
 from moe_lm.tools.serve.scheduler import Job, Scheduler, Ticket
@@ -126,20 +128,27 @@ def test_a_text_without_any_token_left_ends_alone(session: Session) -> None:
     asyncio.run(main())
 
 
-def test_a_full_queue_is_said_at_once(serve: Serve) -> None:
-    served = serve(slots=1, max_queue=2)
-    body = {"prompt": "x", "max_tokens": 120, **NEVER_END}
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: served.post("completions", **body), range(8)))
-    statuses = [answer.status_code for answer in answers]
-    assert statuses.count(200) >= 3
-    assert set(statuses) <= {200, 429}
-    for answer in answers:
-        if answer.status_code == 429:
-            assert answer.headers["retry-after"] == "1"
-            assert answer.json()["error"]["code"] == "queue_full"
-            assert answer.json()["error"]["type"] == "rate_limit_error"
-    answer = served.post("completions", prompt="x", n=4)
+def test_a_full_queue_is_said_at_once(serve: Serve, session: Session) -> None:
+    """One row and two that wait: there is room for three texts, and a fourth is refused until one of them has ended."""
+
+    async def main() -> None:
+        asked = Scheduler(session, 1, 64, 2, Metrics())
+        three, fourth = ticket(session, 3), ticket(session, 1)
+        asked.submit(three)
+        with pytest.raises(ApiError, match=r"queue is full \(3 texts wait, at most 2 may\); try again later") as error:
+            asked.submit(fourth)
+        answer = error.value.response()
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert (error.value.body["error"]["code"], error.value.body["error"]["type"]) == (
+            "queue_full", "rate_limit_error",
+        )  # fmt: skip
+        async with working(asked):
+            await finished(three, [], "")
+            asked.submit(fourth)
+            await finished(fourth, [], "")
+
+    asyncio.run(main())
+    answer = serve(slots=1, max_queue=2).post("completions", prompt="x", n=4)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "too_many_texts"
 
@@ -189,6 +198,38 @@ def test_a_client_that_goes_away_frees_its_rows(serve: Serve, stream: bool) -> N
     status = served.metric('moe_lm_requests_total{endpoint="/v1/completions",status="499"}')
     assert status == 2
     assert served.post("completions", prompt="x", max_tokens=3).status_code == 200
+
+
+def test_a_client_that_does_not_read_is_dropped_before_its_answer_takes_memory(serve: Serve) -> None:
+    """What it asks for comes to 15 MB; what the system's buffers do not take is 3 MB at most."""
+    served = serve(slots=32, max_queue=200)
+    body = json.dumps({"prompt": "x", "max_tokens": 120, "n": 128, "stream": True, "logprobs": 20} | NEVER_END)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = served.url.removeprefix("http://").split(":")
+        deaf.connect((host, int(port)))
+        deaf.sendall(head(len(body)) + body.encode())
+        served.wait(lambda: served.scheduler.running > 0)
+        served.wait(lambda: served.scheduler.running + served.scheduler.queued == 0)
+        assert served.metric("moe_lm_generated_tokens_total") < 128 * 120
+        status = 'moe_lm_requests_total{endpoint="/v1/completions",status="499"}'
+        served.wait(lambda: served.metric(status) == 1)
+
+
+def test_a_client_that_does_not_read_is_dropped_when_its_time_is_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(scheduler, "MOST_UNREAD", 1 << 40)
+    served = serve(slots=32, max_queue=200, timeout=1.0)
+    body = json.dumps({"prompt": "x", "max_tokens": 120, "n": 128, "stream": True, "logprobs": 20} | NEVER_END)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = served.url.removeprefix("http://").split(":")
+        deaf.connect((host, int(port)))
+        deaf.sendall(head(len(body)) + body.encode())
+        status = 'moe_lm_requests_total{endpoint="/v1/completions",status="504"}'
+        served.wait(lambda: served.metric(status) == 1)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.conftest import Done
 from tests.generate.test_cached import needs_compiler
 from tests.processes import ENVIRONMENT, free_port
 from tests.texts import text_of
+from tests.tools.serve.conftest import connect, head
 
 Start = Callable[..., subprocess.Popen[str]]
 NEVER_END = {"logit_bias": {str(token): -100 for token in range(8)}}
@@ -37,14 +40,30 @@ def start(start_moe_lm: Start, *arguments: object, **environment: object) -> tup
     raise AssertionError(process.communicate())
 
 
+def wait_until_refused(url: str) -> None:
+    """Until the server takes no new connection, which is after it has heard the signal."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < deadline:
+            connect(url).close()
+            time.sleep(0.01)
+        raise AssertionError
+
+
 def test_sigterm_lets_what_runs_end_and_nothing_new_begin(served_run: Path, start_moe_lm: Start) -> None:
     process, url = start(start_moe_lm, served_run)
     assert httpx.get(f"{url}/health", headers={"Host": "any.example"}).status_code == 421
-    body = {"prompt": "x", "max_tokens": 100, "stream": True, "n": 8, **NEVER_END}
+    body = {"prompt": "x", "max_tokens": 120, "stream": True, "n": 40, **NEVER_END}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
+        late = connect(url)  # its request has begun, and its body comes after the signal
+        late.sendall(head(length=len(b'{"prompt": "x"}')))
         process.send_signal(signal.SIGTERM)
+        wait_until_refused(url)
+        late.sendall(b'{"prompt": "x"}')
+        assert late.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+        late.close()
         assert [line for line in lines if line][-1] == "data: [DONE]"
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
