@@ -66,7 +66,7 @@ def known_limit(config: ModelConfig, family: Family) -> str | None:
         return (
             f"{odd[0]}={getattr(config, odd[0])} is odd, and it reads the rotated entries behind them in aligned pairs"
         )
-    if family.model_type == "llama" and config.hidden_size % config.num_attention_heads:
+    if family.model_type in ("llama", "deepseek_v2") and config.hidden_size % config.num_attention_heads:
         sizes = f"hidden_size={config.hidden_size} is not divisible by num_attention_heads={config.num_attention_heads}"
         return f"{sizes}, which it demands with any head_dim"
     return None
