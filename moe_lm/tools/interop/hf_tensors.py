@@ -7,7 +7,7 @@ stack `[E, in, out]` here and E matrices `[out, in]` there; everything else is t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,20 @@ LISTED = 5  # names in an error; the others are counted
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 INVERSE_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Part(NamedTuple):
-    """A tensor of theirs: the transpose of expert `expert` of our stack, or the whole of our tensor."""
+    """A tensor of theirs: the transpose of expert `expert` of our stack, or the whole of our tensor.
+
+    In the stacks that `transformers` has in memory the expert is one of its matrices, or `within`, some rows of that.
+    """
 
     name: str
     shape: tuple[int, ...]
     expert: int | None
+    within: slice | None = None
 
 
 class TensorPair(NamedTuple):
@@ -69,9 +74,33 @@ def tensor_pairs(config: ModelConfig, family: Family) -> list[TensorPair]:
     return pairs
 
 
+def as_found(pairs: Sequence[TensorPair], names: Iterable[str]) -> list[TensorPair]:
+    """The same pairs, with their parts where a folder with these names has them.
+
+    Beside published names these are those of `transformers` 5 in memory, which state dicts of FSDP and accelerate keep:
+    a layer's experts as stacks, `experts.gate_up_proj` [E, 2F, D], gates above ups, and `experts.down_proj` [E, D, F].
+    """
+    present = set(names)
+    return [pair._replace(parts=tuple(_as_found(part, pair, present) for part in pair.parts)) for pair in pairs]
+
+
+def _as_found(part: Part, pair: TensorPair, present: set[str]) -> Part:
+    in_memory = part.name.replace("block_sparse_moe.", "mlp.")  # as Mixtral's layers are called there
+    if part.name in present or in_memory in present:
+        return part if part.name in present else part._replace(name=in_memory)
+    if part.expert is None:
+        return part
+    layer, matrix = in_memory.partition("experts.")[0], pair.ours.rpartition(".")[2]
+    rows, columns = part.shape
+    name, height = (STACKS[1], rows) if matrix == "down_proj" else (STACKS[0], 2 * rows)
+    within = slice(rows, height) if matrix == "up_proj" else slice(0, rows)
+    stack = Part(f"{layer}{name}", (pair.shape[0], height, columns), part.expert, within)
+    return stack if stack.name in present else part
+
+
 def check_counts(source: TensorSource, config: ModelConfig, origin: str) -> None:
     """Raise MoeLmError when a folder has far too few tensors for its config.json, before a name is made for each."""
-    present = len(list(source.names()))
+    present = sum(max(1, *source.shape(name)[:1]) if name.endswith(STACKS) else 1 for name in source.names())
     least = config.num_hidden_layers + len(config.moe_layers) * config.n_routed_experts
     if least > 1000 + 4 * present:
         raise MoeLmError(
@@ -88,8 +117,12 @@ def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: Mo
     needed = {part.name: part for pair in pairs for part in pair.parts}
     present = set(source.names())
     missing = sorted(needed.keys() - present)
+    unexpected = [name for name in sorted(present - needed.keys()) if not _why_left_out(name, config)]
     if missing:
-        raise MoeLmError(f"{origin} lacks {len(missing)} tensors that its config.json promises: {_some(missing)}")
+        there = f"; there instead: {_some(unexpected)}" if unexpected else ""
+        raise MoeLmError(
+            f"{origin} lacks {len(missing)} tensors that its config.json promises: {_some(missing)}{there}"
+        )
     for name, part in needed.items():
         shape = source.shape(name)
         if shape != part.shape:
@@ -99,15 +132,14 @@ def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: Mo
         source.dtype(name)
     if config.tie_word_embeddings and HEAD in present:
         _check_tied(source, origin)
+    if unexpected:
+        raise MoeLmError(
+            f"{origin} holds {len(unexpected)} tensors that its config.json does not explain: {_some(unexpected)}; "
+            "dropping them would change the model"
+        )
     left_out: dict[str, list[str]] = {}
     for name in sorted(present - needed.keys()):
         left_out.setdefault(_why_left_out(name, config), []).append(name)
-    unknown = left_out.pop("", [])
-    if unknown:
-        raise MoeLmError(
-            f"{origin} holds {len(unknown)} tensors that its config.json does not explain: {_some(unknown)}; "
-            "dropping them would change the model"
-        )
     return [f"left out: {why}, {len(names)} tensors ({_some(names)})" for why, names in left_out.items()]
 
 

@@ -9,7 +9,7 @@ from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG, HFFolder
-from moe_lm.tools.interop.hf_tensors import check_complete, check_counts, tensor_pairs
+from moe_lm.tools.interop.hf_tensors import as_found, check_complete, check_counts, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
 from moe_lm.tools.interop.transfer import Meter, Tell, outputs_of_ours, write_run
 
@@ -35,7 +35,7 @@ def import_folder(
     check_regular(tokenizer or source)
     words = Tokenizer.load(tokenizer or source, config.vocab_size)
     check_counts(folder, config, str(source))
-    pairs = tensor_pairs(config, family)
+    pairs = as_found(tensor_pairs(config, family), folder.names())
     notes = check_complete(folder, pairs, config, str(source))
     new = [pair.ours for pair in pairs if not pair.parts]
     if new:

@@ -151,5 +151,7 @@ def _part_of_theirs(theirs: TensorSource, part: Part) -> Iterator[Tensor]:
     """The same part read from their tensor, in the same pieces."""
     if part.expert is None:
         yield from pieces(theirs, part.name)
-    else:
+    elif part.within is None:
         yield theirs.rows(part.name, 0, part.shape[0]).mT
+    else:
+        yield theirs.rows(part.name, part.expert, part.expert + 1, part.within)[0].mT
