@@ -1,18 +1,10 @@
-"""The small model of the same kind as the config's, its training, and its initial weights."""
+"""The small model of the same kind as the config's, and its training."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-import torch
 
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import RunConfig
 from moe_lm.config.training import BalanceConfig, OptimizerConfig, PreferenceConfig, ScheduleConfig, TrainConfig
-from moe_lm.model.transformer import generator_of
-
-if TYPE_CHECKING:  # the command starts processes, and need not import what they run
-    from moe_lm.engine.build import RankModel
 
 STEPS = 5
 BATCH = 8  # rows of a global batch: each of 4 ranks has 2 to accumulate over
@@ -23,8 +15,6 @@ LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8
 REACH = 3  # largest factor of rotary scaling
 PAD = 2
 FAVOURED, AVOIDED = 1, EXPERTS - 2  # experts that get most tokens, and none, by their router bias
-LIKED, HATED = 0.3, -100.0
-ADAPTED = 0.1  # standard deviation of the second factors of adapters
 
 
 def small_model(model: ModelConfig) -> ModelConfig:
@@ -113,23 +103,5 @@ def training(config: RunConfig) -> TrainConfig:
         freeze_router=config.train.freeze_router,
         scheduled_sampling=sampling and sampling.model_copy(update={"ramp_steps": 0}),
         balance=BalanceConfig(bias_update_rate=0.01, sequence_loss=0.3, batch_loss=0.5, z_loss=0.1),
-        clip_norm=0.5,  # every step's gradient is longer, as `check_reference` makes sure
+        clip_norm=0.5,  # every step's gradient is longer, or `easy_steps` says so
     )
-
-
-@torch.no_grad()
-def initialise(built: RankModel, seed: int) -> None:
-    """Fill the weights of step 0. Routers prefer one expert and avoid another; adapters have an effect.
-
-    An adapter's second factor is usually zero at first, which would leave its first factor without a gradient.
-    """
-    built.initialise(seed)
-    built.initialise_adapters(seed)
-    for name, factor in built.model.named_parameters():
-        if name.endswith("lora_B"):
-            parts = enumerate(factor, built.first_expert) if ".experts." in name else [(0, factor)]
-            for expert, part in parts:
-                part.copy_(torch.randn(part.shape, generator=generator_of(f"{seed}/{name}/{expert}")) * ADAPTED)
-    for layer in built.model.moe_layers:
-        layer.gate.e_score_correction_bias[FAVOURED] += LIKED
-        layer.gate.e_score_correction_bias[AVOIDED] += HATED

@@ -9,6 +9,7 @@ import json
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ from moe_lm.parallel.process_group import join, leave
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
-from moe_lm.tools.verify.scale import PAD, initialise
+from moe_lm.tools.verify.scale import BATCH, PAD, STEPS
+from moe_lm.tools.verify.weights import favouring_biases, initialise
 from moe_lm.train.loop import local_micro_batches
 
 
@@ -45,19 +47,23 @@ def main(folder: Path) -> None:
     topology = current_topology()
     if topology.world_size > 1:
         join(Meeting(topology), rank_device(plan.parallel, topology), plan.parallel.timeout_seconds)
+    biases = biases_of(plan)
     for number, layout in enumerate(plan.layouts):
         if layout.world_size == topology.world_size:
             print(f"layout: {layout.name}", flush=True)
-            run(layout, plan, topology, folder, folder / f"{number}")
+            run(layout, plan, topology, folder, folder / f"{number}", biases)
     leave()
 
 
-def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: Path) -> None:
-    """Run the steps of one layout, from the initial weights or from another layout's checkpoint."""
+def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: Path, biases: Sequence[float]) -> None:
+    """Run the steps of one layout, from the initial weights or from another layout's checkpoint.
+
+    `biases` are those of the favoured experts.
+    """
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
     built = build_model(plan.model, parallel, topology, plan.lora, train.freeze_router)
-    initialise(built, train.seed)
+    initialise(built, train.seed, biases)
     objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken(train.compile)
     engine = build_engine(built, objective, train, parallel, PAD)
     batches = batch_source(layout, plan, engine)
@@ -93,6 +99,13 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     if engine.topology.is_main:
         (results / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
     engine.close(leave=False)
+
+
+def biases_of(plan: Plan) -> list[float]:
+    """The favoured experts' biases, which every rank finds by itself, with the whole model on its CPU."""
+    built = build_model(plan.model, ParallelConfig(device="cpu"), Topology(), plan.lora, plan.train.freeze_router)
+    seed = plan.train.seed
+    return favouring_biases(built, seed, Documents(seed).batch(0, range(BATCH * STEPS)))
 
 
 def batch_source(layout: Layout, plan: Plan, engine: Engine) -> BatchSource:

@@ -42,6 +42,7 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
     report = json.loads((tmp_path / "report.json").read_text())
     layouts = {layout["name"]: layout for layout in report["layouts"]}
     assert report["ok"]
+    assert report["notes"] == []
     assert all(layout["counts_equal"] and layout["worst"]["loss"] <= 1e-6 for layout in layouts.values())
     assert all(max(layout["worst"].values()) <= 1e-5 for layout in layouts.values())
     for name in (
