@@ -32,9 +32,7 @@ class Plan:
 class Window(NamedTuple):
     """The figures of WINDOW steps together."""
 
-    step: int  # the last one
     loss: float  # mean of the steps that were not skipped; NaN without any
-    skipped: int  # number of steps
     seconds: float
     data_seconds: float
     tokens: int
@@ -73,6 +71,8 @@ class Past:
         """Take in a record with `val_loss`."""
         training = mean_loss(self.records) if self.records else math.nan
         found = Evaluated(record["step"], number(record["val_loss"]), training)
+        if math.isnan(found.held_out):
+            return
         if self.best is None or found.held_out < self.best.held_out:
             self.best = found
             self.since_best.clear()
@@ -140,19 +140,16 @@ class Lows:
 
 def summary(records: Sequence[Record]) -> Window:
     """The figures of these records together."""
-    newest = records[-1]
     return Window(
-        step=newest["step"],
         loss=mean_loss(records),
-        skipped=sum(record["skipped"] for record in records),
         seconds=sum(record["seconds"] for record in records),
         data_seconds=sum(record.get("data_seconds", 0.0) for record in records),
         tokens=sum(record["tokens"] for record in records),
-        dead=tuple(dead_experts(records, place) for place in range(len(newest.get("experts", ())))),
+        dead=tuple(never_used(records, place) for place in range(len(records[-1].get("experts", ())))),
     )
 
 
-def dead_experts(records: Sequence[Record], place: int) -> int:
+def never_used(records: Sequence[Record], place: int) -> int:
     """The experts of a MoE layer that had no token in any of the records: bit e for expert e."""
     dead = -1
     for record in reversed(records):

@@ -16,7 +16,7 @@ from operator import and_
 from typing import Any, Literal
 
 from moe_lm.optim.groups import schedule_factor
-from moe_lm.train.past import ROW, WINDOW, Lows, Past, Plan, Record, mean_loss, number
+from moe_lm.train.past import ROW, WINDOW, Lows, Past, Plan, Record, number
 
 EARLY = 200  # steps of fresh routers, which are uneven until the balance has spread their tokens
 LASTING = 500  # steps
@@ -26,7 +26,7 @@ COLLAPSED, COLLAPSED_EARLY = 0.15, 0.02  # of the experts beyond those of one to
 JUDGED = 8  # tokens of an expert in a step, on average; fewer are uneven by chance
 DEAD, DEAD_IN_FINETUNING = 0.125, 0.4  # of a layer's experts; text of one kind leaves the experts of others alone
 MISSED = 100  # tokens of an even share that a dead expert did not get; fewer pass it by chance
-WORSE, WORSE_BY = 1.2, 0.2  # loss over the first one, as a factor and in nats
+WORSE, WORSE_BY = 1.25, 0.5  # loss over the first one, as a factor and in nats
 MOVED = 0.02  # of a weight's initial size; what smaller rates add up to is not seen in the loss
 LOSS_MOVED = 0.01  # of the first loss
 FORGOT, LEARNED = 0.02, 0.02  # of the loss, on held-out and on training text
@@ -119,15 +119,15 @@ def dead_experts(past: Past) -> Iterator[Figures]:
 
 
 def rate_too_high(past: Past) -> Iterator[Figures]:
-    """The loss is worse than at the start for ROW steps, or already steps are skipped; or half of them are, as bad."""
+    """The usual loss of ROW steps is worse than at the start, or of fewer when steps are skipped already."""
     if past.first_loss is None:
         return
     skipped = sum(record["skipped"] for record in past.records)
     limit = max(WORSE * past.first_loss, past.first_loss + WORSE_BY)
-    recent = [window.loss for window in past.newest_windows(ROW)]
-    worse = len(recent) * WINDOW == ROW and all(loss > limit for loss in recent)
-    loss = mean_loss(past.records)
-    if worse or (skipped and loss > limit) or (2 * skipped >= len(past.records) and not loss <= past.first_loss):
+    losses = [loss for record in past.records if math.isfinite(loss := number(record["loss"]))]
+    loss = statistics.median(losses) if losses else math.nan
+    worse = loss > limit and (skipped > 0 or len(past.records) == ROW)
+    if worse or (2 * skipped >= len(past.records) and not loss <= past.first_loss):
         yield {
             "loss": loss, "first": past.first_loss, "skipped": skipped, "steps": len(past.records),
             "lr": past.records[-1]["lr"],
@@ -269,8 +269,8 @@ SYMPTOMS = (
         name="learning rate too high",
         look="window",
         test=rate_too_high,
-        when=f"for {ROW} steps the loss is {WORSE:g} times the first one, or is that bad while steps are skipped; or "
-        "half of the steps are skipped, and the others are no better than the first",
+        when=f"for {ROW} steps the median loss is more than {WORSE:g} times the first one ({WINDOW} steps, where some "
+        "are skipped); or half of the steps are skipped, and the losses are worse than the first or not finite",
         says="the loss is {loss:.4g} after {first:.4g} at the start, and {skipped} of the last {steps} steps were "
         "skipped, at a rate of {lr:.3g}",
         cure="Begin again with train.optimizer.lr at a third or a tenth, or with a longer train.schedule.warmup_steps.",

@@ -244,6 +244,7 @@ CASES: dict[str, tuple[int, Callable[[int], Record], dict[str, Any], list[tuple[
                             if step % 10 == 0 else {"loss": 4 - step / 50}, {}, [(40, "memorising")]),
     "both worse": (40, lambda step: {"val_loss": 3 + abs(step - 20) / 50, "loss": 4.0}
                    if step % 10 == 0 else {"loss": 4.0}, {}, []),
+    "held-out loss not finite": (50, lambda step: {"val_loss": math.nan} if step % 10 == 0 else {}, {}, []),
     "one evaluation worse": (50, lambda step: {"val_loss": 3.0 + (step == 40)} if step % 10 == 0 else {}, {}, []),
     "slow reading": (40, lambda step: {"data_seconds": 0.05}, {}, [(20, "waiting for data")]),
     "slow reading once": (100, lambda step: {"data_seconds": 2.0, "seconds": 2.1} if step == 35 else {}, {}, []),
