@@ -11,7 +11,9 @@ import torch
 from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.training_loss import LossParts
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, train
@@ -34,8 +36,24 @@ class Watched:
         return self.source.batch(step, rows)
 
 
+def spoil(engine: Engine, source: BatchSource, factor: Callable[[int], float]) -> BatchSource:
+    """The source's batches; the loss of the data of step `step` (counted from 0) is multiplied by `factor(step)`."""
+    newest = [0]
+
+    def multiply(loss: Any, _: Any, parts: LossParts) -> LossParts | None:
+        if not loss.training or (by := factor(newest[0])) == 1:
+            return None
+        return parts._replace(loss=parts.loss * by, sums={**parts.sums, "loss": parts.sums["loss"] * by})
+
+    engine.loss.register_forward_hook(multiply)
+    return Watched(source, lambda step: newest.__setitem__(0, step))
+
+
 class LoopRun:
-    """Six steps of four rows; each call starts the loop anew, or goes on from the newest checkpoint."""
+    """Six steps of four rows; each call starts the loop anew, or goes on from the newest checkpoint.
+
+    `poison` multiplies the loss of a step's data, counted from 0.
+    """
 
     def __init__(
         self,
@@ -48,9 +66,10 @@ class LoopRun:
         save_every: int = 0,
         keep: int = 2,
         background: bool = False,
+        poison: Callable[[int], float] = lambda step: 1.0,
         **train: Any,
     ) -> None:
-        self.folder, self.source, self.evaluate_first = folder, source, evaluate_first
+        self.folder, self.source, self.evaluate_first, self.poison = folder, source, evaluate_first, poison
         self.validation = [source.batch(100 + n, range(2)) for n in (0, 1)] if validation is None else validation
         self.make_model, self.fresh = make_model, fresh
         self.checkpoint = CheckpointConfig(every=save_every, keep=keep, background=background)
@@ -58,16 +77,23 @@ class LoopRun:
 
     def __call__(self) -> TrainingResult:
         self.folder.mkdir(exist_ok=True)
-        self.engine = engine_of(self.make_model(), self.config)
-        step = load_newest(self.engine, self.folder / "checkpoints")
+        self.engine = self.build()
+        source = spoil(self.engine, self.source, self.poison)
+        counters = load_newest(self.engine, self.folder / "checkpoints")
         self.plan = Plan(self.config, self.engine.model.config, self.fresh)
-        with RunLog(self.folder, LogConfig(every=3), self.config.steps, "test", step, alarms=Alarms(self.plan)) as log:
+        start, is_main = counters.get("step", 0), self.engine.topology.is_main
+        log_config, steps = LogConfig(every=3), self.config.steps
+        with RunLog(self.folder, log_config, steps, "test", start, is_main, Alarms(self.plan)) as log:
             training = Training(
-                engine=self.engine, batches=self.source, validation=self.validation, config=self.config,
+                engine=self.engine, batches=source, validation=self.validation, config=self.config,
                 checkpoint=self.checkpoint, checkpoints=self.folder / "checkpoints", log=log,
                 files={"config.yaml": "a: 1\n"}, flops_per_token=1e6, evaluate_first=self.evaluate_first,
+                reload=lambda step: load_newest(self.engine, self.folder / "checkpoints", log, step),
             )  # fmt: skip
-            return train(training, step)
+            return train(training, counters)
+
+    def build(self) -> Engine:
+        return engine_of(self.make_model(), self.config)
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from moe_lm.config.strict_yaml import parse_section
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+DOUBTFUL = "doubtful.txt"  # says why a checkpoint is not one to go back to; it was saved so that nothing is lost
 GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
 MODEL, OPTIMIZER = "model", "optimizer"
 MODEL_PREFIX = "model."
@@ -177,15 +178,28 @@ def pin(folder: Path, why: str) -> None:
 def clean(checkpoints: Path, keep: int) -> None:
     """Delete leftovers of unfinished saves, and all complete checkpoints but the newest `keep` and the pinned ones.
 
-    What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is not a leftover
-    of a save, so it stays too; so does a damaged one that was moved aside.
+    Doubtful checkpoints do not count, and stay until there is a newer one that does. What cannot be deleted stays for
+    the next time. A folder under its final name without COMPLETE is not a leftover of a save, so it stays too; so does
+    a damaged one that was moved aside.
     """
     complete = complete_checkpoints(checkpoints)
-    kept = {complete[step] for step in sorted(complete)[-keep:]}
+    good = _good(complete)
+    kept = {complete[step] for step in good[-keep:]}
+    kept |= {folder for step, folder in complete.items() if not good or step > good[-1]}
     kept |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
     for folder, _, suffix in step_folders(checkpoints):
         if folder not in kept and suffix != DAMAGED and (suffix or folder in complete.values()):
             delete(folder)
+
+
+def drop_doubtful(checkpoints: Path) -> bool:
+    """Delete the doubtful checkpoints after the newest good one, so that this is the newest; False if there is none."""
+    complete = complete_checkpoints(checkpoints)
+    good = _good(complete)
+    for step, folder in complete.items():
+        if good and step > good[-1]:
+            delete(folder)
+    return bool(good)
 
 
 def delete(folder: Path) -> None:
@@ -240,6 +254,11 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
         if suffix in ("", REPLACED) and (folder / COMPLETE).is_file():
             found[step] = folder
     return found
+
+
+def _good(complete: Mapping[int, Path]) -> list[int]:
+    """The steps, in order, whose checkpoints are not doubtful."""
+    return [step for step in sorted(complete) if not (complete[step] / DOUBTFUL).is_file()]
 
 
 def _is_readable(folder: Path) -> bool:

@@ -68,6 +68,30 @@ class PreferenceConfig(Section):
     sft_weight: float = Field(default=0.0, ge=0, description="weight of the preferred answer's added loss per token")
 
 
+class GuardConfig(Section):
+    """What a run does about NaN, infinity, and a loss far outside its recent range, upwards."""
+
+    max_skipped: int = Field(
+        default=10,
+        gt=0,
+        description="steps skipped in a row after which the run goes back to its newest good checkpoint and leaves out "
+        "the data that it has read since",
+    )
+    spike_threshold: float | None = Field(
+        default=6.0,
+        gt=0,
+        description="robust standard deviations above the median of the last 100 losses from which a loss is a spike; "
+        "null: no loss is",
+    )
+    on_spike: Literal["log", "skip"] = Field(
+        default="log", description="log: take the step of a spike and say so; skip: do not take it"
+    )
+    max_spike_steps: int = Field(
+        default=50, gt=0, description="steps in a row with a spike after which the run goes back, as with max_skipped"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="times a run goes back; at the next it ends with an error")
+
+
 class TrainConfig(Section):
     """The optimisation: how many steps, of how many sequences, at which rates."""
 
@@ -93,6 +117,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
+    guards: GuardConfig = GuardConfig()
     freeze_router: bool | None = Field(default=None, description="do not train the router; null: only with lora")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_batches: int | None = Field(default=None, gt=0, description="global batches of an evaluation; null: all")

@@ -36,6 +36,11 @@ class Status:
         if "tokens_per_second" in record:
             self._speeds.append(record["tokens_per_second"])
 
+    def rewind(self, step: int) -> None:
+        """Go back to an earlier step."""
+        self.step = step
+        self._arrivals.clear()
+
     @property
     def seconds_left(self) -> float | None:
         """Seconds to the last step, evaluation and saving included; None until two steps have been seen."""

@@ -74,9 +74,11 @@ class RunLog:
         self._display = Display(self._status)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._is_main:
             return
+        if isinstance(error, MoeLmError):
+            self._write_log(f"error: {error}")  # the terminal shows it last
         self._display.close()
         for name, tracker in self._trackers.items():
             self._send(name, tracker.close)
@@ -115,6 +117,13 @@ class RunLog:
             self._write(self._metrics, json_text({"event": kind, "step": step, "message": text, **fields}))
             if show:
                 self.message(text)
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`, which the run has gone back to. Trackers get those steps once more."""
+        if self._is_main:
+            self._start_step = step
+            self._status.rewind(step)
+            self._metrics.rewrite(lambda path: drop_later_steps(path, step))
 
     def message(self, text: str) -> None:
         """Write a line to the terminal and to `train.log`."""
@@ -193,7 +202,7 @@ class LineFile:
     """Appends whole lines without a buffer; a line that does not fit leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.name
+        self._path, self.name = path, path.name
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
@@ -207,6 +216,14 @@ class LineFile:
             with suppress(OSError):
                 self._file.truncate(before)
             raise
+
+    def rewrite(self, change: Callable[[Path], object]) -> None:
+        """Let `change` put another file in its place; a full disk leaves it as it was."""
+        with suppress(OSError):
+            change(self._path)
+            file = self._path.open("ab", buffering=0)
+            self.close()
+            self._file = file
 
     def close(self) -> None:
         with suppress(OSError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
@@ -17,8 +19,10 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
 from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.figures import step_record
+from moe_lm.train.guards import Guard
 from moe_lm.train.log import RunLog, json_text
 
 
@@ -35,6 +39,7 @@ class Training:
     log: RunLog
     files: Mapping[str, str]  # beside the tensors of every checkpoint, by name
     flops_per_token: float  # forward and backward
+    reload: Callable[[int], dict[str, Any]]  # after this step, load the newest checkpoint and return its trainer.json
     evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
 
@@ -43,21 +48,37 @@ class Training:
 class TrainingResult:
     """The end of the loop; `stopped` if a signal came before the last step."""
 
-    step: int
+    step: int = 0
     stopped: bool = False
     loss: float = math.nan
     validation_loss: float | None = None  # nats per token, or the mean loss of a pair
     checkpoint: Path | None = None
 
+    def counters(self) -> dict[str, Any]:
+        """What trainer.json holds of it."""
+        return {"step": self.step, "loss": self.loss, "validation_loss": self.validation_loss}
 
-def train(run: Training, start_step: int) -> TrainingResult:
-    """Train from `start_step` to the last step, evaluating, saving and logging on the way.
+    def take(self, counters: Mapping[str, Any]) -> None:
+        """Take up the counters of a checkpoint; empty ones are those of the start."""
+        self.step = int(counters.get("step", 0))
+        self.loss = math.nan if counters.get("loss") is None else float(counters["loss"])
+        self.validation_loss = counters.get("validation_loss")
 
+
+def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
+    """Train to the last step, evaluating, saving and logging on the way.
+
+    `counters` is the trainer.json of the checkpoint that the engine has loaded, or empty. A run whose numbers go wrong
+    goes back to a checkpoint, and ends with MoeLmError when that has not helped (guards.py).
     A stop signal ends it with a checkpoint after the current step or evaluation batch; only the evaluation after the
     last step is still finished. Before the first step is done, and as a second one, it ends the process at once.
     """
     config, engine = run.config, run.engine
-    result = TrainingResult(step=start_step)
+    result = TrainingResult()
+    result.take(counters)
+    start_step = result.step
+    guard = Guard(config.guards, run.log, counters)
+    batches = guard.batches(run.batches)
     pace = Pace(engine)
     with stop_signals() as signalled, Saver(run.checkpoints, run.checkpoint, run.watchdog) as saver:
         if run.evaluate_first and run.validation and start_step == 0:
@@ -66,21 +87,25 @@ def train(run: Training, start_step: int) -> TrainingResult:
                 result.stopped = True
             else:
                 run.log.step({"step": 0, **before})
-        while result.step < config.steps and not result.stopped:
+        while (guard.must_go_back or result.step < config.steps) and not result.stopped:
+            if guard.must_go_back:
+                go_back(run, guard, saver, result)
             started = time.perf_counter()
             with pace.reading():
-                micro_batches = local_micro_batches(engine, run.batches, config, result.step)
+                micro_batches = local_micro_batches(engine, batches, config, result.step)
             data_seconds = time.perf_counter() - started
             run.watchdog.feed()
-            step_result = engine.train_step(result.step, micro_batches)
+            step_result = engine.train_step(result.step, micro_batches, loss_limit=guard.loss_limit)
             seconds = time.perf_counter() - started
             signalled.hold()
             result.step += 1
             result.loss = step_result.loss
             record = step_record(result.step, step_result, seconds, data_seconds, engine, run.flops_per_token)
-            last = result.step == config.steps
+            guard.judge(result.step, step_result)
+            last = result.step == config.steps and not guard.must_go_back
             result.stopped = engine.any_rank(bool(signalled)) and not last
-            if run.validation and not result.stopped and (last or is_due(result.step, config.eval_every)):
+            unstopped = not result.stopped and not guard.must_go_back
+            if run.validation and unstopped and (last or is_due(result.step, config.eval_every)):
                 held_out = evaluate(run, () if last else signalled)
                 if held_out is None:
                     result.stopped = True
@@ -92,15 +117,18 @@ def train(run: Training, start_step: int) -> TrainingResult:
             if slow := pace.step(seconds):
                 rank, own, others, text = slow
                 run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
-            if not last and not result.stopped and is_due(result.step, run.checkpoint.every):
-                saver.start(result.step, engine.state(), files_of_step(run, result))
+            save = guard.may_save(is_due(result.step, run.checkpoint.every))
+            if save and not last and not result.stopped:
+                start_save(run, guard, saver, result)
             note_saves(run, saver, result)
         if result.stopped:
             run.log.event("stop", result.step, f"stopping after step {result.step}: {signalled.cause}")
         if result.stopped or result.step > start_step:
             saver.wait()
             note_saves(run, saver, result)
-            result.checkpoint = saver.save(result.step, engine.state(), files_of_step(run, result))
+            state = engine.state()
+            guard.check_end(result.step, state, finished=not result.stopped)
+            result.checkpoint = saver.save(result.step, state, files_of_step(run, result, guard))
     if result.stopped:
         run.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
@@ -137,10 +165,35 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
     return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
 
 
-def files_of_step(run: Training, result: TrainingResult) -> dict[str, str]:
+def start_save(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
+    """Begin a checkpoint, unless some value of the state is not finite: then the guard wants to go back."""
+    state = run.engine.state()
+    if guard.is_sound(state):
+        saver.start(result.step, state, files_of_step(run, result, guard))
+
+
+def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
+    """Load the newest good checkpoint into the engine, and go on from there with later data.
+
+    Raises MoeLmError if there is none, or the run has gone back as often as it may.
+    """
+    saver.wait()
+    note_saves(run, saver, result)
+    guard.check_rollback(result.step)
+    if not Ranks().first(lambda: checkpoint.drop_doubtful(run.checkpoints), ()):
+        raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
+    with run.watchdog.resting():
+        counters = run.reload(result.step)
+    folder = checkpoint.latest(run.checkpoints) if run.engine.topology.is_main else None
+    guard.go_back(result.step, counters, folder)
+    result.take(counters)
+    run.log.rewind(result.step)
+
+
+def files_of_step(run: Training, result: TrainingResult, guard: Guard) -> dict[str, str]:
     """The files beside the tensors, with the counters of this step."""
-    counters = {"step": result.step, "loss": result.loss, "validation_loss": result.validation_loss}
-    return {**run.files, "trainer.json": json_text(counters)}
+    files = {**run.files, "trainer.json": json_text({**result.counters(), "guard": guard.memory.model_dump()})}
+    return files | ({checkpoint.DOUBTFUL: guard.trouble} if guard.trouble else {})
 
 
 def note_saves(run: Training, saver: Saver, result: TrainingResult) -> None:

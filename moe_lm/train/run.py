@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moe_lm.checkpoint import checkpoint, lineage, read
 from moe_lm.checkpoint.checkpoint import GENERATION
@@ -30,6 +31,7 @@ from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
+from moe_lm.train.guards import with_new_settings, with_note
 from moe_lm.train.log import RunLog, rank_log
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
@@ -65,8 +67,8 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     with claim_folder(recipe, meeting) as (found, changes):
         recipe = with_start_in(recipe, found.folder)
         with watchdog, build_and_fill(recipe, topology) as engine:
-            start_step = resume(recipe, engine, watchdog, found.folder)
-            return train_and_log(recipe, engine, watchdog, start_step, changes, found)
+            counters = resume(recipe, engine, watchdog, found.folder)
+            return train_and_log(recipe, engine, watchdog, counters, changes, found)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -123,8 +125,8 @@ def build_and_fill(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
     engine.close()
 
 
-def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | None) -> int:
-    """Load the checkpoint to go on from and return its step; 0 if there is none.
+def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | None) -> dict[str, Any]:
+    """Load the checkpoint to go on from and return its trainer.json; empty if there is none.
 
     The reference of preference tuning is computed before, while the engine has the weights of the start.
     """
@@ -136,17 +138,19 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
 
 
 def train_and_log(
-    recipe: Recipe, engine: Engine, watchdog: Watchdog, start_step: int, changes: Sequence[str], found: Found
+    recipe: Recipe, engine: Engine, watchdog: Watchdog, counters: dict[str, Any], changes: Sequence[str], found: Found
 ) -> TrainingResult:
     """Open the log and call the loop."""
     config, is_main = recipe.config, engine.topology.is_main
     folder = RunFolder(config.run_dir)
+    start_step = counters.get("step", 0)
+    if changes:
+        counters = with_new_settings(counters)
     if is_main:
         folder.write_config(dump_config(config))
     alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms) as log:
-        for name, text in found.lines.items():
-            log.event("damaged_checkpoint", start_step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
+        report_damage(log, found, start_step)
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
@@ -166,23 +170,37 @@ def train_and_log(
             files=files_of_run(recipe),
             evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
+            reload=lambda step: load_newest(engine, folder.checkpoints, log, step),
         )
-        return train(training, start_step)
+        return train(training, counters)
 
 
-def load_newest(engine: Engine, checkpoints: Path) -> int:
-    """Load the newest sound checkpoint into the engine and return its step; 0 if there is none."""
-    return load_step(engine, newest_sound(checkpoints).folder)
+def report_damage(log: RunLog, found: Found, step: int) -> None:
+    """An event for every damaged checkpoint that was passed over."""
+    for name, text in found.lines.items():
+        log.event("damaged_checkpoint", step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
 
 
-def load_step(engine: Engine, folder: Path | None) -> int:
-    """Load a checkpoint, verified before, into the engine and return its step; 0 without one."""
+def load_newest(engine: Engine, checkpoints: Path, log: RunLog | None = None, step: int = 0) -> dict[str, Any]:
+    """Load the newest sound checkpoint into the engine and return its trainer.json; empty if there is none.
+
+    Damage that is found in `step` goes to the log.
+    """
+    found = newest_sound(checkpoints)
+    if log is not None:
+        report_damage(log, found, step)
+    return load_step(engine, found.folder)
+
+
+def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:
+    """Load a checkpoint, verified before, into the engine and return its trainer.json; empty without one."""
     if folder is None:
-        return 0
+        return {}
     state = engine.state()
     read.load(folder, state, verified=True)
     engine.load_state(state)
-    return int(json.loads(checkpoint.read_text(folder, "trainer.json"))["step"])
+    counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
+    return with_note(folder, {**counters, "step": int(counters["step"])})
 
 
 def files_of_run(recipe: Recipe) -> dict[str, str]:

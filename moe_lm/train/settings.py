@@ -16,8 +16,8 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 # Settings of how a run is watched, kept and fitted to its machine, not of what it computes.
 MAY_CHANGE = (
-    "log.", "checkpoint.", "parallel.", "train.eval_", "train.micro_batch_size", "train.activation_checkpointing",
-    "train.compile", "data.workers", "run_dir",
+    "log.", "checkpoint.", "parallel.", "train.eval_", "train.guards.", "train.micro_batch_size",
+    "train.activation_checkpointing", "train.compile", "data.workers", "run_dir",
 )  # fmt: skip
 
 

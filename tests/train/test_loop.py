@@ -288,7 +288,7 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
     run = LoopRun(tmp_path, ragged)
     run()
-    assert load_newest(run.engine, tmp_path / "nowhere") == 0
+    assert load_newest(run.engine, tmp_path / "nowhere") == {}
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
     with pytest.raises(MoeLmError, match=r"no checkpoint in .* is sound"):
         load_newest(run.engine, tmp_path / "checkpoints")

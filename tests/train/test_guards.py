@@ -1,0 +1,363 @@
+"""What a run does when its numbers go wrong (FAULTS rows 18, 20 and 21): events, rollbacks, and a clear end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_lm.common.errors import MoeLmError
+from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.train.guards import data_step, loss_limit
+from tests.loops import LoopRun, Watched
+from tests.runs import figures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)  # another thread takes it
+
+
+class Killed(BaseException):
+    """Ends the loop where it stands, as SIGKILL does."""
+
+
+class LeftOut:
+    """The batches of another source without the data of some steps."""
+
+    fingerprint = "left out"
+
+    def __init__(self, source: BatchSource, *steps: range) -> None:
+        self.source, self.steps = source, steps
+
+    def batch(self, step: int, rows: range) -> Batch:
+        kept = [number for number in range(1000) if not any(number in left_out for left_out in self.steps)]
+        return self.source.batch(kept[step], rows)
+
+
+def poisoned(folder: Path, source: BatchSource, *steps: int, by: float = math.nan, **settings: Any) -> LoopRun:
+    """12 steps, saved after every fourth; the loss of the data of these steps, counted from 0, is multiplied."""
+    guards = {"max_skipped": 3, **settings.pop("guards", {})}
+    settings = {"steps": 12, "save_every": 4, "keep": 9, "eval_every": 3, "guards": guards, **settings}
+    return LoopRun(folder, source, poison=lambda step: by if step in steps else 1.0, **settings)
+
+
+def events(run: LoopRun) -> list[dict[str, Any]]:
+    return [event for event in run.events if event["event"] != "alarm"]
+
+
+def kinds(run: LoopRun) -> list[tuple[str, int]]:
+    return [(event["event"], event["step"]) for event in events(run)]
+
+
+def trainer(run: LoopRun, step: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (run.folder / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text(), parse_constant=pytest.fail
+    )
+    return found
+
+
+def assert_same(one: LoopRun, other: LoopRun) -> None:
+    """Losses and other figures of every step, every tensor of the end and trainer.json are equal to the bit."""
+    assert figures(one.folder) == figures(other.folder)
+    assert one.state.keys() == other.state.keys()
+    assert [name for name, tensor in one.state.items() if not torch.equal(tensor, other.state[name])] == []
+    assert trainer(one, one.config.steps) == trainer(other, other.config.steps)
+
+
+# The range of the loss, and data that is left out
+
+
+@pytest.mark.parametrize(
+    ("recent", "limit"),
+    [
+        ([], math.inf),
+        ([10.0], 30.0),  # three times the first: divergence from the start
+        ([3.0] * 100, 3.3),  # no deviation at all: a tenth above
+        ([0.01] * 100, 0.21),  # known by heart: a fifth of a nat above
+        ([2.9, 3.1] * 50, 3.0 + 6 * 1.4826 * 0.1),
+        ([11.0 - 0.07 * step for step in range(100)], 7.535 + 6 * 1.4826 * 1.75),  # the steep beginning
+        ([*[3.0] * 99, 5.0], 5.0),  # what was accepted is in range
+    ],
+)
+def test_the_limit_is_far_above_the_recent_losses(recent: list[float], limit: float) -> None:
+    assert loss_limit(recent, 6.0) == pytest.approx(limit)
+    assert loss_limit(recent, None) == math.inf
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=4))
+def test_what_is_left_out_never_comes_and_the_rest_comes_in_order(gaps: list[tuple[int, int]]) -> None:
+    windows, begin = [], 0
+    for gap, length in gaps:
+        windows.append((begin + gap, begin + gap + length))
+        begin = windows[-1][1]
+    kept = [step for step in range(100) if not any(start <= step < stop for start, stop in windows)]
+    assert [data_step(step, windows) for step in range(50)] == kept[:50]
+
+
+# A step that is skipped (row 18)
+
+
+def test_a_loss_that_is_not_a_number_skips_its_step_and_is_said(
+    tmp_path: Path, ragged: BatchSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = poisoned(tmp_path, ragged, 5)
+    run()
+    assert run.steps == list(range(1, 13))
+    assert [record["step"] for record in run.records if record["skipped"]] == [6]
+    (event,) = events(run)
+    assert event == {
+        "event": "skip", "step": 6, "message": "step 6 was skipped: its loss is nan", "cause": "loss", "loss": None,
+        "grad_norm": None, "data_step": 6, "in_row": 1,
+    }  # fmt: skip
+    assert event["message"] in capsys.readouterr().out
+    assert event["message"] in (tmp_path / "train.log").read_text()
+    assert len(trainer(run, 12)["guard"]["recent"]) == 11
+
+
+def test_a_gradient_that_is_not_finite_is_named_as_the_cause(tmp_path: Path, ragged: BatchSource) -> None:
+    """The loss is fine, and only the sum of its gradients overflows."""
+    run = poisoned(tmp_path, ragged)
+    build = run.build
+
+    def with_hook() -> Any:
+        engine = build()
+        engine.model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf if run.at == 5 else gradient)
+        return engine
+
+    run.build = with_hook  # type: ignore[method-assign]
+    run.source = Watched(ragged, lambda step: setattr(run, "at", step))
+    run()
+    (event,) = events(run)
+    assert (event["step"], event["cause"], event["grad_norm"]) == (6, "gradient", None)
+    assert "but the gradient's norm is not finite" in event["message"]
+
+
+def test_many_skips_are_all_events_and_do_not_flood_the_terminal(
+    tmp_path: Path, ragged: BatchSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = poisoned(tmp_path, ragged, *range(0, 60, 2), steps=70, save_every=0, validation=[])
+    run()
+    assert len([kind for kind, _ in kinds(run) if kind == "skip"]) == 30
+    assert capsys.readouterr().out.count("was skipped: its loss is nan") == 12  # ten, the 20th and the 30th
+
+
+# Back to a good checkpoint (row 20)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_row_of_skips_goes_back_and_leaves_that_data_out(
+    tmp_path: Path, ragged: BatchSource, background: bool
+) -> None:
+    """The rest is, to the bit, a run that went on from that checkpoint without the data."""
+    run = poisoned(tmp_path / "run", ragged, 5, 6, 7, background=background)
+    run()
+    assert run.steps == list(range(1, 13))  # each once
+    assert kinds(run) == [("skip", 6), ("skip", 7), ("skip", 8), ("rollback", 8)]
+    rollback = events(run)[-1]
+    assert (rollback["to"], rollback["window"], rollback["rollbacks"]) == (4, [4, 8], 1)
+    assert rollback["message"] == (
+        "back from step 8 to step 4: 3 steps in a row were skipped; the data of steps 5 to 8 is left out from now on "
+        "(rollback 1 of at most 3)"
+    )
+    other = LoopRun(tmp_path / "other", LeftOut(ragged, range(4, 8)), steps=12, save_every=4, keep=9, eval_every=3)
+    other()
+    shutil.rmtree(other.folder / "checkpoints" / "step-00000012")
+    shutil.rmtree(other.folder / "checkpoints" / "step-00000008")
+    other()
+    assert [line["loss"] for line in run.records] == [line["loss"] for line in other.records]
+    assert [name for name, tensor in run.state.items() if not torch.equal(tensor, other.state[name])] == []
+    assert trainer(run, 12)["guard"]["recent"] == trainer(other, 12)["guard"]["recent"]
+
+
+BAD = (5, 6, 7, 11, 12, 13)  # the first three lead from step 8 back to 4, the others from step 10
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        pytest.param(("killed", 6), id="killed in the row"),
+        pytest.param(("killed", 9), id="killed after the rollback, before it saved"),
+        pytest.param(("killed", 14), id="killed after the second rollback"),
+        pytest.param(("stopped", 6), id="stopped in the row"),
+        pytest.param(("stopped", 7), id="stopped when it must go back"),
+    ],
+)
+def test_an_interrupted_run_goes_back_as_the_uninterrupted_one(
+    tmp_path: Path, ragged: BatchSource, interrupt: tuple[str, int]
+) -> None:
+    how, when = interrupt
+    whole, parted = poisoned(tmp_path / "whole", ragged, *BAD), poisoned(tmp_path / "parted", ragged, *BAD)
+    whole()
+    assert [kind for kind, _ in kinds(whole)].count("rollback") == 2
+
+    def once(step: int) -> None:
+        if step == when:
+            parted.source = ragged
+            if how == "killed":
+                raise Killed
+            sigterm()
+
+    parted.source = Watched(ragged, once)
+    if how == "killed":
+        with pytest.raises(Killed):
+            parted()
+    else:
+        assert parted().stopped
+    parted()
+    assert_same(parted, whole)
+    assert [event for event in kinds(parted) if event[0] not in ("doubtful", "stop")] == kinds(whole)
+
+
+def test_a_run_goes_back_only_so_often_and_then_stops_with_its_good_checkpoints(
+    tmp_path: Path, ragged: BatchSource
+) -> None:
+    run = poisoned(tmp_path, ragged, *range(5, 99), guards={"max_skipped": 3, "max_rollbacks": 2})
+    with pytest.raises(
+        MoeLmError, match=r"stopped at step 7: 3 steps in a row were skipped, after 2 rollbacks"
+    ) as error:
+        run()
+    assert error.value.common
+    assert error.value.exit_code == 1
+    assert "look at the data of steps 12 to 14" in str(error.value)
+    assert [event for event in kinds(run) if event[0] != "skip"] == [("rollback", 8), ("rollback", 7), ("gave_up", 7)]
+    assert run.checkpoints == ["step-00000004"]
+    assert f"error: {error.value}" in (tmp_path / "train.log").read_text()
+    with pytest.raises(MoeLmError, match="after 2 rollbacks"):  # the same command does not get two more
+        run()
+
+
+def test_without_a_checkpoint_the_run_stops(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 1, 2, 3)
+    with pytest.raises(
+        MoeLmError, match=r"stopped at step 4: 3 steps in a row were skipped, and there is no good check"
+    ):
+        run()
+    assert run.checkpoints == []
+
+
+# A weight that is not finite (F1)
+
+
+def break_weight(run: LoopRun, when: int, then: Callable[[], object] = lambda: None) -> None:
+    """Give a weight the value NaN before this step, once, unnoticed by any gradient: of a token that never comes."""
+
+    def at(step: int) -> None:
+        if step == when:
+            run.source = source.source
+            with torch.no_grad():
+                run.engine.model.model.embed_tokens.weight[63] = math.nan
+            then()
+
+    source = run.source = Watched(run.source, at)
+    batch = source.batch
+
+    def without_63(step: int, rows: range) -> Batch:
+        found = batch(step, rows)
+        return Batch(**{**vars(found), "input_ids": found.input_ids.clamp(max=62)})
+
+    source.batch = without_63  # type: ignore[method-assign]
+
+
+def test_a_weight_that_is_not_finite_is_never_saved_and_the_run_goes_back(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, keep=1)
+    break_weight(run, 6)
+    run()
+    (event,) = events(run)
+    assert (event["event"], event["step"], event["to"]) == ("rollback", 8, 4)
+    assert event["reason"] == "model.model.embed_tokens.weight is not finite"
+    assert run.checkpoints == ["step-00000012"]
+    assert run.steps == list(range(1, 13))
+    assert all(tensor.isfinite().all() for tensor in run.state.values())
+
+
+@pytest.mark.parametrize("how", ["at the end", "on a signal"])
+def test_the_last_save_keeps_the_good_checkpoint_too(tmp_path: Path, ragged: BatchSource, how: str) -> None:
+    run = poisoned(tmp_path, ragged, keep=1, steps=12 if how == "on a signal" else 6)
+    break_weight(run, 5, sigterm if how == "on a signal" else lambda: None)
+    with pytest.raises(MoeLmError, match=r"model\.model\.embed_tokens\.weight is not finite, so nothing was saved"):
+        run()
+    assert run.checkpoints == ["step-00000004"]
+    assert run().step == run.config.steps
+
+
+# A loss far outside its recent range (row 21)
+
+
+def test_a_spike_is_an_event_and_is_not_one_of_the_recent_losses(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 7, by=1000.0)
+    run()
+    (event,) = events(run)
+    assert (event["event"], event["step"]) == ("spike", 8)
+    assert "far outside its recent range" in event["message"]
+    assert "the step was taken" in event["message"]
+    assert not any(record["skipped"] for record in run.records)
+    assert len(trainer(run, 12)["guard"]["recent"]) == 11
+    assert max(trainer(run, 12)["guard"]["recent"]) < 10
+    assert run.checkpoints == ["step-00000004", "step-00000009", "step-00000012"]  # 8 was owed
+
+
+def test_the_step_of_a_spike_is_not_taken_if_so_wished(tmp_path: Path, ragged: BatchSource) -> None:
+    """Nothing moves, the biases neither: the next loss is that of the same weights."""
+    run = poisoned(tmp_path / "skip", ragged, 7, by=1000.0, guards={"on_spike": "skip"})
+    nan = poisoned(tmp_path / "nan", ragged, 7, by=math.nan)
+    run()
+    nan()
+    (event,) = events(run)
+    assert (event["event"], event["cause"], event["step"]) == ("skip", "spike", 8)
+    assert [record["skipped"] for record in run.records] == [False] * 7 + [True] + [False] * 4
+    assert [name for name, tensor in run.state.items() if not torch.equal(tensor, nan.state[name])] == []
+
+
+def test_a_loss_that_stays_out_of_range_goes_back(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 5, 6, 7, 8, by=20.0, guards={"max_spike_steps": 4})
+    run()
+    assert kinds(run) == [("spike", 6), ("spike", 7), ("spike", 8), ("spike", 9), ("rollback", 9)]
+    assert events(run)[-1]["window"] == [4, 9]
+    assert "the loss has been far outside its recent range for 4 steps" in events(run)[-1]["message"]
+    assert run.checkpoints == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+# Good checkpoints, and the end
+
+
+def test_a_checkpoint_that_a_signal_asks_for_in_a_row_of_skips_replaces_no_good_one(
+    tmp_path: Path, ragged: BatchSource
+) -> None:
+    run = poisoned(tmp_path, ragged, 5, 6, keep=1)
+    run.source = Watched(ragged, lambda step: sigterm() if step == 6 else None)
+    result = run()
+    assert (result.stopped, result.step) == (True, 7)
+    assert run.checkpoints == ["step-00000004", "step-00000007"]
+    assert kinds(run)[-2:] == [("stop", 7), ("doubtful", 7)]
+    assert trainer(run, 7)["guard"]["skipped_in_row"] == 2
+    run.source = ragged
+    run()
+    assert run.checkpoints == ["step-00000012"]
+
+
+def test_a_run_that_skipped_most_of_its_last_steps_is_no_success(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, *range(0, 12, 3), *range(1, 12, 3), save_every=0)
+    with pytest.raises(MoeLmError, match=r"8 of the last 12 steps were skipped, so nothing was saved"):
+        run()
+    assert run.checkpoints == []
+
+
+def test_a_run_that_ends_with_a_skipped_step_says_so(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 11)
+    assert run().step == 12
+    assert events(run)[-1]["message"].startswith("step 12 is saved although the last step was skipped")
+    assert run.checkpoints == ["step-00000004", "step-00000008", "step-00000012"]
