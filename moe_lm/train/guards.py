@@ -151,10 +151,10 @@ class Guard:
     def stop(self, step: int, why: str) -> MoeLmError:
         """The error that ends the run; also an event."""
         in_row = max(1, self.memory.skipped_in_row, self.memory.outside_in_row)
+        first, last = self._data_step(step - in_row) + 1, self._data_step(step - 1) + 1
         text = (
-            f"stopped at step {step}: {why}; lower train.optimizer.lr or lengthen "
-            f"train.schedule.warmup_steps, look at the data of steps {self._data_step(step - in_row) + 1} to "
-            f"{self._data_step(step - 1) + 1}, and run again"
+            f"stopped at step {step}: {why}; lower train.optimizer.lr or lengthen train.schedule.warmup_steps, look at "
+            f"the data of step {first}{f' to {last}' if last > first else ''}, and run again"
         )
         self.log.event("gave_up", step, text, show=False, reason=why)
         return MoeLmError(text, common=True)

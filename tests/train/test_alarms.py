@@ -6,13 +6,12 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Record = dict[str, Any]
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
 DOCUMENTS = Documents(seed=1)
-POISONED = 63  # a token that no text has
 
 # Runs that are sick on purpose
 
@@ -77,28 +75,10 @@ class Repeated:
         return DOCUMENTS.batch(step if step >= 100 else 0, rows)  # from 100 on: held out
 
 
-@dataclass(frozen=True)
-class Broken:
-    """From time to time, rows with the poisoned token."""
-
-    fingerprint: str = "broken"
-
-    def batch(self, step: int, rows: range) -> Batch:
-        batch = DOCUMENTS.batch(step, rows)
-        return replace(batch, input_ids=batch.input_ids.clone().fill_(POISONED)) if step in (13, 16) else batch
-
-
 def with_router_bias(experts: list[int], bias: float, **shape: Any) -> LanguageModel:
     """A model whose second MoE layer prefers or avoids these experts, whatever the token."""
     model = tiny_model(seed=3, num_hidden_layers=3, **shape)
     model.moe_layers[1].gate.e_score_correction_bias[experts] = bias
-    return model
-
-
-def with_broken_embedding() -> LanguageModel:
-    model = tiny_model(seed=3, num_hidden_layers=2)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[POISONED] = torch.nan
     return model
 
 
@@ -107,7 +87,9 @@ SICK = {
     "rate too high": SickRun(
         "learning rate too high", 20, "train.optimizer.lr at a third", {"optimizer": {"lr": 3.0}},
     ),
-    "NaN in the data": SickRun("not finite", 20, "the rows of these steps", {}, Broken(), with_broken_embedding),
+    "NaN in the data": SickRun(
+        "not finite", 20, "the rows of these steps", {"poison": lambda step: math.nan if step in (13, 16) else 1.0},
+    ),
     "collapsed router": SickRun(
         "collapsed router", 20, "Raise train.balance.bias_update_rate", {"balance": STILL},
         model=lambda: with_router_bias([1, 4, 6], 10.0),
