@@ -31,7 +31,7 @@ MOST_DIMENSIONS, MOST_ROWS = 16, 1 << 48
 WEIGHTS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = WEIGHTS | {
     "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

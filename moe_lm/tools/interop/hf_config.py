@@ -10,6 +10,7 @@ from moe_lm.config.model import MOST_LAYERS, ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.tools.interop.families import REQUIRED, WITHOUT_MEANING, Family, Key, family_of, known_families
 from moe_lm.tools.interop.fitting import obstacles, with_sizes
+from moe_lm.tools.interop.fp8 import block_of
 
 Values = dict[str, Any]
 MOST = 1 << 31  # of a count or size
@@ -40,9 +41,7 @@ def read_config(hf: Mapping[str, Any], origin: str) -> Read:
         raise UsageError(
             f"{origin}: model_type={hf.get('model_type')!r} is unknown; expected one of {known_families()}"
         )
-    if hf.get("quantization_config") is not None:
-        raise UsageError(f"{origin}: quantization_config={hf['quantization_config']!r:.80} is not for import; "
-                         "take the checkpoint in bfloat16 or float32")  # fmt: skip
+    block_of(hf, origin)
     values: Values = dict(family.always)
     known = {*WITHOUT_MEANING, *OF_ROPE, *OF_WINDOWS, "quantization_config", *OF_DENSE_LAYERS[family.dense_layers]}
     for name, allowed in family.constants.items():

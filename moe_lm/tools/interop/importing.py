@@ -7,8 +7,9 @@ from pathlib import Path
 from moe_lm.common.files import check_regular, whole_folder
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.fp8 import FP8Folder, open_folder
 from moe_lm.tools.interop.hf_config import read_config
-from moe_lm.tools.interop.hf_folder import CONFIG, HFFolder
+from moe_lm.tools.interop.hf_folder import CONFIG
 from moe_lm.tools.interop.hf_tensors import as_found, check_complete, check_counts, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
 from moe_lm.tools.interop.transfer import Meter, Tell, outputs_of_ours, write_run
@@ -30,7 +31,7 @@ def import_folder(
     bytes done and their total. Raises UsageError when the model cannot be expressed here, MoeLmError when its files are
     damaged or the proof fails; nothing is left at `run_dir` then.
     """
-    folder = HFFolder(source)
+    folder = open_folder(source)
     family, config, unused = read_config(folder.config, str(source / CONFIG))
     check_regular(tokenizer or source)
     words = Tokenizer.load(tokenizer or source, config.vocab_size)
@@ -43,6 +44,8 @@ def import_folder(
             f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so leave "
             "train.balance.bias_update_rate at 0 for what shall be exported again"
         )
+    if isinstance(folder, FP8Folder):
+        notes.append("dequantised: matrices in 8 bits, with a scale for each block, are bfloat16 here")
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
     rounded_to = DTYPES[dtype] if dtype else None

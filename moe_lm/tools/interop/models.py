@@ -23,6 +23,8 @@ from moe_lm.model.size import count_parameters, on_meta
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.chat.environment import TODAY
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.fp8 import FP8Folder
+from moe_lm.tools.interop.hf_folder import HFFolder
 from moe_lm.tools.interop.hf_tensors import ROUTER_BIAS
 from moe_lm.tools.interop.logits import ForwardPass, with_noise
 
@@ -90,7 +92,7 @@ def token_batches(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tensor
     return {"random": random.view(-1, length), "real": real[:count].view(-1, length)}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode, whose tensors no other thread may fill
 def our_model(
     config: ModelConfig, layers: int, tensors: TensorSource, rounded_to: Mapping[str, torch.dtype] | None = None
 ) -> LanguageModel:
@@ -145,7 +147,7 @@ def running(library: str, known_limit: str | None) -> Iterator[None]:
 
 @torch.inference_mode()
 def run_theirs(
-    folder: Path, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
+    folder: HFFolder, layers: int, routers: int, texts: Mapping[str, Tensor], rounded_to: torch.dtype | None = None
 ) -> dict[str, ForwardPass]:
     """The forward pass of their first `layers` layers over each text, after the rounding that our weights went through.
 
@@ -222,18 +224,24 @@ def _compare_conversation(ours: Tokenizer, theirs: Any, messages: list[dict[str,
             )
 
 
-def _their_model(folder: Path, layers: int) -> Any:
+def _their_model(folder: HFFolder, layers: int) -> Any:
     import transformers
 
     safely = {"trust_remote_code": False, "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(folder, **safely)
+    config = transformers.AutoConfig.from_pretrained(folder.path, **safely)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
-        use_safetensors=True, output_loading_info=True, **safely,
-    )  # fmt: skip
+    options = safely | {
+        "config": config, "dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager",
+        "use_safetensors": True, "output_loading_info": True,
+    }  # fmt: skip
+    if isinstance(folder, FP8Folder):  # blocks that an edge cuts it cannot read on a CPU, so it gets our reading
+        del config.quantization_config
+        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, found = kind.from_pretrained(None, state_dict=folder.first_layers(layers), **options)
+    else:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder.path, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if found[kind]:
             raise MoeLmError(f"the proof failed: transformers reports {kind} {sorted(map(str, found[kind]))[:5]}")

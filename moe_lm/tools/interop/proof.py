@@ -124,5 +124,5 @@ def _compare_models(case: Case, layers: int, library: str) -> tuple[Comparison, 
     ours = models.run_ours(models.our_model(case.config, layers, case.ours, rounded), texts)
     routers = sum(layer < layers for layer in case.config.moe_layers)
     with models.running(library, known_limit(case.config, case.family)):
-        theirs = models.run_theirs(case.theirs.path, layers, routers, texts, case.rounded_to)
+        theirs = models.run_theirs(case.theirs, layers, routers, texts, case.rounded_to)
     return compare_all(ours, theirs)

@@ -285,7 +285,7 @@ def test_tied_head_that_differs(hf_folder: Any, tmp_path: Path, refused: Any, mo
     [
         ({"model_type": "mamba"}, "model_type='mamba' is unknown; expected one of dots1, glm4_moe"),
         ({"model_type": None}, "model_type=None is unknown"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8', 'fmt': "),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types=['sliding_attention'] cannot be expressed"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax' cannot be expressed here, expected 'sigmoid'"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 cannot be expressed"),
