@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,19 @@ def _count_ids(content: dict[str, Any], file: Path) -> int:
     """The number of ids in a tokenizer.json; raises UsageError for so many that reading it would take gigabytes."""
     added, model = content.get("added_tokens") or [], content.get("model")
     vocabulary = (model.get("vocab") or {}) if isinstance(model, dict) else {}
-    if not isinstance(added, list) or len(added) > MOST_ADDED:
-        raise _broken(file, f"it has {len(added)} added tokens, expected a list of at most {MOST_ADDED}")
+    if not isinstance(added, list):
+        raise _broken(file, f"added_tokens={added!r:.40}, expected a list")
+    if not isinstance(vocabulary, dict | list):
+        raise _broken(file, f"its vocabulary is {vocabulary!r:.40}, expected an object or a list")
+    if len(added) > MOST_ADDED:
+        raise _broken(file, f"it has {len(added)} added tokens, expected at most {MOST_ADDED}")
     ids = [token.get("id") for token in added if isinstance(token, dict)]
     if isinstance(vocabulary, dict):
         ids += vocabulary.values()
     count = max((id_ + 1 for id_ in ids if isinstance(id_, int)), default=0)
     if count > MOST_IDS:
         raise _broken(file, f"its ids end at {count - 1}, expected at most {MOST_IDS} ids")
-    return max(count, len(vocabulary) if isinstance(vocabulary, dict | list) else 0)
+    return max(count, len(vocabulary))
 
 
 def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
@@ -106,12 +111,20 @@ def _object(text: str, file: Path) -> dict[str, Any]:
 
 
 def _built(file: Path, build: Callable[..., tokenizers.Tokenizer], *arguments: Any) -> tokenizers.Tokenizer:
-    try:
+    with rust_errors(lambda error: _broken(file, error)):
         return build(*arguments)
-    except BaseException as error:  # `tokenizers` raises plain Exceptions; its Rust panics are none
+    raise AssertionError  # never reached: the block returns or raises
+
+
+@contextmanager
+def rust_errors(told: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Raise `told(error)` for what `tokenizers` raises, plain Exceptions and, for a panic, no Exception at all."""
+    try:
+        yield
+    except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise _broken(file, error) from error
+        raise told(error) from error
 
 
 def _broken(file: Path, why: object) -> UsageError:

@@ -22,7 +22,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
 from moe_lm.tokenizer.chat.turns import ChatFormat
-from moe_lm.tokenizer.files import check_ids, read_backend, read_config
+from moe_lm.tokenizer.files import check_ids, read_backend, read_config, rust_errors
 
 # `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
 # where the splits of GPT-2, of GPT-4 and ours all begin a new pre-token in any context, so the ids stay the same.
@@ -117,10 +117,8 @@ class Tokenizer:
         batch: list[list[int]] = [[] for _ in texts]
         pieces = ((row, piece) for row, text in enumerate(texts) for piece in split_text(text))
         while group := list(islice(pieces, PIECES_AT_ONCE)):
-            try:
+            with rust_errors(_cannot_encode):
                 encoded = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            except TypeError as error:
-                raise UsageError(HALF_PAIR) from error
             for (row, _), encoding in zip(group, encoded, strict=True):
                 batch[row].extend(encoding.ids)
         return batch
@@ -156,10 +154,8 @@ class Tokenizer:
             pieces += [text[done:begin], name]
             flags += [trained[done:begin], np.full(len(name), trained[begin])]
             done = end
-        try:
+        with rust_errors(_cannot_encode):
             encoding = renamed.backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
-        except TypeError as error:
-            raise UsageError(HALF_PAIR) from error
         if sum(id_ in renamed.special for id_ in encoding.ids) != len(specials):
             raise UsageError(
                 "the tokenizer does not read every special token that its chat template writes; expected special "
@@ -215,7 +211,8 @@ class Tokenizer:
                 if token["special"]:
                     token["content"] = f"{mark}{token['id']}{NAME_END}"
                 ids[token["content"]] = token["id"]
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+            with rust_errors(lambda error: UsageError(f"the tokenizer takes no other special tokens: {error}")):
+                backend = tokenizers.Tokenizer.from_str(json.dumps(content))
             new_ids = backend.get_vocab(with_added_tokens=True)
             special = frozenset(new_ids[token["content"]] for token in content["added_tokens"] if token["special"])
             renamed = _Renamed(backend, {new_ids[name]: id_ for name, id_ in ids.items()}, special)
@@ -254,6 +251,10 @@ def _fill_holes(vocabulary: Any, mark: str) -> None:
     if isinstance(vocabulary, dict):  # else the ids are places in a list
         holes = set(range(max(vocabulary.values(), default=0))) - set(vocabulary.values())
         vocabulary.update({f"{mark}hole{id_}{NAME_END}": id_ for id_ in holes})
+
+
+def _cannot_encode(error: BaseException) -> UsageError:
+    return UsageError(HALF_PAIR if isinstance(error, TypeError) else f"the tokenizer cannot encode the text: {error}")
 
 
 def _content(token: Any) -> str | None:

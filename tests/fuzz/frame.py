@@ -42,7 +42,7 @@ class Reader:
     seconds_per_megabyte: float = 10.0
     memory: int = 64 << 20
     memory_per_byte: int = 64
-    inputs_in_ci: int = 200
+    inputs_in_ci: int = 60
 
 
 @dataclass

@@ -62,4 +62,4 @@ def mutate(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
         return mutate_bytes(draw, data, seeds)
 
 
-READER = Reader("config", prepare, seeds, mutate, seconds_per_megabyte=50, inputs_in_ci=30)
+READER = Reader("config", prepare, seeds, mutate, seconds_per_megabyte=50, inputs_in_ci=15)
