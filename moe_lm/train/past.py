@@ -52,6 +52,7 @@ class Past:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.layers = plan.model.moe_layers
         self.records: deque[Record] = deque(maxlen=ROW)
         self.windows: deque[Window] = deque(maxlen=KEPT_WINDOWS)
         self.start: int | None = None  # the first step that was seen
@@ -145,7 +146,10 @@ def summary(records: Sequence[Record]) -> Window:
         seconds=sum(record["seconds"] for record in records),
         data_seconds=sum(record.get("data_seconds", 0.0) for record in records),
         tokens=sum(record["tokens"] for record in records),
-        dead=tuple(never_used(records, place) for place in range(len(records[-1].get("experts", ())))),
+        dead=tuple(
+            never_used(records, place) if "dead_experts" in layer else 0
+            for place, layer in enumerate(records[-1].get("experts", ()))
+        ),
     )
 
 

@@ -81,7 +81,7 @@ def collapsed_router(past: Past) -> Iterator[Figures]:
         return
     beyond = COLLAPSED_EARLY if is_early(past) else COLLAPSED
     limit = math.log(per_token + beyond * (experts - per_token), experts)
-    for place, layer in enumerate(past.plan.model.moe_layers):
+    for place, layer in enumerate(past.layers):
         newest = past.records[-1]["experts"][place]
         if all(record["experts"][place]["entropy"] < limit for record in reversed(past.records)):
             figures = {name: newest[name] for name in ("max_violation", "entropy")}
@@ -91,7 +91,7 @@ def collapsed_router(past: Past) -> Iterator[Figures]:
 def dead_experts(past: Past) -> Iterator[Figures]:
     """Layers with experts that had no token: many of them for ROW steps, or any for LASTING steps."""
     model, fresh = past.plan.model, past.plan.fresh
-    if not model.moe_layers or is_early(past) or not past.has_a_row_of_steps():
+    if not any(past.windows[-1].dead) or is_early(past) or not past.has_a_row_of_steps():
         return
     collapsed = {figures["layer"] for figures in collapsed_router(past)}
     spans = [(ROW, model.n_routed_experts * (DEAD if fresh else DEAD_IN_FINETUNING))]
@@ -102,7 +102,7 @@ def dead_experts(past: Past) -> Iterator[Figures]:
         share = sum(window.tokens for window in windows) * model.num_experts_per_tok / model.n_routed_experts
         if len(windows) * WINDOW < steps or share < MISSED:
             continue
-        for place, layer in enumerate(model.moe_layers):
+        for place, layer in enumerate(past.layers):
             if not windows[-1].dead[place]:
                 continue
             dead = reduce(and_, (window.dead[place] for window in windows))
@@ -139,11 +139,12 @@ def rate_too_low(past: Past) -> Iterator[Figures]:
     steps, recent = past.step, [window.loss for window in past.newest_windows(EARLY // 2)]
     if past.start != 1 or steps < past.plan.train.schedule.warmup_steps + EARLY or not past.has_a_row_of_steps():
         return
-    moved = past.rate_sum * peak_move(past.plan)
+    if (moved := past.rate_sum * peak_move(past.plan)) >= MOVED:
+        return
     first, loss = statistics.fmean(past.opening), statistics.fmean(recent)
     noise = statistics.stdev(recent) * math.sqrt(1 / len(past.opening) + 1 / len(recent))
     still = abs(loss - first) < max(LOSS_MOVED * first, 2 * noise)
-    if moved < MOVED and still and all(record["grad_norm"] for record in past.records):
+    if still and all(record["grad_norm"] for record in past.records):
         yield {"loss": loss, "first": first, "steps": steps, "moved": moved, "lr": past.records[-1]["lr"]}
 
 
