@@ -25,10 +25,9 @@ from moe_lm.engine.engine import StepResult
 from moe_lm.parallel.logical import box_of
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.train.log import ROLLBACK, RunLog
+from moe_lm.train.spikes import RECENT, loss_limit
 
-RECENT = 100  # accepted losses that make the recent range
 LATELY = 100  # steps of which a run that ends well has taken more than half
-MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 NOTE = "rollback.json"  # in a checkpoint: what a later rollback to it decided
 Window = tuple[NonNegativeInt, NonNegativeInt]  # steps whose data is left out, counted from 0: from, and up to before
 
@@ -240,21 +239,6 @@ def data_step(step: int, windows: Sequence[Window]) -> int:
         if step >= start:
             step += stop - start
     return step
-
-
-def loss_limit(recent: Sequence[float], threshold: float | None) -> float:
-    """The largest loss in range: `threshold` robust standard deviations above the median of the recent ones.
-
-    And at least their largest, and a tenth above the median (a fifth of a nat where it is below 2): where the losses
-    hardly differ, as in a model that knows its data by heart, a few deviations are nothing. The fewer are known, the
-    further: three times the first. Without any, or a threshold, infinity.
-    """
-    if not recent or threshold is None:
-        return math.inf
-    median = statistics.median(recent)
-    deviation = MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in recent)
-    least = max(0.1, 2 / len(recent)) * max(median, 2.0)
-    return max(*recent, median + max(threshold * deviation, least))
 
 
 def first_not_finite(state: Mapping[str, Tensor]) -> str:

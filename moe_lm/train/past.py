@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.training import TrainConfig
+from moe_lm.train.spikes import RECENT, loss_limit
 
 WINDOW = 10  # steps between two looks
 ROW = 20  # steps in a row for which a symptom has to show
@@ -57,6 +58,9 @@ class Past:
         self.windows: deque[Window] = deque(maxlen=KEPT_WINDOWS)
         self.start: int | None = None  # the first step that was seen
         self.first_loss: float | None = None  # of the first step that was not skipped
+        self.usual: deque[float] = deque(maxlen=RECENT)  # losses within their range
+        self.loss_limit = math.inf  # the end of that range before the newest window
+        self.spikes: list[Record] = []  # of the newest window
         self.opening: list[float] = []  # mean losses of the first windows
         self.best: Evaluated | None = None
         self.since_best: deque[Evaluated] = deque(maxlen=2)
@@ -95,12 +99,19 @@ class Past:
         self._unread = 0
         newest = list(self.records)[-WINDOW:]
         self.windows.append(summary(newest))
+        self._find_spikes(newest)
         if len(self.opening) < ROW // WINDOW:
             self.opening.append(self.windows[-1].loss)
         for name, lows in self.memory.items():
             if name in record:
                 lows.add(min(each[name] for each in newest))
         return True
+
+    def _find_spikes(self, newest: Sequence[Record]) -> None:
+        self.loss_limit = loss_limit(self.usual, self.plan.train.guards.spike_threshold)
+        self.spikes = [record for record in newest if self.loss_limit < number(record["loss"]) < math.inf]
+        losses = (record["loss"] for record in newest if not record["skipped"])
+        self.usual.extend(loss for loss in losses if loss <= self.loss_limit)
 
     def has_a_row_of_steps(self) -> bool:
         """Whether ROW steps in a row changed the weights."""

@@ -155,6 +155,16 @@ def not_finite(past: Past) -> Iterator[Figures]:
         yield {"skipped": steps, "number": len(steps), "named": listed(steps)}
 
 
+def loss_spike(past: Past) -> Iterator[Figures]:
+    """A loss is far outside its recent range, as the guards judge it, while most are not."""
+    if past.spikes and not any(rate_too_high(past)):
+        steps = [record["step"] for record in past.spikes]
+        yield {
+            "spikes": steps, "named": listed(steps), "loss": max(record["loss"] for record in past.spikes),
+            "median": statistics.median(past.usual), "limit": past.loss_limit,
+        }  # fmt: skip
+
+
 def memorising(past: Past) -> Iterator[Figures]:
     """Two evaluations in a row are worse than the best one, and the training loss is better than it was then."""
     best, since = past.best, past.since_best
@@ -295,6 +305,16 @@ SYMPTOMS = (
         "while the others are as good as before",
         cure="Look for what is special in the rows of these steps: broken text or ids, or a weight that they alone "
         "use; prepare the data again, or import the weights again.",
+    ),
+    Symptom(
+        name="loss spike",
+        look="window",
+        test=loss_spike,
+        when="a loss is above the range of the last 100, by train.guards.spike_threshold",
+        says="the loss jumps to {loss:.4g} in step {named}, far above its recent range (median {median:.4g}, limit "
+        "{limit:.4g})",
+        cure="Look at the data of that step; if jumps come again or the loss stays up, go back to a checkpoint before, "
+        "with train.guards.on_spike=skip or a lower train.optimizer.lr or train.clip_norm.",
     ),
     Symptom(
         name="memorising",

@@ -75,6 +75,16 @@ class Repeated:
         return DOCUMENTS.batch(step if step >= 100 else 0, rows)  # from 100 on: held out
 
 
+@dataclass(frozen=True)
+class Strange:
+    """The same four rows in every step but one."""
+
+    fingerprint: str = "strange"
+
+    def batch(self, step: int, rows: range) -> Batch:
+        return DOCUMENTS.batch(step if step == 24 else 0, rows)
+
+
 def with_router_bias(experts: list[int], bias: float, **shape: Any) -> LanguageModel:
     """A model whose second MoE layer prefers or avoids these experts, whatever the token."""
     model = tiny_model(seed=3, num_hidden_layers=3, **shape)
@@ -97,6 +107,9 @@ SICK = {
     "dead experts": SickRun(
         "dead experts", 20, "Raise train.balance.bias_update_rate", {"balance": STILL},
         model=lambda: with_router_bias([1, 4, 5, 7], -10.0, num_experts_per_tok=2), fresh=False,
+    ),
+    "loss spike": SickRun(
+        "loss spike", 30, "Look at the data of that step", {"optimizer": {"lr": 0.01}, "steps": 30}, Strange(),
     ),
     "memorising": SickRun(
         "memorising", 20, "Take the checkpoint of the best step",
@@ -214,7 +227,11 @@ CASES: dict[str, tuple[int, Callable[[int], Record], dict[str, Any], list[tuple[
                                 [(20, "learning rate too high")]),
     "skipped again and again": (20, lambda step: {"skipped": step > 6, "loss": math.nan if step > 6 else 4.0}, {},
                                 [(10, "not finite")]),
-    "a spike": (100, lambda step: {"loss": 8.0} if 40 < step < 50 else {}, {}, []),
+    "a spike": (100, lambda step: {"loss": 8.0} if 40 < step < 50 else {}, {}, [(50, "loss spike")]),
+    "a spike that was skipped": (60, lambda step: {"loss": 8.0, "skipped": True} if step == 45 else {}, {},
+                                 [(50, "loss spike")]),
+    "spikes that are none by choice": (100, lambda step: {"loss": 8.0} if 40 < step < 50 else {},
+                                       {"guards": {"spike_threshold": None}}, []),
     "a still loss at a small rate": (210, lambda step: {"loss": 4 + step % 3 / 10, "lr": 1e-6}, {},
                                      [(210, "learning rate too low")]),
     "a still loss at a usual rate": (400, lambda step: {"loss": 4 + step % 3 / 10}, {}, []),

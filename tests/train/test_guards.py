@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.train.guards import data_step, loss_limit
+from moe_lm.train.guards import data_step
+from moe_lm.train.spikes import loss_limit
 from tests.loops import LoopRun, Watched
 from tests.runs import figures
 
