@@ -10,9 +10,9 @@
 #   MASTER_PORT    default 29500
 # ssh carries over only variables that begin with PYTHON or NCCL; others (GLOO_SOCKET_IFNAME, OMP_NUM_THREADS) are
 # lines `NAME=value` of ./.deepspeed_env or ~/.deepspeed_env.
-# Ctrl-C and SIGTERM reach every rank, which saves a checkpoint; DeepSpeed kills it 30 s later, so let checkpoint.every be
-# short where a save takes longer, and its launcher ends before the ranks do: wait for them before the next start. It
-# restarts nothing: after a failure run the same line again, and it goes on from the last checkpoint.
+# SIGTERM, Ctrl-C, SIGUSR1 and a closed terminal end the training on all hosts, with a checkpoint and exit code 75; a second
+# one gives it 30 s more. Exit codes: moe_lm/common/exits.py. It restarts nothing: after a failure run the same line again,
+# and it goes on from the last checkpoint.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,8 +26,12 @@ command -v pdsh >/dev/null || stop "pdsh is not installed; run: apt-get install 
 command -v deepspeed >/dev/null || stop "moe-lm is not installed; run: bash launch/setup.sh"
 [ -f "$hostfile" ] || stop "there is no hostfile $hostfile; copy launch/hostfile.example there, or set HOSTFILE"
 
-# --force_multi: a hostfile with one host means that host, not this one.
-# --no_local_rank: the rank is in the environment.
-exec deepspeed --log_level warning --force_multi --hostfile "$hostfile" \
+again=
+for name in VERB HOSTFILE MASTER_ADDR MASTER_PORT; do
+    [ -z "${!name:-}" ] || again+="$name=$(printf %q "${!name}") "
+done
+export MOE_LM_COMMAND="${again}bash $(printf '%q ' "$0" "$@")"
+
+exec python -m moe_lm.parallel.pdsh "$hostfile" \
     --master_addr "${MASTER_ADDR:-}" --master_port "${MASTER_PORT:-29500}" \
-    --no_local_rank --module moe_lm "${VERB:-pretrain}" "$@"
+    --module moe_lm "${VERB:-pretrain}" "$@"

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,17 @@ settings.load_profile("busy")
 SaveRun = Callable[..., Path]
 MoeLm = Callable[..., "Done"]
 WORDS = "apple river stone cloud paper green seven table horse music window garden silver orange".split()
+
+
+def pytest_configure() -> None:
+    """Let the tests and the processes they start hear Ctrl-C and a closed terminal, under `nohup` and `&` too.
+
+    A started process inherits what is ignored here, but not a handler.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the tests themselves go on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_lm.common.signals import STOP_SIGNALS
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -88,6 +90,13 @@ def runs(process: subprocess.Popen[str]) -> bool:
     """True for a process that has not ended; fails, with its output, for one that has."""
     assert process.poll() is None, process.communicate()
     return True
+
+
+def hears_signals(pid: int) -> bool:
+    """Whether the process has handlers for the stop signals, as the kernel sees it."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt")]
+    return all(caught >> number - 1 & 1 for number in STOP_SIGNALS)
 
 
 def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:

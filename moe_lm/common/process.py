@@ -48,7 +48,7 @@ def end(code: int) -> NoReturn:
     os._exit(exit_code(code))
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, on Linux only."""
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, on Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -21,6 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAY_BE_IGNORED, IGNORED = (signal.SIGINT, signal.SIGHUP), signal.SIG_IGN
 SAME_EVENT_SECONDS = 0.5  # timeout(1), a terminal and its shell, or a launcher and its group send a signal twice
 PATIENCE_SECONDS = 5.0  # that a verb has to hear a signal, unless it is within a long call of a library
+NOTHING_TO_SAVE = "stopped before the first step; nothing to save"
 OVER = b"\0"  # in place of a signal: all is saved
 
 
@@ -92,7 +93,7 @@ def ended_at_once() -> Iterator[None]:
             saved = True
             return
         if _first_rank():
-            _say("stopped after the last save" if saved else "stopped before the first step; nothing to save")
+            _say("stopped after the last save" if saved else NOTHING_TO_SAVE)
         os._exit(exit_code(STOPPED))
 
     with _heard(_noted, receive):
@@ -130,7 +131,7 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_stop(stop: Callable[[], object], leave: Callable[[int], object]) -> Iterator[None]:
+def told_to_stop(stop: Callable[[int], object], leave: Callable[[int], object]) -> Iterator[None]:
     """Call `stop` when a stop signal comes; `leave` with the exit code at a second one."""
     again = _Again()
 
@@ -138,7 +139,7 @@ def told_to_stop(stop: Callable[[], object], leave: Callable[[int], object]) -> 
         if again(number):
             leave(128 + number)
         else:
-            stop()
+            stop(number)
 
     with _heard(_noted, receive):
         yield

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from moe_lm.parallel.topology import current_topology
 if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
 
-STOP = "stop"  # the file in the launcher's folder that stops the ranks
+STOP = "stop"  # the file in the launcher's folder that stops the ranks: the signal that it got
 STOP_POLL_SECONDS = 0.2
 
 
@@ -56,14 +56,20 @@ def heed_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
         end_with_parent()
-    if "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER in os.environ:
-        folder = Path(os.environ[LAUNCHER])
+    folder = Path(os.environ.get(LAUNCHER, os.devnull))
+    with suppress(OSError):  # there is none, or on another machine
         (folder / f"rank-{os.getpid()}").touch()
+    if "TORCHELASTIC_RUN_ID" in os.environ and folder.is_dir():
         threading.Thread(target=_stop_with_launcher, args=(folder / STOP,), daemon=True).start()
+
+
+def reasons(folder: Path) -> list[int]:
+    """The exit codes of ranks that said in the launcher's folder why they must not be started again."""
+    return [int(file.read_text(encoding="utf-8")) for file in folder.glob("exit-*")]
 
 
 def _stop_with_launcher(file: Path) -> None:
     """Wait for the file by which the launcher stops its ranks: a signal would be lost on one that is about to start."""
-    while not file.exists():
+    while not file.exists() or not (number := file.read_text(encoding="utf-8")):
         time.sleep(STOP_POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), int(number))

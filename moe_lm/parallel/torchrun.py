@@ -17,29 +17,32 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
-from moe_lm.common.signals import told_to_stop
-from moe_lm.parallel.launch import STOP
+from moe_lm.common.signals import NOTHING_TO_SAVE, told_to_stop
+from moe_lm.parallel.launch import STOP, reasons
 
 SECONDS_TO_APPEAR = 1.0  # for a rank that has been started, to say so
 
 
 def main() -> None:
     """Run torch's agent, and end with the exit code of the ranks."""
-    folder = Path(tempfile.mkdtemp(prefix="moe-lm-"))
-    os.environ[LAUNCHER] = str(folder)
+    folder: Path | None = None
 
-    def stop() -> None:
-        (folder / STOP).touch()
-        time.sleep(SECONDS_TO_APPEAR)
-        if not any(map(runs, folder.glob("rank-*"))):  # torch is being imported, or waits for other machines
-            print("stopped before the first step; nothing to save", file=sys.stderr, flush=True)
+    def stop(number: int) -> None:
+        if folder is not None:
+            (folder / STOP).write_text(str(number), encoding="utf-8")
+            time.sleep(SECONDS_TO_APPEAR)
+        if folder is None or not any(map(runs, folder.glob("rank-*"))):  # importing torch, or waiting for machines
+            print(NOTHING_TO_SAVE, file=sys.stderr, flush=True)
             leave(STOPPED)
 
     def leave(code: int) -> NoReturn:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
 
     with told_to_stop(stop, leave):
+        folder = Path(tempfile.mkdtemp(prefix="moe-lm-"))
+        os.environ[LAUNCHER] = str(folder)
         leave(run_agent(sys.argv[1:]) or max(reasons(folder), default=FINISHED))
 
 
@@ -62,11 +65,6 @@ def run_agent(arguments: list[str]) -> int:
         print(f"torchrun: the meeting of {where} failed: {error or type(error).__name__}", file=sys.stderr)
         return FAILED
     return FINISHED
-
-
-def reasons(folder: Path) -> list[int]:
-    """The exit codes of ranks that have a reason not to be started again."""
-    return [int(file.read_text(encoding="utf-8")) for file in folder.glob("exit-*")]
 
 
 def runs(rank: Path) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[tuple[Found, list
     """Hold the run folder and keep this rank's log; yields the checkpoint to go on from, and what differs from it."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
-    with folder if is_main else nullcontext(), rank_log(meeting.topology, config.run_dir), meeting.lost_ranks_named():
+    with ExitStack() as held:
+        with meeting.lost_ranks_named():
+            process_group.Ranks().first(partial(hold, folder, held), (MoeLmError,))  # refused on every rank alike
+        held.enter_context(rank_log(meeting.topology, config.run_dir))
+        held.enter_context(meeting.lost_ranks_named())
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
         changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
@@ -95,6 +100,10 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[tuple[Found, list
             if start is not None and config.lora is not None:
                 checkpoint.pin(start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
         yield found, changes
+
+
+def hold(folder: RunFolder, held: ExitStack) -> None:
+    held.enter_context(folder)
 
 
 def with_start_in(recipe: Recipe, newest: Path | None) -> Recipe:

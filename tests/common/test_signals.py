@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.signals import STOP_SIGNALS, stop_signals
-from tests.processes import ENVIRONMENT, Start, wait_until
+from tests.processes import ENVIRONMENT, Start, hears_signals, wait_until
 
 WAITING = (
     "import sys, time\n"
@@ -44,10 +44,7 @@ def waiting(ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
 
 
 def hears(process: subprocess.Popen[str]) -> bool:
-    """Whether the process has handlers for the stop signals, as the kernel sees it."""
-    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt")]
-    return all(caught >> number - 1 & 1 for number in STOP_SIGNALS)
+    return hears_signals(process.pid)
 
 
 def loads_torch(process: subprocess.Popen[str]) -> bool:

@@ -87,6 +87,11 @@ class Host:
         (pid,) = [pid for pid, line in self.processes().items() if part in " ".join(line)]
         return pid
 
+    def rank(self) -> int:
+        """The id of the one rank; launchers have its command line within theirs."""
+        (pid,) = [pid for pid, line in self.processes().items() if line[1:4] == ["-u", "-m", "moe_lm"]]
+        return pid
+
     def lose(self) -> None:
         """Everything here ends at once."""
         os.kill(self.init, signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.processes import losses, runs, train_alone, wait_until
+from tests.processes import ROOT, hears_signals, losses, runs, train_alone, wait_until
 
 if TYPE_CHECKING:
     from tests.launch.conftest import Host, TwoHosts
@@ -19,7 +19,6 @@ STEPS = 120  # enough that the slowest way of stopping comes before the end
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=10", "train.eval_every=0")
 # What a person sets where hosts have several networks.
 NETWORK = {"GLOO_SOCKET_IFNAME": "fabric0", "OMP_NUM_THREADS": "1"}
-RANK = "python -u -m moe_lm pretrain"
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +56,17 @@ def test_deepspeed_trains_over_two_hosts_stops_when_told_and_goes_on_after_a_dea
 
     launcher = start()
     wait_for_checkpoint(launcher, run_dir, 10)
-    os.kill(node_a.process("bin/deepspeed --log_level"), signal.SIGTERM)
+    os.kill(node_a.process("-m moe_lm.parallel.pdsh"), signal.SIGTERM)
     code, output = finish(launcher)
-    assert code != 0, output
-    two_hosts.wait_until_idle()
-    assert 10 < len(losses(run_dir)) == newest_checkpoint(run_dir) < STEPS
+    assert code == 75, output
+    stopped_at = len(losses(run_dir))
+    assert 10 < stopped_at == newest_checkpoint(run_dir) < STEPS
+    again = f"HOSTFILE={tmp_path / 'hostfile'} bash {ROOT / 'launch' / 'deepspeed.sh'} {tiny_pretrain} "
+    assert f"node-a: stopped after step {stopped_at}; to go on, run again: {again}" in output
 
     launcher = start()
     wait_for_checkpoint(launcher, run_dir, newest_checkpoint(run_dir) + 1)
-    os.kill(node_b.process(RANK), signal.SIGKILL)
+    os.kill(node_b.rank(), signal.SIGKILL)
     code, output = finish(launcher)
     assert code == 256 - signal.SIGKILL  # as the launcher of node-b told pdsh
     assert "exits with return code = -9" in output
@@ -76,6 +77,30 @@ def test_deepspeed_trains_over_two_hosts_stops_when_told_and_goes_on_after_a_dea
     assert code == 0, output
     assert "going on after step" in output
     assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_deepspeed_says_a_usage_error_once_and_stops_at_its_start(
+    two_hosts: TwoHosts, tiny_pretrain: Path, tmp_path: Path
+) -> None:
+    node_a = two_hosts.hosts["node-a"]
+    command = ("launch/deepspeed.sh", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "parallel.engine=deepspeed")
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={NETWORK[name]}\n" for name in NETWORK), encoding="utf-8")
+    code, output = finish(
+        node_a.start(*command, "train.global_batch_size=7", "train.micro_batch_size=1", HOSTFILE=tmp_path / "hostfile")
+    )
+    assert code == 2, output
+    said = [line for line in output.splitlines() if "error" in line]
+    assert len(said) == 1, output
+    assert said[0].startswith("node-a: error: train.global_batch_size=7 is not divisible by the 2 processes")
+    launcher = node_a.start(*command, HOSTFILE=tmp_path / "hostfile")
+    mine = "-m moe_lm.parallel.pdsh"
+    wait_until(lambda: any(mine in " ".join(line) for line in node_a.processes().values()), "the launcher")
+    wait_until(lambda: hears_signals(node_a.process(mine)), "its handlers")
+    os.kill(node_a.process(mine), signal.SIGTERM)
+    code, output = finish(launcher)
+    assert code == 75
+    assert output.endswith("stopped before the first step; nothing to save\n")
 
 
 def test_torchrun_starts_all_again_after_a_death_and_when_a_lost_host_is_back(
@@ -91,7 +116,7 @@ def test_torchrun_starts_all_again_after_a_death_and_when_a_lost_host_is_back(
     node_a, node_b = two_hosts.hosts.values()
     agent_a, agent_b = start(node_a), start(node_b)
     wait_for_checkpoint(agent_a, run_dir, 10)
-    os.kill(node_b.process(RANK), signal.SIGKILL)
+    os.kill(node_b.rank(), signal.SIGKILL)
     wait_for_checkpoint(agent_a, run_dir, newest_checkpoint(run_dir) + 11)
     node_b.lose()
     code, output = finish(agent_b)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from functools import partialmethod
@@ -26,7 +30,7 @@ from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
-from tests.processes import metrics, runs, wait_until
+from tests.processes import ENVIRONMENT, metrics, runs, wait_until
 from tests.runs import assert_same_run, figures, last_checkpoint, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +133,31 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
     while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < step:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+
+
+def test_a_closed_terminal_saves_and_the_log_says_so(tiny_pretrain: Path, tmp_path: Path) -> None:
+    """FAULTS row 35. Its live bar is still shown when there is nothing left to show it on."""
+    master, terminal = pty.openpty()
+
+    def login() -> None:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}"]
+    environment = os.environ | ENVIRONMENT | {"TERM": "xterm"}
+    process = subprocess.Popen(
+        [*command, "train.steps=100000"], stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=login,
+        env=environment, text=True,
+    )  # fmt: skip
+    os.close(terminal)
+    wait_for_step(process, tmp_path, 3)
+    os.close(master)
+    assert process.wait(timeout=60) == 75
+    stopped_at = len(metrics(tmp_path))
+    assert last_checkpoint(tmp_path).name == f"step-{stopped_at:08d}"
+    log = (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert f"stopping after step {stopped_at}: SIGHUP, the terminal was closed\n" in log
+    assert f"stopped after step {stopped_at}; to go on, run again: " in log
 
 
 def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:

@@ -1,0 +1,149 @@
+"""launch/torchrun.sh on one machine: how it stops, and what it does not start again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_lm.train.folder import RunFolder
+from tests.processes import ENVIRONMENT, ROOT, hears_signals, losses, runs, train_alone, wait_until
+
+SETTINGS = ("train.steps=60", "train.eval_every=0", "checkpoint.every=0")
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbs."""
+    return train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS)
+
+
+@pytest.fixture
+def launch(tiny_pretrain: Path, tmp_path: Path) -> Iterator[Launch]:
+    """Starts a run of two ranks in `tmp_path`, which also holds the launcher's folder."""
+    started = []
+
+    def start(*settings: str, ignored: tuple[signal.Signals, ...] = (), **environment: str) -> subprocess.Popen[str]:
+        def ignore() -> None:
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+
+        command = ["bash", "launch/torchrun.sh", str(tiny_pretrain), f"run_dir={tmp_path / 'run'}"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        variables = ENVIRONMENT | {"PATH": path, "NPROC": "2", "TMPDIR": str(tmp_path)} | environment
+        process = subprocess.Popen(
+            [*command, *SETTINGS, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | variables, cwd=ROOT, preexec_fn=ignore,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    wait_until(lambda: not ranks(tmp_path), "the last rank to end", seconds=60)
+
+
+def ranks(tmp_path: Path) -> list[int]:
+    """The ranks that run, by process id."""
+    said = [int(file.name.removeprefix("rank-")) for file in tmp_path.glob("moe-lm-*/rank-*")]
+    return [pid for pid in said if Path(f"/proc/{pid}").exists()]
+
+
+def train_to(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    wait_until(lambda: len(losses(run_dir)) >= step or not runs(process), f"step {step}")
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.splitlines()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(signal.Signals(n), marks=pytest.mark.slow) for n in (1, 2, 10))]
+)
+def test_a_signal_saves_on_all_ranks_and_the_printed_line_goes_on(
+    launch: Launch, tmp_path: Path, one_process: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    process = launch()
+    train_to(process, run_dir, 3)
+    process.send_signal(number)
+    code, lines = finish(process)
+    assert code == 75
+    stopped_at = len(losses(run_dir))
+    assert 3 <= stopped_at < 60
+    assert not any("Traceback" in line or "torch/" in line for line in lines)
+    message, _, typed = lines[-1].partition(", run again: ")
+    assert message == f"stopped after step {stopped_at}; to go on"
+    assert typed.startswith("NPROC=2 bash launch/torchrun.sh ")
+    assert f"run_dir={run_dir}" in shlex.split(typed)
+    environment = os.environ | ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    again = subprocess.run(typed, shell=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {stopped_at} of 60" in again.stdout
+    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+
+
+def test_a_usage_error_is_said_once_and_starts_nothing_again(launch: Launch, tmp_path: Path) -> None:
+    """What only the ranks can see: it depends on their number."""
+    code, (said,) = finish(launch("train.global_batch_size=7", "train.micro_batch_size=1"))
+    assert code == 2
+    assert said.startswith("error: train.global_batch_size=7 is not divisible by the 2 processes")
+
+
+@pytest.mark.slow
+def test_a_run_folder_in_use_is_said_once(launch: Launch, tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run"):
+        code, lines = finish(launch(MAX_RESTARTS="0"))
+    assert code == 1
+    assert [line for line in lines if line.startswith(("error", "internal", "rank"))] == lines[:1]
+    assert f"is in use by process {os.getpid()} on " in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [lambda folder: True, ranks], ids=["before the ranks", "in their start"])
+def test_a_stop_at_the_start_saves_nothing(launch: Launch, tmp_path: Path, begun: Callable[[Path], object]) -> None:
+    process = launch()
+    wait_until(lambda: hears_signals(process.pid) and begun(tmp_path), "the time for the signal")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (75, ["stopped before the first step; nothing to save"])
+    assert not list(tmp_path.glob("moe-lm-*"))
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once_and_a_kill_takes_the_ranks_along(launch: Launch, tmp_path: Path) -> None:
+    process = launch("train.steps=1000000", "checkpoint.every=1")
+    train_to(process, tmp_path / "run", 1)
+    (rank, _) = ranks(tmp_path)
+    os.kill(rank, signal.SIGSTOP)  # so that it does not stop at the first one
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.terminate()
+    assert process.wait(timeout=5) == 143
+    wait_until(lambda: not ranks(tmp_path), "the ranks to end", seconds=30)
+    process = launch("train.steps=1000000", "checkpoint.every=1")
+    train_to(process, tmp_path / "run", len(losses(tmp_path / "run")) + 1)
+    process.kill()
+    wait_until(lambda: not ranks(tmp_path), "the ranks to end", seconds=30)
+
+
+@pytest.mark.slow
+def test_under_nohup_it_does_not_hear_the_terminal(launch: Launch, tmp_path: Path) -> None:
+    process = launch("train.steps=1000000", ignored=(signal.SIGHUP, signal.SIGINT))
+    train_to(process, tmp_path / "run", 1)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    train_to(process, tmp_path / "run", len(losses(tmp_path / "run")) + 5)
+    process.terminate()
+    assert finish(process)[0] == 75
