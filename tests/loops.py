@@ -36,6 +36,19 @@ class Watched:
         return self.source.batch(step, rows)
 
 
+class LeftOut:
+    """The batches of another source without the data of some steps."""
+
+    fingerprint = "left out"
+
+    def __init__(self, source: BatchSource, *steps: range) -> None:
+        self.source, self.steps = source, steps
+
+    def batch(self, step: int, rows: range) -> Batch:
+        kept = [number for number in range(1000) if not any(number in left_out for left_out in self.steps)]
+        return self.source.batch(kept[step], rows)
+
+
 def spoil(engine: Engine, source: BatchSource, factor: Callable[[int], float]) -> BatchSource:
     """The source's batches; the loss of the data of step `step` (counted from 0) is multiplied by `factor(step)`."""
     newest = [0]

@@ -18,12 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import MoeLmError
-from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.batches import Batch, BatchSource, PackedBatches
+from moe_lm.objective.training_loss import NextToken, Score
+from moe_lm.train import pretrain
 from moe_lm.train.guards import data_step
 from moe_lm.train.spikes import loss_limit
-from tests.loops import LoopRun, Watched
+from tests.loops import LeftOut, LoopRun, Watched
+from tests.processes import events as logged_events
+from tests.processes import metrics
 from tests.runs import figures
 
+MoeLm = Callable[..., Any]  # the fixture `moe_lm`
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -34,19 +39,6 @@ def sigterm() -> None:
 
 class Killed(BaseException):
     """Ends the loop where it stands, as SIGKILL does."""
-
-
-class LeftOut:
-    """The batches of another source without the data of some steps."""
-
-    fingerprint = "left out"
-
-    def __init__(self, source: BatchSource, *steps: range) -> None:
-        self.source, self.steps = source, steps
-
-    def batch(self, step: int, rows: range) -> Batch:
-        kept = [number for number in range(1000) if not any(number in left_out for left_out in self.steps)]
-        return self.source.batch(kept[step], rows)
 
 
 def poisoned(folder: Path, source: BatchSource, *steps: int, by: float = math.nan, **settings: Any) -> LoopRun:
@@ -355,3 +347,51 @@ def test_a_run_that_ends_with_a_skipped_step_says_so(tmp_path: Path, ragged: Bat
     assert run().step == 12
     assert events(run)[-1]["message"].startswith("step 12 is saved although the last step was skipped")
     assert run.checkpoints == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+# The program
+
+
+@pytest.fixture
+def spoilt_data(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Steps, counted from 0, on whose data the loss of `moe-lm pretrain` is not a number."""
+    bad: set[int] = set()
+    newest = [0]
+
+    class Batches(PackedBatches):
+        def batch(self, step: int, rows: range) -> Batch:
+            newest[0] = step
+            return super().batch(step, rows)
+
+    class Spoilt(NextToken):
+        def score(self, logits_BSV: torch.Tensor, batch: Batch) -> Score:
+            score = super().score(logits_BSV, batch)
+            return (
+                score._replace(loss=score.loss * math.nan) if newest[0] in bad and logits_BSV.requires_grad else score
+            )
+
+    monkeypatch.setattr(pretrain, "PackedBatches", Batches)
+    monkeypatch.setattr(pretrain, "NextToken", Spoilt)
+    return bad
+
+
+def test_the_program_goes_back_ten_skipped_steps_later_and_finishes(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, spoilt_data: set[int]
+) -> None:
+    spoilt_data.update(range(12, 22))
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "train.steps=24", "checkpoint.every=10")
+    done = moe_lm(*command, "train.schedule.warmup_steps=2")
+    assert done.code == 0, done.err
+    assert "back from step 22 to step 10: 10 steps in a row were skipped" in done.out
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 25))
+    assert not any(line["skipped"] for line in metrics(tmp_path))
+    assert [event["window"] for event in logged_events(tmp_path, "rollback")] == [[10, 22]]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000024"]
+
+
+def test_a_rate_of_a_thousand_is_no_success(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "train.optimizer.lr=1000", "train.steps=60")
+    assert done.code == 1
+    assert "10 steps in a row were skipped, and there is no good checkpoint to go back to" in done.err
+    assert "lower train.optimizer.lr" in done.err
+    assert list((tmp_path / "checkpoints").iterdir()) == []
