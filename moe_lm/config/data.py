@@ -11,6 +11,7 @@ from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHan
 from moe_lm.config.section import Section
 
 ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference"]
+OnDamage = Literal["stop", "leave_out"]
 
 # The fields of a row in each format. `system` and `tools` may stand in any row.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -64,6 +65,10 @@ class DataConfig(Section):
     validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
     separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")
+    on_damage: OnDamage = Field(
+        default="stop",
+        description="what becomes of a damaged shard: the run stops and names it, or goes on without its tokens",
+    )
     workers: int | None = Field(default=None, gt=0, description="processes of `prepare`; null: one a core")
 
     @model_validator(mode="after")

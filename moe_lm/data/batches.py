@@ -19,7 +19,8 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.data.order import Mixture
-from moe_lm.data.shards import TokenShards, TokenStream
+from moe_lm.data.shards import TokenShards
+from moe_lm.data.stream import TokenStream
 
 IGNORE = -100  # the target of a position that is not trained
 PLAN_SEQUENCES = 8192  # planned at once, which makes finding windows cheap per step

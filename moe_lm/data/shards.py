@@ -1,4 +1,4 @@
-"""Token shards on disk: their manifest, opening and checking them, and reading them as one stream.
+"""Token shards on disk: their manifest, opening them, and checking them.
 
 `<shards>/<source>/` holds `manifest.json` and two kinds of files, numbered for each split. `train-00000.bin` is the
 tokens, little-endian uint16 (uint32 when the vocabulary needs it), each document from `<|bos|>` to `<|eos|>`.
@@ -8,7 +8,6 @@ tokens, little-endian uint16 (uint32 when the vocabulary needs it), each documen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import read_regular
+from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
+from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
 
 if TYPE_CHECKING:
     from moe_lm.tokenizer.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")
+MAX_MANIFEST_BYTES = 1 << 28  # of a million shards
 AGAIN = "delete its folder and run moe-lm prepare"
 Split = Literal["train", "validation"]
 
@@ -77,10 +80,10 @@ def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
+    if not path.exists():
+        raise UsageError(f"{folder} has no readable {MANIFEST}; run moe-lm prepare")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{folder} has no readable {MANIFEST} ({error.strerror}); run moe-lm prepare") from error
+        return Manifest.model_validate_json(read_regular(path, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "JSON"
@@ -89,59 +92,55 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-class TokenStream:
-    """Files of tokens, one after the other, as one sequence."""
+@dataclass(frozen=True)
+class LeftOut:
+    """The shards of a split that are left out: their `damage` by name, and the tokens that are lost with them."""
 
-    def __init__(self, files: Sequence[NDArray[Any]]) -> None:
-        self._files = list(files)
-        self._bounds = np.cumsum([0, *(len(file) for file in files)])
+    folder: Path
+    split: Split
+    damage: dict[str, str]
+    tokens: int
+    of_shards: int
+    of_tokens: int
 
-    def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens start to stop of the whole sequence."""
-        first = int(np.searchsorted(self._bounds, start, side="right")) - 1
-        pieces = []
-        for file, begin in zip(self._files[first:], self._bounds[first:].tolist(), strict=False):
-            if begin >= stop:
-                break
-            pieces.append(file[max(0, start - begin) : stop - begin])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """The windows of `length` tokens that begin at `starts` [n]. Returns [n, length], a copy."""
-        if len(self._files) == 1:
-            return _every_window(self._files[0], length)[starts]
-        result = np.empty((len(starts), length), self._files[0].dtype)
-        file_of = np.searchsorted(self._bounds, starts, side="right") - 1
-        whole = starts + length <= self._bounds[file_of + 1]
-        for number in set(file_of[whole].tolist()):
-            rows = np.flatnonzero(whole & (file_of == number))
-            result[rows] = _every_window(self._files[number], length)[starts[rows] - self._bounds[number]]
-        for row in np.flatnonzero(~whole).tolist():
-            result[row] = self.tokens(int(starts[row]), int(starts[row]) + length)
-        return result
+    def __str__(self) -> str:
+        return (
+            f"{len(self.damage)} of the {self.of_shards} {self.split} shards in {self.folder} are left out, as "
+            f"data.on_damage=leave_out asks, with {self.tokens:,} of {self.of_tokens:,} tokens "
+            f"({self.tokens / self.of_tokens:.2%}): {'; '.join(self.damage.values())}"
+        )
 
 
 @dataclass(frozen=True)
 class TokenShards:
-    """One split of one source, memory-mapped.
+    """One split of one source.
 
-    files: the token arrays. document_starts: [documents] int64, where each document begins in their sequence.
+    files: the tokens. document_starts: [documents] int64, where each document begins in their sequence.
     document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal only for equal tokens.
+    left_out: what damage has taken, if anything.
     """
 
     folder: Path
     split: Split
-    files: tuple[NDArray[Any], ...]
+    files: tuple[TokenFile | NDArray[Any], ...]
     document_starts: NDArray[np.int64]
     document_bytes: NDArray[np.int64]
     fingerprint: str
+    left_out: LeftOut | None = None
 
     @classmethod
-    def open(cls, folder: Path, split: Split, verify: bool = True, tokenizer: Tokenizer | None = None) -> TokenShards:
-        """Map the shards of a split. `verify` checks every byte against the checksums, and the range of every token.
+    def open(
+        cls,
+        folder: Path,
+        split: Split,
+        verify: bool = True,
+        tokenizer: Tokenizer | None = None,
+        on_damage: OnDamage = "stop",
+    ) -> TokenShards:
+        """Open the shards of a split. `verify` checks every byte against the checksums, and the range of every token.
 
-        Raises UsageError that names the file when one is missing, cut short or altered, and when `tokenizer` is not
-        the tokenizer that made the shards.
+        Raises UsageError that names the file when one is missing, cut short or altered, and it is not to be left out,
+        and when `tokenizer` is not the tokenizer that made the shards.
         """
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
@@ -149,16 +148,34 @@ class TokenShards:
                 f"{folder} was made with tokenizer {manifest.tokenizer[:12]}, this one is "
                 f"{tokenizer.fingerprint[:12]}; use that tokenizer, or prepare these sources into another data.shards"
             )
-        opened = [_open_shard(folder, shard, manifest, verify) for shard in manifest.shards(split)]
-        sums = "".join(shard.sha256 + shard.index_sha256 for shard in manifest.shards(split))
-        index = np.concatenate([np.empty((0, 2), np.int64), *(index for _, index in opened)])
+        vocab_size = manifest.vocab_size if tokenizer is None else min(manifest.vocab_size, tokenizer.vocab_size)
+        files, indices, sound = [], [np.empty((0, 2), np.int64)], []
+        damage: dict[str, str] = {}
+        for shard in manifest.shards(split):
+            file = TokenFile(folder / f"{shard.name}.bin", np.dtype(manifest.dtype), shard.tokens)
+            try:
+                index = _read_index(folder / f"{shard.name}.index", shard)
+                _check_size(file.path, file.size * file.dtype.itemsize)
+                if verify:
+                    _check_tokens(file, shard, vocab_size)
+            except MoeLmError as error:
+                if on_damage == "stop":
+                    raise UsageError(f"{error}; {AGAIN}, or set data.on_damage=leave_out") from error
+                damage[shard.name] = str(error)
+            else:
+                files.append(file)
+                indices.append(index)
+                sound.append(shard)
+        sums = "".join(shard.sha256 + shard.index_sha256 for shard in sound)
+        index = np.concatenate(indices)
         return cls(
             folder=folder,
             split=split,
-            files=tuple(tokens for tokens, _ in opened),
+            files=tuple(files),
             document_starts=np.cumsum(index[:, 0]) - index[:, 0],
             document_bytes=index[:, 1].copy(),
             fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
+            left_out=_left_out(folder, split, manifest, damage) if damage else None,
         )
 
     @property
@@ -179,41 +196,46 @@ class TokenShards:
         return TokenStream(self.files).tokens(start, stop)
 
 
-def _open_shard(folder: Path, shard: Shard, manifest: Manifest, verify: bool) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    tokens_path, index_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.index"
-    tokens = _map(tokens_path, np.dtype(manifest.dtype), shard.tokens)
-    index = _map(index_path, INDEX_DTYPE, 2 * shard.documents).reshape(-1, 2)
-    if verify:
-        _check_sum(tokens_path, tokens, shard.sha256)
-        _check_sum(index_path, index, shard.index_sha256)
-        largest = int(tokens.argmax())
-        if tokens[largest] >= manifest.vocab_size:
-            raise UsageError(
-                f"{tokens_path}: token {tokens[largest]} at offset {largest} is outside the vocabulary of "
-                f"{manifest.vocab_size}; {AGAIN}"
-            )
-    if int(index[:, 0].sum()) != shard.tokens or index.min() < 0:
-        raise UsageError(f"{index_path} does not add up to the {shard.tokens} tokens of its shard; {AGAIN}")
-    return tokens, index
+def _left_out(folder: Path, split: Split, manifest: Manifest, damage: dict[str, str]) -> LeftOut:
+    tokens = {shard.name: shard.tokens for shard in manifest.shards(split)}
+    lost = sum(tokens[name] for name in damage)
+    return LeftOut(folder, split, damage, lost, len(tokens), sum(tokens.values()))
 
 
-def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+def _check_size(path: Path, expected: int) -> None:
     if path.is_symlink() or not path.is_file():
         problem = "is a symbolic link" if path.is_symlink() else "is missing"
-        raise UsageError(f"shard {path} {problem}, expected a file of {count * dtype.itemsize} bytes; {AGAIN}")
+        raise UsageError(f"shard {path} {problem}, expected a file of {expected} bytes")
     size = path.stat().st_size
-    if size != count * dtype.itemsize:
-        raise UsageError(f"shard {path} has {size} bytes, expected {count * dtype.itemsize}; {AGAIN}")
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    if size != expected:
+        raise UsageError(f"shard {path} has {size} bytes, expected {expected}")
 
 
-def _check_sum(path: Path, data: NDArray[Any], expected: str) -> None:
-    found = hashlib.sha256(data.data).hexdigest()
+def _read_index(path: Path, shard: Shard) -> NDArray[np.int64]:
+    """The verified index of a shard, [documents, 2]. It is small beside the tokens."""
+    expected = 2 * INDEX_DTYPE.itemsize * shard.documents
+    _check_size(path, expected)
+    content = read_regular(path, expected)
+    _check_sum(path, hashlib.sha256(content).hexdigest(), shard.index_sha256)
+    index = np.frombuffer(content, INDEX_DTYPE).reshape(-1, 2)
+    if index.min() < 0 or sum(index[:, 0].tolist()) != shard.tokens:
+        raise UsageError(f"{path} does not add up to the {shard.tokens} tokens of its shard")
+    return index
+
+
+def _check_tokens(file: TokenFile, shard: Shard, vocab_size: int) -> None:
+    """Check sum and range in one pass."""
+    digest, outside = hashlib.sha256(), None
+    for number, tokens in enumerate(file.chunks()):
+        digest.update(tokens.data)
+        if outside is None and tokens.max() >= vocab_size:
+            place = int(tokens.argmax())
+            outside = f"token {tokens[place]} at offset {number * CHUNK_TOKENS + place}"
+    _check_sum(file.path, digest.hexdigest(), shard.sha256)
+    if outside is not None:
+        raise UsageError(f"{file.path}: {outside} is outside the vocabulary of {vocab_size}")
+
+
+def _check_sum(path: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise UsageError(f"shard {path} is corrupt: sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}")
-
-
-def _every_window(tokens: NDArray[Any], length: int) -> NDArray[Any]:
-    """A view of every window of `length` tokens: [tokens - length + 1, length]."""
-    step = tokens.itemsize  # numpy's own sliding_window_view takes longer to set up than a batch to copy
-    return np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens.data, strides=(step, step))
+        raise UsageError(f"shard {path} is corrupt: sha256 {found[:12]}, expected {expected[:12]}")

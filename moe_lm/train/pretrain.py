@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
@@ -18,6 +19,7 @@ from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 
 WARM_UP_STEPS = 3  # they compile
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResult:
@@ -27,7 +29,8 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
     """
     meeting = meeting or Meeting(current_topology())
     tokenizer = load_tokenizer(config)
-    batches = training_batches(config, tokenizer)
+    shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
+    batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
     recipe = Recipe(
         title="pretrain",
@@ -36,8 +39,9 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
         tokenizer=tokenizer,
         objective=NextToken(config.train.compile),
         batches=batches,
-        validation=validation_batches(config, tokenizer, meeting.topology),
+        validation=validation_batches(config, held_out, meeting.topology),
         epochs=dict(zip(names, batches.epochs(config.train.steps), strict=True)),
+        left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
     )
     return run_recipe(recipe, meeting)
 
@@ -49,7 +53,7 @@ def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     built.initialise(config.train.seed)
     objective = NextToken(config.train.compile)
     engine = build_engine(built, objective, config.train, config.parallel, tokenizer.pad_id)
-    batches = training_batches(config, tokenizer)
+    batches = training_batches(config, open_shards(config, "train", tokenizer))
     seconds = []
     for step in range(WARM_UP_STEPS + steps):
         micro_batches = local_micro_batches(engine, batches, config.train, step)
@@ -66,10 +70,17 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatches:
+def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer) -> list[TokenShards]:
+    """A split of every source, verified. Raises UsageError as `TokenShards.open`."""
+    data = config.data
+    folders = [data.shards / source.name for source in data.sources]
+    return [TokenShards.open(folder, split, tokenizer=tokenizer, on_damage=data.on_damage) for folder in folders]
+
+
+def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:
     """The training split of every source, mixed by weight."""
     return PackedBatches(
-        _open_shards(config, "train", tokenizer),
+        shards,
         [source.weight for source in config.data.sources],
         config.data.sequence_length,
         config.train.global_batch_size,
@@ -78,21 +89,16 @@ def training_batches(config: PretrainConfig, tokenizer: Tokenizer) -> PackedBatc
     )
 
 
-def validation_batches(config: PretrainConfig, tokenizer: Tokenizer, topology: Topology) -> list[Batch]:
+def validation_batches(config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology) -> list[Batch]:
     """The held-out split of every source, in order; at most `train.eval_batches` global batches of each."""
     data, train = config.data, config.train
     size = train.rows_at_once(topology.world_size)
     batches: list[Batch] = []
-    for shards in _open_shards(config, "validation", tokenizer):
-        if shards.num_tokens > 1:
-            held_out = EvaluationBatches(shards, data.sequence_length, size, data.separate_documents)
+    for source in shards:
+        if source.num_tokens > 1:
+            held_out = EvaluationBatches(source, data.sequence_length, size, data.separate_documents)
             steps = range(held_out.steps_per_epoch)
             if train.eval_batches is not None:
                 steps = steps[: train.eval_batches * train.global_batch_size // size]
             batches += [held_out.batch(step, range(size)) for step in steps]
     return batches
-
-
-def _open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer) -> list[TokenShards]:
-    folders = [config.data.shards / source.name for source in config.data.sources]
-    return [TokenShards.open(folder, split, tokenizer=tokenizer) for folder in folders]

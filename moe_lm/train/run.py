@@ -20,6 +20,7 @@ from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import Batch, MixedBatches
 from moe_lm.data.pairs import PairRows
+from moe_lm.data.shards import LeftOut
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
@@ -54,6 +55,7 @@ class Recipe:
     start: Start | None = None  # the model to begin with; None: fresh weights
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
     epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source
+    left_out: Sequence[LeftOut] = ()  # of the data, because it is damaged
     notes: Sequence[str] = ()  # about data and cost, reported at the start
 
 
@@ -160,6 +162,7 @@ def train_and_log(
     alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms) as log:
         report_damage(log, found, start_step)
+        report_losses(log, recipe.left_out, start_step)
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
@@ -188,6 +191,15 @@ def report_damage(log: RunLog, found: Found, step: int) -> None:
     """An event for every damaged checkpoint that was passed over."""
     for name, text in found.lines.items():
         log.event("damaged_checkpoint", step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
+
+
+def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
+    """An event for every split of which damaged shards are left out."""
+    for loss in left_out:
+        log.event(
+            "data_left_out", step, f"warning: {loss}", source=loss.folder.name, split=loss.split,
+            shards=sorted(loss.damage), tokens=loss.tokens, share=loss.tokens / loss.of_tokens,
+        )  # fmt: skip
 
 
 def load_newest(engine: Engine, checkpoints: Path, log: RunLog | None = None, step: int = 0) -> dict[str, Any]:

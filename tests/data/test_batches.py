@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
 from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches
-from moe_lm.data.shards import TokenShards, TokenStream
+from moe_lm.data.shards import TokenShards
+from moe_lm.data.stream import TokenStream
 from moe_lm.objective.training_loss import num_targets
 
 LENGTH = 8

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import DataConfig
+from moe_lm.data.batches import PackedBatches
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -89,6 +91,65 @@ def test_a_token_outside_the_vocabulary_is_named_with_file_and_offset(folder: Pa
     change_manifest(folder, lambda manifest: manifest["train"][0].update(sha256=new_sum))
     with pytest.raises(UsageError, match=r"train-00000.bin: token 5000 at offset 17 is outside the vocabulary of 1024"):
         TokenShards.open(folder, "train")
+
+
+def test_the_tokenizer_bounds_the_tokens_whatever_the_manifest_says(folder: Path, tiny_tokenizer: Tokenizer) -> None:
+    tokens = np.fromfile(folder / "train-00000.bin", "<u2")
+    tokens[17] = 5000
+    tokens.tofile(folder / "train-00000.bin")
+    new_sum = hashlib.sha256(tokens.tobytes()).hexdigest()
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(sha256=new_sum))
+    change_manifest(folder, lambda manifest: manifest.update(vocab_size=60_000))
+    assert TokenShards.open(folder, "train").num_tokens == len(tokens)
+    with pytest.raises(UsageError, match="token 5000 at offset 17 is outside the vocabulary of 1024"):
+        TokenShards.open(folder, "train", tokenizer=tiny_tokenizer)
+
+
+@pytest.fixture
+def in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same documents in shards of 100 tokens or a little more."""
+    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 100)
+    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 100)
+    source = {"name": "corpus", "path": str(folder.parents[1] / "*.txt")}
+    values = {"sources": [source], "tokenizer": TOKENIZER, "shards": folder.parents[1] / "pieces", "workers": 1}
+    prepare(DataConfig.model_validate(values))
+    return folder.parents[1] / "pieces" / "corpus"
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "train-00001.index"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3] + b"abc")])
+def test_a_damaged_shard_is_left_out_where_that_is_chosen(
+    in_pieces: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    whole = TokenShards.open(in_pieces, "train")
+    sizes = [len(file) for file in whole.files]
+    assert len(sizes) > 2
+    damage(in_pieces / name)
+    with pytest.raises(UsageError, match=f"{name} is .*or set data.on_damage=leave_out"):
+        TokenShards.open(in_pieces, "train")
+    rest = TokenShards.open(in_pieces, "train", on_damage="leave_out")
+    assert [len(file) for file in rest.files] == [sizes[0], *sizes[2:]]
+    tokens = whole.tokens(0, sizes[0]), whole.tokens(sizes[0] + sizes[1], sum(sizes))
+    assert np.array_equal(rest.tokens(0, rest.num_tokens), np.concatenate(tokens))
+    assert rest.fingerprint != whole.fingerprint
+    assert rest.document_starts[-1] == whole.document_starts[-1] - sizes[1]
+    assert str(rest.left_out).startswith(
+        f"1 of the {len(sizes)} train shards in {in_pieces} are left out, as data.on_damage=leave_out asks, with "
+        f"{sizes[1]} of {sum(sizes)} tokens ({sizes[1] / sum(sizes):.2%}): shard {in_pieces / name} is "
+    )
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(folder: Path) -> None:
+    """Mapped into memory it would end the process by SIGBUS."""
+    batches = PackedBatches([TokenShards.open(folder, "train")], [1.0], 16, 4, seed=1, separate_documents=True)
+    before = [batches.batch(step, range(4)).input_ids.tolist() for step in range(batches.steps_per_epoch)]
+    os.truncate(folder / "train-00000.bin", 100)
+    with pytest.raises(MoeLmError, match=r"train-00000.bin ends before byte .*: it was cut short after it was opened"):
+        [batches.batch(step, range(4)) for step in range(batches.steps_per_epoch)]
+    (folder / "train-00000.bin").unlink()
+    with pytest.raises(MoeLmError, match=r"cannot read shard .*train-00000.bin: No such file"):
+        batches.batch(0, range(4))
+    assert len(before) > 2
 
 
 def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:

@@ -24,13 +24,14 @@ import yaml
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
+from moe_lm.data.batches import Batch, PackedBatches
 from moe_lm.data.order import Mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
-from tests.processes import ENVIRONMENT, metrics, runs, wait_until
+from tests.processes import ENVIRONMENT, events, metrics, runs, wait_until
 from tests.runs import assert_same_run, figures, last_checkpoint, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +45,11 @@ def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x40
     file.write_bytes(content)
+
+
+def held_out_batches(config: PretrainConfig) -> list[Batch]:
+    shards = pretrain.open_shards(config, "validation", pretrain.load_tokenizer(config))
+    return pretrain.validation_batches(config, shards, Topology())
 
 
 # Resume
@@ -339,6 +345,53 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of tokens is said at every start; the shard that is back is other data (FAULTS row 26)."""
+    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 8192)
+    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 8192)
+    command = (tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", *SHORT)
+    assert moe_lm("prepare", *command).code == 0
+    shard = tmp_path / "shards" / "text" / "train-00001.bin"
+    flip_a_byte(shard)
+    done = moe_lm("pretrain", *command)
+    assert (done.code, f"shard {shard} is corrupt" in done.err, "data.on_damage=leave_out" in done.err) == (2, 1, 1)
+    going = ("pretrain", *command, "data.on_damage=leave_out", "checkpoint.every=6")
+    for _ in range(2):
+        done = moe_lm(*going)
+        assert (done.code, "warning: 1 of the " in done.out) == (0, True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    said = events(tmp_path / "run", "data_left_out")
+    assert [(event["step"], event["source"], event["shards"]) for event in said] == [
+        (0, "text", ["train-00001"]), (6, "text", ["train-00001"]),
+    ]  # fmt: skip
+    assert 0 < said[0]["share"] < 0.5
+    flip_a_byte(shard)
+    done = moe_lm(*going)
+    assert (done.code, "the training data is other data" in done.err) == (2, True)
+
+
+def test_a_shard_that_is_cut_during_training_is_named(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was SIGBUS, without a word."""
+    shutil.copytree(load_config(PretrainConfig, tiny_pretrain).data.shards, tmp_path / "shards")
+    shard, batch = tmp_path / "shards" / "text" / "train-00000.bin", PackedBatches.batch
+
+    def cutting(self: PackedBatches, step: int, rows: range) -> Batch:
+        if step == 5:
+            os.truncate(shard, 100)
+        return batch(self, step, rows)
+
+    monkeypatch.setattr(PackedBatches, "batch", cutting)
+    folders = (f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
+    done = moe_lm("pretrain", tiny_pretrain, *folders, *SHORT)
+    assert done.code == 1
+    assert f"shard {shard} ends before byte" in done.err
+    assert len(metrics(tmp_path / "run")) == 5
+
+
 def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "model.vocab_size=1000")
     assert done.code == 2
@@ -366,7 +419,7 @@ def test_the_limit_of_an_evaluation_counts_global_batches_whatever_the_micro_bat
     evaluated = []
     for micro in ("null", "4", "1"):
         config = load_config(PretrainConfig, tiny_pretrain, ["train.eval_batches=2", f"train.micro_batch_size={micro}"])
-        batches = pretrain.validation_batches(config, pretrain.load_tokenizer(config), Topology())
+        batches = held_out_batches(config)
         evaluated.append(torch.cat([batch.input_ids for batch in batches]))
     assert evaluated[0].shape == (16, 64)
     assert torch.equal(evaluated[0], evaluated[1])
@@ -381,5 +434,5 @@ def test_every_source_is_mixed_and_evaluated(tiny_pretrain: Path, tmp_path: Path
     assert moe_lm("prepare", *command).code == 0
     assert moe_lm("pretrain", *command).code == 0
     config = load_config(PretrainConfig, tiny_pretrain, [str(item) for item in command[1:]])
-    assert len(pretrain.validation_batches(config, pretrain.load_tokenizer(config), Topology())) == 2 * 2
+    assert len(held_out_batches(config)) == 2 * 2
     assert len(metrics(tmp_path / "run")) == 12
