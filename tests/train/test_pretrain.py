@@ -14,7 +14,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ import yaml
 
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
-from moe_lm.data.batches import Batch, PackedBatches
-from moe_lm.data.order import Mixture
+from moe_lm.data.batches import Batch
 from moe_lm.data.prepare import prepare
 from moe_lm.model.size import count_parameters
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.folder import RunFolder
-from tests.processes import ENVIRONMENT, events, metrics, runs, wait_until
+from tests.processes import ENVIRONMENT, metrics, runs, wait_until
 from tests.runs import assert_same_run, figures, last_checkpoint, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,12 +37,6 @@ ROOT = Path(__file__).parents[2]
 MoeLm = Callable[..., Any]
 Start = Callable[..., subprocess.Popen[str]]
 SHORT = ("train.steps=12", "checkpoint.keep=9", "train.eval_batches=1")
-
-
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0x40
-    file.write_bytes(content)
 
 
 def held_out_batches(config: PretrainConfig) -> list[Batch]:
@@ -255,48 +247,6 @@ def test_another_tokenizer_under_the_same_path_is_refused(tiny_pretrain: Path, t
     assert "holds a run with other settings (the tokenizer is another one" in done.err
 
 
-def test_other_data_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    """The permutation of its windows would be another one: tokens would be repeated and skipped."""
-    source = load_config(PretrainConfig, tiny_pretrain).data.sources[0]
-    text = Path(source.path or "").read_text(encoding="utf-8")
-    (tmp_path / Path(source.path or "").name).write_text(text, encoding="utf-8")
-    sources = [source.model_dump(mode="json") | {"path": str(tmp_path / Path(source.path or "").name)}]
-    overrides = [f"data.sources={json.dumps(sources)}", f"data.shards={tmp_path / 'shards'}"]
-    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *overrides, *SHORT)
-    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
-    assert moe_lm(*command).code == 0
-    assert moe_lm(*command).code == 0
-    (tmp_path / Path(source.path or "").name).write_text(text[: len(text) // 2], encoding="utf-8")
-    shutil.rmtree(tmp_path / "shards")
-    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
-    done = moe_lm(*command)
-    assert done.code == 2
-    assert "the training data is other data" in done.err
-
-
-def test_a_run_keeps_the_order_of_its_sources_that_it_began_with(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run begun before the epochs of several sources were exact goes on as it would have, to the bit."""
-    path = load_config(PretrainConfig, tiny_pretrain).data.sources[0].path
-    sources = f"data.sources=[{{name: one, path: {path}}}, {{name: two, path: {path}, weight: 3}}]"
-    command = (tiny_pretrain, sources, f"data.shards={tmp_path / 'shards'}", "checkpoint.every=6", *SHORT)
-    begun, parted, anew = (tmp_path / name for name in ("begun", "parted", "anew"))
-    assert moe_lm("prepare", *command).code == 0
-    with monkeypatch.context() as before:
-        before.setattr(Mixture, "__init__", partialmethod(Mixture.__init__, exact_epochs=False))
-        assert moe_lm("pretrain", *command, f"run_dir={begun}").code == 0
-    shutil.copytree(begun, parted)
-    shutil.rmtree(parted / "checkpoints" / "step-00000012")
-    for folder, message in ((parted, "going on after step 6 of 12"), (anew, "pretrain 12/12")):
-        done = moe_lm("pretrain", *command, f"run_dir={folder}")
-        assert (done.code, message in done.out) == (0, True), done
-    assert_same_run(begun, parted)
-    assert figures(begun) != figures(anew)
-    sums = [(last_checkpoint(folder) / "data.sha256").read_text() for folder in (begun, parted, anew)]
-    assert sums[0] == sums[1] != sums[2]
-
-
 def test_how_a_run_is_watched_and_fitted_to_its_machine_may_change(
     trained: tuple[Any, ...], tmp_path: Path, moe_lm: MoeLm
 ) -> None:
@@ -332,64 +282,6 @@ def test_a_run_folder_that_cannot_be_written_is_named_before_the_first_step(
     assert done.code == 2
     assert f"cannot write to the run folder {tmp_path / 'file' / 'run'}: Not a directory" in done.err
     assert done.out == ""
-
-
-def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    config = load_config(PretrainConfig, tiny_pretrain)
-    shutil.copytree(config.data.shards, tmp_path / "shards")
-    flip_a_byte(tmp_path / "shards" / "text" / "train-00000.bin")
-    done = moe_lm("pretrain", tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
-    assert done.code != 0
-    assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
-    assert "Traceback" not in done.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loss of tokens is said at every start; the shard that is back is other data (FAULTS row 26)."""
-    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 8192)
-    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 8192)
-    command = (tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", *SHORT)
-    assert moe_lm("prepare", *command).code == 0
-    shard = tmp_path / "shards" / "text" / "train-00001.bin"
-    flip_a_byte(shard)
-    done = moe_lm("pretrain", *command)
-    assert (done.code, f"shard {shard} is corrupt" in done.err, "data.on_damage=leave_out" in done.err) == (2, 1, 1)
-    going = ("pretrain", *command, "data.on_damage=leave_out", "checkpoint.every=6")
-    for _ in range(2):
-        done = moe_lm(*going)
-        assert (done.code, "warning: 1 of the " in done.out) == (0, True)
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
-    said = events(tmp_path / "run", "data_left_out")
-    assert [(event["step"], event["source"], event["shards"]) for event in said] == [
-        (0, "text", ["train-00001"]), (6, "text", ["train-00001"]),
-    ]  # fmt: skip
-    assert 0 < said[0]["share"] < 0.5
-    flip_a_byte(shard)
-    done = moe_lm(*going)
-    assert (done.code, "the training data is other data" in done.err) == (2, True)
-
-
-def test_a_shard_that_is_cut_during_training_is_named(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was SIGBUS, without a word."""
-    shutil.copytree(load_config(PretrainConfig, tiny_pretrain).data.shards, tmp_path / "shards")
-    shard, batch = tmp_path / "shards" / "text" / "train-00000.bin", PackedBatches.batch
-
-    def cutting(self: PackedBatches, step: int, rows: range) -> Batch:
-        if step == 5:
-            os.truncate(shard, 100)
-        return batch(self, step, rows)
-
-    monkeypatch.setattr(PackedBatches, "batch", cutting)
-    folders = (f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
-    done = moe_lm("pretrain", tiny_pretrain, *folders, *SHORT)
-    assert done.code == 1
-    assert f"shard {shard} ends before byte" in done.err
-    assert len(metrics(tmp_path / "run")) == 5
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:

@@ -1,0 +1,126 @@
+"""A run and its data: the order it began with, other data under the same path, damaged shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
+from moe_lm.data.batches import Batch, PackedBatches
+from moe_lm.data.order import Mixture
+from moe_lm.data.prepare import prepare
+from tests.processes import events, metrics
+from tests.runs import assert_same_run, figures, last_checkpoint
+from tests.train.test_damaged_runs import flip_a_byte
+from tests.train.test_pretrain import SHORT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MoeLm = Callable[..., Any]
+
+
+def test_a_run_keeps_the_order_of_its_sources_that_it_began_with(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun before the epochs of several sources were exact goes on as it would have, to the bit."""
+    path = load_config(PretrainConfig, tiny_pretrain).data.sources[0].path
+    sources = f"data.sources=[{{name: one, path: {path}}}, {{name: two, path: {path}, weight: 3}}]"
+    command = (tiny_pretrain, sources, f"data.shards={tmp_path / 'shards'}", "checkpoint.every=6", *SHORT)
+    begun, parted, anew = (tmp_path / name for name in ("begun", "parted", "anew"))
+    assert moe_lm("prepare", *command).code == 0
+    with monkeypatch.context() as before:
+        before.setattr(Mixture, "__init__", partialmethod(Mixture.__init__, exact_epochs=False))
+        assert moe_lm("pretrain", *command, f"run_dir={begun}").code == 0
+    shutil.copytree(begun, parted)
+    shutil.rmtree(parted / "checkpoints" / "step-00000012")
+    for folder, message in ((parted, "going on after step 6 of 12"), (anew, "pretrain 12/12")):
+        done = moe_lm("pretrain", *command, f"run_dir={folder}")
+        assert (done.code, message in done.out) == (0, True), done
+    assert_same_run(begun, parted)
+    assert figures(begun) != figures(anew)
+    sums = [(last_checkpoint(folder) / "data.sha256").read_text() for folder in (begun, parted, anew)]
+    assert sums[0] == sums[1] != sums[2]
+
+
+def test_other_data_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    """The permutation of its windows would be another one: tokens would be repeated and skipped."""
+    source = load_config(PretrainConfig, tiny_pretrain).data.sources[0]
+    text = Path(source.path or "").read_text(encoding="utf-8")
+    (tmp_path / Path(source.path or "").name).write_text(text, encoding="utf-8")
+    sources = [source.model_dump(mode="json") | {"path": str(tmp_path / Path(source.path or "").name)}]
+    overrides = [f"data.sources={json.dumps(sources)}", f"data.shards={tmp_path / 'shards'}"]
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *overrides, *SHORT)
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    assert moe_lm(*command).code == 0
+    assert moe_lm(*command).code == 0
+    (tmp_path / Path(source.path or "").name).write_text(text[: len(text) // 2], encoding="utf-8")
+    shutil.rmtree(tmp_path / "shards")
+    prepare(load_config(PretrainConfig, tiny_pretrain, overrides).data)
+    done = moe_lm(*command)
+    assert done.code == 2
+    assert "the training data is other data" in done.err
+
+
+def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    config = load_config(PretrainConfig, tiny_pretrain)
+    shutil.copytree(config.data.shards, tmp_path / "shards")
+    flip_a_byte(tmp_path / "shards" / "text" / "train-00000.bin")
+    done = moe_lm("pretrain", tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
+    assert done.code != 0
+    assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of tokens is said at every start; the shard that is back is other data (FAULTS row 26)."""
+    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 8192)
+    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 8192)
+    command = (tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", *SHORT)
+    assert moe_lm("prepare", *command).code == 0
+    shard = tmp_path / "shards" / "text" / "train-00001.bin"
+    flip_a_byte(shard)
+    done = moe_lm("pretrain", *command)
+    assert (done.code, f"shard {shard} is corrupt" in done.err, "data.on_damage=leave_out" in done.err) == (2, 1, 1)
+    going = ("pretrain", *command, "data.on_damage=leave_out", "checkpoint.every=6")
+    for _ in range(2):
+        done = moe_lm(*going)
+        assert (done.code, "warning: 1 of the " in done.out) == (0, True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    said = events(tmp_path / "run", "data_left_out")
+    assert [(event["step"], event["source"], event["shards"]) for event in said] == [
+        (0, "text", ["train-00001"]), (6, "text", ["train-00001"]),
+    ]  # fmt: skip
+    assert 0 < said[0]["share"] < 0.5
+    flip_a_byte(shard)
+    done = moe_lm(*going)
+    assert (done.code, "the training data is other data" in done.err) == (2, True)
+
+
+def test_a_shard_that_is_cut_during_training_is_named(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was SIGBUS, without a word."""
+    shutil.copytree(load_config(PretrainConfig, tiny_pretrain).data.shards, tmp_path / "shards")
+    shard, batch = tmp_path / "shards" / "text" / "train-00000.bin", PackedBatches.batch
+
+    def cutting(self: PackedBatches, step: int, rows: range) -> Batch:
+        if step == 5:
+            os.truncate(shard, 100)
+        return batch(self, step, rows)
+
+    monkeypatch.setattr(PackedBatches, "batch", cutting)
+    folders = (f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
+    done = moe_lm("pretrain", tiny_pretrain, *folders, *SHORT)
+    assert done.code == 1
+    assert f"shard {shard} ends before byte" in done.err
+    assert len(metrics(tmp_path / "run")) == 5
