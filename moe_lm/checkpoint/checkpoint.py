@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 PINNED = "PINNED"
 DOUBTFUL = "doubtful.txt"  # says why a checkpoint is not one to go back to; it was saved so that nothing is lost
 GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
-MODEL, OPTIMIZER = "model", "optimizer"
+MODEL, OPTIMIZER, TOKENIZER = "model", "optimizer", "tokenizer"
 MODEL_PREFIX = "model."
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step;
 # `.damaged` was moved aside when a run went on from an older one.
@@ -124,9 +124,9 @@ def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str |
     names = _names_in(manifest, part)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
-    for tensors in (MODEL, OPTIMIZER):
-        if part in ("", tensors):
-            present = {f"{tensors}/{path.name}" for path in (folder / tensors).glob("*.safetensors")}
+    for subfolder, pattern in ((MODEL, "*.safetensors"), (OPTIMIZER, "*.safetensors"), (TOKENIZER, "*")):
+        if part in ("", subfolder):
+            present = {f"{subfolder}/{path.name}" for path in (folder / subfolder).glob(pattern)}
             found += [f"{name} is not in the manifest" for name in sorted(present.difference(manifest))]
     return next((damage for damage in found if damage is not None), None)
 
@@ -164,6 +164,14 @@ def entries(folder: Path) -> dict[str, Entry]:
     """The lines of a checkpoint's manifest, by name. Raises as `verify` does, but looks at no other file."""
     verify(folder, MANIFEST)
     return read_manifest(folder)
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint's folder gives. Raises MoeLmError for another name."""
+    match = STEP_NAME.fullmatch(folder.name)
+    if match is None:
+        raise MoeLmError(f"{folder} is not the folder of a checkpoint; expected a name like step-00001000")
+    return int(match[1])
 
 
 # Retain

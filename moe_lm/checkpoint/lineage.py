@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.integrity import KINDS, checksum_of, kind_of
 from moe_lm.config.model import LoraConfig
 from moe_lm.config.reading import build_config
@@ -61,8 +61,10 @@ def read_adapter(folder: Path) -> Adapter | None:
     if ADAPTER not in checkpoint.entries(folder):
         return None
     values = checkpoint.read_section(folder, ADAPTER)
-    settings = build_config(LoraConfig, values["lora"], f"{folder}/{ADAPTER}")
-    return Adapter(Path(values["base"]), values["fingerprint"], settings)
+    base, known, lora = (values.get(name) for name in ("base", "fingerprint", "lora"))
+    if not isinstance(base, str) or not isinstance(known, str) or not isinstance(lora, dict):
+        raise MoeLmError(f"{folder}/{ADAPTER} does not name base, fingerprint and lora; copy the checkpoint again")
+    return Adapter(Path(base), known, build_config(LoraConfig, lora, f"{folder}/{ADAPTER}"))
 
 
 def describe_adapter(base: Path, settings: LoraConfig) -> str:

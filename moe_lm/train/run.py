@@ -220,8 +220,21 @@ def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:
     state = engine.state()
     read.load(folder, state, verified=True)
     engine.load_state(state)
-    counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
-    return with_note(folder, {**counters, "step": int(counters["step"])})
+    return with_note(folder, read_counters(folder))
+
+
+def read_counters(folder: Path) -> dict[str, Any]:
+    """The trainer.json of a checkpoint. Raises MoeLmError unless it is of the folder's step."""
+    try:
+        counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
+        step = int(counters["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, MoeLmError):
+            raise
+        raise MoeLmError(f"{folder}/trainer.json does not say how many steps were done; copy it again") from error
+    if step != checkpoint.step_of(folder):
+        raise MoeLmError(f"{folder}/trainer.json is of step {step}; expected the folder's; copy the checkpoint again")
+    return {**counters, "step": step}
 
 
 def files_of_run(recipe: Recipe) -> dict[str, str]:

@@ -128,6 +128,17 @@ def test_a_tensor_file_that_the_manifest_does_not_know_is_refused(newest: Path) 
     assert_refused(newest, "more.safetensors", "not in the manifest")
 
 
+def test_a_tokenizer_file_that_the_manifest_does_not_know_is_refused(checkpoints: Path) -> None:
+    """A chat template, say, that nobody signed."""
+    newest = write.save(checkpoints, 1500, state_of(1500), {"tokenizer/tokenizer.json": "{}"})
+    for make in (lambda path: path.write_text("{{ messages }}"), lambda path: path.symlink_to("/etc/hostname")):
+        make(newest / "tokenizer" / "chat_template.jinja")
+        with pytest.raises(MoeLmError, match=r"tokenizer/chat_template\.jinja is not in the manifest"):
+            checkpoint.verified_path(newest, "tokenizer")
+        (newest / "tokenizer" / "chat_template.jinja").unlink()
+    assert checkpoint.verified_path(newest, "tokenizer") == newest / "tokenizer"
+
+
 def test_without_an_older_checkpoint_the_error_says_so(newest: Path) -> None:
     shutil.rmtree(newest.parent / "step-00000500")
     (newest / MODEL_FILE).unlink()

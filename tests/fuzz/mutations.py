@@ -14,9 +14,9 @@ STRANGE: tuple[Callable[[Random], Any], ...] = (
     lambda draw: draw.choice((float("nan"), float("inf"), -float("inf"))),
     lambda draw: draw.choice((None, True, False, [], {}, "", " ", "\0", "\ud800", "../../etc/passwd", "/dev/zero")),
     lambda draw: str(draw.choice(NUMBERS)),
-    lambda draw: "a" * draw.choice((10, 1000, 100_000)),
-    lambda draw: [draw.choice(NUMBERS)] * draw.choice((1, 100, 10_000)),
-    lambda draw: {str(number): number for number in range(draw.choice((1, 100, 10_000)))},
+    lambda draw: "a" * draw.choice((1, 10, 10, 1000, 100_000)),
+    lambda draw: [draw.choice(NUMBERS)] * draw.choice((1, 1, 10, 100, 100, 10_000)),
+    lambda draw: {str(number): number for number in range(draw.choice((1, 1, 10, 100, 100, 10_000)))},
     lambda draw: nested(draw.choice((10, 100, 900)), list),
     lambda draw: nested(draw.choice((10, 100, 900)), dict),
 )

@@ -294,10 +294,20 @@ def test_nan_logits_are_a_clear_error(moe_lm: MoeLm, make_run: MakeRun, options:
     assert "logits are not numbers" in done.err
 
 
-def test_a_checkpoint_that_is_not_complete_is_refused_by_every_verb(run: Path, moe_lm: MoeLm) -> None:
+def test_a_checkpoint_that_is_not_complete_is_refused_by_every_verb(run: Path, moe_lm: MoeLm, tmp_path: Path) -> None:
     [complete] = run.glob("checkpoints/*/COMPLETE")
     complete.unlink()
-    for verb in (("sample", run, "-p", "a"), ("chat", run), ("explain", run, "-p", "a")):
+    finetune = tmp_path / "finetune.yaml"
+    finetune.write_text(
+        f"run_dir: {tmp_path}/other\nstart_from: {run}\ndata: {{train: [chat.jsonl]}}\n"
+        "train: {steps: 1, global_batch_size: 1}\n"
+    )
+    verbs: tuple[tuple[object, ...], ...] = (
+        ("sample", run, "-p", "a"), ("chat", run), ("explain", run, "-p", "a"), ("serve", run, "--port", 0),
+        ("eval", run), ("export", run, tmp_path / "out"), ("upcycle", run, "--run-dir", tmp_path / "up"),
+        ("finetune", finetune),
+    )  # fmt: skip
+    for verb in verbs:
         done = moe_lm(*verb)
         assert (done.code, done.out) == (2, "")
         assert "holds no complete checkpoint" in done.err

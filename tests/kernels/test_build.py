@@ -32,6 +32,23 @@ def test_several_processes_build_at_once(cache: Path) -> None:
     assert {folder.name for folder in cache.iterdir() if folder.is_dir()} == {"build-killed"}
 
 
+def test_a_library_gets_its_name_when_it_is_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a rename of the file that the compiler wrote: who looks for it meanwhile never loads half of one."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\nfor out; do :; done\n'
+        f'echo code > "$out"\nls -i "$out" > {tmp_path}/written\nls {cache} > {tmp_path}/seen\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    path = build.build()
+    assert path.read_text() == "code\n"
+    inode, written = (tmp_path / "written").read_text().split()
+    assert Path(written).name != path.name
+    assert path.stat().st_ino == int(inode)
+    assert path.name not in (tmp_path / "seen").read_text().split()
+
+
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_what_is_built_is_not_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build.build()

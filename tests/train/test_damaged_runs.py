@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moe_lm.checkpoint import write
+from moe_lm.common.errors import MoeLmError
+from moe_lm.train.run import read_counters
 from tests.processes import events
 from tests.runs import figures
 
@@ -65,3 +69,20 @@ def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(
     assert done.code == 1
     assert f"no checkpoint in {tmp_path / 'checkpoints'} is sound: step-00000012 (" in done.err
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"step": -5}', "trainer.json is of step -5; expected the folder's; copy the checkpoint again"),
+        ('{"step": 7}', "trainer.json is of step 7; expected the folder's"),
+        ('{"step": null}', "trainer.json does not say how many steps were done; copy it again"),
+        ("[1]", "trainer.json does not say how many steps were done"),
+        ("{", "trainer.json does not say how many steps were done"),
+    ],
+)
+def test_a_step_that_is_not_the_folders_is_refused_however_it_is_signed(tmp_path: Path, text: str, said: str) -> None:
+    folder = write.save(tmp_path, 6, {"model.weight": torch.ones(2)}, {"trainer.json": text})
+    with pytest.raises(MoeLmError) as refused:
+        read_counters(folder)
+    assert said in str(refused.value)
