@@ -31,21 +31,22 @@ class Saved(NamedTuple):
 class Saver:
     """Writes checkpoints and drops the oldest; never two at a time. Every rank has one and calls it alike.
 
-    In the background a thread of each rank writes a copy in the host's memory, and these threads speak through a
-    process group of their own. Leave this context before the training's process group is destroyed.
+    In the background a thread of each rank writes a copy in the host's memory. For these threads, and since a save may
+    take longer than a step, the ranks speak through a process group of their own. Leave this context before the
+    training's process group is destroyed.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:
         self.checkpoints, self.keep, self.background = checkpoints, config.keep, config.background
         self.watchdog = watchdog
-        self.ranks = Ranks.with_own_group() if config.background else Ranks()
+        self.ranks = Ranks.with_own_group(watchdog.patience_seconds)
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
 
     def save(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
         """Write a checkpoint, after the one that is under way. Raises MoeLmError when that cannot be done."""
         self.wait()
-        with self.watchdog.resting():
+        with self.watchdog.patiently("saving"):
             return self._write(step, state, files)
 
     def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> None:
@@ -60,14 +61,14 @@ class Saver:
                 target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True
             ).start()
         else:
-            with self.watchdog.resting():
+            with self.watchdog.patiently("saving"):
                 _fulfil(outcome, lambda: self._write(step, state, files))
 
     def wait(self) -> None:
         """Wait until no save is under way. Raises its error, except a MoeLmError, which `outcomes` tells."""
         if self._under_way is not None:
             (step, outcome), self._under_way = self._under_way, None
-            with self.watchdog.resting():
+            with self.watchdog.patiently("saving"):
                 error = outcome.exception()
             if error is not None and not isinstance(error, MoeLmError):
                 raise error

@@ -17,7 +17,6 @@ from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import schedule_factor, update_router_biases
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.process_group import any_rank
 from moe_lm.parallel.topology import Topology
 
 
@@ -220,7 +219,7 @@ class Engine(ABC):
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""
-        return any_rank(flag, self.device)
+        return flag if self.exchange is None else bool(self.exchange.sum(torch.tensor(int(flag), device=self.device)))
 
     def _sum_over_ranks(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         return named if self.exchange is None else self.exchange.sums(named)

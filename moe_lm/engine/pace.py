@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from torch import nn
+
 from moe_lm.engine.engine import Engine
 from moe_lm.parallel.topology import Topology
 
@@ -40,9 +42,9 @@ class Pace:
         self._own: deque[float] = deque(maxlen=WINDOW)
         self._steps: deque[float] = deque(maxlen=WINDOW)
         self._num_steps = 0
-        if (exchange := engine.exchange) is not None:
-            engine.loss.register_forward_pre_hook(lambda loss, _: exchange.begin_work() if loss.training else None)
-            engine.loss.register_forward_hook(lambda *_: exchange.end_work())
+        if engine.exchange is not None:
+            engine.loss.register_forward_pre_hook(self._begin_forward)
+            engine.loss.register_forward_hook(self._end_forward)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -64,6 +66,16 @@ class Pace:
         if self._num_steps < WINDOW or self._num_steps % INTERVAL:
             return None
         return self._comparison.slow_rank(self._exchange.gather(typical(self._own)), typical(self._steps))
+
+    def _begin_forward(self, loss: nn.Module, *_: object) -> None:
+        if self._exchange is not None and loss.training:
+            self._exchange.place.at("forward")
+            self._exchange.begin_work()
+
+    def _end_forward(self, loss: nn.Module, *_: object) -> None:
+        if self._exchange is not None and loss.training:
+            self._exchange.end_work()
+            self._exchange.place.at("backward")
 
 
 class Comparison:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lm.parallel.heartbeat import Place
 from moe_lm.parallel.process_group import all_reduce_sum
 
 Mark = float | torch.cuda.Event
@@ -19,6 +20,7 @@ class Exchange:
     """Sums over the ranks, and a stopwatch of this rank's own work that stands still while it waits for others."""
 
     def __init__(self, device: torch.device) -> None:
+        self.place = Place()  # where this rank is, for those who wait for it
         self._device = device
         self._spans: list[tuple[Mark, Mark, int]] = []  # the sign: 1 is work, -1 is waiting within work
         self._began: Mark | None = None
@@ -44,13 +46,14 @@ class Exchange:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a wait for other ranks."""
+        before = self.place.phase
+        self.place.at("exchange")
         # Only within work: activation checkpointing repeats the forward pass in the backward pass, which is not timed.
-        if self._began is None:
-            yield
-            return
-        started = self._mark()
+        started = None if self._began is None else self._mark()
         yield
-        self._spans.append((started, self._mark(), -1))
+        if started is not None:
+            self._spans.append((started, self._mark(), -1))
+        self.place.at(before)
 
     def begin_work(self) -> None:
         self._began = self._mark()

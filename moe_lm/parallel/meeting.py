@@ -2,7 +2,7 @@
 
 They share notes in a store at MASTER_ADDR:MASTER_PORT. Each rank knocks, and rank 0 answers with a name drawn for this
 meeting, which prefixes all further notes: torchrun's store outlives the processes that it restarts, and still holds
-the notes of those that failed before.
+the notes of those that failed before. From then on each gives signs of life (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -23,27 +23,31 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.parallel.heartbeat import LISTEN_SECONDS, POLL_SECONDS, Failure, Heartbeat, Sign, wait_until
 from moe_lm.parallel.topology import Topology
 
-POLL_SECONDS = 0.1
 FAILED_SECONDS = 30.0  # for which a rank that fails before the ranks met looks for the others, to tell them
-ROLL_CALL_SECONDS = 2.0  # for which ranks that lost one wait for each other's sign of life
 LINGER_SECONDS = 3.0  # for which rank 0 keeps its store, so that the others can read why it ends
 # How the back ends report a rank that has gone, or has not answered in time.
 LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
+GO_ON = "run the same command again to go on from the last checkpoint"
 
 
 class Meeting:
     """The ranks of a run, and the notes by which they agree on what to say when one of them fails.
 
-    `topology` names their hosts once they have met.
+    Once they have met, `topology` names their hosts, and `heartbeat` gives and hears their signs of life.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
+        self.heartbeat: Heartbeat | None = None
+        self.is_ending = False  # the main thread is about to say why
+        self._store_and_name: tuple[dist.Store, str] | None = None
         self._store: dist.Store | None = None  # the notes
         self._unreachable = False  # rank 0 does not answer; to try again would take as long again
-        self._num_missing = 0
+        self._speaking, self._has_spoken = threading.Lock(), False
+        self._gone: Sequence[int] = ()  # ranks that will not read why the run ends
         self._over = threading.Event()
         self._answering: threading.Thread | None = None
 
@@ -54,14 +58,15 @@ class Meeting:
         """
         notes, world_size = self._enter(seconds), self.topology.world_size
         try:
+            self.heartbeat = Heartbeat(self._connect(), self.topology.rank, world_size)
             notes.set(f"here/{self.topology.rank}", socket.gethostname())
             if self.topology.is_main:
                 places = [f"here/{rank}" for rank in range(world_size)]
                 wait_until(lambda: notes.check(places) or notes.check(["failed"]), seconds)
                 missing = [rank for rank, place in enumerate(places) if not notes.check([place])]
                 if missing and not notes.check(["failed"]):
-                    self._num_missing = len(missing)
-                    self._report_failure(
+                    self._gone = missing
+                    self.report(
                         f"{self.topology.named(missing)} of {world_size} did not come to {_address()} within "
                         f"{seconds:g} s; check that the launcher started every rank with this address, and that no "
                         "firewall is in between",
@@ -71,15 +76,13 @@ class Meeting:
                     notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
             met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
             if met and notes.check(["failed"]):
-                raise _reported_failure(notes)
+                raise _as_error(Failure.of(notes.get("failed")))
             if met:
                 self.topology = replace(self.topology, hosts=tuple(json.loads(notes.get("hosts"))))
                 return notes
         except dist.DistError:
             pass
-        raise self._unreachable_error(
-            f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again"
-        )
+        raise self.unreachable(f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
 
     @contextmanager
     def lost_ranks_named(self) -> Iterator[None]:
@@ -87,9 +90,10 @@ class Meeting:
         try:
             yield
         except RuntimeError as error:
-            if self.topology.world_size == 1 or not any(text in str(error) for text in LOST):
+            is_loss = isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)
+            if self.topology.world_size == 1 or not is_loss:
                 raise
-            raise self._lost_rank_error() from error
+            raise self._loss() from error
 
     def fail(self, message: str, exit_code: int, common: bool = False) -> None:
         """Print why this rank ends, unless another rank prints it, and stay until the others have read it.
@@ -97,40 +101,53 @@ class Meeting:
         Rank 0 prints what is `common` to all ranks.
         """
         topology = self.topology
-        if topology.is_main if common else self._must_print(message, exit_code):
-            name = "" if topology.is_main else f"rank {topology.rank} on {socket.gethostname()}: "
-            print(f"{name}{message}", file=sys.stderr, flush=True)
-        if self._store is not None:
-            self._linger(self._store)
+        with self._speaking:  # the main thread and the watchdog's may fail at once
+            if not self._has_spoken and (topology.is_main if common else self._must_print(message, exit_code)):
+                name = "" if topology.is_main else f"rank {topology.rank} on {socket.gethostname()}: "
+                print(f"{name}{message}", file=sys.stderr, flush=True)
+            self._has_spoken = True
+        self._linger()
 
-    def _lost_rank_error(self) -> MoeLmError:
-        """The reason why the connection broke: the failure that a rank reported, else the ranks that are gone.
+    def _loss(self) -> MoeLmError:
+        """The reason why a connection broke: the failure that a rank reported, else the ranks that give no sign.
 
-        Rank 0 calls the roll, and all that are left say the same.
+        The first that notices calls the roll, and all that are left say the same.
         """
-        advice = "see what it said, then run the same command again to go on from the last checkpoint"
-        lost = f"lost {self.topology.named([0])}, which has ended or does not answer; {advice}"
-        notes, topology = self._store, self.topology
-        if notes is None:
-            return self._unreachable_error(lost)
+        self.is_ending = True
+        heartbeat, lost = self.heartbeat, f"lost {self.topology.named([0])}, which has ended or does not answer; see "
+        if heartbeat is None:
+            return self.unreachable(f"{lost}what it said, then {GO_ON}")
         with suppress(dist.DistError):
-            notes.set(f"left/{topology.rank}", "")
-            places = [f"left/{rank}" for rank in range(topology.world_size)]
-            if topology.is_main:
-                wait_until(lambda: notes.check(places) or notes.check(["failed"]), ROLL_CALL_SECONDS)
-                gone = [rank for rank, place in enumerate(places) if not notes.check([place])]
-                named = topology.named(gone) if gone else "the connection between the ranks"
-                lost = f"lost {named}, which has ended or does not answer; {advice}"
-                self._report_failure(lost, MoeLmError.exit_code)
-            wait_until(lambda: notes.check(["failed"]), ROLL_CALL_SECONDS + LINGER_SECONDS)
-            if notes.check(["failed"]):
-                return _reported_failure(notes)
-        return self._unreachable_error(lost)
+            if not self.is_first("loss"):
+                wait_until(lambda: heartbeat.failure is not None or heartbeat.notes_are_lost, LISTEN_SECONDS + 2)
+            silent = heartbeat.roll_call()
+            if (failure := heartbeat.failure) is None and not heartbeat.notes_are_lost:
+                failure = self.report(lost_ranks(self.topology, silent, heartbeat.signs), MoeLmError.exit_code, silent)
+            if failure is not None:
+                return _as_error(failure)
+        return self.unreachable(f"{lost}what it said, then {GO_ON}")
+
+    def is_first(self, occasion: str) -> bool:
+        """Whether this rank is the first to ask, so that the others can wait for it. Raises DistError."""
+        assert self._store is not None
+        mine = str(self.topology.rank).encode()
+        return bool(self._store.compare_set(f"first/{occasion}", "", mine.decode()) == mine)
+
+    def report(self, message: str, exit_code: int, gone: Sequence[int] = (), hung: bool = False) -> Failure:
+        """End the meeting for all ranks but those that are `gone`; returns the first failure, which counts."""
+        assert self._store is not None
+        self._gone = gone or self._gone
+        return Failure.of(self._store.compare_set("failed", "", json.dumps([message, exit_code, hung])))
+
+    def unreachable(self, message: str) -> MoeLmError:
+        """An error about which ranks cannot agree: one rank a host prints it, and rank 1 in place of rank 0."""
+        self._unreachable = True
+        return MoeLmError(message)
 
     def _must_print(self, message: str, exit_code: int) -> bool:
         """Report a failure to the other ranks; whether it falls to this one to print it: rank 0, else the first."""
         if self._unreachable:
-            return True
+            return self.topology.local_rank == 0 or self.topology.rank == 1
         message = message.removeprefix("error: ")  # the others raise it as an error of their own
         key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
         mine = str(self.topology.rank)
@@ -139,29 +156,30 @@ class Meeting:
             if not self.topology.is_main:
                 wait_until(lambda: notes.check([key]), 1)
             speaker = notes.compare_set(key, "", mine)
-            self._report_failure(message, exit_code)
-        except (MoeLmError, dist.DistError):  # there is no rank 0 to agree with
-            return True
+            self.report(message, exit_code)
+        except (MoeLmError, dist.DistError):  # there is no rank 0 to agree with; it has said what all know
+            known = None if self.heartbeat is None else self.heartbeat.failure
+            return known is None or known.message != message
         return speaker == mine.encode()
 
-    def _report_failure(self, message: str, exit_code: int) -> None:
-        """End the meeting for all ranks; the first failure counts."""
-        assert self._store is not None
-        self._store.compare_set("failed", "", json.dumps([message, exit_code]))
-
-    def _linger(self, notes: dist.Store) -> None:
-        """As rank 0, which may own the store, wait until the other ranks have read why it ends."""
-        others = self.topology.world_size - 1 - self._num_missing
-        seconds = LINGER_SECONDS if self.topology.hosts or self._num_missing else FAILED_SECONDS
+    def _linger(self) -> None:
+        """As rank 0, which may keep the notes, wait until the other ranks have read why the run ends."""
+        notes, topology = self._store, self.topology
+        if notes is None:
+            return
+        seconds = LINGER_SECONDS if topology.hosts or self._gone else FAILED_SECONDS
         with suppress(dist.DistError):
-            if self.topology.is_main:
-                wait_until(lambda: notes.add("parted", 0) >= others, seconds)
+            if topology.is_main:
+                others = [rank for rank in range(1, topology.world_size) if rank not in self._gone]
+                wait_until(lambda: notes.check([f"parted/{rank}" for rank in others]), seconds)
             else:
-                notes.add("parted", 1)
+                notes.set(f"parted/{topology.rank}", "")
         # A process that ends while one of its threads speaks with the store may abort.
         self._over.set()
         if self._answering is not None:
             self._answering.join()
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
 
     def _enter(self, seconds: float) -> dist.Store:
         """Connect to the store, and return the notes of this meeting."""
@@ -183,17 +201,24 @@ class Meeting:
             arguments = (store.clone(), nonce, range(1, topology.world_size), self._over)  # type: ignore[attr-defined]
             self._answering = threading.Thread(target=_answer_knocks, args=arguments, daemon=True)
             self._answering.start()
-            return self._notes(store, nonce)
+            return self._meet(store, nonce)
         answer = f"moe-lm/answer/{topology.rank}/{nonce}"
         with suppress(dist.DistError):
             store.set(f"moe-lm/knock/{topology.rank}", nonce)
             if wait_until(lambda: store.check([answer]), seconds):
-                return self._notes(store, store.get(answer).decode())
-        raise self._unreachable_error(f"rank 0 at {_address()} does not answer; check that the launcher started it")
+                return self._meet(store, store.get(answer).decode())
+        raise self.unreachable(f"rank 0 at {_address()} does not answer; check that the launcher started it")
 
-    def _notes(self, store: dist.Store, name: str) -> dist.Store:
-        self._store = dist.PrefixStore(f"moe-lm/{name}", store)
-        return self._store
+    def _meet(self, store: dist.Store, name: str) -> dist.Store:
+        self._store_and_name = store, name
+        self._store = self._connect()
+        return self._connect()
+
+    def _connect(self) -> dist.Store:
+        """The notes of this meeting, over a connection of their own: who waits in one does not hold up the others."""
+        assert self._store_and_name is not None
+        store, name = self._store_and_name
+        return dist.PrefixStore(f"moe-lm/{name}", store.clone())  # type: ignore[attr-defined]
 
     def _reach(self, address: str, port: int, seconds: float) -> None:
         """Try until the store is there, without torch's warnings."""
@@ -208,26 +233,11 @@ class Meeting:
                 advice = "check that it runs there, and that no firewall is in between"
                 if self.topology.is_main:
                     advice = "this is rank 0: set MASTER_ADDR to its host"
-                raise self._unreachable_error(
+                raise self.unreachable(
                     f"cannot reach rank 0 of {self.topology.world_size} at {_address()} within {seconds:g} s "
                     f"({reason}); {advice}"
                 )
             time.sleep(POLL_SECONDS)
-
-    def _unreachable_error(self, message: str) -> MoeLmError:
-        """An error about which ranks cannot agree: one rank a host prints it, and rank 1 in place of rank 0."""
-        self._unreachable = True
-        return MoeLmError(message, common=not (self.topology.local_rank == 0 or self.topology.rank == 1))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll the condition; whether it came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
 
 
 def _answer_knocks(store: dist.Store, name: str, ranks: Sequence[int], over: threading.Event) -> None:
@@ -242,10 +252,24 @@ def _answer_knocks(store: dist.Store, name: str, ranks: Sequence[int], over: thr
             waiting = [rank for rank in waiting if not store.check([f"moe-lm/{name}/here/{rank}"])]
 
 
-def _reported_failure(notes: dist.Store) -> MoeLmError:
-    """The failure that ended the meeting, as an error of this rank."""
-    message, exit_code = json.loads(notes.get("failed"))
-    return (UsageError if exit_code == UsageError.exit_code else MoeLmError)(message)
+def lost_ranks(topology: Topology, silent: Sequence[int], signs: Mapping[int, Sign]) -> str:
+    """Why a connection broke: the ranks that give no sign of life."""
+    if not silent:
+        return f"the connection between the ranks broke, though all of them answer; check the network, then {GO_ON}"
+    has, does, it = ("has", "does", "it") if len(silent) == 1 else ("have", "do", "they")
+    gone = f"lost {topology.named(silent)}, which {has} ended or {does} not answer ({last_places(silent, signs)})"
+    return f"{gone}; see what {it} said, then {GO_ON}"
+
+
+def last_places(ranks: Sequence[int], signs: Mapping[int, Sign]) -> str:
+    """`last: step 26, forward`"""
+    places = dict.fromkeys(signs[rank].place for rank in ranks if rank in signs)
+    return f"last: {' or '.join(places)}"
+
+
+def _as_error(failure: Failure) -> MoeLmError:
+    """The failure that a rank reported, as an error of this one."""
+    return (UsageError if failure.exit_code == UsageError.exit_code else MoeLmError)(failure.message)
 
 
 def _listen(port: int) -> socket.socket:

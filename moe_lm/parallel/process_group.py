@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +18,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.parallel.meeting import Meeting
 
 PATIENCE_SECONDS = 30.0  # that the back end has beyond the config's timeout
+FLIGHT_RECORDER = "nccl_trace_rank_"  # the files' prefix that torchfrtrace expects
 
 T = TypeVar("T")
 
@@ -28,10 +32,30 @@ def join(meeting: Meeting, device: torch.device, timeout_seconds: float) -> None
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watchdog, which knows more and says it in fewer words, comes first.
-    timeout = timedelta(seconds=timeout_seconds + min(timeout_seconds, PATIENCE_SECONDS))
+    timeout = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
     rank, world_size = meeting.topology.rank, meeting.topology.world_size
     store = dist.HashStore() if world_size == 1 else dist.PrefixStore("group", meeting.assemble(timeout_seconds))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def record_flight(folder: Path) -> None:
+    """Have NCCL remember its last collectives, and write them into `folder` when one times out.
+
+    Call this before the process group is made; `torchfrtrace` reads the files. What a person has set is left as it is.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    prefix = str(folder.absolute() / FLIGHT_RECORDER)
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its name since torch 2.9, and before
+        os.environ.setdefault(name, prefix)
+
+
+def dump_flight_recorder(rank: int) -> None:
+    """Write what NCCL remembers, before the process ends without waiting for its timeout."""
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+    if prefix is not None and dist.is_nccl_available():
+        with suppress(OSError, RuntimeError):
+            Path(f"{prefix}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
 
 
 def leave() -> None:
@@ -46,11 +70,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank raised its flag, so that all act alike."""
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())
 
 
 @dataclass(frozen=True)
@@ -97,9 +116,15 @@ class Ranks:
         return self.each(lambda: action() if self.rank == 0 else None, expected)[0]  # type: ignore[return-value]
 
     @classmethod
-    def with_own_group(cls) -> Ranks:
-        """All ranks, with a group for a thread beside the training; every rank calls this at the same point."""
-        return cls(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+    def with_own_group(cls, timeout_seconds: float | None = None) -> Ranks:
+        """All ranks, with a group whose ranks wait this long for each other; every rank calls this at the same point.
+
+        A thread beside the training needs one of its own.
+        """
+        if not dist.is_initialized():
+            return cls()
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
+        return cls(dist.new_group(backend="gloo", timeout=timeout))
 
     def close(self) -> None:
         """Give up the group of their own."""

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import moe_lm
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.exits import exit_code
+from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.heartbeat import LISTEN_SECONDS, Failure, Heartbeat, Sign, wait_until
+from moe_lm.parallel.meeting import GO_ON, Meeting, last_places
+from moe_lm.parallel.process_group import dump_flight_recorder
 from moe_lm.parallel.topology import Topology
+
+PATIENT = ("starting", "loading", "saving")  # phases that may take PATIENCE times as long
+PATIENCE = 10
+GRACE_SECONDS = 5.0  # in which the main thread ends by itself after a failure elsewhere
+LAST_RESORT_SECONDS = 60.0
 
 
 def agree(topology: Topology, values: Mapping[str, object]) -> None:
@@ -36,37 +49,124 @@ def agree(topology: Topology, values: Mapping[str, object]) -> None:
 
 
 class Watchdog:
-    """Ends the process, with the stack of each thread on stderr, when it has not been fed for `seconds`.
+    """Ends a process whose main thread has not moved on for `seconds`, and all that wait with it.
 
-    Without it a rank would wait for a hanging one until the back end gives up, and nobody would see where. A single
-    process waits for no other: with None the watchdog does nothing.
+    Every rank shows the stacks of its threads, on stderr and in its `log`, and the one that hangs is named. To load a
+    checkpoint or to save one may take ten times as long while all ranks give signs of life. A single process waits for
+    no other: without a meeting the watchdog does nothing.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float = 0.0, meeting: Meeting | None = None, log: Path | None = None) -> None:
+        self._seconds, self._meeting, self._log = seconds, meeting, log
+        self._heartbeat = None if meeting is None else meeting.heartbeat
+        self._over = threading.Event()
 
-    def feed(self) -> None:
-        if self._seconds is not None:
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
+    @property
+    def patience_seconds(self) -> float | None:
+        """The longest that a save may take; None without a meeting."""
+        return None if self._heartbeat is None else PATIENCE * self._seconds
 
-    def stop(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
+    def at(self, phase: str, step: int | None = None) -> None:
+        """The main thread moves on to a phase, of `step` if it is a new one."""
+        if self._heartbeat is not None:
+            self._heartbeat.place.at(phase, step)
+
+    def follow(self, exchange: Exchange | None) -> None:
+        """Let the exchanges of a step be places too."""
+        if self._heartbeat is not None and exchange is not None:
+            exchange.place = self._heartbeat.place
+
+    @contextmanager
+    def patiently(self, phase: str) -> Iterator[None]:
+        """Around one of the PATIENT phases."""
+        before = "" if self._heartbeat is None else self._heartbeat.place.phase
+        self.at(phase)
+        yield
+        self.at(before)
 
     def __enter__(self) -> Watchdog:
+        if self._meeting is not None and self._heartbeat is not None:
+            arguments = (self._meeting, self._heartbeat)
+            threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._over.set()
+        faulthandler.cancel_dump_traceback_later()
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Not watching, while something is written that may take any time."""
-        self.stop()
-        yield
-        self.feed()
+    def _watch(self, meeting: Meeting, heartbeat: Heartbeat) -> None:
+        place, due, moves = heartbeat.place, self._seconds, 0
+        while not (self._over.wait(min(1.0, self._seconds / 4)) or meeting.is_ending):
+            # If even this thread stands still, as when the main thread holds Python's lock.
+            faulthandler.dump_traceback_later(self._seconds + LAST_RESORT_SECONDS, exit=True, file=2)
+            if place.moves != moves:
+                due, moves = self._seconds, place.moves
+            if (failure := heartbeat.failure) is not None:
+                # The main thread says more of an error than this one, and saves what it can.
+                if failure.hung or not wait_until(lambda: self._over.is_set() or meeting.is_ending, GRACE_SECONDS):
+                    self._end(meeting, failure)
+            elif place.seconds > due and (failure := self._judge(meeting, heartbeat)) is not None:
+                self._end(meeting, failure)
+            elif place.seconds > due:
+                due = place.seconds + self._seconds
+
+    def _judge(self, meeting: Meeting, heartbeat: Heartbeat) -> Failure | None:
+        """Who hangs, as one rank finds and tells the others; None if this rank moves on, or may take longer."""
+        place, topology = heartbeat.place, meeting.topology
+        moves = place.moves
+
+        def settled() -> bool:
+            return heartbeat.failure is not None or heartbeat.notes_are_lost or place.moves != moves
+
+        if not heartbeat.notes_are_lost and not meeting.is_first(f"hang/{moves}/{place.seconds // self._seconds:.0f}"):
+            wait_until(settled, LISTEN_SECONDS + 2)
+        silent = [] if settled() else heartbeat.roll_call()
+        if heartbeat.failure is not None or place.moves != moves:
+            return heartbeat.failure
+        if heartbeat.notes_are_lost:
+            hung = f"{topology.named([0])} has not answered for {self._seconds:g} s (here: {place})"
+            return Failure(str(meeting.unreachable(f"{hung}; {GO_ON}")), MoeLmError.exit_code, hung=True)
+        patient = any(sign.phase in PATIENT for sign in heartbeat.signs.values())
+        if not silent and patient and place.seconds < PATIENCE * self._seconds:
+            return None
+        message = who_hangs(topology, self._seconds, silent, heartbeat.signs)
+        return meeting.report(message, MoeLmError.exit_code, silent, hung=True)
+
+    def _end(self, meeting: Meeting, failure: Failure) -> None:
+        if failure.hung:
+            self._show_stacks(meeting)
+        meeting.fail(f"error: {failure.message}", failure.exit_code)
+        sys.stdout.flush()
+        os._exit(exit_code(failure.exit_code))
+
+    def _show_stacks(self, meeting: Meeting) -> None:
+        assert self._heartbeat is not None
+        topology, place = meeting.topology, self._heartbeat.place
+        title = f"{topology.named([topology.rank])} has been at the same place for {place.seconds:.0f} s ({place}):\n"
+        dump_flight_recorder(topology.rank)
+        with suppress(OSError), ExitStack() as files:
+            for file in [sys.stderr] if self._log is None else [sys.stderr, files.enter_context(self._log.open("a"))]:
+                file.write(title)
+                file.flush()
+                faulthandler.dump_traceback(file)
 
 
-NO_WATCHDOG = Watchdog(None)
+NO_WATCHDOG = Watchdog()
+
+
+def who_hangs(topology: Topology, seconds: float, silent: Sequence[int], signs: Mapping[int, Sign]) -> str:
+    """The ranks that give no sign of life, else those that are behind the others, else those outside a collective."""
+    fewest = min(sign.moves for sign in signs.values())
+    behind = [rank for rank, sign in signs.items() if sign.moves == fewest]
+    if len(behind) == len(signs):
+        behind = [rank for rank, sign in signs.items() if not sign.waits]
+    hung = silent or behind
+    if not 0 < len(hung) < len(signs):
+        everywhere = last_places(list(signs), signs)
+        return f"no rank has moved for {seconds:g} s, and none is behind the others ({everywhere}); see the stacks"
+    has, it = ("has", "its") if len(hung) == 1 else ("have", "their")
+    why = "it or its host stands still" if silent and len(hung) == 1 else f"see {it} stacks"
+    return f"{topology.named(hung)} {has} not moved for {seconds:g} s ({last_places(hung, signs)}); {why}, then {GO_ON}"
 
 
 def _code() -> str:

@@ -174,7 +174,7 @@ def rank_log(topology: Topology, run_dir: Path) -> Iterator[None]:
     if topology.world_size == 1:
         yield
         return
-    path = run_dir / "logs" / f"rank-{topology.rank:05d}.log"
+    path = rank_log_path(topology, run_dir)
     versions = f"moe_lm {moe_lm.__version__}, torch {torch.__version__}, python {sys.version.split()[0]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +196,10 @@ def rank_log(topology: Topology, run_dir: Path) -> Iterator[None]:
         except OSError as error:  # a full disk must not hide the error, nor fail a run that went well
             print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
         file.close()
+
+
+def rank_log_path(topology: Topology, run_dir: Path) -> Path:
+    return run_dir / "logs" / f"rank-{topology.rank:05d}.log"
 
 
 class LineFile:

@@ -91,11 +91,12 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
             if guard.must_go_back:
                 go_back(run, guard, saver, result)
             started = time.perf_counter()
+            run.watchdog.at("reading", result.step + 1)
             with pace.reading():
                 micro_batches = local_micro_batches(engine, batches, config, result.step)
             data_seconds = time.perf_counter() - started
-            run.watchdog.feed()
             step_result = engine.train_step(result.step, micro_batches, loss_limit=guard.loss_limit)
+            run.watchdog.at("after the step")
             seconds = time.perf_counter() - started
             signalled.hold()
             result.step += 1
@@ -158,7 +159,7 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
     for start in range(0, len(run.validation), at_once):
         if engine.any_rank(bool(signalled)):
             return None
-        run.watchdog.feed()
+        run.watchdog.at("evaluating")
         found = engine.evaluate(run.validation[start : start + at_once])
         sums = {name: sums.get(name, 0.0) + more for name, more in found.sums.items()}
         units += found.units
@@ -182,7 +183,7 @@ def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -
     guard.check_rollback(result.step)
     if not Ranks().first(lambda: checkpoint.drop_doubtful(run.checkpoints), ()):
         raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
-    with run.watchdog.resting():
+    with run.watchdog.patiently("loading"):
         counters = run.reload(result.step)
     folder = checkpoint.latest(run.checkpoints) if run.engine.topology.is_main else None
     guard.go_back(result.step, counters, folder)

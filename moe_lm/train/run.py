@@ -34,7 +34,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.guards import with_new_settings, with_note
-from moe_lm.train.log import RunLog, rank_log
+from moe_lm.train.log import RunLog, rank_log, rank_log_path
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
@@ -65,20 +65,27 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it.
     """
-    topology = join_ranks(recipe, meeting)
-    watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
-    with claim_folder(recipe, meeting) as (found, changes):
-        recipe = with_start_in(recipe, found.folder)
-        with watchdog, build_and_fill(recipe, topology) as engine:
-            counters = resume(recipe, engine, watchdog, found.folder)
-            return train_and_log(recipe, engine, watchdog, counters, changes, found)
+    with meeting.lost_ranks_named():
+        topology = join_ranks(recipe, meeting)
+        watchdog = Watchdog(
+            recipe.config.parallel.timeout_seconds, meeting, rank_log_path(topology, recipe.config.run_dir)
+        )
+        with watchdog, claim_folder(recipe, meeting) as (found, changes):
+            recipe = with_start_in(recipe, found.folder)
+            with build_and_fill(recipe, topology) as engine:
+                watchdog.follow(engine.exchange)
+                counters = resume(recipe, engine, watchdog, found.folder)
+                return train_and_log(recipe, engine, watchdog, counters, changes, found)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     """Meet the other ranks, and check that all of them are about to do the same."""
     parallel = recipe.config.parallel
     if meeting.topology.world_size > 1:
-        process_group.join(meeting, rank_device(parallel, meeting.topology), parallel.timeout_seconds)
+        device = rank_device(parallel, meeting.topology)
+        if device.type == "cuda":
+            process_group.record_flight(recipe.config.run_dir / "logs")
+        process_group.join(meeting, device, parallel.timeout_seconds)
     settings = dict(flat_settings(recipe.config.model_dump(mode="json")))
     fingerprints = {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint}
     agree(meeting.topology, settings | fingerprints)
@@ -145,6 +152,7 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
         assert recipe.start is not None
         batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
+    watchdog.at("loading")
     return load_step(engine, newest)
 
 

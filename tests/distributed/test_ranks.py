@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,26 +59,56 @@ def test_the_others_stop_when_a_rank_is_killed_and_one_names_it(
         assert ("Traceback" in log) == (number != killed)
 
 
-def test_a_rank_that_hangs_is_not_waited_for(tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start) -> None:
-    """The others end with their stacks, which tell where they waited."""
-    settings = (*SETTINGS, "checkpoint.every=0")  # the watchdog rests during a save, which may take any time
-    ranks = start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings)
-    wait_until(lambda: runs(ranks[0]) and len(losses(tmp_path)) >= 5, "five steps", seconds=90)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    try:
-        _, err = ranks[0].communicate(timeout=40)
-    finally:
-        os.kill(ranks[1].pid, signal.SIGCONT)
-    assert ranks[0].returncode == 1
-    assert "Timeout (0:00:08)!" in err
-    assert "in train_step" in err or "in any_rank" in err
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_stopped_is_named_and_not_waited_for(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, stopped: int
+) -> None:
+    """The others end with their stacks, which tell where they waited. Rank 0 keeps the notes by which ranks agree."""
+    ranks = start_training(start_moe_lm, 2, tiny_pretrain, tmp_path)
+    os.kill(ranks[stopped].pid, signal.SIGSTOP)
+    other = ranks[1 - stopped]
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 1
+    *stacks, said = err.splitlines()
+    host = socket.gethostname()
+    if stopped == 1:
+        assert re.match(f"error: rank 1 on {host} has not moved for 8 s \\(last: [a-z0-9, ]+\\)", said)
+    else:
+        assert f"error: rank 0 on {host} has not answered for 8 s (here: step" in said
+    assert "run the same command again" in said
+    assert stacks[0].startswith(f"rank {1 - stopped} on {host} has been at the same place for ")
+    log = (tmp_path / "run" / "logs" / f"rank-0000{1 - stopped}.log").read_text(encoding="utf-8")
+    for shown in ("\n".join(stacks), log):
+        assert "in train_and_log" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "last"),
+    [("forward", "step 5, forward"), ("save", "step 5, saving"), ("stopped save", "step [45], [a-z ]+")],
+)
+def test_a_rank_that_stands_still_is_named_with_the_place(
+    tiny_pretrain: Path, tmp_path: Path, where: str, last: str
+) -> None:
+    """Rank 1 of 3 waits for nothing, in a process that lives; or it is stopped in a save."""
+    program = Path(__file__).parent / "standing_still.py"
+    settings = (*SETTINGS, "train.global_batch_size=6", "parallel.timeout_seconds=2")
+    ranks = start_program(3, program, where, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings)
+    living = ranks if where != "stopped save" else [ranks[0], ranks[2]]
+    outputs = [rank.communicate(timeout=90)[1] for rank in living]
+    ranks[1].kill()
+    said = [line for output in outputs for line in output.splitlines() if "has not moved for" in line]
+    assert len(said) == 1
+    assert re.search(f"rank 1 on {socket.gethostname()} has not moved for 2 s \\(last: {last}\\)", said[0])
+    assert all("most recent call first" in output for output in outputs)
+    assert [rank.returncode for rank in living] == [1] * len(living)
 
 
 @pytest.mark.slow
 def test_a_save_may_take_longer_than_ranks_wait_for_each_other(tiny_pretrain: Path, tmp_path: Path) -> None:
-    program = Path(__file__).parent / "slow_saves.py"
+    program = Path(__file__).parent / "standing_still.py"
     settings = ("train.steps=4", "checkpoint.every=2", "parallel.timeout_seconds=3", "train.eval_every=0")
-    finish(start_program(2, program, "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings))
+    finish(start_program(2, program, "slow save", "pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings))
     assert (tmp_path / "checkpoints" / "step-00000004" / "COMPLETE").is_file()
 
 

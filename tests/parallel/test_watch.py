@@ -1,0 +1,89 @@
+"""Who is named when the ranks wait: those without a sign of life, those behind, those outside a collective."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from moe_lm.parallel import process_group
+from moe_lm.parallel.heartbeat import BEAT_SECONDS, Heartbeat, Sign
+from moe_lm.parallel.meeting import lost_ranks
+from moe_lm.parallel.topology import Topology
+from moe_lm.parallel.watch import who_hangs
+
+HOSTS = Topology(0, 4, hosts=("a", "a", "b", "b"))
+
+
+def signs(*places: tuple[str, int, bool]) -> dict[int, Sign]:
+    return {
+        rank: Sign(9, f"step 26, {phase}", phase, moves, waits) for rank, (phase, moves, waits) in enumerate(places)
+    }
+
+
+WAITING = ("exchange", 101, True)
+
+
+@pytest.mark.parametrize(
+    ("silent", "places", "said"),
+    [
+        (
+            [3], [WAITING, WAITING, WAITING, ("forward", 100, False)],
+            "rank 3 on b has not moved for 15 s (last: step 26, forward); it or its host stands still",
+        ),
+        (
+            [1, 2], [WAITING, ("forward", 100, False), ("reading", 99, False), WAITING],
+            "ranks 1 and 2 on a, b have not moved for 15 s (last: step 26, forward or step 26, reading); see their",
+        ),
+        (
+            [], [WAITING, ("backward", 100, True), WAITING, WAITING],
+            "rank 1 on a has not moved for 15 s (last: step 26, backward); see its stacks",
+        ),
+        (
+            [], [("backward", 100, True), ("backward", 100, True), ("backward", 100, False), ("backward", 100, True)],
+            "rank 2 on b has not moved for 15 s (last: step 26, backward); see its stacks",
+        ),
+        (
+            [], [WAITING] * 4,
+            "no rank has moved for 15 s, and none is behind the others (last: step 26, exchange); see the stacks",
+        ),
+    ],
+)  # fmt: skip
+def test_the_one_who_hangs_is_named(silent: list[int], places: list[tuple[str, int, bool]], said: str) -> None:
+    assert who_hangs(HOSTS, 15, silent, signs(*places)).startswith(said)
+
+
+def test_only_ranks_without_a_sign_are_lost() -> None:
+    places = signs(WAITING, WAITING, WAITING, ("reading", 100, False))
+    assert lost_ranks(HOSTS, [3], places).startswith(
+        "lost rank 3 on b, which has ended or does not answer (last: step 26, reading); see what it said, then run"
+    )
+    assert "lost ranks 2 and 3 on b, which have ended or do not answer" in lost_ranks(HOSTS, [2, 3], places)
+    assert lost_ranks(HOSTS, [], places).startswith("the connection between the ranks broke, though all of them answer")
+
+
+def test_a_rank_that_waits_gives_signs_of_life_and_one_that_has_ended_does_not() -> None:
+    notes = dist.HashStore()
+    ranks = [Heartbeat(notes, rank, 3) for rank in range(3)]
+    ranks[2].stop()
+    ranks[1].place.at("forward", 7)
+    time.sleep(2 * BEAT_SECONDS)  # this thread, the main one of all, does nothing
+    assert ranks[0].roll_call() == [2]
+    assert ranks[0].signs[1].place == "step 7, forward"
+    for rank in ranks:
+        rank.stop()
+
+
+def test_nccls_flight_recorder_writes_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"TORCH_FR_BUFFER_SIZE": "7"})
+    process_group.record_flight(tmp_path / "logs")
+    prefix = f"{tmp_path}/logs/nccl_trace_rank_"
+    assert os.environ == {
+        "TORCH_FR_BUFFER_SIZE": "7",  # what a person has set
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+    }
