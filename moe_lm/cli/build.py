@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from moe_lm.common.exits import STOPPED
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
+    from moe_lm.parallel.topology import Topology
     from moe_lm.train.loop import TrainingResult
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -25,7 +27,13 @@ Overrides = Annotated[
         help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the config, show sizes and steps, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check config, layout, memory and disk, show sizes and steps, and stop.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, metavar="N", help="With --dry-run: check for a run of this many processes."),
+]
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
 
@@ -95,20 +103,33 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     print(report)
 
 
-def pretrain(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(
+    ctx: typer.Context,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    processes: Processes = None,
+) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     from moe_lm.config.reading import load_config
     from moe_lm.config.run import PretrainConfig
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.parallel.topology import current_topology
-    from moe_lm.train import cost, pretrain
+    from moe_lm.train import preflight, pretrain
 
     if dry_run:
-        print(cost.describe(settings, settings.model, current_topology()))
+        print(preflight.dry_run(settings, settings.model, started_as(processes)))
     else:
         end_with(pretrain.run(settings, ctx.obj))
+
+
+def started_as(processes: int | None) -> Topology:
+    """The topology of this process, or of one in a run of this many."""
+    from moe_lm.parallel.topology import current_topology
+
+    topology = current_topology()
+    return topology if processes is None else replace(topology, world_size=processes)
 
 
 def end_with(result: TrainingResult) -> None:
@@ -122,6 +143,7 @@ def finetune(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    processes: Processes = None,
     preview: Annotated[
         int | None,
         typer.Option("--preview", min=1, metavar="[N]", help="Show the first examples with their masks, and stop."),
@@ -133,13 +155,12 @@ def finetune(
 
     settings = load_config(FinetuneConfig, config, overrides or ())
 
-    from moe_lm.parallel.topology import current_topology
     from moe_lm.train import finetune
 
     if preview is not None:
         finetune.preview(settings, preview)
     elif dry_run:
-        print(finetune.describe(settings, current_topology()))
+        print(finetune.describe(settings, started_as(processes)))
     else:
         end_with(finetune.run(settings, ctx.obj))
 

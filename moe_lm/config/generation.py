@@ -208,7 +208,7 @@ class UpcycleConfig(Section):
     )
     shared: int = Field(default=0, ge=0, description="pieces that become shared experts")
     first_dense: int = Field(default=0, ge=0, description="number of first layers that stay dense")
-    seed: int = Field(default=1234, ge=0, description="seed of the new router")
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of the new router")
 
     @property
     def pieces(self) -> int:

@@ -23,7 +23,7 @@ class Section(BaseModel):
     the section (cli/options.py), the field of an HTTP request and the line in docs/config.md.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def is_set(self, name: str) -> bool:
         """Whether a field differs from its default."""

@@ -100,7 +100,7 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(
         default=None, gt=0, description="sequences of a forward pass on one device; null: all of its share at once"
     )
-    seed: int = Field(default=1234, ge=0, description="seed of initial weights, shuffling and dropout")
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of initial weights, shuffling and dropout")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     balance: BalanceConfig = BalanceConfig()

@@ -24,7 +24,7 @@ from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.train import cost
+from moe_lm.train import preflight
 from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
@@ -39,6 +39,7 @@ def run(config: FinetuneConfig, meeting: Meeting | None = None) -> TrainingResul
     start = find_start(config)
     tokenizer = Tokenizer.load(checkpoint.verified_path(start.folder, "tokenizer"))
     model = model_of(config, start.folder)
+    preflight.check(config, model, meeting.topology)
     recipe = supervised if config.preference is None else by_preference
     return run_recipe(recipe(config, start, tokenizer, model, meeting.topology), meeting)
 
@@ -114,7 +115,7 @@ def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> li
 
 def describe(config: FinetuneConfig, topology: Topology) -> str:
     """The text of `--dry-run`; of the start it reads only the settings."""
-    return cost.describe(config, model_of(config, find_start(config).folder), topology)
+    return preflight.dry_run(config, model_of(config, find_start(config).folder), topology)
 
 
 def preview(config: FinetuneConfig, count: int) -> None:

@@ -15,6 +15,7 @@ from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train import preflight
 from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 
@@ -28,6 +29,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
     Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
     """
     meeting = meeting or Meeting(current_topology())
+    preflight.check(config, config.model, meeting.topology)
     tokenizer = load_tokenizer(config)
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
     batches = training_batches(config, shards)

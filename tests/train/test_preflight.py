@@ -1,0 +1,104 @@
+"""What cannot become a run is refused before it starts, by `--dry-run` and by the start itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
+from moe_lm.parallel.topology import Topology
+from moe_lm.train import preflight
+from moe_lm.train.cost import cost
+
+MoeLm = Callable[..., Any]
+SHARDED = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=4")
+
+
+@pytest.mark.parametrize("extra", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.optimizer.lr=.inf"], "train.optimizer.lr=inf"),
+        (["train.balance.z_loss=.nan"], "train.balance.z_loss=nan"),
+        (["model.routed_scaling_factor=.inf"], "model.routed_scaling_factor=inf"),
+        (["train.seed=9223372036854775808"], "train.seed=9223372036854775808"),
+        (["model.hidden_size=200000"], "for weights, gradients and optimizer, and the memory of its cpu is"),
+        (["checkpoint.every=5", "checkpoint.keep=10000000"], "10000001 checkpoints of 1.5 MiB need"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_made(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, settings: list[str], said: str, extra: tuple[str, ...]
+) -> None:
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *settings, *extra)
+    assert done.code == 2, done.out
+    assert said in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("extra", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_folder_of_something_else_is_not_trained_in(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, extra: tuple[str, ...]
+) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "merges.bin", "train.log", ".git"):
+        (tmp_path / name).touch()
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *extra)
+    assert done.code == 2
+    assert "holds config.json, merges.bin, model.safetensors and more, which no run made" in done.err
+
+
+@pytest.mark.parametrize("name", ["out.log", "notes.txt", "copy.yaml", ".hidden", "metrics.jsonl", "config.yaml"])
+def test_a_folder_with_logs_or_an_earlier_run_is_free(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    preflight.check_folder(tmp_path)
+    preflight.check_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "said"),
+    [
+        (6, SHARDED, "parallel.expert_parallel_size=4 does not divide the 6 processes of this run"),
+        (16, SHARDED, "train.global_batch_size=8 is not divisible by the 16 processes"),
+        (2, ("train.micro_batch_size=8",), None),
+        (4, ("train.global_batch_size=24", "train.micro_batch_size=4"), "train.micro_batch_size=4 does not divide"),
+        (8, SHARDED, None),
+    ],
+)
+def test_a_dry_run_refuses_a_layout_that_the_launch_would_refuse(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, processes: int, settings: tuple[str, ...], said: str | None
+) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *settings)
+    done = moe_lm(*command, "--dry-run", "--processes", processes)
+    if said is None:
+        assert done.code == 0, done.err
+        assert f"on each device of {processes}" in done.out
+    else:
+        assert done.code == 2
+        assert said in done.err
+
+
+def test_a_dry_run_elsewhere_says_what_this_machine_lacks_and_is_no_error(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "parallel.device=auto", "model.hidden_size=200000")
+    done = moe_lm(*command, "--dry-run")
+    assert done.code == 0
+    assert "not here        this run needs" in done.out
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert moe_lm(*command, "--dry-run").code == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+def test_the_size_of_a_checkpoint_is_known_before(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, optimizer: str
+) -> None:
+    settings = [f"run_dir={tmp_path}", "train.steps=1", "train.eval_batches=1", f"train.optimizer.name={optimizer}"]
+    config = load_config(PretrainConfig, tiny_pretrain, settings)
+    assert moe_lm("pretrain", tiny_pretrain, *settings).code == 0
+    tensors = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*.safetensors"))
+    expected = preflight.checkpoint_bytes(config, cost(config, config.model, None, Topology()))
+    assert expected <= tensors < 1.2 * expected
