@@ -20,7 +20,8 @@ from moe_lm.common.exits import STOPPED, exit_code
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAY_BE_IGNORED, IGNORED = (signal.SIGINT, signal.SIGHUP), signal.SIG_IGN
 SAME_EVENT_SECONDS = 0.5  # timeout(1), a terminal and its shell, or a launcher and its group send a signal twice
-PATIENCE_SECONDS = 5.0  # that a verb has to hear a signal, unless it is within a long call of a library
+PATIENCE_SECONDS = 2.0  # that a verb has to hear a signal, unless it is within an import or a long call of a library
+AGAIN_SECONDS = 0.1  # until it is told again
 NOTHING_TO_SAVE = "stopped before the first step; nothing to save"
 OVER = b"\0"  # in place of a signal: all is saved
 
@@ -104,27 +105,36 @@ def ended_at_once() -> Iterator[None]:
 def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
     """Let a stop signal end the verb by an exception, so that it cleans up; a second one ends it at once.
 
-    The exit code is 128 and the signal's number; 75 for a verb that `goes_on` when it is started again.
+    The exit code is 128 and the signal's number; 75 for a verb that `goes_on` when it is started again. An import is
+    finished first: some swallow an exception, and leave half a module behind.
     """
-    heard, again = threading.Event(), _Again()
+    heard, again, main, told = threading.Event(), _Again(), threading.get_ident(), 0.0
 
     def code(number: int) -> int:
         return STOPPED if goes_on else 128 + number
 
-    def leave(number: int, _: FrameType | None) -> None:
-        if not heard.is_set():
+    def say(number: int) -> None:
+        _say(f"interrupted by {signal.Signals(number).name}{'; the same command goes on' if goes_on else ''}")
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not heard.is_set() and not _imports(frame):
             heard.set()
-            _say(f"interrupted by {signal.Signals(number).name}{'; the same command goes on' if goes_on else ''}")
+            say(number)
             raise Interrupted(code(number))
 
     def receive(number: int) -> None:
-        if signal.getsignal(number) is not leave:
-            return  # the verb listens itself
+        nonlocal told
+        if signal.getsignal(number) is not leave or time.monotonic() - told < AGAIN_SECONDS:
+            return  # the verb listens itself, or it is our own
         if again(number):
             os._exit(128 + number)
-        if not heard.wait(PATIENCE_SECONDS):
-            _say(f"interrupted by {signal.Signals(number).name}")
-            os._exit(code(number))
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not heard.wait(AGAIN_SECONDS):
+            if time.monotonic() > deadline:
+                say(number)
+                os._exit(code(number))
+            told = time.monotonic()
+            signal.pthread_kill(main, number)
 
     with _heard(leave, receive):
         yield
@@ -207,6 +217,13 @@ def _first_rank() -> bool:
     """Whether this process speaks for its run, as far as the environment tells before the ranks meet."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 class _Again:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.signals import STOP_SIGNALS, stop_signals
-from tests.processes import ENVIRONMENT, Start, hears_signals, wait_until
+from tests.processes import ENVIRONMENT, ROOT, Start, hears_signals, wait_until
 
 WAITING = (
     "import sys, time\n"
@@ -87,9 +87,34 @@ def test_another_verb_is_interrupted(number: signal.Signals, start_moe_lm: Start
     assert (code, err) == (128 + number, f"interrupted by {number.name}\n")
 
 
-def test_a_verb_that_goes_on_says_so(start_moe_lm: Start, tiny_pretrain: Path) -> None:
-    code, _, err = stopped(start_moe_lm("prepare", tiny_pretrain), signal.SIGINT, hears)
+def test_a_verb_that_goes_on_says_so(start_moe_lm: Start, tmp_path: Path) -> None:
+    code, _, err = stopped(start_moe_lm("quickstart", "--run-dir", tmp_path), signal.SIGINT, hears)
     assert (code, err) == (75, "interrupted by SIGINT; the same command goes on\n")
+
+
+def test_an_import_is_finished_before_the_verb_is_interrupted(tmp_path: Path) -> None:
+    """Some imports swallow the exception, and the verb would go on with half a module, as with torch's of numpy."""
+    (tmp_path / "careless.py").write_text(
+        "import time\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    whole = True\n"
+        "except BaseException: pass\n"
+    )
+    program = (
+        "from moe_lm.common.signals import ended_by_exception\n"
+        "with ended_by_exception():\n"
+        "    import careless, time\n"
+        "    assert careless.whole\n"
+        "    time.sleep(600)\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command, environment = [sys.executable, "-c", program], os.environ | ENVIRONMENT | path
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert stopped(child, signal.SIGTERM, hears) == (143, "", "interrupted by SIGTERM\n")
 
 
 def test_a_signal_is_heard_within_a_long_call_of_a_library() -> None:
