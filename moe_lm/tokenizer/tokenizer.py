@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -25,21 +26,31 @@ from moe_lm.tokenizer.chat.turns import ChatFormat
 from moe_lm.tokenizer.files import check_ids, read_backend, read_config, rust_errors
 
 # `tokenizers` needs about 100 bytes a character while it encodes, so long texts are encoded in pieces. A piece ends
-# where the splits of GPT-2, of GPT-4 and ours all begin a new pre-token in any context, so the ids stay the same.
+# where the splits of GPT-2, of GPT-4 and ours all begin a new pre-token in any context, so the ids stay the same. Where
+# there is no such place for half a piece, as in digits or Chinese without line ends, a few ids may differ there.
 PIECE_CHARS = 1 << 16
 PIECES_AT_ONCE = 64
 SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
 HALF_PAIR = "the text holds half of a surrogate pair; expected valid Unicode"
 
-NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, so that no template contains them
+NAME_MARK, NAME_END = "\ufdd1", "\ufdd0"  # Unicode noncharacters, around the names of special tokens in a copy
 
 
 class _Renamed(NamedTuple):
     """A tokenizer whose special tokens have names that no text holds; added tokens may have other ids in it."""
 
     backend: tokenizers.Tokenizer
-    ids: Mapping[int, int]  # of its added tokens, by the ids that they have in `backend`
+    names: Mapping[int, str]  # of the special tokens, by their ids
+    ids: Mapping[int, int]  # of all added tokens, by the ids that they have in `backend`
     special: frozenset[int]  # ids in `backend`
+
+    def encode(self, text: str) -> tokenizers.Encoding:
+        with rust_errors(_cannot_encode):
+            return self.backend.encode(text, add_special_tokens=False)
+        raise AssertionError  # never reached: the block returns or raises
+
+    def own_ids(self, encoding: tokenizers.Encoding) -> list[int]:
+        return [self.ids.get(id_, id_) for id_ in encoding.ids]
 
 
 class Tokenizer:
@@ -55,7 +66,6 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._config = dict(config)
-        self._renamed_backends: dict[str, _Renamed] = {}
         self.eos_id = self._special_id("eos_token")
         self.bos_id = self._special_id("bos_token", self.eos_id)
         self.pad_id = self._special_id("pad_token", self.eos_id)
@@ -119,8 +129,11 @@ class Tokenizer:
         while group := list(islice(pieces, PIECES_AT_ONCE)):
             with rust_errors(_cannot_encode):
                 encoded = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (row, _), encoding in zip(group, encoded, strict=True):
-                batch[row].extend(encoding.ids)
+            for (row, piece), encoding in zip(group, encoded, strict=True):
+                ids = encoding.ids
+                if self._spelled and not self._spelled.isdisjoint(ids):
+                    ids = self._renamed.own_ids(self._renamed.encode(piece))
+                batch[row].extend(ids)
         return batch
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -143,20 +156,15 @@ class Tokenizer:
         UsageError as `render_chat` does.
         """
         text, _, trained, specials = self.chat_format.render(messages, tools, add_generation_prompt)
-        mark = NAME_MARK
-        while mark in text:
-            mark += NAME_END
-        renamed = self._renamed(mark)
         # The template's special tokens get names that no text can hold; everything else is tokenized as it is.
         pieces, flags, done = list[str](), list[np.ndarray[Any, Any]](), 0
         for begin, end in specials:
-            name = f"{mark}{self.special_tokens[text[begin:end]]}{NAME_END}"
+            name = self._renamed.names[self.special_tokens[text[begin:end]]]
             pieces += [text[done:begin], name]
             flags += [trained[done:begin], np.full(len(name), trained[begin])]
             done = end
-        with rust_errors(_cannot_encode):
-            encoding = renamed.backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
-        if sum(id_ in renamed.special for id_ in encoding.ids) != len(specials):
+        encoding = self._renamed.encode("".join([*pieces, text[done:]]))
+        if sum(id_ in self._renamed.special for id_ in encoding.ids) != len(specials):
             raise UsageError(
                 "the tokenizer does not read every special token that its chat template writes; expected special "
                 "tokens without single_word, and a normalizer that leaves U+FDD0 and U+FDD1 alone"
@@ -165,7 +173,7 @@ class Tokenizer:
         trained_before = np.cumsum(np.concatenate([[False], *flags, trained[done:]]))
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         loss_mask: list[bool] = (trained_before[ends] > trained_before[begins]).tolist()
-        return [renamed.ids.get(id_, id_) for id_ in encoding.ids], loss_mask
+        return self._renamed.own_ids(encoding), loss_mask
 
     @property
     def has_chat_template(self) -> bool:
@@ -196,28 +204,45 @@ class Tokenizer:
         eos_token = self._backend.id_to_token(self.eos_id) or ""
         return ChatFormat(ChatTemplate(source, names), self.special_tokens, eos_token)
 
-    def _renamed(self, mark: str) -> _Renamed:
-        """The same tokenizer with other names for its special tokens.
+    @cached_property
+    def _renamed(self) -> _Renamed:
+        """The same tokenizer with names for its special tokens that nobody can guess, and so no text spells.
 
         `tokenizers` numbers added tokens anew when it reads them: one whose name is in the model's vocabulary has its
         id from there, any other the next free one. So a new name may move every added token, special or not.
         """
-        if mark not in self._renamed_backends:
-            content = json.loads(self._backend.to_str())
-            content["post_processor"] = None
-            _fill_holes(content["model"]["vocab"], mark)
-            ids = {}
-            for token in content["added_tokens"]:
-                if token["special"]:
-                    token["content"] = f"{mark}{token['id']}{NAME_END}"
-                ids[token["content"]] = token["id"]
-            with rust_errors(lambda error: UsageError(f"the tokenizer takes no other special tokens: {error}")):
-                backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-            new_ids = backend.get_vocab(with_added_tokens=True)
-            special = frozenset(new_ids[token["content"]] for token in content["added_tokens"] if token["special"])
-            renamed = _Renamed(backend, {new_ids[name]: id_ for name, id_ in ids.items()}, special)
-            self._renamed_backends[mark] = renamed
-        return self._renamed_backends[mark]
+        mark = f"{NAME_MARK}{secrets.randbits(64)}{NAME_MARK}"
+        content = json.loads(self._backend.to_str())
+        content["post_processor"] = None
+        names = {id_: f"{mark}{id_}{NAME_END}" for id_ in self.special_tokens.values()}
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a place is an id
+            for id_ in self._spelled:
+                vocabulary[id_][0] = names[id_]
+        else:
+            vocabulary = {names[id_] if id_ in self._spelled else word: id_ for word, id_ in vocabulary.items()}
+            content["model"]["vocab"] = vocabulary | {f"{mark}hole{id_}{NAME_END}": id_ for id_ in _holes(vocabulary)}
+        for token in content["added_tokens"]:
+            token["content"] = names.get(token["id"], token["content"])
+        with rust_errors(lambda error: UsageError(f"the tokenizer takes no other special tokens: {error}")):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        new_ids = backend.get_vocab(with_added_tokens=True)
+        ids = {new_ids[token["content"]]: token["id"] for token in content["added_tokens"]}
+        return _Renamed(backend, names, ids, frozenset(new_ids[name] for name in names.values()))
+
+    @cached_property
+    def _spelled(self) -> frozenset[int]:
+        """The special tokens that the model itself would give for a text that spells them; not the one for the unknown.
+
+        BPE gives none, as it puts together what its merges make. Unigram and word models look up any text.
+        """
+        if isinstance(self._backend.model, tokenizers.models.BPE):
+            return frozenset()
+        described = json.loads(self._backend.to_str())["model"]
+        unknown = self._backend.token_to_id(described.get("unk_token") or "")
+        known = self._backend.get_vocab(with_added_tokens=False)
+        special = {known[token] for token in self.special_tokens if token in known}
+        return frozenset(special - {unknown, described.get("unk_id")})
 
     def _special_id(self, name: str, otherwise: int | None = None) -> int:
         """The id of the token that the config calls `name`, else of GPT-2's only special token, else `otherwise`."""
@@ -246,11 +271,12 @@ def split_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _fill_holes(vocabulary: Any, mark: str) -> None:
-    """Name the ids that a vocabulary leaves out, so that no added token gets the id of another entry."""
-    if isinstance(vocabulary, dict):  # else the ids are places in a list
-        holes = set(range(max(vocabulary.values(), default=0))) - set(vocabulary.values())
-        vocabulary.update({f"{mark}hole{id_}{NAME_END}": id_ for id_ in holes})
+def _holes(vocabulary: Mapping[str, int]) -> set[int]:
+    """The ids that a vocabulary leaves out; without a name each could become the id of an added token too."""
+    end = max(vocabulary.values(), default=-1) + 1
+    if end > 2 * len(vocabulary):
+        raise UsageError(f"the tokenizer's vocabulary has {len(vocabulary)} entries for {end} ids; train it again")
+    return set(range(end)) - set(vocabulary.values())
 
 
 def _cannot_encode(error: BaseException) -> UsageError:

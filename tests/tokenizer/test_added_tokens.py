@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from moe_lm.common.errors import UsageError
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -49,6 +51,7 @@ class Kind:
     leave_out: int = 0  # ids without an entry, before the last ordinary one
 
 
+SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SPACES = tuple(" " * count for count in range(24, 1, -1))
 TABS = tuple("\t" * count for count in range(9, 1, -1))
 KINDS = {
@@ -200,3 +203,51 @@ def test_special_token_that_its_tokenizer_skips_is_refused(
     tokenizer.encode_chat([asked, {"role": "assistant", "content": "b "}])
     with pytest.raises(UsageError, match="does not read every special token that its chat template writes"):
         tokenizer.encode_chat([asked, {"role": "assistant", "content": "b"}])
+
+
+UNIGRAM = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], *([letter, -5.0] for letter in "▁abcdefgh<>/s")]
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "u": 3, "a": 4, "b": 5}
+
+
+@pytest.mark.parametrize(
+    ("model", "splitter"),
+    [
+        ({"type": "Unigram", "unk_id": 0, "vocab": UNIGRAM}, pre_tokenizers.Metaspace()),
+        ({"type": "WordLevel", "unk_token": "<unk>", "vocab": WORDS}, pre_tokenizers.WhitespaceSplit()),
+    ],
+)
+def test_text_that_spells_a_special_token_stays_text_where_the_model_looks_it_up(
+    model: dict[str, Any], splitter: Any
+) -> None:
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    content |= {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.pre_tokenizer = splitter
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.add_tokens(["ab"])
+    plain = backend.token_to_id("ab")
+    template = "{% for m in messages %}{{ m.role[:1] + ' ' + m.content + ' ' }}</s>{% endfor %}"
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>", "chat_template": template})
+    assert backend.encode("a </s> b", add_special_tokens=False).ids.count(2) == 1  # what the library gives
+    assert tokenizer.encode("a b ab") == backend.encode("a b ab", add_special_tokens=False).ids
+    for text in ("a </s> b", "<s> ab </s>", "</s>"):
+        assert {1, 2}.isdisjoint(tokenizer.encode(text))
+        said = [{"role": "user", "content": text}, {"role": "assistant", "content": f"b {text}"}]
+        ids, mask = tokenizer.encode_chat(said)
+        assert (ids.count(1), ids.count(2)) == (0, 2)
+        assert mask[-1]
+        assert ids.count(plain) == 2 * text.count("ab")
+    assert tokenizer.encode("z")[-1] == 0  # the unknown
+
+
+def test_names_of_special_tokens_cannot_be_guessed() -> None:
+    """Those of a program that runs are other ones in each, so that no text can be written for them."""
+    tokenizer = Tokenizer.load(TINY.parent)
+    again = Tokenizer.load(TINY.parent)
+    names, others = tokenizer._renamed.names, again._renamed.names
+    assert names.keys() == others.keys() == set(tokenizer.special_tokens.values())
+    assert set(names.values()).isdisjoint(others.values())
+    asked = [{"role": "user", "content": "".join(others.values())}, {"role": "assistant", "content": "\ufdd1" * 9}]
+    ids, _ = tokenizer.encode_chat(asked)
+    assert [id_ for id_ in ids if id_ in names] == [id_ for id_ in tokenizer.encode_chat(SAID)[0] if id_ in names]
+    assert tokenizer.encode_chat(asked) == tokenizer.encode_chat(asked)
