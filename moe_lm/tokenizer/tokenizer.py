@@ -272,9 +272,12 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def _holes(vocabulary: Mapping[str, int]) -> set[int]:
-    """The ids that a vocabulary leaves out; without a name each could become the id of an added token too."""
+    """The ids that a vocabulary leaves out; without a name each could become the id of an added token too.
+
+    Raises UsageError when there are too many to name.
+    """
     end = max(vocabulary.values(), default=-1) + 1
-    if end > 2 * len(vocabulary):
+    if end > 2 * len(vocabulary) + 1000:
         raise UsageError(f"the tokenizer's vocabulary has {len(vocabulary)} entries for {end} ids; train it again")
     return set(range(end)) - set(vocabulary.values())
 
