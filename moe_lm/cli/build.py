@@ -17,6 +17,7 @@ from moe_lm.common.exits import STOPPED
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
     from moe_lm.parallel.topology import Topology
+    from moe_lm.text.files import Report
     from moe_lm.train.loop import TrainingResult
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -63,12 +64,19 @@ def tokenizer_train(
 
     settings = load_config(TokenizerRecipe, recipe, overrides or ())
 
-    from moe_lm.tokenizer.training import inspect, train_tokenizer
+    from moe_lm.tokenizer.training import MEASURED_BYTES, inspect, train_tokenizer
 
+    text_bytes = 0
     with copying("reading and merging", always=True) as tell:
-        trained = train_tokenizer(settings, lambda report: tell(report.text_bytes, None))
+
+        def progress(report: Report) -> None:
+            nonlocal text_bytes
+            text_bytes = report.text_bytes
+            tell(text_bytes, None)
+
+        trained = train_tokenizer(settings, progress)
     trained.save(settings.output)
-    print(inspect(trained, settings.sources))
+    print(inspect(trained, settings.sources, share=MEASURED_BYTES / text_bytes))
     print(f"wrote {settings.output}")
 
 

@@ -99,7 +99,8 @@ def shuffled(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -
     """The permutation of range(size) that `key` names, at `positions` [n]; `key` is [1] or one a position [n].
 
     A Feistel network over the bits that `size` needs. A result outside the range goes through the network again (cycle
-    walking), fewer than two times on average because the domain is smaller than 2 x size.
+    walking), fewer than two times on average because the domain is smaller than 2 x size. Of 5 or 6 items, over all
+    keys, some come to some places about 3% more often than to others; mending that would change begun runs.
     """
     bits = max(2, (size - 1).bit_length())
     result = positions.astype(np.uint64)

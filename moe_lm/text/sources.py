@@ -137,7 +137,8 @@ def _topics() -> Iterator[tuple[Document, str]]:
 def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[int, bytes]]:
     """The pieces of a file, cut at blank lines after about `piece_bytes`, each with the number of its first line."""
     lines: list[bytes] = []
-    size = first = 0
+    size = first = number = 0
+    skipped = sum(report.skipped.values())
     for number, line in read_lines(file, name, report):
         first = first or number
         lines.append(line)
@@ -145,7 +146,8 @@ def _pieces(file: BinaryIO, name: str, piece_bytes: int, report: Report) -> Iter
         if size >= piece_bytes and (not line.strip() or size >= 4 * piece_bytes):
             yield first, b"".join(lines)
             lines, size, first = [], 0, 0
-    if lines or not first:
+    is_empty = not number and sum(report.skipped.values()) == skipped
+    if lines or is_empty:
         yield max(first, 1), b"".join(lines)
 
 

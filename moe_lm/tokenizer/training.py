@@ -16,6 +16,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer, split_text
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 LONGEST_TOKEN = 16  # bytes
+MEASURED_BYTES = 8 << 20  # of text that is measured after training: encoding all of it would take longer than training
 
 # GPT-4's split (tiktoken's cl100k_base): contractions, words with the character before them, numbers by three digits,
 # punctuation, indentation. A run is cut at 128 characters, which real text hardly reaches, because BPE training is
@@ -82,12 +83,13 @@ class SourceMeasure:
 
     name: str
     read: Report
+    measured_bytes: int  # of text that was encoded: all that was read, or a sample
     tokens: int
     round_trip_failures: int  # documents that decode to another text
 
     @property
     def bytes_per_token(self) -> float:
-        return self.read.text_bytes / self.tokens
+        return self.measured_bytes / self.tokens
 
 
 @dataclass(frozen=True)
@@ -102,30 +104,41 @@ class TokenizerMeasure:
 
     def __str__(self) -> str:
         lines = [f"vocabulary {self.vocab_size:,}, fingerprint {self.fingerprint[:12]}"]
+        is_sample = any(source.measured_bytes < source.read.text_bytes for source in self.sources)
         for source in self.sources:
+            sample = f"in a sample of {source.measured_bytes:,}: " if is_sample else ""
             lines += [
-                f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, "
+                f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, {sample}"
                 f"{source.bytes_per_token:.3f} bytes per token, {source.round_trip_failures} that do not round-trip",
                 *(f"  {line}" for line in source.read.skipped_lines()),
             ]
         if self.sources:
-            lines.append(f"ids that this text does not use: {self.unused_ids:,}")
+            text = "the sample" if is_sample else "this text"
+            lines.append(f"ids that {text} does not use: {self.unused_ids:,}")
         return "\n".join([*lines, "longest tokens: " + " ".join(map(repr, self.longest_tokens))])
 
 
-def inspect(tokenizer: Tokenizer, sources: Sequence[SourceConfig], longest: int = 20) -> TokenizerMeasure:
-    """Measure compression and round trips on each source, document by document, and list the longest tokens."""
+def inspect(
+    tokenizer: Tokenizer, sources: Sequence[SourceConfig], longest: int = 20, share: float = 1.0
+) -> TokenizerMeasure:
+    """Measure compression and round trips on each source, document by document, and list the longest tokens.
+
+    `share` is that of the documents to encode, chosen by their hash; at least one of each source is.
+    """
     used: set[int] = set()
     measures = []
     for source in sources:
         read = Report()
-        tokens = failures = 0
+        measured = tokens = failures = 0
         for document in read_documents(source, read):
+            if measured and share < 1 and not held_out(document.id, share):
+                continue
             ids = tokenizer.encode(document.text)
+            measured += len(document.text.encode())
             tokens += len(ids)
             failures += tokenizer.decode(ids) != document.text
             used.update(ids)
-        measures.append(SourceMeasure(source.name, read, tokens, failures))
+        measures.append(SourceMeasure(source.name, read, measured, tokens, failures))
     ordinary = set(range(tokenizer.vocab_size)) - set(tokenizer.special_tokens.values())
     texts = sorted((tokenizer.decode([id_]) for id_ in ordinary), key=lambda text: (-len(text.encode()), text))
     return TokenizerMeasure(

@@ -301,3 +301,15 @@ def test_real_text_in_two_languages(shared_data: Path) -> None:
     assert not report.skipped
     assert report.text_bytes == sum(len(document.text.encode()) for document in documents)
     assert len(texts(shared_data / "text" / "tinyshakespeare.txt.xz")) == 17
+
+
+def test_a_text_that_ends_with_a_whole_piece_has_no_empty_document(tmp_path: Path) -> None:
+    """Nor has a file of nothing but a line that is too long."""
+    (tmp_path / "a.txt").write_text(("word " * 20 + "\n") * 800 + "\n")
+    report = Report()
+    assert len(list(read_documents(SourceConfig(name="a", path=str(tmp_path / "a.txt")), report))) == 1
+    assert report.skipped == {}
+    (tmp_path / "b.txt").write_bytes(b"b" * (17 << 20))
+    with pytest.raises(UsageError):
+        list(read_documents(SourceConfig(name="b", path=str(tmp_path / "b.txt")), report))
+    assert report.skipped == {"line over 16 MiB": 1}

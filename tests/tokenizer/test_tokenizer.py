@@ -215,6 +215,22 @@ def test_recipes_are_valid(name: str) -> None:
     assert all(source.stdlib or source.max_bytes for source in settings.sources)
 
 
+def test_inspect_can_measure_a_sample(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """All is read and counted, a tenth of the documents is encoded, and at least one of each source."""
+    rows = "".join(json.dumps({"text": f"Row number {number}. " * 5}) + "\n" for number in range(400))
+    (tmp_path / "many.jsonl").write_text(rows)
+    (tmp_path / "one.txt").write_text("Only one.")
+    sources = [SourceConfig(name=name.split(".")[0], path=str(tmp_path / name)) for name in ("many.jsonl", "one.txt")]
+    many, one = inspect(tiny_tokenizer, sources, share=0.1).sources
+    assert many.read.documents == 400
+    assert 0.05 < many.measured_bytes / many.read.text_bytes < 0.2
+    assert one.measured_bytes == one.read.text_bytes == 9
+    whole, _ = inspect(tiny_tokenizer, sources).sources
+    assert many.bytes_per_token == pytest.approx(whole.bytes_per_token, rel=0.05)
+    assert f"bytes, in a sample of {many.measured_bytes:,}: " in str(inspect(tiny_tokenizer, sources, share=0.1))
+    assert "in a sample" not in str(inspect(tiny_tokenizer, sources))
+
+
 def test_inspect_measures_each_source(tiny_tokenizer: Tokenizer, corpus: Path) -> None:
     sources = [SourceConfig(name=file.stem, path=str(file)) for file in sorted(corpus.iterdir())]
     measure = inspect(tiny_tokenizer, sources, longest=3)
