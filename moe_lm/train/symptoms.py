@@ -31,8 +31,8 @@ MOVED = 0.02  # of a weight's initial size; what smaller rates add up to is not 
 LOSS_MOVED = 0.01  # of the first loss
 FORGOT, LEARNED = 0.02, 0.02  # of the loss, on held-out and on training text
 EPOCHS, EPOCHS_IN_FINETUNING = 4, 10  # of a source; up to 4, text is nearly as good as new (arXiv 2305.16264)
-WAITING, WAITING_SECONDS = 0.3, 2e-3  # of the step; and seconds of a step, below which the clock says little
-CREPT, CREPT_BYTES = 0.03, 32 * 2**20  # of the memory held before; and bytes
+WAITING, WAITING_SECONDS = 0.3, 5e-3  # of the step; and seconds of a step, as a busy machine adds some to anything
+CREPT, CREPT_BYTES = 0.1, 128 * 2**20  # of the memory held before; and bytes, which caches of kernels may take
 
 Figures = dict[str, Any]
 
@@ -119,17 +119,18 @@ def dead_experts(past: Past) -> Iterator[Figures]:
 
 
 def rate_too_high(past: Past) -> Iterator[Figures]:
-    """The usual loss of ROW steps is worse than at the start, or of fewer when steps are skipped already."""
+    """The loss is worse than at the start: for ROW steps, or while steps are skipped that are not finite."""
     if past.first_loss is None:
         return
-    skipped = sum(record["skipped"] for record in past.records)
     limit = max(WORSE * past.first_loss, past.first_loss + WORSE_BY)
     losses = [loss for record in past.records if math.isfinite(loss := number(record["loss"]))]
     loss = statistics.median(losses) if losses else math.nan
-    worse = loss > limit and (skipped > 0 or len(past.records) == ROW)
-    if worse or (2 * skipped >= len(past.records) and not loss <= past.first_loss):
+    skipped = [record for record in past.records if record["skipped"]]
+    lasts = len(past.records) == ROW and loss > limit
+    broke = max(losses, default=0.0) > limit and not all(map(is_finite, skipped))
+    if lasts or broke or (2 * len(skipped) >= len(past.records) and not loss <= past.first_loss):
         yield {
-            "loss": loss, "first": past.first_loss, "skipped": skipped, "steps": len(past.records),
+            "loss": loss, "first": past.first_loss, "skipped": len(skipped), "steps": len(past.records),
             "lr": past.records[-1]["lr"],
         }  # fmt: skip
 
@@ -280,8 +281,8 @@ SYMPTOMS = (
         name="learning rate too high",
         look="window",
         test=rate_too_high,
-        when=f"for {ROW} steps the median loss is more than {WORSE:g} times the first one ({WINDOW} steps, where some "
-        "are skipped); or half of the steps are skipped, and the losses are worse than the first or not finite",
+        when=f"for {ROW} steps the median loss is more than {WORSE:g} times the first one; or one loss is, and others "
+        "are not finite; or half of the steps are skipped, and the losses are worse than the first or not finite",
         says="the loss is {loss:.4g} after {first:.4g} at the start, and {skipped} of the last {steps} steps were "
         "skipped, at a rate of {lr:.3g}",
         cure="Begin again with train.optimizer.lr at a third or a tenth, or with a longer train.schedule.warmup_steps.",
