@@ -28,13 +28,14 @@ from typing import Any
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import UNFINISHED, unfinished_path
+from moe_lm.common.files import UNFINISHED, read_regular, unfinished_path
 from moe_lm.common.integrity import Entry, damage_in
 from moe_lm.config.strict_yaml import parse_section
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+MOST_MANIFEST = 64 << 20  # bytes
 DOUBTFUL = "doubtful.txt"  # says why a checkpoint is not one to go back to; it was saved so that nothing is lost
 GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
 MODEL, OPTIMIZER, TOKENIZER = "model", "optimizer", "tokenizer"
@@ -126,7 +127,8 @@ def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str |
         found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
     for subfolder, pattern in ((MODEL, "*.safetensors"), (OPTIMIZER, "*.safetensors"), (TOKENIZER, "*")):
         if part in ("", subfolder):
-            present = {f"{subfolder}/{path.name}" for path in (folder / subfolder).glob(pattern)}
+            paths = (path for path in (folder / subfolder).rglob(pattern) if path.is_symlink() or not path.is_dir())
+            present = {path.relative_to(folder).as_posix() for path in paths}
             found += [f"{name} is not in the manifest" for name in sorted(present.difference(manifest))]
     return next((damage for damage in found if damage is not None), None)
 
@@ -135,11 +137,14 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """The manifest, if it is the one that COMPLETE names. Raises OSError, ValueError or TypeError if it is not."""
     if not (folder / COMPLETE).is_file():
         raise ValueError(f"has no {COMPLETE} beside it, which is written last")
-    text = (folder / MANIFEST).read_bytes()
-    expected = (folder / COMPLETE).read_bytes().strip().decode()
+    text = read_regular(folder / MANIFEST, MOST_MANIFEST)
+    expected = read_regular(folder / COMPLETE, 1 << 10).strip().decode()
     if hashlib.sha256(text).hexdigest() != expected:
         raise ValueError(f"does not have the sha256 that {COMPLETE} gives")
-    return dict(json.loads(text))
+    try:
+        return dict(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("is nested too deep") from error
 
 
 def verified_path(folder: Path, name: str) -> Path:

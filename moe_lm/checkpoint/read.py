@@ -292,7 +292,7 @@ def _places(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
         entries = json.loads(header.metadata.get(SHARDING, "{}"))
         places |= {name: tuple(map(int, entry[OFFSETS])) for name, entry in entries.items()}
         sound = all(len(places[name]) == len(stored.shape) for name, stored in header.tensors.items())
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound or min((min(place, default=0) for place in places.values()), default=0) < 0:
         raise MoeLmError(f"{path} does not say soundly where its pieces of tensors belong; copy the checkpoint again")

@@ -23,6 +23,8 @@ from tests.fuzz.frame import Figures, Reader, all_readers, inputs, try_one
 
 HANG = 120  # seconds without a new input, on a machine that is busy with other things
 MOST_FAILURES = 10  # of a reader, which then ends
+CURRENT = "current"  # the input that is being read
+IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk takes longer than most readers
 SPARE_BYTES = 8 << 30  # of address space beside what a reader needs to start
 
 
@@ -33,7 +35,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="other seeds make other inputs (default: 0)")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder of the inputs that failed")
     parser.add_argument("--input", type=Path, help="try this input alone")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.readers) - all_readers().keys()
     if unknown:
@@ -42,17 +44,22 @@ def main() -> int:
     if options.input:
         return _try_again(readers[0], options.input)
     if options.here:
-        return _fuzz(readers[0], options.minutes, options.seed, options.keep)
+        return _fuzz(readers[0], options)
     return max(_watch(reader, options) for reader in readers)
 
 
 def _watch(reader: Reader, options: argparse.Namespace) -> int:
     """Fuzz in a process of its own, and end it when it hangs."""
     options.keep.mkdir(parents=True, exist_ok=True)
-    current = options.keep / f"{reader.name}.current"
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        return _watch_in(Path(folder), reader, options)
+
+
+def _watch_in(folder: Path, reader: Reader, options: argparse.Namespace) -> int:
+    current = folder / CURRENT
     command = [
-        sys.executable, __file__, reader.name, "--here", "--minutes", str(options.minutes), "--seed", str(options.seed),
-        "--keep", str(options.keep),
+        sys.executable, __file__, reader.name, "--here", str(folder), "--minutes", str(options.minutes),
+        "--seed", str(options.seed), "--keep", str(options.keep),
     ]  # fmt: skip
     process = subprocess.Popen(command)
     seen, since = None, time.monotonic()
@@ -65,31 +72,29 @@ def _watch(reader: Reader, options: argparse.Namespace) -> int:
             process.kill()
             process.wait()
     if process.returncode < 0:
-        kept = current.rename(options.keep / f"{reader.name}-{_digest(current.read_bytes())}")
+        kept = _keep(current.read_bytes(), reader, options)
         what = f"no answer in {HANG} s" if process.returncode == -9 else f"ended by signal {-process.returncode}"
         print(f"{reader.name}: {what}; {_how_to_see(reader, kept)}", flush=True)
-    current.unlink(missing_ok=True)
     return int(process.returncode != 0)
 
 
-def _fuzz(reader: Reader, minutes: float, seed: int, keep: Path) -> int:
-    figures, deadline = Figures(), time.monotonic() + 60 * minutes
+def _fuzz(reader: Reader, options: argparse.Namespace) -> int:
+    figures, deadline = Figures(), time.monotonic() + 60 * options.minutes
     seeds = len(reader.seeds())
-    current = keep / f"{reader.name}.current"
-    with tempfile.TemporaryDirectory() as folder:
-        read = reader.prepare(Path(folder))
-        limit = _address_space() + SPARE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        for number, data in enumerate(inputs(reader, seed)):
-            current.write_bytes(data)
-            failed = len(figures.failures)
-            try_one(reader, read, data, figures, must_read=number < seeds)
-            for failure in figures.failures[failed:]:
-                kept = keep / f"{reader.name}-{_digest(data)}"
-                kept.write_bytes(data)
-                print(f"{reader.name}: {failure.strip()}\n  {_how_to_see(reader, kept)}", flush=True)
-            if time.monotonic() > deadline or len(figures.failures) >= MOST_FAILURES:
-                break
+    work = options.here / "work"
+    work.mkdir()
+    read = reader.prepare(work)
+    limit = _address_space() + SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for number, data in enumerate(inputs(reader, options.seed)):
+        (options.here / CURRENT).write_bytes(data)
+        failed = len(figures.failures)
+        try_one(reader, read, data, figures, must_read=number < seeds)
+        for failure in figures.failures[failed:]:
+            kept = _keep(data, reader, options)
+            print(f"{reader.name}: {failure.strip()}\n  {_how_to_see(reader, kept)}", flush=True)
+        if time.monotonic() > deadline or len(figures.failures) >= MOST_FAILURES:
+            break
     print(f"{reader.name}: {figures}", flush=True)
     return int(bool(figures.failures))
 
@@ -106,8 +111,10 @@ def _how_to_see(reader: Reader, file: Path) -> str:
     return f"again: python tests/fuzz/run.py --input {file} {reader.name}"
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def _keep(data: bytes, reader: Reader, options: argparse.Namespace) -> Path:
+    kept: Path = options.keep / f"{reader.name}-{hashlib.sha256(data).hexdigest()[:12]}"
+    kept.write_bytes(data)
+    return kept
 
 
 def _address_space() -> int:
