@@ -73,6 +73,7 @@ FAMILIES: dict[str, Family] = {
         "Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16},
         ours={**PLAIN, "attention_out_bias": True},
     ),
+    "qwen2": Family("Qwen2", {}, ours={**PLAIN, "attention_bias": True}),
     "qwen3": Family("Qwen3", {"head_dim": 8}),
     "mixtral": Family(
         "Mixtral", {"num_experts_per_tok": 3}, {"num_local_experts": 8}, {**SOFTMAX, "use_qk_norm": False}

@@ -207,6 +207,14 @@ FAMILIES = (
         dense_layers="none",
     ),
     Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": False, "attention_bias": True, "attention_out_bias": False},
+        constants={"use_sliding_window": False, "use_mrope": False},
+        dense_layers="none",
+    ),
+    Family(
         "llama",
         "LlamaForCausalLM",
         (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *same(mlp_bias=False)),

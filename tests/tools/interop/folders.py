@@ -56,6 +56,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", SHAPE | {"num_experts": 8, "num_experts_per_tok": 2, "eos_token_id": 1}),
     "llama": ("llama", SHAPE | {"rope_parameters": LLAMA3}),
     "llama tied": ("llama", SHAPE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", SHAPE | {"rope_parameters": YARN}),
+    "qwen2 tied": ("qwen2", SHAPE | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", SHAPE | {"head_dim": 8}),
     "qwen3 tied": ("qwen3", SHAPE | {"head_dim": 8, "tie_word_embeddings": True}),
 }  # fmt: skip

@@ -85,6 +85,13 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         },
         "tie_word_embeddings": True, "vocab_size": 128256,
     }),
+    "Qwen2.5-0.5B": (494_032_768, {
+        "model_type": "qwen2", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24,
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }),
     "Qwen3-0.6B": (596_049_920, {
         "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
         "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,

@@ -25,5 +25,6 @@ HELD: dict[str, dict[str, Any]] = {
     "mixtral": SOFTMAX | {"use_qk_norm": False},
     "olmoe": SOFTMAX | {"qk_norm_over": "projection"},
     "qwen3": {},
+    "qwen2": {"use_qk_norm": False, "attention_bias": True},
     "llama": {"use_qk_norm": False},
 }
