@@ -241,6 +241,10 @@ CASES: dict[str, tuple[int, Callable[[int], Record], dict[str, Any], list[tuple[
                                        {"guards": {"spike_threshold": None}}, []),
     "a still loss at a small rate": (210, lambda step: {"loss": 4 + step % 3 / 10, "lr": 1e-6}, {},
                                      [(210, "learning rate too low")]),
+    "a still loss in the warm-up": (400, lambda step: {"loss": 4 + step % 3 / 10, "lr": 1e-6},
+                                    {"schedule": {"warmup_steps": 300}}, []),
+    "a still loss at a small rate beside Muon's": (400, lambda step: {"loss": 4 + step % 3 / 10, "lr": 1e-6},
+                                                   {"optimizer": {"name": "muon"}}, []),
     "a still loss at a usual rate": (400, lambda step: {"loss": 4 + step % 3 / 10}, {}, []),
     "a falling loss at a small rate": (400, lambda step: {"lr": 1e-6}, {}, []),
     "a still loss of a run that goes on": (400, lambda step: {"step": step + 500, "loss": 4.0, "lr": 1e-6}, {}, []),
@@ -248,6 +252,8 @@ CASES: dict[str, tuple[int, Callable[[int], Record], dict[str, Any], list[tuple[
                           [(60, "not finite")]),
     "held-out text worse": (40, lambda step: {"val_loss": 3 + abs(step - 20) / 50, "loss": 4 - step / 50}
                             if step % 10 == 0 else {"loss": 4 - step / 50}, {}, [(40, "memorising")]),
+    "held-out text hardly worse": (60, lambda step: {"val_loss": 3 + abs(step - 20) / 1000, "loss": 4 - step / 50}
+                                   if step % 10 == 0 else {"loss": 4 - step / 50}, {}, []),
     "both worse": (40, lambda step: {"val_loss": 3 + abs(step - 20) / 50, "loss": 4.0}
                    if step % 10 == 0 else {"loss": 4.0}, {}, []),
     "held-out loss not finite": (50, lambda step: {"val_loss": math.nan} if step % 10 == 0 else {}, {}, []),
