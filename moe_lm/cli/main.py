@@ -33,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal with everything saved.",
 )
 
 

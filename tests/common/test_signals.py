@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.signals import STOP_SIGNALS, stop_signals
+from tests.conftest import pytest_configure
 from tests.processes import ENVIRONMENT, ROOT, Start, hears_signals, wait_until
 
 WAITING = (
@@ -174,6 +175,19 @@ def test_what_was_ignored_at_the_start_stays_ignored() -> None:
             time.sleep(0.05)
         assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
         child.kill()
+
+
+def test_tests_in_the_background_hear_ctrl_c() -> None:
+    """`nohup bash launch/test.sh &` ignores it, and so would every process that a test starts."""
+    program = "import signal; print([signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGHUP)])"
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        pytest_configure()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[False, False]\n"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_spares_the_processes_that_training_starts() -> None:

@@ -111,6 +111,7 @@ def test_skypilot_file_agrees_with_itself() -> None:
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
     assert task["num_nodes"] > 1
     assert task["resources"]["use_spot"]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == STOPPED
     (mounted,) = task["volumes"]
     assert f"ln -sfn {mounted} runs\n" in task["run"]
     config = run_config(task["run"])
