@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lm.common.errors import UsageError
+
 MIX_BLOCK = 4096  # visits in which the sources have their exact shares
 _ROUNDS = 8  # four make a random permutation in theory (Luby and Rackoff); a small range needs more to be even
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -23,10 +25,12 @@ class Mixture:
     A visit takes its source from a shuffled block of exact shares, and its item from a shuffle of the source's items, a
     new one each epoch. A source's own visits are numbered in the order in which they come, so that it visits every item
     once before any item again. With `exact_epochs` false they are numbered as in the first runs of this program, whose
-    epochs of several sources overlapped within a block.
+    epochs of several sources overlapped within a block. Raises UsageError for more sources than a block has visits.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, exact_epochs: bool = True) -> None:
+        if len(sizes) > MIX_BLOCK:
+            raise UsageError(f"{len(sizes)} sources are more than can be mixed, {MIX_BLOCK}; join some of them")
         self._sizes = sizes
         self._weights = weights
         self._seed = seed

@@ -8,6 +8,9 @@ tokens, little-endian uint16 (uint32 when the vocabulary needs it), each documen
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")
 MAX_MANIFEST_BYTES = 1 << 28  # of a million shards
+VERIFIERS = min(8, os.cpu_count() or 1)  # threads that verify shards side by side
 AGAIN = "delete its folder and run moe-lm prepare"
 Split = Literal["train", "validation"]
 
@@ -149,33 +153,31 @@ class TokenShards:
                 f"{tokenizer.fingerprint[:12]}; use that tokenizer, or prepare these sources into another data.shards"
             )
         vocab_size = manifest.vocab_size if tokenizer is None else min(manifest.vocab_size, tokenizer.vocab_size)
-        files, indices, sound = [], [np.empty((0, 2), np.int64)], []
-        damage: dict[str, str] = {}
-        for shard in manifest.shards(split):
-            file = TokenFile(folder / f"{shard.name}.bin", np.dtype(manifest.dtype), shard.tokens)
+        dtype, shards = np.dtype(manifest.dtype), manifest.shards(split)
+
+        def opened(shard: Shard) -> tuple[TokenFile, NDArray[np.int64]] | MoeLmError:
             try:
-                index = _read_index(folder / f"{shard.name}.index", shard)
-                _check_size(file.path, file.size * file.dtype.itemsize)
-                if verify:
-                    _check_tokens(file, shard, vocab_size)
+                return _open_shard(folder, shard, dtype, vocab_size if verify else None)
             except MoeLmError as error:
-                if on_damage == "stop":
-                    raise UsageError(f"{error}; {AGAIN}, or set data.on_damage=leave_out") from error
-                damage[shard.name] = str(error)
-            else:
-                files.append(file)
-                indices.append(index)
-                sound.append(shard)
-        sums = "".join(shard.sha256 + shard.index_sha256 for shard in sound)
-        index = np.concatenate(indices)
+                return error
+
+        with ThreadPoolExecutor(VERIFIERS) as pool:
+            outcomes = list(zip(shards, pool.map(opened, shards), strict=True))
+        damage = {shard.name: found for shard, found in outcomes if isinstance(found, MoeLmError)}
+        if damage and on_damage == "stop":
+            first = next(iter(damage.values()))
+            raise UsageError(f"{first}; {AGAIN}, or set data.on_damage=leave_out") from first
+        sound = [(shard, *found) for shard, found in outcomes if not isinstance(found, MoeLmError)]
+        sums = "".join(shard.sha256 + shard.index_sha256 for shard, _, _ in sound)
+        index = np.concatenate([np.empty((0, 2), np.int64), *(index for _, _, index in sound)])
         return cls(
             folder=folder,
             split=split,
-            files=tuple(files),
+            files=tuple(file for _, file, _ in sound),
             document_starts=np.cumsum(index[:, 0]) - index[:, 0],
             document_bytes=index[:, 1].copy(),
             fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
-            left_out=_left_out(folder, split, manifest, damage) if damage else None,
+            left_out=_left_out(folder, split, shards, damage) if damage else None,
         )
 
     @property
@@ -196,10 +198,23 @@ class TokenShards:
         return TokenStream(self.files).tokens(start, stop)
 
 
-def _left_out(folder: Path, split: Split, manifest: Manifest, damage: dict[str, str]) -> LeftOut:
-    tokens = {shard.name: shard.tokens for shard in manifest.shards(split)}
+def _left_out(folder: Path, split: Split, shards: Sequence[Shard], damage: Mapping[str, MoeLmError]) -> LeftOut:
+    tokens = {shard.name: shard.tokens for shard in shards}
     lost = sum(tokens[name] for name in damage)
-    return LeftOut(folder, split, damage, lost, len(tokens), sum(tokens.values()))
+    reasons = {name: str(error) for name, error in damage.items()}
+    return LeftOut(folder, split, reasons, lost, len(tokens), sum(tokens.values()))
+
+
+def _open_shard(
+    folder: Path, shard: Shard, dtype: np.dtype[Any], vocab_size: int | None
+) -> tuple[TokenFile, NDArray[np.int64]]:
+    """The tokens and the index of a shard; with a `vocab_size` the tokens are verified too."""
+    file = TokenFile(folder / f"{shard.name}.bin", dtype, shard.tokens)
+    index = _read_index(folder / f"{shard.name}.index", shard)
+    _check_size(file.path, file.size * dtype.itemsize)
+    if vocab_size is not None:
+        _check_tokens(file, shard, vocab_size)
+    return file, index
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lm.common.errors import UsageError
 from moe_lm.data.order import MIX_BLOCK, Mixture, block_shares, shuffle_key, shuffled
 
 
@@ -83,6 +84,12 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 @pytest.mark.parametrize(("weights", "shares"), [([1, 1, 1], [1366, 1365, 1365]), ([1, 1e9], [1, 4095]), ([7], [4096])])
 def test_shares_are_the_weights_by_largest_remainder_and_at_least_one(weights: list[float], shares: list[int]) -> None:
     assert block_shares(weights) == shares
+
+
+def test_more_sources_than_a_block_has_visits_are_refused() -> None:
+    """Some would never be visited."""
+    with pytest.raises(UsageError, match="5000 sources are more than can be mixed, 4096; join some of them"):
+        Mixture([9] * 5000, [1.0] * 5000, seed=1)
 
 
 @settings(deadline=None)
