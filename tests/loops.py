@@ -79,13 +79,17 @@ class LoopRun:
         save_every: int = 0,
         keep: int = 2,
         background: bool = False,
+        best: bool = False,
+        archive_every: int = 0,
         poison: Callable[[int], float] = lambda step: 1.0,
         **train: Any,
     ) -> None:
         self.folder, self.source, self.evaluate_first, self.poison = folder, source, evaluate_first, poison
         self.validation = [source.batch(100 + n, range(2)) for n in (0, 1)] if validation is None else validation
         self.make_model, self.fresh = make_model, fresh
-        self.checkpoint = CheckpointConfig(every=save_every, keep=keep, background=background)
+        self.checkpoint = CheckpointConfig(
+            every=save_every, keep=keep, background=background, best=best, archive_every=archive_every
+        )
         self.config = TrainConfig(**{"steps": 6, "global_batch_size": 4, "precision": "float32"} | train)
 
     def __call__(self) -> TrainingResult:

@@ -118,10 +118,15 @@ def verify(folder: Path, part: str = "", share: slice = slice(None)) -> list[str
 
 def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str | None:
     """The first file that is not as it was written, and how; None for a sound checkpoint. Arguments as of `verify`."""
+    return next(iter(damages(folder, part, share)), None)
+
+
+def damages(folder: Path, part: str = "", share: slice = slice(None)) -> list[str]:
+    """Every file that is not as it was written, and how. Arguments as of `verify`."""
     try:
         manifest = read_manifest(folder)
     except (OSError, ValueError, TypeError) as error:
-        return f"{MANIFEST} {reason(error)}"
+        return [f"{MANIFEST} {reason(error)}"]
     names = _names_in(manifest, part)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
@@ -130,7 +135,7 @@ def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str |
             paths = (path for path in (folder / subfolder).rglob(pattern) if path.is_symlink() or not path.is_dir())
             present = {path.relative_to(folder).as_posix() for path in paths}
             found += [f"{name} is not in the manifest" for name in sorted(present.difference(manifest))]
-    return next((damage for damage in found if damage is not None), None)
+    return [damage for damage in found if damage is not None]
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
@@ -185,21 +190,22 @@ def step_of(folder: Path) -> int:
 def pin(folder: Path, why: str) -> None:
     """Protect a checkpoint from `clean`. In a read-only folder it does nothing: nothing can be deleted there."""
     with suppress(OSError):
-        (folder / PINNED).write_text(f"{why}\n", encoding="utf-8")
+        if not (folder / PINNED).exists():  # the manifest may know it
+            (folder / PINNED).write_text(f"{why}\n", encoding="utf-8")
 
 
-def clean(checkpoints: Path, keep: int) -> None:
-    """Delete leftovers of unfinished saves, and all complete checkpoints but the newest `keep` and the pinned ones.
+def clean(checkpoints: Path, keep: int, best: Path | None = None) -> None:
+    """Delete leftovers of unfinished saves, and all complete checkpoints but the newest `keep`, `best` and pinned ones.
 
     Doubtful checkpoints do not count, and stay until there is a newer one that does. What cannot be deleted stays for
     the next time. A folder under its final name without COMPLETE is not a leftover of a save, so it stays too; so does
     a damaged one that was moved aside.
     """
     complete = complete_checkpoints(checkpoints)
-    good = _good(complete)
+    good = good_steps(complete)
     kept = {complete[step] for step in good[-keep:]}
     kept |= {folder for step, folder in complete.items() if not good or step > good[-1]}
-    kept |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
+    kept |= {folder for folder in complete.values() if folder == best or (folder / PINNED).is_file()}
     for folder, _, suffix in step_folders(checkpoints):
         if folder not in kept and suffix != DAMAGED and (suffix or folder in complete.values()):
             delete(folder)
@@ -208,7 +214,7 @@ def clean(checkpoints: Path, keep: int) -> None:
 def drop_doubtful(checkpoints: Path) -> bool:
     """Delete the doubtful checkpoints after the newest good one, so that this is the newest; False if there is none."""
     complete = complete_checkpoints(checkpoints)
-    good = _good(complete)
+    good = good_steps(complete)
     for step, folder in complete.items():
         if good and step > good[-1]:
             delete(folder)
@@ -269,7 +275,7 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     return found
 
 
-def _good(complete: Mapping[int, Path]) -> list[int]:
+def good_steps(complete: Mapping[int, Path]) -> list[int]:
     """The steps, in order, whose checkpoints are not doubtful."""
     return [step for step in sorted(complete) if not (complete[step] / DOUBTFUL).is_file()]
 

@@ -73,7 +73,7 @@ def _is_sound(checkpoints: Path, name: str, damaged: dict[str, str], ranks: Rank
 
 def _settle(checkpoints: Path, found: Found, on_damage: OnDamage) -> None:
     if found.folder is None:
-        aside = {folder.name: _why(folder) for _, folder in _moved_aside(checkpoints)}
+        aside = {folder.name: why(folder) for _, folder in _moved_aside(checkpoints)}
         if found.damaged or aside:
             raise MoeLmError(
                 f"no checkpoint in {checkpoints} is sound: {_listed(found.damaged | aside)}; bring one back from a "
@@ -111,7 +111,8 @@ def _moved_aside(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted((step, folder) for folder, step, suffix in checkpoint.step_folders(checkpoints) if suffix == DAMAGED)
 
 
-def _why(folder: Path) -> str:
+def why(folder: Path) -> str:
+    """How a checkpoint that was moved aside is damaged."""
     with suppress(OSError, ValueError):
         return (folder / WHY).read_text(encoding="utf-8").strip()
     return "moved aside as damaged"

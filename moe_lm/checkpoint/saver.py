@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint, write
+from moe_lm.checkpoint import checkpoint, retain, write
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
+RETRY_SECONDS = 30  # between attempts at the last checkpoint
 PATIENCE_SECONDS = 60.0  # for a save under way when training has failed: without a lost rank it may never end
 
 
@@ -26,6 +28,7 @@ class Saved(NamedTuple):
     step: int
     folder: Path | None
     error: MoeLmError | None  # why there is no folder
+    given_up: tuple[str, ...] = ()  # checkpoints that made room for it on a full disk
 
 
 class Saver:
@@ -37,17 +40,44 @@ class Saver:
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, watchdog: Watchdog = NO_WATCHDOG) -> None:
-        self.checkpoints, self.keep, self.background = checkpoints, config.keep, config.background
+        self.checkpoints, self.config, self.background = checkpoints, config, config.background
         self.watchdog = watchdog
         self.ranks = Ranks.with_own_group(watchdog.patience_seconds)
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
+        self._disk_was_full = False
+        self._given_up: list[str] = []
 
-    def save(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
-        """Write a checkpoint, after the one that is under way. Raises MoeLmError when that cannot be done."""
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        files: Mapping[str, str | Path],
+        is_over: Callable[[], bool] = lambda: True,
+        tell: Callable[[str], object] = print,
+    ) -> Path:
+        """Write the last checkpoint, after the one that is under way.
+
+        On a full disk older ones give way, down to the newest complete one. When that does not help, or the disk fails
+        otherwise, this `tell`s it and tries again every RETRY_SECONDS until `is_over` on all ranks. Then it raises
+        MoeLmError, naming what is kept.
+        """
         self.wait()
-        with self.watchdog.patiently("saving"):
-            return self._write(step, state, files)
+        while True:
+            try:
+                with self.watchdog.patiently("saving"):
+                    return self._write(step, state, files, make_room=True)
+            except write.WriteError as error:
+                failure = error
+            finally:
+                if self._given_up:
+                    tell(f"the disk is full: gave up {', '.join(self._given_up)} for the checkpoint of step {step}")
+                    self._given_up = []
+            if is_over():
+                kept = checkpoint.latest(self.checkpoints) or "no checkpoint"
+                raise MoeLmError(f"{failure}; the run ends without it, kept: {kept}", True) from failure
+            tell(f"{failure}; trying again every {RETRY_SECONDS} s until it succeeds or a signal ends the run")
+            self._wait_for_room(is_over)
 
     def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> None:
         """Begin a save, whose outcome `outcomes` tells; in the background this returns as soon as `state` is copied."""
@@ -72,7 +102,8 @@ class Saver:
                 error = outcome.exception()
             if error is not None and not isinstance(error, MoeLmError):
                 raise error
-            self._outcomes.append(Saved(step, None if error else outcome.result(), error))
+            given_up, self._given_up = tuple(self._given_up), []
+            self._outcomes.append(Saved(step, None if error else outcome.result(), error, given_up))
 
     def outcomes(self) -> list[Saved]:
         """The outcomes of the saves that have ended since the last call; raises as `wait` does."""
@@ -81,11 +112,36 @@ class Saver:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _write(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> Path:
-        folder = write.save(self.checkpoints, step, state, files, self.ranks)
+    def _write(
+        self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path], make_room: bool = False
+    ) -> Path:
+        """Save and drop the oldest. Older ones give way on a full disk at the second time, or at the first if asked."""
+        while True:
+            try:
+                folder = write.save(self.checkpoints, step, state, files, self.ranks)
+                break
+            except write.WriteError as error:
+                may_give_way = error.disk_is_full and (make_room or self._disk_was_full)
+                if not may_give_way or not self._make_room():
+                    self._disk_was_full = error.disk_is_full
+                    raise
+        self._disk_was_full = False
         if self.ranks.rank == 0:
-            checkpoint.clean(self.checkpoints, self.keep)
+            retain.clean(self.checkpoints, self.config)
         return folder
+
+    def _wait_for_room(self, is_over: Callable[[], bool]) -> None:
+        """Wait RETRY_SECONDS, or less if a signal comes."""
+        for _ in range(RETRY_SECONDS):
+            self.watchdog.at("saving")
+            time.sleep(1)
+            if is_over():
+                return
+
+    def _make_room(self) -> bool:
+        gone = self.ranks.first(lambda: retain.make_room(self.checkpoints, self.config.best), ())
+        self._given_up += [gone.name] if gone else []
+        return gone is not None
 
     def __enter__(self) -> Saver:
         return self

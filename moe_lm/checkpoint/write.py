@@ -6,6 +6,7 @@ number of ranks. Of a tensor that several ranks hold alike, the rank with the le
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -43,6 +44,12 @@ Content = str | Path | Callable[[Path], None]
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
+class WriteError(MoeLmError):
+    """What the disk answered when a checkpoint was written; every rank raises it."""
+
+    disk_is_full = False
+
+
 def save(
     checkpoints: Path,
     step: int,
@@ -54,7 +61,7 @@ def save(
 
     `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy, and a
     function writes to the path that it is given, such as tensors too large to be in memory together. A checkpoint of
-    the same step is replaced. Raises MoeLmError with the path and the reason when writing fails; the older checkpoints
+    the same step is replaced. Raises WriteError with the path and the reason when writing fails; the older checkpoints
     are untouched then.
     """
     ranks = ranks or Ranks()
@@ -65,14 +72,17 @@ def save(
         written = _write_tensors(unfinished, state, ranks)
         manifests = ranks.each(lambda: written | _settle(unfinished, files, ranks.rank), (OSError,))
         entries = {name: entry for manifest in manifests for name, entry in manifest.items()}
-        ranks.first(lambda: _finish(unfinished, folder, entries), (OSError,))
+        ranks.first(lambda: _finish(unfinished, folder, entries), (OSError, MoeLmError))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise MoeLmError(
-            f"cannot write the checkpoint {folder}: {_reason(error)}; make room or mend the folder, the older "
-            "checkpoints are as they were"
-        ) from error
-    except MoeLmError:  # from a function among `files`
+        cause = _cause(error)
+        failed = WriteError(
+            f"cannot write the checkpoint {folder}: {checkpoint.reason(cause)}; make room or mend the folder, the "
+            "older checkpoints are as they were"
+        )
+        failed.disk_is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise failed from error
+    except MoeLmError:  # from a function among `files`, or ranks that do not share the folder
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return folder
@@ -171,7 +181,10 @@ def _finish(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> Non
     """Put the manifest beside the files, everything onto the disk, and the folder under its name."""
     for name in entries:
         if not (unfinished / name).is_file():
-            raise FileNotFoundError(f"{name} is only on the host that wrote it, run_dir must be on all hosts the same")
+            raise MoeLmError(
+                f"cannot write the checkpoint {folder}: {name} is only on the host that wrote it; set run_dir to a "
+                "folder that all hosts share"
+            )
     manifest = json.dumps(dict(sorted(entries.items())), indent=1)
     _put(unfinished / MANIFEST, manifest)
     sync(unfinished / MANIFEST)
@@ -236,11 +249,11 @@ def _num_pieces(tensor: Tensor) -> int:
     return math.prod(mesh.size(place) for place, kind in enumerate(tensor.placements) if isinstance(kind, Shard))
 
 
-def _reason(error: OSError | CheckpointException) -> str:
-    """The cause to tell the user. An interrupt, which DCP wraps like a failure, goes on as an interrupt."""
+def _cause(error: OSError | CheckpointException) -> Exception:
+    """What went wrong. An interrupt, which DCP wraps like a failure, goes on as an interrupt."""
     cause: BaseException = error
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()))[0]
     if not isinstance(cause, Exception):
         raise cause
-    return checkpoint.reason(cause)
+    return cause

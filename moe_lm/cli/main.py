@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_lm import __version__
-from moe_lm.cli import build, use
+from moe_lm.cli import build, checkpoints, use
 from moe_lm.cli.options import Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import Interrupted
@@ -130,3 +130,4 @@ def doctor() -> None:
 
 build.add_to(app)
 use.add_to(app)
+checkpoints.add_to(app)

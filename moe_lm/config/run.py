@@ -50,6 +50,11 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
+    best: bool = Field(
+        default=False,
+        description="also save at an evaluation whose held-out loss is the lowest so far, and keep that checkpoint",
+    )
+    archive_every: int = Field(default=0, ge=0, description="steps between checkpoints that are kept for good; 0: none")
     background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
     on_damage: OnDamage = Field(
         default="previous",

@@ -121,6 +121,11 @@ class TrainConfig(Section):
     freeze_router: bool | None = Field(default=None, description="do not train the router; null: only with lora")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_batches: int | None = Field(default=None, gt=0, description="global batches of an evaluation; null: all")
+    early_stopping: int | None = Field(
+        default=None,
+        gt=0,
+        description="end the run after this many evaluations in a row without a new lowest held-out loss; null: never",
+    )
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:

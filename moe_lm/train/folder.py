@@ -23,6 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock_path = path / ".lock"
         self._holder = path / ".lock-holder.json"  # not in the lock file itself, which a second job may truncate
 
     @property
@@ -32,19 +33,20 @@ class RunFolder:
     def __enter__(self) -> Self:
         for folder in (self.path, self.checkpoints):
             _make_writable(folder)
-        lock = try_lock(self.path / ".lock")
+        lock = try_lock(self._lock_path)
         if lock is None:
             raise MoeLmError(
                 f"the run folder {self.path} is in use by {self._describe_holder()}; wait for it, stop it, or choose "
                 "another run_dir"
             )
-        self._lock = lock
+        self._lock, self._lock_identity = lock, _identity(self._lock_path)
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        self._holder.write_text(json.dumps(holder), encoding="utf-8")
+        with suppress(OSError):  # on a full disk; it only helps to describe the holder
+            self._holder.write_text(json.dumps(holder), encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,15 +54,39 @@ class RunFolder:
         self._lock.release()
 
     def write_config(self, text: str) -> None:
-        """Write the resolved config; a kill leaves the old file or the new one."""
-        with whole_file(self.path / "config.yaml") as file:
-            file.write_text(text, encoding="utf-8")
+        """Write the resolved config; a kill leaves the old file or the new one. Raises MoeLmError on a full disk."""
+        path = self.path / "config.yaml"
+        try:
+            with whole_file(path) as file:
+                file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise MoeLmError(f"cannot write {path}: {error.strerror}; make room or choose another run_dir") from error
+
+    def keep_lock(self) -> None:
+        """Take the lock again if its file was deleted. Raises MoeLmError if another process has it by now."""
+        if _identity(self._lock_path) == self._lock_identity:
+            return
+        lock = try_lock(self._lock_path)
+        if lock is None:
+            raise MoeLmError(
+                f"the lock of the run folder {self.path} was deleted, and {self._describe_holder()} trains in it now; "
+                "this run ends, so that only one writes"
+            )
+        self._lock, self._lock_identity = lock, _identity(self._lock_path)
 
     def _describe_holder(self) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):
             holder = json.loads(self._holder.read_text(encoding="utf-8"))
             return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         return "another process"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None without a file."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _make_writable(folder: Path) -> None:

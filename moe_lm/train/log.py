@@ -85,8 +85,8 @@ class RunLog:
         self._metrics.close()
         self._log.close()
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Write and show the figures of one step, `record["step"]` counted from 1."""
+    def step(self, record: Mapping[str, Any], follows: bool = False) -> None:
+        """Write and show the figures of one step, `record["step"]` counted from 1; its line later if more `follows`."""
         if not self._is_main:
             return
         self._status.update(record, time.monotonic())
@@ -95,12 +95,26 @@ class RunLog:
         for name, tracker in self._trackers.items():
             if name not in self._gone:
                 self._send(name, partial(tracker.log, record["step"], scalars))
-        due = self._is_due(record)
+        self._show(self._is_due(record) and not follows)
+        if self._alarms:
+            self.sound(self._alarms.after(record))
+
+    def amend(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Add figures to the record of a step that was written before, and show its line."""
+        if not self._is_main:
+            return
+        self._status.newest |= figures
+        if figures:
+            self._metrics.rewrite(lambda path: add_figures(path, step, figures))
+        for name, tracker in self._trackers.items():
+            if name not in self._gone:
+                self._send(name, partial(tracker.log, step, dict(_scalars(figures))))
+        self._show(due=True)
+
+    def _show(self, due: bool) -> None:
         if due:
             self._write_log(self._status.line())
         self._display.step(self._status, due)
-        if self._alarms:
-            self.sound(self._alarms.after(record))
 
     def sound(self, alarms: Iterable[Alarm]) -> None:
         """Write an event for each alarm."""
@@ -250,6 +264,16 @@ def drop_later_steps(path: Path, last_step: int) -> None:
             explains = number <= rollback and "event" in found and last_step >= 0
             if explains or found.get("step", math.inf) <= last_step:
                 new.write(line)
+
+
+def add_figures(path: Path, step: int, figures: Mapping[str, Any]) -> None:
+    """Rewrite a `metrics.jsonl` with figures added to the record of a step."""
+    with whole_file(path) as kept, path.open("rb") as old, kept.open("wb") as new:
+        for line in old:
+            found = _read(line)
+            if found.get("step") == step and "event" not in found:
+                line = f"{json_text(found | dict(figures))}\n".encode()
+            new.write(line)
 
 
 def _read(line: bytes) -> dict[str, Any]:

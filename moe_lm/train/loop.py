@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, retain
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
@@ -40,29 +40,60 @@ class Training:
     files: Mapping[str, str]  # beside the tensors of every checkpoint, by name
     flops_per_token: float  # forward and backward
     reload: Callable[[int], dict[str, Any]]  # after this step, load the newest checkpoint and return its trainer.json
+    keep_lock: Callable[[], object] = lambda: None  # before each save: raises MoeLmError if another run writes here
     evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
 
 
+MEASURED_LATER = "measured_later"  # among the counters: the held-out loss of a step that was saved before
+
+
+class Best(NamedTuple):
+    """The evaluation with the lowest held-out loss."""
+
+    step: int
+    loss: float
+
+
 @dataclass
 class TrainingResult:
-    """The end of the loop; `stopped` if a signal came before the last step."""
+    """The end of the loop; `stopped` if a signal left something to do: steps, or the last evaluation."""
 
     step: int = 0
     stopped: bool = False
     loss: float = math.nan
-    validation_loss: float | None = None  # nats per token, or the mean loss of a pair
+    validation_loss: float | None = None  # of this step: nats per token, or the mean loss of a pair
+    best: Best | None = None
+    worse: int = 0  # evaluations in a row since the best
     checkpoint: Path | None = None
 
     def counters(self) -> dict[str, Any]:
         """What trainer.json holds of it."""
-        return {"step": self.step, "loss": self.loss, "validation_loss": self.validation_loss}
+        best = {"step": self.best.step, "loss": self.best.loss} if self.best else None
+        return {
+            "step": self.step, "loss": self.loss, "validation_loss": self.validation_loss, "best": best,
+            "worse": self.worse,
+        }  # fmt: skip
 
     def take(self, counters: Mapping[str, Any]) -> None:
         """Take up the counters of a checkpoint; empty ones are those of the start."""
         self.step = int(counters.get("step", 0))
         self.loss = math.nan if counters.get("loss") is None else float(counters["loss"])
         self.validation_loss = counters.get("validation_loss")
+        self.best = Best(**counters["best"]) if counters.get("best") else None
+        self.worse = counters.get("worse", 0)
+        if self.validation_loss is None and counters.get(MEASURED_LATER) is not None:
+            self.is_best(counters[MEASURED_LATER])
+
+    def is_best(self, loss: float) -> bool:
+        """Take note of an evaluation at this step, and say whether it is the best so far."""
+        self.validation_loss = loss
+        better = self.best is None or loss < self.best.loss
+        if better and math.isfinite(loss):
+            self.best, self.worse = Best(self.step, loss), 0
+            return True
+        self.worse += 1
+        return False
 
 
 def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
@@ -70,8 +101,8 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
 
     `counters` is the trainer.json of the checkpoint that the engine has loaded, or empty. A run whose numbers go wrong
     goes back to a checkpoint, and ends with MoeLmError when that has not helped (guards.py).
-    A stop signal ends it with a checkpoint after the current step or evaluation batch; only the evaluation after the
-    last step is still finished. Before the first step is done, and as a second one, it ends the process at once.
+    The last step is saved before the last evaluation. A stop signal ends it with a checkpoint after the current step or
+    evaluation batch. Before the first step is done, and as a second one, it ends the process at once.
     """
     config, engine = run.config, run.engine
     result = TrainingResult()
@@ -87,7 +118,10 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
                 result.stopped = True
             else:
                 run.log.step({"step": 0, **before})
-        while (guard.must_go_back or result.step < config.steps) and not result.stopped:
+        elif lacks_evaluation(run, result):
+            signalled.hold()
+            evaluate_saved(run, result, signalled, checkpoint.latest(run.checkpoints))
+        while (guard.must_go_back or not is_finished(config, result)) and not result.stopped:
             if guard.must_go_back:
                 go_back(run, guard, saver, result)
             started = time.perf_counter()
@@ -100,26 +134,26 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
             seconds = time.perf_counter() - started
             signalled.hold()
             result.step += 1
-            result.loss = step_result.loss
+            result.loss, result.validation_loss, is_best = step_result.loss, None, False
             record = step_record(result.step, step_result, seconds, data_seconds, engine, run.flops_per_token)
             guard.judge(result.step, step_result)
             last = result.step == config.steps and not guard.must_go_back
             result.stopped = engine.any_rank(bool(signalled)) and not last
             unstopped = not result.stopped and not guard.must_go_back
-            if run.validation and unstopped and (last or is_due(result.step, config.eval_every)):
-                held_out = evaluate(run, () if last else signalled)
+            if run.validation and unstopped and not last and is_due(result.step, config.eval_every):
+                held_out = evaluate(run, signalled)
                 if held_out is None:
                     result.stopped = True
-                    result.validation_loss = None
                 else:
                     record |= held_out
-                    result.validation_loss = held_out["val_loss"]
-            run.log.step(record)
+                    is_best = result.is_best(held_out["val_loss"])
+            run.log.step(record, follows=last and bool(run.validation))
             if slow := pace.step(seconds):
                 rank, own, others, text = slow
                 run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
-            save = guard.may_save(is_due(result.step, run.checkpoint.every))
-            if save and not last and not result.stopped:
+            due = any(is_due(result.step, every) for every in (run.checkpoint.every, run.checkpoint.archive_every))
+            save = guard.may_save(due or (is_best and run.checkpoint.best))
+            if save and not last and not result.stopped and not is_finished(config, result):
                 start_save(run, guard, saver, result)
             note_saves(run, saver, result)
         if result.stopped:
@@ -129,7 +163,19 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
             note_saves(run, saver, result)
             state = engine.state()
             guard.check_end(result.step, state, finished=not result.stopped)
-            result.checkpoint = saver.save(result.step, state, files_of_step(run, result, guard))
+            run.keep_lock()
+            files = files_of_step(run, result, guard)
+            result.checkpoint = saver.save(
+                result.step,
+                state,
+                files,
+                is_over=lambda: engine.any_rank(bool(signalled)),
+                tell=lambda text: run.log.event("full_disk", result.step, f"warning: {text}"),
+            )
+            if result.step == config.steps and run.validation and not result.stopped:
+                evaluate_saved(run, result, signalled, result.checkpoint)
+            if engine.topology.is_main:
+                retain.clean(run.checkpoints, run.checkpoint)
     if result.stopped:
         run.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
     return result
@@ -166,10 +212,34 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
     return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
 
 
+def is_finished(config: TrainConfig, result: TrainingResult) -> bool:
+    """Whether all steps are done, or the held-out loss has not been lower for so long that the run ends early."""
+    return result.step >= config.steps or (config.early_stopping is not None and result.worse >= config.early_stopping)
+
+
+def lacks_evaluation(run: Training, result: TrainingResult) -> bool:
+    """Whether a signal ended the evaluation of the step that this run goes on after."""
+    due = result.step == run.config.steps or is_due(result.step, run.config.eval_every)
+    return bool(run.validation) and result.step > 0 and due and result.validation_loss is None
+
+
+def evaluate_saved(run: Training, result: TrainingResult, signalled: Sequence[int], folder: Path | None) -> None:
+    """Evaluate the step of a checkpoint that is there already, and keep the loss beside it and in the log."""
+    held_out = evaluate(run, signalled)
+    if held_out is None:
+        result.stopped = True
+    else:
+        result.is_best(held_out["val_loss"])
+        if folder is not None and run.engine.topology.is_main:
+            retain.note_held_out_loss(folder, held_out["val_loss"])
+    run.log.amend(result.step, held_out or {})
+
+
 def start_save(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
     """Begin a checkpoint, unless some value of the state is not finite: then the guard wants to go back."""
     state = run.engine.state()
     if guard.is_sound(state):
+        run.keep_lock()
         saver.start(result.step, state, files_of_step(run, result, guard))
 
 
@@ -194,16 +264,23 @@ def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -
 def files_of_step(run: Training, result: TrainingResult, guard: Guard) -> dict[str, str]:
     """The files beside the tensors, with the counters of this step."""
     files = {**run.files, "trainer.json": json_text({**result.counters(), "guard": guard.memory.model_dump()})}
-    return files | ({checkpoint.DOUBTFUL: guard.trouble} if guard.trouble else {})
+    if guard.trouble:
+        files[checkpoint.DOUBTFUL] = guard.trouble
+    elif is_due(result.step, run.checkpoint.archive_every):
+        files[checkpoint.PINNED] = f"archived, as checkpoint.archive_every={run.checkpoint.archive_every}\n"
+    return files
 
 
 def note_saves(run: Training, saver: Saver, result: TrainingResult) -> None:
     """Take note of finished saves. A failed one, as on a full disk, does not end a run that has steps left."""
-    for saved in saver.outcomes():
-        if saved.error is None:
-            result.checkpoint = saved.folder
+    for step, folder, error, given_up in saver.outcomes():
+        if given_up:
+            text = f"warning: the disk is full: gave up {', '.join(given_up)} for the checkpoint of step {step}"
+            run.log.event("full_disk", result.step, text)
+        if error is None:
+            result.checkpoint = folder
         else:
-            run.log.message(f"warning: no checkpoint at step {saved.step}: {saved.error}; training goes on")
+            run.log.event("failed_save", step, f"warning: no checkpoint at step {step}: {error}; training goes on")
 
 
 def is_due(step: int, every: int) -> bool:

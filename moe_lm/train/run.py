@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from moe_lm.checkpoint import checkpoint, lineage, read
+from moe_lm.checkpoint import checkpoint, lineage, read, retain
 from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
@@ -28,14 +28,20 @@ from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel import process_group
 from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.guards import with_new_settings, with_note
+<<<<<<< HEAD
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
 from moe_lm.train.loop import Training, TrainingResult, train
+=======
+from moe_lm.train.log import RunLog, rank_log
+from moe_lm.train.loop import MEASURED_LATER, Training, TrainingResult, train
+>>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
@@ -65,6 +71,7 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it.
     """
+<<<<<<< HEAD
     with meeting.lost_ranks_named():
         topology = join_ranks(recipe, meeting)
         watchdog = Watchdog(
@@ -76,6 +83,15 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
                 watchdog.follow(engine.exchange)
                 counters = resume(recipe, engine, watchdog, found.folder)
                 return train_and_log(recipe, engine, watchdog, counters, changes, found)
+=======
+    topology = join_ranks(recipe, meeting)
+    watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
+    with claim_folder(recipe, meeting) as claim:
+        recipe = with_start_in(recipe, claim.found.folder)
+        with watchdog, build_and_fill(recipe, topology) as engine:
+            counters = resume(recipe, engine, watchdog, claim.found.folder)
+            return train_and_log(recipe, engine, watchdog, counters, claim)
+>>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -92,9 +108,17 @@ def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     return meeting.topology
 
 
+class Claim(NamedTuple):
+    """The run folder, the checkpoint in it to go on from, and the settings that differ from that checkpoint's."""
+
+    folder: RunFolder  # held by rank 0
+    found: Found
+    changes: list[str]
+
+
 @contextmanager
-def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[tuple[Found, list[str]]]:
-    """Hold the run folder and keep this rank's log; yields the checkpoint to go on from, and what differs from it."""
+def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
+    """Hold the run folder and keep this rank's log."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
     with ExitStack() as held:
@@ -105,10 +129,10 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[tuple[Found, list
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
         changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
-            checkpoint.clean(folder.checkpoints, config.checkpoint.keep)
+            retain.clean(folder.checkpoints, config.checkpoint)
             if start is not None and config.lora is not None:
                 checkpoint.pin(start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
-        yield found, changes
+        yield Claim(folder, found, changes)
 
 
 def hold(folder: RunFolder, held: ExitStack) -> None:
@@ -157,11 +181,11 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
 
 
 def train_and_log(
-    recipe: Recipe, engine: Engine, watchdog: Watchdog, counters: dict[str, Any], changes: Sequence[str], found: Found
+    recipe: Recipe, engine: Engine, watchdog: Watchdog, counters: dict[str, Any], claim: Claim
 ) -> TrainingResult:
     """Open the log and call the loop."""
     config, is_main = recipe.config, engine.topology.is_main
-    folder = RunFolder(config.run_dir)
+    folder, found, changes = claim
     start_step = counters.get("step", 0)
     if changes:
         counters = with_new_settings(counters)
@@ -188,11 +212,31 @@ def train_and_log(
             log=log,
             watchdog=watchdog,
             files=files_of_run(recipe),
+            keep_lock=lambda: Ranks().first(folder.keep_lock, (MoeLmError,)),
             evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
             reload=lambda step: load_newest(engine, folder.checkpoints, log, step),
         )
-        return train(training, counters)
+        result = train(training, counters)
+        if not result.stopped:
+            for line in last_words(recipe, result):
+                log.message(line)
+        return result
+
+
+def last_words(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
+    """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
+    train, run_dir = recipe.config.train, recipe.config.run_dir
+    if result.step < train.steps:
+        yield f"ended early after step {result.step}: {result.worse} evaluations without a lower held-out loss"
+    if result.best is not None:
+        folder = run_dir / "checkpoints" / f"step-{result.best.step:08d}"
+        kept = folder if folder.is_dir() else "its checkpoint was not kept; checkpoint.best=true keeps it"
+        yield f"lowest held-out loss: {result.best.loss:.4f} after step {result.best.step} ({kept})"
+    after = (f"finetune CONFIG start_from={run_dir}", f"sample {run_dir} --prompt TEXT")
+    if recipe.title == "finetune":
+        after = (f"chat {run_dir}", f"export {run_dir} OUT")
+    yield f"next: moe-lm {after[0]}, moe-lm {after[1]}, moe-lm eval {run_dir}"
 
 
 def report_damage(log: RunLog, found: Found, step: int) -> None:
@@ -228,6 +272,7 @@ def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:
     state = engine.state()
     read.load(folder, state, verified=True)
     engine.load_state(state)
+<<<<<<< HEAD
     return with_note(folder, read_counters(folder))
 
 
@@ -243,6 +288,15 @@ def read_counters(folder: Path) -> dict[str, Any]:
     if step != checkpoint.step_of(folder):
         raise MoeLmError(f"{folder}/trainer.json is of step {step}; expected the folder's; copy the checkpoint again")
     return {**counters, "step": step}
+=======
+    counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
+    counters = {
+        **counters,
+        "step": int(counters["step"]),
+        MEASURED_LATER: Ranks().first(lambda: retain.noted(folder), ()),
+    }
+    return with_note(folder, counters)
+>>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
 
 
 def files_of_run(recipe: Recipe) -> dict[str, str]:

@@ -48,7 +48,7 @@ def test_a_full_disk_says_so(checkpoints: Path, newest: Path) -> None:
         "write.save(Path(sys.argv[1]), 1500, {'model.a': torch.zeros(100_000)}, {})\n"
     )
     _, _, errors = finish(start_python("-c", program, str(checkpoints)))
-    assert "MoeLmError: cannot write the checkpoint" in errors
+    assert "WriteError: cannot write the checkpoint" in errors
     assert "File too large" in errors
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000500", "step-00001000"]
     read.load(newest, state_of(0))

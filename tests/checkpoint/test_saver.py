@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -135,6 +136,91 @@ def test_a_save_that_cannot_end_does_not_keep_a_failed_run(
         fail()
     assert disk.writers == 1
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "checkpoint")
+
+
+# A full disk
+
+
+class FullDisk:
+    """Has room for so many checkpoints; a save beyond that fails as the operating system lets it fail."""
+
+    def __init__(self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.checkpoints, self.room, self.attempts, self.error = checkpoints, 9, 0, errno.ENOSPC
+        self.sync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, descriptor: int) -> None:
+        if len(list(self.checkpoints.glob("step-*"))) > self.room:
+            self.attempts += 1
+            raise OSError(self.error, os.strerror(self.error))
+        self.sync(descriptor)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    monkeypatch.setattr("moe_lm.checkpoint.saver.RETRY_SECONDS", 0)
+    return FullDisk(tmp_path, monkeypatch)
+
+
+def test_older_checkpoints_give_way_to_the_last_one(tmp_path: Path, full_disk: FullDisk) -> None:
+    told: list[str] = []
+    with Saver(tmp_path, CheckpointConfig(keep=9)) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step), {})
+        full_disk.room = 2
+        folder = saver.save(4, state_of(4), {}, tell=told.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert torch.equal(loaded(folder)["step"], torch.tensor(4))
+    assert told == ["the disk is full: gave up step-00000001, step-00000002 for the checkpoint of step 4"]
+
+
+def test_the_last_save_is_tried_again_until_the_disk_has_room(tmp_path: Path, full_disk: FullDisk) -> None:
+    """The newest complete checkpoint never gives way."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if len(told) == 3:
+            full_disk.room = 9  # somebody has made room
+
+    with Saver(tmp_path, CheckpointConfig(keep=9)) as saver:
+        saver.save(1, state_of(1), {})
+        full_disk.room = 1
+        saver.save(2, state_of(2), {}, is_over=lambda: False, tell=tell)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+    assert len(told) == 3
+    assert "No space left on device" in told[0]
+    assert "trying again every 0 s until it succeeds or a signal ends the run" in told[0]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_signal_ends_the_trying_with_an_error_that_names_what_is_kept(
+    tmp_path: Path, full_disk: FullDisk, error: int
+) -> None:
+    told: list[str] = []
+    with Saver(tmp_path, CheckpointConfig(keep=9)) as saver:
+        saver.save(1, state_of(1), {})
+        full_disk.room, full_disk.error = 1, error
+        with pytest.raises(MoeLmError, match=r"step-00000002: .*without it, kept: .*step-00000001$"):
+            saver.save(2, state_of(2), {}, is_over=lambda: len(told) == 2, tell=told.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert len(told) == 2
+
+
+def test_older_checkpoints_give_way_to_a_save_under_way_at_the_second_time(tmp_path: Path, full_disk: FullDisk) -> None:
+    """The first time training goes on, and nothing is given up: the disk may have room again."""
+    with Saver(tmp_path, CheckpointConfig(keep=9)) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step), {})
+        full_disk.room = 2
+        for step in (3, 4):
+            saver.start(step, state_of(step), {})
+        saver.wait()
+        first, second = saver.outcomes()
+    assert "No space left" in str(first.error)
+    assert first.given_up == ()
+    assert (second.error, second.given_up) == (None, ("step-00000001",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
 # The loop

@@ -71,6 +71,28 @@ def test_an_unreadable_note_of_the_holder_does_not_matter(tmp_path: Path) -> Non
                 RunFolder(tmp_path).__enter__()
 
 
+def test_a_deleted_lock_is_taken_again_and_a_second_writer_noticed(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as first:
+        first.keep_lock()
+        (tmp_path / ".lock").unlink()
+        first.keep_lock()
+        with pytest.raises(MoeLmError, match="is in use by process"):
+            RunFolder(tmp_path).__enter__()
+        (tmp_path / ".lock").unlink()
+        with RunFolder(tmp_path), pytest.raises(MoeLmError, match=f"deleted, and process {os.getpid()} .*trains"):
+            first.keep_lock()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder(tmp_path) as run:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(MoeLmError, match=r"cannot write .*config\.yaml: No space left on device; make room"):
+            run.write_config("a: 1")
+
+
 def test_a_folder_that_cannot_be_made_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"file/run: Not a directory"):

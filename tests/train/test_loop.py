@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint import checkpoint, retain
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import STOP_SIGNALS
@@ -178,14 +178,20 @@ def test_a_full_disk_ends_no_run_that_has_steps_to_do(
     assert "training goes on" in out
 
 
-def test_a_full_disk_at_the_last_step_is_an_error_and_the_older_checkpoint_stays(
-    tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None]
+def test_on_a_full_disk_at_the_last_step_older_checkpoints_give_way_and_a_signal_ends_the_trying(
+    tmp_path: Path, ragged: BatchSource, full_disk: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe_lm.checkpoint.saver.RETRY_SECONDS", 1)
+    monkeypatch.setattr("moe_lm.checkpoint.saver.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     run = LoopRun(tmp_path, Watched(ragged, lambda step: full_disk(step == 5)), save_every=2, keep=9)
-    with pytest.raises(MoeLmError, match=r"step-00000006: No space left on device.*older checkpoints are as they were"):
+    with pytest.raises(MoeLmError, match=r"step-00000006: No space left on device.*without it, kept: .*step-00000004"):
         run()
     full_disk(False)
-    assert run.checkpoints == ["step-00000002", "step-00000004"]
+    monkeypatch.undo()
+    said = [event["message"] for event in run.events if event["event"] == "full_disk"]
+    assert said[0] == "warning: the disk is full: gave up step-00000002 for the checkpoint of step 6"
+    assert "trying again every 1 s" in said[1]
+    assert run.checkpoints == ["step-00000004"]
     run.source = ragged
     assert run().step == 6
 
@@ -241,14 +247,34 @@ def test_a_signal_in_the_evaluation_before_the_first_step_leaves_nothing_half_do
     assert "val_loss" in run.records[0]
 
 
-def test_a_signal_after_the_last_step_lets_the_evaluation_finish(tmp_path: Path, ragged: BatchSource) -> None:
-    """There is no later step whose run would evaluate again."""
+def test_the_last_step_is_saved_before_its_evaluation_which_a_signal_ends(tmp_path: Path, ragged: BatchSource) -> None:
+    """The same command then makes up for the evaluation, and the figures are those of a run without a signal."""
+    whole = LoopRun(tmp_path / "whole", ragged)
+    assert whole().validation_loss == whole.records[-1]["val_loss"]
     validation = HeldOut(ragged, stop_at(1))
-    run = LoopRun(tmp_path, ragged, validation=validation)
+    run = LoopRun(tmp_path / "run", ragged, validation=validation)
     result = run()
-    assert (result.step, result.stopped, validation.asked) == (6, False, [0, 1, 2, 3, 4])
-    assert result.validation_loss == run.records[-1]["val_loss"]
+    assert (result.step, result.stopped, validation.asked) == (6, True, [0, 1])
     assert run.checkpoints == ["step-00000006"]
+    assert (run.steps, "val_loss" in run.records[-1]) == ([1, 2, 3, 4, 5, 6], False)
+    run.validation = whole.validation
+    result = run()
+    assert (result.step, result.stopped) == (6, False)
+    assert run.records[-1]["val_loss"] == whole.records[-1]["val_loss"] == result.validation_loss
+    assert retain.held_out_loss(tmp_path / "run" / "checkpoints" / "step-00000006") == result.validation_loss
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run.validation = HeldOut(ragged, lambda _: pytest.fail("it is known"))
+    run()
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_up_for(tmp_path: Path, ragged: BatchSource) -> None:
+    whole = LoopRun(tmp_path / "whole", ragged, eval_every=2)
+    whole()
+    run = LoopRun(tmp_path / "run", ragged, validation=HeldOut(ragged, stop_at(1)), eval_every=2)
+    assert run().step == 2
+    run.validation = whole.validation
+    run()
+    assert [record.get("val_loss") for record in run.records] == [record.get("val_loss") for record in whole.records]
 
 
 def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,77 @@
+"""The verb `checkpoint`: list, verify, diff, prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_lm.cli.arguments import RunPath
+
+app = typer.Typer(no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    parent.add_typer(
+        app,
+        name="checkpoint",
+        help="List, verify and compare the checkpoints of a run, and delete old ones.",
+        rich_help_panel="Use",
+    )
+
+
+@app.command("list")
+def list_(run: Run, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show step, date, size and losses of each checkpoint, and which is the best, pinned or damaged."""
+    from json import dumps
+
+    from moe_lm.tools import checkpoints
+
+    rows = checkpoints.listed(run)
+    print(dumps(checkpoints.as_json(rows), indent=2) if json else checkpoints.table(rows))
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Check every file of a checkpoint, or of all of a run's, against its checksum; exit code 1 if one is damaged."""
+    from moe_lm.tools import checkpoints
+
+    damaged = False
+    for folder, damages in checkpoints.verify(run):
+        damaged |= bool(damages)
+        for damage in damages or ["sound"]:
+            print(f"{folder}: {damage}")
+    raise typer.Exit(int(damaged))
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Run folder, or a checkpoint in one.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Compare settings, shapes and values of two checkpoints; exit code 0 if equal, 1 if not, 2 for trouble."""
+    from moe_lm.tools import checkpoints
+
+    differ = False
+    for line in checkpoints.diff(first, second):
+        differ = True
+        print(line)
+    print("they differ" if differ else "equal to the bit")
+    raise typer.Exit(int(differ))
+
+
+@app.command()
+def prune(
+    run: Run,
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+) -> None:
+    """Delete all checkpoints but the newest, the best and pinned ones; damaged and unfinished ones go too."""
+    from moe_lm.tools import checkpoints
+
+    for line in checkpoints.prune(run, keep, dry_run):
+        print(line)

@@ -1,0 +1,96 @@
+"""Best and archived checkpoints, and early stopping by the held-out loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lm.checkpoint import checkpoint, retain
+from moe_lm.data.batches import BatchSource
+from moe_lm.train import loop
+from tests.loops import LoopRun, Watched
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Losses = Callable[[LoopRun, list[float]], None]
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> Losses:
+    """Let the evaluations of a run find these losses at its steps from 1 on."""
+
+    def give(run: LoopRun, losses: list[float]) -> None:
+        def evaluate(_: Any, signalled: list[int]) -> dict[str, float] | None:
+            step = next(int(tensor) for name, tensor in run.engine.state().items() if name.startswith("step."))
+            return None if signalled else {"val_loss": losses[step - 1]}
+
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+
+    return give
+
+
+def names(*steps: int) -> list[str]:
+    return [f"step-{step:08d}" for step in steps]
+
+
+def test_the_best_is_saved_when_it_is_found_and_kept(tmp_path: Path, ragged: BatchSource, held_out: Losses) -> None:
+    run = LoopRun(tmp_path, ragged, eval_every=1, keep=1, best=True)
+    held_out(run, [5, 3, 4, 4, 4, 3.5])
+    result = run()
+    assert result.best == (2, 3)
+    assert run.checkpoints == names(2, 6)
+    assert retain.best(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
+    assert retain.held_out_loss(tmp_path / "checkpoints" / "step-00000006") == 3.5
+
+
+def test_the_last_may_be_the_best(tmp_path: Path, ragged: BatchSource, held_out: Losses) -> None:
+    run = LoopRun(tmp_path, ragged, eval_every=1, keep=1, best=True)
+    held_out(run, [5, 3, 4, 4, 4, 2.5])
+    assert run().best == (6, 2.5)
+    assert run.checkpoints == names(6)
+
+
+def test_without_best_an_evaluation_saves_nothing(tmp_path: Path, ragged: BatchSource, held_out: Losses) -> None:
+    run = LoopRun(tmp_path, ragged, eval_every=1)
+    held_out(run, [5, 4, 3, 2, 1, 0.5])
+    assert run().best == (6, 0.5)
+    assert run.checkpoints == names(6)
+
+
+def test_archived_checkpoints_stay_for_good(tmp_path: Path, ragged: BatchSource) -> None:
+    run = LoopRun(tmp_path, ragged, validation=[], save_every=3, archive_every=2, keep=1)
+    run()
+    assert run.checkpoints == names(2, 4, 6)
+    for name in run.checkpoints:
+        checkpoint.verify(tmp_path / "checkpoints" / name)
+        assert "archive_every=2" in (tmp_path / "checkpoints" / name / "PINNED").read_text()
+    checkpoint.pin(tmp_path / "checkpoints" / "step-00000002", "the base of adapters")
+    checkpoint.verify(tmp_path / "checkpoints" / "step-00000002")
+
+
+@pytest.mark.parametrize("stopped_in", [None, 2, 3], ids=["at once", "with a signal", "with a signal at the last step"])
+def test_a_run_ends_early_when_the_held_out_loss_stays_higher(
+    tmp_path: Path, ragged: BatchSource, held_out: Losses, stopped_in: int | None
+) -> None:
+    """Also when it is interrupted on the way: the evaluation that a signal forestalled is made up for."""
+
+    def at(step: int) -> None:
+        if step == stopped_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = LoopRun(tmp_path, Watched(ragged, at), eval_every=1, early_stopping=2)
+    held_out(run, [5, 3, 4, 4, 1, 1])
+    result = run()
+    if stopped_in is not None:
+        assert (result.step, result.stopped) == (stopped_in + 1, True)
+        run.source = ragged
+        result = run()
+    assert (result.step, result.stopped, result.best, result.worse) == (4, False, (2, 3), 2)
+    assert [record["val_loss"] for record in run.records] == [5, 3, 4, 4]
+    result = run()
+    assert (result.step, result.stopped) == (4, False)
+    assert run.steps == [1, 2, 3, 4]
