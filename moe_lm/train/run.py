@@ -35,13 +35,8 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.guards import with_new_settings, with_note
-<<<<<<< HEAD
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
-from moe_lm.train.loop import Training, TrainingResult, train
-=======
-from moe_lm.train.log import RunLog, rank_log
 from moe_lm.train.loop import MEASURED_LATER, Training, TrainingResult, train
->>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
@@ -71,27 +66,17 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it.
     """
-<<<<<<< HEAD
     with meeting.lost_ranks_named():
         topology = join_ranks(recipe, meeting)
         watchdog = Watchdog(
             recipe.config.parallel.timeout_seconds, meeting, rank_log_path(topology, recipe.config.run_dir)
         )
-        with watchdog, claim_folder(recipe, meeting) as (found, changes):
-            recipe = with_start_in(recipe, found.folder)
+        with watchdog, claim_folder(recipe, meeting) as claim:
+            recipe = with_start_in(recipe, claim.found.folder)
             with build_and_fill(recipe, topology) as engine:
                 watchdog.follow(engine.exchange)
-                counters = resume(recipe, engine, watchdog, found.folder)
-                return train_and_log(recipe, engine, watchdog, counters, changes, found)
-=======
-    topology = join_ranks(recipe, meeting)
-    watchdog = Watchdog(recipe.config.parallel.timeout_seconds if topology.world_size > 1 else None)
-    with claim_folder(recipe, meeting) as claim:
-        recipe = with_start_in(recipe, claim.found.folder)
-        with watchdog, build_and_fill(recipe, topology) as engine:
-            counters = resume(recipe, engine, watchdog, claim.found.folder)
-            return train_and_log(recipe, engine, watchdog, counters, claim)
->>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
+                counters = resume(recipe, engine, watchdog, claim.found.folder)
+                return train_and_log(recipe, engine, watchdog, counters, claim)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -123,7 +108,7 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
     folder = RunFolder(config.run_dir)
     with ExitStack() as held:
         with meeting.lost_ranks_named():
-            process_group.Ranks().first(partial(hold, folder, held), (MoeLmError,))  # refused on every rank alike
+            Ranks().first(partial(hold, folder, held), (MoeLmError,))  # refused on every rank alike
         held.enter_context(rank_log(meeting.topology, config.run_dir))
         held.enter_context(meeting.lost_ranks_named())
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
@@ -272,7 +257,6 @@ def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:
     state = engine.state()
     read.load(folder, state, verified=True)
     engine.load_state(state)
-<<<<<<< HEAD
     return with_note(folder, read_counters(folder))
 
 
@@ -287,16 +271,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
         raise MoeLmError(f"{folder}/trainer.json does not say how many steps were done; copy it again") from error
     if step != checkpoint.step_of(folder):
         raise MoeLmError(f"{folder}/trainer.json is of step {step}; expected the folder's; copy the checkpoint again")
-    return {**counters, "step": step}
-=======
-    counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
-    counters = {
-        **counters,
-        "step": int(counters["step"]),
-        MEASURED_LATER: Ranks().first(lambda: retain.noted(folder), ()),
-    }
-    return with_note(folder, counters)
->>>>>>> 4859a04 (The last step is saved before the last evaluation, and tried again on a full disk; best and archived checkpoints, early stopping, moe-lm checkpoint)
+    return {**counters, "step": step, MEASURED_LATER: Ranks().first(lambda: retain.noted(folder), ())}
 
 
 def files_of_run(recipe: Recipe) -> dict[str, str]:
