@@ -145,7 +145,7 @@ def rate_too_low(past: Past) -> Iterator[Figures]:
     first, loss = statistics.fmean(past.opening), statistics.fmean(recent)
     noise = statistics.stdev(recent) * math.sqrt(1 / len(past.opening) + 1 / len(recent))
     still = abs(loss - first) < max(LOSS_MOVED * first, 2 * noise)
-    if still and all(record["grad_norm"] for record in past.records):
+    if still and any(record["grad_norm"] for record in past.records):
         yield {"loss": loss, "first": first, "steps": steps, "moved": moved, "lr": past.records[-1]["lr"]}
 
 

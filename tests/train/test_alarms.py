@@ -100,6 +100,11 @@ SICK = {
     "rate far too high": SickRun(
         "learning rate too high", 20, "train.optimizer.lr at a third", {"optimizer": {"lr": 1000.0}}, stops=True,
     ),
+    "rate too low": SickRun(
+        "learning rate too low", 210, "Raise train.optimizer.lr",
+        {"optimizer": {"lr": 1e-7}, "steps": 210, "global_batch_size": 2},
+        model=lambda: tiny_model(num_hidden_layers=1, n_routed_experts=0),
+    ),
     "NaN in the data": SickRun(
         "not finite", 20, "the rows of these steps", {"poison": lambda step: math.nan if step in (13, 16) else 1.0},
     ),
