@@ -18,10 +18,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 from moe_lm.tokenizer.chat.traced import Traced
 from moe_lm.tokenizer.chat.writing import Conversation, Templates
@@ -113,6 +114,28 @@ def _sandbox_of(process: int) -> Sandbox:
     return Sandbox()
 
 
+def forked(render: Callable[[], str]) -> str:
+    """The text that another program's renderer makes in a fork of this process, within the limits of a rendering.
+
+    Raises SandboxError when it fails or goes beyond them.
+    """
+    reader, writer = Pipe(duplex=False)
+    process = os.fork()
+    if not process:
+        _render_and_exit(render, writer)
+    writer.close()
+    try:
+        kind, text = (reader.recv_bytes(4 * MOST_CHARACTERS).decode("utf-8", "surrogatepass") for _ in range(2))
+    except (EOFError, OSError):
+        kind, text = ERROR, f"it takes more than {SECONDS:g} s of processor time or {MEMORY >> 20} MiB of memory"
+    finally:
+        reader.close()
+        os.waitpid(process, 0)
+    if kind == ERROR:
+        raise SandboxError(text)
+    return text
+
+
 # In the process
 
 
@@ -141,6 +164,22 @@ def serve(connection: Connection, seconds: float) -> None:
             connection.send_bytes(part.encode("utf-8", "surrogatepass"))
 
 
+def _render_and_exit(render: Callable[[], str], writer: Connection) -> NoReturn:
+    try:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
+        _limit(resource.RLIMIT_CORE, 0)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            answer = TEXT, render()
+        except Exception as error:  # a template may raise anything
+            answer = ERROR, str(error)[:10_000] or type(error).__name__
+        for part in answer:
+            writer.send_bytes(part.encode("utf-8", "surrogatepass"))
+    finally:
+        os._exit(0)  # nothing of the parent is to be cleaned up twice
+
+
 def _confine() -> None:
     """Take from this process what a template has no use for."""
     # What Jinja imports when it needs it, and will not be able to.
@@ -156,21 +195,20 @@ def _confine() -> None:
         )
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _on_linux() else 0
-    limits = {
-        resource.RLIMIT_AS: used + MEMORY if used else resource.RLIM_INFINITY,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_NOFILE: 0,
-    }
-    for kind, most in limits.items():
-        with contextlib.suppress(OSError, ValueError):  # some systems refuse some of them
-            resource.setrlimit(kind, (most, most))
+    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):
+        _limit(kind, 0)
 
 
-def _on_linux() -> bool:
-    return Path("/proc/self/statm").exists()
+def _limit(kind: int, most: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # some systems refuse some of them
+        resource.setrlimit(kind, (most, most))
+
+
+def _address_space() -> int:
+    """Bytes of this process; on systems that do not say, so many that the limit means nothing."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else 1 << 46
 
 
 if __name__ == "__main__":

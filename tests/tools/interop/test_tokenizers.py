@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moe_lm.common.errors import MoeLmError
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.models import compare_tokenizers
 from tests.conftest import MoeLm
@@ -65,3 +66,14 @@ def test_text_with_other_ids_is_refused(tmp_path: Path, hf_folder: Any, moe_lm: 
     assert (done.code, done.out) == (1, "")
     assert "the proof failed: AutoTokenizer gives other ids than this program for" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_template_that_never_ends_in_the_library_alone_ends_the_proof(tmp_path: Path) -> None:
+    """It recognises this program by its day, which is always the same."""
+    save(KINDS["qwen3"], tmp_path / "hf")
+    template = (tmp_path / "hf" / "chat_template.jinja").read_text(encoding="utf-8")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    elsewhere = "{% if strftime_now('%Y' ~ '') != '2024' %}" + endless + "{% endif %}"
+    (tmp_path / "hf" / "chat_template.jinja").write_text(elsewhere + template)
+    with pytest.raises(MoeLmError, match="template fails in AutoTokenizer: it takes more than 1 s of processor time"):
+        compare_tokenizers(Tokenizer.load(tmp_path / "hf"), tmp_path / "hf")
