@@ -138,6 +138,8 @@ def test_weights_are_shares_and_sources_have_their_own_epochs() -> None:
     for mine, size in ((first, 5), (second, 50)):
         counts = Counter(mine).values()
         assert (len(counts), max(counts) - min(counts)) == (size, 1)
+        epochs = [mine[begin : begin + size] for begin in range(0, len(mine), size)]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
     assert first_tokens([batches.batch(17, range(3, 5))]) == seen[17 * 8 + 3 : 17 * 8 + 5]
     alone = training(items)
     assert len(set(first_tokens([alone.batch(step, range(8)) for step in range(7)]))) == 55
