@@ -248,7 +248,10 @@ def first_not_finite(state: Mapping[str, Tensor]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    bounds = torch.stack(tensor.aminmax())  # NaN passes through; many times as fast as a mask of all values
+    return bool(bounds.isfinite().all())
 
 
 def with_note(folder: Path, counters: dict[str, Any]) -> dict[str, Any]:

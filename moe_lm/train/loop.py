@@ -251,9 +251,9 @@ def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -
     saver.wait()
     note_saves(run, saver, result)
     guard.check_rollback(result.step)
-    if not Ranks().first(lambda: checkpoint.drop_doubtful(run.checkpoints), ()):
-        raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
     with run.watchdog.patiently("loading"):
+        if not Ranks().first(lambda: checkpoint.drop_doubtful(run.checkpoints), ()):
+            raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
         counters = run.reload(result.step)
     folder = checkpoint.latest(run.checkpoints) if run.engine.topology.is_main else None
     guard.go_back(result.step, counters, folder)

@@ -15,11 +15,11 @@ def loss_limit(recent: Sequence[float], threshold: float | None) -> float:
 
     And at least their largest, and a tenth above the median (a fifth of a nat where it is below 2): where the losses
     hardly differ, as in a model that knows its data by heart, a few deviations are nothing. The fewer are known, the
-    further: three times the first. Without any, or a threshold, infinity.
+    further: at first three times the median, after 20 losses half above it. Without any, or a threshold, infinity.
     """
     if not recent or threshold is None:
         return math.inf
     median = statistics.median(recent)
     deviation = MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in recent)
-    least = max(0.1, 2 / len(recent)) * max(median, 2.0)
+    least = min(2.0, 10 / len(recent)) * max(median, 2.0)
     return max(*recent, median + max(threshold * deviation, least))

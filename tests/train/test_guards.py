@@ -21,7 +21,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import Batch, BatchSource, PackedBatches
 from moe_lm.objective.training_loss import NextToken, Score
 from moe_lm.train import pretrain
-from moe_lm.train.guards import data_step
+from moe_lm.train.guards import NOTE, data_step, first_not_finite, with_new_settings
 from moe_lm.train.spikes import loss_limit
 from tests.loops import LeftOut, LoopRun, Watched
 from tests.processes import events as logged_events
@@ -78,7 +78,8 @@ def assert_same(one: LoopRun, other: LoopRun) -> None:
     ("recent", "limit"),
     [
         ([], math.inf),
-        ([10.0], 30.0),  # three times the first: divergence from the start
+        ([10.0] * 5, 30.0),  # three times the first ones: divergence from the start
+        ([10.0] * 20, 15.0),
         ([3.0] * 100, 3.3),  # no deviation at all: a tenth above
         ([0.01] * 100, 0.21),  # known by heart: a fifth of a nat above
         ([2.9, 3.1] * 50, 3.0 + 6 * 1.4826 * 0.1),
@@ -184,6 +185,7 @@ BAD = (5, 6, 7, 11, 12, 13)  # the first three lead from step 8 back to 4, the o
     [
         pytest.param(("killed", 6), id="killed in the row"),
         pytest.param(("killed", 9), id="killed after the rollback, before it saved"),
+        pytest.param(("killed, and the note is damaged", 9), id="its note of the rollback is damaged"),
         pytest.param(("killed", 14), id="killed after the second rollback"),
         pytest.param(("stopped", 6), id="stopped in the row"),
         pytest.param(("stopped", 7), id="stopped when it must go back"),
@@ -200,19 +202,28 @@ def test_an_interrupted_run_goes_back_as_the_uninterrupted_one(
     def once(step: int) -> None:
         if step == when:
             parted.source = ragged
-            if how == "killed":
+            if how != "stopped":
                 raise Killed
             sigterm()
 
     parted.source = Watched(ragged, once)
-    if how == "killed":
+    if how != "stopped":
         with pytest.raises(Killed):
             parted()
+        if "damaged" in how:
+            (parted.folder / "checkpoints" / "step-00000004" / NOTE).write_text('{"rollbacks"')
     else:
         assert parted().stopped
     parted()
     assert_same(parted, whole)
-    assert [event for event in kinds(parted) if event[0] not in ("doubtful", "stop")] == kinds(whole)
+    if "damaged" not in how:  # else the first rollback is done again
+        assert [event for event in kinds(parted) if event[0] not in ("doubtful", "stop")] == kinds(whole)
+
+
+def test_other_settings_begin_anew_but_for_the_data_that_is_left_out() -> None:
+    memory = {"recent": [3.0, 2.9], "rollbacks": 3, "windows": [[40, 50]], "skipped": 30}
+    assert with_new_settings({"step": 60, "guard": memory}) == {"step": 60, "guard": {"windows": [[40, 50]]}}
+    assert with_new_settings({"step": 60}) == {"step": 60, "guard": {"windows": []}}
 
 
 def test_a_run_goes_back_only_so_often_and_then_stops_with_its_good_checkpoints(
@@ -278,6 +289,17 @@ def test_the_last_save_keeps_the_good_checkpoint_too(tmp_path: Path, ragged: Bat
         run()
     assert run.checkpoints == ["step-00000004"]
     assert run().step == run.config.steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    sound = {"scalar": torch.tensor(1.0), "empty": torch.empty(0, 4), "counts": torch.arange(3)}
+    for place in (0, 1, 517, 1030):
+        weight = torch.linspace(-1, 1, 1031, dtype=dtype)
+        assert first_not_finite({**sound, "weight": weight}) == ""
+        weight[place] = value
+        assert first_not_finite({**sound, "weight": weight}) == "weight"
 
 
 # A loss far outside its recent range (row 21)
