@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from moe_lm.config.run import CheckpointConfig, LogConfig
@@ -118,7 +124,19 @@ class LoopRun:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        return events(self.folder)
+        """All but alarms."""
+        return [event for event in events(self.folder) if event["event"] != "alarm"]
+
+    @property
+    def kinds(self) -> list[tuple[str, int]]:
+        """The kinds of the events, each with its step."""
+        return [(event["event"], event["step"]) for event in self.events]
+
+    def trainer(self, step: int) -> dict[str, Any]:
+        """The trainer.json of a step's checkpoint, which is JSON to the letter."""
+        file = self.folder / "checkpoints" / f"step-{step:08d}" / "trainer.json"
+        found: dict[str, Any] = json.loads(file.read_text(), parse_constant=pytest.fail)
+        return found
 
     @property
     def steps(self) -> list[int]:
@@ -131,3 +149,16 @@ class LoopRun:
     @property
     def state(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.engine.state().items()}
+
+
+def poisoned(folder: Path, source: BatchSource, *steps: int, by: float = math.nan, **settings: Any) -> LoopRun:
+    """12 steps, saved after every fourth; the loss of the data of these steps, counted from 0, is multiplied."""
+    guards = {"max_skipped": 3, **settings.pop("guards", {})}
+    settings = {"steps": 12, "save_every": 4, "keep": 9, "eval_every": 3, "guards": guards, **settings}
+    return LoopRun(folder, source, poison=lambda step: by if step in steps else 1.0, **settings)
+
+
+def sigterm() -> None:
+    """Send this process SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)  # another thread takes it
