@@ -247,7 +247,8 @@ class Tokenizer:
     def _special_id(self, name: str, otherwise: int | None = None) -> int:
         """The id of the token that the config calls `name`, else of GPT-2's only special token, else `otherwise`."""
         content = _content(self._config.get(name))
-        found: int | None = self._backend.token_to_id(content or "<|endoftext|>")
+        with rust_errors(lambda error: UsageError(f"tokenizer_config.json: {name}={content!r} is no text: {error}")):
+            found: int | None = self._backend.token_to_id(content or "<|endoftext|>")
         if found is None and not content:
             found = otherwise
         if found is None:

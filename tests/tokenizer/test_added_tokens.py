@@ -251,3 +251,10 @@ def test_names_of_special_tokens_cannot_be_guessed() -> None:
     ids, _ = tokenizer.encode_chat(asked)
     assert [id_ for id_ in ids if id_ in names] == [id_ for id_ in tokenizer.encode_chat(SAID)[0] if id_ in names]
     assert tokenizer.encode_chat(asked) == tokenizer.encode_chat(asked)
+
+
+def test_special_token_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    folder = save(KINDS["qwen3"], tmp_path / "words")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": "\\ud800"}')
+    with pytest.raises(UsageError, match=r"tokenizer_config.json: bos_token='\\ud800' is no text"):
+        Tokenizer.load(folder)
