@@ -4,14 +4,16 @@
 #   MASTER_ADDR=node-a NNODES=2 bash launch/torchrun.sh CONFIG [key=value ...]
 #
 #   VERB           what is run; default pretrain, else finetune
-#   NNODES         machines; default 1
+#   NNODES         machines; default 1; or MIN:MAX, to go on with fewer where some do not come back
 #   NPROC          processes on this machine; default: one a GPU, without GPUs one a core
 #   MASTER_ADDR    where several machines meet: the name or address of one of them
 #   MASTER_PORT    default 29400
 #   JOB_ID         tells jobs that share a master apart; default moe-lm
-#   MAX_RESTARTS   how often a failed process is started again, with all others; default 3
+#   MAX_RESTARTS   how often a failed process is started again, with all others, before a later step is saved; default 3
 # When a process fails, all are started again and go on from the last checkpoint. When a machine is lost, the others wait
-# up to 10 minutes for this line to be run on it, or on one in its place.
+# up to 10 minutes for this line to be run on it, or on one in its place; with NNODES=MIN:MAX they go on without it after
+# some 45 s, and with it when it comes back. train.global_batch_size must be a multiple of the processes that are left, and
+# expert_parallel_size a divisor. The machine at MASTER_ADDR, where all meet, cannot be spared.
 # SIGTERM, Ctrl-C, SIGUSR1 and a closed terminal end the training on all machines, with a checkpoint and exit code 75; a
 # second one ends it at once here. Exit codes: moe_lm/common/exits.py.
 set -euo pipefail

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
 
 STOP = "stop"  # the file in the launcher's folder that stops the ranks: the signal that it got
+BEGUN = "begun"  # the file with the step after which they go on
 STOP_POLL_SECONDS = 0.2
 
 
@@ -61,6 +62,19 @@ def heed_launcher() -> None:
         (folder / f"rank-{os.getpid()}").touch()
     if "TORCHELASTIC_RUN_ID" in os.environ and folder.is_dir():
         threading.Thread(target=_stop_with_launcher, args=(folder / STOP,), daemon=True).start()
+
+
+def note_start(step: int) -> None:
+    """Tell the launcher after which step the ranks go on, so that it counts the restarts without progress."""
+    with suppress(OSError):
+        (Path(os.environ.get(LAUNCHER, os.devnull)) / BEGUN).write_text(str(step), encoding="utf-8")
+
+
+def begun_after(folder: Path) -> int:
+    """The step after which the ranks have gone on at last; -1 if they have not come so far."""
+    with suppress(OSError, ValueError):
+        return int((folder / BEGUN).read_text(encoding="utf-8"))
+    return -1
 
 
 def reasons(folder: Path) -> list[int]:

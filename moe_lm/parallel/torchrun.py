@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
 from moe_lm.common.signals import NOTHING_TO_SAVE, told_to_stop
-from moe_lm.parallel.launch import STOP, reasons
+from moe_lm.parallel.launch import STOP, begun_after, reasons
 
 SECONDS_TO_APPEAR = 1.0  # for a rank that has been started, to say so
 
@@ -48,10 +48,26 @@ def main() -> None:
 
 def run_agent(arguments: list[str]) -> int:
     """Run torch's agent until its ranks have ended well, or have failed more often than it may start them again."""
+    from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher import api
     from torch.distributed.run import parse_args, run
 
+    class Agent(api.LocalElasticAgent):
+        """Counts the restarts since a later step was reached: a run of weeks fails more often than it may in a row."""
+
+        _last = -1
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if result.state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
+                step = begun_after(Path(os.environ[LAUNCHER]))
+                if step > self._last:
+                    self._remaining_restarts, self._last = worker_group.spec.max_restarts, step
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
     # The agent wants one signal at least: at this one, from Ctrl-\\, it ends the ranks, and itself in a traceback.
     options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])
     try:

@@ -126,10 +126,12 @@ class Watchdog:
         if heartbeat.notes_are_lost:
             hung = f"{topology.named([0])} has not answered for {self._seconds:g} s (here: {place})"
             return Failure(str(meeting.unreachable(f"{hung}; {GO_ON}")), MoeLmError.exit_code, hung=True)
-        patient = any(sign.phase in PATIENT for sign in heartbeat.signs.values())
-        if not silent and patient and place.seconds < PATIENCE * self._seconds:
+        seconds = self._seconds
+        if not silent and any(sign.phase in PATIENT for sign in heartbeat.signs.values()):
+            seconds *= PATIENCE
+        if place.seconds < seconds:
             return None
-        message = who_hangs(topology, self._seconds, silent, heartbeat.signs)
+        message = who_hangs(topology, seconds, silent, heartbeat.signs)
         return meeting.report(message, MoeLmError.exit_code, silent, hung=True)
 
     def _end(self, meeting: Meeting, failure: Failure) -> None:

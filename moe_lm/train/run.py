@@ -27,6 +27,7 @@ from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel import process_group
+from moe_lm.parallel.launch import note_start
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import Topology
@@ -162,7 +163,9 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
         batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
     watchdog.at("loading")
-    return load_step(engine, newest)
+    counters = load_step(engine, newest)
+    note_start(counters.get("step", 0))
+    return counters
 
 
 def train_and_log(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.train.folder import RunFolder
-from tests.processes import ENVIRONMENT, ROOT, hears_signals, losses, runs, train_alone, wait_until
+from tests.processes import ENVIRONMENT, ROOT, free_port, hears_signals, losses, runs, train_alone, wait_until
 
 SETTINGS = ("train.steps=60", "train.eval_every=0", "checkpoint.every=0")
 Launch = Callable[..., subprocess.Popen[str]]
@@ -57,6 +59,11 @@ def ranks(tmp_path: Path) -> list[int]:
     """The ranks that run, by process id."""
     said = [int(file.name.removeprefix("rank-")) for file in tmp_path.glob("moe-lm-*/rank-*")]
     return [pid for pid in said if Path(f"/proc/{pid}").exists()]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def train_to(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
@@ -147,3 +154,39 @@ def test_under_nohup_it_does_not_hear_the_terminal(launch: Launch, tmp_path: Pat
     train_to(process, tmp_path / "run", len(losses(tmp_path / "run")) + 5)
     process.terminate()
     assert finish(process)[0] == 75
+
+
+@pytest.mark.slow
+def test_restarts_are_counted_from_the_last_one_that_saved_a_later_step(launch: Launch, tmp_path: Path) -> None:
+    """With one restart: three deaths with a checkpoint between them are survived, two without end the run."""
+    process, run_dir = launch("checkpoint.every=4", "train.steps=1000000", MAX_RESTARTS="1"), tmp_path / "run"
+    for _ in range(3):
+        train_to(process, run_dir, len(losses(run_dir)) + 10)
+        os.kill(ranks(tmp_path)[0], signal.SIGKILL)
+        wait_until(lambda: not ranks(tmp_path), "the ranks to end", seconds=60)
+        wait_until(lambda: len(ranks(tmp_path)) == 2, "the ranks to start again", seconds=60)
+    shutil.rmtree(run_dir / "checkpoints")  # so that none is later
+    os.kill(ranks(tmp_path)[0], signal.SIGKILL)
+    code, lines = finish(process)
+    assert code == 1
+    assert lines[-1].startswith("torchrun: rank ")
+    assert lines[-1].endswith(", and no restart is left")
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_fewer_machines(launch: Launch, tmp_path: Path, one_process: Path) -> None:
+    """Two agents stand for two machines. The second is killed with its rank, and does not come back."""
+    port = free_port()
+    machines = {"NNODES": "1:2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_dir, settings = tmp_path / "run", ("checkpoint.every=5", "train.micro_batch_size=2")
+    first = launch(*settings, **machines)
+    wait_until(lambda: listens(port), "the first machine, where both meet")
+    second = launch(*settings, **machines)
+    train_to(first, run_dir, 12)
+    second.kill()
+    code, lines = finish(first)
+    assert code == 0, lines
+    (lost,) = [line for line in lines if "lost rank 1 on " in line]
+    assert "which has ended or does not answer" in lost
+    assert any(line.startswith("going on after step ") for line in lines)
+    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
