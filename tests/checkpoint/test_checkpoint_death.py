@@ -70,6 +70,40 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         write.save(tmp_path / "checkpoints", 1, state_of(1), {})
 
 
+# On the disk
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["next step", "the same step again"])
+def test_every_file_and_folder_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_step: bool
+) -> None:
+    """What a power cut leaves: fsync of each file and folder, COMPLETE after all others, and the folder around them."""
+    checkpoints, done = tmp_path / "checkpoints", list[tuple[str, str]]()
+    fsync, rename = os.fsync, os.rename
+    write.save(checkpoints, 1, state_of(1), {})
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("fsync", os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), checkpoints)))
+
+    def noted_rename(old: Any, new: Any) -> None:
+        rename(old, new)
+        done.append(("rename", f"{Path(old).name} {Path(new).name}"))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    step = 1 if same_step else 2
+    folder = write.save(checkpoints, step, state_of(2), {"config.yaml": "a: 1\n", "tokenizer/a.json": "{}"})
+    named = done.index(("rename", f"{folder.name}.tmp {folder.name}"))
+    synced = [path for kind, path in done[:named] if kind == "fsync"]
+    content = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    assert {f"{folder.name}.tmp/{name}" for name in content} <= set(synced)
+    order = [synced.index(f"{folder.name}.tmp/{name}") for name in content if name != "COMPLETE"]
+    assert max(order) < synced.index(f"{folder.name}.tmp/COMPLETE") < len(synced) - 1
+    assert synced[-1] == f"{folder.name}.tmp"  # its entry COMPLETE
+    assert ("fsync", ".") in done[named + 1 :]
+
+
 # Death while saving
 
 

@@ -311,6 +311,22 @@ def test_micro_batches_of_all_ranks_are_the_global_batch(
     assert torch.equal(torch.cat(rows), ragged.batch(7, range(12)).input_ids)
 
 
+def test_the_random_state_is_part_of_a_checkpoint(tmp_path: Path, ragged: BatchSource) -> None:
+    """Nothing in the program draws from torch's generator in a step; what a user adds to the loss may."""
+
+    def noise(_: int) -> float:
+        return 1 + float(torch.rand(()))
+
+    whole = LoopRun(tmp_path / "whole", ragged, validation=[], poison=noise)
+    parted = LoopRun(tmp_path / "parted", Watched(ragged, stop_at(2)), validation=[], poison=noise)
+    for run, seed in ((whole, 0), (parted, 0), (parted, 1)):  # another process would have another state
+        torch.manual_seed(seed)
+        run()
+        parted.source = ragged if run is parted else parted.source
+    assert [record["loss"] for record in parted.records] == [record["loss"] for record in whole.records]
+    assert_equal(parted.state, whole.state)
+
+
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
     run = LoopRun(tmp_path, ragged)
     run()

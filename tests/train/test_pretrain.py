@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable
@@ -158,9 +159,23 @@ def test_a_closed_terminal_saves_and_the_log_says_so(tiny_pretrain: Path, tmp_pa
     assert f"stopped after step {stopped_at}; to go on, run again: " in log
 
 
+def test_a_run_needs_no_folder_of_temporary_files(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are tidied while a run of weeks goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, "checkpoint.every=5")
+    assert (done.code, done.err) == (0, "")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+
+
 def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT)
-    assert moe_lm(*command).code == 0
+    first = moe_lm(*command)
+    assert first.code == 0
+    loss = figures(tmp_path)[-1]["val_loss"]
+    assert f"lowest held-out loss: {loss:.4f} after step 12 ({last_checkpoint(tmp_path)})" in first.out
+    assert f"next: moe-lm finetune CONFIG start_from={tmp_path}, moe-lm sample {tmp_path} --prompt TEXT" in first.out
     before = figures(tmp_path)
     done = moe_lm(*command)
     assert (done.code, done.err) == (0, "")
