@@ -187,7 +187,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> tuple[str, str]:
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library raises almost anything
-        why = str(error).strip().splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):  # it advises to run the code
             why = "its class is code in the folder, which is never run"
         return "", f"tokenizer: {why}"
