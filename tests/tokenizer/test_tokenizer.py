@@ -294,6 +294,14 @@ def test_the_artefact_carries_the_packaged_template(tiny_tokenizer: Tokenizer) -
             r"vocab\.json is broken: .*out of vocabulary",
         ),
         ({"vocab.json": "nonsense", "merges.txt": ""}, r"vocab\.json is broken"),
+        ({"vocab.json": '{"a": 4000000000}', "merges.txt": ""}, r"vocab\.json is broken: its ids end at 4000000000"),
+        ({"tokenizer.json": '{"added_tokens": 3}'}, r"tokenizer\.json is broken: added_tokens=3, expected a list"),
+        ({"tokenizer.json": '{"model": {"vocab": 3}}'}, r"tokenizer\.json is broken: its vocabulary is 3, expected"),
+        ({"tokenizer.json": "[" * 100_000}, r"tokenizer\.json is broken: maximum recursion depth exceeded"),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "\\ud800"}'},
+            r"eos_token='\\ud800' is no text",
+        ),
     ],
 )
 def test_a_broken_folder_is_refused(
@@ -303,6 +311,12 @@ def test_a_broken_folder_is_refused(
         (tmp_path / name).write_text(tiny_tokenizer.files()[name] if content is None else content)
     with pytest.raises(UsageError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def test_a_text_that_a_vocabulary_cannot_express_is_refused() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="gone"))
+    with pytest.raises(UsageError, match="the tokenizer cannot encode the text"):
+        Tokenizer(backend, {}).encode("b")
 
 
 def test_saving_where_a_file_stands_is_refused(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def prepare(folder: Path) -> Read:
         if 400 <= answer.status_code < 500:
             raise RefusedError(answer.json()["error"]["message"])
         assert answer.status_code == 200, f"{answer.status_code}: {answer.text}"
-        assert '"error"' not in answer.text, answer.text
+        assert 'data: {"error"' not in answer.text, answer.text
 
     return read
 
