@@ -57,8 +57,10 @@ def heed_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:
         end_with_parent()
-    folder = Path(os.environ.get(LAUNCHER, os.devnull))
-    with suppress(OSError):  # there is none, or on another machine
+    if LAUNCHER not in os.environ:
+        return
+    folder = Path(os.environ[LAUNCHER])
+    with suppress(OSError):  # it is on another machine
         (folder / f"rank-{os.getpid()}").touch()
     if "TORCHELASTIC_RUN_ID" in os.environ and folder.is_dir():
         threading.Thread(target=_stop_with_launcher, args=(folder / STOP,), daemon=True).start()

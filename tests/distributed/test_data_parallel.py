@@ -97,14 +97,6 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
 
 
-def test_torchrun_starts_it(tiny_pretrain: Path, tmp_path: Path, one_process: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command = [*launcher, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}", *SETTINGS]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert_same_training(metrics(tmp_path), metrics(one_process))
-
-
 def deepspeeds_launcher() -> list[str]:
     world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
     meeting = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
