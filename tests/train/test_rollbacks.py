@@ -14,10 +14,11 @@ import torch
 from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import Batch, BatchSource, PackedBatches
 from moe_lm.objective.training_loss import NextToken, Score
+from moe_lm.tools.verify.documents import Documents
 from moe_lm.train import pretrain
 from moe_lm.train.guards import NOTE, with_new_settings
 from tests.loops import LeftOut, LoopRun, Watched, poisoned, sigterm
-from tests.processes import events, metrics
+from tests.processes import events, metrics, one_thread_here
 from tests.runs import figures
 
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
@@ -67,6 +68,16 @@ def test_a_row_of_skips_goes_back_and_leaves_that_data_out(
 BAD = (5, 6, 7, 11, 12, 13)  # the first three lead from step 8 back to 4, the others from step 10
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> LoopRun:
+    """A run that goes back twice."""
+    run = poisoned(tmp_path_factory.mktemp("whole"), Documents(seed=1), *BAD)
+    with one_thread_here():
+        run()
+    assert [kind for kind, _ in run.kinds].count("rollback") == 2
+    return run
+
+
 @pytest.mark.parametrize(
     "interrupt",
     [
@@ -79,12 +90,10 @@ BAD = (5, 6, 7, 11, 12, 13)  # the first three lead from step 8 back to 4, the o
     ],
 )
 def test_an_interrupted_run_goes_back_as_the_uninterrupted_one(
-    tmp_path: Path, ragged: BatchSource, interrupt: tuple[str, int]
+    tmp_path: Path, ragged: BatchSource, whole: LoopRun, interrupt: tuple[str, int]
 ) -> None:
     how, when = interrupt
-    whole, parted = poisoned(tmp_path / "whole", ragged, *BAD), poisoned(tmp_path / "parted", ragged, *BAD)
-    whole()
-    assert [kind for kind, _ in whole.kinds].count("rollback") == 2
+    parted = poisoned(tmp_path, ragged, *BAD)
 
     def once(step: int) -> None:
         if step == when:
