@@ -31,6 +31,7 @@ def main(root: Path, rank: int) -> None:
     folder = save_and_load(root / "run" / "checkpoints", root, rank)
     refuse_damage(folder, rank)
     see_the_same(root, rank)
+    go_on_past_damage(root / "damaged", rank)
     save_in_the_background(root / "background", rank)
     dist.destroy_process_group()
 
@@ -94,6 +95,21 @@ def see_the_same(root: Path, rank: int) -> None:
         lambda: write.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
     )
     assert not (mine / "step-00000030.tmp").exists()
+
+
+def go_on_past_damage(checkpoints: Path, rank: int) -> None:
+    """Whichever rank finds it, both take the one before, and one of them moves the damaged one aside."""
+    for step in (1, 2, 3):
+        folder = write.save(checkpoints, step, sharded(step, Shard(0)), CONFIG)
+        if rank == 0 and step > 1:  # the first file is verified by rank 0, the last by rank 1
+            path = sorted(folder.glob("*/*"))[0 if step == 2 else -1]
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        dist.barrier()
+    found = newest_sound(checkpoints)
+    assert found.folder == checkpoints / "step-00000001"
+    assert list(found.damaged) == ["step-00000003", "step-00000002"]
+    names = ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
 
 
 def save_in_the_background(checkpoints: Path, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,20 @@ def test_a_step_that_is_not_the_folders_is_refused_however_it_is_signed(tmp_path
     with pytest.raises(MoeLmError) as refused:
         read_counters(folder)
     assert said in str(refused.value)
+
+
+def test_a_fine_tuning_goes_on_past_damage_without_the_run_it_began_with(
+    finetune_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
+) -> None:
+    """Its shape and tokenizer come from its own checkpoint, which must not be the damaged one."""
+    start = shutil.copytree(pretrained, tmp_path / "start")
+    run = tmp_path / "run"
+    settings = (f"start_from={start}", f"run_dir={run}", "train.steps=4", "checkpoint.every=2", "checkpoint.keep=9")
+    assert moe_lm("finetune", finetune_config, *settings).code == 0
+    whole = figures(run)
+    shutil.rmtree(start)
+    flip_a_byte(next((run / "checkpoints" / "step-00000004" / "model").iterdir()))
+    done = moe_lm("finetune", finetune_config, *settings)
+    assert (done.code, done.err) == (0, "")
+    assert "going on after step 2 of 4" in done.out
+    assert figures(run) == whole
