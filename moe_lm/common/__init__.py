@@ -1,4 +1,4 @@
 """Small things that every room may use.
 
-Reading order: errors, exits, files, integrity, process, signals, terminal.
+Reading order: exits, errors, files, integrity, process, signals, terminal.
 """

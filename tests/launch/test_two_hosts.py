@@ -131,3 +131,20 @@ def test_torchrun_starts_all_again_after_a_death_and_when_a_lost_host_is_back(
     assert code == 0, output
     assert output.count("going on after step") == 2
     assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_stops_on_both_hosts_when_one_is_told(
+    two_hosts: TwoHosts, tiny_pretrain: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = ("train.steps=100000", "train.eval_every=0", "checkpoint.every=0")
+    environment = {"MASTER_ADDR": "node-a", "NNODES": 2, "NPROC": 1} | NETWORK
+    command = ("launch/torchrun.sh", tiny_pretrain, f"run_dir={run_dir}", *settings)
+    agents = [host.start(*command, **environment) for host in two_hosts.hosts.values()]
+    wait_until(lambda: losses(run_dir) or not all(map(runs, agents)), "a step")
+    os.kill(two_hosts.hosts["node-b"].process("-m moe_lm.parallel.torchrun"), signal.SIGTERM)
+    (code_a, output_a), (code_b, output_b) = map(finish, agents)
+    assert (code_a, code_b) == (75, 75), output_a + output_b
+    assert f"stopped after step {newest_checkpoint(run_dir)}; to go on, run again: NNODES=2 NPROC=1 " in output_a
+    assert "Traceback" not in output_a + output_b
