@@ -70,9 +70,9 @@ class Sandbox:
                     raise EOFError
                 answer = [self._connection.recv_bytes(4 * MOST_CHARACTERS) for _ in range(3)]
             except (EOFError, OSError):
-                raise SandboxError(self._end(kill=True)) from None
+                raise SandboxError(self._why_it_ended()) from None
             except BaseException:  # Ctrl-C: its answer would be taken for that to the next request
-                self._end(kill=True)
+                self._end()
                 raise
         kind, text, authors = (part.decode("utf-8", "surrogatepass") for part in answer)
         if kind == ERROR:
@@ -82,26 +82,30 @@ class Sandbox:
     def _start(self) -> None:
         self._connection, other = Pipe()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "moe_lm.tokenizer.chat.sandbox", str(other.fileno()), str(self._seconds)]
+        program = ["-P", "-m", "moe_lm.tokenizer.chat.sandbox"]  # -P: nothing is imported from the working folder
+        command = [sys.executable, *program, str(other.fileno()), str(self._seconds)]
         self._process = subprocess.Popen(
             command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
         )
         other.close()
 
-    def _end(self, kill: bool = False) -> str:
-        """End the process, which does so by itself when nobody can ask any more; returns why a request ended it."""
-        process, self._process = self._process, None
-        if process is None:
-            return ""
-        if kill:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its exit code is the reason, if it has one
-                process.wait(0.5)
-            process.kill()
-        self._connection.close()
-        code = process.wait()
+    def _why_it_ended(self) -> str:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.5)
+        code = self._end()
         if code == -signal.SIGPROF:
             return f"it takes more than {self._seconds:g} s of processor time, or never ends"
         return f"it takes more than {MEMORY >> 20} MiB of memory, or made its process end ({code})"
+
+    def _end(self) -> int | None:
+        """End the process; returns its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        self._connection.close()
+        process.kill()  # it has nothing to finish
+        return process.wait()
 
 
 def sandbox() -> Sandbox:

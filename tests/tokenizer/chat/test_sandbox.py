@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +149,13 @@ def test_our_own_template_needs_no_process(monkeypatch: pytest.MonkeyPatch, tiny
 def test_templates_of_another_form_are_refused(source: Any) -> None:
     with pytest.raises(UsageError, match="chat templates are not a list of names and templates"):
         ChatTemplate(source, {})
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be a stranger's."""
+    (tmp_path / "jinja2.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise ImportError")
+    monkeypatch.chdir(tmp_path)
+    sandbox = Sandbox()
+    assert sandbox.write({"default": "text"}, SAID) == "text"
+    assert not (tmp_path / "run").exists()
+    sandbox._end()
