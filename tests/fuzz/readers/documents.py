@@ -78,4 +78,5 @@ def mutate(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     return name + pack(mutate_bytes(draw, plain, seeds))
 
 
-READER = Reader("documents", prepare, seeds, mutate, memory=192 << 20, inputs_in_ci=100)
+# A few bytes may decompress to a line of 16 MiB, of which `tokenizers` encodes 4 Mi characters at once, at 100 bytes each.
+READER = Reader("documents", prepare, seeds, mutate, memory=512 << 20, inputs_in_ci=100)
