@@ -57,7 +57,7 @@ def seeds() -> list[bytes]:
         f"{kind}{suffix}\n".encode() + pack(content)
         for kind, content in ((".txt", TEXT), (".jsonl", LINES), (".json", LINES))
         for suffix, (pack, _) in PACKED.items()
-    ] + [b".txt.gz\n" + gzip.compress(TEXT + b"a" * (40 << 20)), b".txt\n" + TEXT * 2000]
+    ] + [b".txt.gz\n" + gzip.compress(TEXT + b"a" * (17 << 20)), b".txt\n" + TEXT * 2000]
 
 
 def mutate(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
@@ -78,5 +78,6 @@ def mutate(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     return name + pack(mutate_bytes(draw, plain, seeds))
 
 
-# A few bytes may decompress to a line of 16 MiB, of which `tokenizers` encodes 4 Mi characters at once, at 100 bytes each.
-READER = Reader("documents", prepare, seeds, mutate, memory=512 << 20, inputs_in_ci=100)
+# A few bytes may decompress to many, which count: to lines of 16 MiB, of which `tokenizers` encodes 4 Mi characters at
+# once, at 100 bytes each.
+READER = Reader("documents", prepare, seeds, mutate, seconds=20, memory=512 << 20, inputs_in_ci=100)
