@@ -91,22 +91,34 @@ class Heartbeat:
         self._thread.start()
 
     @property
+    def notes_are_gone(self) -> bool:
+        """Whether whoever keeps the notes has ended."""
+        return not self._thread.is_alive()
+
+    @property
     def notes_are_lost(self) -> bool:
-        """Whether whoever keeps the notes has ended or does not answer."""
-        return not self._thread.is_alive() or time.monotonic() - self._answered > LISTEN_SECONDS
+        """Whether whoever keeps the notes has ended, or has not answered for a while."""
+        return self.notes_are_gone or time.monotonic() - self._answered > LISTEN_SECONDS
 
     def roll_call(self) -> list[int]:
-        """Listen for some seconds, and return the ranks that gave no sign.
+        """Listen for some seconds, and return the ranks that gave no sign; this one too if the notes do not answer.
 
-        It is over at once when a failure is reported or the notes are lost; ask for these first.
+        It is over at once when a failure is reported or the notes are gone; ask for these first.
         """
         started = time.monotonic()
-        self._listen_until = started + LISTEN_SECONDS + BEAT_SECONDS
+        self._listen_until = started + 4 * LISTEN_SECONDS
 
         def silent() -> list[int]:
             return [rank for rank in range(self._world_size) if self._heard.get(rank, 0.0) < started]
 
-        wait_until(lambda: self.failure is not None or self.notes_are_lost or not silent(), LISTEN_SECONDS)
+        def over() -> bool:
+            return self.failure is not None or self.notes_are_gone or not silent()
+
+        wait_until(over, LISTEN_SECONDS)
+        if self._rank in silent():  # this thread had no turn, on a busy machine
+            wait_until(lambda: over() or self._rank not in silent(), LISTEN_SECONDS)
+            wait_until(over, LISTEN_SECONDS)
+        self._listen_until = time.monotonic() + BEAT_SECONDS
         return silent()
 
     def stop(self) -> None:

@@ -119,9 +119,9 @@ class Meeting:
             return self.unreachable(f"{lost}what it said, then {GO_ON}")
         with suppress(dist.DistError):
             if not self.is_first("loss"):
-                wait_until(lambda: heartbeat.failure is not None or heartbeat.notes_are_lost, LISTEN_SECONDS + 2)
+                wait_until(lambda: heartbeat.failure is not None or heartbeat.notes_are_gone, LISTEN_SECONDS + 2)
             silent = heartbeat.roll_call()
-            if (failure := heartbeat.failure) is None and not heartbeat.notes_are_lost:
+            if (failure := heartbeat.failure) is None and self.topology.rank not in silent:
                 failure = self.report(lost_ranks(self.topology, silent, heartbeat.signs), MoeLmError.exit_code, silent)
             if failure is not None:
                 return _as_error(failure)

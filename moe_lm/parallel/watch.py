@@ -60,6 +60,7 @@ class Watchdog:
         self._seconds, self._meeting, self._log = seconds, meeting, log
         self._heartbeat = None if meeting is None else meeting.heartbeat
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @property
     def patience_seconds(self) -> float | None:
@@ -87,11 +88,14 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._meeting is not None and self._heartbeat is not None:
             arguments = (self._meeting, self._heartbeat)
-            threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self._thread is not None:
+            self._thread.join(LISTEN_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self, meeting: Meeting, heartbeat: Heartbeat) -> None:
@@ -113,26 +117,26 @@ class Watchdog:
     def _judge(self, meeting: Meeting, heartbeat: Heartbeat) -> Failure | None:
         """Who hangs, as one rank finds and tells the others; None if this rank moves on, or may take longer."""
         place, topology = heartbeat.place, meeting.topology
-        moves = place.moves
+        moves, seconds = place.moves, self._seconds
 
         def settled() -> bool:
             return heartbeat.failure is not None or heartbeat.notes_are_lost or place.moves != moves
 
-        if not heartbeat.notes_are_lost and not meeting.is_first(f"hang/{moves}/{place.seconds // self._seconds:.0f}"):
-            wait_until(settled, LISTEN_SECONDS + 2)
-        silent = [] if settled() else heartbeat.roll_call()
-        if heartbeat.failure is not None or place.moves != moves:
-            return heartbeat.failure
-        if heartbeat.notes_are_lost:
-            hung = f"{topology.named([0])} has not answered for {self._seconds:g} s (here: {place})"
-            return Failure(str(meeting.unreachable(f"{hung}; {GO_ON}")), MoeLmError.exit_code, hung=True)
-        seconds = self._seconds
-        if not silent and any(sign.phase in PATIENT for sign in heartbeat.signs.values()):
-            seconds *= PATIENCE
-        if place.seconds < seconds:
-            return None
-        message = who_hangs(topology, seconds, silent, heartbeat.signs)
-        return meeting.report(message, MoeLmError.exit_code, silent, hung=True)
+        with suppress(dist.DistError):
+            if not settled() and not meeting.is_first(f"hang/{moves}/{place.seconds // seconds:.0f}"):
+                wait_until(settled, LISTEN_SECONDS + 2)
+            silent = [] if settled() else heartbeat.roll_call()
+            if heartbeat.failure is not None or place.moves != moves:
+                return heartbeat.failure
+            if not heartbeat.notes_are_lost:
+                if not silent and any(sign.phase in PATIENT for sign in heartbeat.signs.values()):
+                    seconds *= PATIENCE
+                if place.seconds < seconds:
+                    return None
+                message = who_hangs(topology, seconds, silent, heartbeat.signs)
+                return meeting.report(message, MoeLmError.exit_code, silent, hung=True)
+        hung = f"{topology.named([0])} has not answered for {seconds:g} s (here: {place})"
+        return Failure(str(meeting.unreachable(f"{hung}; {GO_ON}")), MoeLmError.exit_code, hung=True)
 
     def _end(self, meeting: Meeting, failure: Failure) -> None:
         if failure.hung:
