@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint import DAMAGED, REPLACED
+from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, REPLACED
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import OnDamage
 from moe_lm.parallel.process_group import Ranks
@@ -40,35 +40,38 @@ def newest_sound(checkpoints: Path, on_damage: OnDamage = "previous", ranks: Ran
     not see what rank 0 sees, when none is sound though there are some, and for `stop` when the newest is damaged.
     """
     ranks = ranks or Ranks()
-    names = ranks.first(lambda: _newest_first(checkpoints), ())
     damaged: dict[str, str] = {}
-    sound = next((name for name in names if _is_sound(checkpoints, name, damaged, ranks)), None)
-    found = Found(checkpoints / sound if sound else None, damaged)
+    sound = None
+    for name, is_complete in ranks.first(lambda: _newest_first(checkpoints), ()):
+        damage = _damage_of(checkpoints / name, is_complete, ranks)
+        if damage is None:
+            sound = checkpoints / name
+            break
+        damaged[name] = damage
+    found = Found(sound, damaged)
     ranks.first(lambda: _settle(checkpoints, found, on_damage), (MoeLmError,))
     return found
 
 
-def _newest_first(checkpoints: Path) -> list[str]:
-    """Every checkpoint under a name that only a finished save gives, or that makes room for one."""
+def _newest_first(checkpoints: Path) -> list[tuple[str, bool]]:
+    """Every checkpoint under a name that a finished save gave, or that makes room, and whether it has COMPLETE."""
     found = [item for item in checkpoint.step_folders(checkpoints) if item[2] in ("", REPLACED)]
-    return [folder.name for folder, _, _ in sorted(found, key=lambda item: (-item[1], item[2]))]
+    folders = [folder for folder, _, _ in sorted(found, key=lambda item: (-item[1], item[2]))]
+    return [(folder.name, (folder / COMPLETE).is_file()) for folder in folders]
 
 
-def _is_sound(checkpoints: Path, name: str, damaged: dict[str, str], ranks: Ranks) -> bool:
-    folder = checkpoints / name
+def _damage_of(folder: Path, is_complete: bool, ranks: Ranks) -> str | None:
+    """The damage that some rank finds in its share. What rank 0 alone sees is not damage, but a folder not shared."""
 
     def look() -> str | None:
-        if not folder.is_dir():
+        if is_complete and not (folder / COMPLETE).is_file():
             raise MoeLmError(
                 f"rank {ranks.rank} does not see the checkpoint {folder} that rank 0 goes on from; set run_dir to a "
                 "folder that all hosts share"
             )
         return checkpoint.damage_of(folder, share=slice(ranks.rank, None, ranks.size))
 
-    damage = next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)
-    if damage is not None:
-        damaged[name] = damage
-    return damage is None
+    return next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)
 
 
 def _settle(checkpoints: Path, found: Found, on_damage: OnDamage) -> None:

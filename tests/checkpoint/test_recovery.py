@@ -33,7 +33,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of the manifest": (lambda folder: flip(folder / "manifest.json"), "manifest.json does not have the sha256"),
     "an empty file": (lambda folder: (folder / MODEL_FILE).write_bytes(b""), "has 0 bytes, expected"),
     "a missing file": (lambda folder: (folder / OPTIMIZER_FILE).unlink(), f"{OPTIMIZER_FILE} is missing"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json No such file"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
     "no COMPLETE": (lambda folder: (folder / "COMPLETE").unlink(), "has no COMPLETE beside it"),
     "an empty COMPLETE": (lambda folder: (folder / "COMPLETE").write_bytes(b""), "does not have the sha256"),
 }

@@ -83,6 +83,25 @@ def test_an_event_is_a_line_between_the_steps_and_said(tmp_path: Path, capsys: p
     ]
 
 
+def test_figures_are_added_to_a_record_that_was_written_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its line is shown once, with them; what is written afterwards goes into the same file."""
+    with log(tmp_path) as metrics:
+        metrics.step(record(9))
+        capsys.readouterr()
+        metrics.step(record(10), follows=True)
+        metrics.event("alarm", 10, "an alarm", show=False)
+        assert capsys.readouterr().out == ""
+        metrics.amend(10, {"val_loss": 1.5})
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "val 1.5000" in line
+        metrics.event("stop", 10, "the end", show=False)
+    found = logged(tmp_path)
+    assert found[1] == {**json.loads(json.dumps(record(10))), "val_loss": 1.5}
+    assert [line.get("event") for line in found] == [None, None, "alarm", "stop"]
+
+
 def test_a_resumed_run_keeps_the_events_that_led_to_a_rollback_and_no_other_later_ones(tmp_path: Path) -> None:
     with log(tmp_path) as metrics:
         metrics.step(record(10))
