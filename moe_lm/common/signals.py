@@ -23,7 +23,7 @@ SAME_EVENT_SECONDS = 0.5  # timeout(1), a terminal and its shell, or a launcher 
 PATIENCE_SECONDS = 2.0  # that a verb has to hear a signal, unless it is within an import or a long call of a library
 AGAIN_SECONDS = 0.1  # until it is told again
 NOTHING_TO_SAVE = "stopped before the first step; nothing to save"
-OVER = b"\0"  # in place of a signal: all is saved
+OVER, BROKEN = 0, 255  # in place of a signal: all is saved, or an error is on its way to the user
 
 
 class Interrupted(SystemExit):
@@ -74,27 +74,30 @@ def stop_signals() -> Iterator[Received]:
     with _heard(_noted, receive) as (before, wakeup):
         if before is _noted:  # of ended_at_once
             outer = wakeup
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        mask, end = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS), BROKEN
         try:
             yield received
+            end = OVER
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if outer >= 0:
-                os.write(outer, OVER)
+                os.write(outer, bytes([end]))
 
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
     """End the process with exit code 75 when a stop signal comes, for as long as nothing would be lost."""
-    saved = False
+    end = None
 
     def receive(number: int) -> None:
-        nonlocal saved
-        if number == OVER[0]:
-            saved = True
+        nonlocal end
+        if number in (OVER, BROKEN):
+            end = number
             return
+        if end == BROKEN:
+            os._exit(128 + number)
         if _first_rank():
-            _say("stopped after the last save" if saved else NOTHING_TO_SAVE)
+            _say("stopped after the last save" if end == OVER else NOTHING_TO_SAVE)
         os._exit(exit_code(STOPPED))
 
     with _heard(_noted, receive):
@@ -191,7 +194,7 @@ def _heard(handler: Handler, receive: Callable[[int], None]) -> Iterator[tuple[o
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if number[0] in (*STOP_SIGNALS, OVER[0]):  # the pipe reports every signal that Python handles
+            if number[0] in (*STOP_SIGNALS, OVER, BROKEN):  # the pipe reports every signal that Python handles
                 receive(number[0])
 
     watcher = threading.Thread(target=watch, name="signals", daemon=True)

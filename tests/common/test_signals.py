@@ -139,6 +139,49 @@ def test_a_signal_is_heard_within_a_long_call_of_a_library() -> None:
 # In training
 
 
+@pytest.mark.parametrize(
+    ("inside", "code", "said"),
+    [
+        ("", 75, NOTHING_TO_SAVE),
+        ("with stop_signals() as signalled: signalled.hold()", 75, "stopped after the last save\n"),
+        ("with suppress(OSError), stop_signals(): raise OSError", 143, ""),
+    ],
+)
+def test_outside_the_loop_a_signal_ends_training_at_once(inside: str, code: int, said: str) -> None:
+    program = (
+        "import time; from contextlib import suppress\n"
+        "from moe_lm.common.signals import ended_at_once, stop_signals\n"
+        "with ended_at_once():\n"
+        f"    {inside or 'pass'}\n"
+        "    print('ready', flush=True); time.sleep(600)\n"
+    )
+    command, environment = [sys.executable, "-c", program], os.environ | ENVIRONMENT
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert stopped(child, signal.SIGTERM, hears) == (code, "", said)
+
+
+def test_the_first_step_ends_at_once_and_the_next_is_finished() -> None:
+    """Compiling takes minutes, and there is nothing to save; under `ended_at_once` alone, so not in these tests."""
+    program = WAITING.replace("with stop", "with ended_at_once(), stop").replace(
+        "import stop", "import ended_at_once, stop"
+    )
+    for hold, code in (("", 75), ("    signalled.hold()\n", None)):
+        with subprocess.Popen(
+            [sys.executable, "-c", program.replace("    print('ready'", f"{hold}    print('ready'")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT,
+        ) as child:  # fmt: skip
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.SIGTERM)
+            if code is None:
+                assert child.stdout.readline() == "15\n"
+                child.kill()
+            else:
+                assert child.wait(timeout=60) == code
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
     with waiting() as child:
