@@ -1,0 +1,161 @@
+"""The engine: a step over micro-batches and ranks, what is skipped, what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from tests.mutations.frame import Mutation
+
+TORCH = "engine/test_torch_engine.py"
+PLAIN_LOOP = f"{TORCH}::test_steps_are_those_of_a_plain_loop"
+SKIPPED = f"{TORCH}::test_a_step_that_is_not_finite_is_skipped"
+RANKS = "distributed/test_experts_of_ranks.py"
+
+MUTATIONS = (
+    Mutation(
+        "a step that is not finite is taken",
+        "engine/torch_engine.py",
+        "        skipped = not (math.isfinite(grad_norm) and accepted)\n",
+        "        skipped = False\n",
+        SKIPPED,
+    ),
+    Mutation(
+        "a loss that is not a number is accepted",
+        "engine/engine.py",
+        "accepted=math.isfinite(loss) and loss <= loss_limit)",
+        "accepted=not loss > loss_limit)",
+        f"{SKIPPED} train/test_guards.py",
+    ),
+    Mutation(
+        "a loss above its limit is accepted",
+        "engine/engine.py",
+        "accepted=math.isfinite(loss) and loss <= loss_limit)",
+        "accepted=math.isfinite(loss))",
+        "train/test_guards.py::test_the_step_of_a_spike_is_not_taken_if_so_wished",
+    ),
+    Mutation(
+        "the router's biases move on a skipped step",
+        "engine/engine.py",
+        "        if not update.skipped and self.config.balance.bias_update_rate:\n",
+        "        if self.config.balance.bias_update_rate:\n",
+        SKIPPED,
+    ),
+    Mutation(
+        "the router's biases move away from an even load",
+        "optim/groups.py",
+        "e_score_correction_bias += rate *",
+        "e_score_correction_bias -= rate *",
+        f"{TORCH}::test_bias_moves_by_the_global_counts_of_the_step",
+    ),
+    Mutation(
+        "accumulation divides twice",
+        "engine/torch_engine.py",
+        "            (part.loss * self.topology.world_size).backward()\n",
+        "            (part.loss * self.topology.world_size / (1 if last else 2)).backward()\n",
+        f"{TORCH}::test_accumulated_gradients_are_those_of_one_pass",
+    ),
+    Mutation(
+        "the gradient's norm leaves the experts out",
+        "engine/torch_engine.py",
+        "        parameters = [p for p in self.model.parameters() if p.grad is not None]\n",
+        "        parameters = [p for p in self.model.parameters() if p.grad is not None and p.ndim < 3]\n",
+        PLAIN_LOOP,
+    ),
+    Mutation(
+        "gradients are not clipped",
+        "engine/torch_engine.py",
+        'self.config.clip_norm or float("inf")',
+        'float("inf")',
+        PLAIN_LOOP,
+    ),
+    Mutation(
+        "gradients of a step are still there in the next one",
+        "engine/torch_engine.py",
+        "            optimizer.zero_grad(set_to_none=True)\n",
+        "            pass\n",
+        PLAIN_LOOP,
+    ),
+    Mutation(
+        "the moments are lost when a run goes on",
+        "engine/torch_engine.py",
+        "        for name, tensor in self.state().items():\n            tensor.copy_(state[name])\n",
+        "        for name, tensor in self.state().items():\n"
+        '            if name.startswith("model."):\n                tensor.copy_(state[name])\n',
+        f"{TORCH}::test_a_loaded_state_goes_on_to_the_bit",
+    ),
+    Mutation(
+        "the router's biases are lost when a run goes on",
+        "engine/torch_engine.py",
+        "            tensor.copy_(state[name])\n",
+        '            tensor.copy_(tensor if name.endswith("correction_bias") else state[name])\n',
+        f"{TORCH}::test_a_loaded_state_goes_on_to_the_bit",
+    ),
+    Mutation(
+        "the random state is not restored",
+        "engine/torch_engine.py",
+        '        torch.set_rng_state(state["random.cpu"])\n',
+        "",
+        f"{TORCH}::test_state_is_named_by_parameter_and_holds_the_random_state",
+    ),
+    Mutation(
+        "activation checkpointing does nothing",
+        "engine/build.py",
+        "    model.model.activation_checkpointing = train.activation_checkpointing\n",
+        "",
+        f"{TORCH}::test_activation_checkpointing_keeps_a_fraction_of_the_activations",
+    ),
+    Mutation(
+        "the run depends on what the process drew before",
+        "engine/build.py",
+        "    torch.manual_seed(train.seed)  # the run does not depend on what this process drew before\n",
+        "",
+        "train/test_pretrain.py",
+    ),
+    Mutation(
+        "Muon orthogonalises in bfloat16 in a run of float32",
+        "engine/torch_engine.py",
+        "build_optimizers(self.model, train.optimizer, self.dtype)",
+        "build_optimizers(self.model, train.optimizer, torch.bfloat16)",
+        f"{TORCH}::test_muon_orthogonalises_in_the_precision_of_the_run",
+    ),
+    Mutation(
+        "ZeRO goes on skipping after a skipped step",
+        "engine/deepspeed_engine.py",
+        "        self.zero.skip = not accepted\n",
+        "        self.zero.skip = self.zero.skip or not accepted\n",
+        RANKS,
+    ),
+    Mutation(
+        "ZeRO takes a step whose loss is above its limit",
+        "engine/deepspeed_engine.py",
+        "        self.optimizer.overflow = overflow or self.skip\n",
+        "        self.optimizer.overflow = overflow\n",
+        RANKS,
+    ),
+    Mutation(
+        "ZeRO loads the moments of another kind",
+        "engine/deepspeed_engine.py",
+        'self._undivide(name, state[f"{key}.{name}"]), key)',
+        'self._undivide(name, state[f"exp_avg.{name}"]), key)',
+        "distributed/test_layouts.py::test_the_same_layout_goes_on_to_the_bit",
+    ),
+    Mutation(
+        "a rank with a stop signal stops alone",
+        "engine/engine.py",
+        "        return flag if self.exchange is None else bool(self.exchange.sum(",
+        "        return flag if self.exchange is None or flag else bool(self.exchange.sum(",
+        "distributed/test_data_parallel.py::test_a_signal_to_one_rank_stops_both_with_a_checkpoint",
+    ),
+    Mutation(
+        "a slow rank is told by the median",
+        "engine/pace.py",
+        "    return statistics.fmean(sorted(seconds)[:-1])\n",
+        "    return statistics.median(seconds)\n",
+        "engine/test_pace.py::test_a_rank_that_is_stopped_in_turns_is_named_within_20_steps",
+    ),
+    Mutation(
+        "one burst on the machine names a rank",
+        "engine/pace.py",
+        "        if not again or self._silent:\n",
+        "        if not is_slow or self._silent:\n",
+        "engine/test_pace.py::test_a_healthy_rank_is_not_named",
+    ),
+)
