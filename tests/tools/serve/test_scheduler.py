@@ -221,7 +221,7 @@ def test_a_client_that_does_not_read_is_dropped_when_its_time_is_up(
 ) -> None:
     monkeypatch.setattr(endpoints, "LAST_WORDS", 0.1)
     monkeypatch.setattr(scheduler, "MOST_UNREAD", 1 << 40)
-    served = serve(slots=32, max_queue=200, timeout=1.0)
+    served = serve(slots=32, max_queue=200, timeout=3.0)
     body = json.dumps({"prompt": "x", "max_tokens": 120, "n": 128, "stream": True, "logprobs": 20} | NEVER_END)
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
