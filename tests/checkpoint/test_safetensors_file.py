@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_lm.checkpoint.safetensors_file import Output, read_header, write_file
+from moe_lm.checkpoint.safetensors_file import ALIGNMENT, Output, read_header, write_file
 from moe_lm.common.errors import MoeLmError
 
 MODEL = "model.safetensors"
@@ -48,6 +48,7 @@ def test_library_reads_what_is_written(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
         assert torch.equal(header.tensors[name].rows(0, len(tensor)), tensor)
         assert header.tensors[name].start % tensor.element_size() == 0
+    assert min(stored.start for stored in header.tensors.values()) % ALIGNMENT == 0
 
 
 def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
