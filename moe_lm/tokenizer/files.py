@@ -30,8 +30,9 @@ def read_backend(folder: Path, vocab_size: int | None = None) -> tokenizers.Toke
     file = folder / "tokenizer.json"
     if _is_there(file):
         text = _read(file)
-        ids = _count_ids(_object(text, file), file)
-        check_ids(ids, vocab_size, folder)
+        content = _object(text, file)
+        check_ids(_count_ids(content, file), vocab_size, folder)
+        _check_merges(content, file)
         return _built(file, tokenizers.Tokenizer.from_str, text)
     for names in GPT2_FILES:
         vocabulary, merges = (folder / name for name in names)
@@ -78,6 +79,19 @@ def _count_ids(content: dict[str, Any], file: Path) -> int:
     if count > MOST_IDS:
         raise _broken(file, f"its ids end at {count - 1}, expected at most {MOST_IDS} ids")
     return max(count, len(vocabulary))
+
+
+def _check_merges(content: dict[str, Any], file: Path) -> None:
+    """Raise UsageError for a merge whose second part is shorter than the prefix of such parts: Rust panics there."""
+    model = content.get("model")
+    model = model if isinstance(model, dict) else {}
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(pair, list) and pair and not str(pair[-1]).startswith(prefix):
+            raise _broken(file, f"the merge {merge!r:.60} does not go on with the prefix {prefix!r:.20}")
 
 
 def _gpt2_backend(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

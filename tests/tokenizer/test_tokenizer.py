@@ -296,6 +296,10 @@ def test_the_artefact_carries_the_packaged_template(tiny_tokenizer: Tokenizer) -
         ({"vocab.json": "nonsense", "merges.txt": ""}, r"vocab\.json is broken"),
         ({"vocab.json": '{"a": 4000000000}', "merges.txt": ""}, r"vocab\.json is broken: its ids end at 4000000000"),
         ({"tokenizer.json": '{"added_tokens": 3}'}, r"tokenizer\.json is broken: added_tokens=3, expected a list"),
+        (
+            {"tokenizer.json": '{"model": {"continuing_subword_prefix": "####", "merges": [["a", "b"]]}}'},
+            r"tokenizer\.json is broken: the merge \['a', 'b'\] does not go on with the prefix '####'",
+        ),
         ({"tokenizer.json": '{"model": {"vocab": 3}}'}, r"tokenizer\.json is broken: its vocabulary is 3, expected"),
         ({"tokenizer.json": "[" * 100_000}, r"tokenizer\.json is broken: maximum recursion depth exceeded"),
         (
