@@ -82,7 +82,7 @@ def _count_ids(content: dict[str, Any], file: Path) -> int:
 
 
 def _check_merges(content: dict[str, Any], file: Path) -> None:
-    """Raise UsageError for a merge whose second part lacks the prefix of such parts: where it is shorter, Rust panics."""
+    """Raise UsageError for a merge whose second part lacks the prefix of such parts, where Rust may panic."""
     model = content.get("model")
     model = model if isinstance(model, dict) else {}
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
