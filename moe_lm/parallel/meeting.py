@@ -212,7 +212,8 @@ class Meeting:
     def _meet(self, store: dist.Store, name: str) -> dist.Store:
         self._store_and_name = store, name
         self._store = self._connect()
-        return self._connect()
+        # Not a clone: the process group gets these notes, and so keeps the server when nobody keeps this object.
+        return dist.PrefixStore(f"moe-lm/{name}", store)
 
     def _connect(self) -> dist.Store:
         """The notes of this meeting, over a connection of their own: who waits in one does not hold up the others."""
