@@ -1,7 +1,8 @@
-"""Try mutations: `python tests/mutations/run.py [NAME ...] [--json FILE]`; a NAME may be a room or a part of a name.
+"""Try mutations: `python tests/mutations/run.py [NAME ...] [--json FILE]`.
 
-Each is applied to a copy of the project, in which the tests of its line run: one that fails kills it. They are run
-once without a mutation before, because a test that fails anyway kills nothing. The exit code is 0 if all were killed.
+A NAME may be a part of one, or the beginning of a file's: `engine/`. Each mutation is applied to a copy of the
+project, in which its tests run: one that fails kills it. They run once without any mutation before, because a test that
+fails anyway kills nothing. The exit code is 0 if all were killed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main() -> int:
 
 
 def _is_chosen(mutation: Mutation, names: Iterable[str]) -> bool:
-    return not names or any(name in mutation.name or mutation.file.startswith(f"{name}/") for name in names)
+    return not names or any(name in mutation.name or mutation.file.startswith(name) for name in names)
 
 
 def _copy_of_project(folder: Path) -> Path:

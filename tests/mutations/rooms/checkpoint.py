@@ -169,8 +169,8 @@ MUTATIONS = (
     Mutation(
         "a damaged checkpoint is taken",
         "checkpoint/recovery.py",
-        "    return damage is None\n",
-        "    return True\n",
+        "    return next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)\n",
+        "    return next((found for found in ranks.each(look, (MoeLmError,)) if not found), None)\n",
         "checkpoint/test_recovery.py",
     ),
     Mutation(
