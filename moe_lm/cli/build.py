@@ -124,10 +124,10 @@ def pretrain(
 
     settings = load_config(PretrainConfig, config, overrides or ())
 
-    from moe_lm.train import preflight, pretrain
+    from moe_lm.train import pretrain
 
     if dry_run:
-        print(preflight.dry_run(settings, settings.model, started_as(processes)))
+        print(pretrain.describe(settings, started_as(processes)))
     else:
         end_with(pretrain.run(settings, ctx.obj))
 

@@ -48,6 +48,13 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
     return run_recipe(recipe, meeting)
 
 
+def describe(config: PretrainConfig, topology: Topology) -> str:
+    """The text of `--dry-run`; a tokenizer that is there must fit the model."""
+    if config.data.tokenizer.is_dir():
+        load_tokenizer(config)
+    return preflight.dry_run(config, config.model, topology)
+
+
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     """The median time of a step once everything is compiled, over a few steps that are thrown away."""
     tokenizer = load_tokenizer(config)
