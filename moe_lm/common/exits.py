@@ -27,11 +27,12 @@ def exit_code(code: int) -> int:
     folder = os.environ.get(LAUNCHER)
     if folder is None:
         return code
-    note = os.path.join(folder, f"exit-{os.environ.get('RANK', os.getpid())}")
+    note = os.path.join(folder, f"exit-{os.environ.get('RANK', os.getpid())}-")  # a full disk takes a name, not a text
     with suppress(OSError):  # the launcher is on another machine
+        for other in (MISUSED, STOPPED):  # of a rank that ended before it
+            with suppress(FileNotFoundError):
+                os.unlink(f"{note}{other}")
         if code in (MISUSED, STOPPED):
-            with open(note, "w", encoding="utf-8") as file:
-                file.write(f"{code}\n")
+            os.close(os.open(f"{note}{code}", os.O_CREAT | os.O_WRONLY))
             return FINISHED
-        os.unlink(note)  # of a rank that ended before it
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or this user's share of it
 UNFINISHED = ".tmp"  # the suffix of what has not got its name yet; a process that was killed leaves it behind
 
 
@@ -69,6 +71,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def not_writable(place: str, error: OSError) -> MoeLmError:
+    """The error about a place in the run folder that cannot be written; a full disk is no wrong use."""
+    if error.errno in FULL:
+        return MoeLmError(f"cannot write to {place}: {error.strerror}; make room or choose another run_dir")
+    return UsageError(f"cannot write to {place}: {error.strerror or error}; fix that or choose another run_dir")
 
 
 # Files from elsewhere

@@ -16,7 +16,7 @@ from moe_lm.parallel.topology import current_topology
 if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
 
-STOP = "stop"  # the file in the launcher's folder that stops the ranks: the signal that it got
+STOP = "stop-"  # begins the name of the file in the launcher's folder that stops the ranks; the signal's number follows
 BEGUN = "begun"  # the file with the step after which they go on
 STOP_POLL_SECONDS = 0.2
 
@@ -63,7 +63,7 @@ def heed_launcher() -> None:
     with suppress(OSError):  # it is on another machine
         (folder / f"rank-{os.getpid()}").touch()
     if "TORCHELASTIC_RUN_ID" in os.environ and folder.is_dir():
-        threading.Thread(target=_stop_with_launcher, args=(folder / STOP,), daemon=True).start()
+        threading.Thread(target=_stop_with_launcher, args=(folder,), daemon=True).start()
 
 
 def note_start(step: int) -> None:
@@ -81,11 +81,11 @@ def begun_after(folder: Path) -> int:
 
 def reasons(folder: Path) -> list[int]:
     """The exit codes of ranks that said in the launcher's folder why they must not be started again."""
-    return [int(file.read_text(encoding="utf-8")) for file in folder.glob("exit-*")]
+    return [int(file.name.rpartition("-")[2]) for file in folder.glob("exit-*")]
 
 
-def _stop_with_launcher(file: Path) -> None:
+def _stop_with_launcher(folder: Path) -> None:
     """Wait for the file by which the launcher stops its ranks: a signal would be lost on one that is about to start."""
-    while not file.exists() or not (number := file.read_text(encoding="utf-8")):
+    while not (files := list(folder.glob(f"{STOP}*"))):
         time.sleep(STOP_POLL_SECONDS)
-    os.kill(os.getpid(), int(number))
+    os.kill(os.getpid(), int(files[0].name.removeprefix(STOP)))

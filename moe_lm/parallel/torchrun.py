@@ -29,7 +29,10 @@ def main() -> None:
 
     def stop(number: int) -> None:
         if folder is not None:
-            (folder / STOP).write_text(str(number), encoding="utf-8")
+            try:
+                (folder / f"{STOP}{number}").touch()
+            except OSError as error:
+                print(f"torchrun: cannot tell the ranks to stop: {error}; a second signal ends them", file=sys.stderr)
             time.sleep(SECONDS_TO_APPEAR)
         if folder is None or not any(map(runs, folder.glob("rank-*"))):  # importing torch, or waiting for machines
             print(NOTHING_TO_SAVE, file=sys.stderr, flush=True)

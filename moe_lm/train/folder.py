@@ -11,14 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import try_lock, whole_file
+from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import not_writable, try_lock, whole_file
 
 
 class RunFolder:
     """Holds the run folder during the `with` block; the lock ends with the process, however that ends.
 
-    Raises UsageError if the folder cannot be written, MoeLmError with the holder if another process has it.
+    Raises UsageError if the folder cannot be written, MoeLmError if only its disk is full, or, with the holder, if
+    another process has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +34,10 @@ class RunFolder:
     def __enter__(self) -> Self:
         for folder in (self.path, self.checkpoints):
             _make_writable(folder)
-        lock = try_lock(self._lock_path)
+        try:
+            lock = try_lock(self._lock_path)
+        except OSError as error:
+            raise not_writable(f"the run folder {self.path}", error) from error
         if lock is None:
             raise MoeLmError(
                 f"the run folder {self.path} is in use by {self._describe_holder()}; wait for it, stop it, or choose "
@@ -95,6 +99,4 @@ def _make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
     except OSError as error:
-        raise UsageError(
-            f"cannot write to the run folder {folder}: {error.strerror}; fix that or choose another run_dir"
-        ) from error
+        raise not_writable(f"the run folder {folder}", error) from error

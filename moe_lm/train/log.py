@@ -20,8 +20,8 @@ from typing import Any, Self
 import torch
 
 import moe_lm
-from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import whole_file
+from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import not_writable, whole_file
 from moe_lm.config.run import LogConfig
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.alarms import Alarm, Alarms
@@ -70,7 +70,7 @@ class RunLog:
             self._metrics = LineFile(metrics)
             self._log = LineFile(self._run_dir / "train.log")
         except OSError as error:
-            raise UsageError(f"cannot write the logs in {self._run_dir}: {error}; choose another run_dir") from error
+            raise not_writable(f"the logs in {self._run_dir}", error) from error
         self._display = Display(self._status)
         return self
 

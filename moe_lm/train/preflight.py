@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from moe_lm.checkpoint.checkpoint import complete_checkpoints
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
@@ -25,15 +29,22 @@ from moe_lm.train.cost import FLOAT32, Cost, cost, describe, processes
 GIB = 1 << 30
 MADE_BY_RUNS = ("config.yaml", "metrics.jsonl", "checkpoints")
 HARMLESS = (".log", ".out", ".err", ".txt", ".yaml", ".yml", ".sh")  # what people put into a folder before a run
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, srun, mpirun
 
 
 def check(config: RunConfig, model: ModelConfig, topology: Topology) -> None:
-    """Raise UsageError for what would end this run on this machine, at its start or at its first checkpoint."""
+    """Raise UsageError for what would end this run on this machine, at its start or at its first checkpoint.
+
+    A rank that alone has too little says so, which is why only the layout is `common` to all ranks.
+    """
     check_layout(config, topology)
     check_folder(config.run_dir)
-    for sentence in lacking(config, model, topology):
-        raise UsageError(sentence, common=True)
+    refusals, warnings = lacking(config, model, topology)
+    for sentence in refusals:
+        raise UsageError(sentence)
+    for sentence in warnings if topology.is_main else ():
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def dry_run(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
@@ -46,16 +57,23 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
     check_layout(config, topology)
     check_folder(config.run_dir)
     text = describe(config, model, topology)
-    sentences = lacking(config, model, topology)
-    if sentences and _is_machine_of(config):
-        raise UsageError(sentences[0], common=True)
-    return "\n".join([text, *(f"not here        {sentence}" for sentence in sentences)])
+    refusals, warnings = lacking(config, model, topology)
+    if refusals and _is_machine_of(config):
+        raise UsageError(refusals[0])
+    return "\n".join([text, *(f"not here        {sentence}" for sentence in (*refusals, *warnings))])
 
 
-def lacking(config: RunConfig, model: ModelConfig, topology: Topology) -> list[str]:
-    """A sentence for the memory and one for the disk, where this machine has too little."""
+def lacking(config: RunConfig, model: ModelConfig, topology: Topology) -> tuple[list[str], list[str]]:
+    """What this machine has too little of, a sentence each: what refuses the run, and what it is only warned of.
+
+    A run with a complete checkpoint is not refused for its disk: started again, it does as well as if it had gone on,
+    and lets its older checkpoints give way.
+    """
     needs = cost(config, model, config.lora, topology)
-    return [sentence for sentence in (lacking_memory(config, needs), lacking_disk(config, needs)) if sentence]
+    memory, disk = lacking_memory(config, needs, topology), lacking_disk(config, needs)
+    goes_on = bool(complete_checkpoints(config.run_dir / "checkpoints"))
+    refusals, warnings = (memory, None if goes_on else disk), (disk if goes_on else None,)
+    return [sentence for sentence in refusals if sentence], [sentence for sentence in warnings if sentence]
 
 
 def check_layout(config: RunConfig, topology: Topology) -> None:
@@ -78,18 +96,17 @@ def check_folder(run_dir: Path) -> None:
     if strange:
         raise UsageError(
             f"run_dir={run_dir} holds {', '.join(strange[:3])}{' and more' if len(strange) > 3 else ''}, which no run "
-            "made; choose a new folder or an empty one",
-            common=True,
+            "made; choose a new folder or an empty one"
         )
 
 
-def lacking_memory(config: RunConfig, needs: Cost) -> str | None:
+def lacking_memory(config: RunConfig, needs: Cost, topology: Topology) -> str | None:
     """The sentence for weights, gradients and moments that the device cannot hold; None if it can."""
     device = pick_device(config.parallel.device)
     if device.type == "cuda":
         ranks, there = 1, torch.cuda.get_device_properties(device).total_memory
     else:
-        ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
+        ranks, there = ranks_here(topology), host_memory()
     wanted = ranks * needs.memory.total
     if wanted <= there:
         return None
@@ -107,7 +124,7 @@ def lacking_disk(config: RunConfig, needs: Cost) -> str | None:
     A new checkpoint is written before an old one is deleted, and what the run has already saved makes room for it.
     """
     one = checkpoint_bytes(config, needs)
-    kept = config.checkpoint.keep + 1 if config.checkpoint.every else 1
+    kept = most_checkpoints(config)
     place = config.run_dir.absolute()
     while not place.is_dir():
         place = place.parent
@@ -128,13 +145,50 @@ def checkpoint_bytes(config: RunConfig, needs: Cost) -> int:
     return FLOAT32 * weights + moments
 
 
+def most_checkpoints(config: RunConfig) -> int:
+    """How many checkpoints the run has at once: those that are kept and the one being written, if it saves so many."""
+    checkpoint, train = config.checkpoint, config.train
+    archives = train.steps // checkpoint.archive_every if checkpoint.archive_every else 0
+    saves = max(1, _times(checkpoint.every, train.steps))
+    if not checkpoint.every or checkpoint.archive_every % checkpoint.every:
+        saves += archives
+    if checkpoint.best:
+        saves += _times(train.eval_every, train.steps)
+    return min(saves, checkpoint.keep + 1 + checkpoint.best + archives)
+
+
+def _times(every: int, steps: int) -> int:
+    """How often something is done every so many steps, and after the last one; 0 for never."""
+    return -(-steps // every) if every else 0
+
+
+def ranks_here(topology: Topology) -> int:
+    """The ranks that this machine has, as the launcher says."""
+    said = next((os.environ[name] for name in RANKS_HERE if name in os.environ), "1")
+    return min(int(said) if said.isdecimal() else 1, topology.world_size)
+
+
 def host_memory() -> int:
-    """The memory of this machine in bytes, or of the container in which this process runs."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(there, int(CGROUP_LIMIT.read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
-        return there
+    """The memory of this machine in bytes, or of the container or the job in which this process runs."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits())
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The limits in bytes of the cgroup of this process and of those around it, of either version of cgroups."""
+    yield sys.maxsize
+    with suppress(OSError, ValueError):  # none, or not Linux
+        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, name = CGROUPS, "memory.max"
+            if controllers:
+                root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+                if "memory" not in controllers.split(","):
+                    continue
+            own = root / path.lstrip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(root):
+                    with suppress(OSError, ValueError):  # no limit: no file, or "max"
+                        yield int((folder / name).read_text(encoding="ascii"))
 
 
 def _is_machine_of(config: RunConfig) -> bool:

@@ -59,6 +59,22 @@ def test_the_others_stop_when_a_rank_is_killed_and_one_names_it(
         assert ("Traceback" in log) == (number != killed)
 
 
+def test_what_one_rank_alone_finds_wrong_before_the_ranks_meet_is_said_by_it(
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start
+) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "config.json").touch()
+    port = free_port()
+    ranks = [
+        start_moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / str(rank)}", **rank_environment(rank, 2, port))
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    (said,) = "".join(errors).splitlines()
+    assert f"rank 1 on {socket.gethostname()}: error: run_dir={tmp_path / '1'} holds config.json" in said
+
+
 @pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_stopped_is_named_and_not_waited_for(
     tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, stopped: int

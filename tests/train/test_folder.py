@@ -117,6 +117,20 @@ def test_a_read_only_file_system_is_named_with_the_reason(tmp_path: Path, monkey
         RunFolder(tmp_path).__enter__()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A launcher starts the run again, for there may be room by then."""
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(MoeLmError, match=f"cannot write to the run folder {tmp_path}: .*; make room") as raised:
+        RunFolder(tmp_path).__enter__()
+    assert raised.value.exit_code == 1
+
+
 def test_the_config_is_kept_and_replaced(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as run:
         for text in ("train:\n  steps: 10\n", "train:\n  steps: 20 # 字\n"):

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.run import LogConfig
 from moe_lm.train.display import Status, format_seconds
 from moe_lm.train.log import LineFile, RunLog
@@ -297,5 +298,15 @@ def test_a_full_log_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_log_that_cannot_be_opened_is_an_error_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "train.log").mkdir()
-    with pytest.raises(UsageError, match=f"cannot write the logs in {tmp_path}"):
+    with pytest.raises(UsageError, match=f"cannot write to the logs in {tmp_path}"):
         log(tmp_path).__enter__()
+
+
+def test_a_full_disk_at_the_start_is_no_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(MoeLmError, match=r"cannot write to the logs .*; make room") as raised:
+        log(tmp_path).__enter__()
+    assert raised.value.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ SHARDED = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=4")
         (["model.routed_scaling_factor=.inf"], "model.routed_scaling_factor=inf"),
         (["train.seed=9223372036854775808"], "train.seed=9223372036854775808"),
         (["model.hidden_size=200000"], "for weights, gradients and optimizer, and the memory of its cpu is"),
-        (["checkpoint.every=5", "checkpoint.keep=10000000"], "10000001 checkpoints of 1.5 MiB need"),
+        (
+            ["train.steps=20000000", "checkpoint.every=2", "checkpoint.keep=9999998"],
+            "9999999 checkpoints of 1.5 MiB need",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(
@@ -90,6 +94,81 @@ def test_a_dry_run_elsewhere_says_what_this_machine_lacks_and_is_no_error(
     assert "not here        this run needs" in done.out
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert moe_lm(*command, "--dry-run").code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ("every=0", 1),
+        ("every=500", 1),
+        ("every=30", 3),  # after steps 30, 60, 90 and 100, of which 2 are kept
+        ("every=60", 2),
+        ("every=10 keep=20", 10),
+        ("every=10 best=true", 4),
+        ("every=10 archive_every=20", 8),
+        ("every=10 archive_every=10", 10),
+        ("every=0 archive_every=30", 4),
+        ("every=0 best=true", 4),  # at evaluations, of which there are 10
+    ],
+)
+def test_the_most_checkpoints_at_once_are_known_before(tiny_pretrain: Path, settings: str, most: int) -> None:
+    given = [f"checkpoint.{setting}" for setting in settings.split()]
+    config = load_config(
+        PretrainConfig, tiny_pretrain, ["run_dir=run", "train.steps=100", "train.eval_every=10", *given]
+    )
+    assert preflight.most_checkpoints(config) == most
+
+
+def test_a_run_that_is_started_again_on_a_fuller_disk_is_warned_and_not_refused(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requeued job would end for good, where one that runs lets older checkpoints give way."""
+    settings = ("train.steps=3", "checkpoint.every=1", "train.eval_batches=1")
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *settings)
+    assert moe_lm(*command).code == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    said = "3 checkpoints of 1.5 MiB need"
+    again, dry, elsewhere = moe_lm(*command), moe_lm(*command, "--dry-run"), moe_lm(*command, f"run_dir={tmp_path}/new")
+    assert (again.code, dry.code, elsewhere.code) == (0, 0, 2)
+    assert f"warning: {said}" in again.err
+    assert f"not here        {said}" in dry.out
+    assert said in elsewhere.err
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_the_memory_of_a_machine_is_that_of_all_its_ranks(
+    tiny_pretrain: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = load_config(PretrainConfig, tiny_pretrain, ["run_dir=run"])
+    needs = cost(config, config.model, None, Topology())
+    monkeypatch.setattr(preflight, "host_memory", lambda: 3 * needs.memory.total)
+    for other in preflight.RANKS_HERE:
+        monkeypatch.delenv(other, raising=False)
+    assert preflight.lacking_memory(config, needs, Topology(world_size=8)) is None
+    monkeypatch.setenv(name, "4")
+    assert "4 processes of this machine need" in str(preflight.lacking_memory(config, needs, Topology(world_size=8)))
+    assert preflight.lacking_memory(config, needs, Topology()) is None, "one process, in a job for several"
+
+
+@pytest.mark.parametrize(
+    ("own", "limited", "expected"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "2048", "other/memory.max": "1"}, 2048),
+        ("0::/\n", {"memory.max": "4096"}, 4096),
+        ("3:cpu:/a\n2:memory,x:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": "4096", "a/memory.max": "1"}, 4096),
+    ],
+)
+def test_the_memory_of_the_host_is_that_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, limited: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, limit in limited.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(limit)
+    monkeypatch.setattr(preflight, "CGROUPS", tmp_path)
+    monkeypatch.setattr(preflight, "OWN_CGROUPS", tmp_path / "own")
+    assert preflight.host_memory() == expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
