@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_lm.checkpoint.recovery import newest_sound
 from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
@@ -24,7 +26,7 @@ from moe_lm.train.alarms import Alarms
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
-from moe_lm.train.run import load_newest
+from moe_lm.train.run import load_step
 from tests.processes import events, metrics
 from tests.tiny import engine_of, tiny_model
 
@@ -102,7 +104,7 @@ class LoopRun:
         self.folder.mkdir(exist_ok=True)
         self.engine = self.build()
         source = spoil(self.engine, self.source, self.poison)
-        counters = load_newest(self.engine, self.folder / "checkpoints")
+        counters = load_step(self.engine, newest_sound(self.folder / "checkpoints").folder)
         self.plan = Plan(self.config, self.engine.model.config, self.fresh)
         start, is_main = counters.get("step", 0), self.engine.topology.is_main
         log_config, steps = LogConfig(every=3), self.config.steps
@@ -111,7 +113,7 @@ class LoopRun:
                 engine=self.engine, batches=source, validation=self.validation, config=self.config,
                 checkpoint=self.checkpoint, checkpoints=self.folder / "checkpoints", log=log,
                 files={"config.yaml": "a: 1\n"}, flops_per_token=1e6, evaluate_first=self.evaluate_first,
-                reload=lambda step: load_newest(self.engine, self.folder / "checkpoints", log, step),
+                reload=partial(load_step, self.engine),
             )  # fmt: skip
             return train(training, counters)
 

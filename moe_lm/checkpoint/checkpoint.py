@@ -1,4 +1,4 @@
-"""The folder of a checkpoint, `step-00001000`: its layout, finding the newest, verifying it, which ones are kept.
+"""The folder of a checkpoint, `step-00001000`: its layout, finding the newest, verifying it.
 
 It is whole and checksummed, or it is not there.
 
@@ -8,8 +8,7 @@ It is whole and checksummed, or it is not there.
     manifest.json   size and checksum of every file above
     COMPLETE        the manifest's sha256, written last
 
-Checkpoints are found, verified and dropped here. Each rank writes, hashes and verifies a share of the files (write.py),
-and a checkpoint loads into any layout (read.py).
+Each rank writes, hashes and verifies a share of the files (write.py), and a checkpoint loads into any layout (read.py).
 """
 
 from __future__ import annotations
@@ -184,41 +183,14 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-# Retain
+# Keep and delete
 
 
 def pin(folder: Path, why: str) -> None:
-    """Protect a checkpoint from `clean`. In a read-only folder it does nothing: nothing can be deleted there."""
+    """Protect a checkpoint from `retain.clean`. In a read-only folder it does nothing: nothing can be deleted there."""
     with suppress(OSError):
         if not (folder / PINNED).exists():  # the manifest may know it
             (folder / PINNED).write_text(f"{why}\n", encoding="utf-8")
-
-
-def clean(checkpoints: Path, keep: int, best: Path | None = None) -> None:
-    """Delete leftovers of unfinished saves, and all complete checkpoints but the newest `keep`, `best` and pinned ones.
-
-    Doubtful checkpoints do not count, and stay until there is a newer one that does. What cannot be deleted stays for
-    the next time. A folder under its final name without COMPLETE is not a leftover of a save, so it stays too; so does
-    a damaged one that was moved aside.
-    """
-    complete = complete_checkpoints(checkpoints)
-    good = good_steps(complete)
-    kept = {complete[step] for step in good[-keep:]}
-    kept |= {folder for step, folder in complete.items() if not good or step > good[-1]}
-    kept |= {folder for folder in complete.values() if folder == best or (folder / PINNED).is_file()}
-    for folder, _, suffix in step_folders(checkpoints):
-        if folder not in kept and suffix != DAMAGED and (suffix or folder in complete.values()):
-            delete(folder)
-
-
-def drop_doubtful(checkpoints: Path) -> bool:
-    """Delete the doubtful checkpoints after the newest good one, so that this is the newest; False if there is none."""
-    complete = complete_checkpoints(checkpoints)
-    good = good_steps(complete)
-    for step, folder in complete.items():
-        if good and step > good[-1]:
-            delete(folder)
-    return bool(good)
 
 
 def delete(folder: Path) -> None:

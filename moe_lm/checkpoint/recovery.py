@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, REPLACED
+from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, REPLACED
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import OnDamage
 from moe_lm.parallel.process_group import Ranks
@@ -33,30 +33,35 @@ class Found(NamedTuple):
         }
 
 
-def newest_sound(checkpoints: Path, on_damage: OnDamage = "previous", ranks: Ranks | None = None) -> Found:
+def newest_sound(
+    checkpoints: Path, on_damage: OnDamage = "previous", ranks: Ranks | None = None, good: bool = False
+) -> Found:
     """The newest checkpoint that verifies, the same for every rank; every rank calls this and verifies a share.
 
-    Damaged ones after it are moved aside; at most KEEP_DAMAGED of them are kept. Raises MoeLmError when a rank does
-    not see what rank 0 sees, when none is sound though there are some, and for `stop` when the newest is damaged.
+    Of `good` ones alone if asked; doubtful ones are passed over and stay. Damaged ones after it are moved aside; at
+    most KEEP_DAMAGED of them are kept. Raises MoeLmError when a rank does not see what rank 0 sees, when none is sound
+    though there are some, and for `stop` when a newer one is damaged.
     """
     ranks = ranks or Ranks()
     damaged: dict[str, str] = {}
     sound = None
-    for name, is_complete in ranks.first(lambda: _newest_first(checkpoints), ()):
+    for name, is_complete in ranks.first(lambda: _newest_first(checkpoints, good), ()):
         damage = _damage_of(checkpoints / name, is_complete, ranks)
         if damage is None:
             sound = checkpoints / name
             break
         damaged[name] = damage
     found = Found(sound, damaged)
-    ranks.first(lambda: _settle(checkpoints, found, on_damage), (MoeLmError,))
+    ranks.first(lambda: _settle(checkpoints, found, on_damage, good), (MoeLmError,))
     return found
 
 
-def _newest_first(checkpoints: Path) -> list[tuple[str, bool]]:
+def _newest_first(checkpoints: Path, good: bool) -> list[tuple[str, bool]]:
     """Every checkpoint under a name that a finished save gave, or that makes room, and whether it has COMPLETE."""
     found = [item for item in checkpoint.step_folders(checkpoints) if item[2] in ("", REPLACED)]
     folders = [folder for folder, _, _ in sorted(found, key=lambda item: (-item[1], item[2]))]
+    if good:
+        folders = [folder for folder in folders if not (folder / DOUBTFUL).is_file()]
     return [(folder.name, (folder / COMPLETE).is_file()) for folder in folders]
 
 
@@ -74,13 +79,14 @@ def _damage_of(folder: Path, is_complete: bool, ranks: Ranks) -> str | None:
     return next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)
 
 
-def _settle(checkpoints: Path, found: Found, on_damage: OnDamage) -> None:
+def _settle(checkpoints: Path, found: Found, on_damage: OnDamage, good: bool) -> None:
     if found.folder is None:
-        aside = {folder.name: why(folder) for _, folder in _moved_aside(checkpoints)}
+        aside = {} if good else {folder.name: why(folder) for _, folder in _moved_aside(checkpoints)}
         if found.damaged or aside:
+            kind = "good checkpoint" if good else "checkpoint"
             raise MoeLmError(
-                f"no checkpoint in {checkpoints} is sound: {_listed(found.damaged | aside)}; bring one back from a "
-                "copy, or choose another run_dir to begin anew"
+                f"no {kind} in {checkpoints} is sound: {_listed(found.damaged | aside)}; bring one back from a copy, "
+                "or choose another run_dir to begin anew"
             )
     elif found.damaged and on_damage == "stop":
         raise MoeLmError(

@@ -1,4 +1,7 @@
-"""The held-out loss of checkpoints: the best is kept beyond the newest, and gives way last when the disk is full."""
+"""Which checkpoints stay: the newest good ones, pinned ones and the best; and which give way on a full disk.
+
+A good checkpoint is a complete one that is not doubtful.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint import PINNED, REPLACED
+from moe_lm.checkpoint.checkpoint import DAMAGED, PINNED, REPLACED
 from moe_lm.common.files import whole_file
 from moe_lm.config.run import CheckpointConfig
 
@@ -47,15 +50,45 @@ def best(checkpoints: Path) -> Path | None:
     return complete[min(known, key=lambda step: known[step])] if known else None
 
 
+def kept(checkpoints: Path, keep: int, keep_best: bool = True) -> set[Path]:
+    """The complete checkpoints that stay: the newest `keep` good ones, pinned ones, the best.
+
+    Doubtful ones do not count, and stay until there is a newer one that does.
+    """
+    complete = checkpoint.complete_checkpoints(checkpoints)
+    good = checkpoint.good_steps(complete)
+    stay = {complete[step] for step in good[-keep:]}
+    stay |= {folder for step, folder in complete.items() if not good or step > good[-1]}
+    stay |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
+    lowest = best(checkpoints) if keep_best else None
+    return stay if lowest is None else stay | {lowest}
+
+
 def clean(checkpoints: Path, config: CheckpointConfig) -> None:
-    """Delete what is not to be kept."""
-    checkpoint.clean(checkpoints, config.keep, best(checkpoints) if config.best else None)
+    """Delete leftovers of unfinished saves, and all complete checkpoints but those that are `kept`.
+
+    What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is not a leftover of
+    a save, so it stays too; so does a damaged one that was moved aside.
+    """
+    complete = checkpoint.complete_checkpoints(checkpoints)
+    stay = kept(checkpoints, config.keep, config.best)
+    for folder, _, suffix in checkpoint.step_folders(checkpoints):
+        if folder not in stay and suffix != DAMAGED and (suffix or folder in complete.values()):
+            checkpoint.delete(folder)
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Delete the complete checkpoints after `step`, so that a run that was killed goes on from there too."""
+    for newer, folder in checkpoint.complete_checkpoints(checkpoints).items():
+        if newer > step:
+            checkpoint.delete(folder)
 
 
 def make_room(checkpoints: Path, keep_best: bool) -> Path | None:
     """Delete the checkpoint that is needed least, and return it; None if none may go.
 
-    Leftovers and damaged ones go first, then the oldest; the newest, pinned ones and the best stay.
+    Leftovers and damaged ones go first, then doubtful ones, then the oldest. The newest good one (if none is good, the
+    newest), pinned ones and the best stay.
     """
     for folder in _needed_least_first(checkpoints, keep_best):
         checkpoint.delete(folder)
@@ -69,9 +102,11 @@ def _needed_least_first(checkpoints: Path, keep_best: bool) -> Iterator[Path]:
     for folder, _, suffix in sorted(checkpoint.step_folders(checkpoints)):
         if suffix and not (suffix == REPLACED and folder in complete.values()):
             yield folder
-    kept = {best(checkpoints)} if keep_best else set()
-    for step in sorted(complete)[:-1]:
-        if complete[step] not in kept and not (complete[step] / PINNED).is_file():
+    good = checkpoint.good_steps(complete)
+    doubtful = [step for step in sorted(complete) if step not in good]
+    lowest = best(checkpoints) if keep_best else None
+    for step in [*doubtful, *good][:-1]:
+        if complete[step] != lowest and not (complete[step] / PINNED).is_file():
             yield complete[step]
 
 

@@ -58,7 +58,7 @@ class Saver:
     ) -> Path:
         """Write the last checkpoint, after the one that is under way.
 
-        On a full disk older ones give way, down to the newest complete one. When that does not help, or the disk fails
+        On a full disk older ones give way, down to the newest good one. When that does not help, or the disk fails
         otherwise, this `tell`s it and tries again every RETRY_SECONDS until `is_over` on all ranks. Then it raises
         MoeLmError, naming what is kept.
         """

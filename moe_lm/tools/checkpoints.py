@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_lm.checkpoint import checkpoint, recovery, retain
-from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, MODEL, OPTIMIZER, PINNED
+from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, MODEL, OPTIMIZER, PINNED
 from moe_lm.checkpoint.read import CheckpointTensors
 from moe_lm.checkpoint.safetensors_file import as_bytes, pieces_of
 from moe_lm.common.errors import MoeLmError, UsageError
@@ -31,7 +31,7 @@ class Listed:
     loss: float | None
     held_out_loss: float | None
     best: bool
-    notes: list[str]  # pinned and why, damaged and how, or unfinished
+    notes: list[str]  # pinned and why, doubtful and why, damaged and how, or unfinished
 
 
 # List
@@ -67,8 +67,9 @@ def as_json(rows: list[Listed]) -> list[dict[str, Any]]:
 
 def _listed(folder: Path, step: int, suffix: str, best: bool) -> Listed:
     notes = []
-    if (folder / PINNED).is_file():
-        notes.append(f"pinned: {(folder / PINNED).read_text(encoding='utf-8', errors='replace').strip()}")
+    for what, file in (("pinned", folder / PINNED), ("doubtful", folder / DOUBTFUL)):
+        if file.is_file():
+            notes.append(f"{what}: {file.read_text(encoding='utf-8', errors='replace').strip()}")
     if suffix == DAMAGED:
         notes.append(f"damaged: {recovery.why(folder)}")
     elif suffix.endswith(".tmp"):
@@ -155,17 +156,14 @@ def _section(folder: Path, name: str) -> dict[str, Any]:
 
 
 def prune(run: Path, keep: int, dry_run: bool) -> Iterator[str]:
-    """Delete a run's checkpoints but the newest `keep`, the best and the pinned ones; a line for each that goes.
+    """Delete a run's checkpoints but those that `retain.kept` names; a line for each that goes.
 
     Damaged and unfinished ones go too. Raises MoeLmError, before anything is deleted, if the run is training or one
     that would stay is damaged.
     """
     checkpoints = _checkpoints_of(run)
     with RunFolder(run):
-        complete = checkpoint.complete_checkpoints(checkpoints)
-        best = retain.best(checkpoints)
-        kept = {complete[step] for step in sorted(complete)[-keep:]}
-        kept |= {folder for folder in complete.values() if folder == best or (folder / PINNED).is_file()}
+        kept = retain.kept(checkpoints, keep)
         for folder in sorted(kept):
             if (damage := checkpoint.damage_of(folder)) is not None:
                 raise MoeLmError(f"nothing is deleted, because {folder}, which would stay, is damaged: {damage}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lm.checkpoint import checkpoint, retain
+from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import stop_signals
@@ -19,7 +20,6 @@ from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
 from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
-from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.figures import step_record
 from moe_lm.train.guards import Guard
@@ -39,7 +39,7 @@ class Training:
     log: RunLog
     files: Mapping[str, str]  # beside the tensors of every checkpoint, by name
     flops_per_token: float  # forward and backward
-    reload: Callable[[int], dict[str, Any]]  # after this step, load the newest checkpoint and return its trainer.json
+    reload: Callable[[Path], dict[str, Any]]  # load a checkpoint that was verified, and return its trainer.json
     keep_lock: Callable[[], object] = lambda: None  # before each save: raises MoeLmError if another run writes here
     evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
@@ -235,6 +235,12 @@ def evaluate_saved(run: Training, result: TrainingResult, signalled: Sequence[in
     run.log.amend(result.step, held_out or {})
 
 
+def report_damage(log: RunLog, found: Found, step: int) -> None:
+    """An event for every damaged checkpoint that was passed over."""
+    for name, text in found.lines.items():
+        log.event("damaged_checkpoint", step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
+
+
 def start_save(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
     """Begin a checkpoint, unless some value of the state is not finite: then the guard wants to go back."""
     state = run.engine.state()
@@ -252,11 +258,14 @@ def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -
     note_saves(run, saver, result)
     guard.check_rollback(result.step)
     with run.watchdog.patiently("loading"):
-        if not Ranks().first(lambda: checkpoint.drop_doubtful(run.checkpoints), ()):
+        found = newest_sound(run.checkpoints, run.checkpoint.on_damage, good=True)
+        if found.folder is None:
             raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
-        counters = run.reload(result.step)
-    folder = checkpoint.latest(run.checkpoints) if run.engine.topology.is_main else None
-    guard.go_back(result.step, counters, folder)
+        counters = run.reload(found.folder)
+        report_damage(run.log, found, result.step)
+        if run.engine.topology.is_main:
+            retain.drop_after(run.checkpoints, counters["step"])
+    guard.go_back(result.step, counters, found.folder if run.engine.topology.is_main else None)
     result.take(counters)
     run.log.rewind(result.step)
 

@@ -37,7 +37,7 @@ from moe_lm.train.alarms import Alarms
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.guards import with_new_settings, with_note
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
-from moe_lm.train.loop import MEASURED_LATER, Training, TrainingResult, train
+from moe_lm.train.loop import MEASURED_LATER, Training, TrainingResult, report_damage, train
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
@@ -203,7 +203,7 @@ def train_and_log(
             keep_lock=lambda: Ranks().first(folder.keep_lock, (MoeLmError,)),
             evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
-            reload=lambda step: load_newest(engine, folder.checkpoints, log, step),
+            reload=partial(load_step, engine),
         )
         result = train(training, counters)
         if not result.stopped:
@@ -227,12 +227,6 @@ def last_words(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
     yield f"next: moe-lm {after[0]}, moe-lm {after[1]}, moe-lm eval {run_dir}"
 
 
-def report_damage(log: RunLog, found: Found, step: int) -> None:
-    """An event for every damaged checkpoint that was passed over."""
-    for name, text in found.lines.items():
-        log.event("damaged_checkpoint", step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
-
-
 def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
     """An event for every split of which damaged shards are left out."""
     for loss in left_out:
@@ -240,17 +234,6 @@ def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
             "data_left_out", step, f"warning: {loss}", source=loss.folder.name, split=loss.split,
             shards=sorted(loss.damage), tokens=loss.tokens, share=loss.tokens / loss.of_tokens,
         )  # fmt: skip
-
-
-def load_newest(engine: Engine, checkpoints: Path, log: RunLog | None = None, step: int = 0) -> dict[str, Any]:
-    """Load the newest sound checkpoint into the engine and return its trainer.json; empty if there is none.
-
-    Damage that is found in `step` goes to the log.
-    """
-    found = newest_sound(checkpoints)
-    if log is not None:
-        report_damage(log, found, step)
-    return load_step(engine, found.folder)
 
 
 def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint import checkpoint, read, retain, write
+from moe_lm.config.run import CheckpointConfig
 
 
 def main(root: Path, kills: int) -> None:
@@ -36,7 +37,7 @@ def kill_while_saving(checkpoints: Path, same_step: bool, delay: float) -> int:
         for value in itertools.count(1):
             step = 1 if same_step else value
             write.save(checkpoints, step, state_of(value), {"trainer.json": str(value)})
-            checkpoint.clean(checkpoints, keep=1)
+            retain.clean(checkpoints, CheckpointConfig(keep=1))
             os.write(writer, f"{value}\n".encode())
     os.close(writer)
     received = os.read(reader, 1000)
@@ -57,7 +58,7 @@ def what_is_left(checkpoints: Path, acknowledged: int) -> dict[str, object]:
     read.load(folder, loaded)
     value = int(checkpoint.read_text(folder, "trainer.json"))
     whole = all(torch.equal(tensor, state_of(value)[name]) for name, tensor in loaded.items())
-    checkpoint.clean(checkpoints, keep=1)
+    retain.clean(checkpoints, CheckpointConfig(keep=1))
     return {
         "acknowledged": acknowledged,
         "loaded": value,

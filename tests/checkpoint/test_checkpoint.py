@@ -15,8 +15,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint import checkpoint, read, retain, write
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.config.run import CheckpointConfig
 
 
 def make_state(seed: int) -> dict[str, Tensor]:
@@ -206,7 +207,7 @@ def test_clean_keeps_the_newest_and_removes_leftovers(checkpoints: Path) -> None
     (checkpoints / "step-00001500.tmp" / "model").mkdir(parents=True)
     (checkpoints / "step-00001200.replaced.tmp").mkdir()
     (checkpoints / "by-hand").mkdir()
-    checkpoint.clean(checkpoints, keep=2)
+    retain.clean(checkpoints, CheckpointConfig(keep=2))
     assert sorted(p.name for p in checkpoints.iterdir()) == ["by-hand", "step-00001000", "step-00001500"]
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import moe_lm
-from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint import checkpoint, read, retain, write
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.run import CheckpointConfig
 from tests.checkpoint.conftest import state_of
 
 # Failures while saving
@@ -163,7 +164,7 @@ def test_death_after_any_file_operation_leaves_a_checkpoint(tmp_path: Path, deat
         finished = False
         try:
             write.save(checkpoints, 1 if same_step else 2, state_of(2), {"config.yaml": "a: 1\n"})
-            checkpoint.clean(checkpoints, keep=1)
+            retain.clean(checkpoints, CheckpointConfig(keep=1))
             finished = True
         except Died:
             pass
@@ -174,7 +175,7 @@ def test_death_after_any_file_operation_leaves_a_checkpoint(tmp_path: Path, deat
         read.load(folder, loaded)
         value = int(loaded["model.weight"][0, 0])
         assert all(torch.equal(tensor, state_of(value)[name]) for name, tensor in loaded.items())
-        checkpoint.clean(checkpoints, keep=1)
+        retain.clean(checkpoints, CheckpointConfig(keep=1))
         assert list(checkpoints.iterdir()) == [folder]
         if finished:
             assert value == 2

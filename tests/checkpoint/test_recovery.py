@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.checkpoint import checkpoint, write
+from moe_lm.checkpoint import checkpoint, retain, write
 from moe_lm.checkpoint.recovery import KEEP_DAMAGED, newest_sound
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.run import CheckpointConfig
 from tests.checkpoint.conftest import state_of
 
 MODEL_FILE = "model/shard-00001-model-00001-of-00001.safetensors"
@@ -101,7 +102,7 @@ def test_cleaning_keeps_damaged_ones_and_does_not_count_them(checkpoints: Path, 
     flip(newest / MODEL_FILE)
     newest_sound(checkpoints)
     write.save(checkpoints, 600, state_of(600), {})
-    checkpoint.clean(checkpoints, keep=2)
+    retain.clean(checkpoints, CheckpointConfig(keep=2))
     assert names(checkpoints) == ["step-00000500", "step-00000600", "step-00001000.damaged"]
     assert checkpoint.latest(checkpoints) == checkpoints / "step-00000600"
     assert checkpoint.resolve(checkpoints.parent) == checkpoints / "step-00000600"

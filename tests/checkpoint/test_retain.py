@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.checkpoint import checkpoint, retain, write
+from moe_lm.config.run import CheckpointConfig
 from tests.checkpoint.conftest import state_of
 
 
@@ -58,9 +59,9 @@ def test_a_note_that_is_not_one_is_no_loss(losses: Path, text: str) -> None:
 
 
 def test_cleaning_keeps_the_best_beyond_the_newest(losses: Path) -> None:
-    checkpoint.clean(losses, keep=1, best=retain.best(losses))
+    retain.clean(losses, CheckpointConfig(keep=1, best=True))
     assert steps(losses) == [2, 5]
-    checkpoint.clean(losses, keep=1)
+    retain.clean(losses, CheckpointConfig(keep=1, best=False))
     assert steps(losses) == [5]
 
 
@@ -75,6 +76,28 @@ def test_room_is_made_one_by_one_and_the_newest_stays(losses: Path) -> None:
     assert steps(losses) == [1, 2, 5]
     assert retain.make_room(losses, keep_best=False) == losses / "step-00000002"
     assert retain.make_room(losses, keep_best=False) is None
+
+
+def doubt(checkpoints: Path, step: int) -> None:
+    (checkpoints / f"step-{step:08d}" / checkpoint.DOUBTFUL).write_text("the last step was skipped")
+
+
+def test_doubtful_ones_give_way_first_and_the_newest_good_one_stays(losses: Path) -> None:
+    doubt(losses, 4)
+    doubt(losses, 5)
+    gone = []
+    while (folder := retain.make_room(losses, keep_best=False)) is not None:
+        gone.append(checkpoint.step_of(folder))
+    assert gone == [4, 5, 1, 2]
+    assert steps(losses) == [3]
+
+
+def test_without_a_good_one_the_newest_doubtful_one_stays(losses: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        doubt(losses, step)
+    while retain.make_room(losses, keep_best=False) is not None:
+        pass
+    assert steps(losses) == [5]
 
 
 def test_what_cannot_be_deleted_is_passed_over(losses: Path, monkeypatch: pytest.MonkeyPatch) -> None:

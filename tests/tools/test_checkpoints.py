@@ -141,6 +141,14 @@ def test_prune_keeps_the_newest_the_best_and_pinned_ones(run: Path, moe_lm: MoeL
     assert names(run) == ["step-00000001", "step-00000002", "step-00000005"]
 
 
+def test_prune_never_counts_a_doubtful_one(run: Path, moe_lm: MoeLm) -> None:
+    """The newest good one is what a rollback needs; the doubtful one after it is what a resumed run goes on from."""
+    (save(run, 7) / checkpoint.DOUBTFUL).write_text("the last step was skipped\n")
+    assert moe_lm("checkpoint", "list", run).out.splitlines()[-1].endswith("doubtful: the last step was skipped")
+    assert moe_lm("checkpoint", "prune", run, "--keep", "1").code == 0
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000005", "step-00000007"]
+
+
 def test_prune_deletes_nothing_if_what_would_stay_is_damaged(run: Path, moe_lm: MoeLm) -> None:
     flip(run / "checkpoints" / "step-00000005" / MODEL_FILE)
     before = names(run)

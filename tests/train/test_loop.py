@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moe_lm.checkpoint import checkpoint, retain
+from moe_lm.checkpoint.recovery import newest_sound
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
 from moe_lm.common.signals import STOP_SIGNALS
@@ -24,7 +25,7 @@ from moe_lm.engine.engine import Engine
 from moe_lm.objective.training_loss import num_targets
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.loop import local_micro_batches
-from moe_lm.train.run import load_newest
+from moe_lm.train.run import load_step
 from tests.loops import LoopRun, Watched
 from tests.tiny import engine_of, tiny_model
 
@@ -330,7 +331,7 @@ def test_the_random_state_is_part_of_a_checkpoint(tmp_path: Path, ragged: BatchS
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
     run = LoopRun(tmp_path, ragged)
     run()
-    assert load_newest(run.engine, tmp_path / "nowhere") == {}
+    assert load_step(run.engine, newest_sound(tmp_path / "nowhere").folder) == {}
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
     with pytest.raises(MoeLmError, match=r"no checkpoint in .* is sound"):
-        load_newest(run.engine, tmp_path / "checkpoints")
+        run()

@@ -205,6 +205,44 @@ def test_a_checkpoint_that_a_signal_asks_for_in_a_row_of_skips_replaces_no_good_
     assert run.checkpoints == ["step-00000012"]
 
 
+def flip(folder: Path) -> None:
+    """Damage the weights of a checkpoint."""
+    file = next((folder / "model").iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+
+def test_a_doubtful_checkpoint_stays_until_the_good_one_before_it_is_verified(
+    tmp_path: Path, ragged: BatchSource
+) -> None:
+    run = poisoned(tmp_path, ragged, 5, 6, 7)
+    run.source = Watched(ragged, lambda step: sigterm() if step == 6 else None)
+    run()
+    assert run.checkpoints == ["step-00000004", "step-00000007"]
+    flip(tmp_path / "checkpoints" / "step-00000004")
+    run.source = ragged
+    with pytest.raises(MoeLmError, match=r"no good checkpoint in .* is sound: step-00000004 \(model/.* checksum"):
+        run()
+    assert run.checkpoints == ["step-00000004", "step-00000007"]
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 9, 10, 11)
+    run.source = Watched(ragged, lambda step: flip(tmp_path / "checkpoints" / "step-00000008") if step == 9 else None)
+    run()
+    assert [kind for kind in run.kinds if kind[0] != "skip"] == [("damaged_checkpoint", 12), ("rollback", 12)]
+    assert run.events[-1]["to"] == 4
+    assert run.checkpoints == [f"step-{name}" for name in ("00000004", "00000008", "00000008.damaged", "00000012")]
+
+
+def test_by_choice_damage_that_a_rollback_finds_ends_the_run(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 9, 10, 11)
+    run.checkpoint = run.checkpoint.model_copy(update={"on_damage": "stop"})
+    run.source = Watched(ragged, lambda step: flip(tmp_path / "checkpoints" / "step-00000008") if step == 9 else None)
+    with pytest.raises(MoeLmError, match=r"step-00000008 \(.*\); step-00000004 is sound, and checkpoint\.on_damage"):
+        run()
+    assert run.checkpoints == ["step-00000004", "step-00000008"]
+
+
 # The program
 
 

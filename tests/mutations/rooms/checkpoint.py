@@ -189,23 +189,23 @@ MUTATIONS = (
     ),
     Mutation(
         "cleaning deletes the newest",
-        "checkpoint/checkpoint.py",
+        "checkpoint/retain.py",
         "good[-keep:]}",
         "good[:keep]}",
         "checkpoint/test_checkpoint.py::test_clean_keeps_the_newest_and_removes_leftovers",
     ),
     Mutation(
         "cleaning deletes the best",
-        "checkpoint/checkpoint.py",
-        "if folder == best or (folder / PINNED).is_file()}",
-        "if (folder / PINNED).is_file()}",
+        "checkpoint/retain.py",
+        "    return stay if lowest is None else stay | {lowest}\n",
+        "    return stay\n",
         "checkpoint/test_retain.py::test_cleaning_keeps_the_best_beyond_the_newest",
     ),
     Mutation(
         "cleaning deletes an archived one",
-        "checkpoint/checkpoint.py",
-        "if folder == best or (folder / PINNED).is_file()}",
-        "if folder == best}",
+        "checkpoint/retain.py",
+        "    stay |= {folder for folder in complete.values() if (folder / PINNED).is_file()}\n",
+        "",
         "train/test_best.py checkpoint/test_retain.py tools/test_checkpoints.py",
     ),
     Mutation(
@@ -225,9 +225,30 @@ MUTATIONS = (
     Mutation(
         "the newest gives way on a full disk",
         "checkpoint/retain.py",
-        "    for step in sorted(complete)[:-1]:\n",
-        "    for step in sorted(complete):\n",
+        "    for step in [*doubtful, *good][:-1]:\n",
+        "    for step in [*doubtful, *good]:\n",
         "checkpoint/test_retain.py::test_room_is_made_one_by_one_and_the_newest_stays",
+    ),
+    Mutation(
+        "a doubtful checkpoint stays instead of the newest good one on a full disk",
+        "checkpoint/retain.py",
+        "    for step in [*doubtful, *good][:-1]:\n",
+        "    for step in sorted(complete)[:-1]:\n",
+        "checkpoint/test_retain.py::test_doubtful_ones_give_way_first_and_the_newest_good_one_stays",
+    ),
+    Mutation(
+        "a rollback believes a doubtful checkpoint",
+        "checkpoint/recovery.py",
+        "    if good:\n",
+        "    if False:\n",
+        "train/test_rollbacks.py::test_a_checkpoint_that_a_signal_asks_for_in_a_row_of_skips_replaces_no_good_one",
+    ),
+    Mutation(
+        "a rollback ignores checkpoint.on_damage",
+        "train/loop.py",
+        "newest_sound(run.checkpoints, run.checkpoint.on_damage, good=True)",
+        "newest_sound(run.checkpoints, good=True)",
+        "train/test_rollbacks.py::test_by_choice_damage_that_a_rollback_finds_ends_the_run",
     ),
     # Reading
     Mutation(
