@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.mutations.frame import ROOT, Mutation, all_mutations
 
 PARTS = ("moe_lm", "tests", "tokenizer", "configs", "launch", "docs", "eval", "pyproject.toml", "README.md")
+TODAY = datetime.date.today()
 HANG = 900  # seconds, on a machine that is busy with other things
 KILLED, SURVIVED, STALE, BROKEN = "killed", "SURVIVED", "stale", "BROKEN"
 FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.M)
@@ -34,7 +35,7 @@ FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.M)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="all by default")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="put the results into this file, in place of earlier ones")
     parser.add_argument("--list", action="store_true", help="show the mutations, try none")
     options = parser.parse_args()
     chosen = [mutation for mutation in all_mutations().values() if _is_chosen(mutation, options.names)]
@@ -43,19 +44,19 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{mutation.file}: {mutation.name}" for mutation in chosen))
         return 0
+    results = {}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = _copy_of_project(Path(folder))
-        code, said = _run_tests(copy, sorted({test for mutation in chosen for test in mutation.tests}), slow=False)
-        if code:
-            print(f"{said}\nthese tests fail without any mutation (exit code {code}); mend them first")
-            return 2
-        results = {mutation.name: _try(mutation, copy) for mutation in chosen}
+        fail_anyway = _failing(copy, sorted({test for mutation in chosen for test in mutation.tests}))
+        for mutation in chosen:
+            result, why = _try(mutation, copy, fail_anyway)
+            print(f"{result:8}  {mutation.name}{f'  ({why})' if why else ''}", flush=True)
+            results[mutation.name] = {"file": mutation.file, "result": result, "by": why, "date": f"{TODAY}"}
+            if options.json:
+                _put(results, options.json)
     counts = Counter(result["result"] for result in results.values())
-    line = ", ".join(f"{counts[kind]} {kind}" for kind in (KILLED, SURVIVED, STALE, BROKEN))
-    print(f"{len(results)} mutations: {line}")
-    if options.json:
-        figures = {"date": datetime.date.today().isoformat(), "counts": dict(counts), "mutations": results}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in (KILLED, SURVIVED, STALE, BROKEN))
+    print(f"{len(results)} mutations: {kinds}")
     return int(counts[KILLED] != len(results))
 
 
@@ -74,40 +75,61 @@ def _copy_of_project(folder: Path) -> Path:
     return copy
 
 
-def _try(mutation: Mutation, copy: Path) -> dict[str, str]:
-    """Apply a mutation, run its tests, take it back; a test that hangs has noticed nothing."""
+def _failing(copy: Path, tests: list[str]) -> list[str]:
+    """The tests that fail without any mutation."""
+    code, said = _run_tests(copy, tests, "-m", "not slow", seconds=None)
+    failing = FAILED_TEST.findall(said)
+    if code and not failing:
+        raise SystemExit(f"{said}\nthe tests do not run without any mutation (exit code {code}); mend that first")
+    return failing
+
+
+def _try(mutation: Mutation, copy: Path, fail_anyway: Iterable[str]) -> tuple[str, str]:
+    """Apply a mutation, run its tests, take it back; returns the result and what it is from.
+
+    A test that hangs has noticed nothing.
+    """
     file = copy / "moe_lm" / mutation.file
     sound = file.read_text(encoding="utf-8")
-    by = ""
+    if failing := [test for test in fail_anyway if test.startswith(tuple(mutation.tests))]:
+        return BROKEN, f"{failing[0]} fails without it"
     try:
         file.write_text(mutation.mutated(copy), encoding="utf-8")
-        code, said = _run_tests(copy, mutation.tests, mutation.slow)
-        result = {0: SURVIVED, 1: KILLED}.get(code, BROKEN)  # of any other code: nothing ran, or without an end
-        failed = FAILED_TEST.search(said)
-        by = failed[1] if failed and result == KILLED else "" if result == SURVIVED else said[-2000:]
+        code, said = _run_tests(copy, mutation.tests, "-x", *([] if mutation.slow else ["-m", "not slow"]))
     except ValueError as error:
-        result, by = STALE, str(error)
+        return STALE, str(error)
     finally:
         file.write_text(sound, encoding="utf-8")
-    print(f"{result:8}  {mutation.name}{f'  ({by})' if by else ''}", flush=True)
-    return {"file": mutation.file, "result": result, "by": by}
+    failed = FAILED_TEST.search(said)
+    if code == 1 and failed:
+        return KILLED, failed[1]
+    return (SURVIVED, "") if code == 0 else (BROKEN, said[-2000:])  # nothing ran, or without an end
 
 
-def _run_tests(copy: Path, tests: list[str], slow: bool) -> tuple[int, str]:
+def _put(results: Mapping[str, dict[str, str]], path: Path) -> None:
+    """Put results beside those that a file has of other mutations."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))["mutations"] if path.exists() else {}
+    found = {name: (earlier | results).get(name) for name in all_mutations()}
+    known = {name: result for name, result in found.items() if result is not None}
+    counts = Counter(result["result"] for result in known.values())
+    figures = {"counts": dict(counts), "mutations": known}
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _run_tests(copy: Path, tests: list[str], *options: str, seconds: float | None = HANG) -> tuple[int, str]:
     """Pytest's exit code and output; a negative code when it hung."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
-    command += [] if slow else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *options]
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, *tests], cwd=copy, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
     )  # fmt: skip
     try:
-        said, _ = process.communicate(timeout=HANG)
+        said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
-        return -1, f"{said}\nno end within {HANG} s"
+        return -1, f"{said}\nno end within {seconds} s"
     return process.returncode, said
 
 

@@ -8,6 +8,7 @@ WHOLE = (
     "checkpoint/test_checkpoint_death.py::test_every_file_and_folder_is_on_the_disk_before_the_checkpoint_has_its_name"
 )
 DEATH = "checkpoint/test_checkpoint_death.py::test_death_after_any_file_operation_leaves_a_checkpoint"
+OVER_RANKS = "checkpoint/test_checkpoint_death.py::test_two_ranks_save_together_and_any_layout_loads"
 DAMAGE = "checkpoint/test_checkpoint_damage.py"
 HEADER = "checkpoint/test_safetensors_file.py::test_absurd_header_length_allocates_nothing"
 
@@ -142,7 +143,7 @@ MUTATIONS = (
         "checkpoint/recovery.py",
         "share=slice(ranks.rank, None, ranks.size))",
         "share=slice(0, None, ranks.size))",
-        "train/test_damaged_runs.py",
+        OVER_RANKS,
     ),
     Mutation(
         "the manifest is believed without COMPLETE's checksum",
@@ -206,7 +207,7 @@ MUTATIONS = (
         "checkpoint/retain.py",
         "    stay |= {folder for folder in complete.values() if (folder / PINNED).is_file()}\n",
         "",
-        "train/test_best.py checkpoint/test_retain.py tools/test_checkpoints.py",
+        "train/test_best.py::test_archived_checkpoints_stay_for_good",
     ),
     Mutation(
         "a doubtful checkpoint counts as a good one",

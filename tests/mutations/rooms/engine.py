@@ -107,7 +107,7 @@ MUTATIONS = (
         "engine/build.py",
         "    torch.manual_seed(train.seed)  # the run does not depend on what this process drew before\n",
         "",
-        "train/test_pretrain.py",
+        "train/test_loop.py::test_the_random_state_is_part_of_a_checkpoint",
     ),
     Mutation(
         "Muon orthogonalises in bfloat16 in a run of float32",
