@@ -28,9 +28,9 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.2, top_k=50, top_p=0.95)], ids=["greedy", "drawn"])
 def test_row_i_of_a_batch_draws_with_seed_plus_i(model: LanguageModel, sampling: Sampling) -> None:
-    settings = Settings(20, sampling, seed=11)
-    found = generate(model, PROMPTS, settings)
-    assert found == [uncached(model, prompt, settings.of_row(row)) for row, prompt in enumerate(PROMPTS)]
+    found = generate(model, PROMPTS, Settings(20, sampling, seed=11))
+    alone = [Settings(20, sampling, seed=seed) for seed in range(11, 15)]
+    assert found == [uncached(model, prompt, settings) for prompt, settings in zip(PROMPTS, alone, strict=True)]
     assert len(set(map(tuple, found))) == len(PROMPTS)
 
 

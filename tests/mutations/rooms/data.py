@@ -15,7 +15,7 @@ MUTATIONS = (
         "data/order.py",
         "        turns = _ranks(sources) if self._exact_epochs else mixed\n",
         "        turns = mixed\n",
-        f"{ORDER}::test_an_epoch_of_every_source_is_exact",
+        f"{BATCHES}::test_an_epoch_of_every_source_of_a_mix_is_exact",
     ),
     Mutation(
         "the visits of a source are numbered anew in each block",
@@ -43,7 +43,7 @@ MUTATIONS = (
         "data/order.py",
         "        outside = outside[walked >= size]\n",
         "        outside = outside[walked > size]\n",
-        f"{ORDER}::test_every_position_is_visited_exactly_once",
+        f"{BATCHES}::test_every_window_is_seen_exactly_once_an_epoch",
     ),
     Mutation(
         "a begun run takes the new order of its sources",
@@ -71,8 +71,7 @@ MUTATIONS = (
         "data/batches.py",
         "        first = offset * self._batch_size\n",
         "        first = (offset + 1) % self._plan_steps * self._batch_size\n",
-        f"{BATCHES}::test_a_step_is_the_same_in_whatever_order_steps_are_asked_for "
-        f"{BATCHES}::test_every_window_is_seen_exactly_once_an_epoch golden/test_golden.py",
+        f"{BATCHES}::test_a_step_is_the_same_in_whatever_order_steps_are_asked_for golden/test_golden.py",
     ),
     Mutation(
         "a target is the token itself",

@@ -40,7 +40,7 @@ MUTATIONS = (
         "tools/serve/scheduler.py",
         "            while self._waiting and self.running < self.slots:\n",
         "            while self._waiting and self.running <= self.slots:\n",
-        f"{SCHEDULER}::test_a_queue_that_is_there_is_shared_row_by_row {SCHEDULER}",
+        f"{SCHEDULER}::test_a_queue_that_is_there_is_shared_row_by_row",
     ),
     Mutation(
         "the rows of a client that goes away go on",
@@ -58,11 +58,11 @@ MUTATIONS = (
         f"{DECODE}::test_after_a_step_that_failed_a_cleared_decoder_is_as_new",
     ),
     Mutation(
-        "after a step that fails its clients wait for ever",
+        "a step that fails ends the server",
         "tools/serve/scheduler.py",
-        "        self._tell(dict.fromkeys(tickets, error))\n",
-        "",
-        f"{SCHEDULER}::test_an_engine_that_stops_ends_what_is_left",
+        "                    self._drop(_told(error), self._at_work())\n",
+        "                    self._drop(_told(error), self._at_work())\n                    return\n",
+        f"{SCHEDULER}::test_broken_logits_end_what_runs_and_not_the_server",
     ),
     # Rows
     Mutation(
@@ -112,7 +112,7 @@ MUTATIONS = (
         "generate/strategies.py",
         "logits_RV.topk(min(top_k, logits_RV.shape[-1]), dim=-1)",
         "logits_RV.topk(min(top_k + 1, logits_RV.shape[-1]), dim=-1)",
-        "generate/test_strategies.py::test_top_k_keeps_exactly_k_likeliest",
+        "generate/test_strategies.py::test_draws_follow_what_temperature_then_top_k_then_top_p_leave",
     ),
     Mutation(
         "logits that are not numbers give a text",
@@ -184,7 +184,7 @@ MUTATIONS = (
         "tools/serve/limits.py",
         "        if length.isdigit() and int(length[:20]) > self.limits.max_body:\n",
         "        if False:\n",
-        f"{ERRORS} {CONNECTIONS}",
+        f"{ERRORS}::test_a_body_that_does_not_come_is_not_waited_for",
     ),
     Mutation(
         "a body that does not come is waited for",
