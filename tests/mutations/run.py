@@ -119,7 +119,7 @@ def _put(results: Mapping[str, dict[str, str]], path: Path) -> None:
 
 def _run_tests(copy: Path, tests: list[str], *options: str, seconds: float | None = HANG) -> tuple[int, str]:
     """Pytest's exit code and output; a negative code when it hung."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--show-capture=no", *options]
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, *tests], cwd=copy, env=environment, text=True, start_new_session=True,
