@@ -6,6 +6,7 @@ A file in `rooms/` lists the mutations of one room as `MUTATIONS`. `run.py` trie
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Mutation:
         return content.replace(self.text, self.replacement)
 
 
+@functools.cache
 def all_mutations() -> dict[str, Mutation]:
     """Every mutation by its name, room after room."""
     found: dict[str, Mutation] = {}

@@ -30,7 +30,7 @@ PARTS = ("moe_lm", "tests", "tokenizer", "configs", "launch", "docs", "eval", "p
 TODAY = datetime.date.today()
 HANG = 900  # seconds, on a machine that is busy with other things
 KILLED, SURVIVED, STALE, BROKEN = "killed", "SURVIVED", "stale", "BROKEN"
-FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.M)
+FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", re.M)
 
 
 def main() -> int:
