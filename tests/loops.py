@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import LossParts
 from moe_lm.train.alarms import Alarms
+from moe_lm.train.checkpoints import Checkpoints, load
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
-from moe_lm.train.run import load_step
 from tests.processes import events, metrics
 from tests.tiny import engine_of, tiny_model
 
@@ -104,16 +103,17 @@ class LoopRun:
         self.folder.mkdir(exist_ok=True)
         self.engine = self.build()
         source = spoil(self.engine, self.source, self.poison)
-        counters = load_step(self.engine, newest_sound(self.folder / "checkpoints").folder)
+        counters = load(self.engine, newest_sound(self.folder / "checkpoints").folder)
         self.plan = Plan(self.config, self.engine.model.config, self.fresh)
         start, is_main = counters.get("step", 0), self.engine.topology.is_main
         log_config, steps = LogConfig(every=3), self.config.steps
         with RunLog(self.folder, log_config, steps, "test", start, is_main, Alarms(self.plan)) as log:
             training = Training(
                 engine=self.engine, batches=source, validation=self.validation, config=self.config,
-                checkpoint=self.checkpoint, checkpoints=self.folder / "checkpoints", log=log,
-                files={"config.yaml": "a: 1\n"}, flops_per_token=1e6, evaluate_first=self.evaluate_first,
-                reload=partial(load_step, self.engine),
+                checkpoints=Checkpoints(
+                    self.folder / "checkpoints", self.checkpoint, self.engine, log, {"config.yaml": "a: 1\n"}
+                ),
+                log=log, flops_per_token=1e6, evaluate_first=self.evaluate_first,
             )  # fmt: skip
             return train(training, counters)
 

@@ -30,14 +30,14 @@ class Interrupted(SystemExit):
     """A verb that a signal ends, after the user was told."""
 
 
-class Received(list[int]):
+class StopSignals(list[int]):
     """The stop signals that came, in order."""
 
-    holding = False
+    deferred = False
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """From now on there is something to save, so that a signal no longer ends the process at once."""
-        self.holding = True
+        self.deferred = True
 
     @property
     def cause(self) -> str:
@@ -54,17 +54,17 @@ def unignored() -> list[signal.Signals]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Received]:
+def stop_signals() -> Iterator[StopSignals]:
     """Yield a list that receives the stop signals in place of the process; a second signal ends it at once.
 
-    Under `ended_at_once`, the first one does so too until `hold()` is called. The main thread blocks the signals, and
+    Under `ended_at_once`, the first one does so too until `defer()` is called. The main thread blocks the signals, and
     the processes it starts inherit that: Ctrl-C reaches every process of a terminal, and would kill the compilers of
     `torch.compile`.
     """
-    received, again, outer = Received(), _Again(), -1
+    received, again, outer = StopSignals(), _SecondSignal(), -1
 
     def receive(number: int) -> None:
-        if outer >= 0 and not received.holding:
+        if outer >= 0 and not received.deferred:
             os.write(outer, bytes([number]))
         elif again(number):
             os._exit(128 + number)
@@ -111,7 +111,7 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
     The exit code is 128 and the signal's number; 75 for a verb that `goes_on` when it is started again. An import is
     finished first: some swallow an exception, and leave half a module behind.
     """
-    heard, again, main, told = threading.Event(), _Again(), threading.get_ident(), 0.0
+    heard, again, main, told = threading.Event(), _SecondSignal(), threading.get_ident(), 0.0
 
     def code(number: int) -> int:
         return STOPPED if goes_on else 128 + number
@@ -144,9 +144,9 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_stop(stop: Callable[[int], object], leave: Callable[[int], object]) -> Iterator[None]:
+def calling_on_stop(stop: Callable[[int], object], leave: Callable[[int], object]) -> Iterator[None]:
     """Call `stop` when a stop signal comes; `leave` with the exit code at a second one."""
-    again = _Again()
+    again = _SecondSignal()
 
     def receive(number: int) -> None:
         if again(number):
@@ -229,7 +229,7 @@ def _imports(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-class _Again:
+class _SecondSignal:
     """Tells a second signal from the first one that came twice."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from moe_lm.common.exits import FINISHED, LAUNCHER, STOPPED
 from moe_lm.common.process import COMMAND, end_with_parent
-from moe_lm.common.signals import NOTHING_TO_SAVE, told_to_stop
+from moe_lm.common.signals import NOTHING_TO_SAVE, calling_on_stop
 from moe_lm.parallel.launch import reasons
 
 SECONDS_TO_END = 5.0  # for DeepSpeed's launcher, to reach the other hosts
@@ -51,7 +51,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
 
-    with told_to_stop(stop, leave):
+    with calling_on_stop(stop, leave):
         folder = Path(tempfile.mkdtemp(prefix=".moe-lm-", dir="."))  # the ranks have the same working directory
         launcher = start(hostfile, arguments, folder)
         code = launcher.wait() % 256 or max(reasons(folder), default=FINISHED)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
-from moe_lm.common.signals import NOTHING_TO_SAVE, told_to_stop
+from moe_lm.common.signals import NOTHING_TO_SAVE, calling_on_stop
 from moe_lm.parallel.launch import STOP, begun_after, reasons
 
 SECONDS_TO_APPEAR = 1.0  # for a rank that has been started, to say so
@@ -43,7 +43,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
 
-    with told_to_stop(stop, leave):
+    with calling_on_stop(stop, leave):
         folder = Path(tempfile.mkdtemp(prefix="moe-lm-"))
         os.environ[LAUNCHER] = str(folder)
         leave(run_agent(sys.argv[1:]) or max(reasons(folder), default=FINISHED))

@@ -56,6 +56,7 @@ class Guard:
         self.config, self.log = config, log
         self._limit = math.inf
         self._not_finite = ""  # the name of a tensor that is not
+        self._sound_step = 0  # after which every value was last known to be finite
         self._remember(counters)
 
     def judge(self, step: int, result: StepResult) -> None:
@@ -109,9 +110,10 @@ class Guard:
             or memory.outside_in_row >= config.max_spike_steps
         )
 
-    def is_sound(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether every value of the state is finite, on all ranks; every rank calls this. If not, go back."""
+    def is_sound(self, step: int, state: Mapping[str, Tensor]) -> bool:
+        """Whether every value of the state after a step is finite on all ranks; all call this. If not, go back."""
         self._not_finite = first_not_finite(state)
+        self._sound_step = self._sound_step if self._not_finite else step
         return not self._not_finite
 
     # Going back
@@ -121,7 +123,7 @@ class Guard:
         if self.memory.rollbacks >= self.config.max_rollbacks:
             times = f"after {self.memory.rollbacks} rollbacks (train.guards.max_rollbacks)"
             times = times if self.config.max_rollbacks else "and train.guards.max_rollbacks=0"
-            raise self.stop(step, f"{self.trouble}, {times}")
+            raise self.give_up_error(step, f"{self.trouble}, {times}")
 
     def go_back(self, step: int, counters: Mapping[str, Any], folder: Path | None) -> None:
         """From `step` to the checkpoint that was loaded; the data that was trained on since is left out from now on.
@@ -132,7 +134,7 @@ class Guard:
         window = self._data_step(target), self._data_step(step - 1) + 1
         apart = [other for other in self.memory.windows if other[1] <= window[0] or other[0] >= window[1]]
         decided = {"rollbacks": rollbacks, "windows": sorted([*apart, window])}
-        self._remember({"guard": {**counters.get("guard", {}), **decided}})
+        self._remember({"step": target, "guard": {**counters.get("guard", {}), **decided}})
         self.log.event(
             ROLLBACK,
             step,
@@ -147,10 +149,11 @@ class Guard:
             except OSError as error:  # if the run is killed before it saves, it fails and goes back once more
                 self.log.message(f"warning: {folder / NOTE} could not be written: {error}; training goes on")
 
-    def stop(self, step: int, why: str) -> MoeLmError:
-        """The error that ends the run; also an event."""
+    def give_up_error(self, step: int, why: str) -> MoeLmError:
+        """The error to raise that ends the run; also an event. It names the data that may be to blame."""
         in_row = max(1, self.memory.skipped_in_row, self.memory.outside_in_row)
-        first, last = self._data_step(step - in_row) + 1, self._data_step(step - 1) + 1
+        sound_step = self._sound_step if self._not_finite else step - in_row
+        first, last = self._data_step(sound_step) + 1, self._data_step(step - 1) + 1
         text = (
             f"stopped at step {step}: {why}; lower train.optimizer.lr or lengthen train.schedule.warmup_steps, look at "
             f"the data of step {first}{f' to {last}' if last > first else ''}, and run again"
@@ -162,11 +165,11 @@ class Guard:
 
     def check_end(self, step: int, state: Mapping[str, Tensor], finished: bool) -> None:
         """Raise MoeLmError if the state must not be saved: it is not finite, or hardly a step led to it."""
-        if not self.is_sound(state):
-            raise self.stop(step, f"{self.trouble}, so nothing was saved")
+        if not self.is_sound(step, state):
+            raise self.give_up_error(step, f"{self.trouble}, so nothing was saved")
         lately, skipped = min(step, LATELY), len(self.memory.skips)
         if finished and 2 * skipped >= lately:
-            raise self.stop(step, f"{skipped} of the last {lately} steps were skipped, so nothing was saved")
+            raise self.give_up_error(step, f"{skipped} of the last {lately} steps were skipped, so nothing was saved")
         if self.trouble:
             self.log.event(
                 "doubtful",
@@ -189,7 +192,7 @@ class Guard:
                 "the checkpoint again"
             ) from error
         self._limit = loss_limit(self.memory.recent, self.config.spike_threshold)
-        self._not_finite = ""
+        self._not_finite, self._sound_step = "", int(counters.get("step", 0))
 
     def _data_step(self, step: int) -> int:
         return data_step(step, self.memory.windows)
@@ -220,7 +223,7 @@ class Guard:
 
 
 class _LeftOut:
-    """The batches of a source; the data of some steps comes never."""
+    """The batches of a source without the data that rollbacks left out."""
 
     def __init__(self, source: BatchSource, guard: Guard) -> None:
         self._source, self._guard = source, guard

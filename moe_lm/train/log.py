@@ -97,7 +97,7 @@ class RunLog:
                 self._send(name, partial(tracker.log, record["step"], scalars))
         self._show(self._is_due(record) and not follows)
         if self._alarms:
-            self.sound(self._alarms.after(record))
+            self.emit(self._alarms.after(record))
 
     def amend(self, step: int, figures: Mapping[str, Any]) -> None:
         """Add figures to the record of a step that was written before, and show its line."""
@@ -116,7 +116,7 @@ class RunLog:
             self._write_log(self._status.line())
         self._display.step(self._status, due)
 
-    def sound(self, alarms: Iterable[Alarm]) -> None:
+    def emit(self, alarms: Iterable[Alarm]) -> None:
         """Write an event for each alarm."""
         for alarm in alarms if self._config.alarms else ():
             name, cure = alarm.symptom.name, alarm.symptom.cure
@@ -133,7 +133,7 @@ class RunLog:
                 self.message(text)
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after `step`, which the run has gone back to. Trackers get those steps once more."""
+        """Forget the steps after `step`, to which the run has gone back. Trackers receive the repeated steps twice."""
         if self._is_main:
             self._start_step = step
             self._status.rewind(step)
@@ -198,15 +198,15 @@ def rank_log(topology: Topology, run_dir: Path) -> Iterator[None]:
         raise MoeLmError(
             f"cannot write {path}: {error.strerror}; make the run folder writable on every host"
         ) from error
-    last_words = "ended"
+    ending = "ended"
     try:
         yield
     except BaseException:
-        last_words = traceback.format_exc().rstrip()
+        ending = traceback.format_exc().rstrip()
         raise
     finally:
         try:
-            file.write(f"{_now()} {last_words}")
+            file.write(f"{_now()} {ending}")
         except OSError as error:  # a full disk must not hide the error, nor fail a run that went well
             print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
         file.close()

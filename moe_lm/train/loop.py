@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_lm.checkpoint import checkpoint, retain
-from moe_lm.checkpoint.recovery import Found, newest_sound
-from moe_lm.checkpoint.saver import Saver
+from moe_lm.checkpoint.checkpoint import DOUBTFUL, PINNED
 from moe_lm.common.process import this_command
-from moe_lm.common.signals import stop_signals
-from moe_lm.config.run import CheckpointConfig
+from moe_lm.common.signals import StopSignals, stop_signals
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
 from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
+from moe_lm.train.checkpoints import MEASURED_LATER, Checkpoints
 from moe_lm.train.figures import step_record
 from moe_lm.train.guards import Guard
 from moe_lm.train.log import RunLog, json_text
@@ -34,18 +33,11 @@ class Training:
     batches: BatchSource
     validation: Sequence[Batch]
     config: TrainConfig
-    checkpoint: CheckpointConfig
-    checkpoints: Path
+    checkpoints: Checkpoints
     log: RunLog
-    files: Mapping[str, str]  # beside the tensors of every checkpoint, by name
     flops_per_token: float  # forward and backward
-    reload: Callable[[Path], dict[str, Any]]  # load a checkpoint that was verified, and return its trainer.json
-    keep_lock: Callable[[], object] = lambda: None  # before each save: raises MoeLmError if another run writes here
     evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
-
-
-MEASURED_LATER = "measured_later"  # among the counters: the held-out loss of a step that was saved before
 
 
 class Best(NamedTuple):
@@ -57,43 +49,59 @@ class Best(NamedTuple):
 
 @dataclass
 class TrainingResult:
-    """The end of the loop; `stopped` if a signal left something to do: steps, or the last evaluation."""
+    """Where a run stands; `stopped` if a signal left something to do: steps, or the last evaluation."""
 
     step: int = 0
     stopped: bool = False
     loss: float = math.nan
     validation_loss: float | None = None  # of this step: nats per token, or the mean loss of a pair
     best: Best | None = None
-    worse: int = 0  # evaluations in a row since the best
-    checkpoint: Path | None = None
+    evaluations_since_best: int = 0
+    owes_archive: bool = False  # a checkpoint to archive was due in trouble, so the next good one is archived
+    checkpoint: Path | None = None  # of the end
 
     def counters(self) -> dict[str, Any]:
         """What trainer.json holds of it."""
         best = {"step": self.best.step, "loss": self.best.loss} if self.best else None
         return {
             "step": self.step, "loss": self.loss, "validation_loss": self.validation_loss, "best": best,
-            "worse": self.worse,
+            "evaluations_since_best": self.evaluations_since_best, "owes_archive": self.owes_archive,
         }  # fmt: skip
 
-    def take(self, counters: Mapping[str, Any]) -> None:
-        """Take up the counters of a checkpoint; empty ones are those of the start."""
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Continue from the counters of a checkpoint; empty ones are those of the start."""
         self.step = int(counters.get("step", 0))
         self.loss = math.nan if counters.get("loss") is None else float(counters["loss"])
         self.validation_loss = counters.get("validation_loss")
         self.best = Best(**counters["best"]) if counters.get("best") else None
-        self.worse = counters.get("worse", 0)
+        self.evaluations_since_best = counters.get("evaluations_since_best", 0)
+        self.owes_archive = counters.get("owes_archive", False)
         if self.validation_loss is None and counters.get(MEASURED_LATER) is not None:
-            self.is_best(counters[MEASURED_LATER])
+            self.note_evaluation(counters[MEASURED_LATER])
 
-    def is_best(self, loss: float) -> bool:
-        """Take note of an evaluation at this step, and say whether it is the best so far."""
+    def note_step(self, loss: float) -> None:
+        """Count a step, which is not evaluated yet."""
+        self.step += 1
+        self.loss, self.validation_loss = loss, None
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Note the held-out loss at this step; returns whether it is the lowest so far."""
         self.validation_loss = loss
         better = self.best is None or loss < self.best.loss
         if better and math.isfinite(loss):
-            self.best, self.worse = Best(self.step, loss), 0
+            self.best, self.evaluations_since_best = Best(self.step, loss), 0
             return True
-        self.worse += 1
+        self.evaluations_since_best += 1
         return False
+
+
+class Next(Enum):
+    """What follows a step."""
+
+    STEP = auto()
+    ROLLBACK = auto()  # to a good checkpoint, then a step
+    STOP = auto()  # a signal came
+    END = auto()  # all steps are done, or the held-out loss has stopped falling
 
 
 def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
@@ -104,81 +112,171 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
     The last step is saved before the last evaluation. A stop signal ends it with a checkpoint after the current step or
     evaluation batch. Before the first step is done, and as a second one, it ends the process at once.
     """
-    config, engine = run.config, run.engine
-    result = TrainingResult()
-    result.take(counters)
-    start_step = result.step
-    guard = Guard(config.guards, run.log, counters)
-    batches = guard.batches(run.batches)
-    pace = Pace(engine)
-    with stop_signals() as signalled, Saver(run.checkpoints, run.checkpoint, run.watchdog) as saver:
-        if run.evaluate_first and run.validation and start_step == 0:
-            before = evaluate(run, signalled)
-            if before is None:
-                result.stopped = True
+    with stop_signals() as signals, run.checkpoints:
+        loop = Loop(run, counters, signals)
+        follows = loop.begin()
+        while follows in (Next.STEP, Next.ROLLBACK):
+            if follows is Next.ROLLBACK:
+                loop.roll_back()
+            follows = loop.step()
+        loop.end(follows)
+    if loop.result.stopped:
+        run.log.message(f"stopped after step {loop.result.step}; to go on, run again: {this_command()}")
+    return loop.result
+
+
+class Loop:
+    """What `train` repeats, and what it does before and after."""
+
+    def __init__(self, run: Training, counters: Mapping[str, Any], signals: StopSignals) -> None:
+        self.run, self.signals = run, signals
+        self.result = TrainingResult()
+        self.result.restore(counters)
+        self.guard = Guard(run.config.guards, run.log, counters)
+        self.batches = self.guard.batches(run.batches)
+        self.pace = Pace(run.engine)
+        self.unsaved = False  # whether a step was taken since the newest checkpoint was loaded or begun
+
+    def begin(self) -> Next:
+        """Evaluate what was not evaluated yet: the model that fine-tuning starts from, or a step that was saved."""
+        run, result = self.run, self.result
+        if self.guard.must_go_back:
+            return Next.ROLLBACK
+        if run.evaluate_first and run.validation and result.step == 0:
+            held_out = evaluate(run, self.signals)
+            if held_out is None:
+                return Next.STOP
+            run.log.step({"step": 0, **held_out})
+        elif lacks_evaluation(run, result) and (self._is_told_to_stop() or not self._evaluate_saved()):
+            return Next.STOP
+        return Next.END if is_finished(run.config, result) else Next.STEP
+
+    def step(self) -> Next:
+        """Train one step; then evaluate, log and save what is due."""
+        run, result, checkpoints = self.run, self.result, self.run.checkpoints
+        record = self._train_step()
+        follows = self._judge(self._is_told_to_stop())
+        is_last = follows is Next.END
+        is_best = False
+        if follows is Next.STEP and run.validation and is_due(result.step, run.config.eval_every):
+            held_out = evaluate(run, self.signals)
+            if held_out is None:
+                follows = Next.STOP
             else:
-                run.log.step({"step": 0, **before})
-        elif lacks_evaluation(run, result):
-            signalled.hold()
-            evaluate_saved(run, result, signalled, checkpoint.latest(run.checkpoints))
-        while (guard.must_go_back or not is_finished(config, result)) and not result.stopped:
-            if guard.must_go_back:
-                go_back(run, guard, saver, result)
-            started = time.perf_counter()
-            run.watchdog.at("reading", result.step + 1)
-            with pace.reading():
-                micro_batches = local_micro_batches(engine, batches, config, result.step)
-            data_seconds = time.perf_counter() - started
-            step_result = engine.train_step(result.step, micro_batches, loss_limit=guard.loss_limit)
-            run.watchdog.at("after the step")
-            seconds = time.perf_counter() - started
-            signalled.hold()
-            result.step += 1
-            result.loss, result.validation_loss, is_best = step_result.loss, None, False
-            record = step_record(result.step, step_result, seconds, data_seconds, engine, run.flops_per_token)
-            guard.judge(result.step, step_result)
-            last = result.step == config.steps and not guard.must_go_back
-            result.stopped = engine.any_rank(bool(signalled)) and not last
-            unstopped = not result.stopped and not guard.must_go_back
-            if run.validation and unstopped and not last and is_due(result.step, config.eval_every):
-                held_out = evaluate(run, signalled)
-                if held_out is None:
-                    result.stopped = True
-                else:
-                    record |= held_out
-                    is_best = result.is_best(held_out["val_loss"])
-            run.log.step(record, follows=last and bool(run.validation))
-            if slow := pace.step(seconds):
-                rank, own, others, text = slow
-                run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
-            due = any(is_due(result.step, every) for every in (run.checkpoint.every, run.checkpoint.archive_every))
-            save = guard.may_save(due or (is_best and run.checkpoint.best))
-            if save and not last and not result.stopped and not is_finished(config, result):
-                start_save(run, guard, saver, result)
-            note_saves(run, saver, result)
+                record |= held_out
+                is_best = result.note_evaluation(held_out["val_loss"])
+                follows = self._judge()
+        run.log.step(record, follows=is_last and bool(run.validation))
+        if slow := self.pace.step(record["seconds"]):
+            rank, own, others, text = slow
+            run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
+        result.owes_archive |= is_due(result.step, checkpoints.config.archive_every)
+        due = is_due(result.step, checkpoints.config.every) or result.owes_archive
+        if self.guard.may_save(due or (is_best and checkpoints.config.best)) and follows is Next.STEP:
+            follows = self._start_save()
+        checkpoints.note_saves(result.step)
+        return follows
+
+    def roll_back(self) -> None:
+        """Load the newest good checkpoint into the engine, and go on from there with later data.
+
+        Raises MoeLmError if there is none, or the run has gone back as often as it may.
+        """
+        run, step = self.run, self.result.step
+        run.checkpoints.wait(step)
+        self.guard.check_rollback(step)
+        counters = run.checkpoints.go_back(step)
+        if counters is None:
+            why = f"{self.guard.trouble}, and there is no good checkpoint to go back to"
+            raise self.guard.give_up_error(step, why)
+        self.guard.go_back(step, counters, run.checkpoints.newest)
+        self.result.restore(counters)
+        self.unsaved = False
+        with run.watchdog.patiently("loading"):  # metrics.jsonl may be long
+            run.log.rewind(self.result.step)
+
+    def end(self, follows: Next) -> None:
+        """Save the last step, and evaluate it if it was the last of all."""
+        run, result, checkpoints = self.run, self.result, self.run.checkpoints
+        result.stopped = follows is Next.STOP
         if result.stopped:
-            run.log.event("stop", result.step, f"stopping after step {result.step}: {signalled.cause}")
-        if result.stopped or result.step > start_step:
-            saver.wait()
-            note_saves(run, saver, result)
-            state = engine.state()
-            guard.check_end(result.step, state, finished=not result.stopped)
-            run.keep_lock()
-            files = files_of_step(run, result, guard)
-            result.checkpoint = saver.save(
-                result.step,
-                state,
-                files,
-                is_over=lambda: engine.any_rank(bool(signalled)),
-                tell=lambda text: run.log.event("full_disk", result.step, f"warning: {text}"),
-            )
-            if result.step == config.steps and run.validation and not result.stopped:
-                evaluate_saved(run, result, signalled, result.checkpoint)
-            if engine.topology.is_main:
-                retain.clean(run.checkpoints, run.checkpoint)
-    if result.stopped:
-        run.log.message(f"stopped after step {result.step}; to go on, run again: {this_command()}")
-    return result
+            run.log.event("stop", result.step, f"stopping after step {result.step}: {self.signals.cause}")
+        if self.unsaved:
+            checkpoints.wait(result.step)
+            state = run.engine.state()
+            self.guard.check_end(result.step, state, finished=not result.stopped)
+            files = self._files_of_step()
+            result.checkpoint = checkpoints.save(result.step, state, files, self._is_told_to_stop)
+            if result.step == run.config.steps and run.validation and not result.stopped:
+                result.stopped = not self._evaluate_saved()
+            checkpoints.clean()
+
+    def _train_step(self) -> dict[str, Any]:
+        """Take a step; returns its record of metrics.jsonl."""
+        run, engine, result = self.run, self.run.engine, self.result
+        started = time.perf_counter()
+        run.watchdog.at("reading", result.step + 1)
+        with self.pace.reading():
+            micro_batches = local_micro_batches(engine, self.batches, run.config, result.step)
+        data_seconds = time.perf_counter() - started
+        found = engine.train_step(result.step, micro_batches, loss_limit=self.guard.loss_limit)
+        run.watchdog.at("after the step")
+        seconds = time.perf_counter() - started
+        result.note_step(found.loss)
+        self.unsaved = True
+        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token)
+        self.guard.judge(result.step, found)
+        return record
+
+    def _judge(self, stop: bool = False) -> Next:
+        """What follows the step that was taken, if some rank is told to stop or not."""
+        if is_finished(self.run.config, self.result) and not self.guard.must_go_back:
+            return Next.END
+        if stop:
+            return Next.STOP
+        return Next.ROLLBACK if self.guard.must_go_back else Next.STEP
+
+    def _is_told_to_stop(self) -> bool:
+        """Whether some rank has received a signal. After the first call, a signal no longer ends its process at once.
+
+        On no rank before all ranks have come here: one that still ended at once would be lost to those that do not.
+        """
+        stop = self.run.engine.any_rank(bool(self.signals))
+        self.signals.defer()
+        return stop
+
+    def _start_save(self) -> Next:
+        """Begin a checkpoint, unless some value of the state is not finite: then the run must go back."""
+        state = self.run.engine.state()
+        if not self.guard.is_sound(self.result.step, state):
+            return Next.ROLLBACK
+        self.run.checkpoints.start(self.result.step, state, self._files_of_step())
+        self.unsaved = False
+        return Next.STEP
+
+    def _files_of_step(self) -> dict[str, str]:
+        """The files beside the tensors that are of this step: its counters, and what becomes of the checkpoint."""
+        files = {}
+        if self.guard.trouble:
+            files[DOUBTFUL] = self.guard.trouble
+        elif self.result.owes_archive:
+            files[PINNED] = f"archived, as checkpoint.archive_every={self.run.checkpoints.config.archive_every}\n"
+            self.result.owes_archive = False
+        counters = {**self.result.counters(), "guard": self.guard.memory.model_dump()}
+        return {**files, "trainer.json": json_text(counters)}
+
+    def _evaluate_saved(self) -> bool:
+        """Evaluate the step of the newest checkpoint, and keep the loss beside it and in the log.
+
+        False if a signal came before the end.
+        """
+        held_out = evaluate(self.run, self.signals)
+        with self.run.watchdog.patiently("saving"):  # metrics.jsonl may be long
+            if held_out is not None:
+                self.result.note_evaluation(held_out["val_loss"])
+                self.run.checkpoints.note_held_out_loss(held_out["val_loss"])
+            self.run.log.amend(self.result.step, held_out or {})
+        return held_out is not None
 
 
 def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
@@ -194,7 +292,7 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     ]
 
 
-def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None:
+def evaluate(run: Training, signals: Sequence[int]) -> dict[str, float] | None:
     """The held-out `val_loss` and other figures of metrics.jsonl: means over target tokens (in nats) or pairs.
 
     None if a signal came before the end.
@@ -203,7 +301,7 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
     sums: dict[str, float] = {}
     units = 0
     for start in range(0, len(run.validation), at_once):
-        if engine.any_rank(bool(signalled)):
+        if engine.any_rank(bool(signals)):
             return None
         run.watchdog.at("evaluating")
         found = engine.evaluate(run.validation[start : start + at_once])
@@ -214,82 +312,14 @@ def evaluate(run: Training, signalled: Sequence[int]) -> dict[str, float] | None
 
 def is_finished(config: TrainConfig, result: TrainingResult) -> bool:
     """Whether all steps are done, or the held-out loss has not been lower for so long that the run ends early."""
-    return result.step >= config.steps or (config.early_stopping is not None and result.worse >= config.early_stopping)
+    patience = math.inf if config.early_stopping is None else config.early_stopping
+    return result.step >= config.steps or result.evaluations_since_best >= patience
 
 
 def lacks_evaluation(run: Training, result: TrainingResult) -> bool:
     """Whether a signal ended the evaluation of the step that this run goes on after."""
     due = result.step == run.config.steps or is_due(result.step, run.config.eval_every)
     return bool(run.validation) and result.step > 0 and due and result.validation_loss is None
-
-
-def evaluate_saved(run: Training, result: TrainingResult, signalled: Sequence[int], folder: Path | None) -> None:
-    """Evaluate the step of a checkpoint that is there already, and keep the loss beside it and in the log."""
-    held_out = evaluate(run, signalled)
-    if held_out is None:
-        result.stopped = True
-    else:
-        result.is_best(held_out["val_loss"])
-        if folder is not None and run.engine.topology.is_main:
-            retain.note_held_out_loss(folder, held_out["val_loss"])
-    run.log.amend(result.step, held_out or {})
-
-
-def report_damage(log: RunLog, found: Found, step: int) -> None:
-    """An event for every damaged checkpoint that was passed over."""
-    for name, text in found.lines.items():
-        log.event("damaged_checkpoint", step, f"warning: {text}", checkpoint=name, damage=found.damaged[name])
-
-
-def start_save(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
-    """Begin a checkpoint, unless some value of the state is not finite: then the guard wants to go back."""
-    state = run.engine.state()
-    if guard.is_sound(state):
-        run.keep_lock()
-        saver.start(result.step, state, files_of_step(run, result, guard))
-
-
-def go_back(run: Training, guard: Guard, saver: Saver, result: TrainingResult) -> None:
-    """Load the newest good checkpoint into the engine, and go on from there with later data.
-
-    Raises MoeLmError if there is none, or the run has gone back as often as it may.
-    """
-    saver.wait()
-    note_saves(run, saver, result)
-    guard.check_rollback(result.step)
-    with run.watchdog.patiently("loading"):
-        found = newest_sound(run.checkpoints, run.checkpoint.on_damage, good=True)
-        if found.folder is None:
-            raise guard.stop(result.step, f"{guard.trouble}, and there is no good checkpoint to go back to")
-        counters = run.reload(found.folder)
-        report_damage(run.log, found, result.step)
-        if run.engine.topology.is_main:
-            retain.drop_after(run.checkpoints, counters["step"])
-    guard.go_back(result.step, counters, found.folder if run.engine.topology.is_main else None)
-    result.take(counters)
-    run.log.rewind(result.step)
-
-
-def files_of_step(run: Training, result: TrainingResult, guard: Guard) -> dict[str, str]:
-    """The files beside the tensors, with the counters of this step."""
-    files = {**run.files, "trainer.json": json_text({**result.counters(), "guard": guard.memory.model_dump()})}
-    if guard.trouble:
-        files[checkpoint.DOUBTFUL] = guard.trouble
-    elif is_due(result.step, run.checkpoint.archive_every):
-        files[checkpoint.PINNED] = f"archived, as checkpoint.archive_every={run.checkpoint.archive_every}\n"
-    return files
-
-
-def note_saves(run: Training, saver: Saver, result: TrainingResult) -> None:
-    """Take note of finished saves. A failed one, as on a full disk, does not end a run that has steps left."""
-    for step, folder, error, given_up in saver.outcomes():
-        if given_up:
-            text = f"warning: the disk is full: gave up {', '.join(given_up)} for the checkpoint of step {step}"
-            run.log.event("full_disk", result.step, text)
-        if error is None:
-            result.checkpoint = folder
-        else:
-            run.log.event("failed_save", step, f"warning: no checkpoint at step {step}: {error}; training goes on")
 
 
 def is_due(step: int, every: int) -> bool:

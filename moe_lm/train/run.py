@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,10 +33,11 @@ from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog, agree
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.alarms import Alarms
+from moe_lm.train.checkpoints import Checkpoints, load, report_damage
 from moe_lm.train.folder import RunFolder
-from moe_lm.train.guards import with_new_settings, with_note
+from moe_lm.train.guards import with_new_settings
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
-from moe_lm.train.loop import MEASURED_LATER, Training, TrainingResult, report_damage, train
+from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
@@ -107,11 +107,11 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
     """Hold the run folder and keep this rank's log."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with meeting.lost_ranks_named():
-            Ranks().first(partial(hold, folder, held), (MoeLmError,))  # refused on every rank alike
-        held.enter_context(rank_log(meeting.topology, config.run_dir))
-        held.enter_context(meeting.lost_ranks_named())
+            Ranks().first(partial(enter, folder, stack), (MoeLmError,))  # refused on every rank alike
+        stack.enter_context(rank_log(meeting.topology, config.run_dir))
+        stack.enter_context(meeting.lost_ranks_named())
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
         changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
@@ -121,8 +121,8 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
         yield Claim(folder, found, changes)
 
 
-def hold(folder: RunFolder, held: ExitStack) -> None:
-    held.enter_context(folder)
+def enter(folder: RunFolder, stack: ExitStack) -> None:
+    stack.enter_context(folder)
 
 
 def with_start_in(recipe: Recipe, newest: Path | None) -> Recipe:
@@ -163,7 +163,7 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
         batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
     watchdog.at("loading")
-    counters = load_step(engine, newest)
+    counters = load(engine, newest)
     note_start(counters.get("step", 0))
     return counters
 
@@ -187,7 +187,7 @@ def train_and_log(
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
         if changes or not start_step:
-            log.sound(alarms.at_start(start_step))
+            log.emit(alarms.at_start(start_step))
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
         training = Training(
@@ -195,28 +195,33 @@ def train_and_log(
             batches=recipe.batches,
             validation=list(recipe.validation),
             config=config.train,
-            checkpoint=config.checkpoint,
-            checkpoints=folder.checkpoints,
+            checkpoints=Checkpoints(
+                folder.checkpoints,
+                config.checkpoint,
+                engine,
+                log,
+                files=files_of_run(recipe),
+                keep_lock=lambda: Ranks().first(folder.keep_lock, (MoeLmError,)),
+                watchdog=watchdog,
+            ),
             log=log,
-            watchdog=watchdog,
-            files=files_of_run(recipe),
-            keep_lock=lambda: Ranks().first(folder.keep_lock, (MoeLmError,)),
-            evaluate_first=recipe.start is not None,
             flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
-            reload=partial(load_step, engine),
+            evaluate_first=recipe.start is not None,
+            watchdog=watchdog,
         )
         result = train(training, counters)
         if not result.stopped:
-            for line in last_words(recipe, result):
+            for line in closing_lines(recipe, result):
                 log.message(line)
         return result
 
 
-def last_words(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
+def closing_lines(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
     """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
     train, run_dir = recipe.config.train, recipe.config.run_dir
     if result.step < train.steps:
-        yield f"ended early after step {result.step}: {result.worse} evaluations without a lower held-out loss"
+        count = result.evaluations_since_best
+        yield f"ended early after step {result.step}: {count} evaluations without a lower held-out loss"
     if result.best is not None:
         folder = run_dir / "checkpoints" / f"step-{result.best.step:08d}"
         kept = folder if folder.is_dir() else "its checkpoint was not kept; checkpoint.best=true keeps it"
@@ -234,30 +239,6 @@ def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
             "data_left_out", step, f"warning: {loss}", source=loss.folder.name, split=loss.split,
             shards=sorted(loss.damage), tokens=loss.tokens, share=loss.tokens / loss.of_tokens,
         )  # fmt: skip
-
-
-def load_step(engine: Engine, folder: Path | None) -> dict[str, Any]:
-    """Load a checkpoint, verified before, into the engine and return its trainer.json; empty without one."""
-    if folder is None:
-        return {}
-    state = engine.state()
-    read.load(folder, state, verified=True)
-    engine.load_state(state)
-    return with_note(folder, read_counters(folder))
-
-
-def read_counters(folder: Path) -> dict[str, Any]:
-    """The trainer.json of a checkpoint. Raises MoeLmError unless it is of the folder's step."""
-    try:
-        counters = json.loads(checkpoint.read_text(folder, "trainer.json"))
-        step = int(counters["step"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, MoeLmError):
-            raise
-        raise MoeLmError(f"{folder}/trainer.json does not say how many steps were done; copy it again") from error
-    if step != checkpoint.step_of(folder):
-        raise MoeLmError(f"{folder}/trainer.json is of step {step}; expected the folder's; copy the checkpoint again")
-    return {**counters, "step": step, MEASURED_LATER: Ranks().first(lambda: retain.noted(folder), ())}
 
 
 def files_of_run(recipe: Recipe) -> dict[str, str]:

@@ -20,10 +20,10 @@ from tests.processes import ENVIRONMENT, ROOT, Start, hears_signals, wait_until
 WAITING = (
     "import sys, time\n"
     "from moe_lm.common.signals import stop_signals\n"
-    "with stop_signals() as signalled:\n"
+    "with stop_signals() as signals:\n"
     "    print('ready', flush=True)\n"
-    "    while not signalled: time.sleep(0.01)\n"
-    "    print(*signalled, flush=True)\n"
+    "    while not signals: time.sleep(0.01)\n"
+    "    print(*signals, flush=True)\n"
     "    time.sleep(600)\n"
 )
 NOTHING_TO_SAVE = "stopped before the first step; nothing to save\n"
@@ -143,7 +143,7 @@ def test_a_signal_is_heard_within_a_long_call_of_a_library() -> None:
     ("inside", "code", "said"),
     [
         ("", 75, NOTHING_TO_SAVE),
-        ("with stop_signals() as signalled: signalled.hold()", 75, "stopped after the last save\n"),
+        ("with stop_signals() as signals: signals.defer()", 75, "stopped after the last save\n"),
         ("with suppress(OSError), stop_signals(): raise OSError", 143, ""),
     ],
 )
@@ -167,7 +167,7 @@ def test_the_first_step_ends_at_once_and_the_next_is_finished() -> None:
     program = WAITING.replace("with stop", "with ended_at_once(), stop").replace(
         "import stop", "import ended_at_once, stop"
     )
-    for hold, code in (("", 75), ("    signalled.hold()\n", None)):
+    for hold, code in (("", 75), ("    signals.defer()\n", None)):
         with subprocess.Popen(
             [sys.executable, "-c", program.replace("    print('ready'", f"{hold}    print('ready'")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT,

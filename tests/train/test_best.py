@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 from moe_lm.checkpoint import checkpoint, retain
 from moe_lm.data.batches import BatchSource
 from moe_lm.train import loop
-from tests.loops import LoopRun, Watched
+from tests.loops import LoopRun, Watched, sigterm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Losses = Callable[[LoopRun, list[float]], None]
@@ -78,18 +76,19 @@ def test_a_run_ends_early_when_the_held_out_loss_stays_higher(
 ) -> None:
     """Also when it is interrupted on the way: the evaluation that a signal forestalled is made up for."""
 
-    def at(step: int) -> None:
-        if step == stopped_in:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    run = LoopRun(tmp_path, Watched(ragged, at), eval_every=1, early_stopping=2)
+    run = LoopRun(
+        tmp_path,
+        Watched(ragged, lambda step: sigterm() if step == stopped_in else None),
+        eval_every=1,
+        early_stopping=2,
+    )
     held_out(run, [5, 3, 4, 4, 1, 1])
     result = run()
     if stopped_in is not None:
         assert (result.step, result.stopped) == (stopped_in + 1, True)
         run.source = ragged
         result = run()
-    assert (result.step, result.stopped, result.best, result.worse) == (4, False, (2, 3), 2)
+    assert (result.step, result.stopped, result.best, result.evaluations_since_best) == (4, False, (2, 3), 2)
     assert [record["val_loss"] for record in run.records] == [5, 3, 4, 4]
     result = run()
     assert (result.step, result.stopped) == (4, False)

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from moe_lm.checkpoint import checkpoint, retain
 from moe_lm.checkpoint.recovery import newest_sound
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import this_command
-from moe_lm.common.signals import STOP_SIGNALS
+from moe_lm.common.signals import STOP_SIGNALS, StopSignals
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.engine.engine import Engine
 from moe_lm.objective.training_loss import num_targets
 from moe_lm.parallel.topology import Topology
+from moe_lm.train import loop
+from moe_lm.train.checkpoints import load
 from moe_lm.train.loop import local_micro_batches
-from moe_lm.train.run import load_step
 from tests.loops import LoopRun, Watched
 from tests.tiny import engine_of, tiny_model
 
@@ -293,6 +295,35 @@ def test_one_rank_with_a_signal_stops_all(tmp_path: Path, ragged: BatchSource, m
     assert run.checkpoints == ["step-00000003"]
 
 
+def test_a_signal_in_a_made_up_evaluation_leaves_its_checkpoint_as_it_is(tmp_path: Path, ragged: BatchSource) -> None:
+    """It was pinned since, and has nothing new to hold."""
+    run = LoopRun(tmp_path, ragged, validation=HeldOut(ragged, stop_at(1)), eval_every=2)
+    assert run().step == 2
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    checkpoint.pin(folder, "the base of adapters")
+    written = (folder / "COMPLETE").stat().st_mtime_ns
+    result = run()
+    assert (result.step, result.stopped) == (2, True)
+    assert (folder / "PINNED").is_file()
+    assert (folder / "COMPLETE").stat().st_mtime_ns == written
+
+
+def test_a_signal_ends_the_process_at_once_until_all_ranks_have_done_a_step(
+    tmp_path: Path, ragged: BatchSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a rank within its first step ends at once, and is lost to one that is past it and waits for it."""
+    received, deferred = StopSignals(), []
+
+    def any_rank(_: Engine, flag: bool) -> bool:
+        deferred.append(received.deferred)
+        return flag
+
+    monkeypatch.setattr(loop, "stop_signals", lambda: nullcontext(received))
+    monkeypatch.setattr(Engine, "any_rank", any_rank)
+    LoopRun(tmp_path, ragged, validation=[], steps=3)()
+    assert deferred == [False, True, True]
+
+
 # Rows and ranks
 
 
@@ -331,7 +362,7 @@ def test_the_random_state_is_part_of_a_checkpoint(tmp_path: Path, ragged: BatchS
 def test_resume_without_a_checkpoint_begins_at_0(tmp_path: Path, ragged: BatchSource) -> None:
     run = LoopRun(tmp_path, ragged)
     run()
-    assert load_step(run.engine, newest_sound(tmp_path / "nowhere").folder) == {}
+    assert load(run.engine, newest_sound(tmp_path / "nowhere").folder) == {}
     (tmp_path / "checkpoints" / "step-00000006" / checkpoint.COMPLETE).unlink()
     with pytest.raises(MoeLmError, match=r"no checkpoint in .* is sound"):
-        run()
+        load(run.engine, newest_sound(tmp_path / "checkpoints").folder)

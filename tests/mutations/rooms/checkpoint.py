@@ -246,9 +246,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a rollback ignores checkpoint.on_damage",
-        "train/loop.py",
-        "newest_sound(run.checkpoints, run.checkpoint.on_damage, good=True)",
-        "newest_sound(run.checkpoints, good=True)",
+        "train/checkpoints.py",
+        "newest_sound(self.folder, self.config.on_damage, good=True)",
+        "newest_sound(self.folder, good=True)",
         "train/test_rollbacks.py::test_by_choice_damage_that_a_rollback_finds_ends_the_run",
     ),
     # Reading
