@@ -13,14 +13,17 @@ Each rank writes, hashes and verifies a share of the files (write.py), and a che
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,14 @@ REPLACED, DAMAGED = ".replaced", ".damaged"
 STEP_NAME = re.compile(r"step-(\d{8,})((?:\.replaced|\.damaged)?(?:\.tmp)?)")
 
 
+# What an OSError says of the checkpoint. Any other, like EIO or EACCES, is of the storage, and may be over soon.
+OF_THE_CHECKPOINT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class UnreadableError(MoeLmError):
+    """A file cannot be read, and nothing says that it is damaged."""
+
+
 def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by the subfolder that holds them."""
     parts: dict[str, dict[str, Tensor]] = {}
@@ -57,14 +68,16 @@ def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def resolve(path: Path) -> Path:
-    """The complete checkpoint that a user means by a run folder or by a checkpoint in it, or UsageError."""
+    """The complete checkpoint that a user means by a run folder or by a checkpoint in it, or UsageError.
+
+    A doubtful one is taken too, with a warning on stderr.
+    """
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; give a run folder or a checkpoint in it")
-    if (path / COMPLETE).is_file():
-        return path
-    newest = latest(path / "checkpoints")
-    if newest is not None:
-        return newest
+    found = path if (path / COMPLETE).is_file() else latest(path / "checkpoints")
+    if found is not None:
+        _warn_of_doubt(found)
+        return found
     if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         raise _incomplete(path)
     raise UsageError(
@@ -95,7 +108,17 @@ def previous_sound(folder: Path) -> Path | None:
     match = STEP_NAME.fullmatch(folder.name)
     complete = complete_checkpoints(folder.parent) if match else {}
     older = [complete[step] for step in sorted(complete, reverse=True) if match and step < int(match[1])]
-    return next((path for path in older if damage_of(path) is None), None)
+    return next((path for path in older if _is_sound(path)), None)
+
+
+@cache  # a verb may look for it more than once
+def _warn_of_doubt(folder: Path) -> None:
+    if (folder / DOUBTFUL).is_file():
+        complete = complete_checkpoints(folder.parent)
+        good = [complete[step] for step in good_steps(complete)]
+        why = (folder / DOUBTFUL).read_text(encoding="utf-8", errors="replace").strip()
+        advice = f"the newest good one is {good[-1]}" if good else "no good one is beside it"
+        print(f"warning: {folder} is doubtful: {why}; {advice}", file=sys.stderr)
 
 
 # Verify
@@ -105,7 +128,7 @@ def verify(folder: Path, part: str = "", share: slice = slice(None)) -> list[str
     """Read back size and checksum of every file, or of one file or subfolder; returns the names of these files.
 
     `share` selects the files to verify, in the manifest's order; other ranks verify the rest. Raises UsageError for a
-    checkpoint without COMPLETE, MoeLmError naming the first file that is not as written.
+    checkpoint without COMPLETE, MoeLmError naming the first file that is not as written or cannot be read.
     """
     if not (folder / COMPLETE).is_file():
         raise _incomplete(folder)
@@ -121,11 +144,14 @@ def damage_of(folder: Path, part: str = "", share: slice = slice(None)) -> str |
 
 
 def damages(folder: Path, part: str = "", share: slice = slice(None)) -> list[str]:
-    """Every file that is not as it was written, and how. Arguments as of `verify`."""
+    """Every file that is not as it was written, and how. Arguments as of `verify`.
+
+    Raises UnreadableError if one cannot be read.
+    """
     try:
         manifest = read_manifest(folder)
     except (OSError, ValueError, TypeError) as error:
-        return [f"{MANIFEST} {reason(error)}"]
+        return [f"{MANIFEST} {_damage_that_shows_in(error, folder, MANIFEST)}"]
     names = _names_in(manifest, part)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
@@ -222,8 +248,17 @@ def _damage_in(folder: Path, name: str, entry: Entry) -> str | None:
             return f"{name} leads out of the checkpoint or through a symbolic link"
         damage = damage_in(path, entry)
     except (OSError, ValueError, TypeError, KeyError) as error:  # unreadable, or a manifest that no `save` wrote
-        return f"{name} cannot be checked ({reason(error)})"
+        return f"{name} cannot be checked ({_damage_that_shows_in(error, folder, name)})"
     return None if damage is None else f"{name} {damage}"
+
+
+def _damage_that_shows_in(error: Exception, folder: Path, name: str) -> str:
+    if isinstance(error, OSError) and error.errno not in OF_THE_CHECKPOINT:
+        raise UnreadableError(
+            f"{folder / name} cannot be read: {error.strerror}; try again when the storage answers, or move {folder} "
+            "away to do without it"
+        ) from error
+    return reason(error)
 
 
 def _damaged(folder: Path, damage: str) -> MoeLmError:
@@ -252,8 +287,14 @@ def good_steps(complete: Mapping[int, Path]) -> list[int]:
     return [step for step in sorted(complete) if not (complete[step] / DOUBTFUL).is_file()]
 
 
+def _is_sound(folder: Path) -> bool:
+    with suppress(UnreadableError):
+        return damage_of(folder) is None
+    return False
+
+
 def _is_readable(folder: Path) -> bool:
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, UnreadableError):
         names = [name for name in read_manifest(folder) if not name.startswith((f"{MODEL}/", f"{OPTIMIZER}/"))]
         return all(damage_of(folder, name) is None for name in names)
     return False

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, REPLACED
+from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, REPLACED, UnreadableError
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import OnDamage
 from moe_lm.parallel.process_group import Ranks
 
 WHY = "DAMAGED"  # a file in a checkpoint that was moved aside: how it is damaged
 KEEP_DAMAGED = 3
+RETRIES, RETRY_SECONDS = 3, 2.0  # for a file that cannot be read
 
 
 class Found(NamedTuple):
@@ -39,8 +41,8 @@ def newest_sound(
     """The newest checkpoint that verifies, the same for every rank; every rank calls this and verifies a share.
 
     Of `good` ones alone if asked; doubtful ones are passed over and stay. Damaged ones after it are moved aside; at
-    most KEEP_DAMAGED of them are kept. Raises MoeLmError when a rank does not see what rank 0 sees, when none is sound
-    though there are some, and for `stop` when a newer one is damaged.
+    most KEEP_DAMAGED of them are kept. Raises MoeLmError when a rank does not see what rank 0 sees, when a file still
+    cannot be read after RETRIES, when none is sound though there are some, and for `stop` when a newer one is damaged.
     """
     ranks = ranks or Ranks()
     damaged: dict[str, str] = {}
@@ -74,7 +76,12 @@ def _damage_of(folder: Path, is_complete: bool, ranks: Ranks) -> str | None:
                 f"rank {ranks.rank} does not see the checkpoint {folder} that rank 0 goes on from; set run_dir to a "
                 "folder that all hosts share"
             )
-        return checkpoint.damage_of(folder, share=slice(ranks.rank, None, ranks.size))
+        share = slice(ranks.rank, None, ranks.size)
+        for _ in range(RETRIES):
+            with suppress(UnreadableError):
+                return checkpoint.damage_of(folder, share=share)
+            time.sleep(RETRY_SECONDS)
+        return checkpoint.damage_of(folder, share=share)
 
     return next((found for found in ranks.each(look, (MoeLmError,)) if found is not None), None)
 

@@ -96,10 +96,13 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until no save is under way. Raises its error, except a MoeLmError, which `outcomes` tells."""
+        with self.watchdog.patiently("saving"):  # also when there is nothing to wait for: other ranks may have to
+            self._end()
+
+    def _end(self) -> None:
         if self._under_way is not None:
             (step, outcome), self._under_way = self._under_way, None
-            with self.watchdog.patiently("saving"):
-                error = outcome.exception()
+            error = outcome.exception()
             if error is not None and not isinstance(error, MoeLmError):
                 raise error
             given_up, self._given_up = tuple(self._given_up), []
@@ -108,7 +111,7 @@ class Saver:
     def outcomes(self) -> list[Saved]:
         """The outcomes of the saves that have ended since the last call; raises as `wait` does."""
         if self._under_way is not None and self._under_way[1].done():
-            self.wait()
+            self._end()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 

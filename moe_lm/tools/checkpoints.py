@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_lm.checkpoint import checkpoint, recovery, retain
-from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, MODEL, OPTIMIZER, PINNED
+from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, MODEL, OPTIMIZER, PINNED, UnreadableError
 from moe_lm.checkpoint.read import CheckpointTensors
 from moe_lm.checkpoint.safetensors_file import as_bytes, pieces_of
 from moe_lm.common.errors import MoeLmError, UsageError
@@ -93,7 +93,12 @@ def _listed(folder: Path, step: int, suffix: str, best: bool) -> Listed:
 
 
 def verify(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every file that is not as it was written, in a checkpoint or in each of a run's."""
+    """Every file that is not as it was written, in a checkpoint or in each of a run's.
+
+    Raises UsageError for a folder that is not there or holds no checkpoint.
+    """
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}; give a run folder or a checkpoint in it")
     if (path / COMPLETE).is_file() or checkpoint.STEP_NAME.fullmatch(path.name):
         folders = [path]
     else:
@@ -102,7 +107,10 @@ def verify(path: Path) -> Iterator[tuple[Path, list[str]]]:
     if not folders:
         raise UsageError(f"{path} has no checkpoint; give a run folder or a checkpoint in it")
     for folder in folders:
-        yield folder, checkpoint.damages(folder)
+        try:
+            yield folder, checkpoint.damages(folder)
+        except UnreadableError as error:
+            yield folder, [str(error)]
 
 
 # Diff

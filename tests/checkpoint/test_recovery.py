@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moe_lm.checkpoint import checkpoint, retain, write
+from moe_lm.checkpoint import checkpoint, recovery, retain, write
 from moe_lm.checkpoint.recovery import KEEP_DAMAGED, newest_sound
+from moe_lm.common import integrity
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from tests.checkpoint.conftest import state_of
@@ -54,6 +57,39 @@ def test_the_newest_sound_one_is_taken_and_the_damaged_one_moved_aside(
     (line,) = found.lines.values()
     assert line.startswith("the checkpoint step-00001000 is damaged: ")
     assert line.endswith("it is now step-00001000.damaged, and training goes on from step-00000500")
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes so many reads of files fail with an error of the storage."""
+    checksum_of, left = integrity.checksum_of, []
+
+    def failing(path: Path, kind: str) -> str:
+        if left:
+            error = left.pop()
+            raise OSError(error, os.strerror(error), str(path))
+        return checksum_of(path, kind)
+
+    monkeypatch.setattr(integrity, "checksum_of", failing)
+    monkeypatch.setattr(recovery, "RETRY_SECONDS", 0.01)
+    return lambda error, times: left.extend([error] * times)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_read_that_fails_once_is_tried_again(
+    checkpoints: Path, newest: Path, unreadable: Callable[[int, int], None], error: int
+) -> None:
+    unreadable(error, 1)
+    assert newest_sound(checkpoints) == (newest, {})
+
+
+def test_a_read_that_goes_on_failing_is_no_damage(
+    checkpoints: Path, newest: Path, unreadable: Callable[[int, int], None]
+) -> None:
+    unreadable(errno.EIO, 99)
+    with pytest.raises(MoeLmError, match=r"step-00001000/.* cannot be read: Input/output error; .* move .* away"):
+        newest_sound(checkpoints)
+    assert names(checkpoints) == ["step-00000500", "step-00001000"]
 
 
 def test_a_sound_newest_is_taken_and_nothing_moved(checkpoints: Path, newest: Path) -> None:

@@ -19,6 +19,7 @@ from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.data.batches import BatchSource
+from moe_lm.parallel.watch import Watchdog
 from tests.loops import LoopRun, Watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +106,39 @@ def test_a_second_save_waits_for_the_first_and_old_ones_go(tmp_path: Path, disk:
     assert (disk.saves, disk.most_writers) == (4, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
     assert torch.equal(loaded(folder)["step"], torch.tensor(4))
+
+
+class Places(Watchdog):
+    """Counts the places that a rank goes through, as the watchdogs of all ranks compare them."""
+
+    moves = 0
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        self.moves += 1
+
+
+def test_a_rank_goes_through_the_same_places_whenever_its_save_ends(tmp_path: Path, disk: Disk) -> None:
+    """The save of one rank has ended when outcomes are asked for, that of another only when all wait for it."""
+    disk.free.set()
+    moves = []
+    for ends_early in (True, False):
+        watchdog = Places()
+        with Saver(tmp_path / str(ends_early), in_background(), watchdog) as saver:
+            if not ends_early:
+                disk.free.clear()
+            saver.start(1, state_of(1), {})
+            if ends_early:
+                while not saver.outcomes():
+                    time.sleep(0.01)
+            else:
+                assert saver.outcomes() == []
+            training = watchdog.moves  # both train on from here
+            disk.free.set()
+            saver.start(2, state_of(2), {})
+            saver.save(3, state_of(3), {})
+        moves.append((training, watchdog.moves))
+    assert moves[0] == moves[1]
+    assert 0 < moves[0][0] < moves[0][1]
 
 
 def test_an_error_of_the_writing_thread_is_told(tmp_path: Path, disk: Disk) -> None:

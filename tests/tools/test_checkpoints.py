@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, retain, write
 from moe_lm.checkpoint.recovery import newest_sound
+from moe_lm.common import integrity
 from moe_lm.train.folder import RunFolder
 
 MoeLm = Callable[..., Any]
@@ -127,6 +129,32 @@ def test_diff_of_a_damaged_checkpoint_is_an_error(tmp_path: Path, moe_lm: MoeLm)
     done = moe_lm("checkpoint", "diff", one, other)
     assert (done.code, done.out) == (2, "")
     assert f"{other} is damaged: {MODEL_FILE} does not have" in done.err
+
+
+def test_verify_of_a_checkpoint_that_is_not_there_is_misuse(run: Path, moe_lm: MoeLm) -> None:
+    absent = run / "checkpoints" / "step-00000099"
+    done = moe_lm("checkpoint", "verify", absent)
+    assert (done.code, done.out) == (2, "")
+    assert f"there is no folder {absent}" in done.err
+
+
+def test_a_verb_that_uses_a_doubtful_checkpoint_says_so(run: Path, moe_lm: MoeLm) -> None:
+    doubtful = save(run, 7)
+    (doubtful / checkpoint.DOUBTFUL).write_text("the last step was skipped\n")
+    done = moe_lm("checkpoint", "diff", run, run / "checkpoints" / "step-00000005")
+    (line,) = done.err.splitlines()
+    good = run / "checkpoints" / "step-00000005"
+    assert line == f"warning: {doubtful} is doubtful: the last step was skipped; the newest good one is {good}"
+
+
+def test_verify_names_a_file_that_cannot_be_read(run: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path, kind: str) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(integrity, "checksum_of", failing)
+    done = moe_lm("checkpoint", "verify", run / "checkpoints" / "step-00000005")
+    assert done.code == 1
+    assert "cannot be read: Input/output error" in done.out + done.err
 
 
 def test_prune_keeps_the_newest_the_best_and_pinned_ones(run: Path, moe_lm: MoeLm) -> None:

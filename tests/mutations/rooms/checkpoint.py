@@ -141,9 +141,23 @@ MUTATIONS = (
     Mutation(
         "a rank verifies the share of another",
         "checkpoint/recovery.py",
-        "share=slice(ranks.rank, None, ranks.size))",
-        "share=slice(0, None, ranks.size))",
+        "        share = slice(ranks.rank, None, ranks.size)\n",
+        "        share = slice(0, None, ranks.size)\n",
         OVER_RANKS,
+    ),
+    Mutation(
+        "a file that cannot be read is taken for damage",
+        "checkpoint/checkpoint.py",
+        "    if isinstance(error, OSError) and error.errno not in OF_THE_CHECKPOINT:\n",
+        "    if False:\n",
+        "checkpoint/test_recovery.py::test_a_read_that_goes_on_failing_is_no_damage",
+    ),
+    Mutation(
+        "a rank whose save has ended goes through fewer places",
+        "checkpoint/saver.py",
+        "            self._end()\n        outcomes,",
+        "            self.wait()\n        outcomes,",
+        "checkpoint/test_saver.py::test_a_rank_goes_through_the_same_places_whenever_its_save_ends",
     ),
     Mutation(
         "the manifest is believed without COMPLETE's checksum",
