@@ -1,6 +1,6 @@
 """A soak: one run over two expert-parallel ranks, interrupted 200 times, against the same run that nothing interrupts.
 
-    python eval/studies/soak.py [--interruptions 200] [--steps 2500] [--seed 1] [--out eval/results/soak.json]
+    python eval/studies/soak.py [--interruptions 200] [--steps 1600] [--seed 1] [--out eval/results/soak.json]
 
 Interruptions are drawn at random: SIGKILL of a rank or of both at any moment and inside a save, SIGTERM, SIGINT,
 SIGSTOP for a while or until the other rank gives up, a full disk, and a bit flipped in the newest checkpoint after a
@@ -88,12 +88,12 @@ class Run:
             found = [json.loads(line) for line in stream.read().splitlines()[:-1] if line.startswith(b'{"step"')]
         return max((line["step"] for line in found if "loss" in line and "event" not in line), default=0)
 
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+    def until(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+        deadline = time.monotonic() + seconds
         while not condition() and not self.ended:
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                raise SystemExit(f"waited {PATIENCE} s for {what}")
+                raise SystemExit(f"waited {seconds} s for {what}")
             time.sleep(0.005)
 
     def signal(self, number: int, ranks: tuple[int, ...] = (0, 1)) -> None:
@@ -101,8 +101,8 @@ class Run:
             if self.ranks[rank].poll() is None:
                 self.ranks[rank].send_signal(number)
 
-    def wait(self) -> list[int]:
-        self.until(lambda: self.ended, "the ranks to end")
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
+        self.until(lambda: self.ended, "the ranks to end", seconds)
         codes = [rank.wait() for rank in self.ranks]
         self.codes[str(codes)] += 1
         return codes
@@ -177,7 +177,7 @@ def soak(run: Run, interruptions: int, draw: random.Random, kinds: dict[str, int
         print(f"{sum(done.values()):4} {kind:15} step {run.steps()}", flush=True)
         if run.ended:
             run.start()
-    while (codes := run.wait()) != [0, 0]:
+    while run.wait(seconds=3600) != [0, 0]:
         run.start()
     return done
 
@@ -206,7 +206,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--interruptions", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "eval" / "results" / "soak.json")
     arguments = parser.parse_args()
@@ -232,7 +232,7 @@ def main() -> None:
 def compare(folder: Path, config: Path, arguments: argparse.Namespace, kinds: dict[str, int]) -> dict[str, Any]:
     undisturbed = Run(folder / "undisturbed", config, arguments.steps)
     undisturbed.start()
-    if undisturbed.wait() != [0, 0]:
+    if undisturbed.wait(seconds=3600) != [0, 0]:
         raise SystemExit((folder / "undisturbed-rank0.txt").read_text())
     run = Run(folder / "run", config, arguments.steps)
     begun = time.monotonic()
