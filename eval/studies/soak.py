@@ -1,11 +1,14 @@
 """A soak: one run over two expert-parallel ranks, interrupted 200 times, against the same run that nothing interrupts.
 
-    python eval/studies/soak.py [--interruptions 200] [--steps 1600] [--seed 1] [--out eval/results/soak.json]
+    python -m eval.studies.soak [--interruptions 200] [--steps 1600] [--seed 1] [--preloaded] [--out FILE]
 
 Interruptions are drawn at random: SIGKILL of a rank or of both at any moment and inside a save, SIGTERM, SIGINT,
 SIGSTOP for a while or until the other rank gives up, a full disk, and a bit flipped in the newest checkpoint after a
 kill. The same command starts the ranks again, and nobody else touches the run folder. At the end every step must be in
 metrics.jsonl once, with the loss of the uninterrupted run to the bit, and every tensor of the last checkpoint equal.
+
+Most of a start is Python's imports. With --preloaded the ranks are forked from a process that has imported the program,
+and run the same command from there.
 
 The folder of checkpoints is a small file system of its own, so that its disk can be full; without the right to mount
 one, that kind is left out and the result says so.
@@ -19,7 +22,6 @@ import os
 import platform
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_lm.checkpoint import checkpoint
+from tests.faults.nursery import Nursery, Started
+from tests.processes import ENVIRONMENT, free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
 DISK_MB = 40
@@ -48,31 +52,27 @@ PATIENCE = 180  # seconds for anything that must happen
 class Run:
     """Two ranks in one folder, started by one command."""
 
-    def __init__(self, folder: Path, config: Path, steps: int) -> None:
-        self.folder, self.ranks, self.codes = folder, [], Counter[str]()
+    def __init__(self, folder: Path, config: Path, steps: int, nursery: Nursery | None) -> None:
+        self.folder, self.nursery, self.codes = folder, nursery, Counter[str]()
+        self.ranks: list[subprocess.Popen[bytes] | Started] = []
         self.command = [
-            sys.executable, "-m", "moe_lm", "pretrain", str(config), f"run_dir={folder}", f"train.steps={steps}",
+            "pretrain", str(config), f"run_dir={folder}", f"train.steps={steps}",
             "checkpoint.every=10", "checkpoint.keep=3", "train.eval_every=500", "train.micro_batch_size=2",
             "parallel.engine=deepspeed", "parallel.expert_parallel_size=2", "parallel.timeout_seconds=15",
         ]  # fmt: skip
 
     def start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = free_port()
         self.ranks = []
-        for rank in ("0", "1"):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for rank in (0, 1):
+            place = rank_environment(rank, 2, port)
+            if self.nursery is not None:
+                self.ranks.append(self.nursery.start(*self.command, **place))
+                continue
             with (self.folder.parent / f"{self.folder.name}-rank{rank}.txt").open("a") as output:
+                command = [sys.executable, "-m", "moe_lm", *self.command]
                 self.ranks.append(
-                    subprocess.Popen(self.command, stdout=output, stderr=output, env=os.environ | more | place)
+                    subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT | place)
                 )
 
     @property
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--interruptions", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--preloaded", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "eval" / "results" / "soak.json")
     arguments = parser.parse_args()
     kinds = dict(KINDS)
@@ -221,7 +222,8 @@ def main() -> None:
         if not mounted:
             kinds.pop("full disk")
         try:
-            result = compare(folder, config, arguments, kinds)
+            nursery = Nursery(folder) if arguments.preloaded else None
+            result = compare(folder, config, arguments, kinds, nursery)
         finally:
             if mounted:
                 subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -229,12 +231,14 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def compare(folder: Path, config: Path, arguments: argparse.Namespace, kinds: dict[str, int]) -> dict[str, Any]:
-    undisturbed = Run(folder / "undisturbed", config, arguments.steps)
+def compare(
+    folder: Path, config: Path, arguments: argparse.Namespace, kinds: dict[str, int], nursery: Nursery | None
+) -> dict[str, Any]:
+    undisturbed = Run(folder / "undisturbed", config, arguments.steps, nursery)
     undisturbed.start()
     if undisturbed.wait(seconds=3600) != [0, 0]:
-        raise SystemExit((folder / "undisturbed-rank0.txt").read_text())
-    run = Run(folder / "run", config, arguments.steps)
+        raise SystemExit("the undisturbed run failed")
+    run = Run(folder / "run", config, arguments.steps, nursery)
     begun = time.monotonic()
     done = soak(run, arguments.interruptions, random.Random(arguments.seed), kinds)
     expected, found = losses(undisturbed.folder), losses(run.folder)
@@ -243,6 +247,7 @@ def compare(folder: Path, config: Path, arguments: argparse.Namespace, kinds: di
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "steps": arguments.steps,
+        "preloaded": arguments.preloaded,
         "seed": arguments.seed,
         "interruptions": dict(done),
         "interruptions_in_all": sum(done.values()),

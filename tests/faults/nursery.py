@@ -19,7 +19,10 @@ from typing import Any
 
 from tests.processes import ENVIRONMENT, ROOT
 
-PRELOADED = ("moe_lm.cli.main", "moe_lm.train.pretrain", "moe_lm.train.finetune", "moe_lm.generate.sample")
+PRELOADED = (
+    "moe_lm.cli.main", "moe_lm.train.pretrain", "moe_lm.train.finetune", "moe_lm.generate.sample",
+    "moe_lm.engine.torch_engine",
+)  # fmt: skip
 
 
 class Nursery:
