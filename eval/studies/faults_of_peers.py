@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 HERE = Path(__file__).parent
 PEERS = {"dcp": "torch", "deepspeed": "deepspeed", "trainer": "transformers"}
 STEPS = 40
@@ -229,7 +231,11 @@ def one_nan(peer: Peer) -> dict[str, Any]:
     """Row 18: the inputs of step 12 are NaN."""
     folder = peer.folder("nan")
     code, _ = peer.ran(folder, POISON="12-12")
-    return {"exit_code": code, "losses_not_a_number": sum(loss != loss for loss in peer.losses(folder).values())}
+    result = {"exit_code": code, "losses_not_a_number": sum(loss != loss for loss in peer.losses(folder).values())}
+    if files := list(peer.checkpoints(folder)[-1].glob("*.safetensors")):  # the Trainer's log leaves NaN out
+        tensors = load_file(files[0]).values()
+        result["tensors_not_finite"] = sum(not bool(tensor.isfinite().all()) for tensor in tensors)
+    return result
 
 
 def ten_nans(peer: Peer) -> dict[str, Any]:
