@@ -7,11 +7,13 @@ A file in `readers/` describes one reader as `READER`. `run.py` fuzzes for minut
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -30,7 +32,8 @@ class Reader:
 
     `prepare(folder)` is called once with an empty folder, and returns the function that reads one input; what that
     raises must be one of `refusals`, with a message. `seeds()` are inputs that must be read; `mutate` makes another
-    input of one. `seconds` of processor time and `memory` bytes beyond `memory_per_byte` times the input are allowed.
+    input of one. `seconds` of processor time and `memory` bytes beyond `memory_per_byte` times the input are allowed;
+    what the reader leaves to processes of its own counts as well.
     """
 
     name: str
@@ -99,7 +102,7 @@ def try_one(reader: Reader, read: Read, data: bytes, figures: Figures, must_read
     """Read one input and count it; what went wrong goes into `figures.failures`, a sentence or a traceback each."""
     figures.inputs += 1
     before = reset_peak()
-    started = time.process_time()
+    started = processor_time()
     try:
         read(data)
         figures.read += 1
@@ -109,7 +112,7 @@ def try_one(reader: Reader, read: Read, data: bytes, figures: Figures, must_read
             figures.failures.append(f"refused, and should be read: {error!r}")
     except Exception:
         figures.failures.append(traceback.format_exc())
-    seconds, added = time.process_time() - started, peak() - before
+    seconds, added = processor_time() - started, peak() - before
     figures.slowest, figures.most_memory = max(figures.slowest, seconds), max(figures.most_memory, added)
     if seconds > reader.seconds + reader.seconds_per_megabyte * len(data) / 1e6:
         figures.failures.append(f"took {seconds:.1f} s of processor time for {len(data)} bytes")
@@ -117,21 +120,40 @@ def try_one(reader: Reader, read: Read, data: bytes, figures: Figures, must_read
         figures.failures.append(f"took {added >> 20} MiB for {len(data)} bytes")
 
 
+def processor_time() -> float:
+    """Seconds of processor time of this process and its children, of those that have ended too."""
+    ended, ticks = resource.getrusage(resource.RUSAGE_CHILDREN), os.sysconf("SC_CLK_TCK")
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for process in children():
+        with suppress(OSError):
+            fields = (
+                Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            )
+            total += (int(fields[11]) + int(fields[12])) / ticks  # utime, stime
+    return total
+
+
 def reset_peak() -> int:
-    """Begin a new peak of this process's memory (Linux); returns the memory that it has now, in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return peak()
+    """Begin a new peak of the memory of this process and its children (Linux); returns what they have now, in bytes."""
+    for process in ("self", *children()):
+        with suppress(OSError):
+            Path(f"/proc/{process}/clear_refs").write_text("5", encoding="ascii")
     return peak()
 
 
 def peak() -> int:
-    """The most memory that this process had since `reset_peak`, in bytes."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """The most memory that this process and its children had since `reset_peak`, in bytes, each at its own time."""
+    total = 0
+    for process in ("self", *children()):
+        with suppress(OSError):
+            for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
+                if line.startswith("VmHWM:"):
+                    total += int(line.split()[1]) << 10
+    return total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def children() -> list[str]:
+    """The processes that this one has started and that have not ended (Linux)."""
+    with suppress(OSError):
+        return [number for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()]
+    return []

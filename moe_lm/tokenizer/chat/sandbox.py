@@ -128,12 +128,17 @@ def forked(render: Callable[[], str]) -> str:
     if not process:
         _render_and_exit(render, writer)
     writer.close()
+    impatience = threading.Timer(PATIENCE, os.kill, (process, signal.SIGKILL))
+    impatience.start()
     try:
         kind, text = (reader.recv_bytes(4 * MOST_CHARACTERS).decode("utf-8", "surrogatepass") for _ in range(2))
     except (EOFError, OSError):
-        kind, text = ERROR, f"it takes more than {SECONDS:g} s of processor time or {MEMORY >> 20} MiB of memory"
+        much = f"{SECONDS:g} s of processor time, {PATIENCE} s in all, or {MEMORY >> 20} MiB of memory"
+        kind, text = ERROR, f"it takes more than {much}"
     finally:
         reader.close()
+        impatience.cancel()
+        os.kill(process, signal.SIGKILL)  # it has nothing to finish
         os.waitpid(process, 0)
     if kind == ERROR:
         raise SandboxError(text)
@@ -171,8 +176,7 @@ def serve(connection: Connection, seconds: float) -> None:
 def _render_and_exit(render: Callable[[], str], writer: Connection) -> NoReturn:
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
-        _limit(resource.RLIMIT_CORE, 0)
+        _confine()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             answer = TEXT, render()
@@ -185,7 +189,7 @@ def _render_and_exit(render: Callable[[], str], writer: Connection) -> NoReturn:
 
 
 def _confine() -> None:
-    """Take from this process what a template has no use for."""
+    """Take from this process what a template has no use for: files, sockets, processes, and more than some memory."""
     # What Jinja imports when it needs it, and will not be able to.
     import html  # noqa: F401
     import textwrap  # noqa: F401
@@ -197,8 +201,6 @@ def _confine() -> None:
         Templates({"default": "{{ '\\u00e9\\n' | tojson | pprint | urlize }}{{ 1 / 0 }}"}).write(
             Conversation([], [], False, {})
         )
-    for number in HEARD:
-        signal.signal(number, signal.SIG_IGN)
     _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):
         _limit(kind, 0)
@@ -216,5 +218,7 @@ def _address_space() -> int:
 
 
 if __name__ == "__main__":
+    for ignored in HEARD:
+        signal.signal(ignored, signal.SIG_IGN)
     _confine()
     serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

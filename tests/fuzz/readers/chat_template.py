@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from moe_lm.tokenizer.chat.sandbox import MEMORY, SECONDS
 from moe_lm.tokenizer.chat.template import ChatTemplate, own_template
 from tests.fuzz.frame import Read, Reader
 from tests.fuzz.mutations import mutate_bytes
@@ -56,4 +57,7 @@ def mutate(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     return data[:begin] + " ".join(draw.choices(WORDS, k=draw.choice((1, 2, 8)))).encode() + data[begin:]
 
 
-READER = Reader("chat-template", prepare, seeds, mutate, inputs_in_ci=50)
+# Its process has a second of processor time and MEMORY for a template, and a new one takes a while to start.
+READER = Reader(
+    "chat-template", prepare, seeds, mutate, seconds=6.0 * SECONDS, memory=MEMORY + (128 << 20), inputs_in_ci=50
+)

@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "a chat template may take any memory",
         "tokenizer/chat/sandbox.py",
-        "        signal.signal(number, signal.SIG_IGN)\n    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)\n",
-        "        signal.signal(number, signal.SIG_IGN)\n",
+        "    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)\n",
+        "",
         REFUSED,
     ),
     Mutation(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 
 from moe_lm.common.errors import UsageError
+from moe_lm.tokenizer.chat import sandbox as sandbox_module
 from moe_lm.tokenizer.chat import template as user_of_it
-from moe_lm.tokenizer.chat.sandbox import MOST_CHARACTERS, Sandbox
+from moe_lm.tokenizer.chat.sandbox import MOST_CHARACTERS, Sandbox, SandboxError, forked
 from moe_lm.tokenizer.chat.template import ChatTemplate
 from moe_lm.tokenizer.chat.writing import Conversation
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -95,6 +98,26 @@ def test_the_process_can_open_and_start_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["Too many open files"] * 3, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("render", "said"),
+    [
+        (lambda: time.sleep(60), r"more than 1 s of processor time, 0\.5 s in all, or 512 MiB"),
+        (lambda: os.close(os.open("/etc/hostname", os.O_RDONLY)), "Too many open files"),
+    ],
+    ids=["waits", "opens a file"],
+)
+def test_another_program_renders_within_the_same_limits(
+    render: Callable[[], str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module, "PATIENCE", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(SandboxError, match=said):
+        forked(render)
+    assert time.monotonic() - begun < 30
+    monkeypatch.setattr(sandbox_module, "PATIENCE", 60)
+    assert forked(lambda: "text") == "text"
 
 
 def test_threads_share_it_and_get_their_own_answers() -> None:
