@@ -3,14 +3,12 @@
 import sys
 
 from moe_lm.common.signals import ended_at_once, ended_by_exception
-
-OF_MANY_RANKS = ("pretrain", "finetune")  # a signal ends them at once until their first step is done
-GO_ON = ("prepare", "quickstart")  # of the other verbs, those that continue where they were stopped
+from moe_lm.common.verbs import GO_ON, OF_MANY_RANKS, verb_of
 
 
 def main() -> None:
     """Run the verb that `sys.argv` names and end the process with its exit code."""
-    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    verb = verb_of(sys.argv[1:])
     with ended_at_once() if verb in OF_MANY_RANKS else ended_by_exception(verb in GO_ON):
         try:
             from moe_lm.parallel.launch import heed_launcher

@@ -1,7 +1,7 @@
 """The command line: one verb for each stage of the walk.
 
 A verb is imported when it runs, so that `--help` needs no torch and a wrong config is refused at once. Exit codes are
-those of common/process.py. An error is one sentence on stderr; `--debug`, before or after the verb, adds the traceback.
+those of common/exits.py. An error is one sentence on stderr; `--debug`, before or after the verb, adds the traceback.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moe_lm.cli import build, checkpoints, use
 from moe_lm.cli.options import Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import Interrupted
+from moe_lm.common.verbs import OF_MANY_RANKS, verb_of
 from moe_lm.parallel.launch import launched_ranks, without_local_rank
 
 if TYPE_CHECKING:
     from moe_lm.parallel.meeting import Meeting
 
 INTERRUPTED = 130  # 128 + SIGINT, as click counts a KeyboardInterrupt
-OF_MANY_RANKS = ("pretrain", "finetune")  # the verbs that a launcher starts many times
 
 app = typer.Typer(
     cls=Walk,
@@ -33,7 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal with everything saved.",
+    epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal with everything saved, or with "
+    "nothing to save yet.",
 )
 
 
@@ -41,10 +42,9 @@ def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
     arguments = with_numbers(without_local_rank([item for item in sys.argv[1:] if item != "--debug"]))
-    verb = next((item for item in arguments if not item.startswith("-")), "")
     ranks = None
     try:
-        if verb in OF_MANY_RANKS:
+        if verb_of(arguments) in OF_MANY_RANKS:
             ranks = launched_ranks()
         code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=ranks is None, obj=ranks)
         sys.exit(code if isinstance(code, int) else 0)

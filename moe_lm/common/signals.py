@@ -23,7 +23,12 @@ SAME_EVENT_SECONDS = 0.5  # timeout(1), a terminal and its shell, or a launcher 
 PATIENCE_SECONDS = 2.0  # that a verb has to hear a signal, unless it is within an import or a long call of a library
 AGAIN_SECONDS = 0.1  # until it is told again
 NOTHING_TO_SAVE = "stopped before the first step; nothing to save"
-OVER, BROKEN = 0, 255  # in place of a signal: all is saved, or an error is on its way to the user
+# In place of a signal, in the pipe to the thread of `ended_at_once`, which hears them in order with the signals: all
+# is saved, or an error is on its way to the user.
+OVER, BROKEN = 0, 255
+
+
+_ending: int | None = None  # the pipe to the thread of `ended_at_once`, within its block
 
 
 class Interrupted(SystemExit):
@@ -61,32 +66,31 @@ def stop_signals() -> Iterator[StopSignals]:
     the processes it starts inherit that: Ctrl-C reaches every process of a terminal, and would kill the compilers of
     `torch.compile`.
     """
-    received, again, outer = StopSignals(), _SecondSignal(), -1
+    received, again, outer = StopSignals(), _SecondSignal(), _ending
 
     def receive(number: int) -> None:
-        if outer >= 0 and not received.deferred:
+        if outer is not None and not received.deferred:
             os.write(outer, bytes([number]))
         elif again(number):
             os._exit(128 + number)
         else:
             received.append(number)
 
-    with _heard(_noted, receive) as (before, wakeup):
-        if before is _noted:  # of ended_at_once
-            outer = wakeup
+    with _heard(_noted, receive):
         mask, end = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS), BROKEN
         try:
             yield received
             end = OVER
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if outer >= 0:
+            if outer is not None:
                 os.write(outer, bytes([end]))
 
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
     """End the process with exit code 75 when a stop signal comes, for as long as nothing would be lost."""
+    global _ending
     end = None
 
     def receive(number: int) -> None:
@@ -100,8 +104,11 @@ def ended_at_once() -> Iterator[None]:
             _say("stopped after the last save" if end == OVER else NOTHING_TO_SAVE)
         os._exit(exit_code(STOPPED))
 
-    with _heard(_noted, receive):
-        yield
+    with _heard(_noted, receive) as _ending:
+        try:
+            yield
+        finally:
+            _ending = None
 
 
 @contextmanager
@@ -187,8 +194,8 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
-def _heard(handler: Handler, receive: Callable[[int], None]) -> Iterator[tuple[object, int]]:
-    """Install the handler, and call `receive` on a thread; yields SIGTERM's handler and the wake-up pipe of before."""
+def _heard(handler: Handler, receive: Callable[[int], None]) -> Iterator[int]:
+    """Install the handler, and call `receive` on a thread; yields the pipe to that thread."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -202,7 +209,7 @@ def _heard(handler: Handler, receive: Callable[[int], None]) -> Iterator[tuple[o
     before = {number: signal.signal(number, handler) for number in unignored()}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield before[signal.SIGTERM], wakeup
+        yield writer
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, old in before.items():

@@ -53,8 +53,10 @@ class Pace:
             yield
             return
         self._exchange.begin_work()
-        yield
-        self._exchange.end_work()
+        try:
+            yield
+        finally:
+            self._exchange.end_work()
 
     def step(self, seconds: float) -> SlowRank | None:
         """Note a step of this many seconds, on every rank; returns the rank that keeps the others waiting."""

@@ -50,10 +50,12 @@ class Exchange:
         self.place.at("exchange")
         # Only within work: activation checkpointing repeats the forward pass in the backward pass, which is not timed.
         started = None if self._began is None else self._mark()
-        yield
-        if started is not None:
-            self._spans.append((started, self._mark(), -1))
-        self.place.at(before)
+        try:
+            yield
+        finally:
+            if started is not None:
+                self._spans.append((started, self._mark(), -1))
+            self.place.at(before)
 
     def begin_work(self) -> None:
         self._began = self._mark()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from moe_lm.common.exits import LAUNCHER
 from moe_lm.common.process import end_with_parent
+from moe_lm.common.verbs import LOCAL_RANK
 from moe_lm.parallel.topology import current_topology
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def without_local_rank(arguments: list[str]) -> list[str]:
     kept, rest = [], iter(arguments)
     for item in rest:
         name, _, value = item.partition("=")
-        if name in ("--local_rank", "--local-rank"):
+        if name in LOCAL_RANK:
             number = value or next(rest, "0")
             if "RANK" in os.environ:  # alone it would look like one of many ranks
                 os.environ.setdefault("LOCAL_RANK", number)

@@ -82,8 +82,10 @@ class Watchdog:
         """Around one of the PATIENT phases."""
         before = "" if self._heartbeat is None else self._heartbeat.place.phase
         self.at(phase)
-        yield
-        self.at(before)
+        try:
+            yield
+        finally:
+            self.at(before)
 
     def __enter__(self) -> Watchdog:
         if self._meeting is not None and self._heartbeat is not None:

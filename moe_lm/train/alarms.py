@@ -29,10 +29,7 @@ class Alarm:
 
 
 class Alarms:
-    """Looks for the symptoms of the table, in memory that does not grow; what stays is named again after REMIND steps.
-
-    Of a run that is going on it is given each record as it is written; of one that is over, those in `metrics.jsonl`.
-    """
+    """Looks for the table's symptoms in memory that does not grow; what stays is named again after REMIND steps."""
 
     def __init__(self, plan: Plan) -> None:
         self._past = Past(plan)
@@ -43,9 +40,7 @@ class Alarms:
         return self._look("start", step)
 
     def after(self, record: Record) -> list[Alarm]:
-        """The symptoms that show with this record; a line of an event shows none."""
-        if "event" in record:
-            return []
+        """The symptoms that show with this record."""
         alarms = []
         if "loss" in record and self._past.add(record):  # the evaluation before the first step has none
             alarms += self._look("window", record["step"])

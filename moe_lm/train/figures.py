@@ -118,7 +118,7 @@ def memory(device: torch.device) -> dict[str, int]:
     """Bytes of memory, as far as the system tells.
 
     memory_bytes: the peak, of the tensors on the device, or of the process if the device is the CPU; device_bytes: of
-    the tensors on the device now; host_bytes: of the process now, without the files that it maps.
+    the tensors on the device now; host_bytes: of the process now, without its libraries.
     """
     figures = {"memory_bytes": memory_bytes(device), "host_bytes": host_bytes()}
     if device.type == "cuda":
@@ -142,7 +142,7 @@ def memory_bytes(device: torch.device) -> int:
 def host_bytes() -> int | None:
     """The memory that this process has for itself now; None where the system does not tell, as macOS.
 
-    Token shards are mapped files, which stay resident the more of them has been read: they do not count.
+    Mapped files, as libraries are, do not count: their pages come and go.
     """
     with suppress(OSError), open("/proc/self/statm", "rb", buffering=0) as file:
         resident, shared = file.read().split()[1:3]

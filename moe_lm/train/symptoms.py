@@ -1,7 +1,6 @@
 """The table of symptoms: how a run that goes wrong shows it, the disease that this is, and the cure.
 
-A test sees the past of a run (past.py), made of its records in `metrics.jsonl`; so the table serves a run that is going
-on and one that is over. docs/faults.md shows the table.
+A test sees the past of a run (past.py), made of the same records as `metrics.jsonl`. docs/faults.md shows the table.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.processes import ENVIRONMENT, ROOT, losses, train_alone, wait_until
 
 STEPS = 80
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=99", "log.every=5")
-AGAIN = "sbatch --nodes=2 --ntasks-per-node=1 launch/slurm.sbatch"
+AGAIN = "RESTART_DELAY=1 sbatch --nodes=2 --ntasks-per-node=1 --time={limit} launch/slurm.sbatch"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -109,10 +109,8 @@ def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
     assert first < second < STEPS
     assert job.finish() == "COMPLETED", job.output()
     for step in (first, second):
-        assert (
-            f"stopped after step {step}; to go on, run again: sbatch --nodes=2 --ntasks-per-node=1 launch/"
-            in job.output()
-        )
+        again = AGAIN.format(limit="1:00:00")
+        assert f"stopped after step {step}; to go on, run again: {again}" in job.output()
         assert f"going on after step {step} of {STEPS}" in job.output()
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
 
@@ -164,10 +162,8 @@ def test_ahead_of_its_time_limit_a_job_saves_and_is_requeued(
     job = Job(cluster, tiny_pretrain, tmp_path, "train.steps=1000000", "checkpoint.every=0", limit="3:00")
     job.wait_for_requeue(1)
     trained = len(losses(job.run_dir))
-    assert (
-        f"stopped after step {trained}; to go on, run again: sbatch --nodes=2 --ntasks-per-node=1 launch/"
-        in job.output()
-    )
+    again = AGAIN.format(limit="3:00")
+    assert f"stopped after step {trained}; to go on, run again: {again}" in job.output()
     assert [path.name for path in (job.run_dir / "checkpoints").iterdir()] == [f"step-{trained:08d}"]
     job.train_to(trained + 1)
     cluster.run("scancel", job.number)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moe_lm.parallel import process_group
-from moe_lm.parallel.heartbeat import BEAT_SECONDS, Heartbeat, Sign
-from moe_lm.parallel.meeting import lost_ranks
+from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.heartbeat import BEAT_SECONDS, Heartbeat, Place, Sign
+from moe_lm.parallel.meeting import Meeting, lost_ranks
 from moe_lm.parallel.topology import Topology
-from moe_lm.parallel.watch import who_hangs
+from moe_lm.parallel.watch import Watchdog, who_hangs
 
 HOSTS = Topology(0, 4, hosts=("a", "a", "b", "b"))
 
@@ -54,6 +58,23 @@ WAITING = ("exchange", 101, True)
 )  # fmt: skip
 def test_the_one_who_hangs_is_named(silent: list[int], places: list[tuple[str, int, bool]], said: str) -> None:
     assert who_hangs(HOSTS, 15, silent, signs(*places)).startswith(said)
+
+
+def test_an_error_leaves_no_rank_at_a_place_where_it_is_not() -> None:
+    """As a save that fails, after which training goes on: `saving` would be waited for ten times as long."""
+
+    class Met:
+        class heartbeat:  # noqa: N801
+            place = Place()
+
+    place, exchange = Met.heartbeat.place, Exchange(torch.device("cpu"))
+    watchdog = Watchdog(1, cast("Meeting", Met))
+    watchdog.follow(exchange)
+    place.at("after the step", 5)
+    for block in (watchdog.patiently("saving"), exchange.waiting()):
+        with suppress(OSError), block:
+            raise OSError
+        assert str(place) == "step 5, after the step"
 
 
 def test_only_ranks_without_a_sign_are_lost() -> None:

@@ -22,7 +22,7 @@ from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.alarms import REMIND, Alarms
 from moe_lm.train.past import Plan
 from tests.loops import LoopRun, Watched
-from tests.processes import events, logged
+from tests.processes import events, metrics
 from tests.tiny import tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +147,7 @@ def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: py
     if "router" in alarm["symptom"] or "experts" in alarm["symptom"]:
         assert [found["layer"] for found in alarm["found"]] == [2]  # as the model counts, dense layers too
     again = Alarms(run.plan)
-    assert [(found.step, found.text) for line in logged(tmp_path) for found in again.after(line)] == [
+    assert [(found.step, found.text) for line in metrics(tmp_path) for found in again.after(line)] == [
         (alarm["step"], alarm["message"])
     ]
 
