@@ -89,7 +89,9 @@ class GuardConfig(Section):
     max_spike_steps: int = Field(
         default=50, gt=0, description="steps in a row with a spike after which the run goes back, as with max_skipped"
     )
-    max_rollbacks: int = Field(default=3, ge=0, description="times a run goes back; at the next it ends with an error")
+    max_rollbacks: int = Field(
+        default=3, ge=0, description="times a run goes back, in all of its life; at the next it ends with an error"
+    )
 
 
 class TrainConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +24,19 @@ REMIND = 20  # comparisons until a rank that stays slow is named again
 class SlowRank(NamedTuple):
     """A rank that keeps the others waiting, with the seconds of its own work in a step and the median of the others."""
 
+    name: str
     rank: int
     seconds: float
     others_seconds: float
-    text: str
+    data_seconds: float = 0.0  # of `seconds`, those in which it reads its batch
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.name} keeps the others waiting: a step needs {self.seconds:.3g} s of its own there, "
+            f"{self.data_seconds:.3g} s of them to read its data, and {self.others_seconds:.3g} s on the others; see "
+            "what else runs there, its clock rate and its disk"
+        )
 
 
 class Pace:
@@ -40,6 +50,7 @@ class Pace:
         self._exchange = engine.exchange
         self._comparison = Comparison(engine.topology)
         self._own: deque[float] = deque(maxlen=WINDOW)
+        self._reading: deque[float] = deque(maxlen=WINDOW)
         self._steps: deque[float] = deque(maxlen=WINDOW)
         self._num_steps = 0
         if engine.exchange is not None:
@@ -53,9 +64,11 @@ class Pace:
             yield
             return
         self._exchange.begin_work()
+        started = time.perf_counter()
         try:
             yield
         finally:
+            self._reading.append(time.perf_counter() - started)
             self._exchange.end_work()
 
     def step(self, seconds: float) -> SlowRank | None:
@@ -67,7 +80,12 @@ class Pace:
         self._num_steps += 1
         if self._num_steps < WINDOW or self._num_steps % INTERVAL:
             return None
-        return self._comparison.slow_rank(self._exchange.gather(typical(self._own)), typical(self._steps))
+        own = self._exchange.gather(typical(self._own))
+        slow = self._comparison.slow_rank(own, typical(self._steps))
+        if slow is None:  # on all ranks alike
+            return None
+        reading = self._exchange.gather(typical(self._reading))[slow.rank]
+        return slow._replace(data_seconds=reading)
 
     def _begin_forward(self, loss: nn.Module, *_: object) -> None:
         if self._exchange is not None and loss.training:
@@ -99,13 +117,7 @@ class Comparison:
         if not again or self._silent:
             return None
         self._silent = REMIND
-        return SlowRank(
-            slowest,
-            own[slowest],
-            others,
-            f"{self._topology.named([slowest])} keeps the others waiting: a step needs {own[slowest]:.3g} s of its own "
-            f"there, {others:.3g} s on the others; see what else runs there, its clock rate and its disk",
-        )
+        return SlowRank(self._topology.named([slowest]), slowest, own[slowest], others)
 
 
 def typical(seconds: Sequence[float]) -> float:

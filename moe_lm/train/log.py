@@ -105,7 +105,7 @@ class RunLog:
             return
         self._status.newest |= figures
         if figures:
-            self._metrics.rewrite(lambda path: add_figures(path, step, figures))
+            self._rewrite(lambda path: add_figures(path, step, figures), f"step {step} lacks {', '.join(figures)}")
         for name, tracker in self._trackers.items():
             if name not in self._gone:
                 self._send(name, partial(tracker.log, step, dict(_scalars(figures))))
@@ -137,7 +137,7 @@ class RunLog:
         if self._is_main:
             self._start_step = step
             self._status.rewind(step)
-            self._metrics.rewrite(lambda path: drop_later_steps(path, step))
+            self._rewrite(lambda path: drop_later_steps(path, step), f"steps after {step} are in it twice")
 
     def message(self, text: str) -> None:
         """Write a line to the terminal and to `train.log`."""
@@ -168,6 +168,14 @@ class RunLog:
             del self._lost[file.name]
             text = f"{file.name} can be written again; lines missing before the newest one: {lost}"
             self.event("log", self._status.step, text, file=file.name, missing=lost)
+
+    def _rewrite(self, change: Callable[[Path], object], otherwise: str) -> None:
+        """Change `metrics.jsonl`; a full disk leaves it as it was, and what that means is said."""
+        try:
+            self._metrics.rewrite(change)
+        except OSError as error:
+            name = self._metrics.name
+            self.message(f"warning: {name} could not be rewritten: {error}; {otherwise}; training goes on")
 
     def _send(self, name: str, action: Callable[[], object]) -> None:
         """Training survives an unreachable tracker, which is left alone after its first failure."""
@@ -236,12 +244,11 @@ class LineFile:
             raise
 
     def rewrite(self, change: Callable[[Path], object]) -> None:
-        """Let `change` put another file in its place; a full disk leaves it as it was."""
-        with suppress(OSError):
-            change(self._path)
-            file = self._path.open("ab", buffering=0)
-            self.close()
-            self._file = file
+        """Let `change` put another file in its place. Raises OSError, as on a full disk, which leaves it as it was."""
+        change(self._path)
+        file = self._path.open("ab", buffering=0)
+        self.close()
+        self._file = file
 
     def close(self) -> None:
         with suppress(OSError):

@@ -168,8 +168,8 @@ class Loop:
                 follows = self._judge()
         run.log.step(record, follows=is_last and bool(run.validation))
         if slow := self.pace.step(record["seconds"]):
-            rank, own, others, text = slow
-            run.log.event("slow_rank", result.step, text, rank=rank, seconds=own, others_seconds=others)
+            figures = {name: value for name, value in slow._asdict().items() if name != "name"}
+            run.log.event("slow_rank", result.step, slow.text, **figures)
         result.owes_archive |= is_due(result.step, checkpoints.config.archive_every)
         due = is_due(result.step, checkpoints.config.every) or result.owes_archive
         if self.guard.may_save(due or (is_best and checkpoints.config.best)) and follows is Next.STEP:

@@ -87,7 +87,7 @@ class Past:
     def add(self, record: Record) -> bool:
         """Take in the record of a step; returns whether it ends a window."""
         if self.records and record["step"] <= self.step:
-            self._go_back()
+            self._go_back(record["step"])
         self.start = self.start or record["step"]
         self.records.append(record)
         if not record["skipped"]:
@@ -121,8 +121,10 @@ class Past:
         """The windows of the last `steps` steps, or of all since the run began or went back."""
         return list(self.windows)[-(steps // WINDOW) :]
 
-    def _go_back(self) -> None:
-        """The run went back to a checkpoint: what came after it is no longer its past."""
+    def _go_back(self, step: int) -> None:
+        """The run went back to before `step`: what came after is no longer its past."""
+        if self.best is not None and self.best.step >= step:
+            self.best = None
         self.records.clear()
         self.windows.clear()
         self.since_best.clear()

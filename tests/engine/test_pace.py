@@ -65,7 +65,11 @@ def named(ranks: Sequence[Sequence[float]], step_seconds: float = 0.0) -> list[t
     )
     pace = Pace(cast(Any, engine))
     steps: Iterable[float] = (step_seconds or 3 * max(step) for step in zip(*ranks, strict=True))
-    found = [(number, pace.step(seconds)) for number, seconds in enumerate(steps, 1)]
+    found = []
+    for number, seconds in enumerate(steps, 1):
+        with pace.reading():
+            pass
+        found.append((number, pace.step(seconds)))
     return [(number, slow) for number, slow in found if slow is not None]
 
 
@@ -100,3 +104,19 @@ def test_a_healthy_rank_is_not_named(delayed: dict[int, float]) -> None:
 def test_ranks_that_delay_no_step_are_not_named() -> None:
     """Twice the time of the others, but little of a step."""
     assert named([[0.001] * 60, [0.002] * 60], step_seconds=0.1) == []
+
+
+def test_a_slow_rank_is_named_with_the_seconds_in_which_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of that rank: it alone may have a slow disk."""
+    asked: list[int] = []
+
+    def gather(exchange: Recording, value: float) -> list[float]:
+        asked.append(exchange.step)
+        reading = asked.count(exchange.step) == 2  # only asked for when a rank is slow
+        return [value, 0.03] if reading else [value, typical(exchange.ranks[1][exchange.step - WINDOW : exchange.step])]
+
+    monkeypatch.setattr(Recording, "gather", gather)
+    ((number, slow),) = named([[0.02] * 24, [0.02] * 7 + [0.04] * 17])
+    assert (number, slow.data_seconds) == (20, 0.03)
+    assert "needs 0.04 s of its own there, 0.03 s of them to read its data, and 0.02 s on the others" in slow.text
+    assert asked == [10, 15, 20, 20]

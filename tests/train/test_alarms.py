@@ -321,6 +321,15 @@ def test_a_rollback_begins_a_new_row_of_steps() -> None:
     assert said([*first, *again]) == []
 
 
+def test_a_rollback_forgets_the_best_evaluation_that_came_after_its_checkpoint() -> None:
+    """The weights that it was of are gone, so what follows is no worse than they were."""
+    first = [healthy(step) | ({"val_loss": 3.0} if step == 40 else {}) for step in range(1, 41)]
+    again = [healthy(step) | {"loss": 3.0} | ({"val_loss": 3.5} if step % 10 == 0 else {}) for step in range(31, 81)]
+    assert [name for _, name in said([*first, *again])] == []
+    kept = [healthy(step) | ({"val_loss": 3.0} if step in (20, 40) else {}) for step in range(1, 41)]
+    assert [name for _, name in said([*kept, *again])] == ["memorising"]
+
+
 def test_memory_of_the_past_does_not_grow() -> None:
     alarms = Alarms(plan())
     sizes = []

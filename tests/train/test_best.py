@@ -11,7 +11,7 @@ import pytest
 from moe_lm.checkpoint import checkpoint, retain
 from moe_lm.data.batches import BatchSource
 from moe_lm.train import loop
-from tests.loops import LoopRun, Watched, sigterm
+from tests.loops import LoopRun, Watched, poisoned, sigterm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Losses = Callable[[LoopRun, list[float]], None]
@@ -93,3 +93,27 @@ def test_a_run_ends_early_when_the_held_out_loss_stays_higher(
     result = run()
     assert (result.step, result.stopped) == (4, False)
     assert run.steps == [1, 2, 3, 4]
+
+
+def test_a_run_that_ends_early_after_a_rollback_saves_its_end(
+    tmp_path: Path, ragged: BatchSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the step, or before, from which it went on when it was started."""
+    losses = iter([5, 4, 3, 2, 1, 9, 9, 9, 9, 9])
+    monkeypatch.setattr(loop, "evaluate", lambda _, signals: None if signals else {"val_loss": next(losses)})
+    run = poisoned(tmp_path, ragged, 5, 6, 7, eval_every=1, early_stopping=3)
+    run.source = Watched(ragged, lambda step: sigterm() if step == 6 else None)
+    assert (run().step, run.checkpoints) == (7, names(4, 7))
+    run.source = ragged
+    result = run()
+    assert ("rollback", 8) in run.kinds
+    assert (result.step, result.stopped, result.best) == (7, False, (4, 2))
+    assert run.checkpoints == names(4, 7)
+    assert not (tmp_path / "checkpoints" / "step-00000007" / checkpoint.DOUBTFUL).exists()
+
+
+def test_an_archive_that_is_due_in_trouble_is_made_when_that_is_over(tmp_path: Path, ragged: BatchSource) -> None:
+    run = poisoned(tmp_path, ragged, 7, by=1000.0, archive_every=8, keep=1)
+    run()
+    assert run.kinds == [("spike", 8)]
+    assert run.checkpoints == names(9, 12)

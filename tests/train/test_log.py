@@ -285,6 +285,27 @@ def test_a_full_disk_is_said_once_and_what_is_missing_when_there_is_room_again(
     assert "metrics.jsonl can be written again; lines missing before the newest one: 6" in shown
 
 
+def test_a_full_disk_that_keeps_the_steps_after_a_rollback_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    with log(tmp_path) as metrics:
+        metrics.step(record(9))
+        metrics.step(record(10))
+        monkeypatch.setattr("moe_lm.train.log.whole_file", full)
+        metrics.rewind(9)
+        metrics.amend(9, {"val_loss": 1.5})
+        monkeypatch.undo()
+        metrics.step(record(10))
+    assert [line["step"] for line in logged(tmp_path)] == [9, 10, 10]
+    out = capsys.readouterr().out
+    assert "warning: metrics.jsonl could not be rewritten: [Errno 28] No space left on device" in out
+    assert "; steps after 9 are in it twice; training goes on" in out
+    assert "; step 9 lacks val_loss; training goes on" in out
+
+
 def test_a_full_log_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

@@ -181,8 +181,11 @@ def test_a_weight_that_is_not_finite_is_never_saved_and_the_run_goes_back(tmp_pa
 def test_the_last_save_keeps_the_good_checkpoint_too(tmp_path: Path, ragged: BatchSource, how: str) -> None:
     run = poisoned(tmp_path, ragged, keep=1, steps=12 if how == "on a signal" else 6)
     break_weight(run, 5, sigterm if how == "on a signal" else lambda: None)
-    with pytest.raises(MoeLmError, match=r"model\.model\.embed_tokens\.weight is not finite, so nothing was saved"):
+    with pytest.raises(
+        MoeLmError, match=r"model\.model\.embed_tokens\.weight is not finite, so nothing was saved"
+    ) as error:
         run()
+    assert "look at the data of step 5 to 6" in str(error.value)  # since the last sound look, at step 4
     assert run.checkpoints == ["step-00000004"]
     assert run().step == run.config.steps
 
