@@ -80,12 +80,9 @@ class Pace:
         self._num_steps += 1
         if self._num_steps < WINDOW or self._num_steps % INTERVAL:
             return None
-        own = self._exchange.gather(typical(self._own))
+        own, reading = self._exchange.gather(typical(self._own), typical(self._reading))
         slow = self._comparison.slow_rank(own, typical(self._steps))
-        if slow is None:  # on all ranks alike
-            return None
-        reading = self._exchange.gather(typical(self._reading))[slow.rank]
-        return slow._replace(data_seconds=reading)
+        return slow and slow._replace(data_seconds=reading[slow.rank])
 
     def _begin_forward(self, loss: nn.Module, *_: object) -> None:
         if self._exchange is not None and loss.training:

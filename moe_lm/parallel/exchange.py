@@ -37,11 +37,11 @@ class Exchange:
         parts = total.split([tensor.numel() for tensor in named.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(named.items(), parts, strict=True)}
 
-    def gather(self, value: float) -> list[float]:
-        """The value of every rank."""
-        values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-        values[dist.get_rank()] = value
-        return self.sums({"value": values})["value"].tolist()
+    def gather(self, *values: float) -> list[list[float]]:
+        """Of each value, that of every rank."""
+        found = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64)
+        found[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+        return self.sums({"values": found})["values"].tolist()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
