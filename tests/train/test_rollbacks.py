@@ -85,6 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> LoopRun:
         pytest.param(("killed", 9), id="killed after the rollback, before it saved"),
         pytest.param(("killed, and the note is damaged", 9), id="its note of the rollback is damaged"),
         pytest.param(("killed", 14), id="killed after the second rollback"),
+        pytest.param(("killed", 19), id="killed after the save that follows the rollbacks"),
         pytest.param(("stopped", 6), id="stopped in the row"),
         pytest.param(("stopped", 7), id="stopped when it must go back"),
     ],
