@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ NOTHING_TO_SAVE = "stopped before the first step; nothing to save\n"
 LIBTORCH = "libtorch_cpu"
 
 
-def waiting(ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
+@contextmanager
+def waiting(ignored: tuple[signal.Signals, ...] = ()) -> Iterator[subprocess.Popen[str]]:
     """A process that waits for a signal, started where some are ignored."""
 
     def ignore() -> None:
@@ -38,10 +40,13 @@ def waiting(ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
             signal.signal(number, signal.SIG_IGN)
 
     command, environment = [sys.executable, "-c", WAITING], os.environ | ENVIRONMENT
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=ignore)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    return child
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=ignore) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            yield child
+        finally:
+            child.kill()
 
 
 def hears(process: subprocess.Popen[str]) -> bool:
@@ -58,7 +63,10 @@ def stopped(
     """The exit code and the output of a process that gets a signal at a certain time."""
     wait_until(lambda: when(process), "the time for the signal")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, out, err
 
 
@@ -217,7 +225,6 @@ def test_what_was_ignored_at_the_start_stays_ignored() -> None:
             child.send_signal(number)
             time.sleep(0.05)
         assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
-        child.kill()
 
 
 def test_tests_in_the_background_hear_ctrl_c() -> None:
