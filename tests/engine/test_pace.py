@@ -83,6 +83,13 @@ def test_a_rank_that_is_stopped_in_turns_is_named_within_20_steps(how: str) -> N
     assert slow.text.startswith("rank 1 on b keeps the others waiting: a step needs 0.")
 
 
+def test_a_rank_that_is_slow_in_every_third_step_is_named_within_20_steps() -> None:
+    """Half of its steps are as fast as those of the others."""
+    (first, slow), *_ = named([[0.02] * 30, [0.02, 0.02, 0.2] * 10])
+    assert first <= 20
+    assert (slow.rank, slow.others_seconds) == (1, pytest.approx(0.02))
+
+
 def test_a_steadily_slow_rank_is_named_within_20_steps_and_again_after_a_hundred() -> None:
     ranks = [[0.02] * 250, [0.02] * 7 + [0.04] * 243, [0.02] * 250]
     found = named(ranks)

@@ -149,7 +149,7 @@ MUTATIONS = (
         "engine/pace.py",
         "    return statistics.fmean(sorted(seconds)[:-1])\n",
         "    return statistics.median(seconds)\n",
-        "engine/test_pace.py::test_a_rank_that_is_stopped_in_turns_is_named_within_20_steps",
+        "engine/test_pace.py::test_a_rank_that_is_slow_in_every_third_step_is_named_within_20_steps",
     ),
     Mutation(
         "one burst on the machine names a rank",

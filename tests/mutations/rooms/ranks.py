@@ -108,6 +108,7 @@ MUTATIONS = (
         'PATIENT = ("starting", "loading", "saving")',
         'PATIENT = ("starting", "loading")',
         f"{RANKS}::test_a_save_may_take_longer_than_ranks_wait_for_each_other",
+        slow=True,
     ),
     Mutation(
         "a rank that stands still is never noticed",
