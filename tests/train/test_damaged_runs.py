@@ -12,7 +12,7 @@ import torch
 
 from moe_lm.checkpoint import write
 from moe_lm.common.errors import MoeLmError
-from moe_lm.train.run import read_counters
+from moe_lm.train.checkpoints import read_counters
 from tests.processes import events
 from tests.runs import figures
 
