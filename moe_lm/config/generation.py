@@ -16,9 +16,9 @@ from moe_lm.config.section import Flag, Section
 
 Temperature = Annotated[
     float,
-    Field(ge=0, allow_inf_nan=False, description="below 1 likelier tokens, above 1 more varied ones; 0 is greedy"),
+    Field(ge=0, description="below 1 likelier tokens, above 1 more varied ones; 0 is greedy"),
 ]
-Penalty = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = float
 SEEDS = 1 << 32
 
 
@@ -68,7 +68,7 @@ class SamplingConfig(Section):
         default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
     )
     logit_bias: Annotated[
-        tuple[tuple[int, float], ...],
+        tuple[tuple[int, Annotated[float, Field(allow_inf_nan=True)]], ...],
         BeforeValidator(read_bias_texts),
         AfterValidator(check_bias),
         Flag(metavar="ID=BIAS"),
@@ -96,7 +96,7 @@ class SampleConfig(GenerationConfig):
     greedy: bool = Field(default=False, description="always choose the likeliest token, as --temperature 0 does")
     beams: int | None = Field(default=None, ge=1, description="search with this many beams instead of drawing")
     length_penalty: float = Field(
-        default=1.0, allow_inf_nan=False, description="with --beams: above 0 favours longer texts, below 0 shorter ones"
+        default=1.0, description="with --beams: above 0 favours longer texts, below 0 shorter ones"
     )
     stop: tuple[str, ...] = Field(default=(), description="end before this text; may be repeated")
     logprobs: Annotated[int | None, Flag(metavar="[N]")] = Field(
