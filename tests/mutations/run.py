@@ -104,7 +104,7 @@ def _try(mutation: Mutation, copy: Path, fail_anyway: Iterable[str]) -> tuple[st
     failed = FAILED_TEST.search(said)
     if code == 1 and failed:
         return KILLED, failed[1]
-    return (SURVIVED, "") if code == 0 else (BROKEN, said[-2000:])  # nothing ran, or without an end
+    return (SURVIVED, "") if code == 0 else (BROKEN, said.strip().rpartition("\n")[2])  # nothing ran, or without an end
 
 
 def _put(results: Mapping[str, dict[str, str]], path: Path) -> None:

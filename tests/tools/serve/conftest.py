@@ -143,4 +143,4 @@ def head(length: int) -> bytes:
 
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)))
+    return socket.create_connection((host, int(port)), timeout=30)
