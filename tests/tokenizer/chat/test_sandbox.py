@@ -15,6 +15,7 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.tokenizer.chat import sandbox as sandbox_module
+from moe_lm.tokenizer.chat import sandbox as the_process
 from moe_lm.tokenizer.chat import template as user_of_it
 from moe_lm.tokenizer.chat.sandbox import MOST_CHARACTERS, Sandbox, SandboxError, forked
 from moe_lm.tokenizer.chat.template import ChatTemplate
@@ -66,9 +67,10 @@ PAYLOADS = [
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Sandbox]:
-    """A sandbox with less time, so that the tests take less."""
-    sandbox = Sandbox(seconds=0.3)
-    yield sandbox
+    """A sandbox with less time, so that the tests take less, also when its limits fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(the_process, "PATIENCE", 30)
+        yield (sandbox := Sandbox(seconds=0.3))
     sandbox._end()
 
 
