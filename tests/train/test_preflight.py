@@ -37,7 +37,7 @@ SHARDED = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=4")
 def test_what_cannot_run_is_refused_before_anything_is_made(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, settings: list[str], said: str, extra: tuple[str, ...]
 ) -> None:
-    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *settings, *extra)
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "train.steps=1", *settings, *extra)
     assert done.code == 2, done.out
     assert said in done.err
     assert not (tmp_path / "run").exists()
