@@ -288,25 +288,4 @@ MUTATIONS = (
         "        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)\n",
         "common/test_files.py",
     ),
-    Mutation(
-        "a foreign folder's FIFO is waited for",
-        "common/files.py",
-        "os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC",
-        "os.O_NOFOLLOW | os.O_CLOEXEC",
-        "common/test_files.py",
-    ),
-    Mutation(
-        "a foreign file may have any size",
-        "common/files.py",
-        "    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):\n",
-        "    if stat.S_ISREG(status.st_mode):\n",
-        "common/test_files.py",
-    ),
-    Mutation(
-        "a tensor of another shape is filled as far as it goes",
-        "checkpoint/read.py",
-        "        if shape != tuple(tensor.shape):\n",
-        "        if len(shape) != len(tensor.shape):\n",
-        "checkpoint/test_checkpoint.py::test_another_shape_is_named_before_any_tensor_is_touched",
-    ),
 )
