@@ -256,7 +256,7 @@ MUTATIONS = (
         "checkpoint/recovery.py",
         "    if good:\n",
         "    if False:\n",
-        "train/test_rollbacks.py::test_a_checkpoint_that_a_signal_asks_for_in_a_row_of_skips_replaces_no_good_one",
+        "train/test_rollbacks.py::test_an_interrupted_run_goes_back_as_the_uninterrupted_one",
     ),
     Mutation(
         "a rollback ignores checkpoint.on_damage",
