@@ -142,9 +142,9 @@ def interrupt(run: Run, kind: str, draw: random.Random) -> None:
         return
     run.wait()
     if kind == "flipped bit":
-        newest = checkpoint.latest(run.folder / "checkpoints")
-        if newest is not None:
-            flip_a_bit(draw, newest)
+        complete = sorted(path.parent for path in run.folder.glob("checkpoints/step-????????/COMPLETE"))
+        if len(complete) > 1:  # what is left is never the last one that is sound
+            flip_a_bit(draw, complete[-1])
 
 
 def flip_a_bit(draw: random.Random, folder: Path) -> None:
@@ -157,11 +157,12 @@ def flip_a_bit(draw: random.Random, folder: Path) -> None:
         stream.write(bytes([byte ^ (1 << draw.randrange(8))]))
 
 
-def soak(run: Run, interruptions: int, draw: random.Random, kinds: dict[str, int]) -> Counter[str]:
-    """Interrupt the run this many times, then let it end."""
+def soak(run: Run, interruptions: int, minutes: float, draw: random.Random, kinds: dict[str, int]) -> Counter[str]:
+    """Interrupt the run this many times, or for this long, then let it end."""
     done = Counter[str]()
     run.start()
-    while sum(done.values()) < interruptions:
+    deadline = time.monotonic() + 60 * minutes
+    while sum(done.values()) < interruptions and time.monotonic() < deadline:
         begun = run.steps()
         few = draw.randint(1, 16)
         run.until(lambda: run.steps() > begun + few or run.steps() < begun, "steps")  # noqa: B023
@@ -206,6 +207,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--interruptions", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=600, help="at most")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--preloaded", action="store_true")
@@ -240,7 +242,7 @@ def compare(
         raise SystemExit("the undisturbed run failed")
     run = Run(folder / "run", config, arguments.steps, nursery)
     begun = time.monotonic()
-    done = soak(run, arguments.interruptions, random.Random(arguments.seed), kinds)
+    done = soak(run, arguments.interruptions, arguments.minutes, random.Random(arguments.seed), kinds)
     expected, found = losses(undisturbed.folder), losses(run.folder)
     weights, others = tensors(undisturbed.folder), tensors(run.folder)
     return {
