@@ -118,7 +118,7 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
     The exit code is 128 and the signal's number; 75 for a verb that `goes_on` when it is started again. An import is
     finished first: some swallow an exception, and leave half a module behind.
     """
-    heard, again, main, told = threading.Event(), _SecondSignal(), threading.get_ident(), 0.0
+    heard, again, main, told, within_import = threading.Event(), _SecondSignal(), threading.get_ident(), 0.0, 0
 
     def code(number: int) -> int:
         return STOPPED if goes_on else 128 + number
@@ -127,10 +127,15 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
         _say(f"interrupted by {signal.Signals(number).name}{'; the same command goes on' if goes_on else ''}")
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not heard.is_set() and not _imports(frame):
-            heard.set()
-            say(number)
-            raise Interrupted(code(number))
+        nonlocal within_import
+        if heard.is_set():
+            return
+        if _imports(frame):
+            within_import = number
+            return
+        heard.set()
+        say(number)
+        raise Interrupted(code(number))
 
     def receive(number: int) -> None:
         nonlocal told
@@ -147,7 +152,11 @@ def ended_by_exception(goes_on: bool = False) -> Iterator[None]:
             signal.pthread_kill(main, number)
 
     with _heard(leave, receive):
-        yield
+        try:
+            yield
+        finally:
+            if within_import:  # and the verb was over before it was told again
+                leave(within_import, None)
 
 
 @contextmanager
