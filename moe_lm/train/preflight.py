@@ -87,17 +87,23 @@ def check_layout(config: RunConfig, topology: Topology) -> None:
 def check_folder(run_dir: Path) -> None:
     """Raise UsageError for a run folder that holds something else than a run, such as a model or a project."""
     try:
-        names = sorted(entry.name for entry in os.scandir(run_dir))
+        entries = sorted(os.scandir(run_dir), key=lambda entry: entry.name)
     except OSError:
         return  # it is made, or refused with its reason, when the run claims it
-    if any(name in MADE_BY_RUNS for name in names):
+    if any(entry.name in MADE_BY_RUNS for entry in entries):
         return
-    strange = [name for name in names if not name.startswith(".") and name != "logs" and not name.endswith(HARMLESS)]
+    strange = [entry.name for entry in entries if not _may_be_beside_a_run(entry)]
     if strange:
         raise UsageError(
             f"run_dir={run_dir} holds {', '.join(strange[:3])}{' and more' if len(strange) > 3 else ''}, which no run "
             "made; choose a new folder or an empty one"
         )
+
+
+def _may_be_beside_a_run(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith(".") or entry.name == "logs":
+        return True
+    return entry.is_file() and Path(entry.name).suffix in ("", *HARMLESS)
 
 
 def lacking_memory(config: RunConfig, needs: Cost, topology: Topology) -> str | None:

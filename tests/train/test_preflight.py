@@ -54,7 +54,9 @@ def test_a_folder_of_something_else_is_not_trained_in(
     assert "holds config.json, merges.bin, model.safetensors and more, which no run made" in done.err
 
 
-@pytest.mark.parametrize("name", ["out.log", "notes.txt", "copy.yaml", ".hidden", "metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["out.log", "output", "notes.txt", "copy.yaml", ".hidden", "metrics.jsonl", "config.yaml"]
+)
 def test_a_folder_with_logs_or_an_earlier_run_is_free(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     preflight.check_folder(tmp_path)
