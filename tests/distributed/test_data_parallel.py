@@ -109,7 +109,7 @@ def torchs_launcher() -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
-@pytest.mark.parametrize("launcher", [torchs_launcher, deepspeeds_launcher])
+@pytest.mark.parametrize("launcher", [pytest.param(torchs_launcher, marks=pytest.mark.slow), deepspeeds_launcher])
 def test_no_rank_outlives_its_launcher(tiny_pretrain: Path, tmp_path: Path, launcher: Callable[[], list[str]]) -> None:
     command = [sys.executable, "-m", *launcher(), "pretrain", str(tiny_pretrain), f"run_dir={tmp_path}"]
     with (tmp_path / "output").open("w") as output:

@@ -42,7 +42,7 @@ def start_training(
     return ranks
 
 
-@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_others_stop_when_a_rank_is_killed_and_one_names_it(
     tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, killed: int
 ) -> None:

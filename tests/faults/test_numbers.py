@@ -48,6 +48,7 @@ def test_a_nan_in_one_step_is_skipped_and_the_next_is_normal(
     assert finite(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.row(20)
 def test_ten_nans_in_a_row_go_back_and_leave_the_data_out(
     tiny_pretrain: Path, tmp_path: Path, program: Program
@@ -63,6 +64,7 @@ def test_ten_nans_in_a_row_go_back_and_leave_the_data_out(
     assert finite(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.row(20)
 def test_a_run_that_cannot_be_mended_stops_with_its_good_checkpoint(
     tiny_pretrain: Path, tmp_path: Path, program: Program
@@ -80,6 +82,7 @@ def test_a_run_that_cannot_be_mended_stops_with_its_good_checkpoint(
     assert finite(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.row(20)
 def test_weights_that_are_not_finite_replace_no_checkpoint(
     tiny_pretrain: Path, tmp_path: Path, program: Program
@@ -102,6 +105,7 @@ def test_a_rate_of_1000_is_not_a_success(tiny_pretrain: Path, tmp_path: Path, pr
     assert "train.optimizer.lr" in process.err or "rate" in process.err
 
 
+@pytest.mark.slow
 @pytest.mark.row(21)
 @pytest.mark.parametrize("choice", ["log", "skip"])
 def test_a_jump_of_the_loss_is_said_and_skipped_by_choice(
@@ -118,6 +122,7 @@ def test_a_jump_of_the_loss_is_said_and_skipped_by_choice(
     assert said[0]["message"] in process.out
 
 
+@pytest.mark.slow
 @pytest.mark.row(22)
 def test_a_collapsed_router_is_named_with_its_layer(tiny_pretrain: Path, tmp_path: Path, program: Program) -> None:
     settings = (*SHORT, "train.steps=40", "train.balance.bias_update_rate=0")

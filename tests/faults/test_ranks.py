@@ -15,6 +15,8 @@ from tests.faults.conftest import SHORT, Program, done, events, losses_of, start
 from tests.faults.nursery import Started
 from tests.processes import ENVIRONMENT, ROOT, layout, wait_until
 
+pytestmark = pytest.mark.slow  # tests/distributed tries shorter ones in every CI
+
 ENDLESS = (*SHORT, "train.steps=100000", "parallel.timeout_seconds=8", "train.micro_batch_size=2")
 
 

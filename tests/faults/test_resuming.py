@@ -26,6 +26,7 @@ def run_of(program: Program, world_size: int, *arguments: object, code: int = 0)
         done(rank, code)
 
 
+@pytest.mark.slow
 @pytest.mark.row(3)
 @pytest.mark.parametrize(
     ("world_size", "settings"),
@@ -56,6 +57,7 @@ def test_a_run_that_was_stopped_twice_is_the_one_that_was_not(
     assert_same_run(undivided, parted)
 
 
+@pytest.mark.slow
 @pytest.mark.row(4)
 @pytest.mark.parametrize(
     "layouts",
@@ -125,11 +127,11 @@ def another_manifest(folder: Path) -> str:
     "damage",
     [
         pytest.param(flipped, marks=pytest.mark.row(5)),
-        pytest.param(flipped_moment, marks=pytest.mark.row(5)),
-        pytest.param(cut, marks=pytest.mark.row(6)),
+        pytest.param(flipped_moment, marks=[pytest.mark.row(5), pytest.mark.slow]),
+        pytest.param(cut, marks=[pytest.mark.row(6), pytest.mark.slow]),
         pytest.param(empty, marks=pytest.mark.row(6)),
-        pytest.param(missing, marks=pytest.mark.row(7)),
-        pytest.param(another_manifest, marks=pytest.mark.row(6)),
+        pytest.param(missing, marks=[pytest.mark.row(7), pytest.mark.slow]),
+        pytest.param(another_manifest, marks=[pytest.mark.row(6), pytest.mark.slow]),
     ],
     ids=lambda damage: damage.__name__,
 )
@@ -146,6 +148,7 @@ def test_the_same_command_goes_on_from_the_newest_checkpoint_that_verifies(
     assert losses_of(broken_off) == losses_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.row(5)
 @pytest.mark.row(6)
 def test_two_damaged_checkpoints_are_passed_over_for_a_third(
@@ -220,6 +223,7 @@ def test_the_second_job_on_a_folder_is_told_who_holds_it(tiny_pretrain: Path, tm
     done(third, STOPPED)
 
 
+@pytest.mark.slow
 @pytest.mark.row(33)
 @pytest.mark.parametrize(
     ("setting", "said"),

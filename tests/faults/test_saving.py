@@ -76,6 +76,7 @@ def at_operations(operations: int, thorough: bool) -> Iterator[int]:
     return iter(range(1, operations + 1, 1 if thorough else operations // 3))
 
 
+@pytest.mark.slow
 @pytest.mark.row(2)
 @pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("mode", ["kill", "half"])
@@ -97,6 +98,7 @@ def test_death_after_any_operation_of_a_save_or_half_way_in_it(
         shutil.rmtree(run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.row(8)
 def test_leftovers_of_unfinished_saves_are_ignored_and_removed(
     broken_off: Path, whole: Path, tiny_pretrain: Path, program: Program
@@ -113,6 +115,7 @@ def test_leftovers_of_unfinished_saves_are_ignored_and_removed(
     assert losses_of(broken_off) == losses_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.row(9)
 @pytest.mark.parametrize("mode", ["enospc", "eio"])
 @pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -145,6 +148,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.row(9)
 def test_training_goes_on_with_a_full_disk_and_saves_when_there_is_room(
     whole: Path, tiny_pretrain: Path, small_disk: Path, program: Program
@@ -207,6 +211,7 @@ def test_a_disk_without_a_free_byte_is_named_before_the_first_step(
     assert "internal error" not in process.err
 
 
+@pytest.mark.slow
 @pytest.mark.row(11)
 def test_a_slow_disk_delays_saves_and_tears_none(
     whole: Path, tiny_pretrain: Path, tmp_path: Path, program: Program, harm: Harm

@@ -57,6 +57,7 @@ def test_a_signal_in_training_saves_and_says_how_to_go_on(
     assert shlex.split(said[1])[1:] == ["-m", "moe_lm", *command]
 
 
+@pytest.mark.slow
 @pytest.mark.row(13)
 @pytest.mark.parametrize("last", [False, True], ids=["an evaluation", "the last evaluation"])
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
@@ -76,6 +77,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
     assert saved_step(run_dir) == (5 if last else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.row(13)
 @pytest.mark.row(14)
 def test_a_second_signal_ends_at_once(tiny_pretrain: Path, tmp_path: Path, program: Program, harm: Harm) -> None:
@@ -91,6 +93,7 @@ def test_a_second_signal_ends_at_once(tiny_pretrain: Path, tmp_path: Path, progr
         assert process.wait(timeout=5) in (128 + number, -number), process.err
 
 
+@pytest.mark.slow
 @pytest.mark.row(13)
 @pytest.mark.row(14)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -128,6 +131,7 @@ def test_a_signal_in_the_first_compilation_is_heard(tiny_pretrain: Path, tmp_pat
 # The machine around it
 
 
+@pytest.mark.slow
 @pytest.mark.row(35)
 def test_a_closed_terminal_does_not_lose_a_step(tiny_pretrain: Path, tmp_path: Path) -> None:
     """A real terminal, whose other end is closed while training runs."""
@@ -152,6 +156,7 @@ def test_a_closed_terminal_does_not_lose_a_step(tiny_pretrain: Path, tmp_path: P
     assert "to go on, run again" in (run_dir / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.row(35)
 def test_nohup_trains_on(tiny_pretrain: Path, tmp_path: Path, program: Program) -> None:
     run_dir = tmp_path / "run"
@@ -165,6 +170,7 @@ def test_nohup_trains_on(tiny_pretrain: Path, tmp_path: Path, program: Program) 
     assert process.wait(timeout=20) == STOPPED
 
 
+@pytest.mark.slow
 @pytest.mark.row(35)
 @pytest.mark.parametrize("seconds", [-31_536_000, 31_536_000])
 def test_a_clock_that_jumps_a_year_changes_nothing(
@@ -179,6 +185,7 @@ def test_a_clock_that_jumps_a_year_changes_nothing(
     assert losses_of(run_dir) == losses_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.row(35)
 def test_a_full_log_disk_costs_lines_and_no_steps(
     whole: Path, tiny_pretrain: Path, tmp_path: Path, program: Program, harm: Harm
