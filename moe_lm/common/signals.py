@@ -192,11 +192,17 @@ def after_this() -> Iterator[None]:
 
     That process inherits the blocked signals and has to unblock `STOP_SIGNALS` itself.
     """
+    came: list[int] = []  # the mask is the main thread's only; another thread may take the signal for it
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in unignored()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
 
 
 Handler = Callable[[int, FrameType | None], object]
