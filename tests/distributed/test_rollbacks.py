@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.processes import finish, start_program
 
 
+@pytest.mark.slow
 def test_ranks_go_back_together_and_go_on_as_a_run_from_that_checkpoint(tmp_path: Path) -> None:
     """In data parallelism, and with 2 expert-parallel ranks under ZeRO 1, 2 and 3."""
     program = Path(__file__).with_name("rollbacks_of_ranks.py")

@@ -75,6 +75,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     return process.returncode, output.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(signal.Signals(n), marks=pytest.mark.slow) for n in (1, 2, 10))]
 )
