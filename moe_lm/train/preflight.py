@@ -70,10 +70,12 @@ def lacking(config: RunConfig, model: ModelConfig, topology: Topology) -> tuple[
     and lets its older checkpoints give way.
     """
     needs = cost(config, model, config.lora, topology)
-    memory, disk = lacking_memory(config, needs, topology), lacking_disk(config, needs)
-    goes_on = bool(complete_checkpoints(config.run_dir / "checkpoints"))
-    refusals, warnings = (memory, None if goes_on else disk), (disk if goes_on else None,)
-    return [sentence for sentence in refusals if sentence], [sentence for sentence in warnings if sentence]
+    warnings: list[str] = []
+    refusals = [lacking_memory(config, needs, topology)]
+    if topology.is_main and (disk := lacking_disk(config, needs)):  # the others share it
+        goes_on = bool(complete_checkpoints(config.run_dir / "checkpoints"))
+        (warnings if goes_on else refusals).append(disk)
+    return [sentence for sentence in refusals if sentence], warnings
 
 
 def check_layout(config: RunConfig, topology: Topology) -> None:
@@ -134,8 +136,10 @@ def lacking_disk(config: RunConfig, needs: Cost) -> str | None:
     place = config.run_dir.absolute()
     while not place.is_dir():
         place = place.parent
-    saved = sum(file.stat().st_size for file in (config.run_dir / "checkpoints").glob("step-*/**/*") if file.is_file())
-    free = shutil.disk_usage(place).free + saved
+    free = shutil.disk_usage(place).free
+    if kept * one > free:
+        files = (config.run_dir / "checkpoints").glob("step-*/**/*")
+        free += sum(file.stat().st_size for file in files if file.is_file())
     if kept * one <= free:
         return None
     return (
