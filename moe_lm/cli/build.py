@@ -129,6 +129,7 @@ def pretrain(
     if dry_run:
         print(pretrain.describe(settings, started_as(processes)))
     else:
+        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         end_with(pretrain.run(settings, ctx.obj))
 
 
@@ -170,6 +171,7 @@ def finetune(
     elif dry_run:
         print(finetune.describe(settings, started_as(processes)))
     else:
+        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         end_with(finetune.run(settings, ctx.obj))
 
 
