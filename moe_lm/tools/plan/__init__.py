@@ -1,0 +1,4 @@
+"""What a step costs before a device is rented.
+
+Reading order: trace (what a rank does in a step).
+"""
