@@ -19,9 +19,9 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.kernels.device import pick_device
+from moe_lm.tools.ranks import run_ranks
 from moe_lm.tools.verify.deviation import Deviation, Tolerance, deviation_of, read_steps
 from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select
-from moe_lm.tools.verify.ranks import run_ranks
 from moe_lm.tools.verify.scale import AVOIDED, small_lora, small_model, strong_preference, training
 
 WORLD_SIZES = (1, 2, 4)
@@ -119,7 +119,7 @@ def verify(
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):
             number = sum(layout.world_size == world_size for layout in plan.layouts)
             messages.print(f"processes: {world_size}, layouts: {number}")
-            run_ranks(folder, world_size, timeout_seconds)
+            run_ranks("moe_lm.tools.verify.worker", folder, world_size, timeout_seconds)
         results = {layout.name: folder / str(number) for number, layout in enumerate(plan.layouts)}
         deviations: list[tuple[Layout, Deviation]] = []
         notes: list[str] = []

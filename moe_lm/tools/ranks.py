@@ -1,4 +1,4 @@
-"""The ranks of one world size: start them, wait for all, report the one that fails, leave none behind.
+"""The ranks of a tool: start them, wait for all, report the one that fails, leave none behind.
 
 Torch's elastic launcher would do the starting, but it keeps its signal handlers, logs every stop and has no timeout.
 """
@@ -16,18 +16,17 @@ from pathlib import Path
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import after_this
 
-WORKER = "moe_lm.tools.verify.worker"
 TAIL = 15  # last lines of a log that are shown
 
 
-def run_ranks(folder: Path, world_size: int, timeout_seconds: float) -> None:
-    """Run the worker on this many ranks, with the plan in `folder`.
+def run_ranks(worker: str, folder: Path, world_size: int, timeout_seconds: float, threads: int | None = None) -> None:
+    """Run the module `worker` on this many ranks, with `folder`, where its task is, as its argument.
 
     Raises MoeLmError with the last lines of a rank's log when it fails or is not done in time.
     """
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS", "1")),
         "PYTHONUNBUFFERED": "1",
         # Nothing is compiled here, but importing DeepSpeed would import torch.compile, which takes 5 s a rank.
         "TORCHDYNAMO_DISABLE": "1",
@@ -46,7 +45,7 @@ def run_ranks(folder: Path, world_size: int, timeout_seconds: float) -> None:
             with after_this():
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", WORKER, str(folder)],
+                        [sys.executable, "-m", worker, str(folder)],
                         env=environment | own,
                         stdin=subprocess.DEVNULL,
                         stdout=output,
