@@ -16,6 +16,8 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
 from moe_lm.config.training import OptimizerConfig, PreferenceConfig, TrainConfig
 
+AttentionKernel = Literal["auto", "plain", "segments", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
+
 
 class ParallelConfig(Section):
     """Where the run computes, and how it is spread over the processes that a launcher started.
@@ -25,6 +27,9 @@ class ParallelConfig(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the fastest there is")
     engine: Literal["torch", "deepspeed"] = Field(default="torch", description="engine that runs the steps")
+    attention_kernel: AttentionKernel = Field(
+        default="auto", description="what computes attention; auto: the fastest that serves here (`moe-lm doctor`)"
+    )
     expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
     zero_stage: Literal[1, 2, 3] | None = Field(
         default=None,

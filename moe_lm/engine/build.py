@@ -67,14 +67,15 @@ def build_model(
 ) -> RankModel:
     """Build the model with only the experts that this rank keeps; decide which weights are trained, choose kernels.
 
-    Raises UsageError when the experts or the processes cannot be divided as the config says.
+    Raises UsageError when the experts or the processes cannot be divided as the config says, or its attention kernel
+    does not serve.
     """
     device = rank_device(parallel, topology)
     exchange = Exchange(device) if topology.world_size > 1 else None
     if parallel.engine == "torch":
         model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
-        kernels.apply(model, kernels.choose(device))
+        kernels.apply(model, kernels.choose(device, attention=parallel.attention_kernel))
         return RankModel(model, topology, device, exchange, adapters)
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
@@ -87,7 +88,7 @@ def build_model(
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh, exchange)
     model.materialise(torch.device("cpu"))
-    kernels.apply(model, kernels.choose(device))
+    kernels.apply(model, kernels.choose(device, attention=parallel.attention_kernel))
     return RankModel(model, topology, device, exchange, adapters, mesh, first)
 
 

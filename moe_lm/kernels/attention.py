@@ -1,4 +1,4 @@
-"""Kernels for causal attention within segments, each with the signature of `model.attention.segment_attention`.
+"""Attention within segments on a CPU, with the signature of `model.attention.segment_attention`.
 
 Shapes: T flattened tokens, H query heads, K key-value heads, N head size, M head size of the values.
 """
@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.model.attention import segment_attention
-
 
 def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """PyTorch's fused attention for CPUs, over runs of equally long segments at once, as one opaque operator.
@@ -21,7 +19,7 @@ def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     work is spent on pairs that a dense mask would throw away.
     """
     values = v.shape[-1]
-    q, k, v = _repeated(*_padded(q, k, v))
+    q, k, v = _repeated(*padded(q, k, v))
     # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     # The operator is for gradients and compilation; its first call costs half a second.
@@ -30,34 +28,7 @@ def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     return attend(q, k, v, cu_seqlens, scale)[0][..., :values]
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """FlashAttention 2 (arXiv 2307.08691), for CUDA in bfloat16 and float16."""
-    if not _is_half(q):
-        return segment_attention(q, k, v, cu_seqlens, max_seqlen, scale)
-    from flash_attn import flash_attn_varlen_func
-
-    values, ends, longest = v.shape[-1], (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-    out = flash_attn_varlen_func(*_padded(q, k, v), *ends, *longest, softmax_scale=scale, causal=True)
-    return out[..., :values]
-
-
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """PyTorch's own FlashAttention 2, for CUDA in bfloat16 and float16."""
-    if not _is_half(q):
-        return segment_attention(q, k, v, cu_seqlens, max_seqlen, scale)
-    from torch.nn.attention.varlen import varlen_attn
-
-    values, ends, longest = v.shape[-1], (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-    out = varlen_attn(*_repeated(*_padded(q, k, v)), *ends, *longest, scale=scale, window_size=(-1, 0))
-    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
-    return out[..., :values]
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with one head size, which the kernels demand: zeros change no product, and are cut off the values."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))

@@ -6,13 +6,12 @@ table of kernels here, by name. A new kernel is an entry in a table and a line i
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
 
-from moe_lm.kernels import attention, cpu_decode, grouped_mm
+from moe_lm.kernels import attention, available, cpu_decode, flash_attention, grouped_mm
 from moe_lm.kernels.native import build
 from moe_lm.model import moe
 from moe_lm.model.attention import AttentionLayer, SegmentAttention, segment_attention
@@ -22,8 +21,10 @@ from moe_lm.model.transformer import LanguageModel
 ATTENTION: Mapping[str, SegmentAttention] = {
     "plain": segment_attention,
     "segments": attention.segments,
-    "flash_attn": attention.flash_attn,
-    "torch_varlen": attention.torch_varlen,
+    "torch_varlen": flash_attention.torch_varlen,
+    "flash_attn_2": flash_attention.flash_attn_2,
+    "flash_attn_3": flash_attention.flash_attn_3,
+    "flash_attn_4": flash_attention.flash_attn_4,
 }
 EXPERTS: Mapping[str, GroupedMM] = {"plain": moe.grouped_mm, "bucketed": grouped_mm.bucketed, "fused": grouped_mm.fused}
 DECODING: Mapping[str, Callable[[LanguageModel], None]] = {"plain": lambda model: None, "cpp": cpu_decode.apply}
@@ -40,18 +41,19 @@ class Kernels(NamedTuple):
         return ", ".join(f"{operation} {name}" for operation, name in self._asdict().items() if name is not None)
 
 
-def choose(device: torch.device, decoding: bool = False) -> Kernels:
-    """The fastest kernels for a device, which need not be there.
+def choose(
+    device: torch.device, decoding: bool = False, attention: str = "auto", simulated: Collection[str] | None = None
+) -> Kernels:
+    """The fastest kernels for a device, which need not be there; `attention` names another one for it.
 
     `decoding` adds one for generating text; on a CPU that compiles the C++ where it has not been compiled yet.
+    `simulated` are the attention kernels that a simulated device has; otherwise those that can be imported here count.
+    Raises UsageError for an attention kernel by name that does not serve.
     """
-    if device.type == "cuda":
-        has_flash_attn = importlib.util.find_spec("flash_attn") is not None
-        kernels = Kernels("flash_attn" if has_flash_attn else "torch_varlen", "fused")
-    elif device.type == "cpu":
-        kernels = Kernels("segments", "bucketed")
-    else:
-        kernels = Kernels("plain", "fused")
+    kernels = Kernels(
+        attention=available.pick(device.type, attention, simulated),
+        experts="bucketed" if device.type == "cpu" else "fused",
+    )
     if not decoding:
         return kernels
     has_cpp = device.type == "cpu" and build.library() is not None
@@ -75,6 +77,11 @@ def of(model: LanguageModel) -> Kernels:
     experts = next((layer.experts.grouped_mm for layer in model.moe_layers), None)
     decoding = "cpp" if model.cached_attention is cpu_decode.NativeCachedAttention else None
     return Kernels(_name(ATTENTION, attention), experts and _name(EXPERTS, experts), decoding)
+
+
+def passed_over(model: LanguageModel) -> list[str]:
+    """A sentence for each attention kernel that is installed, is faster than the model's and does not serve here."""
+    return available.passed_over(model.device.type, of(model).attention)
 
 
 def _name(table: Mapping[str, object], kernel: object) -> str:

@@ -50,12 +50,12 @@ def examine() -> Iterator[Finding]:
     yield _bf16_on_cpu()
     for name in ("deepspeed", "accelerate", "tokenizers", "datasets", "safetensors"):
         yield _package(name, INSTALL)
-    yield _package("flash-attn", 'pip install --no-build-isolation -e ".[flash]" (CUDA only)', required=False)
     yield _package("fastapi", 'pip install -e ".[serve]" (only `moe-lm serve` needs it)', required=False)
     yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
     yield _native()
+    yield from _attention_kernels()
     yield _kernels()
     yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
     yield Finding("processor", "ok", f"{_cores()} cores, {_memory_gib():.0f} GiB memory")
@@ -115,6 +115,20 @@ def _native() -> Finding:
     except build.UnavailableError as error:
         remedy = "" if build.compiler_path() else "install g++"
         return Finding("decoding in C++", "optional", f"{error}; torch decodes instead, more slowly", remedy)
+
+
+def _attention_kernels() -> Iterator[Finding]:
+    """Yield the attention kernels of CUDA, the fastest first: which serve, and how to get the others."""
+    from moe_lm.kernels import available
+
+    for name in available.BY_SPEED["cuda"]:
+        if package := available.PACKAGES.get(name):
+            lack = available.lack(name)
+            if lack is None:
+                yield Finding(f"attention {name}", "ok", "serves on CUDA")
+            else:
+                status: Status = "warning" if lack.installed else "optional"
+                yield Finding(f"attention {name}", status, lack.why, f"{package.install} (CUDA only)")
 
 
 def _kernels() -> Finding:

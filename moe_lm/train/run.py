@@ -186,6 +186,9 @@ def train_and_log(
         for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
+        if config.parallel.attention_kernel == "auto":
+            for note in kernels.passed_over(engine.model):
+                log.message(note)
         if changes or not start_step:
             log.emit(alarms.at_start(start_step))
         if changes:

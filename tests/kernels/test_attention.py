@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lm.kernels import attention
+from moe_lm.kernels import attention, available
 from moe_lm.kernels.kernels import ATTENTION
 from moe_lm.model.attention import Attention, PackedAttention, SegmentAttention
 from tests.tiny import tiny
@@ -191,20 +190,25 @@ def test_segment_operator_returns_the_log_sum_exp_of_the_scores() -> None:
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_flash_attn = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn: pip install 'moe-lm[flash]'"
-)
-CUDA_BACKENDS = [pytest.param("flash_attn", marks=needs_flash_attn), "torch_varlen"]
+CUDA_BACKENDS = ["flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_varlen"]
+
+
+def cuda_backend(name: str) -> SegmentAttention:
+    if lack := available.lack(name):
+        pytest.skip(f"{name}: {lack.why}")
+    return ATTENTION[available.pick("cuda", name)]
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["multi_head", "grouped", "multi_query"])
-@pytest.mark.parametrize("value_size", [64, 32, 96])
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 32), (64, 96), (192, 128)])
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_cuda_backend_in_bfloat16_is_near_the_reference(backend: str, value_size: int, kv_heads: int) -> None:
+def test_cuda_backend_in_bfloat16_is_near_the_reference(
+    backend: str, size: int, value_size: int, kv_heads: int
+) -> None:
     kind = {"device": "cuda", "dtype": torch.bfloat16, "value_size": value_size}
-    assert_backend_equals_reference(ATTENTION[backend], [70, 300, 1, 33], 4, kv_heads, 64, tolerance=0.03, **kind)
+    assert_backend_equals_reference(cuda_backend(backend), [70, 300, 1, 33], 4, kv_heads, size, tolerance=0.03, **kind)
 
 
 @pytest.mark.gpu
@@ -212,4 +216,4 @@ def test_cuda_backend_in_bfloat16_is_near_the_reference(backend: str, value_size
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi_head", "grouped"])
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 def test_cuda_in_float32_equals_the_reference(backend: str, kv_heads: int) -> None:
-    assert_backend_equals_reference(ATTENTION[backend], [70, 300, 1, 33], 4, kv_heads, 64, device="cuda")
+    assert_backend_equals_reference(cuda_backend(backend), [70, 300, 1, 33], 4, kv_heads, 64, device="cuda")

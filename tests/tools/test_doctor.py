@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.kernels import kernels
+from moe_lm.kernels import available, kernels
 from moe_lm.kernels.device import pick_device
 from moe_lm.tools import doctor
 
@@ -48,9 +48,24 @@ def test_missing_requirement_fails_and_says_how_to_install(
 
 
 def test_missing_extra_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking("flash-attn", monkeypatch)
-    assert finding("flash-attn").status == "optional"
+    lacking("fastapi", monkeypatch)
+    assert finding("fastapi").status == "optional"
     assert doctor.run() == 0
+
+
+def test_attention_kernels_are_served_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = {
+        "flash_attn_3": available.Lack("it is not installed", installed=False),
+        "flash_attn_2": available.Lack("ImportError: undefined symbol", installed=True),
+    }
+    monkeypatch.setattr(available, "lack", lacks.get)
+    found = {item.name: item for item in doctor.examine() if item.name.startswith("attention ")}
+    assert {name.removeprefix("attention "): item.status for name, item in found.items()} == {
+        "flash_attn_3": "optional", "flash_attn_4": "ok", "flash_attn_2": "warning", "torch_varlen": "ok",
+    }  # fmt: skip
+    assert "setup.py install" in found["attention flash_attn_3"].remedy
+    assert found["attention flash_attn_2"].found == "ImportError: undefined symbol"
+    assert "pip install" in found["attention flash_attn_2"].remedy
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
