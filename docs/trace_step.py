@@ -88,7 +88,7 @@ def tiny_engine() -> Engine:
         moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
         first_k_dense_replace=1,
     )  # fmt: skip
-    train = TrainConfig(steps=10, global_batch_size=ROWS, micro_batch_size=ROWS // 2, optimizer={"name": "adamw"})
+    train = TrainConfig(steps=10, global_batch_size=ROWS, micro_batch_size=ROWS // 2, precision="float32")
     parallel = ParallelConfig(device="cpu")
     built = build_model(model, parallel, Topology())
     built.initialise(seed=0)

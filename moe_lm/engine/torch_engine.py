@@ -18,6 +18,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
+from moe_lm.kernels.rounding import RoundedWeights
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
 from moe_lm.parallel.exchange import Exchange
@@ -26,7 +27,7 @@ from moe_lm.parallel.topology import Topology
 
 
 class TorchEngine(Engine):
-    """Float32 weights and optimizer states; products in bfloat16 under autocast where the device is fast at it."""
+    """Float32 weights and optimizer states; where the device is fast at bfloat16, products of rounded copies."""
 
     def __init__(
         self,
@@ -41,11 +42,12 @@ class TorchEngine(Engine):
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # the loss runs under autocast by itself
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         super().__init__(loss, train, topology, self.accelerator.device, exchange, before_step)
         narrow_frozen(self.model, self.dtype)
         loss.to(self.device)
+        self.rounded = None if self.dtype == torch.float32 else RoundedWeights(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, train.optimizer, self.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor does less
@@ -66,6 +68,7 @@ class TorchEngine(Engine):
             set_learning_rate(self.optimizers, factor)
             for optimizer in self.optimizers:
                 optimizer.step()
+            self._weights_changed()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, skipped)
@@ -86,7 +89,12 @@ class TorchEngine(Engine):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        self._weights_changed()
         torch.set_rng_state(state["random.cpu"])
+
+    def _weights_changed(self) -> None:
+        if self.rounded is not None:
+            self.rounded.refresh()
 
     def close(self, leave: bool = True) -> None:
         # A process group whose last owner is DDP hangs when it is freed (pytorch/pytorch#190489), so DDP goes first.
