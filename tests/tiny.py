@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint import write
-from moe_lm.config.model import ModelConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
@@ -61,11 +61,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def engine_of(model: LanguageModel, train: TrainConfig, world_size: int = 1) -> Engine:
+def engine_of(
+    model: LanguageModel, train: TrainConfig, world_size: int = 1, adapters: LoraConfig | None = None
+) -> Engine:
     """The torch engine around a model, to predict the next token; id 2 is padding."""
     device = torch.device("cpu")
     kernels.apply(model, kernels.choose(device))
-    built = RankModel(model, Topology(world_size=world_size), device)
+    built = RankModel(model, Topology(world_size=world_size), device, adapters=adapters)
     return build_engine(built, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
 
 

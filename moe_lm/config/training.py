@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.section import Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _recomputation(value: Any) -> Any:
+    """Once the setting was true or false, as configs of older versions have it."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]
 
 
 class BalanceConfig(Section):
@@ -116,8 +124,10 @@ class TrainConfig(Section):
         "with AVX-512 BF16 or AMX), elsewhere float32",
     )
     compile: bool = Field(default=False, description="run the model through torch.compile")
-    activation_checkpointing: bool = Field(
-        default=False, description="compute activations again in the backward pass instead of keeping them"
+    activation_checkpointing: Recomputation = Field(
+        default="none",
+        description="activations to compute again in the backward pass instead of keeping them; selective: the cheap "
+        "ones, such as norms and activation functions; full: all of a block but its input",
     )
     guards: GuardConfig = GuardConfig()
     freeze_router: bool | None = Field(default=None, description="do not train the router; null: only with lora")

@@ -1,4 +1,4 @@
 """Micro-batches become an optimizer step: one interface, two engines.
 
-Reading order: engine, torch_engine, deepspeed_engine, deepspeed_config, build, frozen, pace.
+Reading order: engine, torch_engine, deepspeed_engine, deepspeed_config, build, recomputation, frozen, pace.
 """

@@ -14,6 +14,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig, check_experts
 from moe_lm.config.training import TrainConfig
+from moe_lm.engine import recomputation
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
@@ -102,7 +103,7 @@ def build_engine(
     model, topology, device, exchange = built.model, built.topology, built.device, built.exchange
     check_batch_size(train, topology)
     torch.manual_seed(train.seed)  # the run does not depend on what this process drew before
-    model.model.activation_checkpointing = train.activation_checkpointing
+    recomputation.apply(model, train.activation_checkpointing)
     if train.compile:
         compile_blocks(model, device)
     sum_over_ranks = None if exchange is None else exchange.sum

@@ -51,9 +51,17 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.contract(*self.expand(x_BSD))
+
+    def expand(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        """The products to the layer's width: gate and up `[B, S, F]`, or up alone."""
         up = self.up_proj(x_BSD)
-        hidden = self.activation(self.gate_proj(x_BSD)) * up if self.gated else self.activation(up)
-        return self.down_proj(hidden)
+        return (self.gate_proj(x_BSD), up) if self.gated else (up,)
+
+    def contract(self, first: Tensor, up: Tensor | None = None) -> Tensor:
+        """The way back from what `expand` gives: the activation and the last product."""
+        hidden = self.activation(first)
+        return self.down_proj(hidden if up is None else hidden * up)
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int) -> Tensor:

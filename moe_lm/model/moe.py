@@ -41,8 +41,9 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.dispatcher: Dispatcher = dispatch_locally
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
-        routing = self.gate(x_BSD)
+    def forward(self, x_BSD: Tensor, routing: Routing | None = None) -> tuple[Tensor, Routing]:
+        """The layer's output and its routing, which a block gives: its router reads `x` before that is rounded."""
+        routing = self.gate(x_BSD) if routing is None else routing
         x_TD = x_BSD.flatten(0, 1)
         routed_TD, shared_TD = self.dispatcher(x_TD, routing, self.experts, lambda: self._shared(x_TD))
         out_TD = routed_TD if shared_TD is None else routed_TD + shared_TD
@@ -137,9 +138,14 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert."""
         x_RD = x_RD.to(compute_dtype(x_RD))
-        up = self.multiply("up_proj", x_RD, ends_E)
-        hidden = self.activation(self.multiply("gate_proj", x_RD, ends_E)) * up if self.gated else self.activation(up)
-        return self.multiply("down_proj", hidden, ends_E)
+        up_RF = self.multiply("up_proj", x_RD, ends_E)
+        wide = (self.multiply("gate_proj", x_RD, ends_E), up_RF) if self.gated else (up_RF,)
+        return self.contract(ends_E, *wide)
+
+    def contract(self, ends_E: Tensor, first_RF: Tensor, up_RF: Tensor | None = None) -> Tensor:
+        """The activation and the last product."""
+        hidden_RF = self.activation(first_RF)
+        return self.multiply("down_proj", hidden_RF if up_RF is None else hidden_RF * up_RF, ends_E)
 
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import Attend, Attention, CachedAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
-from moe_lm.model.moe import MoE, Routing
+from moe_lm.model.moe import MoE, Routing, compute_dtype
 from moe_lm.model.rotary import Angles, Rotary
 
 
@@ -89,7 +88,6 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config)
-        self.activation_checkpointing = False
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> tuple[Tensor, list[Routing]]:
         x_BSD = self.embed_tokens(input_ids_BS)
@@ -102,17 +100,17 @@ class Transformer(nn.Module):
             x_BSD = x_BSD + sinusoidal_positions(position_ids_BS, self.config.hidden_size).to(x_BSD.dtype)
         routings = []
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, routing = checkpoint(layer, x_BSD, angles, attend, use_reentrant=False)
-            else:
-                x_BSD, routing = layer(x_BSD, angles, attend)
+            x_BSD, routing = layer(x_BSD, angles, attend)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x_BSD), routings
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention, then a dense feed-forward layer or a Mixture of Experts."""
+    """Pre-norm block: attention, then a dense feed-forward layer or a Mixture of Experts.
+
+    Recomputation (engine/recomputation.py) wraps `attend_and_route`, and `contract` of the feed-forward layers.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -122,12 +120,18 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.intermediate_size)
 
     def forward(self, x_BSD: Tensor, angles: Angles | None, attend: Attend) -> tuple[Tensor, Routing | None]:
+        x_BSD, normed_BSD, routing = self.attend_and_route(x_BSD, angles, attend)
+        out_BSD = self.mlp(normed_BSD) if routing is None else self.mlp(normed_BSD, routing)[0]
+        return x_BSD + out_BSD, routing
+
+    def attend_and_route(
+        self, x_BSD: Tensor, angles: Angles | None, attend: Attend
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """The residual stream behind the attention, its norm in the data type of products, and what the router says."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, attend)
-        normed = self.post_attention_layernorm(x_BSD)
-        if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed)
-            return x_BSD + out, routing
-        return x_BSD + self.mlp(normed), None
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        routing = self.mlp.gate(normed_BSD) if isinstance(self.mlp, MoE) else None
+        return x_BSD, normed_BSD.to(compute_dtype(normed_BSD)), routing
 
 
 # The initial value of a tensor, by its name:

@@ -156,6 +156,15 @@ def test_a_setting_that_is_gone_and_changed_nothing_is_passed_over(key: str, def
     assert build_config(kind, changed(values, key, default), "x.yaml") == build_config(kind, values, "x.yaml")
 
 
+def test_activation_checkpointing_was_true_or_false_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", changed(PRETRAIN, "train.activation_checkpointing", True))
+    assert load_config(PretrainConfig, path).train.activation_checkpointing == "full"
+    override = "train.activation_checkpointing=false"
+    assert load_config(PretrainConfig, path, [override]).train.activation_checkpointing == "none"
+    with pytest.raises(UsageError, match=r"activation_checkpointing='some': input should be 'none', 'selective' or 'full'"):
+        load_config(PretrainConfig, path, ["train.activation_checkpointing=some"])
+
+
 def test_a_setting_that_is_gone_is_said_in_the_settings_that_stay() -> None:
     old = MODEL | {"num_hidden_layers": 5, "mlp_only_layers": [2], "moe_layer_freq": 2}
     assert build_config(ModelConfig, old, "x.yaml").mlp_only_layers == (1, 2, 3)

@@ -78,7 +78,7 @@ def starved(engine_name: str) -> None:
         size = current_topology().world_size
         parallel = ParallelConfig(device="cpu", engine="deepspeed", expert_parallel_size=size, zero_stage=2)
     balance = TRAIN.balance.model_copy(update={"bias_update_rate": 0})
-    train = TRAIN.model_copy(update={"steps": 3, "activation_checkpointing": True, "balance": balance})
+    train = TRAIN.model_copy(update={"steps": 3, "activation_checkpointing": "full", "balance": balance})
     built = build(parallel, num_experts_per_tok=2)
     with torch.no_grad():
         for layer in built.model.moe_layers:

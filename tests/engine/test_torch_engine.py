@@ -300,33 +300,6 @@ def test_precisions_do_not_leak_from_one_engine_into_the_next(ragged: BatchSourc
     assert train(build_engine(), ragged, steps=1)[0].loss == expected
 
 
-def test_activation_checkpointing_changes_nothing(ragged: BatchSource) -> None:
-    engines = [build_engine(activation_checkpointing=checkpointing) for checkpointing in (False, True)]
-    losses = [[result.loss for result in train(engine, ragged, [4, 4])] for engine in engines]
-    assert losses[0] == losses[1]
-    assert_equal(snapshot(engines[1]), snapshot(engines[0]))
-
-
-def test_activation_checkpointing_keeps_a_fraction_of_the_activations(ragged: BatchSource) -> None:
-    """Of three layers it keeps their inputs, and the head's tensors."""
-    assert kept_bytes(build_engine(activation_checkpointing=True), ragged) < 0.35 * kept_bytes(build_engine(), ragged)
-
-
-def kept_bytes(engine: Engine, source: BatchSource) -> int:
-    """The bytes of all tensors that a forward pass keeps for its backward pass, weights aside."""
-    weights = {parameter.data_ptr() for parameter in engine.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        train(engine, source, steps=1)
-    return sum(kept.values())
-
-
 @pytest.mark.slow
 def test_compiled_blocks_change_no_more_than_rounding(ragged: BatchSource) -> None:
     plain, compiled = build_engine(), build_engine(compile=True)

@@ -267,7 +267,7 @@ def test_how_a_run_is_watched_and_fitted_to_its_machine_may_change(
 ) -> None:
     changes = (
         "log.every=1", "checkpoint.every=3", "train.eval_every=2", "train.micro_batch_size=2",
-        "train.activation_checkpointing=true", "data.workers=2",
+        "train.activation_checkpointing=selective", "data.workers=2",
     )  # fmt: skip
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
     assert moe_lm(*trained, "checkpoint.every=6").code == 0

@@ -12,7 +12,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.section import Section
-from moe_lm.config.training import PreferenceConfig, TrainConfig
+from moe_lm.config.training import PreferenceConfig, Recomputation, TrainConfig
 from moe_lm.tools.verify.scale import STEPS
 
 REFERENCE = "one process"
@@ -31,7 +31,7 @@ class Layout(Section):
     world_size: int
     parallel: dict[str, Any] = Field(default={})
     micro_batch_size: int | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputation = "none"
     packed: bool = True
     sequence_loss: bool = True
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
@@ -106,7 +106,8 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
     layouts = [
         Layout(name=REFERENCE, world_size=1, like=None),
         Layout(name="accumulation", world_size=1, micro_batch_size=2),
-        Layout(name="activation checkpointing", world_size=1, activation_checkpointing=True),
+        Layout(name="activation checkpointing", world_size=1, activation_checkpointing="full"),
+        Layout(name="selective checkpointing", world_size=1, activation_checkpointing="selective"),
         Layout(name=WITHOUT_SEQUENCE_LOSS, world_size=1, sequence_loss=False, like=None),
         Layout(
             name="documents in rows of their own", world_size=1, packed=False, sequence_loss=False,
@@ -142,7 +143,8 @@ def _two_processes(model: ModelConfig) -> list[Layout]:
 
     return [
         layout(f"{title}, accumulation", two, micro_batch_size=1),
-        layout(f"{title}, activation checkpointing", two, activation_checkpointing=True),
+        layout(f"{title}, activation checkpointing", two, activation_checkpointing="full"),
+        layout(f"{sharded}, selective checkpointing", three, activation_checkpointing="selective"),
         layout(f"{title}, offload", two | offload, save_as="offloaded"),
         layout(f"{sharded}, offload, after ZeRO 2", three | offload, load_from="offloaded"),
         layout(f"{title} after 4 processes", two, load_from="sharded 4"),

@@ -63,9 +63,16 @@ MUTATIONS = (
     Mutation(
         "activation checkpointing does nothing",
         "engine/build.py",
-        "    model.model.activation_checkpointing = train.activation_checkpointing\n",
+        "    recomputation.apply(model, train.activation_checkpointing)\n",
         "",
-        f"{TORCH}::test_activation_checkpointing_keeps_a_fraction_of_the_activations",
+        "engine/test_recomputation.py::test_bytes_that_are_kept",
+    ),
+    Mutation(
+        "recomputation chooses the experts anew",
+        "engine/recomputation.py",
+        '    "aten::topk",  #',
+        "    #",
+        "engine/test_recomputation.py::test_selective_recomputation_repeats_nothing_dear",
     ),
     Mutation(
         "the run depends on what the process drew before",
