@@ -161,7 +161,7 @@ def test_activation_checkpointing_was_true_or_false_once(tmp_path: Path) -> None
     assert load_config(PretrainConfig, path).train.activation_checkpointing == "full"
     override = "train.activation_checkpointing=false"
     assert load_config(PretrainConfig, path, [override]).train.activation_checkpointing == "none"
-    with pytest.raises(UsageError, match=r"activation_checkpointing='some': input should be 'none', 'selective' or 'full'"):
+    with pytest.raises(UsageError, match="'some': input should be 'none', 'selective' or 'full'"):
         load_config(PretrainConfig, path, ["train.activation_checkpointing=some"])
 
 
