@@ -137,7 +137,7 @@ def test_a_save_may_take_longer_than_ranks_wait_for_each_other(tiny_pretrain: Pa
     ("layout", "milliseconds"),
     [
         ((), 12),
-        (("parallel.engine=deepspeed", "parallel.expert_parallel_size=2"), 12),
+        pytest.param(("parallel.engine=deepspeed", "parallel.expert_parallel_size=2"), 12, marks=pytest.mark.slow),
         pytest.param((), 200, marks=pytest.mark.slow),
     ],
 )
