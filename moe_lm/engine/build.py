@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,8 @@ from moe_lm.parallel.logical import divided_experts
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
 from moe_lm.parallel.topology import Topology
+
+SIMULATED_ATTENTION = ("torch_varlen", "segments")  # need no package, and have the products of all others
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,25 @@ def build_model(
     topology: Topology,
     adapters: LoraConfig | None = None,
     freeze_router: bool | None = None,
+    simulated: torch.device | None = None,
 ) -> RankModel:
     """Build the model with only the experts that this rank keeps; decide which weights are trained, choose kernels.
 
+    For a `simulated` device, which need not be there, the model stays on the meta device, with that one's kernels.
     Raises UsageError when the experts or the processes cannot be divided as the config says, or its attention kernel
     does not serve.
     """
-    device = rank_device(parallel, topology)
+    device = rank_device(parallel, topology) if simulated is None else torch.device("cpu")
+    if simulated is None:
+        chosen = kernels.choose(device, attention=parallel.attention_kernel)
+    else:
+        chosen = kernels.choose(simulated, simulated=SIMULATED_ATTENTION)
     exchange = Exchange(device) if topology.world_size > 1 else None
     if parallel.engine == "torch":
-        model = LanguageModel(config)
+        with nullcontext() if simulated is None else torch.device("meta"):
+            model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
-        kernels.apply(model, kernels.choose(device, attention=parallel.attention_kernel))
+        kernels.apply(model, chosen)
         return RankModel(model, topology, device, exchange, adapters)
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
@@ -88,8 +98,9 @@ def build_model(
     ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh, exchange)
-    model.materialise(torch.device("cpu"))
-    kernels.apply(model, kernels.choose(device, attention=parallel.attention_kernel))
+    if simulated is None:
+        model.materialise(torch.device("cpu"))
+    kernels.apply(model, chosen)
     return RankModel(model, topology, device, exchange, adapters, mesh, first)
 
 
@@ -103,11 +114,9 @@ def build_engine(
     model, topology, device, exchange = built.model, built.topology, built.device, built.exchange
     check_batch_size(train, topology)
     torch.manual_seed(train.seed)  # the run does not depend on what this process drew before
-    recomputation.apply(model, train.activation_checkpointing)
-    if train.compile:
-        compile_blocks(model, device)
-    sum_over_ranks = None if exchange is None else exchange.sum
-    loss = TrainingLoss(model, objective, train.balance, pad_id, pick_dtype(train.precision, device), sum_over_ranks)
+    if train.compile and (needed := compiling_needs(device)):
+        raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
+    loss = build_loss(built, objective, train, pad_id, pick_dtype(train.precision, device))
     before_step = None
     if built.adapters is not None and built.adapters.dropout:
         before_step = partial(lora.draw_dropout, model, train.seed)
@@ -120,6 +129,17 @@ def build_engine(
     return DeepSpeedEngine(loss, train, parallel, topology, device, built.mesh, exchange, before_step)
 
 
+def build_loss(
+    built: RankModel, objective: Objective, train: TrainConfig, pad_id: int, dtype: torch.dtype
+) -> TrainingLoss:
+    """The model with its loss, run as the config says, with products in `dtype`: what an engine is put around."""
+    recomputation.apply(built.model, train.activation_checkpointing)
+    if train.compile:
+        compile_blocks(built.model)
+    sum_over_ranks = None if built.exchange is None else built.exchange.sum
+    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype, sum_over_ranks)
+
+
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:
     """Raise UsageError when the processes cannot share the global batch evenly."""
     if train.global_batch_size % topology.world_size:
@@ -130,10 +150,8 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
         )
 
 
-def compile_blocks(model: LanguageModel, device: torch.device) -> None:
+def compile_blocks(model: LanguageModel) -> None:
     """Compile block by block: layers of one kind share a compiled graph, and names stay as they are."""
-    if needed := compiling_needs(device):
-        raise UsageError(f"train.compile=true needs {needed}; install it, or set train.compile=false")
     for block in model.model.layers:
         block.compile()
 

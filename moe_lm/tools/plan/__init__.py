@@ -1,4 +1,5 @@
 """What a step costs before a device is rented.
 
-Reading order: trace (what a rank does in a step), devices, measure, predict.
+Reading order: trace (what a rank does in a step), simulate (one rank, nothing allocated; with layers, places,
+operators, recording, fusion, findings, memory, zero), devices, measure, predict.
 """

@@ -1,0 +1,265 @@
+"""One rank of any number, simulated: the real model, objective and exchanges, on tensors that hold no numbers.
+
+What runs is what a device would be given, with the kernels of that device; the layers that are alike are run twice and
+counted as often as there are. Nothing is allocated, nothing is computed, and no other rank is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.data.batches import Batch
+from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
+from moe_lm.kernels.device import DTYPES
+from moe_lm.model.transformer import is_expert
+from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
+from moe_lm.parallel.simulated import simulated_ranks
+from moe_lm.parallel.topology import Topology
+from moe_lm.tools.plan import findings, zero
+from moe_lm.tools.plan.fusion import fuse
+from moe_lm.tools.plan.layers import Layers, reduced
+from moe_lm.tools.plan.memory import activations
+from moe_lm.tools.plan.places import Place, Places
+from moe_lm.tools.plan.recording import Kernel, Recorder, Recording
+from moe_lm.tools.plan.trace import Collective, HostSync, Memory, Part, Pass, Product, Trace, Work
+
+GIB = 2**30
+CONTEXT = GIB // 2  # of CUDA and its libraries: an allowance
+NCCL = 2 * GIB  # channels of three communicators: an allowance
+ROUTING = "moe_lm/parallel/expert_parallel.py"  # reads the counts of an exchange on the host
+
+
+def simulate(
+    model: ModelConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    row_length: int,
+    world_size: int = 1,
+    rank: int = 0,
+    device: str = "cuda",
+    imbalance: float = 1.0,
+    objective: Objective | None = None,
+) -> Trace:
+    """The step of `rank` among `world_size`, with the kernels of `device`, `cuda` or `cpu`.
+
+    `imbalance`: tokens that come to this rank's experts, over those that would if all experts had the same load.
+    Raises UsageError when the layout does not divide, and in a process that belongs to a run.
+    """
+    layers = reduced(model)
+    check_batch_size(train, topology := Topology(rank, world_size))
+    rows = train.rows_at_once(world_size)
+    micro_batches = train.global_batch_size // world_size // rows
+    dtype = DTYPES["float32" if train.precision == "float32" else "bfloat16"]
+    recorders: list[Recorder] = []
+    with (
+        _marked_compilation() as compiled,
+        simulated_ranks(world_size, rank, lambda work: recorders[-1].waited(work)),
+    ):
+        built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
+        groups = _groups(built, layers, parallel)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built.model.materialise(torch.device("cpu"))
+            loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
+            batch = _batch(rows, row_length)
+            slots = rows * row_length * layers.config.num_experts_per_tok
+            counts = Counts(slots, parallel.expert_parallel_size, imbalance)
+            recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
+            recorders.append(recorder)
+            _run(loss, batch, recorder, world_size, accumulating=micro_batches > 1 and (parallel.zero_stage or 1) == 1)
+    recording = recorder.recording
+    found = findings.check(recording, rows * row_length, layers.config, dtype)
+    fuse(recording)
+    work = _work(recording, layers)
+    stage = (parallel.zero_stage or 1) if parallel.engine == "deepspeed" else 0
+    overlaps = device == "cuda"
+    backward = reduce(Work.__add__, (w for (during, _), w in work.items() if during == "backward"), Work())
+    return Trace(
+        world_size=world_size,
+        rank=rank,
+        device=device,
+        tokens=rows * row_length,
+        micro_batches=micro_batches,
+        work={**work, ("update", "update"): zero.update(stage, groups)},
+        collectives=(
+            *_collectives(recording, layers, micro_batches),
+            *zero.exchanges(stage, groups, micro_batches, backward, overlaps),
+        ),
+        syncs=tuple(_syncs(recording, layers)),
+        findings=tuple(found),
+        memory=_memory(built, layers, recording, groups, stage, micro_batches, parallel, overlaps),
+    )
+
+
+def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[zero.Group]:
+    """The trained parameters, by the ranks that hold the same ones."""
+    world = range(built.topology.world_size)
+    same = (
+        world
+        if built.mesh is None
+        else world[built.topology.rank % parallel.expert_parallel_size :: parallel.expert_parallel_size]
+    )
+    found = []
+    for routed, ranks in ((False, world), (True, same)):
+        count = sum(
+            p.numel() * layers.of(_layer(n))
+            for n, p in built.model.named_parameters()
+            if is_expert(n) is routed and p.requires_grad
+        )
+        found.append(zero.Group(count, tuple(ranks), zero.FLOAT32))
+    return [group for group in found if group.parameters]
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a parameter, by its name."""
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _work(recording: Recording, layers: Layers) -> dict[tuple[Pass, Part], Work]:
+    """The kernels of the whole model, by pass and part."""
+    work: dict[tuple[Pass, Part], Work] = {}
+    for kernel in recording.kernels:
+        key = kernel.place.during, kernel.place.part
+        work[key] = work.get(key, Work()) + _cost(kernel).times(layers.of(kernel.place.layer))
+    return {key: _summed(found) for key, found in work.items()}
+
+
+def _cost(kernel: Kernel) -> Work:
+    return Work((kernel.product,) if kernel.product else (), kernel.bytes, kernel.launches)
+
+
+def _summed(work: Work) -> Work:
+    """The same with products of one shape counted together."""
+    counts: Counter[Product] = Counter()
+    for product in work.products:
+        counts[replace(product, count=1)] += product.count
+    return Work(tuple(replace(product, count=n) for product, n in counts.items()), work.bytes, work.launches)
+
+
+def _collectives(recording: Recording, layers: Layers, micro_batches: int) -> list[Collective]:
+    found: Counter[Collective] = Counter()
+    for exchange in recording.exchanges:
+        place, until = exchange.place, exchange.wait or len(recording.kernels)
+        hidden = reduce(Work.__add__, map(_cost, recording.kernels[exchange.start : until]), Work())
+        one = Collective(exchange.kind, exchange.bytes, exchange.ranks, place.part, place.during, 0, _summed(hidden))
+        found[one] += layers.of(place.layer) * micro_batches
+    return [replace(one, times=times) for one, times in found.items()]
+
+
+def _syncs(recording: Recording, layers: Layers) -> list[HostSync]:
+    found: Counter[HostSync] = Counter()
+    for read in recording.reads:
+        place = read.place
+        found[HostSync(place.part, place.during, read.operator, place.where, 0, read.expected)] += layers.of(
+            place.layer
+        )
+    return [replace(one, times=times) for one, times in found.items()]
+
+
+def _memory(
+    built: RankModel,
+    layers: Layers,
+    recording: Recording,
+    groups: list[zero.Group],
+    stage: int,
+    micro_batches: int,
+    parallel: ParallelConfig,
+    overlaps: bool,
+) -> Memory:
+    named = [*built.model.named_parameters(), *built.model.named_buffers()]
+    weights = sum(tensor.nbytes * layers.of(_layer(name)) for name, tensor in named)
+    if stage:
+        state = zero.divided(stage, groups, micro_batches, overlaps, parallel.offload_optimizer)
+        if state.weights is not None:
+            weights = state.weights
+    else:
+        state = zero.whole(groups, micro_batches, built.topology.world_size)
+    made = activations(recording, layers, state.gradients_grow)
+    communication = (CONTEXT + NCCL * (built.topology.world_size > 1)) if overlaps else 0
+    resident = weights + state.gradients + state.optimizer + communication
+    backward, update = resident + state.buffers + made.peak, resident - state.gradients + state.update
+    return Memory(
+        weights=weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        zero=state.buffers,
+        communication=communication,
+        activations=sum(made.saved.values()),
+        peak=max(backward, update),
+        peak_during=made.peak_during if backward >= update else "update",
+        saved=made.saved,
+    )
+
+
+class Counts:
+    """Answers the host's read of the counts that two ranks exchange: first the rows that go, then those that come."""
+
+    def __init__(self, slots: int, ranks: int, imbalance: float) -> None:
+        share = slots // ranks
+        self._sent = [share] * (ranks - 1) + [slots - share * (ranks - 1)]
+        self._received = [round(count * imbalance) for count in self._sent]
+        self.received = sum(self._received)
+
+    def __call__(self, place: Place, index: int) -> int | None:
+        if not place.where.startswith(ROUTING):
+            return None
+        return (self._sent + self._received)[index]
+
+
+def _run(loss: TrainingLoss, batch: Batch, recorder: Recorder, world_size: int, accumulating: bool) -> None:
+    """One micro-batch; when `accumulating`, it is not the first one of its step."""
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    if accumulating:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    recorder.hold([*loss.parameters(), *loss.buffers(), *(p.grad for p in parameters if p.grad is not None)])
+    recorder.hold([value for value in vars(batch).values() if isinstance(value, Tensor)])
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: recorder.gradient(p.grad))
+    tokens = batch.input_ids.numel() * world_size
+    counts = StepCounts(units=tokens, targets=tokens, tokens=tokens, rows=len(batch.input_ids) * world_size)
+    with recorder:
+        part = loss(batch, counts)
+        (part.loss * world_size).backward()
+
+
+def _batch(rows: int, length: int) -> Batch:
+    """A batch whose rows are one document each."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    bounds = torch.zeros(rows + 1, dtype=torch.int32)
+    return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), bounds, max_seqlen=length)
+
+
+@contextmanager
+def _marked_compilation() -> Iterator[set[int]]:
+    """Let compiled modules and functions run as they are, and note which they are: their fusion is modelled instead."""
+    compiled: set[int] = set()
+    module_compile, function_compile = nn.Module.compile, torch.compile
+
+    def mark_module(self: nn.Module, *_: Any, **__: Any) -> None:
+        compiled.add(id(self))
+
+    def mark_function(function: Any = None, **__: Any) -> Any:
+        if function is None:
+            return mark_function
+        compiled.add(id(function.__code__))
+        return function
+
+    nn.Module.compile, torch.compile = mark_module, mark_function  # type: ignore[method-assign,assignment]
+    try:
+        yield compiled
+    finally:
+        nn.Module.compile, torch.compile = module_compile, function_compile  # type: ignore[method-assign]

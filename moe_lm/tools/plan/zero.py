@@ -1,0 +1,101 @@
+"""The buffers and exchanges that an engine adds to a step, by arithmetic: DDP's, and those of ZeRO by stage.
+
+As in DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py, with the settings of engine/deepspeed_config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lm.tools.plan.trace import Collective, CollectiveKind, Pass, Work
+
+FLOAT32 = 4  # bytes
+BUCKET = 50_000_000  # elements: reduce_bucket_size, stage3_prefetch_bucket_size
+LIVE = 1_000_000_000  # elements that stage 3 keeps whole from forward to backward: stage3_max_reuse_distance
+ADAMW_BYTES = 28  # of a parameter's update: weight, both moments read and written, gradient read
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trained parameters of a rank that the same ranks hold: the experts, or all others."""
+
+    parameters: int
+    ranks: tuple[int, ...]
+    moving_bytes: int  # of a parameter, as ranks send it to each other after the update
+
+    @property
+    def part(self) -> int:
+        """The parameters that this rank updates under ZeRO."""
+        return -(-self.parameters // len(self.ranks))
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of a rank beside its weights."""
+
+    gradients: int  # kept between micro-batches
+    optimizer: int
+    buffers: int  # during the backward pass
+    update: int  # buffers of the update, when there are no activations
+    gradients_grow: bool  # one after the other in the backward pass, instead of being there from its start
+    weights: int | None = None  # of trained parameters, where the stage divides them
+
+
+def whole(groups: list[Group], micro_batches: int, world_size: int) -> State:
+    """One device, or DDP, whose buckets hold the gradients, as views, from the first step on."""
+    parameters = sum(group.parameters for group in groups)
+    grow = micro_batches == 1 and world_size == 1
+    return State(0 if grow else FLOAT32 * parameters, 2 * FLOAT32 * parameters, 0, 0, grow)
+
+
+def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool, offload: bool) -> State:
+    """ZeRO of a stage. `overlaps`: gradients are reduced during the backward pass, through two buckets in turns."""
+    parameters = sum(group.parameters for group in groups)
+    part = sum(group.part for group in groups)
+    buckets = FLOAT32 * BUCKET * (2 if overlaps else 1)
+    optimizer = 0 if offload else 3 * FLOAT32 * part
+    largest = max((group.part for group in groups), default=0)  # flattened one group after the other
+    accumulates = micro_batches > 1
+    if stage == 1:
+        # Gradients stay whole until the last micro-batch; then the rank's own are copied together.
+        if overlaps and not accumulates:
+            return State(0, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
+        own = FLOAT32 * part + buckets
+        grows = not accumulates
+        kept = FLOAT32 * parameters if accumulates else 0
+        return State(kept, optimizer, own if overlaps else 0, FLOAT32 * (parameters + part) + buckets, grows)
+    if stage == 2:
+        kept = FLOAT32 * part if accumulates else 0
+        return State(kept, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
+    live = FLOAT32 * min(parameters, LIVE)
+    buffers = buckets + live
+    return State(FLOAT32 * part, optimizer, buffers, FLOAT32 * largest, False, weights=FLOAT32 * part)
+
+
+def exchanges(stage: int, groups: list[Group], micro_batches: int, backward: Work, overlaps: bool) -> list[Collective]:
+    """What ranks send each other of gradients and weights; stage 0 is DDP."""
+    hidden = backward if overlaps else Work()
+    found = []
+    for group in groups:
+        if len(group.ranks) == 1 or not group.parameters:
+            continue
+        size, moved = FLOAT32 * group.parameters, group.moving_bytes * group.parameters
+        reductions = micro_batches if stage >= 2 else 1
+        kind: CollectiveKind = "reduce_scatter" if stage == 3 else "all_reduce"
+        found.append(Collective(kind, size, group.ranks, "update", "backward", reductions, hidden))
+        if stage in (1, 2):
+            found.append(Collective("all_gather", moved, group.ranks, "update", "update", 1))
+        if stage == 3:
+            passes: tuple[Pass, ...] = ("forward", "backward")
+            for during in passes:
+                found.append(Collective("all_gather", moved, group.ranks, "update", during, micro_batches, hidden))
+    return found
+
+
+def update(stage: int, groups: list[Group]) -> Work:
+    """The update: gradient norm, clipping, AdamW; under ZeRO also the copies that make gradients and weights flat."""
+    parameters = sum(group.part if stage else group.parameters for group in groups)
+    bytes_ = ADAMW_BYTES + 3 * FLOAT32
+    if stage in (1, 2):
+        bytes_ += 4 * FLOAT32 + FLOAT32  # gradients copied together, then flattened; weights copied back
+    return Work(bytes=bytes_ * parameters, launches=20 * len(groups))

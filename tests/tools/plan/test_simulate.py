@@ -1,0 +1,164 @@
+"""A simulated rank: what it counts is what the model's arithmetic says, and mistakes are found by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import BalanceConfig, TrainConfig
+from moe_lm.engine.build import build_loss, build_model
+from moe_lm.model import moe, transformer
+from moe_lm.model.size import count_parameters, flops_per_token
+from moe_lm.objective.training_loss import NextToken, StepCounts
+from moe_lm.parallel.topology import Topology
+from moe_lm.tools.plan import simulate as simulation
+from moe_lm.tools.plan.layers import reduced
+from moe_lm.tools.plan.simulate import simulate
+from moe_lm.tools.plan.trace import Trace
+from tests.tiny import tiny
+
+LENGTH = 32
+ALONE = ParallelConfig()
+EXPERT_PARALLEL = ParallelConfig(engine="deepspeed", expert_parallel_size=4, zero_stage=1)
+
+
+def training(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 1, "global_batch_size": 2, "precision": "bfloat16", **changes})
+
+
+@functools.cache
+def on_one(**changes: Any) -> Trace:
+    return simulate(tiny(num_hidden_layers=3), training(**changes), ALONE, LENGTH)
+
+
+@functools.cache
+def on_eight(**changes: Any) -> Trace:
+    """Rank 5 of 8, whose experts are spread over 4."""
+    train = training(global_batch_size=16, micro_batch_size=1, **changes)
+    return simulate(tiny(num_hidden_layers=3), train, EXPERT_PARALLEL, LENGTH, world_size=8, rank=5)
+
+
+@pytest.mark.parametrize("model", [tiny(), tiny(num_hidden_layers=6, use_qk_norm=False)], ids=["three", "six layers"])
+def test_flops_are_those_of_the_formula(model: ModelConfig) -> None:
+    trace = simulate(model, training(), ALONE, LENGTH)
+    passes = trace.of(["forward", "backward"])
+    scores = flops_per_token(model, LENGTH, causal_half=True) - 6 * count_parameters(model).multiplied
+    assert passes.flops("dense", "grouped") == 6 * count_parameters(model).multiplied * trace.tokens
+    assert trace.of(["forward"]).flops("attention") == scores * trace.tokens / 3
+    # FlashAttention keeps no scores, so that its backward pass has five products where the forward pass has two.
+    assert trace.of(["backward"]).flops("attention") == 2.5 * trace.of(["forward"]).flops("attention")
+
+
+def test_full_recomputation_repeats_the_layers_but_not_the_head() -> None:
+    plain, again = on_one(), on_one(activation_checkpointing="full")
+    layers = ["attention", "router", "experts", "shared", "dense"]
+    assert plain.of(["recompute"]).flops() == 0
+    forward = plain.of(["forward"], layers)  # type: ignore[arg-type]
+    assert 0.8 * forward.flops() < again.of(["recompute"]).flops() < forward.flops()  # nothing needs a block's result
+    assert again.of(["recompute"], ["head"]).launches == 0
+    assert again.memory.activations < plain.memory.activations / 2
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    model = tiny(num_hidden_layers=7, first_k_dense_replace=3)
+    train = training(
+        compile=recompute, activation_checkpointing="full" if recompute else "none", balance=BalanceConfig(z_loss=0.1)
+    )
+    short = simulate(model, train, ALONE, LENGTH)
+    monkeypatch.setattr(simulation, "reduced", functools.partial(reduced, traced=7))
+    whole = simulate(model, train, ALONE, LENGTH)
+    parts = {part for _, part in whole.work} - {"balance"}  # its sums over the layers count once
+    assert short.of(parts=parts) == whole.of(parts=parts)
+    assert short.of(parts=["balance"]).launches == pytest.approx(whole.of(parts=["balance"]).launches, rel=0.1)
+    assert short.memory.peak == pytest.approx(whole.memory.peak, rel=1e-3)
+    assert short.memory.peak_during == whole.memory.peak_during
+    assert short.memory.activations == pytest.approx(whole.memory.activations, abs=200)  # a scalar a layer
+
+
+def test_without_expert_parallelism_the_host_waits_for_nothing() -> None:
+    for trace in (on_one(), on_one(activation_checkpointing="full"), on_one(compile=True)):
+        assert trace.syncs == ()
+        assert [finding for finding in trace.findings if finding.kind == "hidden sync"] == []
+
+
+@pytest.mark.parametrize("imbalance", [1.0, 2.0])
+def test_ranks_that_share_experts_exchange_tokens(imbalance: float) -> None:
+    model = tiny(num_hidden_layers=4)
+    train = training(global_batch_size=16, micro_batch_size=1)
+    trace = simulate(model, train, EXPERT_PARALLEL, LENGTH, world_size=8, rank=5, imbalance=imbalance)
+    tokens = [c for c in trace.collectives if c.kind == "all_to_all" and c.bytes > 1000]
+    assert {c.ranks for c in tokens} == {(4, 5, 6, 7)}
+    rows = LENGTH * model.num_experts_per_tok
+    assert {c.bytes for c in tokens} == {int(rows * imbalance) * model.hidden_size * 2}
+    assert sum(c.times for c in tokens) == 4 * 3 * trace.micro_batches  # there and back, forward and backward
+    assert trace.of(["forward"], ["experts"]).flops() == int(rows * imbalance) * 6 * 32 * 16 * 3
+    reductions = [c for c in trace.collectives if c.kind == "all_reduce"]
+    assert {c.ranks for c in reductions} == {tuple(range(8)), (1, 5)}
+
+
+def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels() -> None:
+    eager, compiled = on_one(), on_one(compile=True)
+    assert compiled.step.flops() == eager.step.flops()
+    assert compiled.step.bytes < 0.7 * eager.step.bytes
+    assert compiled.step.launches < 0.7 * eager.step.launches
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_peak_is_that_of_real_tensors(recompute: bool) -> None:
+    """Torch's own tracker, around a real forward and backward pass on this CPU."""
+    model = tiny(num_hidden_layers=5, hidden_size=64, vocab_size=96)
+    train = training(precision="float32", global_batch_size=8, activation_checkpointing="full" if recompute else "none")
+    built = build_model(model, ALONE, Topology())
+    built.initialise(1)
+    loss = build_loss(built, NextToken(), train, pad_id=-1, dtype=torch.float32)
+    batch = simulation._batch(8, 64)
+    batch.cu_seqlens.copy_(torch.arange(9) * 64)
+    tracker = MemTracker()
+    tracker.track_external(loss, *(value for value in vars(batch).values() if isinstance(value, Tensor)))
+    with tracker:
+        loss(batch, StepCounts(512, 512, 512, 8)).loss.backward()
+    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    held = sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+    trace = simulate(model, train, ALONE, 64, device="cpu")
+    assert trace.memory.peak - trace.memory.optimizer == pytest.approx(real - held, rel=0.02)
+
+
+def test_a_planted_item_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    activate = moe.ACTIVATIONS["silu"]
+
+    def waits(x: Tensor) -> Tensor:
+        return activate(x) * float(x.detach().isfinite().all().item())
+
+    monkeypatch.setitem(moe.ACTIVATIONS, "silu", waits)
+    found = [finding for finding in on_one.__wrapped__().findings if finding.kind == "hidden sync"]
+    assert {(finding.part, finding.during) for finding in found} == {
+        (part, "forward") for part in ("experts", "shared", "dense")
+    }
+    assert all("aten._local_scalar_dense" in finding.text for finding in found)
+    assert all(finding.where.startswith("tests/tools/plan/test_simulate.py:") for finding in found)
+
+
+def test_a_planted_gather_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe.SortedSlots, "gather", lambda slots, x: x.float()[slots.order_R // 3])
+    found = [finding for finding in on_eight.__wrapped__().findings if finding.kind == "float32 rows"]
+    assert ("dispatch", "forward") in {(finding.part, finding.during) for finding in found}
+    assert "float32" in found[0].text
+
+
+def test_planted_logits_of_all_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_at_once(self: transformer.LanguageModel, *arguments: Any) -> transformer.ModelOutput:
+        hidden, routings = self.model(*arguments)
+        return transformer.ModelOutput(self.lm_head(hidden), routings)
+
+    monkeypatch.setattr(transformer.LanguageModel, "forward", all_at_once)
+    found = [finding for finding in on_one.__wrapped__().findings if finding.kind == "all logits"]
+    assert found[0].part == "head"
+    assert "[64, 64]" in found[0].text
