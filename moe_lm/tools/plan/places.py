@@ -99,18 +99,12 @@ class Places:
                 disabled = True  # by torch.compiler.disable, on our function
             is_ours = filename.startswith(str(PACKAGE))
             owner = frame.f_locals.get("self")
-            if id(frame.f_code) in self._compiled and region is None and not disabled:
-                region = self._regions.setdefault((id(frame), self.phase, id(frame.f_code)), len(self._regions))
-            if id(owner) not in self._module_part or name not in ("forward", "_call_impl"):
-                if id(owner) in self._module_part and part is None:
-                    part = self._module_part[id(owner)][0]
-                continue
-            assert owner is not None
-            found, of_layer = self._module_part[id(owner)]
-            part, layer = part or found, of_layer if layer is None else layer
-            if in_backward and name == "forward":
-                during = "recompute"
-            if id(owner) in self._compiled and name == "forward" and region is None and not disabled:
+            is_compiled = id(frame.f_code) in self._compiled or (id(owner) in self._compiled and name == "forward")
+            if id(owner) in self._module_part:
+                found, of_layer = self._module_part[id(owner)]
+                part, layer = part or found, of_layer if layer is None else layer
+                during = "recompute" if in_backward else during
+            if is_compiled and region is None and not disabled:
                 region = self._regions.setdefault((id(frame), during, id(owner)), len(self._regions))
         if not where or (part is None and in_backward):
             return Place("head", None, "backward", where) if where else None
