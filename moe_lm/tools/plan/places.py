@@ -63,6 +63,8 @@ class Places:
         found = self._from_frames(node is not None)
         if node is None or (found is not None and found.during == "recompute"):
             place = found or Place("update" if self.phase == "update" else "head", None, self.phase, "")
+            if node is not None and place.region is None:  # repeated within the graph of a backward pass
+                place = replace(place, region=self._place_of_node(node).region)
             number = torch._C._autograd._get_sequence_nr()
             if not self._made or self._made[-1][0] < number:
                 self._made.append((number, place))

@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "activation checkpointing does nothing",
         "engine/build.py",
-        "    recomputation.apply(model, train.activation_checkpointing)\n",
+        "    recomputation.apply(built.model, train.activation_checkpointing)\n",
         "",
         "engine/test_recomputation.py::test_bytes_that_are_kept",
     ),
