@@ -16,13 +16,14 @@ from types import FrameType
 import torch
 from torch import nn
 
+import moe_lm
 from moe_lm.model.layers import MLP
 from moe_lm.model.moe import Experts, MoE, Router, Routing
 from moe_lm.model.transformer import Block, LanguageModel
 from moe_lm.tools.plan.trace import Part, Pass
 
 HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1]
+PACKAGE = Path(moe_lm.__file__).parent
 LIBRARIES = (sys.prefix, sys.base_prefix, str(Path(torch.__file__).parent), "<")
 BALANCE = str(Path("objective", "balance.py"))
 EVAL_FRAME = str(Path("torch", "_dynamo", "eval_frame.py"))

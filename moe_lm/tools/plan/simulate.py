@@ -24,7 +24,8 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
 from moe_lm.kernels.device import DTYPES
-from moe_lm.model.transformer import is_expert
+from moe_lm.kernels.rounding import RoundedWeights
+from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
 from moe_lm.parallel.simulated import simulated_ranks
 from moe_lm.parallel.topology import Topology
@@ -73,11 +74,13 @@ def simulate(
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
+            copies = _rounded(built.model, parallel, dtype)
             batch = _batch(rows, row_length)
             slots = rows * row_length * layers.config.num_experts_per_tok
             counts = Counts(slots, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
             recorders.append(recorder)
+            recorder.hold([tensor for _, tensor in copies])
             _run(loss, batch, recorder, world_size, accumulating=micro_batches > 1 and (parallel.zero_stage or 1) == 1)
     recording = recorder.recording
     found = findings.check(recording, rows * row_length, layers.config, dtype)
@@ -99,8 +102,17 @@ def simulate(
         ),
         syncs=tuple(_syncs(recording, layers)),
         findings=tuple(found),
-        memory=_memory(built, layers, recording, groups, stage, micro_batches, parallel, overlaps),
+        memory=_memory(built, copies, layers, recording, groups, stage, micro_batches, parallel, overlaps),
     )
+
+
+def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """Have products read the weights that an engine gives them; returns copies that it keeps beside its own."""
+    if parallel.engine != "torch" or dtype == torch.float32:
+        return []
+    RoundedWeights(model, dtype)
+    named = model.named_modules()
+    return [(name, copy) for name, module in named for copy in module.__dict__.get("rounded", {}).values()]
 
 
 def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[zero.Group]:
@@ -124,7 +136,7 @@ def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[
 
 def _layer(name: str) -> int | None:
     """The layer of a parameter, by its name."""
-    found = re.search(r"layers\.(\d+)\.", name)
+    found = re.search(r"layers\.(\d+)\b", name)
     return int(found[1]) if found else None
 
 
@@ -171,6 +183,7 @@ def _syncs(recording: Recording, layers: Layers) -> list[HostSync]:
 
 def _memory(
     built: RankModel,
+    copies: list[tuple[str, Tensor]],
     layers: Layers,
     recording: Recording,
     groups: list[zero.Group],
@@ -179,7 +192,7 @@ def _memory(
     parallel: ParallelConfig,
     overlaps: bool,
 ) -> Memory:
-    named = [*built.model.named_parameters(), *built.model.named_buffers()]
+    named = [*built.model.named_parameters(), *built.model.named_buffers(), *copies]
     weights = sum(tensor.nbytes * layers.of(_layer(name)) for name, tensor in named)
     if stage:
         state = zero.divided(stage, groups, micro_batches, overlaps, parallel.offload_optimizer)
