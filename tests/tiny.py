@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lm.checkpoint import write
 from moe_lm.config.model import LoraConfig, ModelConfig
@@ -18,6 +18,7 @@ from moe_lm.engine.build import RankModel, build_engine
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.model.attention import PackedAttention
+from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.topology import Topology
@@ -59,6 +60,11 @@ def logits_of(model: LanguageModel, ids: Sequence[int]) -> Tensor:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The gradients of all parameters that have one, by their logical names."""
+    return all_logical((name, p.grad) for name, p in module.named_parameters() if p.grad is not None)
 
 
 def engine_of(

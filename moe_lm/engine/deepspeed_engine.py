@@ -27,7 +27,7 @@ from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
-from moe_lm.model.moe import MoE
+from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
@@ -95,20 +95,27 @@ class DeepSpeedEngine(Engine):
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: self._divide(name, safe_get_full_grad(p)) for name, p in self.trained()}
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in self.trained():
+            gradients |= self._divide(name, safe_get_full_grad(parameter))
+        return gradients
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {}
+        state: dict[str, Tensor] = {}
+
+        def add(kind: str, tensors: Mapping[str, Tensor]) -> None:
+            state.update({f"{kind}.{name}": tensor for name, tensor in tensors.items()})
+
         for name, parameter in self._kept_frozen():
             with self.zero.gathered(parameter):
-                state[f"model.{name}"] = self._divide(name, parameter.detach())
+                add("model", self._divide(name, parameter.detach()))
         for name, parameter in self.trained():
-            state[f"model.{name}"] = self._divide(name, safe_get_full_fp32_param(parameter))
+            add("model", self._divide(name, safe_get_full_fp32_param(parameter)))
             for key in MOMENTS:
-                state[f"{key}.{name}"] = self._divide(name, safe_get_full_optimizer_state(parameter, key))
-            state[f"step.{name}"] = host_copy(self.zero.steps(parameter))
+                add(key, self._divide(name, safe_get_full_optimizer_state(parameter, key)))
+            add("step", logical(name, host_copy(self.zero.steps(parameter))))
         if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
         state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
@@ -120,12 +127,12 @@ class DeepSpeedEngine(Engine):
 
         for name, parameter in self._kept_frozen():
             with torch.no_grad(), self.zero.gathered(parameter, change=True):
-                parameter.copy_(self._undivide(name, state[f"model.{name}"]))
+                parameter.copy_(self._undivide("model", name, state))
         for name, parameter in self.trained():
-            safe_set_full_fp32_param(parameter, self._undivide(name, state[f"model.{name}"]))
+            safe_set_full_fp32_param(parameter, self._undivide("model", name, state))
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, self._undivide(name, state[f"{key}.{name}"]), key)
-            self.zero.steps(parameter).copy_(state[f"step.{name}"])
+                safe_set_full_optimizer_state(parameter, self._undivide(key, name, state), key)
+            self.zero.steps(parameter).copy_(state[f"step.{logical_names(name)[0]}"])
         self.zero.weights_changed()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
@@ -136,14 +143,18 @@ class DeepSpeedEngine(Engine):
         """Frozen parameters that a checkpoint holds nevertheless."""
         elsewhere = left_to_base(self.model)
         named = self.model.named_parameters()
-        return ((name, p) for name, p in named if not p.requires_grad and name not in elsewhere)
+        return ((name, p) for name, p in named if not p.requires_grad and elsewhere.isdisjoint(logical_names(name)))
 
-    def _divide(self, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.view(self.shapes[name])
-        return divide_experts(tensor, self.mesh) if is_expert(name) else divide(tensor, self.ranks)
+    def _divide(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """This rank's part of a parameter, or of a tensor like it, under its logical names."""
+        views = logical(name, tensor.view(self.shapes[name])).items()
+        if is_expert(name):
+            return {part: divide_experts(view, self.mesh) for part, view in views}
+        return {part: divide(view, self.ranks) for part, view in views}
 
-    def _undivide(self, name: str, part: Tensor) -> Tensor:
-        return undivide(part, is_expert(name)).to(self.device)
+    def _undivide(self, kind: str, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        parts = {part: undivide(state[f"{kind}.{part}"], is_expert(name)) for part in logical_names(name)}
+        return physical(name, parts).to(self.device)
 
     def close(self, leave: bool = True) -> None:
         self.wrapped.destroy()

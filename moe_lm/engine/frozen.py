@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moe_lm.model.lora import is_factor
-from moe_lm.model.moe import Experts
+from moe_lm.model.moe import Experts, logical_names
 from moe_lm.model.transformer import LanguageModel
 
 
@@ -25,8 +25,9 @@ def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def left_to_base(model: LanguageModel) -> frozenset[str]:
-    """The names of the weights that a checkpoint leaves to the base: with adapters, all that are frozen."""
+    """The logical names of the weights that a checkpoint leaves to the base: with adapters, all that are frozen."""
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(map(is_factor, named)):
         return frozenset()
-    return frozenset(name for name, parameter in named.items() if not parameter.requires_grad)
+    frozen = (name for name, parameter in named.items() if not parameter.requires_grad)
+    return frozenset(part for name in frozen for part in logical_names(name))

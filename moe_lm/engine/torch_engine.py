@@ -19,6 +19,7 @@ from moe_lm.data.batches import Batch
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.kernels.rounding import RoundedWeights
+from moe_lm.model.moe import all_logical, logical
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
 from moe_lm.parallel.exchange import Exchange
@@ -74,7 +75,8 @@ class TorchEngine(Engine):
         return Update(grad_norm, skipped)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.trained()}
+        named = ((name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in self.trained())
+        return {name: gradient.clone() for name, gradient in all_logical(named).items()}
 
     def state(self) -> dict[str, Tensor]:
         elsewhere = left_to_base(self.model)
@@ -82,7 +84,8 @@ class TorchEngine(Engine):
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, tensors in optimizer.state.items():
-                state |= {f"{key}.{names[parameter]}": tensor for key, tensor in tensors.items()}
+                for key, tensor in tensors.items():
+                    state |= {f"{key}.{name}": view for name, view in logical(names[parameter], tensor).items()}
         state["random.cpu"] = torch.get_rng_state()
         return state
 

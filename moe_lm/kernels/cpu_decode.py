@@ -171,15 +171,14 @@ def dispatch(
 ) -> tuple[Tensor, Tensor | None]:
     """`model.moe.dispatch_locally` without sorting, which reads only the experts that were chosen."""
     few = routing.experts.numel() * x_TD.shape[-1] <= MAX_EXPERT_OUTPUTS
-    if not (few and serves(x_TD, experts.up_proj)):
+    if not (few and serves(x_TD, experts.down_proj)):
         return dispatch_locally(x_TD, routing, experts, meanwhile)
     x_TD, chosen_Tk, weights_Tk = x_TD.contiguous(), routing.experts.contiguous(), routing.weights.contiguous()
     out_TD = torch.empty_like(x_TD)
     _of(x_TD).experts(
-        x_TD.data_ptr(), chosen_Tk.data_ptr(), weights_Tk.data_ptr(), *chosen_Tk.shape, len(experts.up_proj),
-        experts.gate_proj.data_ptr() if experts.gated else None, experts.up_proj.data_ptr(),
-        experts.down_proj.data_ptr(), *experts.up_proj.shape[1:], ACTIVATIONS.index(experts.activation),
-        out_TD.data_ptr(),
+        x_TD.data_ptr(), chosen_Tk.data_ptr(), weights_Tk.data_ptr(), *chosen_Tk.shape, len(experts.down_proj),
+        experts.get_parameter(experts.wide).data_ptr(), experts.down_proj.data_ptr(), experts.gated,
+        *experts.down_proj.mT.shape[1:], ACTIVATIONS.index(experts.activation), out_TD.data_ptr(),
     )  # fmt: skip
     return out_TD, meanwhile()
 
@@ -216,7 +215,7 @@ SIGNATURES = {
     "project": "pppppppppppiiiiiiifiippp",
     "attend": "ppppppiiiiiiiifp",
     "route": "pppiiiiiifpppp",
-    "experts": "pppiiipppiiip",
+    "experts": "pppiiippiiiip",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.model import LoraConfig
-from moe_lm.model.moe import Experts
+from moe_lm.model.moe import Experts, all_logical, logical_names
 from moe_lm.model.transformer import LanguageModel, generator_of
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -74,23 +74,27 @@ class LoraExperts(Experts):
     """Routed experts with an adapter for each of their matrices."""
 
     def adapt(self, lora: LoraConfig) -> None:
-        self.inputs = {name: stack.shape[1] for name, stack in self.named_parameters()}
-        for name, inputs in self.inputs.items():
-            stack: Tensor = getattr(self, name)
-            experts, _, outputs = stack.shape
+        matrices = all_logical(self.named_parameters())
+        self.inputs = {name: stack.shape[1] for name, stack in matrices.items()}
+        for name, stack in matrices.items():
+            experts, inputs, outputs = stack.shape
             setattr(self, f"{name}_lora_A", nn.Parameter(stack.new_empty(experts, inputs, lora.rank)))
             setattr(self, f"{name}_lora_B", nn.Parameter(stack.new_empty(experts, lora.rank, outputs)))
         self.scale, self.dropout = scale(lora), lora.dropout
         self.masks_ED: dict[str, Tensor] = {}
 
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        added = [self._adapter(part, x_RD, ends_E) for part in logical_names(name)]
+        return super().multiply(name, x_RD, ends_E) + torch.cat(added, -1)
+
+    def _adapter(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         lora_A, lora_B = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
         if self.training and name in self.masks_ED:
             lora_A = lora_A * self.masks_ED[name][..., None]
         missing = -lora_A.shape[-1] % ALIGNMENT
         lora_A, lora_B = F.pad(lora_A.to(x_RD.dtype), (0, missing)), F.pad(lora_B.to(x_RD.dtype), (0, 0, 0, missing))
         low_Rr = self.grouped_mm(x_RD, lora_A, ends_E) * self.scale
-        return super().multiply(name, x_RD, ends_E) + self.grouped_mm(low_Rr, lora_B, ends_E)
+        return self.grouped_mm(low_Rr, lora_B, ends_E)
 
 
 def scale(lora: LoraConfig) -> float:

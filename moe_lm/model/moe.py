@@ -10,7 +10,7 @@ R = T*k token slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -122,35 +122,95 @@ GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Experts(nn.Module):
-    """Routed experts as stacked weights `[E, in, out]`; kernels replace `grouped_mm` (kernels/kernels.py)."""
+    """Routed experts as stacked weights `[E, in, out]`; kernels replace `grouped_mm` (kernels/kernels.py).
+
+    Gate and up are one stack, for one product, but a state dict has them apart, as all else outside the step does.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.expert_size
-        if config.mlp_gated:
-            self.gate_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.wide = GATE_UP if config.mlp_gated else "up_proj"  # the name of the first product's stack
+        columns = width * len(logical_names(self.wide))
+        self.register_parameter(self.wide, nn.Parameter(torch.empty(experts, hidden, columns)))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.gated, self.activation = config.mlp_gated, ACTIVATIONS[config.hidden_act]
         self.indices = range(experts)  # of these among all experts; expert parallelism keeps a part of them
         self.grouped_mm: GroupedMM = grouped_mm
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert."""
-        x_RD = x_RD.to(compute_dtype(x_RD))
-        up_RF = self.multiply("up_proj", x_RD, ends_E)
-        wide = (self.multiply("gate_proj", x_RD, ends_E), up_RF) if self.gated else (up_RF,)
-        return self.contract(ends_E, *wide)
+    def forward(self, x_RD: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
+        """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert.
 
-    def contract(self, ends_E: Tensor, first_RF: Tensor, up_RF: Tensor | None = None) -> Tensor:
-        """The activation and the last product."""
-        hidden_RF = self.activation(first_RF)
-        return self.multiply("down_proj", hidden_RF if up_RF is None else hidden_RF * up_RF, ends_E)
+        A row's result counts `weights` times. That is one factor for all of it, so it may come before the last product,
+        where rows are narrower, and a token's results need only be added up.
+        """
+        x_RD = x_RD.to(compute_dtype(x_RD))
+        return self.contract(self.multiply(self.wide, x_RD, ends_E), ends_E, weights_R)
+
+    def contract(self, wide: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
+        """The way back from the first product: the activation and the last one."""
+        return self.multiply("down_proj", self.activate(wide, weights_R), ends_E)
+
+    def activate(self, wide: Tensor, weights_R: Tensor) -> Tensor:
+        """The weighted hidden activations `[R, F]`, computed in float32, from gate and up side by side `[R, 2F]`."""
+        wide32 = wide.to(torch.promote_types(wide.dtype, torch.float32))
+        if self.gated:
+            gate_RF, up_RF = wide32.chunk(2, -1)
+            hidden_RF = self.activation(gate_RF) * up_RF
+        else:
+            hidden_RF = self.activation(wide32)
+        return (hidden_RF * weights_R[:, None]).to(wide.dtype)
 
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""
         stack: Tensor = getattr(self, name)
         return self.grouped_mm(x_RD, stack.to(x_RD.dtype), ends_E)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        named = self.named_parameters(prefix.removesuffix("."), recurse=False)
+        destination |= all_logical((name, stack if keep_vars else stack.detach()) for name, stack in named)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        wide = prefix + self.wide
+        if all(name in state_dict for name in logical_names(wide)):
+            stack = physical(wide, state_dict)
+            for name in logical_names(wide):
+                del state_dict[name]
+            state_dict[wide] = stack
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+GATE_UP = "gate_up_proj"
+
+
+def logical_names(name: str) -> tuple[str, ...]:
+    """The names by which all but the step itself knows a parameter: checkpoints, adapters, optimizers of matrices.
+
+    They are its own, but for the stack of gate and up, which are two.
+    """
+    stem = name.removesuffix(GATE_UP)
+    return (name,) if stem == name else (f"{stem}gate_proj", f"{stem}up_proj")
+
+
+def logical(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter, or a tensor like it (a gradient, a moment), as views under its logical names.
+
+    A scalar, such as a count of steps, belongs to each of them.
+    """
+    names = logical_names(name)
+    if len(names) == 1 or tensor.ndim == 0:
+        return dict.fromkeys(names, tensor)
+    return dict(zip(names, tensor.chunk(len(names), -1), strict=True))
+
+
+def all_logical(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {part: view for name, tensor in named for part, view in logical(name, tensor).items()}
+
+
+def physical(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `logical`: the parameter out of the tensors under its logical names."""
+    parts = [tensors[part] for part in logical_names(name)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -167,9 +227,9 @@ Dispatcher = Callable[[Tensor, Routing, Experts, Callable[[], Tensor | None]], t
 def dispatch_locally(
     x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Sort token slots by expert, run the experts, put the results back in order, add them up by weight."""
+    """Sort token slots by expert, run the experts, put the results back in order, add them up."""
     slots = SortedSlots(routing)
-    out_RD = experts(slots.gather(x_TD), slots.counts_E.cumsum(0).to(torch.int32))
+    out_RD = experts(slots.gather(x_TD), slots.counts_E.cumsum(0).to(torch.int32), slots.weights_R)
     return slots.combine(out_RD), meanwhile()
 
 
@@ -177,18 +237,18 @@ class SortedSlots:
     """The T*k token slots of a routing, sorted by expert and within an expert by token."""
 
     def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+        self.per_token = routing.experts.shape[1]
         self.order_R, self.place_R = sorting(routing.experts.flatten())
         self.counts_E = expert_counts(routing.experts, routing.scores.shape[1])
+        self.weights_R: Tensor = Gather.apply(routing.weights.flatten(), self.order_R, self.place_R, 1)
 
     def gather(self, x_TD: Tensor) -> Tensor:
-        """Every token once for each of its experts: `[R, D]`."""
-        return Gather.apply(x_TD, self.order_R, self.place_R, self.routing.experts.shape[1])
+        """Every token once for each of its experts, in the data type of products: `[R, D]`."""
+        return Gather.apply(x_TD, self.order_R, self.place_R, self.per_token, compute_dtype(x_TD))
 
     def combine(self, out_RD: Tensor) -> Tensor:
-        """The experts' results back in the order of tokens, added up by weight: `[T, D]`."""
-        out_TkD = Gather.apply(out_RD, self.place_R, self.order_R, 1).unflatten(0, self.routing.experts.shape)
-        return (out_TkD * self.routing.weights[..., None].to(out_TkD.dtype)).sum(1)
+        """The experts' weighted results, added up for each token: `[T, D]`."""
+        return Combine.apply(out_RD, self.order_R, self.place_R, self.per_token)
 
 
 def sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,19 +258,48 @@ def sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Gather(torch.autograd.Function):
-    """Row `order[i] // copies` of x at place i. The gradient is a gather as well, so that it is deterministic."""
+    """Row `order[i] // copies` of x at place i, cast to `dtype` before rows are copied.
+
+    The gradient, in the data type of x, is a gather as well, so that it is deterministic: `Combine`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies, ctx.dtype = copies, x.dtype
+        return spread(x.to(dtype or x.dtype), order, copies)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return collect(grad, inverse, ctx.copies, ctx.dtype), None, None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """The sum of the `copies` rows of x that `Gather` would make of one, for each; its gradient is `Gather`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
+        ctx.save_for_backward(order)
         ctx.copies = copies
-        return x.index_select(0, order // copies if copies > 1 else order)
+        return collect(x, inverse, copies, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        back = grad.index_select(0, inverse)
-        return back.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else back, None, None, None
+        (order,) = ctx.saved_tensors
+        return spread(grad, order, ctx.copies), None, None, None
+
+
+def spread(x: Tensor, order: Tensor, copies: int) -> Tensor:
+    return x.index_select(0, order // copies if copies > 1 else order)
+
+
+def collect(x: Tensor, inverse: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
+    rows = x.index_select(0, inverse)
+    # A sum in bfloat16 adds up in float32 and rounds once.
+    return rows.unflatten(0, (-1, copies)).sum(1, dtype=dtype) if copies > 1 else rows.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

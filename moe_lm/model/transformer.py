@@ -17,7 +17,7 @@ from moe_lm.model.attention import Attend, Attention, CachedAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
-from moe_lm.model.moe import MoE, Routing, compute_dtype
+from moe_lm.model.moe import MoE, Routing, compute_dtype, logical
 from moe_lm.model.rotary import Angles, Rotary
 
 
@@ -134,7 +134,7 @@ class Block(nn.Module):
         return x_BSD, normed_BSD.to(compute_dtype(normed_BSD)), routing
 
 
-# The initial value of a tensor, by its name:
+# The initial value of a tensor, by its logical name:
 #   *norm.weight              ones
 #   *.bias, *correction_bias  zeros
 #   everything else           normal, mean 0, standard deviation `initializer_range`, from a generator seeded by
@@ -144,6 +144,11 @@ class Block(nn.Module):
 
 def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
     """Fill one tensor; `first_expert` is the global index of the first expert that a sliced stack holds."""
+    for part, view in logical(name, tensor).items():
+        _initialise_logical(part, view, config, seed, first_expert)
+
+
+def _initialise_logical(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int) -> None:
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
     elif name.endswith("bias"):

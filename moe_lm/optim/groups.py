@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
+from moe_lm.model.moe import logical_names
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.lamb import Lamb
 from moe_lm.optim.muon import Muon
@@ -26,14 +27,17 @@ def build_optimizers(
     """
     muon: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    stacked: set[nn.Parameter] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         (muon if config.name == "muon" and is_hidden_matrix(name, parameter) else others).append(parameter)
+        if len(logical_names(name)) > 1:
+            stacked.add(parameter)
     groups = adamw_groups(others, config)
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "lamb":
-        optimizers.append(Lamb(groups, config.lr, config.betas, config.eps))
+        optimizers.append(Lamb(by_matrices(groups, stacked), config.lr, config.betas, config.eps))
     else:
         optimizers.append(build_adamw(groups, config))
         for parameter in others:
@@ -43,7 +47,8 @@ def build_optimizers(
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     if muon:
-        optimizers.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
+        groups = by_matrices([{"params": muon}], stacked)
+        optimizers.append(Muon(groups, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -58,6 +63,16 @@ def adamw_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) ->
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def by_matrices(groups: list[dict[str, Any]], stacked: set[nn.Parameter]) -> list[dict[str, Any]]:
+    """Set apart the parameters that are two matrices side by side, for optimizers that look at a matrix as one."""
+    divided = [
+        group | {"params": [p for p in group["params"] if (p in stacked) == (matrices == 2)], "matrices": matrices}
+        for group in groups
+        for matrices in (1, 2)
+    ]
+    return [group for group in divided if group["params"]]
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -12,13 +12,15 @@ from torch import Tensor
 class Lamb(torch.optim.Optimizer):
     """Algorithm 2 of the paper, with bias correction and phi the identity.
 
+    A group's `matrices` says how many lie side by side in each of its parameters; each has its own ratio.
+
     A matrix moves by `lr` times its own norm, whatever the norm of its gradient: `x -= lr * |x| / |u| * u` with
     `u = m / (sqrt(v) + eps) + weight_decay * x`. Each expert of a stack [E, in, out] is a matrix with its own ratio.
     Vectors (norms, biases) have no ratio: they move as under AdamW.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "matrices": 1})
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
@@ -42,7 +44,9 @@ class Lamb(torch.optim.Optimizer):
                 direction = first / (1 - beta1**steps) / ((second / (1 - beta2**steps)).sqrt_() + group["eps"])
                 update = direction + group["weight_decay"] * parameter
                 if parameter.ndim >= 2:
-                    update *= trust_ratio(parameter, direction, update)
+                    parts = (tensor.chunk(group["matrices"], -1) for tensor in (parameter, direction, update))
+                    for weights, directions, updates in zip(*parts, strict=True):
+                        updates *= trust_ratio(weights, directions, updates)
                 parameter.sub_(update, alpha=group["lr"])
 
 

@@ -17,18 +17,19 @@ class Muon(torch.optim.Optimizer):
     On a 2-D weight it equals `torch.optim.Muon` (tested), which takes only 2-D weights, one at a time. Here all
     matrices of the same shape, of any layer or expert, are orthogonalised in one batched product. The update is scaled
     by `sqrt(max(1, rows / columns))` of the matrix as output x input, so that one rate suits every shape; an expert of
-    a stack [E, in, out] moves as the linear layer [out, in] that it is. `dtype`: what Newton-Schulz computes in.
+    a stack [E, in, out] moves as the linear layer [out, in] that it is. A group's `matrices` says how many lie side by
+    side in each of its parameters; each is orthogonalised by itself. `dtype`: what Newton-Schulz computes in.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
         self._dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -36,28 +37,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                by_shape[tuple(parameter.shape[-2:])].append(parameter)
-            for parameters in by_shape.values():
-                self._step_same_shape(parameters, group)
+                both = (parameter, self._nesterov(parameter, group))
+                parts = (tensor.chunk(group["matrices"], -1) for tensor in both)
+                for weight, update in zip(*parts, strict=True):
+                    by_shape[weight.shape[-2:]].append((weight, update, group))
+        for same in by_shape.values():
+            updates = [update.reshape(-1, *update.shape[-2:]) for _, update, _ in same]
+            pieces = orthogonalise(torch.cat(updates), self._dtype).split([len(update) for update in updates])
+            for (weight, _, group), piece in zip(same, pieces, strict=True):
+                out_size, in_size = weight.shape if weight.ndim == 2 else weight.shape[:0:-1]
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(piece.view_as(weight), alpha=-group["lr"] * math.sqrt(max(1.0, out_size / in_size)))
 
-    def _step_same_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        momentum, rate = group["momentum"], group["lr"]
-        updates = []
-        for parameter in parameters:
-            assert parameter.grad is not None
-            buffer = self.state[parameter]["momentum_buffer"]
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            update = torch.lerp(parameter.grad, buffer, momentum)  # Nesterov
-            updates.append(update.view(-1, *parameter.shape[-2:]))
-        orthogonal = orthogonalise(torch.cat(updates), self._dtype)
-        pieces = orthogonal.split([len(update) for update in updates])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            out_size, in_size = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
-            parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.add_(piece.view_as(parameter), alpha=-rate * math.sqrt(max(1.0, out_size / in_size)))
+    def _nesterov(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        assert parameter.grad is not None
+        buffer: Tensor = self.state[parameter]["momentum_buffer"]
+        buffer.lerp_(parameter.grad, 1 - group["momentum"])
+        return torch.lerp(parameter.grad, buffer, group["momentum"])
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:

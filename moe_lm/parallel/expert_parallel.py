@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
-from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, compute_dtype, sorting
+from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, sorting
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.topology import Topology
@@ -72,7 +72,7 @@ class AllToAllDispatcher:
             sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
 
         journey = Journey(self.group, sent, received)
-        on_the_way = _Depart.apply(slots.gather(x_TD).to(compute_dtype(x_TD)), journey)
+        on_the_way = _Depart.apply(slots.gather(x_TD), journey)
         alongside = meanwhile()
         # They arrive sorted by rank and then by expert; the grouped products need them by expert.
         local = arriving_NL.shape[1]
@@ -80,8 +80,10 @@ class AllToAllDispatcher:
         order_Q, place_Q = sorting(expert_Q)
         with self.exchange.waiting():
             arrived_QD = _Arrive.apply(on_the_way, journey)
-        arrived_QD = Gather.apply(arrived_QD, order_Q, place_Q, 1)
-        out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32))
+            with_them = Journey(self.group, sent, received)
+            weights_Q = _Arrive.apply(_Depart.apply(slots.weights_R, with_them), with_them)
+        arrived_QD, weights_Q = (Gather.apply(rows, order_Q, place_Q, 1) for rows in (arrived_QD, weights_Q))
+        out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32), weights_Q)
 
         way_back = Journey(self.group, received, sent)
         out_QD = Gather.apply(out_QD, place_Q, order_Q, 1)

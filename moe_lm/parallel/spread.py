@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.kernels import kernels
+from moe_lm.model.moe import logical_names
 from moe_lm.model.transformer import LanguageModel, LayerDevices
 
 WHOLE = ["Block"]  # a residual connection does not leave its device, and weights are used without their layer's forward
@@ -41,7 +42,7 @@ class Spread:
 
 
 def spread_over_devices(model: LanguageModel, read: Read, spread: Spread) -> None:
-    """Give a model on the meta device its weights, each where it fits.
+    """Give a model on the meta device its weights, each where it fits; `read` knows them by their logical names.
 
     Raises UsageError for a device or size that does not exist, MoeLmError when the disk cannot take its share.
     """
@@ -58,7 +59,7 @@ def spread_over_devices(model: LanguageModel, read: Read, spread: Spread) -> Non
         folder = _folder(model, None)
     buffers, index = dict(model.named_buffers()), dict[str, Any]()
     tied = model.config.tie_word_embeddings and _place_of(HEAD, device_map) == _place_of(EMBEDDING, device_map)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in {**dict(model.named_parameters(remove_duplicate=False)), **buffers}.items():
         place = _place_of(name, device_map)
         if name == HEAD and tied and place != DISK:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -70,10 +71,13 @@ def spread_over_devices(model: LanguageModel, read: Read, spread: Spread) -> Non
             device = main if place == DISK else torch.device(place)
             set_module_tensor_to_device(model, name, device, value=_filled(name, tensor, device, read))
     kernels.apply(model, kernels.choose(main, decoding=True))  # before Accelerate wraps the forwards
+    # Accelerate would take a state dict, whose names are the logical ones.
+    on_host = {name: p for name, p in model.named_parameters() if p.device.type == "cpu" != main.type}
     with _quiet():
         dispatch_model(
             model,
             device_map,
+            state_dict=on_host or None,
             main_device=devices[0] if devices else "cpu",
             offload_dir=folder if DISK in device_map.values() else None,
             offload_index=index or None,
@@ -123,7 +127,7 @@ def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
     """Put a tensor on the disk as Accelerate reads it; returns its entry in Accelerate's index."""
     try:
         with file.open("wb") as opened:
-            for rows in read(name):
+            for rows in _rows(name, read):
                 opened.write(rows.to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
     except OSError as error:
         raise MoeLmError(
@@ -132,10 +136,16 @@ def _write(file: Path, name: str, tensor: Tensor, read: Read) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
+def _rows(name: str, read: Read) -> Iterator[Tensor]:
+    """The rows of a parameter; what is one stack here is several tensors to `read`, side by side."""
+    for rows in zip(*map(read, logical_names(name)), strict=True):
+        yield rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+
 def _filled(name: str, tensor: Tensor, device: torch.device, read: Read) -> Tensor:
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     start = 0
-    for rows in read(name):
+    for rows in _rows(name, read):
         out[start : start + len(rows)] = rows
         start += len(rows)
     return out

@@ -53,7 +53,7 @@ def train_poisoned(stage: str, factor: float) -> tuple[Engine, dict[str, object]
     layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": int(stage)} if stage != "0" else {}
     parallel = ParallelConfig(device="cpu", **layout)
     built, step = build(parallel), 0
-    parameter = built.model.moe_layers[0].experts.up_proj
+    parameter = built.model.moe_layers[0].experts.down_proj
     if built.topology.rank == built.topology.world_size - 1:
         parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
     engine = build_engine(built, NextToken(), TRAIN, parallel, pad_id=2)

@@ -26,7 +26,7 @@ def test_narrow_frozen_weights_change_no_number_under_autocast() -> None:
     assert torch.equal(out, narrow_out)
     assert all(torch.equal(grad, narrow_grads[name]) for name, grad in grads.items())
     dtypes = {name: p.dtype for name, p in narrow.named_parameters()}
-    assert dtypes["model.layers.1.mlp.experts.up_proj"] == dtypes["lm_head.weight"] == torch.bfloat16
+    assert dtypes["model.layers.1.mlp.experts.gate_up_proj"] == dtypes["lm_head.weight"] == torch.bfloat16
     kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight")
     assert {dtypes[name] for name in (*kept, *(name for name in dtypes if is_factor(name)))} == {torch.float32}
 

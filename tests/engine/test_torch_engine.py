@@ -16,6 +16,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, BatchSource
 from moe_lm.engine.engine import Engine, Evaluation, StepResult
 from moe_lm.model.attention import PackedAttention
+from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import num_targets
 from moe_lm.optim.muon import orthogonalise
@@ -248,7 +249,7 @@ def test_a_loaded_state_goes_on_to_the_bit(ragged: BatchSource, changes: dict[st
 def test_state_is_named_by_parameter_and_holds_the_random_state() -> None:
     engine = build_engine(optimizer={"name": "muon"})
     state = engine.state()
-    parameters = dict(engine.model.named_parameters())
+    parameters = all_logical(engine.model.named_parameters())
     for name, parameter in parameters.items():
         moments = [key for key in state if key.endswith(f".{name}") and key != f"model.{name}"]
         hidden = f"momentum_buffer.{name}" in state

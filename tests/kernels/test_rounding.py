@@ -18,6 +18,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
 from moe_lm.engine import torch_engine
 from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from tests.tiny import LATENT, engine_of, tiny_model
 
@@ -157,8 +158,9 @@ def test_a_loaded_state_goes_on_to_the_bit(ragged: BatchSource, optimizer: str) 
 def test_checkpoints_hold_the_float32_weights_and_no_copy(ragged: BatchSource) -> None:
     engine = build_engine(tiny_model(3))
     train(engine, ragged, steps=[0])
-    state, parameters = engine.state(), dict(engine.model.named_parameters())
+    state, parameters = engine.state(), all_logical(engine.model.named_parameters())
     names = {name.removeprefix("model.") for name in state if name.startswith("model.")}
     assert names == parameters.keys() | {name for name, _ in engine.model.named_buffers()}
     assert all(state[f"model.{name}"].data_ptr() == p.data_ptr() for name, p in parameters.items())
-    assert {p.dtype for p in parameters.values()} == {p.grad_dtype for p in parameters.values()} == {torch.float32}
+    dtypes = {(p.dtype, p.grad_dtype) for p in engine.model.parameters()}
+    assert dtypes == {(torch.float32, torch.float32)}

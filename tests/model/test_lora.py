@@ -18,7 +18,7 @@ from moe_lm.kernels import kernels
 from moe_lm.model import lora
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.lora import LoraExperts, LoraLinear
-from moe_lm.model.moe import Experts
+from moe_lm.model.moe import Experts, all_logical
 from moe_lm.model.transformer import LanguageModel
 from tests.tiny import LATENT, tiny, tiny_model
 
@@ -52,7 +52,7 @@ def merged_copy(model: LanguageModel, settings: LoraConfig) -> LanguageModel:
     tensors = model.state_dict()
     plain.load_state_dict({name: tensor for name, tensor in tensors.items() if not lora.is_factor(name)})
     with torch.no_grad():
-        for name, weight in plain.named_parameters():
+        for name, weight in all_logical(plain.named_parameters()).items():
             lora_A, lora_B = map(tensors.get, lora.factors_of(name))
             if lora_A is not None and lora_B is not None:
                 lora.merge(weight, lora_A, lora_B, lora.scale(settings))
@@ -91,17 +91,18 @@ def test_experts_are_the_dense_form_token_by_token_and_so_are_their_gradients(ra
     ends = torch.tensor(counts).cumsum(0).int()
     x = torch.randn(sum(counts), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
+    weights_R = torch.rand(sum(counts), generator=torch.Generator().manual_seed(4))
+
+    tensors = all_logical(experts.named_parameters())
     dense = {
-        name: (
-            getattr(experts, name) + 3 / rank * getattr(experts, f"{name}_lora_A") @ getattr(experts, f"{name}_lora_B")
-        )
+        name: tensors[name] + 3 / rank * tensors[f"{name}_lora_A"] @ tensors[f"{name}_lora_B"]
         for name in ("gate_proj", "up_proj", "down_proj")
     }
     pieces = [
         (F.silu(rows @ dense["gate_proj"][e]) * (rows @ dense["up_proj"][e])) @ dense["down_proj"][e]
         for e, rows in enumerate(x.split(counts))
     ]
-    expected, found = torch.cat(pieces), experts(x, ends)
+    expected, found = torch.cat(pieces) * weights_R[:, None], experts(x, ends, weights_R)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-8)
     weight = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     parameters = dict(experts.named_parameters())
@@ -111,7 +112,8 @@ def test_experts_are_the_dense_form_token_by_token_and_so_are_their_gradients(ra
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
     with torch.no_grad():
-        torch.testing.assert_close(experts.float()(x.float(), ends).double(), expected, rtol=1e-3, atol=1e-2)
+        found = experts.float()(x.float(), ends, weights_R)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-2)
 
 
 def test_a_linear_layer_is_pefts() -> None:
@@ -144,7 +146,7 @@ def test_every_factor_of_the_targets_and_nothing_else_is_trained(targets: tuple[
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
     kinds = {"self_attn": "attention", "mlp.experts": "experts", "mlp": "feed_forward"}
     expected = set()
-    for name, parameter in LanguageModel(model.config).named_parameters():
+    for name, parameter in all_logical(LanguageModel(model.config).named_parameters()).items():
         kind = next((kinds[part] for part in kinds if f".{part}." in name), None)
         if kind in (targets or ALL) and parameter.ndim >= 2 and ".gate." not in name:
             expected |= set(lora.factors_of(name))

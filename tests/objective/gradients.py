@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from moe_lm.objective.training_loss import TrainingLoss
+from tests import tiny
 
 
 def gradients(loss: TrainingLoss, *totals: Tensor) -> dict[str, Tensor]:
     """The gradients of the sum of these losses."""
     loss.zero_grad()
     torch.stack(totals).sum().backward()
-    found = {name: parameter.grad for name, parameter in loss.model.named_parameters()}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+    return tiny.gradients(loss.model)
 
 
 def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -45,11 +45,11 @@ def test_muon_takes_the_hidden_matrices_but_no_router_embedding_or_head() -> Non
     model = tiny_model(**SMALL)
     adamw, muon = build_optimizers(model, OptimizerConfig(name="muon"))
     assert isinstance(muon, Muon)
-    taken = names_in(model, muon.param_groups[0])
+    taken = {name for group in muon.param_groups for name in names_in(model, group)}
     attention = {f"model.layers.{n}.self_attn.{part}_proj.weight" for n in (0, 1) for part in "qkvo"}
     parts = ("gate_proj", "up_proj", "down_proj")
     dense = {f"model.layers.0.mlp.{part}.weight" for part in parts}
-    routed = {f"model.layers.1.mlp.experts.{part}" for part in parts}
+    routed = {f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")}
     shared = {f"model.layers.1.mlp.shared_experts.{part}.weight" for part in parts}
     assert taken == attention | dense | routed | shared
     assert "model.layers.1.mlp.gate.weight" in names_in(model, adamw.param_groups[0])
@@ -91,7 +91,7 @@ def test_adamw_is_loshchilov_and_hutters_equation() -> None:
     config = OptimizerConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     (adamw,) = build_optimizers(model, config)
     moe = "model.layers.1.mlp"
-    decays = {f"{moe}.experts.up_proj": 0.1, f"{moe}.gate.weight": 0.1, "model.norm.weight": 0.0}
+    decays = {f"{moe}.experts.gate_up_proj": 0.1, f"{moe}.gate.weight": 0.1, "model.norm.weight": 0.0}
     parameters = dict(model.named_parameters())
     expected = {name: parameters[name].detach().double().clone() for name in decays}
     first, second = ({name: torch.zeros_like(value) for name, value in expected.items()} for _ in range(2))
@@ -150,7 +150,7 @@ def test_every_group_keeps_its_own_peak() -> None:
     for factor in (0.5, 0.1):
         set_learning_rate(optimizers, factor)
         found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        assert found == pytest.approx([0.01 * factor, 0.01 * factor, 0.2 * factor])
+        assert found == pytest.approx([0.01 * factor, 0.01 * factor, 0.2 * factor, 0.2 * factor])
 
 
 # Router biases

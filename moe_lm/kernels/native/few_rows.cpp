@@ -224,13 +224,14 @@ static void feed_forward(const T* x, int64_t rows, const T* gate, const T* gate_
     linear(hidden, rows, down, down_bias, width, size, y);
 }
 
-// y [T, D] = sum over a token's experts of weights [T, k] * down(act(gate(x)) * up(x)); stacks are [E, D, F], [E, F, D].
-// Only the chosen experts are read, each once for all of its tokens. Without `gate` it is down(act(up(x))).
+// y [T, D] = sum over a token's experts of weights [T, k] * down(act(gate(x)) * up(x)). The stack `wide` [E, D, 2F] has
+// gate and up side by side, `down` is [E, F, D]; not `gated`, it is down(act(up(x))) and `wide` is up, [E, D, F].
+// Only the chosen experts are read, each once for all of its tokens.
 template <class T>
 static void experts(const T* x, const int64_t* chosen, const float* weights, int64_t tokens, int64_t per_token,
-                    int64_t number, const T* gate, const T* up, const T* down, int64_t hidden, int64_t width,
+                    int64_t number, const T* wide, const T* down, int64_t gated, int64_t hidden, int64_t width,
                     int64_t activation, T* y) {
-    int64_t slots = tokens * per_token;
+    int64_t slots = tokens * per_token, columns = gated ? 2 * width : width;
     int64_t* ends = (int64_t*)scratch<0>(2 * (number + 1 + 2 * slots));  // of each expert's slots in sorted order
     int64_t *sorted = ends + number + 1, *place = sorted + slots;
     std::memset(ends, 0, (number + 1) * sizeof *ends);
@@ -241,22 +242,21 @@ static void experts(const T* x, const int64_t* chosen, const float* weights, int
     in_blocks(number, is_large(3 * hidden * width * std::min(number, slots), slots / number), [&](int64_t e) {
         int64_t first = e ? ends[e - 1] : 0, rows = ends[e] - first;
         if (rows == 0) return;
-        float *in = scratch<2>(rows * hidden), *h = scratch<3>(rows * width), *g = scratch<4>(rows * width);
+        float *in = scratch<2>(rows * hidden), *h = scratch<3>(rows * columns);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < hidden; i++)
                 in[r * hidden + i] = one(x + sorted[first + r] / per_token * hidden + i);
         int64_t following = e + 1;
         while (following < number && ends[following] == ends[following - 1]) following++;
-        const T *own_up = up + e * hidden * width, *own_down = down + e * hidden * width;
-        const T *own_gate = gate ? gate + e * hidden * width : nullptr, *next_up = up + following % number * hidden * width;
-        times(in, hidden, rows, own_up, width, hidden, width, h, width, gate ? own_gate : own_down, false);
-        if (gate) {
-            times(in, hidden, rows, own_gate, width, hidden, width, g, width, own_down, false);
-            activate(g, rows * width, activation);
-            for (int64_t i = 0; i < rows * width; i++) h[i] *= g[i];
-        } else
-            activate(h, rows * width, activation);
-        times(h, width, rows, own_down, hidden, width, hidden, outs + first * hidden, hidden, next_up, false);
+        const T *own = wide + e * hidden * columns, *next = wide + following % number * hidden * columns;
+        const T* own_down = down + e * hidden * width;
+        times(in, hidden, rows, own, columns, hidden, columns, h, columns, own_down, false);
+        for (int64_t r = 0; r < rows; r++) {
+            float *g = h + r * columns, *u = g + width;
+            activate(g, width, activation);
+            for (int64_t i = 0; gated && i < width; i++) g[i] *= u[i];
+        }
+        times(h, columns, rows, own_down, hidden, width, hidden, outs + first * hidden, hidden, next, false);
     });
     in_blocks(tokens, tokens > MANY, [&](int64_t t) {
         float* total = scratch<2>(hidden);

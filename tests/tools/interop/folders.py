@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moe_lm.model.moe import all_logical
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SHAPE = {
@@ -89,7 +90,7 @@ def randomise(model: nn.Module) -> None:
     """Weights that keep activations and logits of order 1, so that an absolute difference means something."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in all_logical([*model.named_parameters(), *model.named_buffers()]).items():
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim >= 2:
                 tensor.copy_(noise / tensor.shape[-1] ** 0.5 / (2 if name == "lm_head.weight" else 1))
