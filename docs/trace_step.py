@@ -82,14 +82,14 @@ def floors() -> dict[str, int]:
 
 
 def tiny_engine() -> Engine:
-    """An engine as `moe-lm pretrain` builds it."""
+    """An engine as `moe-lm pretrain` builds it on a CPU."""
     model = ModelConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
         first_k_dense_replace=1,
     )  # fmt: skip
     train = TrainConfig(steps=10, global_batch_size=ROWS, micro_batch_size=ROWS // 2, precision="float32")
-    parallel = ParallelConfig(device="cpu")
+    parallel = ParallelConfig(device="cpu", attention_kernel="segments")  # which runs on every CPU
     built = build_model(model, parallel, Topology())
     built.initialise(seed=0)
     return build_engine(built, NextToken(), train, parallel, pad_id=0)

@@ -16,7 +16,9 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
 from moe_lm.config.training import OptimizerConfig, PreferenceConfig, TrainConfig
 
-AttentionKernel = Literal["auto", "plain", "segments", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
+AttentionKernel = Literal[
+    "auto", "plain", "segments", "cpp", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"
+]
 
 
 class ParallelConfig(Section):

@@ -13,17 +13,19 @@ from typing import NamedTuple
 import torch
 
 from moe_lm.common.errors import UsageError
+from moe_lm.kernels import cpu_attention
+from moe_lm.kernels.native import build
 
 # The attention kernels of a kind of device, the fastest first. The last one serves everywhere.
 BY_SPEED: dict[str, tuple[str, ...]] = {
     "cuda": ("flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_varlen", "plain"),
-    "cpu": ("segments", "plain"),
+    "cpu": ("cpp", "segments", "plain"),
 }
 SETTING = "parallel.attention_kernel"
 
 
 class Package(NamedTuple):
-    """What brings a kernel. `majors` are the first numbers of the compute capabilities that it is made for."""
+    """What brings a kernel; `majors` are the first numbers of the compute capabilities that it is made for."""
 
     load: Callable[[], object]  # raises what keeps the kernel from serving
     module: str
@@ -83,9 +85,15 @@ def lack(name: str) -> Lack | None:
     except ModuleNotFoundError as error:
         absent = error.name is not None and f"{package.module}.".startswith(f"{error.name}.")
         return Lack("it is not installed" if absent else str(error), installed=not absent)
+    except build.UnavailableError as error:
+        return Lack(str(error), installed=False)
     except Exception as error:  # what a package does while it is loaded is its own
         return Lack(f"{type(error).__name__}: {error}".splitlines()[0], installed=True)
-    if torch.cuda.is_available() and (major := torch.cuda.get_device_capability()[0]) not in package.majors:
+    if (
+        package.majors
+        and torch.cuda.is_available()
+        and (major := torch.cuda.get_device_capability()[0]) not in package.majors
+    ):
         made_for = " or ".join(f"{each}.x" for each in package.majors)
         return Lack(f"it is for compute capability {made_for}, and this GPU has {major}.x", installed=True)
     return None
@@ -121,6 +129,7 @@ def _load_torch_varlen() -> None:
 
 
 PACKAGES = {
+    "cpp": Package(cpu_attention.load, "", (), "install g++"),
     "flash_attn_3": Package(
         functools.partial(_try_switch, "FA3"),
         "flash_attn_interface",

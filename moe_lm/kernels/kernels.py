@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_lm.kernels import attention, available, cpu_decode, flash_attention, grouped_mm
+from moe_lm.kernels import attention, available, cpu_attention, cpu_decode, flash_attention, grouped_mm
 from moe_lm.kernels.native import build
 from moe_lm.model import moe
 from moe_lm.model.attention import AttentionLayer, SegmentAttention, segment_attention
@@ -21,6 +21,7 @@ from moe_lm.model.transformer import LanguageModel
 ATTENTION: Mapping[str, SegmentAttention] = {
     "plain": segment_attention,
     "segments": attention.segments,
+    "cpp": cpu_attention.cpp,
     "torch_varlen": flash_attention.torch_varlen,
     "flash_attn_2": flash_attention.flash_attn_2,
     "flash_attn_3": flash_attention.flash_attn_3,
@@ -46,7 +47,7 @@ def choose(
 ) -> Kernels:
     """The fastest kernels for a device, which need not be there; `attention` names another one for it.
 
-    `decoding` adds one for generating text; on a CPU that compiles the C++ where it has not been compiled yet.
+    `decoding` adds one for generating text. On a CPU the C++ is compiled where it has not been compiled yet.
     `simulated` are the attention kernels that a simulated device has; otherwise those that can be imported here count.
     Raises UsageError for an attention kernel by name that does not serve.
     """

@@ -118,17 +118,17 @@ def _native() -> Finding:
 
 
 def _attention_kernels() -> Iterator[Finding]:
-    """Yield the attention kernels of CUDA, the fastest first: which serve, and how to get the others."""
+    """Yield the attention kernels of each kind of device, the fastest first: which serve, and how to get the others."""
     from moe_lm.kernels import available
 
-    for name in available.BY_SPEED["cuda"]:
-        if package := available.PACKAGES.get(name):
-            lack = available.lack(name)
+    for device, names in available.BY_SPEED.items():
+        for name in filter(available.PACKAGES.__contains__, names):
+            lack, package = available.lack(name), available.PACKAGES[name]
             if lack is None:
-                yield Finding(f"attention {name}", "ok", "serves on CUDA")
+                yield Finding(f"attention {name}", "ok", f"serves on {device}")
             else:
                 status: Status = "warning" if lack.installed else "optional"
-                yield Finding(f"attention {name}", status, lack.why, f"{package.install} (CUDA only)")
+                yield Finding(f"attention {name}", status, lack.why, f"{package.install} ({device} only)")
 
 
 def _kernels() -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def test_pretraining_with_2_processes_is_that_with_1_and_either_goes_on_for_the_
     run_dir = tmp_path / "run"
     command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS)
     out, silent = finish(start_ranks(start_moe_lm, 2, *command))
-    assert out.startswith("kernels: attention segments, experts bucketed\npretrain 1/12")
+    assert re.match("kernels: attention [a-z]+, experts bucketed\npretrain 1/12", out)
     assert silent == ""
     assert_same_training(metrics(run_dir), metrics(one_process))
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")

@@ -11,7 +11,8 @@ import pytest
 from moe_lm.kernels.native import build
 from moe_lm.tools import doctor
 
-BUILD = "from moe_lm.kernels.native import build; print(build.build())"
+FAST = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)  # what is built is not used
+BUILD = f"from moe_lm.kernels.native import build; build.FLAGS = {FAST}; print(build.build())"
 COMPILER = build.compiler_path()
 
 
@@ -51,11 +52,12 @@ def test_a_library_gets_its_name_when_it_is_whole(cache: Path, tmp_path: Path, m
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_what_is_built_is_not_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "FLAGS", FAST)
     path = build.build()
     written = path.stat().st_mtime_ns
     assert build.build() == path
     assert path.stat().st_mtime_ns == written
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    monkeypatch.setattr(build, "FLAGS", (*FAST, "-DOTHER"))
     assert build.build() != path
 
 
@@ -113,7 +115,7 @@ def test_what_cannot_be_loaded_says_why(cache: Path, tmp_path: Path, monkeypatch
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.build().is_file()
-    with pytest.raises(build.UnavailableError, match=r"cannot be loaded: .*few_rows-.*\.so"):
+    with pytest.raises(build.UnavailableError, match=r"cannot be loaded: .*kernels-.*\.so"):
         build.load()
     found = doctor._native()
     assert found.status == "optional"

@@ -20,21 +20,20 @@ from tests.tiny import LATENT, tiny_model
     [
         ("cuda", False, Kernels("torch_varlen", "fused")),
         ("cuda", True, Kernels("torch_varlen", "fused", "plain")),
-        ("cpu", False, Kernels("segments", "bucketed")),
+        ("cpu", False, Kernels("cpp", "bucketed")),
         ("mps", True, Kernels("plain", "fused", "plain")),
     ],
 )
 def test_a_device_has_its_kernels_whether_or_not_it_is_there(device: str, decoding: bool, expected: Kernels) -> None:
-    simulated = ["torch_varlen"] if device == "cuda" else None
+    simulated = ["cpp", "torch_varlen"]
     assert kernels.choose(torch.device(device), decoding, simulated=simulated) == expected
 
 
 def test_decoding_is_in_cpp_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for library, name in ((object(), "cpp"), (None, "plain")):
         monkeypatch.setattr(build, "library", lambda found=library: found)
-        assert str(kernels.choose(torch.device("cpu"), decoding=True)) == (
-            f"attention segments, experts bucketed, decoding {name}"
-        )
+        chosen = kernels.choose(torch.device("cpu"), decoding=True, simulated=["segments"])
+        assert str(chosen) == f"attention segments, experts bucketed, decoding {name}"
 
 
 @pytest.mark.parametrize("changes", [{}, LATENT], ids=["grouped", "latent"])
@@ -61,12 +60,13 @@ def test_every_layer_gets_what_is_named_and_a_model_starts_in_plain_torch(change
 
 
 def test_the_log_of_a_run_names_them(pretrained: Path) -> None:
-    assert "  kernels: attention segments, experts bucketed\n" in (pretrained / "train.log").read_text()
+    chosen = kernels.choose(torch.device("cpu"))
+    assert f"  kernels: {chosen}\n" in (pretrained / "train.log").read_text()
 
 
 def test_a_dense_model_has_no_kernel_for_experts() -> None:
     model = tiny_model(n_routed_experts=0, first_k_dense_replace=0)
-    kernels.apply(model, kernels.choose(model.device))
+    kernels.apply(model, kernels.choose(model.device, attention="segments"))
     assert str(kernels.of(model)) == "attention segments"
 
 

@@ -62,6 +62,7 @@ def test_attention_kernels_are_served_missing_or_broken(monkeypatch: pytest.Monk
     found = {item.name: item for item in doctor.examine() if item.name.startswith("attention ")}
     assert {name.removeprefix("attention "): item.status for name, item in found.items()} == {
         "flash_attn_3": "optional", "flash_attn_4": "ok", "flash_attn_2": "warning", "torch_varlen": "ok",
+        "cpp": "ok",
     }  # fmt: skip
     assert "setup.py install" in found["attention flash_attn_3"].remedy
     assert found["attention flash_attn_2"].found == "ImportError: undefined symbol"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from moe_lm.common.files import whole_file
 
-SOURCE = Path(__file__).with_name("few_rows.cpp")
-HEADERS = (SOURCE.with_name("products.hpp"), SOURCE.with_name("threads.hpp"))
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "few_rows.cpp", FOLDER / "attention.cpp")
+HEADERS = (FOLDER / "products.hpp", FOLDER / "threads.hpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 THREADS = ("-fopenmp",)  # tells how many threads torch was told to use, because torch has loaded the same library
 TIMEOUT = 120  # seconds, for a machine that is busy with other things
@@ -27,12 +28,12 @@ OFF = "MOE_LM_NATIVE"  # "0" in the environment: everything runs in torch
 
 
 class UnavailableError(Exception):
-    """The reason why there is no library; decoding works without it, slower."""
+    """The reason why there is no library; everything works without it, slower."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions of few_rows.cpp, or None if they cannot be built."""
+    """The functions of the C++, or None if they cannot be built."""
     try:
         return load()
     except UnavailableError:
@@ -40,7 +41,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def load() -> ctypes.CDLL:
-    """The functions of few_rows.cpp; raises UnavailableError with the reason if they cannot be built."""
+    """The functions of the C++; raises UnavailableError with the reason if they cannot be built."""
     path = build()
     try:
         return ctypes.CDLL(str(path))
@@ -72,7 +73,7 @@ def build() -> Path:
         raise UnavailableError("no C++ compiler")
     with _building:
         try:
-            target = cache_folder() / f"few_rows-{_key(compiler)}.so"
+            target = cache_folder() / f"kernels-{_key(compiler)}.so"
             if not target.exists():
                 _compile(compiler, target)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -94,7 +95,7 @@ def compiler_path() -> str | None:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
-    sources = (file.read_bytes() for file in (SOURCE, *HEADERS))
+    sources = (file.read_bytes() for file in (*SOURCES, *HEADERS))
     parts = (*sources, version, repr((FLAGS, THREADS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -112,7 +113,7 @@ def _compile(compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target, contested=True) as library:
         for flags in ((*FLAGS, *THREADS), FLAGS):  # Apple's compiler has no OpenMP
-            command = [compiler, *flags, str(SOURCE), "-o", str(library)]
+            command = [compiler, *flags, *map(str, SOURCES), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
             if done.returncode == 0:
                 return
