@@ -36,7 +36,9 @@ DEAR = {
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
+    "moe_lm::uneven_attention",
     "moe_lm::segment_attention",
+    "moe_lm::cpu_attention",
 }
 
 
