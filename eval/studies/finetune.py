@@ -198,7 +198,8 @@ def raw_preference(run: Path, config: FinetuneConfig) -> dict[str, float]:
     pairs = read_pairs(config.data, session.tokenizer).validation
     rows = PairRows(pairs, config.data.sequence_length, session.tokenizer.pad_id)
     loss = TrainingLoss(session.model, NextToken(), config.train.balance, session.tokenizer.pad_id)
-    answers = [answer_log_probs(loss.run_model(batch).logits, batch) for _, batch in rows.in_order(4)]
+    batches = [batch for _, batch in rows.in_order(4)]
+    answers = [answer_log_probs(loss.predict(batch)[0].nll(batch.targets), batch) for batch in batches]
     log_probs, lengths = (torch.cat(part).double() for part in zip(*answers, strict=True))
     chosen, rejected = log_probs.unbind(-1)
     shorter = lengths.argmin(-1)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
 from moe_lm.checkpoint import checkpoint
@@ -31,14 +30,13 @@ from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import num_targets
+from moe_lm.objective.training_loss import Predictions, num_targets
 from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 BATCH_ROWS = 8  # windows at once
 WINDOW = 2048  # tokens, for a model that was not trained here
-LOGIT_ROWS = 4096  # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,8 @@ def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
     hidden_1TD, _ = model.model(batch.input_ids, batch.position_ids, attend)
     scored = batch.targets != IGNORE
-    pieces = zip(hidden_1TD[scored].split(LOGIT_ROWS), batch.targets[scored].split(LOGIT_ROWS), strict=True)
-    losses = [F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum") for hidden, targets in pieces]
-    return torch.stack(losses).cpu().double().sum()
+    nll = Predictions(model.lm_head, hidden_1TD[scored]).nll(batch.targets[scored])
+    return nll.cpu().double().sum()
 
 
 def _run_config(folder: Path) -> RunConfig | None:

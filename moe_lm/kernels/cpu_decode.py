@@ -24,7 +24,7 @@ from moe_lm.kernels.native import build
 from moe_lm.model import rotary
 from moe_lm.model.attention import Attention, AttentionLayer, CachedAttention
 from moe_lm.model.kv_cache import KVCache
-from moe_lm.model.layers import MLP, RMSNorm
+from moe_lm.model.layers import MLP, Head, RMSNorm
 from moe_lm.model.moe import Experts, MoE, Router, Routing, dispatch_locally
 from moe_lm.model.rotary import Angles
 from moe_lm.model.transformer import LanguageModel
@@ -78,6 +78,10 @@ class NativeLinear(nn.Linear):
         rows = x.numel() // self.in_features
         _of(x).linear(x.data_ptr(), rows, *_pointers(self), self.in_features, self.out_features, out.data_ptr())
         return out
+
+
+class NativeHead(Head, NativeLinear):
+    pass
 
 
 class NativeRMSNorm(RMSNorm):
@@ -200,6 +204,7 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -
 
 NATIVE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NativeLinear,
+    Head: NativeHead,
     RMSNorm: NativeRMSNorm,
     MLP: NativeMLP,
     Attention: NativeAttention,

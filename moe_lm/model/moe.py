@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.model import ModelConfig
-from moe_lm.model.layers import ACTIVATIONS, MLP
+from moe_lm.model.layers import ACTIVATIONS, MLP, compute_dtype
 
 
 class Routing(NamedTuple):
@@ -300,12 +300,6 @@ def collect(x: Tensor, inverse: Tensor, copies: int, dtype: torch.dtype) -> Tens
     rows = x.index_select(0, inverse)
     # A sum in bfloat16 adds up in float32 and rounds once.
     return rows.unflatten(0, (-1, copies)).sum(1, dtype=dtype) if copies > 1 else rows.to(dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The data type of matrix products with `x`: autocast's when it is on, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def expert_counts(experts_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:

@@ -16,8 +16,8 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import Attend, Attention, CachedAttention
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
-from moe_lm.model.layers import MLP, build_norm, sinusoidal_positions
-from moe_lm.model.moe import MoE, Routing, compute_dtype, logical
+from moe_lm.model.layers import MLP, Head, build_norm, compute_dtype, sinusoidal_positions
+from moe_lm.model.moe import MoE, Routing, logical
 from moe_lm.model.rotary import Angles, Rotary
 
 
@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
         self.layer_devices: LayerDevices | None = None  # on one device
         self.cached_attention: Callable[[KVCache], Attend] = CachedAttention  # or a kernel
         self.model = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self._tie()
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> ModelOutput:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lm.config.training import PreferenceConfig
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.objective.training_loss import Score
+from moe_lm.objective.training_loss import Predictions, Score
 
 
 class PreferenceObjective:
@@ -22,23 +22,20 @@ class PreferenceObjective:
     def units(self, batch: Batch) -> int:
         return batch.num_pairs
 
-    def score(self, logits_BSV: Tensor, batch: Batch) -> Score:
+    def score(self, predictions: Predictions, batch: Batch) -> Score:
         assert batch.reference is not None
-        log_probs_P2, lengths_P2 = answer_log_probs(logits_BSV, batch)
+        log_probs_P2, lengths_P2 = answer_log_probs(predictions.nll(batch.targets), batch)
         losses_P = pair_losses(log_probs_P2, lengths_P2, batch.reference, self._config)
         log_probs_P2 = log_probs_P2.detach()
         return Score(losses_P.sum(), figures(log_probs_P2, batch.reference, self._config), {"log_probs": log_probs_P2})
 
 
-def answer_log_probs(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_log_probs(nll_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of every answer, in nats and float32, and its number of target tokens: [P, 2] each."""
     assert batch.answers is not None
-    nll_T = F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
     answers_T, answers = batch.answers.flatten(), 2 * batch.num_pairs
-    sums = nll_T.new_zeros(answers + 1)  # the last one takes the tokens outside any answer
-    log_probs = sums.index_add(0, answers_T, -nll_T)
+    sums = nll_BS.new_zeros(answers + 1)  # the last one takes the tokens outside any answer
+    log_probs = sums.index_add(0, answers_T, -nll_BS.flatten())
     lengths = sums.index_add(0, answers_T, (batch.targets.flatten() != IGNORE).float())
     return log_probs[:answers].view(-1, 2), lengths[:answers].view(-1, 2)
 

@@ -43,12 +43,11 @@ def is_target_prefix(batch: Batch) -> Tensor:
     return found
 
 
-def mixed(batch: Batch, logits_BSV: Tensor) -> Batch:
+def mixed(batch: Batch, likeliest_BS: Tensor) -> Batch:
     """The batch of the second pass: the chosen places hold the likeliest token given everything before them."""
     assert batch.own_tokens is not None
-    likeliest = logits_BSV[:, :-1].argmax(-1)
     input_ids = batch.input_ids.clone()
-    input_ids[:, 1:] = torch.where(batch.own_tokens[:, 1:], likeliest, input_ids[:, 1:])
+    input_ids[:, 1:] = torch.where(batch.own_tokens[:, 1:], likeliest_BS[:, :-1], input_ids[:, 1:])
     return replace(batch, input_ids=input_ids, own_tokens=None)
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.model.attention import PackedAttention
-from moe_lm.model.transformer import LanguageModel, ModelOutput
+from moe_lm.model.layers import ChunkLoss, Head, chunk_loss, likeliest, summed_nll, token_nll
+from moe_lm.model.moe import Routing
+from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.balance import balance_loss, expert_load, router_entropies
 from moe_lm.objective.scheduled_sampling import mixed
 
@@ -37,32 +38,55 @@ class Objective(Protocol):
         """The number of units in a batch: target tokens, or pairs."""
         ...
 
-    def score(self, logits_BSV: Tensor, batch: Batch) -> Score:
-        """The loss and the figures of a batch, given the model's logits."""
+    def score(self, predictions: Predictions, batch: Batch) -> Score:
+        """The loss and the figures of a batch, given what the model predicts."""
         ...
+
+
+class Predictions:
+    """A model's predictions after every token: hidden states `[B, S, D]`, and the head that makes logits of them.
+
+    They are measured without the logits of all positions in memory at once.
+    """
+
+    def __init__(self, head: Head, hidden_BSD: Tensor) -> None:
+        self._head, self._hidden_BSD = head, hidden_BSD
+
+    def nll(self, targets_BS: Tensor) -> Tensor:
+        """Negative log-likelihood of every target in nats, `[B, S]` float32; 0 for IGNORE."""
+        nll_BS: Tensor = self._head(self._hidden_BSD, token_nll, targets_BS)
+        return nll_BS
+
+    def summed_nll(self, targets_BS: Tensor, loss: ChunkLoss = chunk_loss) -> Tensor:
+        """The sum of `nll`, with a cheaper gradient, which can be taken once."""
+        if not torch.is_grad_enabled():
+            return self.nll(targets_BS).sum()
+        nll: Tensor = self._head(self._hidden_BSD, summed_nll, targets_BS, loss)
+        return nll
+
+    @torch.no_grad()
+    def likeliest(self) -> Tensor:
+        """The likeliest token after every one, `[B, S]`."""
+        tokens_BS: Tensor = self._head(self._hidden_BSD, likeliest)
+        return tokens_BS
 
 
 class NextToken:
     """Next-token prediction: the units are target tokens, the loss is their negative log-likelihood in nats."""
 
     def __init__(self, compiled: bool = False) -> None:
-        self._nll: Callable[[Tensor, Tensor], Tensor] = torch.compile(next_token_nll) if compiled else next_token_nll
+        self._chunk_loss: ChunkLoss = torch.compile(chunk_loss) if compiled else chunk_loss
 
     def units(self, batch: Batch) -> int:
         return num_targets(batch)
 
-    def score(self, logits_BSV: Tensor, batch: Batch) -> Score:
-        return Score(self._nll(logits_BSV, batch.targets), {}, {})
+    def score(self, predictions: Predictions, batch: Batch) -> Score:
+        return Score(predictions.summed_nll(batch.targets, self._chunk_loss), {}, {})
 
 
 def num_targets(batch: Batch) -> int:
     """The number of positions that are trained on."""
     return int((batch.targets != IGNORE).sum())
-
-
-def next_token_nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Negative log-likelihood of the targets in nats, summed in float32; IGNORE targets count nothing."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -112,9 +136,9 @@ class TrainingLoss(nn.Module):
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if batch.own_tokens is not None:
                 with torch.no_grad():
-                    batch = mixed(batch, self.run_model(batch).logits)
-            logits_BSV, routings = self.run_model(batch)
-            score = self.objective.score(logits_BSV, batch)
+                    batch = mixed(batch, self.predict(batch)[0].likeliest())
+            predictions, routings = self.predict(batch)
+            score = self.objective.score(predictions, batch)
         counted_BS = batch.input_ids != self.pad_id
         load = expert_load(routings, counted_BS)
         loss, balance = score.loss, torch.zeros_like(score.loss)
@@ -131,10 +155,12 @@ class TrainingLoss(nn.Module):
             entropy=router_entropies(routings, load.device),
         )
 
-    def run_model(self, batch: Batch) -> ModelOutput:
+    def predict(self, batch: Batch) -> tuple[Predictions, list[Routing]]:
+        """What the model predicts after every token, and what its routers decided."""
         # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.
         attend = PackedAttention(batch.cu_seqlens, batch.input_ids.shape[1])
-        return self.model(batch.input_ids, batch.position_ids, attend)
+        hidden_BSD, routings = self.model.model(batch.input_ids, batch.position_ids, attend)
+        return Predictions(self.model.lm_head, hidden_BSD), routings
 
     def count(self, batches: Sequence[Batch]) -> dict[str, int]:
         """The sizes in `StepCounts` of these batches."""

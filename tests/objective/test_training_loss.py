@@ -14,7 +14,7 @@ from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
 from moe_lm.model.moe import Routing, all_logical
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import NextToken, StepCounts, TrainingLoss, next_token_nll, num_targets
+from moe_lm.objective.training_loss import NextToken, StepCounts, TrainingLoss, num_targets
 from tests.objective.gradients import assert_same_gradients, gradients
 from tests.tiny import logits_of, tiny_model
 
@@ -35,7 +35,7 @@ def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
 
 
 def routings(loss: TrainingLoss, batch: Batch) -> list[Routing]:
-    return loss.run_model(batch).routings
+    return loss.predict(batch)[1]
 
 
 # Cross-entropy
@@ -52,21 +52,6 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
     torch.testing.assert_close(part.loss, reference)
     torch.testing.assert_close(part.sums["loss"], reference.detach() * num_targets(batch))
     assert_same_gradients(gradients(loss, part.loss), gradients(loss, reference))
-
-
-def test_nll_is_minus_the_log_probability_of_each_target() -> None:
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[4, IGNORE, 0], [IGNORE, 2, 2]])
-    probability = logits.double().softmax(-1)
-    expected = -sum(probability[place].log().item() for place in [(0, 0, 4), (0, 2, 0), (1, 1, 2), (1, 2, 2)])
-    assert next_token_nll(logits, targets).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_nll_of_bfloat16_logits_is_summed_in_float32() -> None:
-    logits = torch.zeros(4, 1000, 8, dtype=torch.bfloat16)
-    nll = next_token_nll(logits, torch.zeros(4, 1000, dtype=torch.int64))
-    assert nll.dtype == torch.float32
-    assert nll.item() == pytest.approx(4000 * torch.tensor(8.0).log().item(), rel=1e-6)
 
 
 # Parts

@@ -13,7 +13,7 @@ import torch
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import Batch, BatchSource, PackedBatches
-from moe_lm.objective.training_loss import NextToken, Score
+from moe_lm.objective.training_loss import NextToken, Predictions, Score
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train import pretrain
 from moe_lm.train.guards import NOTE, with_new_settings
@@ -262,11 +262,10 @@ def spoilt_data(monkeypatch: pytest.MonkeyPatch) -> set[int]:
             return super().batch(step, rows)
 
     class Spoilt(NextToken):
-        def score(self, logits_BSV: torch.Tensor, batch: Batch) -> Score:
-            score = super().score(logits_BSV, batch)
-            return (
-                score._replace(loss=score.loss * math.nan) if newest[0] in bad and logits_BSV.requires_grad else score
-            )
+        def score(self, predictions: Predictions, batch: Batch) -> Score:
+            score = super().score(predictions, batch)
+            spoilt = newest[0] in bad and score.loss.requires_grad
+            return score._replace(loss=score.loss * math.nan) if spoilt else score
 
     monkeypatch.setattr(pretrain, "PackedBatches", Batches)
     monkeypatch.setattr(pretrain, "NextToken", Spoilt)
