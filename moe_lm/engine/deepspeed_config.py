@@ -11,8 +11,8 @@ from moe_lm.config.training import TrainConfig
 def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int, cuda: bool) -> dict[str, Any]:
     """The config of `deepspeed.initialize`.
 
-    Weights are float32 and products bfloat16 under autocast, in every layout, so DeepSpeed's own mixed precision,
-    which rounds the weights that are multiplied, is off.
+    DeepSpeed's own mixed precision, which rounds every weight, is off: it takes the data types that it finds, bfloat16
+    for weights that are multiplied and float32 for all others and for every gradient (deepspeed_engine.py).
     """
     micro = train.rows_at_once(world_size)
     zero: dict[str, Any] = {

@@ -7,13 +7,15 @@ tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed changes them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.model.moe import MoE, logical, logical_names, physical
+from moe_lm.kernels.rounding import narrow_trained
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
@@ -40,7 +43,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
-    """Float32 weights, gradients and moments, divided as ZeRO's stage says; products in bfloat16 under autocast."""
+    """Float32 master weights, gradients and moments, divided as ZeRO's stage says.
+
+    Where the device is fast at bfloat16, matrices that are multiplied are bfloat16, and after a step ZeRO rounds and
+    gathers them. What has another use is float32: router, norms, biases, embedding.
+    """
 
     def __init__(
         self,
@@ -66,13 +73,18 @@ class DeepSpeedEngine(Engine):
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         settings = deepspeed_json(train, parallel, topology.world_size, cuda=device.type == "cuda")
         deepspeed = _import_deepspeed(topology)
+        masters = narrow_trained(self.model, self.dtype)
         _mark_experts(self.model, mesh.size(1), stage)
         groups = adamw_groups((parameter for _, parameter in self.trained()), train.optimizer)
-        optimizer = build_adamw(_split_off_experts(groups), train.optimizer)
+        optimizer = build_adamw(_split(groups), train.optimizer)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-        self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
+        with _several_dtypes():
+            self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = _Zero(self.wrapped.optimizer, stage)
+        for name, parameter in self.trained():
+            if name in masters:
+                deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name].to(device))
         if stage < 3:  # stage 3 would gather and divide them once more
             narrow_frozen(self.model, self.dtype)
 
@@ -189,6 +201,11 @@ class _Zero:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
             self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
+        if stage == 2 and optimizer.cpu_offload:
+            # DeepSpeed makes these when they are first needed, in the data type of the weights: it would round the sum.
+            for number in optimizer.grad_position:
+                size, pinned = optimizer.param_dict[number].numel(), optimizer.cpu_offload_pin_memory
+                optimizer.accumulated_grads_in_cpu[number] = torch.zeros(size, dtype=torch.float32, pin_memory=pinned)
 
     def _note_skip(self, overflow: bool = False) -> None:
         self.optimizer.overflow = overflow or self.skip
@@ -278,10 +295,47 @@ def _layer_class(known: bool) -> type[MoE]:
     return DeepSpeedMoE if known else GroupedMoE
 
 
-def _split_off_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of parameters that are reduced over the same ranks; DeepSpeed needs a name for each."""
+def _split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of parameters of one data type that are reduced over the same ranks; DeepSpeed needs a name for each.
+
+    It takes the first group's data type for that of all gradients, so float32 comes first: it has at least the norms.
+    """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    named = [{**group, "name": f"weight_decay={group['weight_decay']}"} for group in groups]
+    named = []
+    for group in groups:
+        for dtype in {parameter.dtype: None for parameter in group["params"]}:
+            params = [parameter for parameter in group["params"] if parameter.dtype == dtype]
+            named.append({**group, "params": params, "name": f"weight_decay={group['weight_decay']}, {dtype}"})
     split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
-    return [group for group in split if group["params"]]
+    return sorted(
+        (group for group in split if group["params"]), key=lambda group: group["params"][0].dtype != torch.float32
+    )
+
+
+class _FlatBuffers:
+    """Tensors of one data type after another, each in a flat buffer of its own, as if there were a single buffer."""
+
+    def __init__(self, flatten: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> None:
+        runs = [list(run) for _, run in itertools.groupby(tensors, lambda tensor: tensor.dtype)]
+        self.buffers = [flatten(run) for run in runs]
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        for buffer in self.buffers:
+            if start < buffer.numel() or buffer is self.buffers[-1]:
+                return buffer.narrow(dim, start, length)
+            start -= buffer.numel()
+        raise AssertionError
+
+
+@contextmanager
+def _several_dtypes() -> Iterator[None]:
+    """While DeepSpeed is set up: let stage 3 flatten weights of several data types, which it takes for one."""
+    from deepspeed.runtime.zero import stage3
+
+    flatten = stage3.defragment
+    stage3.defragment = partial(_FlatBuffers, flatten)
+    try:
+        yield
+    finally:
+        stage3.defragment = flatten

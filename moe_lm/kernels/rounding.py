@@ -52,11 +52,34 @@ class RoundedWeights:
             module.__class__ = _reading_copies(layer, frozenset(module.__dict__["rounded"]))
         self.refresh()
 
+    @property
+    def nbytes(self) -> int:
+        return sum(copy.nbytes for copy in self._copies)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights again."""
         if self._copies:  # with adapters there are none
             torch._foreach_copy_(self._copies, self._weights)
+
+
+@torch.no_grad()
+def narrow_trained(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Keep the trained weights themselves in this data type; returns their values before, by name.
+
+    Autograd casts their gradients to float32 and adds them up so. A table of embeddings that is the head too stays as
+    it is, and autocast rounds it for the head.
+    """
+    before: dict[str, Tensor] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for module, name in multiplied(model):
+        weight = module._parameters[name]
+        assert weight is not None
+        if weight.requires_grad and weight.dtype != dtype and weight is not model.model.embed_tokens.weight:
+            before[names[weight]] = weight.data
+            weight.data = weight.data.to(dtype)
+            weight.grad_dtype = torch.float32
+    return before
 
 
 @functools.cache

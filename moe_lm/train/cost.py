@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from moe_lm.config.model import LoraConfig, ModelConfig
@@ -15,9 +16,10 @@ from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.frozen import narrow_frozen
 from moe_lm.kernels.device import pick_device, pick_dtype
+from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.lora import freeze
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
-from moe_lm.model.transformer import is_expert
+from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.optim.groups import is_hidden_matrix
 from moe_lm.parallel.topology import Topology
 
@@ -87,25 +89,31 @@ def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None, topolog
     train, parallel = config.train, config.parallel
     built = on_meta(model)
     freeze(built, lora, train.freeze_router)
+    dtype = pick_dtype(train.precision, pick_device(parallel.device))
     if parallel.zero_stage != 3:
-        narrow_frozen(built, pick_dtype(train.precision, pick_device(parallel.device)))
+        narrow_frozen(built, dtype)
     parameters = dict(built.named_parameters())
     if parallel.engine == "deepspeed":
+        narrow_trained(built, dtype)
         memory = divided_memory(parameters, parallel, processes(config, topology))
     else:
-        memory = whole_memory(built, train.optimizer.name)
+        memory = whole_memory(built, train.optimizer.name, dtype)
     return Cost(sum(p.numel() for p in parameters.values()), _trained(parameters), memory)
 
 
-def whole_memory(model: nn.Module, optimizer: Literal["adamw", "muon", "lamb"]) -> Memory:
+def whole_memory(
+    model: LanguageModel, optimizer: Literal["adamw", "muon", "lamb"], dtype: torch.dtype = torch.float32
+) -> Memory:
     """Memory of a device that keeps the whole model, with gradients and moments of what is trained.
 
-    AdamW and LAMB keep two moments per parameter. Muon keeps one for the hidden matrices; AdamW has the rest.
+    AdamW and LAMB keep two moments per parameter. Muon keeps one for the hidden matrices; AdamW has the rest. Products
+    in another data type than float32 are those of copies.
     """
+    copies = 0 if dtype == torch.float32 else RoundedWeights(model, dtype).nbytes
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     muon = {name: p for name, p in trained.items() if optimizer == "muon" and is_hidden_matrix(name, p)}
     return Memory(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=FLOAT32 * _trained(trained),
         optimizer=FLOAT32 * (2 * _trained(trained) - _trained(muon)),
     )

@@ -27,6 +27,7 @@ FUNCTIONS = (
     "deepspeed.runtime.engine:DeepSpeedEngine.set_gradient_accumulation_boundary",
     "deepspeed.runtime.engine:DeepSpeedEngine.was_step_applied",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
+    "deepspeed.runtime.zero.stage3:defragment",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
     "deepspeed.utils:groups._create_expert_and_data_parallel",
@@ -41,6 +42,23 @@ ATTRIBUTES = (
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.single_partition_of_fp32_groups\b"),
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.bit16_groups\b"),
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\._hp_optimizer_states_linked\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.cpu_offload\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.cpu_offload_pin_memory\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.grad_position\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.param_dict\b"),
+    (
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu",
+        r"if param_id not in self\.accumulated_grads_in_cpu:",
+    ),
+    *(
+        (
+            f"deepspeed.runtime.zero.{stage}.__init__",
+            r"self\.dtype = self\.optimizer\.param_groups\[0\]\['params'\]\[0\]\.dtype",
+        )
+        for stage in ("stage_1_and_2:DeepSpeedZeroOptimizer", "stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
+    ("deepspeed.runtime.zero.stage3", r"self\.lp_param_buffer = defragment\(parameter_partitions\)"),
+    ("deepspeed.runtime.zero.stage3", r"append\(self\.lp_param_buffer\.narrow\(0, offset, sub_group_numel\)\)"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp32_partitioned_groups_flat\b"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp16_groups\b"),
     *(

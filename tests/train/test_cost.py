@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from moe_lm.config.run import ParallelConfig
+from moe_lm.kernels.rounding import narrow_trained
 from moe_lm.model.size import count_parameters, on_meta
 from moe_lm.train.cost import Memory, divided_memory, whole_memory
 from tests.tiny import LATENT, tiny
@@ -35,6 +38,24 @@ def test_a_device_keeps_weights_buffers_gradients_and_moments(changes: dict[str,
     assert adamw.optimizer == 2 * adamw.gradients
     assert muon.optimizer == adamw.optimizer - sum(weight.nbytes for weight in matrices)
     assert adamw.total == adamw.weights + adamw.gradients + adamw.optimizer
+
+
+def test_bfloat16_adds_copies_on_one_device_and_halves_the_weights_under_deepspeed() -> None:
+    model = on_meta(tiny())
+    multiplied = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and not name.endswith(("embed_tokens.weight", "gate.weight"))
+    )
+    whole = whole_memory(model, "adamw")
+    assert whole_memory(on_meta(tiny()), "adamw", torch.bfloat16) == replace(
+        whole, weights=whole.weights + 2 * multiplied
+    )
+    layout = ParallelConfig(engine="deepspeed")
+    wide = divided_memory(dict(model.named_parameters()), layout, 2)
+    narrow_trained(model, torch.bfloat16)
+    narrow = divided_memory(dict(model.named_parameters()), layout, 2)
+    assert narrow == replace(wide, weights=wide.weights - 2 * multiplied)
 
 
 def test_a_rank_keeps_its_experts_and_its_share_of_what_zero_divides() -> None:

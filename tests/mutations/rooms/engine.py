@@ -8,6 +8,7 @@ TORCH = "engine/test_torch_engine.py"
 PLAIN_LOOP = f"{TORCH}::test_steps_are_those_of_a_plain_loop"
 SKIPPED = f"{TORCH}::test_a_step_that_is_not_finite_is_skipped"
 RANKS = "distributed/test_experts_of_ranks.py"
+ROUNDED = "distributed/test_rounded_weights.py"
 
 MUTATIONS = (
     Mutation(
@@ -94,6 +95,27 @@ MUTATIONS = (
         "        self.zero.skip = not accepted\n",
         "        self.zero.skip = self.zero.skip or not accepted\n",
         RANKS,
+    ),
+    Mutation(
+        "rounded weights are those of the step before",
+        "engine/torch_engine.py",
+        "            self._weights_changed()\n        for optimizer",
+        "        for optimizer",
+        "kernels/test_rounding.py::test_steps_and_evaluations_are_those_of_autocast_to_the_bit",
+    ),
+    Mutation(
+        "ZeRO's masters begin with rounded weights",
+        "engine/deepspeed_engine.py",
+        "            if name in masters:\n",
+        "            if name in ():\n",
+        ROUNDED,
+    ),
+    Mutation(
+        "ZeRO 2 with offload adds up gradients in bfloat16",
+        "engine/deepspeed_engine.py",
+        "torch.zeros(size, dtype=torch.float32, pin_memory=pinned)\n",
+        "torch.zeros(size, dtype=torch.bfloat16, pin_memory=pinned)\n",
+        ROUNDED,
     ),
     Mutation(
         "a slow rank is told by the median",
