@@ -29,8 +29,8 @@ from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
-from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.kernels.rounding import narrow_trained
+from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
