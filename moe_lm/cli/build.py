@@ -1,4 +1,4 @@
-"""The verbs that build a model: tokenizer, prepare, pretrain, finetune, verify, import, upcycle."""
+"""The verbs that build a model: tokenizer, prepare, plan, pretrain, finetune, verify, import, upcycle."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from moe_lm.common.exits import STOPPED
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
+    from moe_lm.config.run import RunConfig
     from moe_lm.parallel.topology import Topology
     from moe_lm.text.files import Report
     from moe_lm.train.loop import TrainingResult
@@ -47,7 +48,7 @@ def add_to(app: typer.Typer) -> None:
         help="Train a byte-level BPE tokenizer, or measure one.",
         rich_help_panel="Build",
     )
-    for verb in (prepare, pretrain, finetune, verify):
+    for verb in (prepare, plan, pretrain, finetune, verify):
         app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
     app.command("import", rich_help_panel="Build")(import_)
     app.command(rich_help_panel="Build")(takes(how="UpcycleConfig")(upcycle))
@@ -109,6 +110,56 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     with copying("tokenizing", always=True) as tell:
         report = prepare(settings.data, tell)
     print(report)
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Devices of the run; default: as few as its experts are divided over.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Device: a name of the table, cpu for this machine, or a YAML file.")
+    ] = "h100",
+    network: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Network between nodes; default: the device's usual one.")
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="A rate of the device given by hand, like dense=600e12; may be repeated."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take the rates that the device of this machine reaches now.")
+    ] = False,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; default: the config's.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device in an hour.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="File to write every figure to as JSON; -: stdout.")
+    ] = None,
+) -> None:
+    """Predict memory, time and cost of a run on any number of GPUs, and its best layout, without one.
+
+    CONFIG describes a pretraining, or a fine-tuning of all weights.
+    """
+    settings = read_run(config, overrides or [])
+
+    from moe_lm.tools.plan import plan
+    from moe_lm.train.finetune import trained_model
+
+    code = plan.run(
+        settings, trained_model(settings), gpus, gpu, network, rate or (), measure, tokens, price, json_file
+    )
+    raise typer.Exit(code)
+
+
+def read_run(config: Path, overrides: list[str]) -> RunConfig:
+    """The config of a pretraining or a fine-tuning, whichever the file describes."""
+    from moe_lm.config.reading import has_key, load_config
+    from moe_lm.config.run import FinetuneConfig, PretrainConfig
+
+    return load_config(FinetuneConfig if has_key(config, "start_from") else PretrainConfig, config, overrides)
 
 
 def pretrain(
@@ -197,14 +248,7 @@ def verify(
 
     CONFIG describes a pretraining, or a fine-tuning with its adapters or preferences.
     """
-    from moe_lm.config.reading import has_key, load_config
-    from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
-
-    settings: RunConfig
-    if has_key(config, "start_from"):
-        settings = load_config(FinetuneConfig, config, overrides or ())
-    else:
-        settings = load_config(PretrainConfig, config, overrides or ())
+    settings = read_run(config, overrides or [])
 
     from moe_lm.tools.verify import parity
 

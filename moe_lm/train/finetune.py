@@ -12,7 +12,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Start, find_start
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.config.model import ModelConfig, check_targets
-from moe_lm.config.run import FinetuneConfig, check_positions, check_router
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, check_positions, check_router
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.data.examples import ExampleRows, read_chat
@@ -125,6 +125,11 @@ def preview(config: FinetuneConfig, count: int) -> None:
         show_conversations(Console(), tokenizer, config.data, read_chat(config.data, tokenizer), count)
     else:
         show_pairs(Console(), tokenizer, read_pairs(config.data, tokenizer), count)
+
+
+def trained_model(config: RunConfig) -> ModelConfig:
+    """The model that a config trains; that of a fine-tuning comes with its start."""
+    return config.model if isinstance(config, PretrainConfig) else model_of(config, find_start(config).folder)
 
 
 def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ figure is an assumption, and its source says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,7 +61,7 @@ class Device:
     kernel: float = KERNEL
     sync: float = SYNC
     host: float = 20e9  # bytes/s to host memory, for offload; of 32 GB/s of PCIe 4
-    host_update: float = 2e9  # parameters/s that a node's processors update: 28 bytes each at about 56 GB/s
+    host_update: float = 7e9  # parameters/s that a node's processors update: 28 bytes each at 200 GB/s, an assumption
     source: str = ASSUMED
 
     @property
@@ -132,16 +132,20 @@ NEEDED = ("memory", "peak", "copy")  # of a device that the table does not have;
 
 
 def find_device(name: str, rates: Sequence[str] = (), network: str | None = None) -> Device:
-    """A device of the table, or of a YAML file with the fields of `Device`, with the `rates` given as KEY=VALUE.
+    """A device of the table, or of a YAML file with the fields of `Device`, with the rates that are given by hand.
 
     A name that the table does not have needs at least `NEEDED`. Raises UsageError for an unknown name or rate.
     """
-    given = _parsed(rates)
+    given = parsed(rates)
     if name.endswith((".yaml", ".yml")):
-        values = _read(Path(name))
-        given = {**values, **given}
+        given = {**_read(Path(name)), **given}
         name = str(given.pop("name", Path(name).stem))
     device = DEVICES.get(name.lower()) or _by_hand(name, given)
+    return changed(device, given, network)
+
+
+def changed(device: Device, given: Mapping[str, str], network: str | None) -> Device:
+    """The device with other rates, and another network between nodes."""
     changes = {key: _value(key, value) for key, value in given.items()}
     if network is not None:
         changes["between"] = find_network(network)
@@ -157,7 +161,7 @@ def find_network(name: str) -> Network:
     return NETWORKS[name]
 
 
-def _by_hand(name: str, given: dict[str, str]) -> Device:
+def _by_hand(name: str, given: Mapping[str, str]) -> Device:
     missing = [key for key in NEEDED if key not in given]
     if missing:
         near = get_close_matches(name.lower(), DEVICES, 1)
@@ -185,7 +189,8 @@ def _by_hand(name: str, given: dict[str, str]) -> Device:
     )
 
 
-def _parsed(rates: Sequence[str]) -> dict[str, str]:
+def parsed(rates: Sequence[str]) -> dict[str, str]:
+    """Rates of the form KEY=VALUE."""
     pairs = {}
     for item in rates:
         key, equals, value = item.partition("=")

@@ -99,6 +99,8 @@ def measured(shapes: Shapes, ranks: int, memory: int) -> Device:
         launch=1e-12 if is_cpu else rates.launch,
         kernel=rates.launch if is_cpu else KERNEL,
         sync=1e-12 if is_cpu else SYNC,
+        host=rates.copy / shared,
+        host_update=rates.copy / shared * ranks / 28,
         source="measured now, in the shapes of this config",
     )
 

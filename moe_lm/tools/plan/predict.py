@@ -120,6 +120,16 @@ def exchange_seconds(collective: Collective, device: Device) -> float:
     return sent / min(inside.bandwidth, here * between.bandwidth) + between.latency
 
 
+def offload_seconds(state: int, device: Device) -> dict[tuple[Cause, Part], float]:
+    """The update in host memory of so many bytes of master weights and moments, 12 a parameter.
+
+    Gradients go there and weights come back over the device's own link; the node's processors serve all its devices.
+    """
+    parameters = state / 12
+    moved = parameters * (4 + 4) / device.host
+    return {("offload", "update"): moved + parameters * device.per_node / device.host_update}
+
+
 def mfu(model: ModelConfig, sequence_length: int, causal_half: bool, tokens: float, devices: int, peak: float) -> float:
     """Model FLOPs of `tokens` a second over the peak of all devices; either convention for causal attention."""
     return tokens * flops_per_token(model, sequence_length, causal_half) / (devices * peak)

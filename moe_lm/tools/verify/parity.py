@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
+from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.kernels.device import pick_device
 from moe_lm.tools.ranks import run_ranks
 from moe_lm.tools.verify.deviation import Deviation, Tolerance, deviation_of, read_steps
 from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select
 from moe_lm.tools.verify.scale import AVOIDED, small_lora, small_model, strong_preference, training
+from moe_lm.train.finetune import trained_model
 
 WORLD_SIZES = (1, 2, 4)
 SKEW = 1.25  # the fullest expert of an uneven layer gets at least this many times its share
@@ -130,16 +130,6 @@ def verify(
                 found, reference = results[layout.name], results[layout.like]
                 deviations.append((layout, deviation_of(found, reference, tolerance, train.optimizer.lr)))
     return ParityReport(plan, deviations, tolerance, time.monotonic() - started, notes)
-
-
-def trained_model(config: RunConfig) -> ModelConfig:
-    """The model that the config trains; the model of a fine-tuning comes with its start."""
-    if isinstance(config, PretrainConfig):
-        return config.model
-    from moe_lm.checkpoint.lineage import find_start
-    from moe_lm.train.finetune import model_of
-
-    return model_of(config, find_start(config).folder)
 
 
 def easy_steps(steps: list[dict[str, Any]], plan: Plan) -> Iterator[str]:

@@ -1,0 +1,242 @@
+"""The layouts of a number of devices: those that divide, which of them fit, and the fastest first.
+
+Few are traced: one micro-batch of the smallest size and one of the next, for each way to divide the experts and to
+recompute. What a larger micro-batch takes lies on the line through the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import ParallelConfig, RunConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.tools.plan.devices import GIB, Device
+from moe_lm.tools.plan.predict import StepTime, offload_seconds, step_time
+from moe_lm.tools.plan.trace import Collective, Memory, Product, Trace, Work
+
+Recompute = Literal["none", "selective", "full"]
+NAMED = TrainConfig.model_fields["activation_checkpointing"].annotation is not bool
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute) if NAMED else ("none", "full")
+MOST_ROWS = 32  # of a micro-batch: more fill no device better
+
+Tracer = Callable[[RunConfig, int], Trace]  # of a config on so many devices
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out over its devices. `zero` 0 is the engine without DeepSpeed: everything whole everywhere."""
+
+    devices: int
+    expert_parallel: int
+    zero: int
+    rows: int  # of a micro-batch
+    recompute: Recompute
+    offload: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig, devices: int) -> Layout:
+        """The layout that a config asks for."""
+        parallel, train = config.parallel, config.train
+        zero = 0 if parallel.engine == "torch" else parallel.zero_stage or 1
+        recompute = train.activation_checkpointing if NAMED else ("none", "full")[train.activation_checkpointing]
+        rows = train.rows_at_once(devices)
+        return cls(devices, parallel.expert_parallel_size, zero, rows, recompute, parallel.offload_optimizer)
+
+    def settings(self) -> dict[str, object]:
+        """The settings that ask for this layout."""
+        settings: dict[str, object] = {
+            "train.micro_batch_size": self.rows,
+            "train.activation_checkpointing": self.recompute if NAMED else self.recompute == "full",
+            "parallel.engine": "deepspeed" if self.zero else "torch",
+        }
+        if self.zero:
+            settings |= {"parallel.expert_parallel_size": self.expert_parallel, "parallel.zero_stage": self.zero}
+        if self.offload:
+            settings["parallel.offload_optimizer"] = True
+        return settings
+
+    def changes(self, other: Layout) -> dict[str, object]:
+        """The settings that differ from another layout's."""
+        theirs = other.settings()
+        return {key: value for key, value in self.settings().items() if theirs.get(key) != value}
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The config in this layout."""
+        changes: dict[str, dict[str, object]] = {"parallel": {}, "train": {}}
+        for key, value in self.settings().items():
+            section, name = key.split(".")
+            changes[section][name] = value
+        if self.zero == 3:
+            changes["train"]["compile"] = False  # which ZeRO 3 refuses
+        plain = config.parallel.model_dump(include={"device", "timeout_seconds"})
+        parallel = ParallelConfig.model_validate({**plain, **changes["parallel"]})
+        train = TrainConfig.model_validate(config.train.model_dump() | changes["train"])
+        return config.model_copy(update={"parallel": parallel, "train": train})
+
+    def __str__(self) -> str:
+        zero = f"ZeRO {self.zero}" if self.zero else "data parallel" if self.devices > 1 else "one device"
+        experts = f"expert parallel {self.expert_parallel}, " if self.expert_parallel > 1 else ""
+        rows = f"{self.rows} row{'s' if self.rows > 1 else ''} a micro-batch"
+        offload = ", offload" if self.offload else ""
+        return f"{experts}{zero}, {rows}, recomputation {self.recompute}{offload}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout takes."""
+
+    layout: Layout
+    trace: Trace
+    time: StepTime
+    device: Device
+
+    @property
+    def peak(self) -> int:
+        return self.trace.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.device.usable
+
+    @property
+    def seconds(self) -> float:
+        return self.time.seconds
+
+    @property
+    def reason(self) -> str:
+        """Why it does not fit."""
+        return f"needs {self.peak / GIB:,.1f} GiB of {self.device.usable / GIB:,.1f}"
+
+
+def estimate(config: RunConfig, devices: int, device: Device, trace: Tracer) -> Estimate:
+    """What the config takes as it is. Raises UsageError if its processes cannot be divided so."""
+    layout = Layout.of(config, devices)
+    kept = config.parallel.model_copy(update={"offload_optimizer": False})
+    return _estimate(layout, trace(config.model_copy(update={"parallel": kept}), devices), device)
+
+
+def _estimate(layout: Layout, trace: Trace, device: Device) -> Estimate:
+    """Of a trace without offload, which is arithmetic."""
+    if not layout.offload:
+        return Estimate(layout, trace, step_time(trace, device), device)
+    state = trace.memory.optimizer
+    memory = replace(trace.memory, optimizer=0, peak=trace.memory.peak - state)
+    work = {cell: found for cell, found in trace.work.items() if cell[0] != "update"}
+    moved = replace(trace, memory=memory, work=work)
+    time = step_time(moved, device)
+    return Estimate(layout, moved, replace(time, of={**time.of, **offload_seconds(state, device)}), device)
+
+
+def search(config: RunConfig, model: ModelConfig, devices: int, device: Device, trace: Tracer) -> list[Estimate]:
+    """Every layout that divides: those that fit, the fastest first, then the others, the nearest to fitting first.
+
+    Optimizer state lies in host memory only where nothing fits otherwise.
+    """
+    groups = list(_groups(config, model, devices))
+    found = [item for group in groups for item in _of_group(config, group, device, trace)]
+    if not any(item.fits for item in found):
+        moved = (replace(group, offload=True) for group in groups if group.zero)
+        found += [item for group in moved for item in _of_group(config, group, device, trace)]
+    return sorted(found, key=lambda item: (not item.fits, item.seconds if item.fits else item.peak))
+
+
+def nearest(own: Layout, found: Sequence[Estimate]) -> Estimate | None:
+    """Of the layouts that fit the one with the fewest changes, and of these the fastest; None if none fits."""
+    fitting = [item for item in found if item.fits]
+    return min(fitting, key=lambda item: (len(item.layout.changes(own)), item.seconds), default=None)
+
+
+def _of_group(config: RunConfig, group: Layout, device: Device, trace: Tracer) -> Iterator[Estimate]:
+    """The layouts that differ from `group` in their micro-batches alone."""
+    devices = group.devices
+    share = config.train.global_batch_size // devices
+    rows = [count for count in range(1, min(share, MOST_ROWS) + 1) if share % count == 0]
+
+    def traced(count: int) -> Trace:
+        return trace(replace(group, rows=count, offload=False).applied(config), devices)
+
+    smallest = traced(1)
+    first = _estimate(group, smallest, device)
+    yield first
+    if first.fits and len(rows) > 1:  # larger ones need more
+        next_one = traced(rows[1])
+        for count in rows[1:]:
+            made = between(smallest, next_one, count * smallest.tokens)
+            yield _estimate(replace(group, rows=count), made, device)
+
+
+def _groups(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[Layout]:
+    """Every way to divide experts and state and to recompute, with one row a micro-batch."""
+    share, rest = divmod(config.train.global_batch_size, devices)
+    if rest or not share:
+        raise UsageError(
+            f"train.global_batch_size={config.train.global_batch_size} is not divisible by the {devices} devices; "
+            "choose a multiple, or another --gpus"
+        )
+    for recompute in RECOMPUTE:
+        yield Layout(devices, 1, 0, 1, recompute)
+        if devices > 1 and config.train.optimizer.name == "adamw":
+            for size in expert_parallel_sizes(model, devices):
+                for stage in (1, 2, 3):
+                    yield Layout(devices, size, stage, 1, recompute)
+
+
+def expert_parallel_sizes(model: ModelConfig, devices: int) -> list[int]:
+    """The numbers of ranks that can share one copy of the experts."""
+    experts = model.n_routed_experts or 1
+    return [size for size in range(1, min(experts, devices) + 1) if experts % size == 0 and devices % size == 0]
+
+
+def between(small: Trace, large: Trace, tokens: int) -> Trace:
+    """The trace of a micro-batch of `tokens`, on the line through two others of the same layout."""
+    along = (tokens - small.tokens) / (large.tokens - small.tokens)
+    micro_batches = small.micro_batches * small.tokens // tokens
+
+    def line(first: float, second: float) -> int:
+        return max(0, round(first + along * (second - first)))
+
+    def times(first: int, second: int) -> int:
+        """Of an exchange in a step: some come in every micro-batch, some once."""
+        each = (first - second) / (small.micro_batches - large.micro_batches)
+        return round(first + each * (micro_batches - small.micro_batches))
+
+    def product(first: Product, second: Product) -> Product:
+        names = ("rows", "flops", "bytes", "count")
+        return replace(first, **{name: line(getattr(first, name), getattr(second, name)) for name in names})
+
+    def work(first: Work, second: Work) -> Work:
+        if len(first.products) == len(second.products):
+            products = tuple(map(product, first.products, second.products))
+        else:  # such as a loss in more chunks
+            share = tokens / large.tokens
+            products = tuple(replace(p, count=max(1, round(p.count * share))) for p in second.products)
+        launches = line(first.launches, second.launches)
+        return Work(products, line(first.bytes, second.bytes), launches)
+
+    def exchange(first: Collective, second: Collective) -> Collective:
+        return replace(
+            first,
+            bytes=line(first.bytes, second.bytes),
+            times=times(first.times, second.times),
+            hidden_by=work(first.hidden_by, second.hidden_by),
+        )
+
+    def memory(first: Memory, second: Memory) -> Memory:
+        saved = {part: line(size, second.saved.get(part, 0)) for part, size in first.saved.items()}
+        names = ("activations", "peak")
+        return replace(
+            first, saved=saved, **{name: line(getattr(first, name), getattr(second, name)) for name in names}
+        )
+
+    return replace(
+        small,
+        tokens=tokens,
+        micro_batches=micro_batches,
+        work={cell: work(small.work[cell], large.work[cell]) for cell in small.work},
+        collectives=tuple(map(exchange, small.collectives, large.collectives)),
+        memory=memory(small.memory, large.memory),
+    )
