@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_lm.parallel.topology import Topology
     from moe_lm.text.files import Report
     from moe_lm.train.loop import TrainingResult
+    from moe_lm.train.preflight import Fit
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -36,6 +37,11 @@ Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, metavar="N", help="With --dry-run: check for a run of this many processes."),
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="With --dry-run: check for this device, as named by moe-lm plan."),
+]
+STARTS = "a run that starts, which has what its launcher gives it"
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
 
@@ -168,6 +174,7 @@ def pretrain(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     processes: Processes = None,
+    gpu: Gpu = None,
 ) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     from moe_lm.config.reading import load_config
@@ -178,9 +185,9 @@ def pretrain(
     from moe_lm.train import pretrain
 
     if dry_run:
-        print(pretrain.describe(settings, started_as(processes)))
+        print(pretrain.describe(settings, started_as(processes), fit_on(gpu)))
     else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
+        refuse({"--processes": processes, "--gpu": gpu}, STARTS)
         end_with(pretrain.run(settings, ctx.obj))
 
 
@@ -190,6 +197,15 @@ def started_as(processes: int | None) -> Topology:
 
     topology = current_topology()
     return topology if processes is None else replace(topology, world_size=processes)
+
+
+def fit_on(gpu: str | None) -> Fit:
+    """Weighs the memory of a step on a device, or on the one that is here."""
+    from functools import partial
+
+    from moe_lm.tools.plan.plan import fit
+
+    return partial(fit, gpu=gpu)
 
 
 def end_with(result: TrainingResult) -> None:
@@ -204,6 +220,7 @@ def finetune(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     processes: Processes = None,
+    gpu: Gpu = None,
     preview: Annotated[
         int | None,
         typer.Option("--preview", min=1, metavar="[N]", help="Show the first examples with their masks, and stop."),
@@ -220,9 +237,12 @@ def finetune(
     if preview is not None:
         finetune.preview(settings, preview)
     elif dry_run:
-        print(finetune.describe(settings, started_as(processes)))
+        is_planned = settings.lora is None and settings.preference is None
+        if not is_planned:
+            refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
+        print(finetune.describe(settings, started_as(processes), fit_on(gpu) if is_planned else None))
     else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
+        refuse({"--processes": processes, "--gpu": gpu}, STARTS)
         end_with(finetune.run(settings, ctx.obj))
 
 

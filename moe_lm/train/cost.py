@@ -48,15 +48,18 @@ class Cost:
     memory: Memory
 
 
-def describe(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
-    """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device."""
+def describe(config: RunConfig, model: ModelConfig, topology: Topology, memory: str | None = None) -> str:
+    """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device.
+
+    `memory` stands in place of that of weights, gradients and optimizer.
+    """
     train, parallel, length = config.train, config.parallel, config.data.sequence_length
     parameters = count_parameters(model)
     tokens_per_step = train.global_batch_size * config.row_length
     flops = [flops_per_token(model, length, causal_half=half) for half in (True, False)]
     lines = [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
-        *cost_lines(config, model, topology),
+        *cost_lines(config, model, topology, memory),
         f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
@@ -69,10 +72,10 @@ def describe(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def cost_lines(config: RunConfig, model: ModelConfig, topology: Topology) -> list[str]:
+def cost_lines(config: RunConfig, model: ModelConfig, topology: Topology, memory: str | None = None) -> list[str]:
     """The parameters that are trained and the memory that they need; with adapters, also that of training all."""
     this_run = cost(config, model, config.lora, topology)
-    memory = (
+    memory = memory or (
         f"{_mib(this_run.memory.total)} MiB on each device of {processes(config, topology)} "
         f"({_mib(this_run.memory.weights)} weights, {_mib(this_run.memory.gradients)} gradients, "
         f"{_mib(this_run.memory.optimizer)} optimizer), before activations"

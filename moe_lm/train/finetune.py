@@ -113,9 +113,9 @@ def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> li
     ]
 
 
-def describe(config: FinetuneConfig, topology: Topology) -> str:
+def describe(config: FinetuneConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
     """The text of `--dry-run`; of the start it reads only the settings."""
-    return preflight.dry_run(config, model_of(config, find_start(config).folder), topology)
+    return preflight.dry_run(config, model_of(config, find_start(config).folder), topology, fit)
 
 
 def preview(config: FinetuneConfig, count: int) -> None:

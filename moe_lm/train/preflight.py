@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -47,23 +48,39 @@ def check(config: RunConfig, model: ModelConfig, topology: Topology) -> None:
         print(f"warning: {sentence}", file=sys.stderr)
 
 
-def dry_run(config: RunConfig, model: ModelConfig, topology: Topology) -> str:
+class Verdict(NamedTuple):
+    """What a run needs of a device's memory, and why it is refused, if it is."""
+
+    line: str
+    refusal: str | None
+
+
+Fit = Callable[[RunConfig, ModelConfig, Topology], Verdict]  # of tools/plan, which the walk does not import
+
+
+def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit | None = None) -> str:
     """The text of `--dry-run`. Raises as `check` does, for as many processes as the layout needs at least.
 
-    What only this machine lacks is a line of the text, not an error, where a run would not be: without a launcher, on a
-    CPU that the config does not ask for.
+    `fit` weighs all the memory of a step, in place of weights, gradients and optimizer alone. What only this machine
+    lacks is a line of the text, not an error, where a run would not be: without a launcher, on a CPU that the config
+    does not ask for.
     """
     topology = replace(topology, world_size=processes(config, topology))
     check_layout(config, topology)
     check_folder(config.run_dir)
-    text = describe(config, model, topology)
-    refusals, warnings = lacking(config, model, topology)
-    if refusals and _is_machine_of(config):
+    verdict = None if fit is None else fit(config, model, topology)
+    if verdict is not None and verdict.refusal is not None:
+        raise UsageError(verdict.refusal)
+    text = describe(config, model, topology, verdict and verdict.line)
+    refusals, warnings = lacking(config, model, topology, memory=verdict is None)
+    if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
     return "\n".join([text, *(f"not here        {sentence}" for sentence in (*refusals, *warnings))])
 
 
-def lacking(config: RunConfig, model: ModelConfig, topology: Topology) -> tuple[list[str], list[str]]:
+def lacking(
+    config: RunConfig, model: ModelConfig, topology: Topology, memory: bool = True
+) -> tuple[list[str], list[str]]:
     """What this machine has too little of, a sentence each: what refuses the run, and what it is only warned of.
 
     A run with a complete checkpoint is not refused for its disk: started again, it does as well as if it had gone on,
@@ -71,7 +88,7 @@ def lacking(config: RunConfig, model: ModelConfig, topology: Topology) -> tuple[
     """
     needs = cost(config, model, config.lora, topology)
     warnings: list[str] = []
-    refusals = [lacking_memory(config, needs, topology)]
+    refusals = [lacking_memory(config, needs, topology) if memory else None]
     if topology.is_main and (disk := lacking_disk(config, needs)):  # the others share it
         goes_on = bool(complete_checkpoints(config.run_dir / "checkpoints"))
         (warnings if goes_on else refusals).append(disk)
@@ -201,7 +218,7 @@ def _cgroup_limits() -> Iterator[int]:
                         yield int((folder / name).read_text(encoding="ascii"))
 
 
-def _is_machine_of(config: RunConfig) -> bool:
+def is_machine_of(config: RunConfig) -> bool:
     """Whether a run with this config would be on this machine, as far as one can tell."""
     asked = config.parallel.device != "auto" or "SLURM_JOB_ID" in os.environ or "WORLD_SIZE" in os.environ
     return asked or pick_device("auto").type != "cpu"

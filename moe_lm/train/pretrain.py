@@ -48,11 +48,11 @@ def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResul
     return run_recipe(recipe, meeting)
 
 
-def describe(config: PretrainConfig, topology: Topology) -> str:
+def describe(config: PretrainConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
     """The text of `--dry-run`; a tokenizer that is there must fit the model."""
     if config.data.tokenizer.is_dir():
         load_tokenizer(config)
-    return preflight.dry_run(config, config.model, topology)
+    return preflight.dry_run(config, config.model, topology, fit)
 
 
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:

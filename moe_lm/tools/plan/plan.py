@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
 from moe_lm.kernels.device import pick_device, pick_dtype
@@ -29,7 +28,14 @@ from moe_lm.tools.plan.search import Estimate, Tracer, estimate, nearest, search
 from moe_lm.tools.plan.simulate import simulate
 from moe_lm.tools.plan.trace import Trace
 from moe_lm.train.cost import cost
-from moe_lm.train.preflight import check_layout, checkpoint_bytes, host_memory, ranks_here
+from moe_lm.train.preflight import (
+    Verdict,
+    check_layout,
+    checkpoint_bytes,
+    host_memory,
+    is_machine_of,
+    ranks_here,
+)
 
 SHOWN = 12  # layouts that fit, in the table
 NEAR = 4  # and layouts that do not
@@ -190,28 +196,28 @@ def tracer_of(model: ModelConfig, kind: str) -> Tracer:
     return traced
 
 
-def check_memory(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | None) -> str:
-    """The line of `--dry-run`: what the layout needs of a device at its peak.
+def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | None = None) -> Verdict:
+    """Whether the layout of a config fits a device, for `--dry-run`; without `gpu` the one that a run has here.
 
-    Without `gpu` the device is the one that the run would have here. Raises UsageError if it does not fit there, with
-    the nearest layout that does.
+    If it does not, the verdict names the nearest layout that does.
     """
-    devices = max(topology.world_size, config.parallel.expert_parallel_size)
-    device, kind = _device_to_fill(config, replace(topology, world_size=devices), gpu)
+    devices = topology.world_size
+    device, kind = _device_to_fill(config, topology, gpu)
     tracer = tracer_of(model, kind)
     own = estimate(config, devices, device, tracer)
-    room = f"{device.usable / GIB:.1f} GiB ({OF_MEMORY:.0%} of {device.name})"
+    room = f"{device.usable / GIB:.1f} GiB ({OF_MEMORY:.0%} of the memory of {device.name})"
+    needs = f"{_size(own.peak)} at the peak on each device of {devices}"
     if own.fits:
-        return f"fits            {own.peak / GIB:.2f} GiB at the peak on each device of {devices}, of {room}"
+        return Verdict(f"{needs}, of {room}: fits", None)
+    if gpu is None and not is_machine_of(config):
+        return Verdict(f"{needs}, of {room}: does not fit here", None)
     other = nearest(own.layout, search(config, model, devices, device, tracer))
     instead = "no layout of as many devices fits; take more of them, or larger ones"
     if other is not None:
-        settings = " ".join(f"{key}={value}" for key, value in other.layout.changes(own.layout).items())
-        instead = f"the nearest layout that fits needs {other.peak / GIB:.1f} GiB: {settings}"
-    raise UsageError(
-        f"each device of {devices} needs {own.peak / GIB:.1f} GiB at the peak ({own.trace.memory.peak_during}), and has "
-        f"{room}; {instead}"
-    )
+        settings = _settings(other.layout.changes(own.layout))
+        instead = f"the nearest layout that fits needs {_size(other.peak)}: {settings}"
+    said = f"this run needs {needs} ({own.trace.memory.peak_during}), and there are {room}; {instead}"
+    return Verdict(f"{needs}, of {room}", said)
 
 
 def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> tuple[Device, str]:
@@ -220,7 +226,9 @@ def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> t
         return find_device(gpu), "cuda"
     here = torch.device("cpu") if gpu == "cpu" else pick_device(config.parallel.device)
     memory = memory_here(here, ranks_here(topology))
-    return replace(find_device("h100"), name=f"{here.type} here", memory=memory), here.type
+    return replace(
+        find_device("h100"), name=f"this {here.type}", memory=memory
+    ), "cuda" if here.type == "cuda" else "cpu"
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -233,8 +241,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(summary)
     console.print(_table(plan))
     if plan.best is not None:
-        settings = " ".join(f"{key}={value}" for key, value in plan.best.layout.settings().items())
-        console.print(f"The fastest: {settings}", highlight=False, soft_wrap=True)
+        console.print(f"The fastest: {_settings(plan.best.layout.settings())}", highlight=False, soft_wrap=True)
     console.print(f"Rates of {plan.device.name}: {plan.device.source}.", highlight=False, soft_wrap=True)
 
 
@@ -256,14 +263,14 @@ def _lines(plan: Plan, item: Estimate) -> list[tuple[str, str]]:
         ("this config", str(item.layout)),
         (
             "memory",
-            f"{verdict}: {item.peak / GIB:.1f} of {item.device.usable / GIB:.1f} GiB at the peak ({memory.peak_during})",
+            f"{verdict}: {_size(item.peak)} of {_size(item.device.usable)} at the peak ({memory.peak_during})",
         ),
         ("", ", ".join(f"{name} {size / GIB:.1f}" for name, size in shares.items())),
         ("step", f"{item.seconds:.3g} s, {_percent(item.time.by_cause(), item.seconds)}"),
         ("", _percent(item.time.by_part(), item.seconds)),
         (
             "MFU",
-            f"{half:.1%} with causal attention halved, {full:.1%} not halved, of {plan.device.peak / 1e12:,.3g} TFLOP/s",
+            f"{half:.1%} with causal attention halved, {full:.1%} not, of {plan.device.peak / 1e12:,.3g} TFLOP/s",
         ),
         ("speed", f"{plan.speed(item):,.0f} tokens/s, {_number(plan.speed(item) * DAY)} a day"),
         ("the run", f"{_number(plan.tokens)} tokens in {plan.days(item):,.3g} days{price}"),
@@ -294,6 +301,15 @@ def _table(plan: Plan) -> Table:
             _main_cause(item) if item.fits else item.reason,
         )
     return view
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    """As one types them behind a command."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _main_cause(item: Estimate) -> str:
