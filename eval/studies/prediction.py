@@ -29,8 +29,9 @@ import torch
 
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig
+from moe_lm.config.training import Recomputation
 from moe_lm.tools.plan.plan import device_of, tracer_of
-from moe_lm.tools.plan.search import Recompute, estimate
+from moe_lm.tools.plan.search import estimate
 from moe_lm.tools.ranks import run_ranks
 
 WORKER = "eval.studies.prediction"
@@ -56,7 +57,7 @@ class Point:
     size: str
     ranks: int
     stage: int
-    recompute: Recompute
+    recompute: Recomputation
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class Point:
             "steps": STEPS,
             "global_batch_size": ROWS,
             "micro_batch_size": ROWS // self.ranks // 2,
-            "activation_checkpointing": self.recompute == "full",
+            "activation_checkpointing": self.recompute,
         }
         nowhere = {"tokenizer": "none", "shards": "none", "sources": [{"name": "none", "path": "none"}]}
         values = {
@@ -87,7 +88,7 @@ class Point:
 def points() -> list[Point]:
     """Every layout of the study."""
     layouts = [(1, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]
-    kinds: tuple[Recompute, ...] = ("none", "full")
+    kinds: tuple[Recomputation, ...] = ("none", "full")
     return [Point(size, *layout, kind) for size, layout, kind in itertools.product(SIZES, layouts, kinds)]
 
 
@@ -161,8 +162,6 @@ def order(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def train(folder: Path) -> None:
     """Be a rank: train a few steps on random tokens, and write the peak and the seconds of a step."""
-    import deepspeed  # noqa: F401  # what it takes is no part of a model's memory
-
     from moe_lm.data.batches import Batch
     from moe_lm.engine.build import build_engine, build_model
     from moe_lm.objective.training_loss import NextToken
@@ -170,6 +169,8 @@ def train(folder: Path) -> None:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     point = Point(**json.loads((folder / "point.json").read_text(encoding="utf-8")))
+    if point.stage:
+        import deepspeed  # noqa: F401  # what it takes is no part of a model's memory
     config, topology = point.config(), current_topology()
     rows = config.train.rows_at_once(topology.world_size)
     ids = torch.randint(3, 4096, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(topology.rank))

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, RunConfig
-from moe_lm.config.training import TrainConfig
+from moe_lm.config.training import Recomputation, TrainConfig
 from moe_lm.tools.plan.devices import GIB, Device
 from moe_lm.tools.plan.predict import StepTime, offload_seconds, step_time
 from moe_lm.tools.plan.trace import Collective, Memory, Product, Trace, Work
 
-Recompute = Literal["none", "selective", "full"]
-NAMED = TrainConfig.model_fields["activation_checkpointing"].annotation is not bool
-RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute) if NAMED else ("none", "full")
+RECOMPUTE: tuple[Recomputation, ...] = ("none", "selective", "full")
 MOST_ROWS = 32  # of a micro-batch: more fill no device better
 
 Tracer = Callable[[RunConfig, int], Trace]  # of a config on so many devices
@@ -34,7 +31,7 @@ class Layout:
     expert_parallel: int
     zero: int
     rows: int  # of a micro-batch
-    recompute: Recompute
+    recompute: Recomputation
     offload: bool = False
 
     @classmethod
@@ -42,7 +39,7 @@ class Layout:
         """The layout that a config asks for."""
         parallel, train = config.parallel, config.train
         zero = 0 if parallel.engine == "torch" else parallel.zero_stage or 1
-        recompute = train.activation_checkpointing if NAMED else ("none", "full")[train.activation_checkpointing]
+        recompute = train.activation_checkpointing
         rows = train.rows_at_once(devices)
         return cls(devices, parallel.expert_parallel_size, zero, rows, recompute, parallel.offload_optimizer)
 
@@ -50,7 +47,7 @@ class Layout:
         """The settings that ask for this layout."""
         settings: dict[str, object] = {
             "train.micro_batch_size": self.rows,
-            "train.activation_checkpointing": self.recompute if NAMED else self.recompute == "full",
+            "train.activation_checkpointing": self.recompute,
             "parallel.engine": "deepspeed" if self.zero else "torch",
         }
         if self.zero:
