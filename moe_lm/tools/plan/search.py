@@ -17,7 +17,7 @@ from moe_lm.tools.plan.devices import GIB, Device
 from moe_lm.tools.plan.predict import StepTime, offload_seconds, step_time
 from moe_lm.tools.plan.trace import Collective, Memory, Product, Trace, Work
 
-RECOMPUTE: tuple[Recomputation, ...] = ("none", "selective", "full")
+RECOMPUTE: tuple[Recomputation, ...] = ("full", "selective", "none")  # the least memory first
 MOST_ROWS = 32  # of a micro-batch: more fill no device better
 
 Tracer = Callable[[RunConfig, int], Trace]  # of a config on so many devices
@@ -129,15 +129,23 @@ def _estimate(layout: Layout, trace: Trace, device: Device) -> Estimate:
 
 
 def search(config: RunConfig, model: ModelConfig, devices: int, device: Device, trace: Tracer) -> list[Estimate]:
-    """Every layout that divides: those that fit, the fastest first, then the others, the nearest to fitting first.
+    """The layouts that divide: those that fit, the fastest first, then others, the nearest to fitting first.
 
-    Optimizer state lies in host memory only where nothing fits otherwise.
+    Left out is what can be no better: a higher stage of ZeRO where a lower one fits in every way, and less recomputation
+    where more does not fit. Optimizer state lies in host memory only where nothing fits otherwise. Raises UsageError
+    when the batch does not divide.
     """
-    groups = list(_groups(config, model, devices))
-    found = [item for group in groups for item in _of_group(config, group, device, trace)]
-    if not any(item.fits for item in found):
-        moved = (replace(group, offload=True) for group in groups if group.zero)
-        found += [item for group in moved for item in _of_group(config, group, device, trace)]
+    check_batch(config, devices)
+    found: list[Estimate] = []
+    for offload in (False, True):
+        for stages in _ways(config, model, devices, device.per_node, offload):
+            for group in stages:
+                tried = list(_recomputations(config, group, device, trace))
+                found += tried
+                if all(item.fits for item in tried):
+                    break
+        if any(item.fits for item in found):
+            break
     return sorted(found, key=lambda item: (not item.fits, item.seconds if item.fits else item.peak))
 
 
@@ -147,7 +155,26 @@ def nearest(own: Layout, found: Sequence[Estimate]) -> Estimate | None:
     return min(fitting, key=lambda item: (len(item.layout.changes(own)), item.seconds), default=None)
 
 
-def _of_group(config: RunConfig, group: Layout, device: Device, trace: Tracer) -> Iterator[Estimate]:
+def _ways(
+    config: RunConfig, model: ModelConfig, devices: int, per_node: int, offload: bool
+) -> Iterator[Sequence[Layout]]:
+    """Every way to divide the experts, each with the stages of ZeRO that may go with it, the lowest first."""
+    if not offload:
+        yield (Layout(devices, 1, 0, 1, "full"),)
+    if devices > 1 and config.train.optimizer.name == "adamw":
+        for size in expert_parallel_sizes(model, devices, per_node):
+            yield [Layout(devices, size, stage, 1, "full", offload) for stage in (1, 2, 3)]
+
+
+def _recomputations(config: RunConfig, group: Layout, device: Device, trace: Tracer) -> Iterator[Estimate]:
+    for recompute in RECOMPUTE:
+        tried = list(_micro_batches(config, replace(group, recompute=recompute), device, trace))
+        yield from tried
+        if not tried[0].fits:
+            return
+
+
+def _micro_batches(config: RunConfig, group: Layout, device: Device, trace: Tracer) -> Iterator[Estimate]:
     """The layouts that differ from `group` in their micro-batches alone."""
     devices = group.devices
     share = config.train.global_batch_size // devices
@@ -160,32 +187,27 @@ def _of_group(config: RunConfig, group: Layout, device: Device, trace: Tracer) -
     first = _estimate(group, smallest, device)
     yield first
     if first.fits and len(rows) > 1:  # larger ones need more
-        next_one = traced(rows[1])
+        second = traced(rows[1])
         for count in rows[1:]:
-            made = between(smallest, next_one, count * smallest.tokens)
+            made = between(smallest, second, count * smallest.tokens)
             yield _estimate(replace(group, rows=count), made, device)
 
 
-def _groups(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[Layout]:
-    """Every way to divide experts and state and to recompute, with one row a micro-batch."""
-    share, rest = divmod(config.train.global_batch_size, devices)
-    if rest or not share:
+def check_batch(config: RunConfig, devices: int) -> None:
+    """Raise UsageError when the devices cannot share the global batch evenly."""
+    if config.train.global_batch_size % devices:
         raise UsageError(
             f"train.global_batch_size={config.train.global_batch_size} is not divisible by the {devices} devices; "
             "choose a multiple, or another --gpus"
         )
-    for recompute in RECOMPUTE:
-        yield Layout(devices, 1, 0, 1, recompute)
-        if devices > 1 and config.train.optimizer.name == "adamw":
-            for size in expert_parallel_sizes(model, devices):
-                for stage in (1, 2, 3):
-                    yield Layout(devices, size, stage, 1, recompute)
 
 
-def expert_parallel_sizes(model: ModelConfig, devices: int) -> list[int]:
-    """The numbers of ranks that can share one copy of the experts."""
+def expert_parallel_sizes(model: ModelConfig, devices: int, per_node: int) -> list[int]:
+    """Numbers of ranks that can share one copy of the experts: 1, the largest in a node, the extremes across nodes."""
     experts = model.n_routed_experts or 1
-    return [size for size in range(1, min(experts, devices) + 1) if experts % size == 0 and devices % size == 0]
+    sizes = [size for size in range(2, min(experts, devices) + 1) if experts % size == 0 and devices % size == 0]
+    within, across = ([size for size in sizes if (size <= per_node) is inside] for inside in (True, False))
+    return [1, *within[-2:], *sorted({*across[:1], *across[-1:]})]
 
 
 def between(small: Trace, large: Trace, tokens: int) -> Trace:

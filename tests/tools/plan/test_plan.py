@@ -11,16 +11,26 @@ import pytest
 
 MoeLm = Callable[..., Any]
 BFLOAT16 = "train.precision=bfloat16"
+FEW = ("model.n_routed_experts=2", "model.num_experts_per_tok=1")
 SHARDED = (BFLOAT16, "parallel.engine=deepspeed", "parallel.expert_parallel_size=2")
 
 
 def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
-    command = ("plan", tiny_pretrain, *SHARDED, "--gpus", 4, "--gpu", "h200", "--tokens", "1e9", "--price", "2.5")
+    command = ("plan", tiny_pretrain, *SHARDED, *FEW, "--gpus", 2, "--gpu", "h200", "--tokens", "1e9", "--price", "2.5")
     done = moe_lm(*command, "--json", tmp_path / "plan.json")
     assert done.code == 0, done.err
-    for said in ("4 x h200", "fits", "activations", "MFU", "tokens/s", "1B tokens in", "at 2.5 an hour", "a checkpoint"):
+    for said in (
+        "2 x h200",
+        "fits",
+        "activations",
+        "MFU",
+        "tokens/s",
+        "1B tokens in",
+        "at 2.5 an hour",
+        "a checkpoint",
+    ):
         assert said in done.out
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     own, best = plan["own"], plan["layouts"][0]
@@ -28,25 +38,16 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
     assert sum(own["seconds_by_cause"].values()) == pytest.approx(own["step_seconds"])
     assert sum(own["seconds_by_part"].values()) == pytest.approx(own["step_seconds"])
     assert own["days"] * own["tokens_a_day"] == pytest.approx(1e9)
-    assert own["cost"] == pytest.approx(own["days"] * 24 * 4 * 2.5)
+    assert own["cost"] == pytest.approx(own["days"] * 24 * 2 * 2.5)
     assert best["fits"]
     assert best["step_seconds"] <= own["step_seconds"]
     assert f"The fastest: train.micro_batch_size={best['layout']['rows']} " in done.out
-    alone = moe_lm(*command, "--json", "-")
-    assert json.loads(alone.out) == plan
-
-
-def test_the_settings_of_the_best_layout_are_taken_by_the_run(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    plan = json.loads(moe_lm("plan", tiny_pretrain, *SHARDED, "--gpus", 4, "--json", "-").out)
-    for item in plan["layouts"][::7]:
-        settings = [f"{key}={json.dumps(value).strip(chr(34))}" for key, value in item["settings"].items()]
-        off = ["train.compile=false"] if item["layout"]["zero"] == 3 else []
-        done = moe_lm(
-            "pretrain", tiny_pretrain, f"run_dir={tmp_path}", "parallel.device=cpu", BFLOAT16, *settings, *off, "--dry-run",
-            "--gpu", "h100", "--processes", 4,
-        )  # fmt: skip
-        assert done.code == 0, done.err
-        assert "on each device of 4" in done.out
+    for item in plan["layouts"][:2]:  # a run takes these settings
+        settings = [f"{key}={value}" for key, value in item["settings"].items()]
+        dry = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", BFLOAT16, *FEW, *settings, "--dry-run")
+        tried = moe_lm(*dry, "--gpu", "h200", "--processes", 2)
+        assert tried.code == 0, tried.err
+        assert "on each device of 2" in tried.out
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,9 @@ def test_what_cannot_be_planned_is_refused_with_what_to_give(
 
 
 def test_a_plan_in_which_no_layout_fits_says_so_and_ends_with_1(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
-    done = moe_lm("plan", tiny_pretrain, BFLOAT16, "--gpus", 2, "--rate", "memory=1000")
+    done = moe_lm("plan", tiny_pretrain, BFLOAT16, "--rate", "memory=1000", "--json", "-")
     assert done.code == 1
-    assert "does not fit" in done.out
-    assert "of 0.0" in done.out
-    assert "The fastest" not in done.out
+    assert all(item["reason"].endswith("GiB of 0.0") for item in json.loads(done.out)["layouts"])
 
 
 def test_a_dry_run_says_in_a_line_whether_the_layout_fits(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
@@ -93,7 +92,7 @@ def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
 
     line = next(line for line in with_memory(1e9).out.splitlines() if line.startswith("memory "))
     peak = float(line.split()[1]) * 2**20
-    refused, hopeless = with_memory(0.99 * peak / 0.92), with_memory(1000)
+    refused, hopeless = with_memory(0.999 * peak / 0.92), with_memory(1000)
     assert (refused.code, refused.out, hopeless.code) == (2, "", 2)
     assert "this run needs" in refused.err
     assert "the nearest layout that fits needs" in refused.err
