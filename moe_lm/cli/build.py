@@ -41,7 +41,6 @@ Gpu = Annotated[
     str | None,
     typer.Option("--gpu", metavar="NAME", help="With --dry-run: check for this device, as named by moe-lm plan."),
 ]
-STARTS = "a run that starts, which has what its launcher gives it"
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
 
@@ -165,7 +164,9 @@ def read_run(config: Path, overrides: list[str]) -> RunConfig:
     from moe_lm.config.reading import has_key, load_config
     from moe_lm.config.run import FinetuneConfig, PretrainConfig
 
-    return load_config(FinetuneConfig if has_key(config, "start_from") else PretrainConfig, config, overrides)
+    if has_key(config, "start_from"):
+        return load_config(FinetuneConfig, config, overrides)
+    return load_config(PretrainConfig, config, overrides)
 
 
 def pretrain(
@@ -187,7 +188,8 @@ def pretrain(
     if dry_run:
         print(pretrain.describe(settings, started_as(processes), fit_on(gpu)))
     else:
-        refuse({"--processes": processes, "--gpu": gpu}, STARTS)
+        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
+        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
         end_with(pretrain.run(settings, ctx.obj))
 
 
@@ -242,7 +244,8 @@ def finetune(
             refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
         print(finetune.describe(settings, started_as(processes), fit_on(gpu) if is_planned else None))
     else:
-        refuse({"--processes": processes, "--gpu": gpu}, STARTS)
+        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
+        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
         end_with(finetune.run(settings, ctx.obj))
 
 

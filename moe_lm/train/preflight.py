@@ -53,6 +53,7 @@ class Verdict(NamedTuple):
 
     line: str
     refusal: str | None
+    is_asked: bool  # the device was named, and need not be here
 
 
 Fit = Callable[[RunConfig, ModelConfig, Topology], Verdict]  # of tools/plan, which the walk does not import
@@ -69,12 +70,14 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit 
     check_layout(config, topology)
     check_folder(config.run_dir)
     verdict = None if fit is None else fit(config, model, topology)
-    if verdict is not None and verdict.refusal is not None:
-        raise UsageError(verdict.refusal)
-    text = describe(config, model, topology, verdict and verdict.line)
     refusals, warnings = lacking(config, model, topology, memory=verdict is None)
+    if verdict is not None and verdict.refusal is not None:
+        if verdict.is_asked:
+            raise UsageError(verdict.refusal)
+        refusals.insert(0, verdict.refusal)
     if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
+    text = describe(config, model, topology, verdict and verdict.line)
     return "\n".join([text, *(f"not here        {sentence}" for sentence in (*refusals, *warnings))])
 
 

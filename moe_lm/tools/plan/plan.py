@@ -205,19 +205,20 @@ def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | No
     device, kind = _device_to_fill(config, topology, gpu)
     tracer = tracer_of(model, kind)
     own = estimate(config, devices, device, tracer)
-    room = f"{device.usable / GIB:.1f} GiB ({OF_MEMORY:.0%} of the memory of {device.name})"
+    room = f"{_size(device.usable)} ({OF_MEMORY:.0%} of the memory of {device.name})"
     needs = f"{_size(own.peak)} at the peak on each device of {devices}"
+    is_asked = gpu is not None
     if own.fits:
-        return Verdict(f"{needs}, of {room}: fits", None)
-    if gpu is None and not is_machine_of(config):
-        return Verdict(f"{needs}, of {room}: does not fit here", None)
-    other = nearest(own.layout, search(config, model, devices, device, tracer))
-    instead = "no layout of as many devices fits; take more of them, or larger ones"
-    if other is not None:
-        settings = _settings(other.layout.changes(own.layout))
-        instead = f"the nearest layout that fits needs {_size(other.peak)}: {settings}"
-    said = f"this run needs {needs} ({own.trace.memory.peak_during}), and there are {room}; {instead}"
-    return Verdict(f"{needs}, of {room}", said)
+        return Verdict(f"{needs}, of {room}: fits", None, is_asked)
+    said = f"this run needs {needs} ({own.trace.memory.peak_during}), and there are {room}"
+    if is_asked or is_machine_of(config):
+        other = nearest(own.layout, search(config, model, devices, device, tracer))
+        if other is None:
+            said += "; no layout of as many devices fits; take more of them, or larger ones"
+        else:
+            settings = _settings(other.layout.changes(own.layout))
+            said += f"; the nearest layout that fits needs {_size(other.peak)}: {settings}"
+    return Verdict(f"{needs}, of {room}", said, is_asked)
 
 
 def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> tuple[Device, str]:

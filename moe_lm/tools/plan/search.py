@@ -131,9 +131,9 @@ def _estimate(layout: Layout, trace: Trace, device: Device) -> Estimate:
 def search(config: RunConfig, model: ModelConfig, devices: int, device: Device, trace: Tracer) -> list[Estimate]:
     """The layouts that divide: those that fit, the fastest first, then others, the nearest to fitting first.
 
-    Left out is what can be no better: a higher stage of ZeRO where a lower one fits in every way, and less recomputation
-    where more does not fit. Optimizer state lies in host memory only where nothing fits otherwise. Raises UsageError
-    when the batch does not divide.
+    Left out is what can be no better: a higher stage of ZeRO where a lower one fits in every way, and less
+    recomputation where more does not fit. Optimizer state lies in host memory only where nothing fits otherwise. Raises
+    UsageError when the batch does not divide.
     """
     check_batch(config, devices)
     found: list[Estimate] = []
@@ -189,7 +189,8 @@ def _micro_batches(config: RunConfig, group: Layout, device: Device, trace: Trac
     if first.fits and len(rows) > 1:  # larger ones need more
         second = traced(rows[1])
         for count in rows[1:]:
-            made = between(smallest, second, count * smallest.tokens)
+            alone = count == share  # which accumulates nothing
+            made = traced(count) if alone else between(smallest, second, count * smallest.tokens)
             yield _estimate(replace(group, rows=count), made, device)
 
 
@@ -225,7 +226,8 @@ def between(small: Trace, large: Trace, tokens: int) -> Trace:
 
     def product(first: Product, second: Product) -> Product:
         names = ("rows", "flops", "bytes", "count")
-        return replace(first, **{name: line(getattr(first, name), getattr(second, name)) for name in names})
+        on_it = {name: line(getattr(first, name), getattr(second, name)) for name in names}
+        return replace(first, **on_it)  # type: ignore[arg-type]
 
     def work(first: Work, second: Work) -> Work:
         if len(first.products) == len(second.products):
@@ -247,9 +249,8 @@ def between(small: Trace, large: Trace, tokens: int) -> Trace:
     def memory(first: Memory, second: Memory) -> Memory:
         saved = {part: line(size, second.saved.get(part, 0)) for part, size in first.saved.items()}
         names = ("activations", "peak")
-        return replace(
-            first, saved=saved, **{name: line(getattr(first, name), getattr(second, name)) for name in names}
-        )
+        on_it = {name: line(getattr(first, name), getattr(second, name)) for name in names}
+        return replace(first, saved=saved, **on_it)  # type: ignore[arg-type]
 
     return replace(
         small,

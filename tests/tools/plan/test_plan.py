@@ -11,7 +11,12 @@ import pytest
 
 MoeLm = Callable[..., Any]
 BFLOAT16 = "train.precision=bfloat16"
-FEW = ("model.n_routed_experts=2", "model.num_experts_per_tok=1")
+FEW = (
+    "train.global_batch_size=2",
+    "train.micro_batch_size=1",
+    "model.n_routed_experts=2",
+    "model.num_experts_per_tok=1",
+)
 SHARDED = (BFLOAT16, "parallel.engine=deepspeed", "parallel.expert_parallel_size=2")
 
 
@@ -44,7 +49,7 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
     assert f"The fastest: train.micro_batch_size={best['layout']['rows']} " in done.out
     for item in plan["layouts"][:2]:  # a run takes these settings
         settings = [f"{key}={value}" for key, value in item["settings"].items()]
-        dry = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", BFLOAT16, *FEW, *settings, "--dry-run")
+        dry = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", BFLOAT16, *FEW, *settings, "--dry-run")
         tried = moe_lm(*dry, "--gpu", "h200", "--processes", 2)
         assert tried.code == 0, tried.err
         assert "on each device of 2" in tried.out
@@ -68,13 +73,13 @@ def test_what_cannot_be_planned_is_refused_with_what_to_give(
 
 
 def test_a_plan_in_which_no_layout_fits_says_so_and_ends_with_1(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
-    done = moe_lm("plan", tiny_pretrain, BFLOAT16, "--rate", "memory=1000", "--json", "-")
+    done = moe_lm("plan", tiny_pretrain, BFLOAT16, *FEW, "--rate", "memory=1000", "--json", "-")
     assert done.code == 1
     assert all(item["reason"].endswith("GiB of 0.0") for item in json.loads(done.out)["layouts"])
 
 
 def test_a_dry_run_says_in_a_line_whether_the_layout_fits(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
-    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", BFLOAT16, "--dry-run", "--gpu", "a100-40")
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}", BFLOAT16, *FEW, "--dry-run", "--gpu", "a100-40")
     assert done.code == 0, done.err
     (line,) = [line for line in done.out.splitlines() if line.startswith("memory ")]
     assert line.endswith("at the peak on each device of 1, of 36.2 GiB (92% of the memory of a100-40): fits")
@@ -84,7 +89,8 @@ def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
     device = tmp_path / "small.yaml"
-    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", BFLOAT16, "--dry-run", "--gpu", device)
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", BFLOAT16, *FEW, "train.micro_batch_size=2")
+    command += ("--dry-run", "--gpu", device)
 
     def with_memory(size: float) -> Any:
         device.write_text(f"memory: {size}\npeak: 1e12\ncopy: 1e11\n", encoding="utf-8")
@@ -92,7 +98,7 @@ def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
 
     line = next(line for line in with_memory(1e9).out.splitlines() if line.startswith("memory "))
     peak = float(line.split()[1]) * 2**20
-    refused, hopeless = with_memory(0.999 * peak / 0.92), with_memory(1000)
+    refused, hopeless = with_memory(0.9995 * peak / 0.92), with_memory(1000)
     assert (refused.code, refused.out, hopeless.code) == (2, "", 2)
     assert "this run needs" in refused.err
     assert "the nearest layout that fits needs" in refused.err
