@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
-from moe_lm.engine import torch_engine
 from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.kernels import rounding
 from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from tests.tiny import LATENT, engine_of, tiny_model
@@ -87,21 +87,22 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_steps_and_evaluations_are_those_of_autocast_to_the_bit(
     ragged: BatchSource, monkeypatch: pytest.MonkeyPatch, shape: str, changes: dict[str, Any]
 ) -> None:
-    rounded = build_engine(tiny_model(3, **MODELS[shape]), **changes)
-    monkeypatch.setattr(torch_engine, "RoundedWeights", lambda model, dtype: Nothing())
-    autocast = build_engine(tiny_model(3, **MODELS[shape]), **changes)
-    for found, expected in zip(train(rounded, ragged), train(autocast, ragged), strict=True):
-        assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
-    assert_equal(snapshot(rounded), snapshot(autocast))
+    rounded, autocast = (build_engine(tiny_model(3, **MODELS[shape]), **changes) for _ in range(2))
     batches = [ragged.batch(5, range(ROWS))]
-    assert rounded.evaluate(batches) == autocast.evaluate(batches)
+    found, evaluation = train(rounded, ragged), rounded.evaluate(batches)
+    monkeypatch.setattr(rounding, "_Rounded", Autocast)
+    for result, expected in zip(found, train(autocast, ragged), strict=True):
+        assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
+    assert_equal(snapshot(rounded), snapshot(autocast))
+    assert evaluation == autocast.evaluate(batches)
 
 
-class Nothing:
-    """No copies: autocast rounds."""
+class Autocast:
+    """A weight is rounded whenever it is read."""
 
-    def refresh(self) -> None:
-        pass
+    @staticmethod
+    def apply(weight: Tensor, copy: Tensor) -> Tensor:
+        return weight.to(copy.dtype)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
