@@ -133,9 +133,9 @@ def build_loss(
     built: RankModel, objective: Objective, train: TrainConfig, pad_id: int, dtype: torch.dtype
 ) -> TrainingLoss:
     """The model with its loss, run as the config says, with products in `dtype`: what an engine is put around."""
-    recomputation.apply(built.model, train.activation_checkpointing)
     if train.compile:
         compile_blocks(built.model)
+    recomputation.apply(built.model, train.activation_checkpointing)
     sum_over_ranks = None if built.exchange is None else built.exchange.sum
     return TrainingLoss(built.model, objective, train.balance, pad_id, dtype, sum_over_ranks)
 
@@ -152,8 +152,10 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
 
 def compile_blocks(model: LanguageModel) -> None:
     """Compile block by block: layers of one kind share a compiled graph, and names stay as they are."""
+    # Else DDP's buckets of 25 MB cut every block into pieces, so that gradients come early. A block is early enough.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.model.layers:
-        block.compile()
+        setattr(block, "forward", torch.compile(block.forward))  # noqa: B010
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
