@@ -99,9 +99,9 @@ def hears_signals(pid: int) -> bool:
     return all(caught >> number - 1 & 1 for number in STOP_SIGNALS)
 
 
-def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
+def finish(processes: list[subprocess.Popen[str]], code: int = 0, seconds: float = 120) -> list[str]:
     """The output of each rank; all end with `code`, and none writes to stderr."""
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=seconds) for process in processes]
     assert [(process.returncode, err) for process, (_, err) in zip(processes, outputs, strict=True)] == [
         (code, "") for _ in processes
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -154,6 +155,8 @@ def compile_blocks(model: LanguageModel) -> None:
     """Compile block by block: layers of one kind share a compiled graph, and names stay as they are."""
     # Else DDP's buckets of 25 MB cut every block into pieces, so that gradients come early. A block is early enough.
     torch._dynamo.config.optimize_ddp = False
+    # With a policy for recomputation it warns that operations in place would go wrong; a block has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in model.model.layers:
         setattr(block, "forward", torch.compile(block.forward))  # noqa: B010
 
