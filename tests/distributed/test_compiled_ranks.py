@@ -1,11 +1,10 @@
-"""Blocks that are compiled on several ranks: the same losses, as few graphs as one process has, nothing compiled twice."""
+"""Compiled blocks on several ranks: the same losses, as few graphs as one process has, nothing compiled twice."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ OTHERS = [("torch", "none"), ("torch", "full"), ("deepspeed", "none"), ("deepspe
     ],
 )
 def test_ranks_train_on_compiled_blocks(backend: str, layouts: list[tuple[str, str]]) -> None:
-    """Data parallel or expert parallel: the compiler stops at exchanges alone, and compiles nothing for new loads."""
+    """Data or expert parallel: the compiler stops at exchanges alone, and compiles nothing for new loads."""
     first, _ = finish(start_program(2, PROGRAM, backend, *itertools.chain(*layouts)), seconds=400)
     for (engine, recomputation), found in zip(layouts, json.loads(first), strict=True):
         layout = f"{engine}, recomputation {recomputation}"
