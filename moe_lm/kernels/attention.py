@@ -25,7 +25,7 @@ def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     # The operator is for gradients and compilation; its first call costs half a second.
     needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
     attend = _segment_attention if needs_operator else _attend_in_segments
-    return attend(q, k, v, cu_seqlens, scale)[0][..., :values]
+    return attend(q, k, v, cu_seqlens, max_seqlen, scale)[0][..., :values]
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +43,10 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, N]` and log-sum-exp `[T, H]` of causal attention within segments."""
+def _attend_in_segments(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[T, H, N]` and log-sum-exp `[T, H]`. The longest segment is for who counts what the operator does."""
     out = torch.empty(q.shape, dtype=q.dtype)
     log_sum_exp = torch.empty(q.shape[:2], dtype=torch.float32)
     for start, stop, rows in _equal_runs(cu_seqlens):
@@ -59,13 +61,21 @@ _segment_attention = torch.library.custom_op("moe_lm::segment_attention", _atten
 
 
 @_segment_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("moe_lm::segment_attention_backward", mutates_args=())
 def _segment_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
     for start, stop, rows in _equal_runs(cu_seqlens):
@@ -78,19 +88,26 @@ def _segment_attention_backward(
 
 @_segment_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
-    return *_segment_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens, ctx.scale), None, None
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    return *_segment_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
 
 
 _segment_attention.register_autograd(_backward, setup_context=_save_for_backward)

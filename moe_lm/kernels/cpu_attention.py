@@ -23,7 +23,7 @@ def cpp(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sc
     sizes = (q.shape[-1], v.shape[-1])
     if q.dtype != torch.bfloat16 or any(size % LANES for size in sizes):
         return segments(q, k, v, cu_seqlens, max_seqlen, scale)
-    return _cpu_attention(q, k, v, cu_seqlens, scale)[0]
+    return _cpu_attention(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
 def load() -> ctypes.CDLL:
@@ -38,8 +38,10 @@ def load() -> ctypes.CDLL:
 
 
 @torch.library.custom_op("moe_lm::cpu_attention", mutates_args=())
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, M]` and log-sum-exp `[H, T]`."""
+def _cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[T, H, M]` and log-sum-exp `[H, T]`. The longest segment is for who counts what the operator does."""
     q, k, v = _innermost(q, k, v)
     out, log_sum_exp = _outputs(q, v)
     arguments = _arguments(q, k, v, cu_seqlens, scale)
@@ -48,7 +50,7 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: f
 
 
 @_cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     return _outputs(q, v)
 
 
@@ -59,7 +61,15 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("moe_lm::cpu_attention_backward", mutates_args=())
 def _cpu_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _innermost(q, k, v)
     grad = grad.contiguous()
@@ -71,7 +81,15 @@ def _cpu_attention_backward(
 
 @_cpu_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(q, k, v)
 
@@ -81,12 +99,12 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_cpu_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+    return *_cpu_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
 
 
 _cpu_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -175,15 +175,15 @@ def test_segment_operator_keeps_the_contract_of_custom_operators(lengths: list[i
     """Schema, fake tensors, autograd registration and ahead-of-time tracing."""
     q, k, v = random_qkv(12, 2, 2, 8)
     cu_seqlens = boundaries(lengths)
-    torch.library.opcheck(attention._segment_attention, (q, k, v, cu_seqlens, 0.3))
-    out, log_sum_exp = attention._segment_attention(q.detach(), k.detach(), v.detach(), cu_seqlens, 0.3)
-    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, cu_seqlens, 0.3)
+    torch.library.opcheck(attention._segment_attention, (q, k, v, cu_seqlens, 6, 0.3))
+    out, log_sum_exp = attention._segment_attention(q.detach(), k.detach(), v.detach(), cu_seqlens, 6, 0.3)
+    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, cu_seqlens, 6, 0.3)
     torch.library.opcheck(attention._segment_attention_backward, inputs)
 
 
 def test_segment_operator_returns_the_log_sum_exp_of_the_scores() -> None:
     q, k, v = random_qkv(5, 2, 2, 8)
-    _, log_sum_exp = attention._segment_attention(q, k, v, boundaries([2, 3]), 8**-0.5)
+    _, log_sum_exp = attention._segment_attention(q, k, v, boundaries([2, 3]), 3, 8**-0.5)
     scores = torch.einsum("ihn,jhn->hij", q, k) / 8**0.5
     visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
     torch.testing.assert_close(log_sum_exp, scores.masked_fill(~visible, -torch.inf).logsumexp(-1).T)

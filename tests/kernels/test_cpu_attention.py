@@ -129,7 +129,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish() -> None:
 @pytest.mark.usefixtures("served")
 def test_cpp_returns_the_log_sum_exp_of_the_scores() -> None:
     q, k, v = (x.detach() for x in random_qkv(5, 2, 2, 16, dtype=BF16))
-    _, log_sum_exp = cpu_attention._cpu_attention(q, k, v, boundaries([2, 3]), 0.25)
+    _, log_sum_exp = cpu_attention._cpu_attention(q, k, v, boundaries([2, 3]), 3, 0.25)
     scores = torch.einsum("ihn,jhn->hij", q.float(), k.float()) * 0.25
     document = torch.tensor([0, 0, 1, 1, 1])
     visible = (document[:, None] == document) & torch.ones(5, 5).tril().bool()
@@ -141,9 +141,9 @@ def test_cpp_operators_keep_the_contract_of_custom_operators() -> None:
     q, k, v = random_qkv(12, 2, 1, 16, 32, dtype=BF16)
     ends = boundaries([5, 7])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cpu_attention._cpu_attention, (q, k, v, ends, 0.3), test_utils=checks)
-    out, log_sum_exp = cpu_attention._cpu_attention(q.detach(), k.detach(), v.detach(), ends, 0.3)
-    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, ends, 0.3)
+    torch.library.opcheck(cpu_attention._cpu_attention, (q, k, v, ends, 7, 0.3), test_utils=checks)
+    out, log_sum_exp = cpu_attention._cpu_attention(q.detach(), k.detach(), v.detach(), ends, 7, 0.3)
+    inputs = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, log_sum_exp, ends, 7, 0.3)
     torch.library.opcheck(cpu_attention._cpu_attention_backward, inputs, test_utils=checks)
 
 
