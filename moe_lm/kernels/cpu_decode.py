@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,13 +169,11 @@ class NativeRouter(Router):
         return Routing(logits_TE, scores_TE, chosen_Tk, weights_Tk)
 
 
-def dispatch(
-    x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
+def dispatch(x_TD: Tensor, routing: Routing, experts: Experts, shared: MLP | None) -> tuple[Tensor, Tensor | None]:
     """`model.moe.dispatch_locally` without sorting, which reads only the experts that were chosen."""
     few = routing.experts.numel() * x_TD.shape[-1] <= MAX_EXPERT_OUTPUTS
     if not (few and serves(x_TD, experts.down_proj)):
-        return dispatch_locally(x_TD, routing, experts, meanwhile)
+        return dispatch_locally(x_TD, routing, experts, shared)
     x_TD, chosen_Tk, weights_Tk = x_TD.contiguous(), routing.experts.contiguous(), routing.weights.contiguous()
     out_TD = torch.empty_like(x_TD)
     _of(x_TD).experts(
@@ -184,7 +181,7 @@ def dispatch(
         experts.get_parameter(experts.wide).data_ptr(), experts.down_proj.data_ptr(), experts.gated,
         *experts.down_proj.mT.shape[1:], ACTIVATIONS.index(experts.activation), out_TD.data_ptr(),
     )  # fmt: skip
-    return out_TD, meanwhile()
+    return out_TD, None if shared is None else shared(x_TD)
 
 
 def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:

@@ -45,15 +45,12 @@ class MoE(nn.Module):
         """The layer's output and its routing, which a block gives: its router reads `x` before that is rounded."""
         routing = self.gate(x_BSD) if routing is None else routing
         x_TD = x_BSD.flatten(0, 1)
-        routed_TD, shared_TD = self.dispatcher(x_TD, routing, self.experts, lambda: self._shared(x_TD))
-        out_TD = routed_TD if shared_TD is None else routed_TD + shared_TD
-        return out_TD.view_as(x_BSD), routing
-
-    def _shared(self, x_TD: Tensor) -> Tensor | None:
-        if self.shared_experts is None:
-            return None
-        out_TD = self.shared_experts(x_TD)
-        return out_TD if self.shared_expert_gate is None else self.shared_expert_gate(x_TD).sigmoid() * out_TD
+        routed_TD, shared_TD = self.dispatcher(x_TD, routing, self.experts, self.shared_experts)
+        if shared_TD is None:
+            return routed_TD.view_as(x_BSD), routing
+        if self.shared_expert_gate is not None:
+            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+        return (routed_TD + shared_TD).view_as(x_BSD), routing
 
 
 class Router(nn.Module):
@@ -219,87 +216,105 @@ def grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([x @ weight for x, weight in zip(rows, weight_EDF, strict=True)])
 
 
-# Carries tokens `[T, D]` to their experts and back. The last argument is computed while they travel, and its result
-# returned beside theirs. Expert parallelism and decoding in C++ put other dispatchers in place of `dispatch_locally`.
-Dispatcher = Callable[[Tensor, Routing, Experts, Callable[[], Tensor | None]], tuple[Tensor, Tensor | None]]
+# Carries tokens `[T, D]` to their experts and back, and computes the shared experts, if there are any, meanwhile: their
+# results `[T, D]` are returned apart. Expert parallelism and decoding in C++ put others in place of `dispatch_locally`.
+Dispatcher = Callable[[Tensor, Routing, Experts, MLP | None], tuple[Tensor, Tensor | None]]
 
 
 def dispatch_locally(
-    x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
+    x_TD: Tensor, routing: Routing, experts: Experts, shared: MLP | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Sort token slots by expert, run the experts, put the results back in order, add them up."""
-    slots = SortedSlots(routing)
-    out_RD = experts(slots.gather(x_TD), slots.counts_E.cumsum(0).to(torch.int32), slots.weights_R)
-    return slots.combine(out_RD), meanwhile()
+    """All experts are here."""
+    x_TD = x_TD.to(compute_dtype(x_TD))
+    out_TD = add_experts(x_TD, weights_by_expert(routing), routing.experts.numel(), experts)
+    return out_TD, None if shared is None else shared(x_TD)
 
 
-class SortedSlots:
-    """The T*k token slots of a routing, sorted by expert and within an expert by token."""
-
-    def __init__(self, routing: Routing) -> None:
-        self.per_token = routing.experts.shape[1]
-        self.order_R, self.place_R = sorting(routing.experts.flatten())
-        self.counts_E = expert_counts(routing.experts, routing.scores.shape[1])
-        self.weights_R: Tensor = Gather.apply(routing.weights.flatten(), self.order_R, self.place_R, 1)
-
-    def gather(self, x_TD: Tensor) -> Tensor:
-        """Every token once for each of its experts, in the data type of products: `[R, D]`."""
-        return Gather.apply(x_TD, self.order_R, self.place_R, self.per_token, compute_dtype(x_TD))
-
-    def combine(self, out_RD: Tensor) -> Tensor:
-        """The experts' weighted results, added up for each token: `[T, D]`."""
-        return Combine.apply(out_RD, self.order_R, self.place_R, self.per_token)
+NOT_CHOSEN = -math.inf  # among weights, which may be zero
 
 
-def sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The permutation that sorts the keys, stably, and its inverse."""
-    order = keys.argsort(stable=True)
-    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def weights_by_expert(routing: Routing) -> Tensor:
+    """The weight of every expert for every token, `[T, E]` float32; NOT_CHOSEN where it has none."""
+    return torch.full_like(routing.scores, NOT_CHOSEN).scatter(1, routing.experts, routing.weights)
 
 
-class Gather(torch.autograd.Function):
-    """Row `order[i] // copies` of x at place i, cast to `dtype` before rows are copied.
+def add_experts(x_TD: Tensor, weights_TE: Tensor, count: int, experts: Experts) -> Tensor:
+    """The sum of the chosen experts' results for each token, by weight: `[T, D]`. `count` weights are chosen in all.
 
-    The gradient, in the data type of x, is a gather as well, so that it is deterministic: `Combine`.
+    Tokens are copied for their experts, multiplied expert by expert, and their results added up.
     """
+    chosen_TE = weights_TE != NOT_CHOSEN
+    copies, pair_R = copies_of(chosen_TE, count)
+    weights_R = weights_TE.T.flatten().index_select(0, pair_R)
+    ends_E = chosen_TE.sum(0).cumsum(0).to(torch.int32)
+    return add_up(experts(copy_rows(x_TD, copies), ends_E, weights_R), copies)
+
+
+class Copies(NamedTuple):
+    """R copies of T rows, for those of G groups that want them. Row t's have `places[offsets[t]:offsets[t + 1]]`."""
+
+    source: Tensor  # [R] int64, the row of which each is a copy
+    places: Tensor  # [R] int64
+    offsets: Tensor  # [T + 1] int64
+
+    def take(self, x_TD: Tensor) -> Tensor:
+        """The copies `[R, D]`."""
+        return x_TD.index_select(0, self.source)
+
+    def add_up(self, y_RD: Tensor) -> Tensor:
+        """The sum over the copies of each row, `[T, D]`: added in float32, in one order, rounded once."""
+        return F.embedding_bag(self.places, y_RD.contiguous(), self.offsets, mode="sum", include_last_offset=True)
+
+
+def copies_of(wanted_TG: Tensor, count: int) -> tuple[Copies, Tensor]:
+    """The copies of rows for the groups that want them, by group and within a group by row.
+
+    Returns with them the pair `[R]` of which each is one, as `group * T + row`. `count` is R, the number of True in
+    `wanted`: given, so that no device must be asked for it. No sort: counting gives the places.
+    """
+    rows, groups = wanted_TG.shape
+    wanted_GT = wanted_TG.T.flatten()
+    pair_R = torch.nonzero_static(wanted_GT, size=count).squeeze(1)
+    place_TG = (wanted_GT.cumsum(0) - 1).view(groups, rows).T.flatten()
+    places_R = place_TG.index_select(0, torch.nonzero_static(wanted_TG.flatten(), size=count).squeeze(1))
+    offsets = F.pad(wanted_TG.sum(1).cumsum(0), (1, 0))
+    return Copies(pair_R % max(rows, 1), places_R, offsets), pair_R
+
+
+def copy_rows(x_TD: Tensor, copies: Copies) -> Tensor:
+    """`[R, D]`. Its gradient is `add_up`."""
+    return _Copy.apply(x_TD, *copies)
+
+
+def add_up(y_RD: Tensor, copies: Copies) -> Tensor:
+    """`[T, D]`. Its gradient is `copy_rows`."""
+    return _AddUp.apply(y_RD, *copies)
+
+
+# Gradients are written out, because those of index_select and embedding_bag add with atomics on CUDA, in no fixed
+# order.
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, *copies: Tensor) -> Tensor:
+        ctx.save_for_backward(*copies)
+        return Copies(*copies).take(x_TD)
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies, ctx.dtype = copies, x.dtype
-        return spread(x.to(dtype or x.dtype), order, copies)
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return Copies(*ctx.saved_tensors).add_up(grad_RD), None, None, None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, *copies: Tensor) -> Tensor:
+        ctx.save_for_backward(*copies)
+        return Copies(*copies).add_up(y_RD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return collect(grad, inverse, ctx.copies, ctx.dtype), None, None, None, None
-
-
-class Combine(torch.autograd.Function):
-    """The sum of the `copies` rows of x that `Gather` would make of one, for each; its gradient is `Gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.copies = copies
-        return collect(x, inverse, copies, x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (order,) = ctx.saved_tensors
-        return spread(grad, order, ctx.copies), None, None, None
-
-
-def spread(x: Tensor, order: Tensor, copies: int) -> Tensor:
-    return x.index_select(0, order // copies if copies > 1 else order)
-
-
-def collect(x: Tensor, inverse: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
-    rows = x.index_select(0, inverse)
-    # A sum in bfloat16 adds up in float32 and rounds once.
-    return rows.unflatten(0, (-1, copies)).sum(1, dtype=dtype) if copies > 1 else rows.to(dtype)
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+        return Copies(*ctx.saved_tensors).take(grad_TD), None, None, None
 
 
 def expert_counts(experts_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,7 @@ class Exchange:
     def __init__(self, device: torch.device) -> None:
         self.place = Place()  # where this rank is, for those who wait for it
         self._device = device
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._spans: list[tuple[Mark, Mark, int]] = []  # the sign: 1 is work, -1 is waiting within work
         self._began: Mark | None = None
 
@@ -56,6 +57,53 @@ class Exchange:
             if started is not None:
                 self._spans.append((started, self._mark(), -1))
             self.place.at(before)
+
+    def fetch(self, tensor: Tensor, filled: dist.Work) -> Callable[[], Tensor]:
+        """A tensor that an exchange fills, for the host: call the result to wait for it.
+
+        On CUDA it is copied beside what is computed, so that the wait is not for what was queued since.
+        """
+        if self._side is None:
+
+            def read() -> Tensor:
+                filled.wait()
+                return tensor
+
+            return read
+        with torch.cuda.stream(self._side):
+            filled.wait()
+            copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
+            copied = self._side.record_event()
+
+        def read_copy(_: Tensor = tensor) -> Tensor:  # which stays until it is copied
+            copied.synchronize()
+            return copy
+
+        return read_copy
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A mark behind all that is queued on the device by now."""
+        return None if self._side is None else torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def beside(self, mark: torch.cuda.Event | None = None) -> Iterator[None]:
+        """Queue work that needs what lies before the mark, and does not wait for what was queued behind it."""
+        if self._side is None:
+            yield
+            return
+        if mark is not None:
+            self._side.wait_event(mark)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self, tensors: Iterable[Tensor]) -> None:
+        """Let what is queued from now on wait for the work beside it, which made these tensors."""
+        if self._side is None:
+            return
+        main = torch.cuda.current_stream()
+        main.wait_stream(self._side)
+        for tensor in tensors:
+            tensor.record_stream(main)
 
     def begin_work(self) -> None:
         self._began = self._mark()

@@ -1,24 +1,35 @@
 """Expert parallelism, applied from outside: the ranks of a group share one copy of the experts; tokens travel to them.
 
-Shapes as in model/moe.py: T tokens of this rank, k experts a token, R = T*k slots; Q slots that arrive from all ranks
-of the expert-parallel group, L experts of this rank.
+Shapes as in model/moe.py: T tokens of this rank, D hidden_size; N ranks in the expert-parallel group, L experts on
+each; P rows that this rank sends, A rows that arrive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
-from moe_lm.model.moe import Experts, Gather, Routing, SortedSlots, sorting
+from moe_lm.model.layers import MLP, compute_dtype
+from moe_lm.model.moe import (
+    NOT_CHOSEN,
+    Copies,
+    Experts,
+    Routing,
+    add_experts,
+    add_up,
+    copies_of,
+    weights_by_expert,
+)
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.journey import Journey
 from moe_lm.parallel.topology import Topology
 
 DATA, EXPERT = "data", "expert"  # the mesh's dimensions
@@ -52,98 +63,80 @@ def apply(model: LanguageModel, mesh: DeviceMesh, exchange: Exchange | None) -> 
     return first
 
 
+class Splits(NamedTuple):
+    """How many rows this rank exchanges with each rank of its group, and what it has to do with those that arrive."""
+
+    sent: list[int]  # rows to each rank: a token goes once to a rank, however many of its experts are there
+    received: list[int]  # rows from each rank
+    choices: int  # of this rank's experts, for the rows that arrive
+
+
+ReadCounts = Callable[[], Tensor]  # [2, N, 2] int64 on the host: to and from each rank, rows and choices of experts
+
+
 class AllToAllDispatcher:
-    """Dropless dispatch and combine with uneven splits: the counts travel first, then exactly that many tokens."""
+    """Dropless dispatch and combine with uneven splits, over `torch.distributed`.
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
-        self.group = group
-        self.exchange = exchange
+    A token is sent once to each rank that has experts for it, with their weights. Their results are added up there
+    before the way back. The shared experts' first products are computed while tokens travel there, the last one while
+    results travel back, and so it is with their gradients.
 
-    @torch.compiler.disable
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        slots = SortedSlots(routing)
-        ranks = dist.get_world_size(self.group)
-        counts_NL = slots.counts_E.unflatten(0, (ranks, -1))  # to each rank, for each of its experts
-        arriving_NL = torch.empty_like(counts_NL)
-        with self.exchange.waiting():
-            dist.all_to_all_single(arriving_NL, counts_NL, group=self.group)
-            sent, received = torch.stack((counts_NL.sum(1), arriving_NL.sum(1))).tolist()
-
-        journey = Journey(self.group, sent, received)
-        on_the_way = _Depart.apply(slots.gather(x_TD), journey)
-        alongside = meanwhile()
-        # They arrive sorted by rank and then by expert; the grouped products need them by expert.
-        local = arriving_NL.shape[1]
-        expert_Q = torch.arange(local, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_NL.flatten())
-        order_Q, place_Q = sorting(expert_Q)
-        with self.exchange.waiting():
-            arrived_QD = _Arrive.apply(on_the_way, journey)
-            with_them = Journey(self.group, sent, received)
-            weights_Q = _Arrive.apply(_Depart.apply(slots.weights_R, with_them), with_them)
-        arrived_QD, weights_Q = (Gather.apply(rows, order_Q, place_Q, 1) for rows in (arrived_QD, weights_Q))
-        out_QD = experts(arrived_QD, arriving_NL.sum(0).cumsum(0).to(torch.int32), weights_Q)
-
-        way_back = Journey(self.group, received, sent)
-        out_QD = Gather.apply(out_QD, place_Q, order_Q, 1)
-        with self.exchange.waiting():
-            out_RD = _Arrive.apply(_Depart.apply(out_QD, way_back), way_back)
-        return slots.combine(out_RD), alongside
-
-
-@dataclass
-class Journey:
-    """One exchange of rows between the ranks of a group: how many go to and come from each."""
-
-    group: dist.ProcessGroup
-    sent: list[int]
-    received: list[int]
-    under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # the rows that leave must outlive the exchange
-
-    def start(self, rows: Tensor, back: bool = False) -> Tensor:
-        """Start the exchange; the returned tensor of arriving rows is filled when `finish` returns."""
-        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
-        rows = rows.contiguous()
-        coming = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(coming, rows, received, sent, group=self.group, async_op=True)
-        self.under_way = (work, rows, coming)
-        return coming
-
-    def finish(self) -> Tensor:
-        assert self.under_way is not None
-        work, _, coming = self.under_way
-        work.wait()
-        self.under_way = None
-        return coming
-
-
-class _Depart(torch.autograd.Function):
-    """Start an exchange; in the backward pass, wait for its reverse."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.start(rows)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.finish(), None
-
-
-class _Arrive(torch.autograd.Function):
-    """Wait for an exchange; in the backward pass, start its reverse.
-
-    Between the two, in both passes, the rest of the graph (the shared experts) is computed.
+    Another transport, such as DeepEP's kernels, is another dispatcher. It brings rows and `weights_by_expert` to the
+    experts' ranks, calls `add_experts` there, and adds up what comes back; it is differentiable in `x` and the weights.
     """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        journey.finish()
-        return rows.view_as(rows)
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
+        self.group, self.exchange = group, exchange
+        self.ranks = dist.get_world_size(group)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.start(grad, back=True)
-        return grad, None  # only its shape matters: _Depart has the arriving rows
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, shared: MLP | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        weights_TNL = weights_by_expert(routing).unflatten(1, (self.ranks, -1))
+        chosen_TNL = weights_TNL != NOT_CHOSEN
+        asked_TN = chosen_TNL.any(-1)
+        read_counts = self.exchange_counts(torch.stack((asked_TN.sum(0), chosen_TNL.sum((0, 2))), 1))
+        there, back = Journey(self.group, self.exchange), Journey(self.group, self.exchange)
+
+        departed = there.depart(x_TD, weights_TNL.transpose(0, 1).flatten(0, 1))
+        wide = () if shared is None else shared.expand(x_TD)
+        splits = self.splits(read_counts)
+        there.start(splits.sent, splits.received, lambda: copies_for_ranks(asked_TN, sum(splits.sent)))
+        arrived_AD, weights_AL = there.arrive(departed)
+
+        out_AD = add_experts(arrived_AD, weights_AL, splits.choices, experts)
+
+        departed = back.depart(out_AD)
+        back.start(splits.received, splits.sent)
+        shared_TD = None if shared is None else shared.contract(*wide)
+        (out_PD,) = back.arrive(departed)
+        return add_up(out_PD, there.copies[0]), shared_TD
+
+    @torch.compiler.disable
+    def exchange_counts(self, counts_N2: Tensor) -> ReadCounts:
+        """Tell each rank how many rows it will get from this one, and how many choices of its experts they carry."""
+        both_2N2 = torch.stack((counts_N2, counts_N2))
+        work = dist.all_to_all_single(both_2N2[1], counts_N2, group=self.group, async_op=True)
+        return self.exchange.fetch(both_2N2, work)
+
+    @torch.compiler.disable
+    def splits(self, read_counts: ReadCounts) -> Splits:
+        """The splits of this layer and pass: the one place in which the host waits for the device.
+
+        A simulated rank answers here: `sent` and `received` have an entry for each rank of the group, each at most the
+        number of the sender's tokens; `choices` are at least the rows that arrive, at most `k` times as many.
+        """
+        with self.exchange.waiting():
+            (sent, _), (received, choices) = read_counts().mT.tolist()
+        return Splits(sent, received, sum(choices))
+
+
+def copies_for_ranks(asked_TN: Tensor, count: int) -> tuple[Copies, Copies]:
+    """The copies of tokens for the ranks that are asked, `count` in all, and those of the pairs of rank and token.
+
+    There are N*T such pairs, by rank; each is copied once or not at all.
+    """
+    copies, pair_P = copies_of(asked_TN, count)
+    offsets = F.pad(asked_TN.T.flatten().cumsum(0), (1, 0))
+    return copies, Copies(pair_P, torch.arange(count, device=pair_P.device), offsets)

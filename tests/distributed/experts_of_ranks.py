@@ -19,10 +19,12 @@ from moe_lm.engine.build import RankModel, build_engine, build_model
 from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import is_expert
 from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel.expert_parallel import EXPERT
 from moe_lm.parallel.logical import host_copy, whole
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
+from tests.distributed.dispatch_of_ranks import dispatched
 from tests.tiny import tiny
 
 POISONED, REJECTED = 2, 4
@@ -71,7 +73,8 @@ def train_poisoned(stage: str, factor: float) -> tuple[Engine, dict[str, object]
 def starved(engine_name: str) -> None:
     """Every token goes to the experts of rank 0.
 
-    Prints the losses of three steps, and the norm of the gradient of each expert in the last.
+    Prints the losses of three steps, and the norm of the gradient of each expert in the last; of ranks that share
+    experts also what `dispatched` finds, which needs no processes of its own.
     """
     parallel = ParallelConfig(device="cpu")
     if engine_name == "deepspeed":
@@ -94,7 +97,10 @@ def starved(engine_name: str) -> None:
 
     steps = range(train.steps)
     results = [engine.train_step(step, local_micro_batches(engine, BATCHES, train, step), keep) for step in steps]
-    report(engine, {"losses": [result.loss for result in results], "gradients": gradients})
+    found = {"losses": [result.loss for result in results], "gradients": gradients}
+    if built.mesh is not None:
+        found["dispatched"] = dispatched(built.mesh.get_group(EXPERT))
+    report(engine, found)
 
 
 def build(parallel: ParallelConfig, **changes: int) -> RankModel:

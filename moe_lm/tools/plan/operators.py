@@ -21,6 +21,7 @@ LAUNCHES = {
     "aten::cumsum": 2,
     "aten::_grouped_mm": 2,  # the pointers of its groups, then the products
     "aten::repeat_interleave": 3,
+    "aten::nonzero_static": 5,  # counts, their sums, then the indices
     "aten::embedding_dense_backward": 6,  # sorts the ids
     "torch_attn::_varlen_attn_backward": 3,  # row sums, gradients, conversion
 }
@@ -41,7 +42,7 @@ POINTWISE = {
     "aten::new_ones", "aten::arange", "aten::index_select", "aten::gather", "aten::embedding", "aten::index",
     "aten::slice_backward", "aten::select_backward", "aten::constant_pad_nd", "aten::fill_", "aten::zero_",
     "aten::silu_backward", "aten::gelu_backward", "aten::sigmoid_backward", "aten::threshold_backward", "aten::repeat",
-    "aten::scalar_tensor", "aten::masked_fill",
+    "aten::scalar_tensor", "aten::masked_fill", "aten::remainder",
 }  # fmt: skip
 ROW_REDUCTIONS = {
     "aten::_softmax", "aten::_log_softmax", "aten::_softmax_backward_data", "aten::_log_softmax_backward_data",

@@ -6,6 +6,7 @@ counted as often as there are. Nothing is allocated, nothing is computed, and no
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -76,8 +77,7 @@ def simulate(
             loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
             copies = _rounded(built.model, parallel, dtype)
             batch = _batch(rows, row_length)
-            slots = rows * row_length * layers.config.num_experts_per_tok
-            counts = Counts(slots, parallel.expert_parallel_size, imbalance)
+            counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
             recorders.append(recorder)
             recorder.hold([tensor for _, tensor in copies])
@@ -218,18 +218,27 @@ def _memory(
 
 
 class Counts:
-    """Answers the host's read of the counts that two ranks exchange: first the rows that go, then those that come."""
+    """Answers the host's read of the counts that ranks exchange: rows to each rank, choices to each, then from each.
 
-    def __init__(self, slots: int, ranks: int, imbalance: float) -> None:
-        share = slots // ranks
-        self._sent = [share] * (ranks - 1) + [slots - share * (ranks - 1)]
-        self._received = [round(count * imbalance) for count in self._sent]
-        self.received = sum(self._received)
+    Every token chooses among all experts alike, and so is sent to the ranks of those that it chooses.
+    """
+
+    def __init__(self, tokens: int, model: ModelConfig, ranks: int, imbalance: float) -> None:
+        experts, chosen = model.n_routed_experts, model.num_experts_per_tok
+        local = experts // ranks
+        choices = tokens * chosen / ranks
+        spared = math.prod((experts - local - i) / (experts - i) for i in range(chosen))  # no choice is on a given rank
+        sent = round(tokens * (1 - spared)), round(choices)
+        arriving = round(choices * imbalance)
+        rows = min(round(tokens * (1 - spared) * imbalance), tokens, arriving)
+        received = rows, min(arriving, rows * min(chosen, local))
+        self._counts = [count for count in (*sent, *received) for _ in range(ranks)]
+        self.received = received[1] * ranks
 
     def __call__(self, place: Place, index: int) -> int | None:
         if not place.where.startswith(ROUTING):
             return None
-        return (self._sent + self._received)[index]
+        return self._counts[index]
 
 
 def _run(loss: TrainingLoss, batch: Batch, recorder: Recorder, world_size: int, accumulating: bool) -> None:

@@ -17,6 +17,7 @@ from moe_lm.engine.build import build_loss, build_model
 from moe_lm.model import moe, transformer
 from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.objective.training_loss import NextToken, StepCounts
+from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import simulate as simulation
 from moe_lm.tools.plan.layers import reduced
@@ -94,12 +95,13 @@ def test_ranks_that_share_experts_exchange_tokens(imbalance: float) -> None:
     model = tiny(num_hidden_layers=4)
     train = training(global_batch_size=16, micro_batch_size=1)
     trace = simulate(model, train, EXPERT_PARALLEL, LENGTH, world_size=8, rank=5, imbalance=imbalance)
-    tokens = [c for c in trace.collectives if c.kind == "all_to_all" and c.bytes > 1000]
-    assert {c.ranks for c in tokens} == {(4, 5, 6, 7)}
-    rows = LENGTH * model.num_experts_per_tok
-    assert {c.bytes for c in tokens} == {int(rows * imbalance) * model.hidden_size * 2}
+    # Of 32 tokens 21 have one of their three experts among a rank's two of eight, so that 84 rows go to four ranks.
+    rows = {1.0: 4 * 21, 2.0: 4 * 32}[imbalance]
+    tokens = [c for c in trace.collectives if c.bytes == rows * model.hidden_size * 2]
+    assert {(c.kind, c.ranks) for c in tokens} == {("all_to_all", (4, 5, 6, 7))}
     assert sum(c.times for c in tokens) == 4 * 3 * trace.micro_batches  # there and back, forward and backward
-    assert trace.of(["forward"], ["experts"]).flops() == int(rows * imbalance) * 6 * 32 * 16 * 3
+    choices = LENGTH * model.num_experts_per_tok
+    assert trace.of(["forward"], ["experts"]).flops() == int(choices * imbalance) * 6 * 32 * 16 * 3
     reductions = [c for c in trace.collectives if c.kind == "all_reduce"]
     assert {c.ranks for c in reductions} == {tuple(range(8)), (1, 5)}
 
@@ -147,7 +149,7 @@ def test_a_planted_item_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_planted_gather_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe.SortedSlots, "gather", lambda slots, x: x.float()[slots.order_R // 3])
+    monkeypatch.setattr(expert_parallel, "compute_dtype", lambda x: torch.float32)
     found = [finding for finding in on_eight.__wrapped__().findings if finding.kind == "float32 rows"]
     assert ("dispatch", "forward") in {(finding.part, finding.during) for finding in found}
     assert "float32" in found[0].text
