@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
 from moe_lm.kernels.device import DTYPES
-from moe_lm.kernels.rounding import RoundedWeights
+from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
+from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
 from moe_lm.parallel.simulated import simulated_ranks
@@ -68,14 +70,15 @@ def simulate(
     recorders: list[Recorder] = []
     with (
         _marked_compilation() as compiled,
+        _chunks_of(device),
         simulated_ranks(world_size, rank, lambda work: recorders[-1].waited(work)),
     ):
         built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
-        groups = _groups(built, layers, parallel)
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
             copies = _rounded(built.model, parallel, dtype)
+            groups = _groups(built, layers, parallel)
             batch = _batch(rows, row_length)
             counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
@@ -108,7 +111,10 @@ def simulate(
 
 def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """Have products read the weights that an engine gives them; returns copies that it keeps beside its own."""
-    if parallel.engine != "torch" or dtype == torch.float32:
+    if dtype == torch.float32:
+        return []
+    if parallel.engine == "deepspeed":
+        narrow_trained(model, dtype)
         return []
     RoundedWeights(model, dtype)
     named = model.named_modules()
@@ -125,12 +131,12 @@ def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[
     )
     found = []
     for routed, ranks in ((False, world), (True, same)):
-        count = sum(
-            p.numel() * layers.of(_layer(n))
-            for n, p in built.model.named_parameters()
-            if is_expert(n) is routed and p.requires_grad
-        )
-        found.append(zero.Group(count, tuple(ranks), zero.FLOAT32))
+        trained = {
+            name: p for name, p in built.model.named_parameters() if p.requires_grad and is_expert(name) is routed
+        }
+        count = sum(p.numel() * layers.of(_layer(name)) for name, p in trained.items())
+        weights = sum(p.nbytes * layers.of(_layer(name)) for name, p in trained.items())
+        found.append(zero.Group(count, weights, tuple(ranks)))
     return [group for group in found if group.parameters]
 
 
@@ -246,7 +252,7 @@ def _run(loss: TrainingLoss, batch: Batch, recorder: Recorder, world_size: int, 
     parameters = [p for p in loss.parameters() if p.requires_grad]
     if accumulating:
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     recorder.hold([*loss.parameters(), *loss.buffers(), *(p.grad for p in parameters if p.grad is not None)])
     recorder.hold([value for value in vars(batch).values() if isinstance(value, Tensor)])
     for parameter in parameters:
@@ -263,6 +269,13 @@ def _batch(rows: int, length: int) -> Batch:
     ids = torch.zeros(rows, length, dtype=torch.int64)
     bounds = torch.zeros(rows + 1, dtype=torch.int32)
     return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), bounds, max_seqlen=length)
+
+
+@contextmanager
+def _chunks_of(device: str) -> Iterator[None]:
+    """Have the loss take chunks of the size for `device`, though its tensors say `cpu`."""
+    with patch.dict(CHUNK_BYTES, clear=device != "cpu"), patch.dict(CHUNK_ROWS, clear=device != "cpu"):
+        yield
 
 
 @contextmanager

@@ -20,8 +20,8 @@ class Group:
     """Trained parameters of a rank that the same ranks hold: the experts, or all others."""
 
     parameters: int
+    weights: int  # bytes, in the data types that are multiplied: what the ranks send each other after the update
     ranks: tuple[int, ...]
-    moving_bytes: int  # of a parameter, as ranks send it to each other after the update
 
     @property
     def part(self) -> int:
@@ -52,7 +52,8 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
     """ZeRO of a stage. `overlaps`: gradients are reduced during the backward pass, through two buckets in turns."""
     parameters = sum(group.parameters for group in groups)
     part = sum(group.part for group in groups)
-    buckets = FLOAT32 * BUCKET * (2 if overlaps else 1)
+    # On a CPU a bucket takes as much memory as is written to it.
+    buckets = FLOAT32 * (2 * BUCKET if overlaps else min(BUCKET, parameters))
     optimizer = 0 if offload else 3 * FLOAT32 * part
     largest = max((group.part for group in groups), default=0)  # flattened one group after the other
     accumulates = micro_batches > 1
@@ -67,9 +68,10 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
     if stage == 2:
         kept = FLOAT32 * part if accumulates else 0
         return State(kept, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
-    live = FLOAT32 * min(parameters, LIVE)
-    buffers = buckets + live
-    return State(FLOAT32 * part, optimizer, buffers, FLOAT32 * largest, False, weights=FLOAT32 * part)
+    weights = sum(group.weights for group in groups)
+    live = weights * min(parameters, LIVE) // max(1, parameters)
+    held = sum(-(-group.weights // len(group.ranks)) for group in groups)
+    return State(FLOAT32 * part, optimizer, buckets + live, FLOAT32 * largest, False, weights=held)
 
 
 def exchanges(stage: int, groups: list[Group], micro_batches: int, backward: Work, overlaps: bool) -> list[Collective]:
@@ -79,7 +81,7 @@ def exchanges(stage: int, groups: list[Group], micro_batches: int, backward: Wor
     for group in groups:
         if len(group.ranks) == 1 or not group.parameters:
             continue
-        size, moved = FLOAT32 * group.parameters, group.moving_bytes * group.parameters
+        size, moved = FLOAT32 * group.parameters, group.weights
         reductions = micro_batches if stage >= 2 else 1
         kind: CollectiveKind = "reduce_scatter" if stage == 3 else "all_reduce"
         found.append(Collective(kind, size, group.ranks, "update", "backward", reductions, hidden))

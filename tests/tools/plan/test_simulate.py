@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -14,15 +15,16 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import BalanceConfig, TrainConfig
 from moe_lm.engine.build import build_loss, build_model
-from moe_lm.model import moe, transformer
+from moe_lm.model import moe
 from moe_lm.model.size import count_parameters, flops_per_token
+from moe_lm.objective import training_loss
 from moe_lm.objective.training_loss import NextToken, StepCounts
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import simulate as simulation
 from moe_lm.tools.plan.layers import reduced
 from moe_lm.tools.plan.simulate import simulate
-from moe_lm.tools.plan.trace import Trace
+from moe_lm.tools.plan.trace import Finding, Trace
 from tests.tiny import tiny
 
 LENGTH = 32
@@ -155,12 +157,23 @@ def test_a_planted_gather_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert "float32" in found[0].text
 
 
-def test_planted_logits_of_all_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_at_once(self: transformer.LanguageModel, *arguments: Any) -> transformer.ModelOutput:
-        hidden, routings = self.model(*arguments)
-        return transformer.ModelOutput(self.lm_head(hidden), routings)
+def all_logits_of_many_tokens() -> list[Finding]:
+    """With a vocabulary for which a batch takes several chunks."""
+    trace = simulate(tiny(vocab_size=1 << 16), training(global_batch_size=32), ALONE, LENGTH)
+    return [finding for finding in trace.findings if finding.kind == "all logits"]
 
-    monkeypatch.setattr(transformer.LanguageModel, "forward", all_at_once)
-    found = [finding for finding in on_one.__wrapped__().findings if finding.kind == "all logits"]
-    assert found[0].part == "head"
-    assert "[64, 64]" in found[0].text
+
+def test_logits_of_all_positions_are_never_there() -> None:
+    assert all_logits_of_many_tokens() == []
+
+
+def test_planted_logits_of_all_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *_: Any) -> Tensor:
+        logits = F.linear(hidden, weight, bias).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    monkeypatch.setattr(training_loss, "summed_nll", all_at_once)
+    found = all_logits_of_many_tokens()
+    assert {finding.part for finding in found} == {"head"}
+    assert "[1024, 65536]" in found[0].text
+    assert found[0].where.startswith("tests/tools/plan/test_simulate.py:")
