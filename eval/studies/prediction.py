@@ -137,11 +137,12 @@ def compare(point: Point) -> dict[str, Any]:
     }
 
 
-def measure(point: Point) -> dict[str, float]:
-    """Train in the layout: the largest peak of a rank, and the median step."""
+def measure(point: Point, steps: int = STEPS) -> dict[str, float]:
+    """Train in the layout: the largest peak of a rank, and the median step, the first one left out."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "point.json").write_text(json.dumps(asdict(point)), encoding="utf-8")
+        task = {"point": asdict(point), "steps": steps}
+        (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
         threads = max(1, (os.cpu_count() or 1) // point.ranks)
         os.environ.update(MALLOC)
         run_ranks(WORKER, folder, point.ranks, TIMEOUT_SECONDS, threads)
@@ -168,7 +169,8 @@ def train(folder: Path) -> None:
     from moe_lm.parallel.topology import current_topology
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    point = Point(**json.loads((folder / "point.json").read_text(encoding="utf-8")))
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    point = Point(**task["point"])
     if point.stage:
         import deepspeed  # noqa: F401  # what it takes is no part of a model's memory
     config, topology = point.config(), current_topology()
@@ -183,7 +185,7 @@ def train(folder: Path) -> None:
     built.initialise(config.train.seed)
     engine = build_engine(built, NextToken(), config.train, config.parallel, pad_id=2)
     seconds = []
-    for step in range(STEPS):
+    for step in range(task["steps"]):
         started = time.perf_counter()
         engine.train_step(step, [batch] * (ROWS // topology.world_size // rows))
         seconds.append(time.perf_counter() - started)
@@ -201,7 +203,7 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and (Path(sys.argv[1]) / "point.json").is_file():
+    if len(sys.argv) == 2 and (Path(sys.argv[1]) / "task.json").is_file():
         train(Path(sys.argv[1]))
     else:
         main()
