@@ -162,7 +162,8 @@ def _ways(
     if not offload:
         yield (Layout(devices, 1, 0, 1, "full"),)
     if devices > 1 and config.train.optimizer.name == "adamw":
-        for size in expert_parallel_sizes(model, devices, per_node):
+        own = config.parallel.expert_parallel_size
+        for size in sorted({own, *expert_parallel_sizes(model, devices, per_node)}):
             yield [Layout(devices, size, stage, 1, "full", offload) for stage in (1, 2, 3)]
 
 
@@ -204,11 +205,11 @@ def check_batch(config: RunConfig, devices: int) -> None:
 
 
 def expert_parallel_sizes(model: ModelConfig, devices: int, per_node: int) -> list[int]:
-    """Numbers of ranks that can share one copy of the experts: 1, the largest in a node, the extremes across nodes."""
+    """Numbers of ranks that may share one copy of the experts: 1, the most in a node, the fewest and most across nodes."""
     experts = model.n_routed_experts or 1
     sizes = [size for size in range(2, min(experts, devices) + 1) if experts % size == 0 and devices % size == 0]
     within, across = ([size for size in sizes if (size <= per_node) is inside] for inside in (True, False))
-    return [1, *within[-2:], *sorted({*across[:1], *across[-1:]})]
+    return [1, *within[-1:], *sorted({*across[:1], *across[-1:]})]
 
 
 def between(small: Trace, large: Trace, tokens: int) -> Trace:
