@@ -205,7 +205,7 @@ def check_batch(config: RunConfig, devices: int) -> None:
 
 
 def expert_parallel_sizes(model: ModelConfig, devices: int, per_node: int) -> list[int]:
-    """Numbers of ranks to share one copy of the experts: 1, the most in a node, the fewest and the most across nodes."""
+    """Numbers of ranks to share a copy of the experts: 1, the most in a node, the fewest and the most across nodes."""
     experts = model.n_routed_experts or 1
     sizes = [size for size in range(2, min(experts, devices) + 1) if experts % size == 0 and devices % size == 0]
     within, across = ([size for size in sizes if (size <= per_node) is inside] for inside in (True, False))
