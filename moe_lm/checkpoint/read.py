@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +44,16 @@ class TensorSource(Protocol):
         """Rows `start..stop` of the first dimension, only `across` of the others; a scalar is one row."""
 
 
-def load(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None = None, verified: bool = False) -> None:
+def load(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    ranks: Ranks | None = None,
+    verified: bool = False,
+    zero_if_absent: Collection[str] = (),
+) -> None:
     """Verify every file of a checkpoint, then fill the tensors of `state` in place; every rank calls this.
+
+    Those named in `zero_if_absent` become 0 if the checkpoint, which is of an older version, does not have them.
 
     They keep their dtype and layout, and each rank reads its own part of them. Nothing is verified again that was
     `verified` just now. Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as
@@ -56,13 +64,19 @@ def load(folder: Path, state: Mapping[str, Tensor], ranks: Ranks | None = None, 
         ranks.each(lambda: checkpoint.verify(folder, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
     parts = [(part, tensors, CheckpointTensors(folder, part)) for part, tensors in checkpoint.parts_of(state).items()]
 
+    absent: dict[str, Tensor] = {}
+
     def check() -> None:
         for part, tensors, source in parts:
+            for name in tensors.keys() & set(zero_if_absent) - set(source.names()):
+                absent[name] = tensors.pop(name)
             check_fits(tensors, source, whole=part == MODEL)
 
     def fill_all() -> None:
         for _, tensors, source in parts:
             fill(tensors, source)
+        for tensor in absent.values():
+            tensor.zero_()
 
     ranks.each(check, (MoeLmError,))
     ranks.each(fill_all, (MoeLmError,))

@@ -137,8 +137,7 @@ def build_loss(
     if train.compile:
         compile_blocks(built.model)
     recomputation.apply(built.model, train.activation_checkpointing)
-    sum_over_ranks = None if built.exchange is None else built.exchange.sum
-    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype, sum_over_ranks)
+    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype)
 
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:

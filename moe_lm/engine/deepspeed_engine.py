@@ -131,8 +131,7 @@ class DeepSpeedEngine(Engine):
         if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
         state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
-        state["random.cpu"] = torch.get_rng_state()
-        return state
+        return state | self._common_state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -149,7 +148,7 @@ class DeepSpeedEngine(Engine):
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state[f"model.{name}"])
-        torch.set_rng_state(state["random.cpu"])
+        self._load_common_state(state)
 
     def _kept_frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Frozen parameters that a checkpoint holds nevertheless."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,13 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
-from moe_lm.optim.groups import schedule_factor, update_router_biases
+from moe_lm.optim.groups import bias_ranges, schedule_factor, update_router_biases
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.topology import Topology
+
+# The load of the step before, which the batch loss uses, in a checkpoint. Those of older versions have none: 0, as at
+# the start.
+LOAD = "load"
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Update(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """A step's loss parts, added up over the whole global batch."""
+    """A step's loss parts, added up over the whole global batch, on the host."""
 
-    sums: dict[str, Tensor]  # "loss" and the further figures of the objective
-    balance: Tensor
-    load: Tensor
-    entropy: Tensor
+    sums: dict[str, float]  # "loss" and the further figures of the objective
+    balance: float
+    load: Tensor  # [layers, E] int64
+    entropy: Tensor  # [layers]
 
 
 class ForwardShare(NamedTuple):
@@ -94,6 +98,10 @@ class Engine(ABC):
         self.dtype = loss.dtype
         self.exchange = exchange  # None in a single process
         self._before_step = before_step
+        self._load: Tensor | None = None  # [layers, E] int64, of the step before
+        if train.balance.batch_loss and self.model.moe_layers:
+            experts = self.model.config.n_routed_experts
+            self._load = torch.zeros(len(self.model.moe_layers), experts, dtype=torch.int64, device=device)
 
     def train_step(
         self,
@@ -112,29 +120,28 @@ class Engine(ABC):
             self._before_step(step)
         counts = self._count(micro_batches)
         micro_batches = [self._to_device(batch) for batch in micro_batches]
-        if self.loss.needs_load_ahead(len(micro_batches)):
-            counts = replace(counts, load=self._count_load_ahead(micro_batches))
         parts = self._accumulate(micro_batches, counts)
         if on_gradients is not None:
             on_gradients()
         totals = self._add_up(parts)
         factor = schedule_factor(step, self.config.steps, self.config.schedule)
         # Loss and gradient were summed over the ranks: what one rank sees in them, all see, and skip alike.
-        loss = float(totals.sums["loss"]) / counts.units
+        loss = totals.sums["loss"] / counts.units
         update = self._clip_and_update(factor, accepted=math.isfinite(loss) and loss <= loss_limit)
-        if not update.skipped and self.config.balance.bias_update_rate:
-            update_router_biases(self.model, totals.load, self.config.balance.bias_update_rate)
+        if not update.skipped:
+            self._note_load(totals.load)
         return self._result(loss, counts, totals, update, self.config.optimizer.lr * factor)
 
     def _count(self, micro_batches: Sequence[Batch]) -> StepCounts:
         """Sizes of the whole global batch."""
         counts = self.loss.count(micro_batches)
-        totals = self._sum_over_ranks({name: torch.tensor(count) for name, count in counts.items()})
+        totals = self._sums_on_host({name: torch.tensor(count) for name, count in counts.items()})
         return StepCounts(
             units=max(1, int(totals["units"])),
             targets=max(1, int(totals["targets"])),
             tokens=max(1, int(totals["tokens"])),
             rows=int(totals["rows"]),
+            load=self._load,
         )
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -145,12 +152,6 @@ class Engine(ABC):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         return batch
 
-    @torch.no_grad()
-    def _count_load_ahead(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Count the load of the whole global batch in a forward pass ahead of the one that has a gradient."""
-        load = torch.stack([self._forward(batch, None).load for batch in micro_batches]).sum(0)
-        return self._sum_over_ranks({"load": load})["load"]
-
     def _accumulate(self, micro_batches: Sequence[Batch], counts: StepCounts) -> list[LossParts]:
         """Run forward and backward on every micro-batch; their gradients add up, at the end over the ranks too."""
         parts = []
@@ -160,48 +161,57 @@ class Engine(ABC):
         return parts
 
     def _add_up(self, parts: Sequence[LossParts]) -> Totals:
-        """Add up over micro-batches and ranks; the scalars and the entropy share one exchange."""
+        """Add up over micro-batches and ranks: one exchange, and one copy to the host."""
         rows = [{"balance": part.balance, **part.sums} for part in parts]
         totals = torch.stack([torch.stack(list(row.values())) for row in rows]).sum(0)
         entropy = torch.stack([part.entropy for part in parts]).mean(0)
-        sums = self._sum_over_ranks({**dict(zip(rows[0], totals, strict=True)), "entropy": entropy})
-        load = self._sum_over_ranks({"load": torch.stack([part.load for part in parts]).sum(0)})
+        load = torch.stack([part.load for part in parts]).sum(0)
+        found = self._sums_on_host({"load": load, "entropy": entropy, "totals": totals})
+        sums = dict(zip(rows[0], found["totals"].tolist(), strict=True))
         return Totals(
             balance=sums.pop("balance"),
-            entropy=sums.pop("entropy") / self.topology.world_size,
-            load=load["load"],
+            entropy=found["entropy"] / self.topology.world_size,
+            load=found["load"],
             sums=sums,
         )
+
+    def _note_load(self, load: Tensor) -> None:
+        """Let the next step know the load of this one."""
+        if self._load is not None:
+            self._load.copy_(load)
+        if self.config.balance.bias_update_rate:
+            update_router_biases(self.model, load, self.config.balance.bias_update_rate)
 
     def _result(
         self, loss: float, counts: StepCounts, totals: Totals, update: Update, learning_rate: float
     ) -> StepResult:
-        biases = [layer.gate.e_score_correction_bias for layer in self.model.moe_layers]
         return StepResult(
             loss=loss,
-            balance_loss=float(totals.balance),
+            balance_loss=totals.balance,
             grad_norm=update.grad_norm,
             learning_rate=learning_rate,
             targets=counts.targets,
             tokens=counts.tokens,
             skipped=update.skipped,
-            load=totals.load.cpu(),
-            entropy=totals.entropy.float().cpu(),
-            bias_range=[float(bias.max() - bias.min()) for bias in biases],
-            figures={name: float(total / counts.units) for name, total in totals.sums.items() if name != "loss"},
+            load=totals.load,
+            entropy=totals.entropy,
+            bias_range=bias_ranges(self.model),
+            figures={name: total / counts.units for name, total in totals.sums.items() if name != "loss"},
         )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
         """Sum loss and figures over all batches, which the ranks share."""
-        mine = {"units": 0.0}
+        units, names, rows = 0, list[str](), list[Tensor]()
         for share in self.forward_shares(batches):
-            found: dict[str, float | Tensor] = {"units": self.loss.objective.units(share.batch), **share.parts.sums}
-            for name, value in found.items():  # another rank's batch still tells this rank the names
-                mine[name] = mine.get(name, 0.0) + (float(value) if share.is_own else 0.0)
-        named = {name: torch.tensor(total, dtype=torch.float64) for name, total in mine.items()}
-        sums = {name: float(total) for name, total in self._sum_over_ranks(named).items()}
-        return Evaluation(units=int(sums.pop("units")), sums=sums)
+            names, row = list(share.parts.sums), torch.stack(list(share.parts.sums.values()))
+            rows.append(row if share.is_own else torch.zeros_like(row))  # another rank's batch still tells the names
+            units += self.loss.objective.units(batches[share.number]) if share.is_own else 0
+        if not rows:
+            return Evaluation({}, 0)
+        mine = {"units": torch.tensor(units), "sums": torch.stack(rows).cpu().double().sum(0)}
+        totals = self._sums_on_host(mine)
+        return Evaluation(dict(zip(names, totals["sums"].tolist(), strict=True)), int(totals["units"]))
 
     @torch.no_grad()
     def forward_shares(self, batches: Sequence[Batch]) -> Iterator[ForwardShare]:
@@ -221,8 +231,19 @@ class Engine(ABC):
         """Whether any rank raised its flag."""
         return flag if self.exchange is None else bool(self.exchange.sum(torch.tensor(int(flag), device=self.device)))
 
-    def _sum_over_ranks(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        return named if self.exchange is None else self.exchange.sums(named)
+    def _sums_on_host(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Small tensors of any data types, summed over the ranks: one exchange, one copy to the host.
+
+        They travel in float64, which holds float32, and counts up to 2^53, exactly.
+        """
+        # A Mac's GPU has no float64; there is no exchange there either.
+        on_device = [t.cpu() if self.device.type == "mps" else t.to(self.device) for t in named.values()]
+        packed = torch.cat([tensor.flatten().double() for tensor in on_device])
+        packed = (packed if self.exchange is None else self.exchange.sum(packed)).cpu()
+        parts = packed.split([tensor.numel() for tensor in named.values()])
+        return {
+            name: part.view(like.shape).to(like.dtype) for (name, like), part in zip(named.items(), parts, strict=True)
+        }
 
     def _forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         parts: LossParts = self.wrapped(batch, counts)
@@ -258,6 +279,18 @@ class Engine(ABC):
     @abstractmethod
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the tensors of `state()` after a checkpoint has filled them."""
+
+    def _common_state(self) -> dict[str, Tensor]:
+        """The tensors of `state()` that do not depend on the engine."""
+        state = {"random.cpu": torch.get_rng_state()}
+        if self._load is not None:
+            state[LOAD] = self._load.cpu()
+        return state
+
+    def _load_common_state(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state["random.cpu"])
+        if self._load is not None:
+            self._load.copy_(state[LOAD])
 
     @abstractmethod
     def close(self, leave: bool = True) -> None:

@@ -86,14 +86,13 @@ class TorchEngine(Engine):
             for parameter, tensors in optimizer.state.items():
                 for key, tensor in tensors.items():
                     state |= {f"{key}.{name}": view for name, view in logical(names[parameter], tensor).items()}
-        state["random.cpu"] = torch.get_rng_state()
-        return state
+        return state | self._common_state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self._weights_changed()
-        torch.set_rng_state(state["random.cpu"])
+        self._load_common_state(state)
 
     def _weights_changed(self) -> None:
         if self.rounded is not None:

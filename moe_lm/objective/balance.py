@@ -19,7 +19,7 @@ def balance_loss(
 ) -> Tensor:
     """The weighted balance terms of this part of the global batch, summed over the layers.
 
-    `load [layers, E]`, `tokens` and `rows` are those of the whole global batch.
+    `tokens` and `rows` are those of the whole global batch, `load [layers, E]` that of the step before.
     """
     counted_T = counted_BS.flatten().float()
     total = counted_T.new_zeros(())
@@ -59,11 +59,12 @@ def sequence_balance_loss(routing: Routing, counted_BS: Tensor) -> Tensor:
 def batch_balance_loss(routing: Routing, counted_T: Tensor, load_E: Tensor) -> Tensor:
     """The classical auxiliary loss `E * sum_e f_e * P_e` (Switch, equation 4), summed over this part of the batch.
 
-    `load [E]` are the counts of the whole global batch, so f means the same in every layout; P is summed over the
-    counted tokens, to be divided by their global number.
+    P is summed over the counted tokens, to be divided by their global number. f is the share of `load [E]`, the counts
+    of a whole global batch: that of the step before, known before the first micro-batch in every layout. Without a load
+    it is even, and the loss has no gradient.
     """
-    experts = routing.scores.shape[1]
-    fraction_E = load_E.float() / load_E.sum().clamp(min=1)
+    experts, total = routing.scores.shape[1], load_E.sum()
+    fraction_E = torch.where(total > 0, load_E.float() / total.clamp(min=1), 1 / experts)
     shares_TE = routing.scores / routing.scores.sum(-1, keepdim=True)
     return experts * (fraction_E * (shares_TE * counted_T[:, None]).sum(0)).sum()
 
@@ -90,4 +91,4 @@ def router_entropies(routings: Sequence[Routing], device: torch.device) -> Tenso
 def router_entropy(routing: Routing) -> Tensor:
     """Mean entropy, in nats, of the router's scores normalised over the experts."""
     shares = routing.scores / routing.scores.sum(-1, keepdim=True)
-    return -(shares * shares.clamp(min=1e-20).log()).sum(-1).mean()
+    return torch.special.entr(shares).sum(-1).mean()

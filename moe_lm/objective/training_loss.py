@@ -6,7 +6,7 @@ Parts add up over micro-batches and ranks, so neither accumulation nor the layou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -97,7 +97,7 @@ class StepCounts:
     targets: int
     tokens: int  # without padding
     rows: int
-    load: Tensor | None = None  # [layers, E] int64; given when it was counted ahead of the micro-batches
+    load: Tensor | None = None  # [layers, E] int64, of the step before, for the batch loss; None: an even one
 
 
 class LossParts(NamedTuple):
@@ -121,7 +121,6 @@ class TrainingLoss(nn.Module):
         balance: BalanceConfig,
         pad_id: int,
         dtype: torch.dtype = torch.float32,
-        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -129,7 +128,6 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.pad_id = pad_id
         self.dtype = dtype  # of matrix products; weights stay as they are
-        self._sum_over_ranks = sum_over_ranks  # None in a single process
 
     def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
@@ -143,8 +141,8 @@ class TrainingLoss(nn.Module):
         load = expert_load(routings, counted_BS)
         loss, balance = score.loss, torch.zeros_like(score.loss)
         if counts is not None:
-            global_load = self._global_load(load, counts)
-            balance = balance_loss(routings, counted_BS, self.balance, global_load, counts.tokens, counts.rows)
+            before = torch.zeros_like(load) if counts.load is None else counts.load
+            balance = balance_loss(routings, counted_BS, self.balance, before, counts.tokens, counts.rows)
             loss = score.loss / counts.units + balance
         return LossParts(
             loss=loss,
@@ -170,15 +168,3 @@ class TrainingLoss(nn.Module):
             "tokens": sum(int((batch.input_ids != self.pad_id).sum()) for batch in batches),
             "rows": sum(len(batch.input_ids) for batch in batches),
         }
-
-    def needs_load_ahead(self, micro_batches: int) -> bool:
-        """Whether the first of several micro-batches needs the load of the whole global batch: for the batch loss."""
-        return bool(self.balance.batch_loss) and micro_batches > 1
-
-    def _global_load(self, load: Tensor, counts: StepCounts) -> Tensor:
-        """The load of the whole global batch; only the batch loss needs it."""
-        if counts.load is not None:
-            return counts.load
-        if self._sum_over_ranks is None or not (self.balance.batch_loss and load.numel()):
-            return load
-        return self._sum_over_ranks(load)

@@ -114,5 +114,16 @@ def update_router_biases(model: LanguageModel, load: Tensor, rate: float) -> Non
     `load [layers, E]` holds the counts of the whole global batch. They are compared with their mean in integers, so
     that no device rounds its way to another sign.
     """
-    for layer, counts in zip(model.moe_layers, load, strict=True):
-        layer.gate.e_score_correction_bias += rate * torch.sign(counts.sum() - counts * len(counts))
+    moves = rate * torch.sign(load.sum(1, keepdim=True) - load * load.shape[1])
+    for layer, move in zip(model.moe_layers, moves.to(model.device), strict=True):
+        layer.gate.e_score_correction_bias += move
+
+
+def bias_ranges(model: LanguageModel) -> list[float]:
+    """The largest minus the smallest router bias of every MoE layer."""
+    biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers]
+    if not biases:
+        return []
+    low_L, high_L = torch.stack(biases).aminmax(dim=1)
+    ranges: list[float] = (high_L - low_L).tolist()
+    return ranges

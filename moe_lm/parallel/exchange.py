@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,18 +31,12 @@ class Exchange:
         with self.waiting():
             return all_reduce_sum(tensor)
 
-    def sums(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of every tensor over the ranks, in one exchange; all have the same data type and device."""
-        packed = torch.cat([tensor.flatten() for tensor in named.values()])
-        total = self.sum(packed.to(self._device)).to(packed.device)
-        parts = total.split([tensor.numel() for tensor in named.values()])
-        return {name: part.view_as(tensor) for (name, tensor), part in zip(named.items(), parts, strict=True)}
-
     def gather(self, *values: float) -> list[list[float]]:
         """Of each value, that of every rank."""
         found = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64)
         found[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
-        return self.sums({"values": found})["values"].tolist()
+        everywhere: list[list[float]] = self.sum(found.to(self._device)).tolist()
+        return everywhere
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
-from moe_lm.engine.engine import Engine
+from moe_lm.engine.engine import LOAD, Engine
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.guards import with_note
@@ -123,7 +123,7 @@ def load(engine: Engine, folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     state = engine.state()
-    read.load(folder, state, verified=True)
+    read.load(folder, state, verified=True, zero_if_absent=(LOAD,))
     engine.load_state(state)
     return with_note(folder, read_counters(folder))
 

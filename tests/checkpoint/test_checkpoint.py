@@ -113,6 +113,14 @@ def test_large_states_are_cut_into_several_files(tmp_path: Path, monkeypatch: py
     assert_equal(loaded, make_state(3))
 
 
+def test_a_tensor_that_an_older_version_did_not_save_may_be_0(newest: Path) -> None:
+    state = blank(make_state(1000)) | {"load": torch.ones(2, 3, dtype=torch.int64)}
+    with pytest.raises(MoeLmError, match="has no tensor load"):
+        read.load(newest, state)
+    read.load(newest, state, zero_if_absent=("load",))
+    assert_equal(state, {**make_state(1000), "load": torch.zeros(2, 3, dtype=torch.int64)})
+
+
 def test_weights_load_without_the_optimizer(newest: Path) -> None:
     shutil.rmtree(newest / "optimizer")
     expected = {name: tensor for name, tensor in make_state(1000).items() if name.startswith("model.")}

@@ -14,11 +14,11 @@ from torch import Tensor
 from moe_lm.common.errors import UsageError
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
-from moe_lm.engine.engine import Engine, Evaluation, StepResult
+from moe_lm.engine.engine import LOAD, Engine, Evaluation, StepResult
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import num_targets
+from moe_lm.objective.training_loss import StepCounts, num_targets
 from moe_lm.optim.muon import orthogonalise
 from tests.tiny import engine_of, tiny_model
 
@@ -159,6 +159,31 @@ def test_bias_moves_by_the_global_counts_of_the_step(ragged: BatchSource) -> Non
     assert set(expected.flatten().tolist()) >= {-0.25, 0.25}
 
 
+@pytest.mark.parametrize("sizes", [[ROWS], [5, 3]])
+def test_the_batch_loss_takes_the_load_of_the_step_before_in_one_pass(ragged: BatchSource, sizes: list[int]) -> None:
+    engine = build_engine(balance={"bias_update_rate": 0, "sequence_loss": 0, "batch_loss": 0.5})
+    passes: list[None] = []
+    engine.model.model.register_forward_hook(lambda *_: passes.append(None))
+    (first,) = train(engine, ragged, sizes, steps=1)
+    assert len(passes) == len(sizes)
+    assert first.balance_loss == pytest.approx(2 * 0.5, rel=1e-6)  # of an even load, in two layers
+    batch = ragged.batch(1, range(ROWS))
+    tokens = int((batch.input_ids != PAD).sum())
+    expected = engine.loss(batch, StepCounts(1, 1, tokens, ROWS, first.load)).balance.item()
+    second = engine.train_step(1, [batch])
+    assert second.balance_loss == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(engine.state()[LOAD], second.load)
+
+
+def test_a_run_that_goes_on_has_the_load_of_the_step_before(ragged: BatchSource) -> None:
+    first, second = (build_engine(balance=BALANCES["every loss"]) for _ in range(2))
+    train(first, ragged, steps=2)
+    second.load_state(snapshot(first))
+    results = [engine.train_step(2, [ragged.batch(2, range(ROWS))]) for engine in (first, second)]
+    assert results[0].balance_loss == results[1].balance_loss
+    assert_equal(snapshot(second), snapshot(first))
+
+
 # What is not finite (FAULTS rows 18 and 22)
 
 
@@ -268,6 +293,18 @@ def test_state_is_named_by_parameter_and_holds_the_random_state() -> None:
     drawn = torch.rand(3)
     engine.load_state(saved)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_the_figures_of_a_step_keep_their_values_and_data_types_on_the_way_to_the_host() -> None:
+    """Counts far beyond what float32 holds, and float32 values, in one copy."""
+    given = {
+        "load": torch.tensor([[2**53, 2**53 - 1], [0, 7]]),
+        "loss": torch.tensor(0.1),
+        "none": torch.zeros(0, 0, dtype=torch.int64),
+    }
+    found = build_engine()._sums_on_host(given)
+    assert_equal(found, given)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in given.items()}
 
 
 # Precision and memory

@@ -108,7 +108,6 @@ def test_loss_and_gradients_are_those_of_a_pass_that_goes_token_by_token(ragged:
 
 
 def test_accumulation_changes_nothing(ragged: BatchSource) -> None:
-    """Also the loads that the batch loss asks for ahead are those of the mixed inputs."""
     results = []
     for micro in (None, 1, 2):
         train = TrainConfig.model_validate({

@@ -23,6 +23,7 @@ PAD = 2
 ROWS = 6
 OFF = BalanceConfig(bias_update_rate=0, sequence_loss=0)
 ALL = BalanceConfig(sequence_loss=0.3, batch_loss=0.5, z_loss=0.1)
+A_LOAD = torch.tensor([[5, 0, 9, 1, 1, 30, 2, 2], [4, 4, 4, 4, 1, 1, 1, 31]])  # of a step before, two layers
 
 
 def build_loss(balance: BalanceConfig, model: LanguageModel | None = None, **options: Any) -> TrainingLoss:
@@ -30,8 +31,11 @@ def build_loss(balance: BalanceConfig, model: LanguageModel | None = None, **opt
 
 
 def counts_of(batch: Batch, load: Tensor | None = None) -> StepCounts:
-    tokens = int((batch.input_ids != PAD).sum())
-    return StepCounts(num_targets(batch), num_targets(batch), tokens, len(batch.input_ids), load)
+    return StepCounts(num_targets(batch), num_targets(batch), tokens_of(batch), len(batch.input_ids), load)
+
+
+def tokens_of(batch: Batch) -> int:
+    return int((batch.input_ids != PAD).sum())
 
 
 def routings(loss: TrainingLoss, batch: Batch) -> list[Routing]:
@@ -60,26 +64,16 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
 @pytest.mark.parametrize("sizes", [[6], [1] * 6, [4, 1, 1], [2, 4]])
 def test_parts_add_up_whatever_the_micro_batches(ragged: BatchSource, sizes: list[int]) -> None:
     loss, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
-    expected = loss(whole, counts_of(whole))
+    counts = counts_of(whole, A_LOAD)
+    expected = loss(whole, counts)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     batches = [ragged.batch(0, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-    counts = counts_of(whole, load=expected.load)
     parts = [loss(batch, counts) for batch in batches]
     for name in ("loss", "balance"):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
     torch.testing.assert_close(sum(part.sums["loss"] for part in parts), expected.sums["loss"])
     assert torch.equal(torch.stack([part.load for part in parts]).sum(0), expected.load)
     assert_same_gradients(gradients(loss, *(part.loss for part in parts)), gradients(loss, expected.loss))
-
-
-def test_without_a_given_load_the_batch_loss_sums_it_over_the_ranks(ragged: BatchSource) -> None:
-    """Two ranks with a half each: what one rank reduces is what both hold."""
-    alone, whole = build_loss(ALL), ragged.batch(0, range(ROWS))
-    halves = [ragged.batch(0, range(start, start + 3)) for start in (0, 3)]
-    expected = alone(whole, counts_of(whole))
-    loss = build_loss(ALL, alone.model, sum_over_ranks=lambda load: expected.load)
-    parts = [loss(half, counts_of(whole)) for half in halves]
-    torch.testing.assert_close(parts[0].balance + parts[1].balance, expected.balance)
 
 
 # Balance
@@ -93,15 +87,26 @@ def test_z_loss_is_a_mean_over_tokens_summed_over_layers(ragged: BatchSource, we
     torch.testing.assert_close(loss(batch, counts_of(batch)).balance, weight * expected.detach())
 
 
-def test_batch_loss_is_experts_times_load_share_times_mean_score(ragged: BatchSource) -> None:
+def test_batch_loss_is_experts_times_load_share_of_the_step_before_times_mean_score(ragged: BatchSource) -> None:
     loss, batch = build_loss(BalanceConfig(sequence_loss=0, batch_loss=0.5)), ragged.batch(0, range(ROWS))
     counted = (batch.input_ids != PAD).flatten()
     expected = 0.0
-    for routing in routings(loss, batch):
-        chosen = F.one_hot(routing.experts[counted], 8).sum((0, 1)) / routing.experts[counted].numel()
+    for routing, load in zip(routings(loss, batch), A_LOAD, strict=True):
         shares = (routing.scores / routing.scores.sum(-1, keepdim=True))[counted].mean(0)
-        expected += 8 * (chosen * shares).sum().item()
-    assert loss(batch, counts_of(batch)).balance.item() == pytest.approx(0.5 * expected, rel=1e-5)
+        expected += 8 * (load / load.sum() * shares).sum().item()
+    assert loss(batch, counts_of(batch, A_LOAD)).balance.item() == pytest.approx(0.5 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("load", [None, torch.zeros(2, 8, dtype=torch.int64)])
+def test_without_a_step_before_the_batch_loss_is_its_least_and_moves_nothing(
+    ragged: BatchSource, load: Tensor | None
+) -> None:
+    loss, batch = build_loss(BalanceConfig(sequence_loss=0, batch_loss=0.5)), ragged.batch(0, range(ROWS))
+    batch.targets.fill_(IGNORE)
+    part = loss(batch, StepCounts(1, 1, tokens_of(batch), ROWS, load))
+    assert part.balance.item() == pytest.approx(2 * 0.5, rel=1e-6)
+    moved = gradients(loss, part.loss)["model.layers.2.mlp.gate.weight"]
+    assert float(moved.abs().max()) < 1e-8
 
 
 def test_sequence_loss_is_a_mean_over_rows(ragged: BatchSource) -> None:

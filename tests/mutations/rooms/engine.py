@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "the router's biases move on a skipped step",
         "engine/engine.py",
-        "        if not update.skipped and self.config.balance.bias_update_rate:\n",
-        "        if self.config.balance.bias_update_rate:\n",
+        "        if not update.skipped:\n            self._note_load(totals.load)\n",
+        "        self._note_load(totals.load)\n",
         SKIPPED,
     ),
     Mutation(
@@ -55,8 +55,15 @@ MUTATIONS = (
         f"{TORCH}::test_a_loaded_state_goes_on_to_the_bit",
     ),
     Mutation(
+        "the load of the step before is lost when a run goes on",
+        "engine/engine.py",
+        "            self._load.copy_(state[LOAD])\n",
+        "            pass\n",
+        f"{TORCH}::test_a_run_that_goes_on_has_the_load_of_the_step_before",
+    ),
+    Mutation(
         "the random state is not restored",
-        "engine/torch_engine.py",
+        "engine/engine.py",
         '        torch.set_rng_state(state["random.cpu"])\n',
         "",
         f"{TORCH}::test_state_is_named_by_parameter_and_holds_the_random_state",
