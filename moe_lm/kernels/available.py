@@ -54,9 +54,7 @@ def pick(device_type: str, wanted: str = "auto", simulated: Collection[str] | No
         return wanted if wanted != "auto" else next(name for name in kernels if name in simulated or name == "plain")
     if wanted != "auto" and (found := lack(wanted)):
         install = PACKAGES[wanted].install
-        raise UsageError(
-            f"{SETTING}={wanted} does not serve here: {found.why}; {install}, or set {SETTING}=auto", common=True
-        )
+        raise UsageError(f"{SETTING}={wanted} does not serve here: {found.why}; {install}, or set {SETTING}=auto")
     name = wanted if wanted != "auto" else next(name for name in kernels if lack(name) is None)
     if device_type == "cuda":
         _switch(SWITCHES.get(name))

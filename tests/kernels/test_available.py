@@ -13,8 +13,11 @@ import torch
 from torch.nn.attention import _fa4, current_flash_attention_impl, restore_flash_attention_impl
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import AttentionKernel
+from moe_lm.config.run import AttentionKernel, ParallelConfig
+from moe_lm.engine.build import build_model
 from moe_lm.kernels import available, kernels
+from moe_lm.parallel.topology import Topology
+from tests.tiny import tiny
 
 CUDA = torch.device("cuda")
 
@@ -136,6 +139,13 @@ def test_a_kernel_by_name_is_taken_before_a_faster_one(packages: Path) -> None:
     install_version_2(packages)
     assert kernels.choose(CUDA, attention="torch_varlen").attention == "torch_varlen"
     assert kernels.choose(torch.device("cpu"), attention="plain").attention == "plain"
+
+
+def test_a_run_computes_in_the_kernel_of_its_config() -> None:
+    built = build_model(tiny(), ParallelConfig(device="cpu", attention_kernel="plain"), Topology())
+    assert kernels.of(built.model).attention == "plain"
+    with pytest.raises(UsageError, match="attention_kernel=flash_attn_2 does not run on cpu"):
+        build_model(tiny(), ParallelConfig(device="cpu", attention_kernel="flash_attn_2"), Topology())
 
 
 def test_a_simulated_device_has_the_kernels_that_are_given() -> None:
