@@ -1,18 +1,30 @@
-"""Kernels for grouped matrix products, each with the signature of `model.moe.grouped_mm`: every expert's rows times
-its own weights.
+"""Kernels for the experts: grouped matrix products, each with the signature of `model.moe.grouped_mm`, every expert's
+rows times its own weights; and the activation between the two.
 
 Shapes: R rows sorted by expert, E experts, D inputs, F outputs. `ends [E]` int32: expert e has rows ends[e-1]..ends[e].
+Between the products F is an expert's width; `wide` is `[R, 2F]`, gate and up side by side, or `[R, F]` without a gate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lm.model import moe
+
 BUCKET = 64  # rows
+BLOCK = 1024  # rows at once on a CPU, so that what is in between stays in its caches
+
+# The gradient of an activation's input, from that of its output and the input.
+SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
+    F.silu: torch.ops.aten.silu_backward,
+    F.gelu: torch.ops.aten.gelu_backward,
+    F.relu: lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+}
 
 
 def fused(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -94,3 +106,52 @@ def _padded(rows: Tensor) -> Tensor:
     padded = rows.new_zeros(_rounded(len(rows)), rows.shape[-1])
     padded[: len(rows)] = rows
     return padded
+
+
+def kept_narrow(wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
+    """`model.moe.weighted_activation`, which keeps its inputs alone for the backward pass.
+
+    That equation leaves autograd four float32 tensors as wide as the experts. Here they are computed again from the
+    first product, which is in the data type of products. A compiler fuses the equation and decides itself what to keep.
+    """
+    if torch.compiler.is_compiling():
+        return moe.weighted_activation(wide, weights_R, activation, gated)
+    return _WeightedActivation.apply(wide, weights_R, activation, gated)
+
+
+class _WeightedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool
+    ) -> Tensor:
+        ctx.save_for_backward(wide, weights_R)
+        ctx.activation, ctx.gated = activation, gated
+        hidden_RF = wide.new_empty(len(wide), wide.shape[1] // (2 if gated else 1))
+        for x, weights, hidden in _blocks(wide, weights_R, hidden_RF):
+            hidden.copy_(moe.weighted_activation(x, weights, activation, gated))
+        return hidden_RF
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        wide, weights_R = ctx.saved_tensors
+        wide_grad, weights_grad_R = torch.empty_like(wide), torch.empty_like(weights_R)
+        for x, weights, grad, x_grad, weights_grad in _blocks(wide, weights_R, grad_RF, wide_grad, weights_grad_R):
+            first, *up = moe.in_float32(x).chunk(2 if ctx.gated else 1, -1)
+            first_grad, *up_grad = x_grad.chunk(2 if ctx.gated else 1, -1)
+            grad, weights = moe.in_float32(grad), weights[:, None]
+            activated = ctx.activation(first)
+            slices = grad * activated
+            torch.sum(slices.mul_(up[0]) if ctx.gated else slices, -1, out=weights_grad)
+            grad = grad * weights
+            if ctx.gated:
+                up_grad[0].copy_(activated.mul_(grad))
+                grad.mul_(up[0])
+            first_grad.copy_(SLOPES[ctx.activation](grad, first))
+        return wide_grad, weights_grad_R, None, None
+
+
+def _blocks(*tensors: Tensor) -> Any:
+    """The same rows of each tensor, all at once but on a CPU."""
+    if not tensors[0].is_cpu:
+        return [tensors]
+    return zip(*(tensor.split(BLOCK * torch.get_num_threads()) for tensor in tensors), strict=True)

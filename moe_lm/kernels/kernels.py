@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from moe_lm.kernels import attention, available, cpu_attention, cpu_decode, flash_attention, grouped_mm
+from moe_lm.kernels import (
+    attention,
+    available,
+    cpu_attention,
+    cpu_decode,
+    flash_attention,
+    grouped_mm,
+)
 from moe_lm.kernels.native import build
 from moe_lm.model import moe
 from moe_lm.model.attention import AttentionLayer, SegmentAttention, segment_attention
@@ -68,6 +75,7 @@ def apply(model: LanguageModel, kernels: Kernels) -> None:
             module.segment_attention = ATTENTION[kernels.attention]
         elif isinstance(module, Experts) and kernels.experts is not None:
             module.grouped_mm = EXPERTS[kernels.experts]
+            module.activate = moe.weighted_activation if kernels.experts == "plain" else grouped_mm.kept_narrow
     if kernels.decoding is not None:
         DECODING[kernels.decoding](model)
 

@@ -116,10 +116,12 @@ def within_capacity(experts_BSk: Tensor, config: ModelConfig) -> Tensor:
 
 # x `[R, D]`, weight `[E, D, F]`, ends `[E]` int32 -> `[R, F]`: rows ends[e-1]..ends[e] of x times weight[e].
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
+# See `weighted_activation`.
+WeightedActivation = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], bool], Tensor]
 
 
 class Experts(nn.Module):
-    """Routed experts as stacked weights `[E, in, out]`; kernels replace `grouped_mm` (kernels/kernels.py).
+    """Routed experts as stacked weights `[E, in, out]`; kernels replace `grouped_mm` and `activate`.
 
     Gate and up are one stack, for one product, but a state dict has them apart, as all else outside the step does.
     """
@@ -134,6 +136,7 @@ class Experts(nn.Module):
         self.gated, self.activation = config.mlp_gated, ACTIVATIONS[config.hidden_act]
         self.indices = range(experts)  # of these among all experts; expert parallelism keeps a part of them
         self.grouped_mm: GroupedMM = grouped_mm
+        self.activate: WeightedActivation = weighted_activation
 
     def forward(self, x_RD: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
         """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert.
@@ -146,17 +149,8 @@ class Experts(nn.Module):
 
     def contract(self, wide: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
         """The way back from the first product: the activation and the last one."""
-        return self.multiply("down_proj", self.activate(wide, weights_R), ends_E)
-
-    def activate(self, wide: Tensor, weights_R: Tensor) -> Tensor:
-        """The weighted hidden activations `[R, F]`, computed in float32, from gate and up side by side `[R, 2F]`."""
-        wide32 = wide.to(torch.promote_types(wide.dtype, torch.float32))
-        if self.gated:
-            gate_RF, up_RF = wide32.chunk(2, -1)
-            hidden_RF = self.activation(gate_RF) * up_RF
-        else:
-            hidden_RF = self.activation(wide32)
-        return (hidden_RF * weights_R[:, None]).to(wide.dtype)
+        hidden_RF = self.activate(wide, weights_R, self.activation, self.gated)
+        return self.multiply("down_proj", hidden_RF, ends_E)
 
     def multiply(self, name: str, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The product with one of the stacks, in the data type of `x`; an adapter adds its own to it."""
@@ -175,6 +169,21 @@ class Experts(nn.Module):
                 del state_dict[name]
             state_dict[wide] = stack
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def weighted_activation(wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
+    """`weight * act(gate) * up` of each row, `[R, F]`, computed in float32.
+
+    `wide` has gate and up side by side, `[R, 2F]`; not `gated`, it is up alone, `[R, F]`, and takes the activation.
+    """
+    first_RF, *up_RF = in_float32(wide).chunk(2 if gated else 1, -1)
+    hidden_RF = activation(first_RF)
+    return ((hidden_RF * up_RF[0] if gated else hidden_RF) * weights_R[:, None]).to(wide.dtype)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """The same numbers in float32, but those of float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 GATE_UP = "gate_up_proj"

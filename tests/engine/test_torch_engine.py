@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lm.checkpoint import read, write
 from moe_lm.common.errors import UsageError
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
@@ -274,6 +276,30 @@ def test_a_loaded_state_goes_on_to_the_bit(ragged: BatchSource, changes: dict[st
     results = [engine.train_step(2, [ragged.batch(2, range(ROWS))]) for engine in (first, second)]
     assert results[0].loss == results[1].loss
     assert_equal(snapshot(second), snapshot(first))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_checkpoints_hold_gate_and_up_apart(tmp_path: Path, optimizer: str) -> None:
+    """As they did when these were two parameters: such a checkpoint fills the two halves of their stack."""
+    engine = build_engine(optimizer={"name": optimizer})
+    moments = ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else ("momentum_buffer",)
+    kept = {
+        f"{kind}.model.layers.{layer}.mlp.experts.{name}": torch.randn(8, 32, 16)
+        for kind in ("model", *moments) for layer in (1, 2) for name in ("gate_proj", "up_proj")
+    }  # fmt: skip
+    saved = snapshot(engine) | kept
+    assert saved.keys() == engine.state().keys()
+    folder = write.save(tmp_path, 1, saved, {})
+    state = engine.state()
+    read.load(folder, state)
+    engine.load_state(state)
+    for layer in (1, 2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        stack = engine.model.get_parameter(f"{experts}.gate_up_proj")
+        states = next(o.state[stack] for o in engine.optimizers if stack in o.state)  # type: ignore[attr-defined]
+        for kind, tensor in (("model", stack), *((moment, states[moment]) for moment in moments)):
+            assert tensor[..., :16].equal(kept[f"{kind}.{experts}.gate_proj"])
+            assert tensor[..., 16:].equal(kept[f"{kind}.{experts}.up_proj"])
 
 
 def test_state_is_named_by_parameter_and_holds_the_random_state() -> None:

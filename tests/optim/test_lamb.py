@@ -81,3 +81,16 @@ def test_zeros_can_leave_and_an_expert_without_tokens_decays_as_under_adamw() ->
     lamb({"params": [stack], "weight_decay": DECAY}).step()
     torch.testing.assert_close(stack[0].detach(), -LR * stack.grad[0].sign(), rtol=1e-4, atol=0)
     torch.testing.assert_close(stack[1].detach(), before[1] * (1 - LR * DECAY))
+
+
+def test_matrices_side_by_side_have_a_ratio_each() -> None:
+    """As gate and up of an expert have, which are one parameter: here of very different norms."""
+    apart = [nn.Parameter(random(3, 8, 12, seed=seed) * 10.0**seed) for seed in (0, 1)]
+    together = nn.Parameter(torch.cat([part.detach() for part in apart], -1))
+    optimizer = lamb({"params": apart}, {"params": [together], "matrices": 2})
+    for step in (1, 2):
+        for seed, part in enumerate(apart):
+            part.grad = random(*part.shape, seed=10 * step + seed)
+        together.grad = torch.cat([random(*part.shape, seed=10 * step + seed) for seed, part in enumerate(apart)], -1)
+        optimizer.step()
+    torch.testing.assert_close(together, torch.cat([part.detach() for part in apart], -1), rtol=0, atol=1e-6)

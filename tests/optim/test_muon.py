@@ -108,3 +108,16 @@ def test_a_stack_of_experts_is_torchs_muon_expert_by_expert() -> None:
         theirs.step()
     for before, expert, weight in zip(start, stack, alone, strict=True):
         assert (expert - weight.T).norm() <= 1e-4 * (weight.T - before).norm()
+
+
+def test_matrices_side_by_side_move_as_they_would_alone() -> None:
+    """As gate and up of an expert do, which are one parameter."""
+    apart = [nn.Parameter(random(3, 8, 12, seed=seed)) for seed in (1, 2)]
+    together = nn.Parameter(torch.cat([part.detach() for part in apart], -1))
+    muon = Muon([{"params": apart}, {"params": [together], "matrices": 2}], lr=0.1, momentum=0.9, weight_decay=0.5)
+    for step in (1, 2):
+        for seed, part in enumerate(apart):
+            part.grad = random(*part.shape, seed=10 * step + seed)
+        together.grad = torch.cat([random(*part.shape, seed=10 * step + seed) for seed, part in enumerate(apart)], -1)
+        muon.step()
+    torch.testing.assert_close(together, torch.cat([part.detach() for part in apart], -1), rtol=0, atol=1e-6)
