@@ -123,6 +123,11 @@ class TrainConfig(Section):
         description="number format of the forward pass; auto: bfloat16 where the device is fast at it (GPUs, and CPUs "
         "with AVX-512 BF16 or AMX), elsewhere float32",
     )
+    residual_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="number format of the residual stream, from the embedding on; bfloat16 halves its bytes and "
+        "rounds every sum, and is taken where products are bfloat16",
+    )
     compile: bool = Field(default=False, description="run the model through torch.compile")
     activation_checkpointing: Recomputation = Field(
         default="none",
@@ -143,6 +148,15 @@ class TrainConfig(Section):
     def _batches_fit(self) -> Self:
         if self.micro_batch_size is not None:
             self.require_divisor("micro_batch_size", self.micro_batch_size, "global_batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _dtypes_fit(self) -> Self:
+        if self.precision == "float32" and self.residual_dtype == "bfloat16":
+            raise ValueError(
+                "residual_dtype=bfloat16 rounds between products of precision=float32; set precision to bfloat16 or "
+                "auto, or take residual_dtype away"
+            )
         return self
 
     def rows_at_once(self, world_size: int) -> int:

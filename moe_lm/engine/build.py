@@ -19,7 +19,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine import recomputation
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
-from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
+from moe_lm.kernels.device import compiling_needs, grow_segments, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel, is_expert
@@ -134,6 +134,8 @@ def build_loss(
     built: RankModel, objective: Objective, train: TrainConfig, pad_id: int, dtype: torch.dtype
 ) -> TrainingLoss:
     """The model with its loss, run as the config says, with products in `dtype`: what an engine is put around."""
+    if train.residual_dtype == "bfloat16" and dtype == torch.bfloat16:
+        built.model.model.residual_dtype = dtype
     if train.compile:
         compile_blocks(built.model)
     recomputation.apply(built.model, train.activation_checkpointing)
@@ -175,5 +177,6 @@ def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
                 f"{torch.cuda.device_count()} CUDA devices; start at most one process a device"
             )
         device = torch.device("cuda", topology.local_rank)
+        grow_segments()
         torch.cuda.set_device(device)
     return device

@@ -36,6 +36,15 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def grow_segments() -> None:
+    """Have CUDA's allocator let its segments grow, before CUDA is first used; what a person has set is left as it is.
+
+    Experts get other numbers of tokens in every step, and segments of fixed size would break up into pieces.
+    """
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def compiling_needs(device: torch.device) -> str | None:
     """The thing that `torch.compile` lacks here, or None. It builds with a C++ compiler against Python's headers."""
     if device.type not in ("cpu", "cuda"):

@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config)
+        self.residual_dtype: torch.dtype | None = None  # of the stream between the blocks; None: the embedding's
 
     def forward(self, input_ids_BS: Tensor, position_ids_BS: Tensor, attend: Attend) -> tuple[Tensor, list[Routing]]:
         x_BSD = self.embed_tokens(input_ids_BS)
@@ -98,6 +99,7 @@ class Transformer(nn.Module):
             x_BSD = x_BSD + self.embed_positions(position_ids_BS)
         else:
             x_BSD = x_BSD + sinusoidal_positions(position_ids_BS, self.config.hidden_size).to(x_BSD.dtype)
+        x_BSD = x_BSD.to(self.residual_dtype or x_BSD.dtype)
         routings = []
         for layer in self.layers:
             x_BSD, routing = layer(x_BSD, angles, attend)
@@ -128,7 +130,8 @@ class Block(nn.Module):
         self, x_BSD: Tensor, angles: Angles | None, attend: Attend
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """The residual stream behind the attention, its norm in the data type of products, and what the router says."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, attend)
+        normed_BSD = self.input_layernorm(x_BSD)
+        x_BSD = x_BSD + self.self_attn(normed_BSD.to(compute_dtype(normed_BSD)), angles, attend)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         routing = self.mlp.gate(normed_BSD) if isinstance(self.mlp, MoE) else None
         return x_BSD, normed_BSD.to(compute_dtype(normed_BSD)), routing

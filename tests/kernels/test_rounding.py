@@ -117,6 +117,31 @@ def test_weights_are_rounded_once_a_step_and_by_no_evaluation(ragged: BatchSourc
     assert not roundings.counts
 
 
+class Casts(TorchDispatchMode):
+    """The tensors of several dimensions that are cast, kept so that no other takes their place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket.__name__ == "_to_copy" and out.dtype != args[0].dtype and out.numel() > 1000:
+            self.sources.append(args[0])
+        return out
+
+
+@pytest.mark.parametrize("shape", ["experts", "latent attention"])
+def test_a_forward_pass_casts_no_activation_twice(ragged: BatchSource, shape: str) -> None:
+    """Queries, keys and values are products of one rounded tensor; so are gate and up."""
+    engine = build_engine(tiny_model(3, **MODELS[shape]))
+    with Casts() as casts:
+        engine.loss(ragged.batch(0, range(ROWS)), None)
+    counts = Counter((source.data_ptr(), source.dtype) for source in casts.sources)
+    assert counts
+    assert max(counts.values()) == 1
+
+
 def test_a_compiled_block_rounds_no_weight(ragged: BatchSource) -> None:
     engine = build_engine(tiny_model(3, num_hidden_layers=1, first_k_dense_replace=0, n_shared_experts=1))
     rounded: list[tuple[str, torch.dtype]] = []
