@@ -1,4 +1,4 @@
-"""This process: the command that started it, and how it ends."""
+"""This process: the command that started it, its processor cores, and how it ends."""
 
 from __future__ import annotations
 
@@ -52,3 +52,8 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process a signal when its parent ends, on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def cores() -> int:
+    """The processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

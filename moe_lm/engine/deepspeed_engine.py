@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
+from moe_lm.common.process import cores
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
@@ -33,7 +34,7 @@ from moe_lm.kernels.rounding import narrow_trained
 from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
-from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate
+from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate, step_on_threads
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, undivide
 from moe_lm.parallel.process_group import leave as leave_group
@@ -79,6 +80,8 @@ class DeepSpeedEngine(Engine):
         optimizer = build_adamw(_split(groups), train.optimizer)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+        if parallel.offload_optimizer:
+            step_on_threads(optimizer, max(torch.get_num_threads(), cores() // topology.ranks_on_this_host))
         with _several_dtypes():
             self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = _Zero(self.wrapped.optimizer, stage)

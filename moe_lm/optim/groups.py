@@ -79,6 +79,17 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def step_on_threads(optimizer: torch.optim.Optimizer, threads: int) -> None:
+    """Let an optimizer of weights in host memory use this many threads.
+
+    A launcher gives each rank one thread (torchrun sets OMP_NUM_THREADS=1), which is right for all else that a rank
+    with a GPU does there.
+    """
+    before = torch.get_num_threads()
+    optimizer.register_step_pre_hook(lambda *_: torch.set_num_threads(threads))
+    optimizer.register_step_post_hook(lambda *_: torch.set_num_threads(before))
+
+
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, but neither router nor gate."""
     return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")

@@ -23,6 +23,13 @@ class Topology:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks_on_this_host(self) -> int:
+        """As the launcher says, or by the names of the hosts; if neither is known, all."""
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            return int(os.environ["LOCAL_WORLD_SIZE"])
+        return self.hosts.count(self.hosts[self.rank]) if self.hosts else self.world_size
+
     def rows_of(self, global_batch_size: int) -> range:
         """The rows of the global batch that this rank computes."""
         share = global_batch_size // self.world_size

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_lm import __version__
+from moe_lm.common.process import cores
 from moe_lm.kernels.native import build
 
 Status = Literal["ok", "missing", "optional", "warning"]
@@ -58,7 +59,7 @@ def examine() -> Iterator[Finding]:
     yield from _attention_kernels()
     yield _kernels()
     yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
-    yield Finding("processor", "ok", f"{_cores()} cores, {_memory_gib():.0f} GiB memory")
+    yield Finding("processor", "ok", f"{cores()} cores, {_memory_gib():.0f} GiB memory")
     yield _disk(Path.cwd())
     yield from _build_locks(_extensions_dir())
 
@@ -162,10 +163,6 @@ def _extensions_dir() -> Path:
     """Where torch builds extensions, DeepSpeed's ops among them."""
     cache = os.path.join(os.path.expanduser("~"), ".cache")  # as torch does; it needs no home folder
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_gib() -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ BATCHES = Documents(seed=1)
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
+    os.sched_getaffinity = lambda process: set(range(6))  # type: ignore[assignment]
     path = Path(folder)
     alone, found = build(ParallelConfig(device="cpu")), {}
     start, first = state_of(alone), step(alone, 0)
@@ -53,7 +55,8 @@ def main(folder: str) -> None:
         load(engine, path / "torch")
         report["loaded"] = away(state_of(engine), saved)
         report["second step"] = away(step(engine, 1), second)
-        write.save(path / name, 2, engine.state(), {})
+        report["threads"] = [*threads_of_step(engine), torch.get_num_threads()]
+        write.save(path / name, 3, engine.state(), {})
         load(alone, path / name)
         report["loaded by torch"] = away(state_of(alone), state_of(engine))
     if alone.topology.is_main:
@@ -81,6 +84,15 @@ def step(engine: Engine, number: int, repeat: int | None = None, loss_limit: flo
         micro_batches = micro_batches[:1] * repeat
     result = engine.train_step(number, micro_batches, keep, loss_limit)
     return gradients | {"loss": torch.tensor(result.loss)}
+
+
+def threads_of_step(engine: Engine) -> set[int]:
+    """The threads that the optimizer has when it is called."""
+    optimizer, seen = engine.wrapped.optimizer.optimizer, set[int]()
+    handle = optimizer.register_step_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+    step(engine, 2)
+    handle.remove()
+    return seen
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:

@@ -11,7 +11,14 @@ from torch import nn
 
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.optim.groups import build_optimizers, schedule_factor, set_learning_rate, update_router_biases
+from moe_lm.optim.groups import (
+    build_adamw,
+    build_optimizers,
+    schedule_factor,
+    set_learning_rate,
+    step_on_threads,
+    update_router_biases,
+)
 from moe_lm.optim.muon import Muon
 from tests.tiny import random, tiny_model
 
@@ -180,3 +187,17 @@ def test_counts_beyond_float32_still_move_biases_the_right_way() -> None:
     model = tiny_model(**SMALL)
     update_router_biases(model, torch.tensor([[2**25 + 1, 2**25 - 1, 2**25, 2**25]]), rate=1.0)
     assert biases(model) == [[-1, 1, 0, 0]]
+
+
+def test_a_step_on_more_threads_gives_the_same_weights() -> None:
+    weights = [torch.nn.Parameter(random(100_000, seed=1)) for _ in range(2)]
+    optimizers = [build_adamw([{"params": [weight]}], OptimizerConfig()) for weight in weights]
+    step_on_threads(optimizers[1], 3)
+    seen = []
+    optimizers[1].register_step_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        for seed in (2, 3):
+            weight.grad = random(100_000, seed=seed)
+            optimizer.step()
+    assert torch.equal(*weights)
+    assert (seen, torch.get_num_threads()) == ([3, 3], 1)
