@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,15 @@ from torch import Tensor
 
 from moe_lm.checkpoint import read, write
 from moe_lm.common.errors import UsageError
-from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import IGNORE, Batch, BatchSource
-from moe_lm.engine.build import rank_device
 from moe_lm.engine.engine import LOAD, Engine, Evaluation, StepResult
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import StepCounts, num_targets
 from moe_lm.optim.muon import orthogonalise
-from moe_lm.parallel.topology import Topology
-from tests.tiny import LATENT, engine_of, tiny_model
+from tests.tiny import engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -349,33 +345,6 @@ def test_bfloat16_keeps_weights_and_moments_in_float32_and_stays_near(ragged: Ba
     assert {tensor.dtype for name, tensor in near.state().items() if name != "random.cpu"} == {torch.float32}
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm_type": "layernorm"}, LATENT])
-def test_the_residual_stream_is_bfloat16_on_request(ragged: BatchSource, changes: dict[str, Any]) -> None:
-    """Its sums are rounded; weights, moments and the loss stay float32."""
-    wide = build_engine(build_model(**changes), precision="bfloat16")
-    narrow = build_engine(build_model(**changes), precision="bfloat16", residual_dtype="bfloat16")
-    for engine, dtype in ((wide, torch.float32), (narrow, torch.bfloat16)):
-        seen = []
-        for block in engine.model.model.layers:
-            block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0].dtype))
-        engine.evaluate([ragged.batch(5, range(ROWS))])
-        assert set(seen) == {dtype}
-    for expected, found in zip(train(wide, ragged), train(narrow, ragged), strict=True):
-        assert found.loss == pytest.approx(expected.loss, rel=0.01)
-        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.1)
-    assert {tensor.dtype for name, tensor in narrow.state().items() if name != "random.cpu"} == {torch.float32}
-
-
-def test_the_residual_stream_is_float32_where_products_are(
-    ragged: BatchSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moe_lm.engine.build.pick_dtype", lambda precision, device: torch.float32)
-    expected = train(build_engine(), ragged, steps=1)
-    assert train(build_engine(precision="auto", residual_dtype="bfloat16"), ragged, steps=1)[0].loss == expected[0].loss
-    with pytest.raises(ValueError, match="residual_dtype=bfloat16 rounds between products of precision=float32"):
-        TrainConfig(steps=1, global_batch_size=1, precision="float32", residual_dtype="bfloat16")
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_orthogonalises_in_the_precision_of_the_run(ragged: BatchSource, precision: str) -> None:
     optimizer = {"name": "muon", "lr": 0.01, "muon_lr": 0.5, "weight_decay": 0.0}
@@ -412,27 +381,3 @@ def test_compiled_blocks_change_no_more_than_rounding(ragged: BatchSource) -> No
 def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.global_batch_size=8 is not divisible by the 3 processes"):
         build_engine(world_size=3)
-
-
-# The device
-
-
-@pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
-def test_segments_of_cuda_memory_grow_from_its_first_use_unless_a_person_has_set_them(
-    monkeypatch: pytest.MonkeyPatch, given: str | None
-) -> None:
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    for name in names:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    if given is not None:
-        monkeypatch.setenv(given, "max_split_size_mb:512")
-    found: dict[str, str | None] = {}
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: found.update({n: os.environ.get(n) for n in names}))
-    rank_device(ParallelConfig(device="cuda"), Topology())
-    if given is None:
-        assert found == {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    else:
-        assert {name for name, value in found.items() if value is not None} == {given}

@@ -1,0 +1,77 @@
+"""What surrounds the model is chosen when the engine is built: the residual stream's data type, CUDA's memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lm.config.run import ParallelConfig
+from moe_lm.config.training import TrainConfig
+from moe_lm.data.batches import BatchSource
+from moe_lm.engine.build import rank_device
+from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.parallel.topology import Topology
+from tests.tiny import LATENT, engine_of, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROWS = 8
+
+
+def build_engine(shape: dict[str, Any] | None = None, **changes: Any) -> Engine:
+    values = {"steps": 10, "global_batch_size": ROWS, "precision": "float32", "optimizer": {"lr": 0.01}}
+    return engine_of(tiny_model(3, **shape or {}), TrainConfig(**values | changes))
+
+
+def train(engine: Engine, source: BatchSource, steps: int = 3) -> list[StepResult]:
+    return [engine.train_step(step, [source.batch(step, range(ROWS))]) for step in range(steps)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_type": "layernorm"}, LATENT])
+def test_the_residual_stream_is_bfloat16_on_request(ragged: BatchSource, changes: dict[str, Any]) -> None:
+    """Its sums are rounded; weights, moments and the loss stay float32."""
+    wide = build_engine(changes, precision="bfloat16")
+    narrow = build_engine(changes, precision="bfloat16", residual_dtype="bfloat16")
+    for engine, dtype in ((wide, torch.float32), (narrow, torch.bfloat16)):
+        seen = []
+        for block in engine.model.model.layers:
+            block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0].dtype))
+        engine.evaluate([ragged.batch(5, range(ROWS))])
+        assert set(seen) == {dtype}
+    for expected, found in zip(train(wide, ragged), train(narrow, ragged), strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=0.01)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.1)
+    assert {tensor.dtype for name, tensor in narrow.state().items() if name != "random.cpu"} == {torch.float32}
+
+
+def test_the_residual_stream_is_float32_where_products_are(
+    ragged: BatchSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_lm.engine.build.pick_dtype", lambda precision, device: torch.float32)
+    expected = train(build_engine(), ragged, steps=1)
+    assert train(build_engine(precision="auto", residual_dtype="bfloat16"), ragged, steps=1)[0].loss == expected[0].loss
+    with pytest.raises(ValueError, match="residual_dtype=bfloat16 rounds between products of precision=float32"):
+        TrainConfig(steps=1, global_batch_size=1, precision="float32", residual_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_segments_of_cuda_memory_grow_from_its_first_use_unless_a_person_has_set_them(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    found: dict[str, str | None] = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: found.update({n: os.environ.get(n) for n in names}))
+    rank_device(ParallelConfig(device="cuda"), Topology())
+    if given is None:
+        assert found == {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    else:
+        assert {name for name, value in found.items() if value is not None} == {given}
