@@ -24,10 +24,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from moe_lm.config.training import Recomputation
 from moe_lm.model.layers import MLP
-from moe_lm.model.moe import Experts
+from moe_lm.model.moe import Experts, MoE
 from moe_lm.model.transformer import LanguageModel
 
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1}  # the argument whose last dimension is summed over
+PRODUCTS = {  # the argument whose last dimension is summed over
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::addmm": 1,
+    "aten::_grouped_mm": 0,
+    "moe_lm::rows_by_weights": 0,
+}
 DEAR = {
     "aten::topk",  # a repeated choice between two equal scores could be the other one
     "aten::_scaled_dot_product_flash_attention",
@@ -50,7 +56,10 @@ def apply(model: LanguageModel, how: Recomputation) -> None:
         if how == "full":
             _wrap(block, "forward")
         else:
-            _wrap(block, "attend_and_route", partial(policy, model.config.hidden_size))
+            keep = partial(policy, model.config.hidden_size)
+            _wrap(block, "attend_and_route", keep)
+            if isinstance(block.mlp, MoE):
+                _wrap(block.mlp.experts, "expand", keep)
             for part in block.modules():
                 if isinstance(part, MLP | Experts):
                     _wrap(part, "contract")

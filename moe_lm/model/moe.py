@@ -138,14 +138,19 @@ class Experts(nn.Module):
         self.grouped_mm: GroupedMM = grouped_mm
         self.activate: WeightedActivation = weighted_activation
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ends_E: Tensor, weights_R: Tensor, copies: Copies | None = None) -> Tensor:
         """Expert e takes rows `ends[e-1]..ends[e]` of `x [R, D]`, which are sorted by expert.
 
-        A row's result counts `weights` times. That is one factor for all of it, so it may come before the last product,
-        where rows are narrower, and a token's results need only be added up.
+        With `copies` they are copies of the rows of `x [T, D]`. A row's result counts `weights` times. That is one
+        factor for all of it, so it may come before the last product, where rows are narrower, and a token's results
+        need only be added up.
         """
-        x_RD = x_RD.to(compute_dtype(x_RD))
-        return self.contract(self.multiply(self.wide, x_RD, ends_E), ends_E, weights_R)
+        return self.contract(self.expand(x, ends_E, copies), ends_E, weights_R)
+
+    def expand(self, x: Tensor, ends_E: Tensor, copies: Copies | None) -> Tensor:
+        """The first product, of gate and up or of up alone."""
+        x = x.to(compute_dtype(x))
+        return self.multiply(self.wide, x if copies is None else copy_rows(x, copies), ends_E)
 
     def contract(self, wide: Tensor, ends_E: Tensor, weights_R: Tensor) -> Tensor:
         """The way back from the first product: the activation and the last one."""
@@ -256,7 +261,7 @@ def add_experts(x_TD: Tensor, weights_TE: Tensor, count: int, experts: Experts) 
     copies, pair_R = copies_of(chosen_TE, count)
     weights_R = weights_TE.T.flatten().index_select(0, pair_R)
     ends_E = chosen_TE.sum(0).cumsum(0).to(torch.int32)
-    return add_up(experts(copy_rows(x_TD, copies), ends_E, weights_R), copies)
+    return add_up(experts(x_TD, ends_E, weights_R, copies), copies)
 
 
 class Copies(NamedTuple):

@@ -44,10 +44,10 @@ def main(backend: str, *engines_and_recomputations: str) -> None:
         counters.clear()
         clear_compilation_metrics()
         expected, losses = (train(engine_name, how, compiled, engines) for compiled in (False, True))
-        reasons = {reason.splitlines()[0]: times for reason, times in counters["graph_break"].items()}
+        breaks = [" ".join(reason.split()) for reason in counters["graph_break"]]
         again = [metrics.recompile_reason for metrics in get_compilation_metrics() if metrics.recompile_reason]
         graphs = compiler.frame_count
-        found.append({"losses": losses, "expected": expected, "graphs": graphs, "breaks": reasons, "again": again})
+        found.append({"losses": losses, "expected": expected, "graphs": graphs, "breaks": breaks, "again": again})
     for engine in engines[:-1]:
         engine.close(leave=False)
     report(engines[-1], found)

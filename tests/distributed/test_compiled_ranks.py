@@ -12,6 +12,7 @@ from tests.processes import finish, start_program
 
 PROGRAM = Path(__file__).with_name("compiled_ranks.py")
 SELECTIVE = [("torch", "selective"), ("deepspeed", "selective")]
+EXCHANGE = ("function Journey.", "function AllToAllDispatcher.exchange_counts", "function AllToAllDispatcher.splits")
 OTHERS = [("torch", "none"), ("torch", "full"), ("deepspeed", "none"), ("deepspeed", "full")]
 
 
@@ -24,16 +25,18 @@ OTHERS = [("torch", "none"), ("torch", "full"), ("deepspeed", "none"), ("deepspe
     ],
 )
 def test_ranks_train_on_compiled_blocks(backend: str, layouts: list[tuple[str, str]]) -> None:
-    """Data or expert parallel: the compiler stops at exchanges alone, and compiles nothing for new loads."""
+    """Data or expert parallel: the compiler stops at exchanges alone, and does not compile for every load of experts.
+
+    The second load shows it which sizes are not fixed, in two graphs: of the experts, and of adding up what comes back.
+    """
     first, _ = finish(start_program(2, PROGRAM, backend, *itertools.chain(*layouts)), seconds=400)
     for (engine, recomputation), found in zip(layouts, json.loads(first), strict=True):
         layout = f"{engine}, recomputation {recomputation}"
         for step, expected in zip(found["losses"], found["expected"], strict=True):
             assert step == pytest.approx(expected, rel=1e-5), layout
-        assert found["again"] == [], f"{layout}: compiled again, because of these"
-        stops = set(found["breaks"])
-        if engine == "torch":
-            assert (found["graphs"], stops) == (1, set()), layout
-        else:
-            assert found["graphs"] <= 4, layout
-            assert all("`torch.compiler.disable()`d function" in stop for stop in stops), layout
+        pieces, sizes_found = (1, 0) if engine == "torch" else (8, 2)
+        assert len(found["again"]) <= sizes_found, (layout, found["again"])
+        assert found["graphs"] <= pieces + sizes_found, layout
+        elsewhere = [reason for reason in found["breaks"] if not any(name in reason for name in EXCHANGE)]
+        assert elsewhere == [], layout
+        assert bool(found["breaks"]) == (engine == "deepspeed"), layout

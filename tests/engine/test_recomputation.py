@@ -12,13 +12,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_lm.config.model import LoraConfig
+from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import Recomputation, TrainConfig
 from moe_lm.data.batches import BatchSource
 from moe_lm.kernels import kernels
 from moe_lm.model import lora
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.tools.plan.simulate import simulate
 from tests.model.test_transformer import DENSE, KINDS, LENGTHS, loss_and_gradients, random_tokens
+from tests.processes import ROOT
 from tests.tiny import engine_of, packed, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,8 +65,8 @@ def test_bytes_that_are_kept() -> None:
             output = model(random_tokens(sum(LENGTHS)), *packed(LENGTHS))
         kept[how] = operations.bytes_alive()
         del output
-    assert kept["selective"] < 0.62 * kept["none"]
-    assert kept["full"] < 0.35 * kept["none"]
+    assert kept["selective"] < 0.5 * kept["none"]
+    assert kept["full"] < 0.15 * kept["none"]
 
 
 # Latent attention's up-projections have few summands, so their products are repeated.
@@ -81,6 +85,22 @@ def test_selective_recomputation_repeats_nothing_dear(kind: str, repeated: int) 
     assert counts["selective"]["aten::silu"] == 2 * counts["none"]["aten::silu"] > 0
 
 
+def test_a_simulated_rank_repeats_no_product_and_no_exchange() -> None:
+    """The 16B model on 8 devices, with 2 x 4,096 tokens."""
+    model = load_config(ModelConfig, ROOT / "configs" / "model" / "deepseekmoe-16b.yaml")
+    parallel = ParallelConfig(engine="deepspeed", expert_parallel_size=8, zero_stage=1)
+    plain, selective = (
+        simulate(model, train_config(how, global_batch_size=16, precision="bfloat16"), parallel, 4096, world_size=8)
+        for how in ("none", "selective")
+    )
+    repeated = selective.of(["recompute"])
+    assert repeated.launches > 0 == repeated.flops()
+    for found in ("collectives", "syncs"):
+        times = [sum(one.times for one in getattr(trace, found)) for trace in (plain, selective)]
+        assert times[0] == times[1] > 0, found
+    assert selective.memory.activations < 0.6 * plain.memory.activations
+
+
 def recomputing(how: str, kind: str) -> LanguageModel:
     """A model in an engine; in the kernels of a CPU, but that products of experts are single operations."""
     model = engine_of(tiny_model(0, **DENSE | KINDS[kind]), train_config(how)).model
@@ -88,10 +108,9 @@ def recomputing(how: str, kind: str) -> LanguageModel:
     return model
 
 
-def train_config(how: str) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {"steps": 2, "global_batch_size": 8, "precision": "float32", "activation_checkpointing": how}
-    )
+def train_config(how: str, **changes: Any) -> TrainConfig:
+    values = {"steps": 2, "global_batch_size": 8, "precision": "float32", "activation_checkpointing": how}
+    return TrainConfig.model_validate(values | changes)
 
 
 class Operations(TorchDispatchMode):
