@@ -35,8 +35,8 @@ class ParallelConfig(Section):
     expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
     zero_stage: Literal[1, 2, 3] | None = Field(
         default=None,
-        description="what ZeRO divides over the processes; 1: optimizer state, 2: and gradients, 3: and weights; "
-        "null: 1 with deepspeed",
+        description="what ZeRO divides over the processes; 1: optimizer state, 2: and gradients, 3: and weights; 2 and "
+        "3 communicate in every micro-batch, 1 once a step; null: 1 with deepspeed",
     )
     offload_optimizer: bool = Field(default=False, description="keep moments and master weights in host memory")
     timeout_seconds: float = Field(default=600, gt=0, description="seconds that a rank waits for the others")
