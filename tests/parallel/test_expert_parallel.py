@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from moe_lm.kernels.kernels import EXPERTS
@@ -104,6 +105,18 @@ def test_tokens_travel_while_the_shared_experts_are_computed(
         f"send {shape}", f"send {choices}", "shared gate", "shared up", f"wait for {shape}", f"wait for {choices}",
     ]  # fmt: skip
     assert events.index(f"wait for {shape}") < events.index("experts") < len(events) - 1
+
+
+def test_compilation_stops_at_the_exchanges_alone(group: dist.ProcessGroup) -> None:
+    """What lies between them is compiled, once for any number of tokens."""
+    compiler = CompileCounter()
+    moe, plain = layer(group, "bucketed"), layer()
+    moe.compile(backend=compiler, dynamic=True)
+    for tokens in (7, 9, 4):
+        x_BSD = random(2, tokens, 32, seed=tokens)
+        torch.testing.assert_close(moe(x_BSD)[0], plain(x_BSD)[0], rtol=1e-5, atol=1e-6)
+    assert compiler.frame_count == 7
+    torch._dynamo.reset()
 
 
 def record_exchanges(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
