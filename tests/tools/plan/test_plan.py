@@ -106,6 +106,14 @@ def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
     assert "no layout of as many devices fits" in hopeless.err
 
 
+def test_a_run_in_float32_is_planned_for_a_gpu_too(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm(
+        "pretrain", tiny_pretrain, f"run_dir={tmp_path}", "train.precision=float32", "--dry-run", "--gpu", "h200"
+    )
+    assert done.code == 0, done.err
+    assert "(92% of the memory of h200): fits" in done.out
+
+
 def test_a_run_that_starts_has_a_device_and_takes_no_other(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
     done = moe_lm("pretrain", tiny_pretrain, "--gpu", "h100")
     assert done.code == 2
