@@ -25,9 +25,7 @@ class Topology:
 
     @property
     def ranks_on_this_host(self) -> int:
-        """As the launcher says, or by the names of the hosts; if neither is known, all."""
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            return int(os.environ["LOCAL_WORLD_SIZE"])
+        """By the names of the hosts; all, while they are unknown. Libraries overwrite LOCAL_WORLD_SIZE."""
         return self.hosts.count(self.hosts[self.rank]) if self.hosts else self.world_size
 
     def rows_of(self, global_batch_size: int) -> range:
