@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ class Activations:
     """Bytes beside what is resident."""
 
     saved: dict[Part, int]  # when the backward pass begins
-    peak: int
-    peak_during: str
+    forward: tuple[int, str]  # the most in the forward pass, and where
+    backward: tuple[int, str]
 
 
 def activations(recording: Recording, layers: Layers, gradients_grow: bool) -> Activations:
@@ -42,16 +43,16 @@ def activations(recording: Recording, layers: Layers, gradients_grow: bool) -> A
             saved, gradients = _saved(recording, layer), _gradients(recording, layer)
             change[begin] += (copies - 1) * saved.total()
             change[end] += (copies - 1) * ((gradients if gradients_grow else 0) - saved.total())
-    live, peak, place = 0, 0, 0
-    for index, step in enumerate(change[:-1]):
-        live += step
-        if live > peak:
-            peak, place = live, index
+    live = list(itertools.accumulate(change[:-1]))
+    turn = _turn(recording)
+    passes = range(turn), range(turn, len(kernels))
+    peaks = [max(((live[index], index) for index in indices), default=(0, 0)) for indices in passes]
+    forward, backward = ((size, _named(recording, layers, index)) for size, index in peaks)
     total: Counter[Part] = Counter()
     for traced in (None, *range(len(layers.copies))):
         for part, size in _saved(recording, traced).items():
             total[part] += layers.of(traced) * size
-    return Activations(dict(total), peak, _named(recording, layers, place))
+    return Activations(dict(total), forward, backward)
 
 
 def _span(recording: Recording, layer: int) -> tuple[int, int]:

@@ -209,7 +209,11 @@ def _memory(
     made = activations(recording, layers, state.gradients_grow)
     communication = (CONTEXT + NCCL * (built.topology.world_size > 1)) if overlaps else 0
     resident = weights + state.gradients + state.optimizer + communication
-    backward, update = resident + state.buffers + made.peak, resident - state.gradients + state.update
+    peak, where = max(
+        (resident + made.forward[0], made.forward[1]),
+        (resident + state.buffers + made.backward[0], made.backward[1]),
+        (resident - state.gradients + state.update, "update"),
+    )
     return Memory(
         weights=weights,
         gradients=state.gradients,
@@ -217,8 +221,8 @@ def _memory(
         zero=state.buffers,
         communication=communication,
         activations=sum(made.saved.values()),
-        peak=max(backward, update),
-        peak_during=made.peak_during if backward >= update else "update",
+        peak=peak,
+        peak_during=where,
         saved=made.saved,
     )
 

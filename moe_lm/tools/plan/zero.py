@@ -61,13 +61,19 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
         # Gradients stay whole until the last micro-batch; then the rank's own are copied together.
         if overlaps and not accumulates:
             return State(0, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
-        own = FLOAT32 * part + buckets
-        grows = not accumulates
         kept = FLOAT32 * parameters if accumulates else 0
-        return State(kept, optimizer, own if overlaps else 0, FLOAT32 * (parameters + part) + buckets, grows)
+        if overlaps:
+            return State(kept, optimizer, FLOAT32 * part + buckets, FLOAT32 * (parameters + part) + buckets, False)
+        # Reduced after the backward pass. What is copied together takes the place of what it is copied from.
+        return State(
+            kept, optimizer, 0, FLOAT32 * max(parameters + buckets // FLOAT32, part + largest), not accumulates
+        )
     if stage == 2:
         kept = FLOAT32 * part if accumulates else 0
-        return State(kept, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
+        if overlaps:
+            return State(kept, optimizer, FLOAT32 * part + buckets, FLOAT32 * (part + largest), False)
+        # As far as it is written: when the backward pass ends, and there are no activations.
+        return State(kept, optimizer, buckets, kept + FLOAT32 * part + max(buckets, FLOAT32 * largest - kept), False)
     weights = sum(group.weights for group in groups)
     live = weights * min(parameters, LIVE) // max(1, parameters)
     held = sum(-(-group.weights // len(group.ranks)) for group in groups)
