@@ -32,7 +32,7 @@ def all_logits(recording: Recording, tokens: int, vocabulary: int) -> Iterator[F
     """A tensor with a number for every token and every entry of the vocabulary."""
     for kernel in recording.kernels:
         for dtype, shape in kernel.shapes:
-            if _size(shape) == tokens * vocabulary and vocabulary in shape:
+            if shape and shape[-1] == vocabulary and _size(shape) == tokens * vocabulary:
                 text = f"{kernel.name} makes {dtype} {list(shape)}, the logits of all positions at once; use chunks"
                 yield _finding("all logits", kernel.place, text)
 
