@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
 from moe_lm.kernels.device import pick_device, pick_dtype
@@ -146,6 +147,11 @@ def make(
     price: float | None = None,
 ) -> Plan:
     """Plan a run. Raises UsageError for an unknown device, and for devices that the run cannot be divided over."""
+    if config.lora is not None or config.preference is not None:
+        raise UsageError(
+            "adapters (lora) and preferences are not planned; --dry-run of moe-lm finetune says what their weights, "
+            "gradients and moments need"
+        )
     devices = devices or config.parallel.expert_parallel_size
     check_layout(config, Topology(world_size=devices))
     on = device_of(config, model, devices, gpu, network, rates, measure)
