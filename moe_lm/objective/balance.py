@@ -15,18 +15,20 @@ from moe_lm.model.moe import Routing, expert_counts
 
 
 def balance_loss(
-    routings: Sequence[Routing], counted_BS: Tensor, weights: BalanceConfig, load: Tensor, tokens: int, rows: int
+    routings: Sequence[Routing], counted_BS: Tensor, weights: BalanceConfig, load: Tensor | None, tokens: int, rows: int
 ) -> Tensor:
     """The weighted balance terms of this part of the global batch, summed over the layers.
 
-    `tokens` and `rows` are those of the whole global batch, `load [layers, E]` that of the step before.
+    `tokens` and `rows` are those of the whole global batch, `load [layers, E]` that of the step before,
+    None for an even one.
     """
     counted_T = counted_BS.flatten().float()
     total = counted_T.new_zeros(())
     if weights.sequence_loss:
         terms = [sequence_balance_loss(routing, counted_BS) for routing in routings]
         total = total + weights.sequence_loss * sum(terms) / rows
-    if weights.batch_loss:
+    if weights.batch_loss and routings:
+        load = torch.stack([r.scores.new_zeros(r.scores.shape[1]) for r in routings]) if load is None else load
         terms = [batch_balance_loss(r, counted_T, load_E) for r, load_E in zip(routings, load, strict=True)]
         total = total + weights.batch_loss * sum(terms) / tokens
     if weights.z_loss:

@@ -141,8 +141,7 @@ class TrainingLoss(nn.Module):
         load = expert_load(routings, counted_BS)
         loss, balance = score.loss, torch.zeros_like(score.loss)
         if counts is not None:
-            before = torch.zeros_like(load) if counts.load is None else counts.load
-            balance = balance_loss(routings, counted_BS, self.balance, before, counts.tokens, counts.rows)
+            balance = balance_loss(routings, counted_BS, self.balance, counts.load, counts.tokens, counts.rows)
             loss = score.loss / counts.units + balance
         return LossParts(
             loss=loss,
