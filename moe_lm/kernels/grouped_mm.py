@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lm.model import moe
 
 BUCKET = 64  # rows
-BLOCK = 1024  # rows at once on a CPU, so that what is in between stays in its caches
+BLOCK = 1024  # rows for each thread
 
 # The gradient of an activation's input, from that of its output and the input.
 SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
@@ -108,34 +108,46 @@ def _padded(rows: Tensor) -> Tensor:
     return padded
 
 
-def kept_narrow(wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
-    """`model.moe.weighted_activation`, which keeps its inputs alone for the backward pass.
+def kept_narrow(
+    wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool, block: int | None = None
+) -> Tensor:
+    """`model.moe.weighted_activation`, which keeps its inputs alone for the backward pass; `block` rows at once.
 
     That equation leaves autograd four float32 tensors as wide as the experts. Here they are computed again from the
     first product, which is in the data type of products. A compiler fuses the equation and decides itself what to keep.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or activation not in SLOPES:
         return moe.weighted_activation(wide, weights_R, activation, gated)
-    return _WeightedActivation.apply(wide, weights_R, activation, gated)
+    return _WeightedActivation.apply(wide, weights_R, activation, gated, block or max(1, len(wide)))
+
+
+def kept_narrow_in_blocks(
+    wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool
+) -> Tensor:
+    """`kept_narrow` for a CPU: what is in between stays in its caches."""
+    return kept_narrow(wide, weights_R, activation, gated, BLOCK * torch.get_num_threads())
 
 
 class _WeightedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool
+        ctx: Any, wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool, block: int
     ) -> Tensor:
         ctx.save_for_backward(wide, weights_R)
-        ctx.activation, ctx.gated = activation, gated
+        ctx.activation, ctx.gated, ctx.block = activation, gated, block
+        if len(wide) <= block:
+            return moe.weighted_activation(wide, weights_R, activation, gated)
         hidden_RF = wide.new_empty(len(wide), wide.shape[1] // (2 if gated else 1))
-        for x, weights, hidden in _blocks(wide, weights_R, hidden_RF):
+        for x, weights, hidden in _blocks(block, wide, weights_R, hidden_RF):
             hidden.copy_(moe.weighted_activation(x, weights, activation, gated))
         return hidden_RF
 
     @staticmethod
-    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         wide, weights_R = ctx.saved_tensors
         wide_grad, weights_grad_R = torch.empty_like(wide), torch.empty_like(weights_R)
-        for x, weights, grad, x_grad, weights_grad in _blocks(wide, weights_R, grad_RF, wide_grad, weights_grad_R):
+        tensors = (wide, weights_R, grad_RF, wide_grad, weights_grad_R)
+        for x, weights, grad, x_grad, weights_grad in _blocks(ctx.block, *tensors):
             first, *up = moe.in_float32(x).chunk(2 if ctx.gated else 1, -1)
             first_grad, *up_grad = x_grad.chunk(2 if ctx.gated else 1, -1)
             grad, weights = moe.in_float32(grad), weights[:, None]
@@ -147,11 +159,8 @@ class _WeightedActivation(torch.autograd.Function):
                 up_grad[0].copy_(activated.mul_(grad))
                 grad.mul_(up[0])
             first_grad.copy_(SLOPES[ctx.activation](grad, first))
-        return wide_grad, weights_grad_R, None, None
+        return wide_grad, weights_grad_R, None, None, None
 
 
-def _blocks(*tensors: Tensor) -> Any:
-    """The same rows of each tensor, all at once but on a CPU."""
-    if not tensors[0].is_cpu:
-        return [tensors]
-    return zip(*(tensor.split(BLOCK * torch.get_num_threads()) for tensor in tensors), strict=True)
+def _blocks(block: int, *tensors: Tensor) -> Any:
+    return zip(*(tensor.split(block) for tensor in tensors), strict=True)

@@ -22,7 +22,7 @@ from moe_lm.kernels import (
 from moe_lm.kernels.native import build
 from moe_lm.model import moe
 from moe_lm.model.attention import AttentionLayer, SegmentAttention, segment_attention
-from moe_lm.model.moe import Experts, GroupedMM
+from moe_lm.model.moe import Experts, GroupedMM, WeightedActivation
 from moe_lm.model.transformer import LanguageModel
 
 ATTENTION: Mapping[str, SegmentAttention] = {
@@ -35,6 +35,11 @@ ATTENTION: Mapping[str, SegmentAttention] = {
     "flash_attn_4": flash_attention.flash_attn_4,
 }
 EXPERTS: Mapping[str, GroupedMM] = {"plain": moe.grouped_mm, "bucketed": grouped_mm.bucketed, "fused": grouped_mm.fused}
+ACTIVATION: Mapping[str, WeightedActivation] = {  # of the experts, by the same names
+    "plain": moe.weighted_activation,
+    "bucketed": grouped_mm.kept_narrow_in_blocks,
+    "fused": grouped_mm.kept_narrow,
+}
 DECODING: Mapping[str, Callable[[LanguageModel], None]] = {"plain": lambda model: None, "cpp": cpu_decode.apply}
 
 
@@ -75,7 +80,7 @@ def apply(model: LanguageModel, kernels: Kernels) -> None:
             module.segment_attention = ATTENTION[kernels.attention]
         elif isinstance(module, Experts) and kernels.experts is not None:
             module.grouped_mm = EXPERTS[kernels.experts]
-            module.activate = moe.weighted_activation if kernels.experts == "plain" else grouped_mm.kept_narrow
+            module.activate = ACTIVATION[kernels.experts]
     if kernels.decoding is not None:
         DECODING[kernels.decoding](model)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lm.kernels.grouped_mm import BLOCK, SLOPES, kept_narrow
-from moe_lm.model.moe import weighted_activation
+from moe_lm.kernels.grouped_mm import BLOCK, SLOPES, kept_narrow, kept_narrow_in_blocks
+from moe_lm.model.moe import WeightedActivation, weighted_activation
 from tests.tiny import random
 
 Activation = Callable[[Tensor], Tensor]
@@ -22,14 +22,15 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of the largest entry:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", SLOPES)
+@pytest.mark.parametrize("kernel", [kept_narrow, kept_narrow_in_blocks])
 @pytest.mark.parametrize("rows", [0, 5, BLOCK + 3])
 def test_it_is_the_equation_and_so_are_its_gradients(
-    rows: int, activation: Activation, gated: bool, dtype: torch.dtype
+    kernel: WeightedActivation, rows: int, activation: Activation, gated: bool, dtype: torch.dtype
 ) -> None:
     wide = random(rows, 12 if gated else 6, seed=1).to(dtype).requires_grad_()
     weights, grad = random(rows, seed=2).requires_grad_(), random(rows, 6, seed=3).to(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (wide, weights)]
-    out, expected = kept_narrow(wide, weights, activation, gated), weighted_activation(*exact, activation, gated)
+    out, expected = kernel(wide, weights, activation, gated), weighted_activation(*exact, activation, gated)
     found = (out, *torch.autograd.grad(out, (wide, weights), grad))
     wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
     assert [tensor.dtype for tensor in found] == [dtype, dtype, torch.float32]
