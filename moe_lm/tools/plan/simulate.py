@@ -25,6 +25,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
+from moe_lm.kernels import grouped_mm
 from moe_lm.kernels.device import DTYPES
 from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
@@ -41,6 +42,7 @@ from moe_lm.tools.plan.recording import Kernel, Recorder, Recording
 from moe_lm.tools.plan.trace import Collective, HostSync, Memory, Part, Pass, Product, Trace, Work
 
 GIB = 2**30
+WHOLE = 1 << 40  # rows of a piece, for a device that takes all at once
 CONTEXT = GIB // 2  # of CUDA and its libraries: an allowance
 NCCL = 2 * GIB  # channels of three communicators: an allowance
 ROUTING = "moe_lm/parallel/expert_parallel.py"  # reads the counts of an exchange on the host
@@ -70,7 +72,7 @@ def simulate(
     recorders: list[Recorder] = []
     with (
         _marked_compilation() as compiled,
-        _chunks_of(device),
+        _pieces_of(device),
         simulated_ranks(world_size, rank, lambda work: recorders[-1].waited(work)),
     ):
         built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
@@ -276,9 +278,16 @@ def _batch(rows: int, length: int) -> Batch:
 
 
 @contextmanager
-def _chunks_of(device: str) -> Iterator[None]:
-    """Have the loss take chunks of the size for `device`, though its tensors say `cpu`."""
-    with patch.dict(CHUNK_BYTES, clear=device != "cpu"), patch.dict(CHUNK_ROWS, clear=device != "cpu"):
+def _pieces_of(device: str) -> Iterator[None]:
+    """Have the loss and the experts' activation take pieces of the size for `device`, though its tensors say `cpu`."""
+    if device == "cpu":
+        yield
+        return
+    with (
+        patch.dict(CHUNK_BYTES, clear=True),
+        patch.dict(CHUNK_ROWS, clear=True),
+        patch.object(grouped_mm, "BLOCK", WHOLE),
+    ):
         yield
 
 
