@@ -160,16 +160,14 @@ def test_deepseekmoe_16b_fits_eight_devices_of_80_gb(micro_batches: int, gib: in
 
 
 def test_a_planted_item_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    activate = moe.ACTIVATIONS["silu"]
+    route = moe.route
 
-    def waits(x: Tensor) -> Tensor:
-        return activate(x) * float(x.detach().isfinite().all().item())
+    def waits(logits: Tensor, *arguments: Any) -> moe.Routing:
+        return route(logits * float(logits.detach().isfinite().all().item()), *arguments)
 
-    monkeypatch.setitem(moe.ACTIVATIONS, "silu", waits)
+    monkeypatch.setattr(moe, "route", waits)
     found = [finding for finding in on_one.__wrapped__().findings if finding.kind == "hidden sync"]
-    assert {(finding.part, finding.during) for finding in found} == {
-        (part, "forward") for part in ("experts", "shared", "dense")
-    }
+    assert {(finding.part, finding.during) for finding in found} == {("router", "forward")}
     assert all("aten._local_scalar_dense" in finding.text for finding in found)
     assert all(finding.where.startswith("tests/tools/plan/test_simulate.py:") for finding in found)
 
