@@ -67,7 +67,7 @@ def test_bytes_that_are_kept() -> None:
             output = model(random_tokens(sum(LENGTHS)), *packed(LENGTHS))
         kept[how] = operations.bytes_alive()
         del output
-    assert kept["selective"] < 0.5 * kept["none"]
+    assert kept["selective"] < 0.52 * kept["none"]
     assert kept["full"] < 0.15 * kept["none"]
 
 
