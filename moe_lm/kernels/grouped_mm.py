@@ -125,7 +125,9 @@ def kept_narrow_in_blocks(
     wide: Tensor, weights_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool
 ) -> Tensor:
     """`kept_narrow` for a CPU: what is in between stays in its caches."""
-    return kept_narrow(wide, weights_R, activation, gated, BLOCK * torch.get_num_threads())
+    # A compiler cannot trace the question for threads, and cuts its graph there.
+    block = None if torch.compiler.is_compiling() else BLOCK * torch.get_num_threads()
+    return kept_narrow(wide, weights_R, activation, gated, block)
 
 
 class _WeightedActivation(torch.autograd.Function):
