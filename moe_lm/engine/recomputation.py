@@ -2,11 +2,13 @@
 
 `full` keeps the input of every block and repeats the block, its exchanges between ranks included.
 
-`selective` keeps what is dear to compute again: products, attention, the experts that were chosen, and what other ranks
-sent. It repeats the rest, which is most of the memory and little of the time: norms, rotations, casts, activations
+`selective` keeps what is dear to compute again: attention, the products of experts and feed-forward layers, the experts
+that were chosen, and what other ranks sent. It repeats the rest, which is most of the memory and little of the time
 (Korthikanti et al., arXiv 2205.05198). The repeated parts of a block lie between its exchanges:
 
-    attend_and_route   norm, attention, norm, router; with a policy that keeps the results of its dear operations
+    attend_and_route   norms, rotation, router, and the projections around attention. A kept byte saves as much work
+                       here as in the experts; these are the products that 16B on 8 x 80 GB has no room for.
+    expand             the copies of tokens for their experts; the product of them is kept
     contract           activation and last product, of every expert and feed-forward layer: the products before it are
                        its inputs, and it is repeated only as far as the input of the last one
 
@@ -15,11 +17,11 @@ Nothing in a block draws random numbers: an adapter's dropout is drawn once a st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_lm.config.training import Recomputation
@@ -27,15 +29,7 @@ from moe_lm.model.layers import MLP
 from moe_lm.model.moe import Experts, MoE
 from moe_lm.model.transformer import LanguageModel
 
-PRODUCTS = {  # the argument whose last dimension is summed over
-    "aten::mm": 0,
-    "aten::bmm": 0,
-    "aten::addmm": 1,
-    "aten::_grouped_mm": 0,
-    "moe_lm::rows_by_weights": 0,
-}
-DEAR = {
-    "aten::topk",  # a repeated choice between two equal scores could be the other one
+ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
@@ -46,6 +40,8 @@ DEAR = {
     "moe_lm::segment_attention",
     "moe_lm::cpu_attention",
 }
+CHOICE = {"aten::topk"}  # repeated, it could decide otherwise between two equal scores
+GROUPED_PRODUCTS = {"aten::_grouped_mm", "moe_lm::rows_by_weights"}
 
 
 def apply(model: LanguageModel, how: Recomputation) -> None:
@@ -56,34 +52,21 @@ def apply(model: LanguageModel, how: Recomputation) -> None:
         if how == "full":
             _wrap(block, "forward")
         else:
-            keep = partial(policy, model.config.hidden_size)
-            _wrap(block, "attend_and_route", keep)
+            _wrap(block, "attend_and_route", ATTENTION | CHOICE)
             if isinstance(block.mlp, MoE):
-                _wrap(block.mlp.experts, "expand", keep)
+                _wrap(block.mlp.experts, "expand", GROUPED_PRODUCTS)
             for part in block.modules():
                 if isinstance(part, MLP | Experts):
                     _wrap(part, "contract")
 
 
-def policy(hidden_size: int, _: object, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """Whether the result of an operation is kept.
+def _wrap(module: nn.Module, method: str, kept: Collection[str] = ()) -> None:
+    """Put a checkpoint around a method of this module, which keeps the results of the operations of these names."""
 
-    An element of a product costs as many multiplications as it has summands, so that those with few are repeated: the
-    up-projections of latent attention.
-    """
-    name = operation.name()
-    if name in PRODUCTS:
-        factor: Tensor = inputs[PRODUCTS[name]]
-        keep = 2 * factor.shape[-1] > hidden_size
-    else:
-        keep = name in DEAR
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(_: object, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-
-def _wrap(module: nn.Module, method: str, keep: Callable[..., CheckpointPolicy] | None = None) -> None:
-    """Put a checkpoint around a method of this module."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if keep is not None:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
-
+    if kept:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     setattr(module, method, partial(checkpoint, getattr(module, method), **options))

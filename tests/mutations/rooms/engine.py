@@ -78,8 +78,8 @@ MUTATIONS = (
     Mutation(
         "recomputation chooses the experts anew",
         "engine/recomputation.py",
-        '    "aten::topk",  #',
-        "    #",
+        '            _wrap(block, "attend_and_route", ATTENTION | CHOICE)\n',
+        '            _wrap(block, "attend_and_route", ATTENTION)\n',
         "engine/test_recomputation.py::test_selective_recomputation_repeats_nothing_dear",
     ),
     Mutation(
