@@ -19,8 +19,17 @@ from moe_lm.common.signals import after_this
 TAIL = 15  # last lines of a log that are shown
 
 
-def run_ranks(worker: str, folder: Path, world_size: int, timeout_seconds: float, threads: int | None = None) -> None:
+def run_ranks(
+    worker: str,
+    folder: Path,
+    world_size: int,
+    timeout_seconds: float,
+    threads: int | None = None,
+    compiling: bool = False,
+) -> None:
     """Run the module `worker` on this many ranks, with `folder`, where its task is, as its argument.
+
+    Unless it is `compiling`, torch.compile does nothing there.
 
     Raises MoeLmError with the last lines of a rank's log when it fails or is not done in time.
     """
@@ -28,9 +37,9 @@ def run_ranks(worker: str, folder: Path, world_size: int, timeout_seconds: float
         **os.environ,
         "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS", "1")),
         "PYTHONUNBUFFERED": "1",
-        # Nothing is compiled here, but importing DeepSpeed would import torch.compile, which takes 5 s a rank.
-        "TORCHDYNAMO_DISABLE": "1",
     }
+    if not compiling:  # importing DeepSpeed imports torch.compile, which takes 5 s a rank
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # from a launcher
         environment.pop(name, None)
     if world_size > 1:

@@ -20,6 +20,7 @@ REFERENCE = "one process"
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
 # Of the torch engine; DeepSpeed has AdamW alone.
 OTHER_OPTIMIZERS: dict[Literal["muon", "lamb"], str] = {"muon": "Muon", "lamb": "LAMB"}
+LOSS_CHUNK = 20  # does not divide the positions of a micro-batch
 CHANGE = 2  # steps before a run goes on in another layout
 PLAN = "plan.json"
 
@@ -32,6 +33,8 @@ class Layout(Section):
     parallel: dict[str, Any] = Field(default={})
     micro_batch_size: int | None = None
     activation_checkpointing: Recomputation = "none"
+    compile: bool = False
+    loss_chunk: int | None = None  # positions whose logits are in memory at once; None: all of the small model's
     packed: bool = True
     sequence_loss: bool = True
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
@@ -108,6 +111,7 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
         Layout(name="accumulation", world_size=1, micro_batch_size=2),
         Layout(name="activation checkpointing", world_size=1, activation_checkpointing="full"),
         Layout(name="selective checkpointing", world_size=1, activation_checkpointing="selective"),
+        Layout(name="loss in chunks", world_size=1, loss_chunk=LOSS_CHUNK),
         Layout(name=WITHOUT_SEQUENCE_LOSS, world_size=1, sequence_loss=False, like=None),
         Layout(
             name="documents in rows of their own", world_size=1, packed=False, sequence_loss=False,
@@ -115,6 +119,8 @@ def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layou
         ),
         Layout(name="1 process after DeepSpeed", world_size=1, load_from="sharded 2"),
     ]  # fmt: skip
+    if not quick:
+        layouts.append(Layout(name="compiled", world_size=1, compile=True))
     return layouts + _grid(1, model, quick) if deepspeed else layouts
 
 
@@ -124,26 +130,29 @@ def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
         *_grid(world_size, model, quick),
     ]
     if world_size == 2:
-        layouts += _two_processes(model)
+        layouts += _two_processes(model, quick)
     elif quick:
         both = _title(world_size, 2, 3)  # experts are divided, and several ranks keep each of them
         layouts = [layout for layout in layouts if layout.name == both or layout.save_as == f"sharded {world_size}"]
     return layouts
 
 
-def _two_processes(model: ModelConfig) -> list[Layout]:
+def _two_processes(model: ModelConfig, quick: bool) -> list[Layout]:
     """The variants of the widest expert parallelism, which two ranks show as well as four."""
     widest = max(_expert_parallel_sizes(2, model))
-    two, three = deepspeed(widest, 2), deepspeed(widest, 3)
-    title, sharded = _title(2, widest, 2), _title(2, widest, 3)
+    one, two, three = (deepspeed(widest, stage) for stage in (1, 2, 3))
+    whole, title, sharded = (_title(2, widest, stage) for stage in (1, 2, 3))
     offload = {"offload_optimizer": True}
 
     def layout(name: str, parallel: dict[str, Any], **settings: Any) -> Layout:
         return Layout(name=name, world_size=2, parallel=parallel, **settings)
 
+    compiled = layout(f"{whole}, compiled", one, activation_checkpointing="selective", compile=True)
     return [
+        *([] if quick else [compiled]),
         layout(f"{title}, accumulation", two, micro_batch_size=1),
         layout(f"{title}, activation checkpointing", two, activation_checkpointing="full"),
+        layout(f"{whole}, selective checkpointing", one, activation_checkpointing="selective"),
         layout(f"{sharded}, selective checkpointing", three, activation_checkpointing="selective"),
         layout(f"{title}, offload", two | offload, save_as="offloaded"),
         layout(f"{sharded}, offload, after ZeRO 2", three | offload, load_from="offloaded"),

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.run import ParallelConfig, RunConfig
-from moe_lm.kernels.device import pick_device
+from moe_lm.kernels.device import compiling_needs, pick_device
 from moe_lm.tools.ranks import run_ranks
 from moe_lm.tools.verify.deviation import Deviation, Tolerance, deviation_of, read_steps
 from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select
@@ -103,13 +103,18 @@ def verify(
     device = "cuda" if pick_device(config.parallel.device).type == "cuda" else "cpu"  # DeepSpeed knows no other
     sizes = choose_world_sizes(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
     model, train = small_model(trained_model(config)), training(config)
+    layouts = all_layouts(model, train, sizes, quick)
+    notes: list[str] = []
+    if not quick and (needed := compiling_needs(torch.device(device))):
+        layouts = [layout for layout in layouts if not layout.compile]
+        notes.append(f"no layout is compiled, which needs {needed}")
     plan = Plan(
         model=model,
         lora=small_lora(config.lora),
         preference=strong_preference(config.preference),
         train=train,
         parallel=ParallelConfig.model_validate({"device": device, "timeout_seconds": timeout_seconds}),
-        layouts=select(all_layouts(model, train, sizes, quick), only),
+        layouts=select(layouts, only),
         sabotage=sabotage and sabotage.absolute(),
     )
     tolerance = Tolerance.of(train.precision)
@@ -117,12 +122,12 @@ def verify(
         folder = Path(name)
         (folder / PLAN).write_text(plan.model_dump_json(), encoding="utf-8")
         for world_size in dict.fromkeys(layout.world_size for layout in plan.layouts):
-            number = sum(layout.world_size == world_size for layout in plan.layouts)
-            messages.print(f"processes: {world_size}, layouts: {number}")
-            run_ranks("moe_lm.tools.verify.worker", folder, world_size, timeout_seconds)
+            here = [layout for layout in plan.layouts if layout.world_size == world_size]
+            messages.print(f"processes: {world_size}, layouts: {len(here)}")
+            compiling = any(layout.compile for layout in here)
+            run_ranks("moe_lm.tools.verify.worker", folder, world_size, timeout_seconds, compiling=compiling)
         results = {layout.name: folder / str(number) for number, layout in enumerate(plan.layouts)}
         deviations: list[tuple[Layout, Deviation]] = []
-        notes: list[str] = []
         for layout in plan.layouts:
             if layout.like is None:
                 notes += islice(easy_steps(read_steps(results[layout.name]), plan), 1)

@@ -9,8 +9,10 @@ import json
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
+from moe_lm.model import layers
 from moe_lm.objective.preference import PreferenceObjective
 from moe_lm.objective.training_loss import NextToken, Objective
 from moe_lm.parallel import logical
@@ -51,7 +54,8 @@ def main(folder: Path) -> None:
     for number, layout in enumerate(plan.layouts):
         if layout.world_size == topology.world_size:
             print(f"layout: {layout.name}", flush=True)
-            run(layout, plan, topology, folder, folder / f"{number}", biases)
+            with loss_in_chunks(layout.loss_chunk):
+                run(layout, plan, topology, folder, folder / f"{number}", biases)
     leave()
 
 
@@ -101,6 +105,17 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     engine.close(leave=False)
 
 
+@contextmanager
+def loss_in_chunks(positions: int | None) -> Iterator[None]:
+    """Let the loss take so many positions at a time. By default a chunk would hold all those of a small model."""
+    if positions is None:
+        yield
+        return
+    rows = dict.fromkeys(("cpu", "cuda"), positions)
+    with patch.dict(layers.CHUNK_ROWS, rows), patch.dict(layers.CHUNK_BYTES, dict.fromkeys(rows, 0)):
+        yield
+
+
 def biases_of(plan: Plan) -> list[float]:
     """The favoured experts' biases, which every rank finds by itself, with the whole model on its CPU."""
     built = build_model(plan.model, ParallelConfig(device="cpu"), Topology(), plan.lora, plan.train.freeze_router)
@@ -121,6 +136,7 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
     """The training config of this layout: the same steps on the same documents."""
     changes: dict[str, object] = {
         "micro_batch_size": layout.micro_batch_size,
+        "compile": layout.compile,
         "activation_checkpointing": layout.activation_checkpointing,
         "optimizer": train.optimizer.model_copy(update={"name": layout.optimizer}),
     }

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import load_config
 from moe_lm.config.training import TrainConfig
+from moe_lm.model.layers import Head, chunk_loss, summed_nll
 from moe_lm.tools.verify.layouts import all_layouts
 from moe_lm.tools.verify.parity import choose_world_sizes
 from moe_lm.tools.verify.scale import small_model
+from moe_lm.tools.verify.worker import loss_in_chunks
 from tests.conftest import MoeLm
 from tests.processes import ROOT
 
@@ -30,7 +33,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def verify(start: Start, code: int, *arguments: object, **environment: object) -> tuple[str, str]:
     """Run `moe-lm verify` on CONFIG, which must end with this exit code; returns its output and its errors."""
     process = start("verify", CONFIG, *arguments, **environment)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == code, err
     return out, err
 
@@ -48,10 +51,12 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
     for name in (
         "2 x DeepSpeed, EP 1, ZeRO 1",
         "2 x DeepSpeed, EP 2, ZeRO 2 after 4 processes",
+        "2 x DeepSpeed, EP 2, ZeRO 1, selective checkpointing",
         "4 x DeepSpeed, EP 2, ZeRO 3",
         "2 x DeepSpeed, EP 2, ZeRO 3, offload, after ZeRO 2",
         "1 process after DeepSpeed",
         "documents in rows of their own",
+        "loss in chunks",
         "2 x torch, Muon",
         "accumulation, LAMB",
     ):
@@ -64,6 +69,38 @@ def test_latent_attention_with_sharded_experts_and_weights_equals_one_process(st
     out, _ = verify(start_moe_lm, 0, model, "--world-sizes", "2", "--only", name, "--json", "-")
     layouts = {layout["name"]: layout for layout in json.loads(out)["layouts"]}
     assert layouts[name]["ok"]
+
+
+@pytest.mark.slow
+def test_compiled_layouts_equal_one_process_that_is_not(start_moe_lm: Start, tmp_path: Path) -> None:
+    names = ("compiled", "2 x DeepSpeed, EP 2, ZeRO 1, compiled")
+    only = ("--world-sizes", "1,2", *(word for name in names for word in ("--only", name)))
+    out, _ = verify(start_moe_lm, 0, *only, "--json", "-")
+    assert {layout["name"]: layout["ok"] for layout in json.loads(out)["layouts"]} == dict.fromkeys(names, True)
+    (tmp_path / "refuses.py").write_text(
+        "import functools, torch\n"
+        "def refuse(graph, inputs): raise RuntimeError('there is a graph')\n"
+        "torch.compile = functools.partial(torch.compile, backend=refuse)\n"
+    )
+    _, err = verify(start_moe_lm, 1, *only, "--sabotage", tmp_path / "refuses.py")
+    assert "there is a graph" in err
+
+
+def test_the_loss_in_chunks_is_that_of_a_few_positions_at_a_time() -> None:
+    head, seen = Head(4, 8), []
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(targets))
+        return chunk_loss(logits, targets)
+
+    def positions_at_once(positions: int | None) -> list[int]:
+        seen.clear()
+        with loss_in_chunks(positions):
+            head(torch.zeros(2, 25, 4), summed_nll, torch.zeros(2, 25, dtype=torch.int64), loss)
+        return list(seen)
+
+    assert positions_at_once(None) == [50]
+    assert positions_at_once(20) == [16, 17, 17]
 
 
 def test_in_bfloat16_muon_has_no_rows() -> None:
