@@ -19,7 +19,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine import recomputation
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
-from moe_lm.kernels.device import compiling_needs, grow_segments, pick_device, pick_dtype
+from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel, is_expert
@@ -177,6 +177,5 @@ def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
                 f"{torch.cuda.device_count()} CUDA devices; start at most one process a device"
             )
         device = torch.device("cuda", topology.local_rank)
-        grow_segments()
         torch.cuda.set_device(device)
     return device

@@ -15,13 +15,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` prefers CUDA, then MPS, then the CPU. Raises UsageError for a device that is not there."""
+    """`auto` prefers CUDA, then MPS, then the CPU. Raises UsageError for a device that is not there.
+
+    CUDA is not used before it has been picked, so its allocator gets its setting here.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        wanted = next(kind for kind, there in available.items() if there)
     if not available.get(wanted):
         choices = ", ".join(["auto", *(kind for kind, there in available.items() if there)])
         raise UsageError(f"device {wanted!r} is not available on this machine; choose one of {choices}")
+    if wanted == "cuda":
+        grow_segments()
     return torch.device(wanted)
 
 
@@ -37,9 +42,10 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def grow_segments() -> None:
-    """Have CUDA's allocator let its segments grow, before CUDA is first used; what a person has set is left as it is.
+    """Have CUDA's allocator let its segments grow; what a person has set is left as it is.
 
-    Experts get other numbers of tokens in every step, and segments of fixed size would break up into pieces.
+    The allocator reads this when CUDA is first used, if only for the device's properties. Experts get other numbers of
+    tokens in every step, and segments of fixed size would break up into pieces.
     """
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

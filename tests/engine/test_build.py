@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moe_lm.config.run import ParallelConfig
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import BatchSource
-from moe_lm.engine.build import rank_device
+from moe_lm.engine.build import build_model
 from moe_lm.engine.engine import Engine, StepResult
 from moe_lm.parallel.topology import Topology
+from moe_lm.train import preflight
 from tests.tiny import LATENT, engine_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,20 +62,33 @@ def test_the_residual_stream_is_float32_where_products_are(
 
 @pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
 def test_segments_of_cuda_memory_grow_from_its_first_use_unless_a_person_has_set_them(
-    monkeypatch: pytest.MonkeyPatch, given: str | None
+    tiny_pretrain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
+    """A run first uses CUDA when it weighs whether it fits, long before it builds its model."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     if given is not None:
         monkeypatch.setenv(given, "max_split_size_mb:512")
-    found: dict[str, str | None] = {}
+    found: list[dict[str, str]] = []
+
+    def use(*_: Any, **__: Any) -> Any:
+        found.append({name: os.environ[name] for name in names if name in os.environ})
+        return SimpleNamespace(total_memory=80 * 2**30)
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: found.update({n: os.environ.get(n) for n in names}))
-    rank_device(ParallelConfig(device="cuda"), Topology())
-    if given is None:
-        assert found == {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    else:
-        assert {name for name, value in found.items() if value is not None} == {given}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    for name in ("is_bf16_supported", "get_device_properties", "set_device"):  # each one makes CUDA read its settings
+        monkeypatch.setattr(f"torch.cuda.{name}", use)
+    config = load_config(
+        PretrainConfig, tiny_pretrain, [f"run_dir={tmp_path}", "parallel.device=cuda", "train.precision=auto"]
+    )
+    preflight.check(config, config.model, Topology())
+    build_model(config.model, config.parallel, Topology())
+    assert len(found) >= 3
+    expected = (
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if given is None else {given: "max_split_size_mb:512"}
+    )
+    assert all(seen == expected for seen in found)
