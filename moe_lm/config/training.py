@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.section import Section
@@ -13,8 +13,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _recomputation(value: Any) -> Any:
-    """Once the setting was true or false, as configs of older versions have it."""
-    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+    """Once the setting was true or false, written in any way; configs of older versions have it."""
+    try:
+        return "full" if TypeAdapter(bool).validate_python(value) else "none"
+    except ValidationError:
+        return value
 
 
 Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]

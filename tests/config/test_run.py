@@ -159,8 +159,12 @@ def test_a_setting_that_is_gone_and_changed_nothing_is_passed_over(key: str, def
 def test_activation_checkpointing_was_true_or_false_once(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", changed(PRETRAIN, "train.activation_checkpointing", True))
     assert load_config(PretrainConfig, path).train.activation_checkpointing == "full"
-    override = "train.activation_checkpointing=false"
-    assert load_config(PretrainConfig, path, [override]).train.activation_checkpointing == "none"
+    for value in ("false", "False", "off", "0", "'no'"):
+        override = f"train.activation_checkpointing={value}"
+        assert load_config(PretrainConfig, path, [override]).train.activation_checkpointing == "none"
+    for written in ("True", "'true'", "1", "on"):
+        override = f"train.activation_checkpointing={written}"
+        assert load_config(PretrainConfig, path, [override]).train.activation_checkpointing == "full"
     with pytest.raises(UsageError, match="'some': input should be 'none', 'selective' or 'full'"):
         load_config(PretrainConfig, path, ["train.activation_checkpointing=some"])
 
