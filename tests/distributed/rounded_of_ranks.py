@@ -30,7 +30,7 @@ from tests.tiny import tiny
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"ZeRO {stage}": {"zero_stage": stage} for stage in (1, 2, 3)},
-    "ZeRO 2, offload": {"zero_stage": 2, "offload_optimizer": True},
+    **{f"ZeRO {stage}, offload": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
 }
 TRAIN = TrainConfig(
     steps=4, global_batch_size=4, micro_batch_size=1, precision="bfloat16", optimizer={"lr": 0.01, "eps": 1e-4}
