@@ -55,7 +55,8 @@ class Exchange:
     def fetch(self, tensor: Tensor, filled: dist.Work) -> Callable[[], Tensor]:
         """A tensor that an exchange fills, for the host: call the result to wait for it.
 
-        On CUDA it is copied beside what is computed, so that the wait is not for what was queued since.
+        What the exchange reads lies in the same memory, which is held until then. On CUDA it is copied beside what is
+        computed, so that the wait is not for what was queued since.
         """
         if self._side is None:
 

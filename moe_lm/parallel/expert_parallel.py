@@ -117,7 +117,7 @@ class AllToAllDispatcher:
     def exchange_counts(self, counts_N2: Tensor) -> ReadCounts:
         """Tell each rank how many rows it will get from this one, and how many choices of its experts they carry."""
         both_2N2 = torch.stack((counts_N2, counts_N2))
-        work = dist.all_to_all_single(both_2N2[1], counts_N2, group=self.group, async_op=True)
+        work = dist.all_to_all_single(both_2N2[1], both_2N2[0], group=self.group, async_op=True)
         return self.exchange.fetch(both_2N2, work)
 
     @torch.compiler.disable

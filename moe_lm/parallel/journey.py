@@ -68,9 +68,8 @@ class Journey:
             self._under_way.append((work, rows, coming))
 
     def _receive(self) -> list[Tensor]:
-        with self.exchange.waiting():
-            for work, _, _ in self._under_way:
-                work.wait()
+        for work, _, _ in self._under_way:
+            work.wait()
         arrived = [coming for _, _, coming in self._under_way]
         self._under_way.clear()
         return arrived
@@ -88,7 +87,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         journey: Journey = ctx.journey
-        arrived = iter(journey._receive())
+        with journey.exchange.waiting():
+            arrived = iter(journey._receive())
         gradients = [next(arrived) if wanted else None for wanted in journey.wanted]
         if journey.copies:
             pairs = zip(journey.copies, gradients, strict=True)
@@ -102,10 +102,11 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, departed: Tensor, journey: Journey) -> tuple[Tensor, ...]:
         ctx.journey = journey
-        # Sent beside the main stream, the rows are waited for there, so that their memory is not taken too early.
-        with journey.exchange.beside():
-            arrived = tuple(journey._receive())
-        journey.exchange.join([*arrived, *(tensor for copies in journey.copies for tensor in copies)])
+        with journey.exchange.waiting():  # the main stream's wait alone, not what was hidden behind its work
+            # Sent beside the main stream, the rows are waited for there, so that their memory is not taken too early.
+            with journey.exchange.beside():
+                arrived = tuple(journey._receive())
+            journey.exchange.join([*arrived, *(tensor for copies in journey.copies for tensor in copies)])
         ctx.mark_non_differentiable(*(rows for rows, wanted in zip(arrived, journey.wanted, strict=True) if not wanted))
         return arrived
 

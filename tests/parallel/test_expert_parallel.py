@@ -6,6 +6,7 @@ Groups of several ranks are in tests/distributed/test_experts_of_ranks.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from moe_lm.parallel.expert_parallel import AllToAllDispatcher
 from tests.tiny import random, tiny
 
 Change = Callable[[MoE, Tensor], object]
+CYCLES = 20_000_000  # of a GPU's clock: about 10 ms
 
 
 @pytest.fixture
@@ -44,13 +46,15 @@ def layer(group: dist.ProcessGroup | None = None, kernel: str = "plain") -> MoE:
     return moe
 
 
-def computed(moe: MoE, change: Change | None = None, repeated: bool = False) -> dict[str, Tensor]:
+def computed(
+    moe: MoE, change: Change | None = None, repeated: bool = False, device: str = "cpu", rows: int = 2
+) -> dict[str, Tensor]:
     """The layer's output for some tokens, and every gradient."""
-    x_BSD = random(2, 7, 32, seed=9).requires_grad_()
+    x_BSD = random(rows, 7, 32, seed=9).to(device).requires_grad_()
     if change is not None:
         change(moe, x_BSD)
     out: Tensor = checkpoint(lambda x: moe(x)[0], x_BSD, use_reentrant=False) if repeated else moe(x_BSD)[0]
-    out.backward(random(2, 7, 32, seed=10))
+    out.backward(random(rows, 7, 32, seed=10).to(device))
     named = {"x": x_BSD, **dict(moe.named_parameters())}
     return {"out": out.detach()} | {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
 
@@ -105,6 +109,43 @@ def test_tokens_travel_while_the_shared_experts_are_computed(
         f"send {shape}", f"send {choices}", "shared gate", "shared up", f"wait for {shape}", f"wait for {choices}",
     ]  # fmt: skip
     assert events.index(f"wait for {shape}") < events.index("experts") < len(events) - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("late", ["counts", "rows"])
+@pytest.mark.parametrize("repeated", [False, True], ids=["", "repeated"])
+def test_a_late_side_stream_changes_no_number(monkeypatch: pytest.MonkeyPatch, repeated: bool, late: str) -> None:
+    """Nothing is read before it is there, and no memory is taken before it has been read."""
+    fetch, beside = Exchange.fetch, Exchange.beside
+
+    def fetch_late(self: Exchange, *arguments: Any) -> Callable[[], Tensor]:
+        with beside(self):
+            torch.cuda._sleep(CYCLES)
+        return fetch(self, *arguments)
+
+    @contextmanager
+    def beside_late(self: Exchange, *arguments: Any) -> Iterator[None]:
+        with beside(self, *arguments):
+            torch.cuda._sleep(CYCLES)
+            yield
+
+    here = torch.device("cuda", torch.cuda.current_device())
+    expected = computed(layer().to(here), device="cuda", rows=300)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        monkeypatch.setattr(Exchange, *(("fetch", fetch_late) if late == "counts" else ("beside", beside_late)))
+        moe = layer().to(here)
+        moe.dispatcher = AllToAllDispatcher(dist.group.WORLD, Exchange(here))
+        for _ in range(3):  # memory of one pass is taken by the next
+            moe.zero_grad()
+            found = computed(moe, repeated=repeated, device="cuda", rows=300)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_compilation_stops_at_the_exchanges_alone(group: dist.ProcessGroup) -> None:
