@@ -31,7 +31,11 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
 from moe_lm.parallel.topology import Topology
 
-SIMULATED_ATTENTION = ("torch_varlen", "segments")  # need no package, and have the products of all others
+# Of a simulated device, unless the config names another: what a run finds installed is not known. `torch_varlen` pads
+# the uneven heads of latent attention, which FlashAttention 3 and 4 take as they are.
+SIMULATED_ATTENTION = ("torch_varlen", "segments")
+# Run in their place there, with the same products: one needs its package, the other reads lengths on the host.
+STAND_INS = {"flash_attn_2": "torch_varlen", "plain": "segments"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def build_model(
     if simulated is None:
         chosen = kernels.choose(device, attention=parallel.attention_kernel)
     else:
-        chosen = kernels.choose(simulated, simulated=SIMULATED_ATTENTION)
+        named = kernels.choose(simulated, attention=parallel.attention_kernel, simulated=SIMULATED_ATTENTION)
+        chosen = named._replace(attention=STAND_INS.get(named.attention, named.attention))
     exchange = Exchange(device) if topology.world_size > 1 else None
     if parallel.engine == "torch":
         with nullcontext() if simulated is None else torch.device("meta"):

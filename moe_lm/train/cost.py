@@ -48,10 +48,16 @@ class Cost:
     memory: Memory
 
 
-def describe(config: RunConfig, model: ModelConfig, topology: Topology, memory: str | None = None) -> str:
+def describe(
+    config: RunConfig,
+    model: ModelConfig,
+    topology: Topology,
+    memory: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device.
 
-    `memory` stands in place of that of weights, gradients and optimizer.
+    `memory` stands in place of that of weights, gradients and optimizer; `dtype` as for `cost`.
     """
     train, parallel, length = config.train, config.parallel, config.data.sequence_length
     parameters = count_parameters(model)
@@ -59,7 +65,7 @@ def describe(config: RunConfig, model: ModelConfig, topology: Topology, memory: 
     flops = [flops_per_token(model, length, causal_half=half) for half in (True, False)]
     lines = [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
-        *cost_lines(config, model, topology, memory),
+        *cost_lines(config, model, topology, memory, dtype),
         f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
@@ -72,27 +78,42 @@ def describe(config: RunConfig, model: ModelConfig, topology: Topology, memory: 
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def cost_lines(config: RunConfig, model: ModelConfig, topology: Topology, memory: str | None = None) -> list[str]:
+def cost_lines(
+    config: RunConfig,
+    model: ModelConfig,
+    topology: Topology,
+    memory: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
     """The parameters that are trained and the memory that they need; with adapters, also that of training all."""
-    this_run = cost(config, model, config.lora, topology)
+    this_run = cost(config, model, config.lora, topology, dtype)
     memory = memory or (
         f"{_mib(this_run.memory.total)} MiB on each device of {processes(config, topology)} "
         f"({_mib(this_run.memory.weights)} weights, {_mib(this_run.memory.gradients)} gradients, "
         f"{_mib(this_run.memory.optimizer)} optimizer), before activations"
     )
     if config.lora is not None:
-        memory += f"; {_mib(cost(config, model, None, topology).memory.total)} MiB if all weights were trained"
+        memory += f"; {_mib(cost(config, model, None, topology, dtype).memory.total)} MiB if all weights were trained"
     percent = 100 * this_run.trained / this_run.parameters
     share = f"{this_run.trained:,} of {this_run.parameters:,} parameters ({percent:.3g}%)"
     return [f"trained         {share}", f"memory          {memory}"]
 
 
-def cost(config: RunConfig, model: ModelConfig, lora: LoraConfig | None, topology: Topology) -> Cost:
-    """Cost of training the adapters of `lora`, or all weights."""
+def cost(
+    config: RunConfig,
+    model: ModelConfig,
+    lora: LoraConfig | None,
+    topology: Topology,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Cost of training the adapters of `lora`, or all weights, with products in `dtype`.
+
+    None: in the data type of the device that is here. Raises UsageError when there is none as the config asks for.
+    """
     train, parallel = config.train, config.parallel
     built = on_meta(model)
     freeze(built, lora, train.freeze_router)
-    dtype = pick_dtype(train.precision, pick_device(parallel.device))
+    dtype = dtype or pick_dtype(train.precision, pick_device(parallel.device))
     if parallel.zero_stage != 3:
         narrow_frozen(built, dtype)
     parameters = dict(built.named_parameters())

@@ -54,6 +54,7 @@ class Verdict(NamedTuple):
     line: str
     refusal: str | None
     is_asked: bool  # the device was named, and need not be here
+    dtype: torch.dtype  # of products on it
 
 
 Fit = Callable[[RunConfig, ModelConfig, Topology], Verdict]  # of tools/plan, which the walk does not import
@@ -70,26 +71,31 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit 
     check_layout(config, topology)
     check_folder(config.run_dir)
     verdict = None if fit is None else fit(config, model, topology)
-    refusals, warnings = lacking(config, model, topology, memory=verdict is None)
+    dtype = None if verdict is None else verdict.dtype
+    refusals, warnings = lacking(config, model, topology, memory=verdict is None, dtype=dtype)
     if verdict is not None and verdict.refusal is not None:
         if verdict.is_asked:
             raise UsageError(verdict.refusal)
         refusals.insert(0, verdict.refusal)
     if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
-    text = describe(config, model, topology, verdict and verdict.line)
+    text = describe(config, model, topology, verdict and verdict.line, dtype)
     return "\n".join([text, *(f"not here        {sentence}" for sentence in (*refusals, *warnings))])
 
 
 def lacking(
-    config: RunConfig, model: ModelConfig, topology: Topology, memory: bool = True
+    config: RunConfig,
+    model: ModelConfig,
+    topology: Topology,
+    memory: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[str], list[str]]:
     """What this machine has too little of, a sentence each: what refuses the run, and what it is only warned of.
 
     A run with a complete checkpoint is not refused for its disk: started again, it does as well as if it had gone on,
     and lets its older checkpoints give way.
     """
-    needs = cost(config, model, config.lora, topology)
+    needs = cost(config, model, config.lora, topology, dtype)
     warnings: list[str] = []
     refusals = [lacking_memory(config, needs, topology) if memory else None]
     if topology.is_main and (disk := lacking_disk(config, needs)):  # the others share it

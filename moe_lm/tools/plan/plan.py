@@ -20,7 +20,8 @@ from rich.table import Table
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
-from moe_lm.kernels.device import pick_device, pick_dtype
+from moe_lm.kernels.available import BY_SPEED
+from moe_lm.kernels.device import DTYPES, pick_device, pick_dtype
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan.devices import GIB, OF_MEMORY, Device, changed, find_device, parsed
 from moe_lm.tools.plan.measure import Shapes, measured
@@ -47,7 +48,7 @@ DAY = 24 * 3600
 class Plan:
     """A run on so many devices: its own layout, and all others."""
 
-    config: RunConfig
+    config: RunConfig  # with the data type of products resolved
     model: ModelConfig
     devices: int
     device: Device
@@ -63,8 +64,9 @@ class Plan:
     @cached_property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
-        config = self.own.layout.applied(self.config)
-        return checkpoint_bytes(config, cost(config, self.model, config.lora, Topology(world_size=self.devices)))
+        config, dtype = self.own.layout.applied(self.config), DTYPES[self.config.train.precision]
+        needs = cost(config, self.model, config.lora, Topology(world_size=self.devices), dtype)
+        return checkpoint_bytes(config, needs)
 
     def speed(self, item: Estimate) -> float:
         """Tokens a second."""
@@ -154,27 +156,33 @@ def make(
         )
     devices = devices or config.parallel.expert_parallel_size
     check_layout(config, Topology(world_size=devices))
-    on = device_of(config, model, devices, gpu, network, rates, measure)
-    tracer = tracer_of(model, "cpu" if gpu == "cpu" else "cuda")
+    here = torch.device("cpu") if gpu == "cpu" else pick_device("cuda") if measure else None
+    config = resolved(config, here)
+    on = find_device(gpu, rates, network) if here is None else device_here(config, model, devices, here, network, rates)
+    tracer = tracer_of(model, "cuda" if here is None else here.type)
     own = estimate(config, devices, on, tracer)
     whole = config.train.steps * config.train.global_batch_size * config.row_length
     return Plan(config, model, devices, on, own, search(config, model, devices, on, tracer), tokens or whole, price)
 
 
-def device_of(
+def resolved(config: RunConfig, here: torch.device | None) -> RunConfig:
+    """The config with the data type of products that `auto` is on a device; None is a GPU that is not here."""
+    if config.train.precision != "auto":
+        return config
+    dtype = "bfloat16" if here is None else str(pick_dtype("auto", here)).removeprefix("torch.")
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": dtype})})
+
+
+def device_here(
     config: RunConfig,
     model: ModelConfig,
     devices: int,
-    gpu: str,
+    here: torch.device,
     network: str | None,
     rates: Sequence[str],
-    measure: bool,
 ) -> Device:
-    """The device that `--gpu` names, or this machine, with the rates that were given by hand."""
-    if gpu != "cpu" and not measure:
-        return find_device(gpu, rates, network)
-    here = torch.device("cpu") if gpu == "cpu" else pick_device("cuda")
-    dtype = pick_dtype(config.train.precision, here)
+    """A device of this machine with the rates that it reaches now, but for those that were given by hand."""
+    dtype = DTYPES[config.train.precision]
     tokens = config.train.rows_at_once(devices) * config.row_length
     found = measured(
         Shapes.of(model, tokens, config.data.sequence_length, dtype, here), devices, memory_here(here, devices)
@@ -195,10 +203,8 @@ def tracer_of(model: ModelConfig, kind: str) -> Tracer:
 
     def traced(config: RunConfig, devices: int) -> Trace:
         key = f"{devices} {config.parallel!r} {config.train!r}"
-        # In float32 a GPU's attention loops over the segments, which takes numbers; a CPU's kernel holds as much.
-        device = "cpu" if config.train.precision == "float32" else kind
         if key not in known:
-            known[key] = simulate(model, config.train, config.parallel, config.row_length, devices, device=device)
+            known[key] = simulate(model, config.train, config.parallel, config.row_length, devices, device=kind)
         return known[key]
 
     return traced
@@ -210,14 +216,21 @@ def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | No
     If it does not, the verdict names the nearest layout that does.
     """
     devices = topology.world_size
-    device, kind = _device_to_fill(config, topology, gpu)
+    device, here = _device_to_fill(config, topology, gpu)
+    kind = "cuda" if here is None or here.type == "cuda" else "cpu"
+    is_asked = gpu is not None
+    config = resolved(config, here)
+    dtype = DTYPES[config.train.precision]
+    if not is_asked and not is_machine_of(config) and config.parallel.attention_kernel not in BY_SPEED[kind]:
+        # A kernel of the machine that the run will have, such as a GPU's on a login node.
+        parallel = config.parallel.model_copy(update={"attention_kernel": "auto"})
+        config = config.model_copy(update={"parallel": parallel})
     tracer = tracer_of(model, kind)
     own = estimate(config, devices, device, tracer)
     room = f"{_size(device.usable)} ({OF_MEMORY:.0%} of the memory of {device.name})"
     needs = f"{_size(own.peak)} at the peak on each device of {devices}"
-    is_asked = gpu is not None
     if own.fits:
-        return Verdict(f"{needs}, of {room}: fits", None, is_asked)
+        return Verdict(f"{needs}, of {room}: fits", None, is_asked, dtype)
     said = f"this run needs {needs} ({own.trace.memory.peak_during}), and there are {room}"
     if is_asked or is_machine_of(config):
         other = nearest(own.layout, search(config, model, devices, device, tracer))
@@ -226,18 +239,16 @@ def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | No
         else:
             settings = _settings(other.layout.changes(own.layout))
             said += f"; the nearest layout that fits needs {_size(other.peak)}: {settings}"
-    return Verdict(f"{needs}, of {room}", said, is_asked)
+    return Verdict(f"{needs}, of {room}", said, is_asked, dtype)
 
 
-def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> tuple[Device, str]:
-    """The device whose memory a run is to fit, and the kind of its kernels."""
+def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> tuple[Device, torch.device | None]:
+    """The device whose memory a run is to fit, and which one of this machine it is; None for another's GPU."""
     if gpu is not None and gpu != "cpu":
-        return find_device(gpu), "cuda"
+        return find_device(gpu), None
     here = torch.device("cpu") if gpu == "cpu" else pick_device(config.parallel.device)
     memory = memory_here(here, ranks_here(topology))
-    return replace(
-        find_device("h100"), name=f"this {here.type}", memory=memory
-    ), "cuda" if here.type == "cuda" else "cpu"
+    return replace(find_device("h100"), name=f"this {here.type}", memory=memory), here
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -69,7 +69,7 @@ class Layout:
             changes[section][name] = value
         if self.zero == 3:
             changes["train"]["compile"] = False  # which ZeRO 3 refuses
-        plain = config.parallel.model_dump(include={"device", "timeout_seconds"})
+        plain = config.parallel.model_dump(include={"device", "timeout_seconds", "attention_kernel"})
         parallel = ParallelConfig.model_validate({**plain, **changes["parallel"]})
         train = TrainConfig.model_validate(config.train.model_dump() | changes["train"])
         return config.model_copy(update={"parallel": parallel, "train": train})

@@ -25,7 +25,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
-from moe_lm.kernels import grouped_mm
+from moe_lm.kernels import grouped_mm, kernels
 from moe_lm.kernels.device import DTYPES
 from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
@@ -76,6 +76,9 @@ def simulate(
         simulated_ranks(world_size, rank, lambda work: recorders[-1].waited(work)),
     ):
         built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
+        if device == "cuda" and dtype == torch.float32:
+            # Its own kernels loop over segments and experts, which takes numbers; a CPU's have the same products.
+            kernels.apply(built.model, kernels.Kernels(attention="segments", experts="bucketed"))
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)

@@ -114,6 +114,35 @@ def test_a_run_in_float32_is_planned_for_a_gpu_too(tiny_pretrain: Path, tmp_path
     assert "(92% of the memory of h200): fits" in done.out
 
 
+def test_a_gpu_that_is_not_here_is_planned_for_though_the_config_asks_for_it(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the data type that the GPU multiplies, whatever this processor does."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = (tiny_pretrain, f"run_dir={tmp_path / 'run'}", *FEW, "parallel.device=cuda")
+    lines = []
+    for precision in ("auto", "bfloat16", "float32"):
+        done = moe_lm("pretrain", *config, f"train.precision={precision}", "--dry-run", "--gpu", "h100")
+        assert done.code == 0, done.err
+        lines.append(next(line for line in done.out.splitlines() if line.startswith("memory ")))
+    assert lines[0] == lines[1] != lines[2]
+    done = moe_lm("plan", *config, "train.precision=auto", "--gpu", "h100", "--gpus", 2)
+    assert done.code == 0, done.err
+
+
+def test_the_attention_kernel_of_the_config_is_planned_with_and_one_of_other_devices_refused(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    config = (tiny_pretrain, f"run_dir={tmp_path / 'run'}", *FEW, BFLOAT16)
+    for command in (("plan", *config), ("pretrain", *config, "--dry-run")):
+        done = moe_lm(*command, "parallel.attention_kernel=cpp", "--gpu", "h100")
+        assert (done.code, done.out) == (2, "")
+        assert "parallel.attention_kernel=cpp does not run on cuda; choose one of auto, flash_attn_3" in done.err
+    elsewhere = ("parallel.device=auto", "--dry-run")
+    on_login_node = moe_lm("pretrain", *config, "parallel.attention_kernel=flash_attn_3", *elsewhere)
+    assert on_login_node.code == 0, on_login_node.err
+
+
 def test_a_run_that_starts_has_a_device_and_takes_no_other(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
     done = moe_lm("pretrain", tiny_pretrain, "--gpu", "h100")
     assert done.code == 2

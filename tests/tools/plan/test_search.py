@@ -98,6 +98,9 @@ def test_a_layout_applied_is_the_layout_of_the_config(config: PretrainConfig, tr
         Layout(2, 2, 1, 1, "selective", offload=True),
     ):
         assert Layout.of(layout.applied(config), 2) == layout
+    kernel = config.parallel.model_copy(update={"attention_kernel": "flash_attn_3"})
+    moved = Layout(2, 2, 1, 1, "none").applied(config.model_copy(update={"parallel": kernel}))
+    assert moved.parallel.attention_kernel == "flash_attn_3"
     own = Layout(2, 2, 1, 1, "none")
     assert estimate(own.applied(config), 2, find_device("h100"), trace).layout == own
 

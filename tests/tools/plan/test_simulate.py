@@ -26,7 +26,7 @@ from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import simulate as simulation
 from moe_lm.tools.plan.layers import reduced
 from moe_lm.tools.plan.simulate import simulate
-from moe_lm.tools.plan.trace import Finding, Trace
+from moe_lm.tools.plan.trace import Finding, Trace, Work
 from tests.tiny import tiny
 
 LENGTH = 32
@@ -59,6 +59,32 @@ def test_flops_are_those_of_the_formula(model: ModelConfig) -> None:
     assert trace.of(["forward"]).flops("attention") == scores * trace.tokens / 3
     # FlashAttention keeps no scores, so that its backward pass has five products where the forward pass has two.
     assert trace.of(["backward"]).flops("attention") == 2.5 * trace.of(["forward"]).flops("attention")
+
+
+@functools.cache
+def attention_of(kernel: str) -> Work:
+    """In latent attention with DeepSeek's sizes, on a GPU."""
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    model = tiny(**sizes, num_key_value_heads=None, head_dim=None, use_qk_norm=False)
+    parallel = ParallelConfig(attention_kernel=kernel)  # type: ignore[arg-type]
+    return simulate(model, training(), parallel, LENGTH).of(["forward", "backward"])
+
+
+def test_the_attention_kernel_is_the_one_of_the_config() -> None:
+    auto, padded, uneven = (attention_of(kernel) for kernel in ("auto", "flash_attn_2", "flash_attn_3"))
+    assert auto == padded, "the package is not needed"
+    # Forward and backward 2 * (N + M) and 2 * (3N + 2M), N 192 and M 128, or padded to N.
+    assert padded.flops("attention") / uneven.flops("attention") == pytest.approx(7 * 192 / (4 * 192 + 3 * 128))
+    assert attention_of("plain").flops("attention") == padded.flops("attention")
+
+
+def test_a_gpu_in_float32_is_still_a_gpu() -> None:
+    """Its exchanges overlap, and its libraries take memory, though its attention is simulated as a CPU's."""
+    train = training(global_batch_size=16, micro_batch_size=1, precision="float32")
+    trace = simulate(tiny(num_hidden_layers=3), train, EXPERT_PARALLEL, LENGTH, world_size=8, rank=5)
+    assert trace.of(["forward"]).flops("attention") > 0
+    assert trace.memory.communication > 0
+    assert any(item.hidden_by.launches for item in trace.collectives if item.part == "update")
 
 
 def test_full_recomputation_repeats_the_layers_but_not_the_head() -> None:
