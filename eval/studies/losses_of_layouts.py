@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -87,11 +88,16 @@ def main() -> None:
 
 
 def distances(run: str, losses: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """The greatest relative difference of a step's loss from one process, and from one process in float32."""
+    """Relative differences from one process and from its float32 run: the greatest of a step, that of the mean loss."""
     setting = run.split(", ", 1)[1]
     found, wide = losses[run], losses[f"float32, {setting}"][REFERENCE]
     return {
-        layout: {"from one process": apart(steps, found[REFERENCE]), "from float32": apart(steps, wide)}
+        layout: {
+            "from one process": apart(steps, found[REFERENCE]),
+            "from float32": apart(steps, wide),
+            "mean, from one process": abs(fmean(steps) / fmean(found[REFERENCE]) - 1),
+            "mean, from float32": abs(fmean(steps) / fmean(wide) - 1),
+        }
         for layout, steps in found.items()
     }
 
