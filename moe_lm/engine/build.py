@@ -144,7 +144,7 @@ def build_loss(
     if train.compile:
         compile_blocks(built.model)
     recomputation.apply(built.model, train.activation_checkpointing)
-    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype)
+    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype, compiled=train.compile)
 
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:
@@ -163,8 +163,8 @@ def compile_blocks(model: LanguageModel) -> None:
     torch._dynamo.config.optimize_ddp = False
     # With a policy for recomputation it warns that operations in place would go wrong; a block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    for block in model.model.layers:
-        setattr(block, "forward", torch.compile(block.forward))  # noqa: B010
+    for part in (*model.model.layers, model.model.norm):
+        setattr(part, "forward", torch.compile(part.forward))  # noqa: B010
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:

@@ -97,7 +97,7 @@ class Head(nn.Linear):
 # rows would read the weight, and add to its gradient, too often.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_ROWS = {"cpu": 128}
-OTHER_BYTES, OTHER_ROWS = 64 * 2**20, 512
+OTHER_BYTES, OTHER_ROWS = 64 * 2**20, 1024
 
 # logits [C, V], targets [C] of at least 0 -> negative log-likelihoods [C] in float32, their gradients [C, V]
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -245,7 +245,13 @@ class _Gradients:
 
     def of_inputs(self) -> tuple[Tensor | None, ...]:
         sums = zip(self._sums, self._head.given, strict=True)
-        return tuple(None if total is None or of is None else total.to(of.dtype) for total, of in sums)
+        return tuple(None if total is None or of is None else total.to(_gradient_dtype(of)) for total, of in sums)
+
+
+def _gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """Of a weight in bfloat16 whose gradients are added up in float32, they stay as they are."""
+    wanted = tensor.grad_dtype if tensor.is_leaf else None
+    return wanted or tensor.dtype
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -257,10 +257,10 @@ def add_experts(x_TD: Tensor, weights_TE: Tensor, count: int, experts: Experts) 
 
     Tokens are copied for their experts, multiplied expert by expert, and their results added up.
     """
-    chosen_TE = weights_TE != NOT_CHOSEN
-    copies, pair_R = copies_of(chosen_TE, count)
+    copies, pair_R, before = copies_of(weights_TE != NOT_CHOSEN, count)
     weights_R = weights_TE.T.flatten().index_select(0, pair_R)
-    ends_E = chosen_TE.sum(0).cumsum(0).to(torch.int32)
+    rows, groups = weights_TE.shape
+    ends_E = before.index_select(0, rows * torch.arange(1, groups + 1, device=before.device)).to(torch.int32)
     return add_up(experts(x_TD, ends_E, weights_R, copies), copies)
 
 
@@ -271,6 +271,10 @@ class Copies(NamedTuple):
     places: Tensor  # [R] int64
     offsets: Tensor  # [T + 1] int64
 
+    def first(self, count: int) -> Copies:
+        """The same with the first `count` of R copies, where the others mean nothing."""
+        return Copies(self.source[:count], self.places[:count], self.offsets)
+
     def take(self, x_TD: Tensor) -> Tensor:
         """The copies `[R, D]`."""
         return x_TD.index_select(0, self.source)
@@ -280,19 +284,29 @@ class Copies(NamedTuple):
         return F.embedding_bag(self.places, y_RD.contiguous(), self.offsets, mode="sum", include_last_offset=True)
 
 
-def copies_of(wanted_TG: Tensor, count: int) -> tuple[Copies, Tensor]:
+def copies_of(wanted_TG: Tensor, count: int) -> tuple[Copies, Tensor, Tensor]:
     """The copies of rows for the groups that want them, by group and within a group by row.
 
-    Returns with them the pair `[R]` of which each is one, as `group * T + row`. `count` is R, the number of True in
-    `wanted`: given, so that no device must be asked for it. No sort: counting gives the places.
+    Returns with them the pair `[R]` of which each is one, as `group * T + row`, and how many copies come before each
+    pair, `[G*T + 1]`. `count` is R, the number of True in `wanted`: given, so that no device must be asked for it. With
+    a larger one the last entries mean nothing. No sort and no search: counting gives the places.
     """
     rows, groups = wanted_TG.shape
-    wanted_GT = wanted_TG.T.flatten()
-    pair_R = torch.nonzero_static(wanted_GT, size=count).squeeze(1)
-    place_TG = (wanted_GT.cumsum(0) - 1).view(groups, rows).T.flatten()
-    places_R = place_TG.index_select(0, torch.nonzero_static(wanted_TG.flatten(), size=count).squeeze(1))
-    offsets = F.pad(wanted_TG.sum(1).cumsum(0), (1, 0))
-    return Copies(pair_R % max(rows, 1), places_R, offsets), pair_R
+    wanted_GT, wanted_TG = wanted_TG.T.flatten(), wanted_TG.flatten()
+    before_GT = F.pad(wanted_GT.cumsum(0), (1, 0))
+    before_TG = F.pad(wanted_TG.cumsum(0), (1, 0))
+    # What is not wanted goes to a place behind the last one.
+    place_GT = before_GT[:-1].masked_fill(~wanted_GT, count)
+    order_TG = before_TG[:-1].masked_fill(~wanted_TG, count)
+    place_TG = place_GT.view(groups, rows).T.flatten()
+    pair_R = _put(place_GT, torch.arange(groups * rows, device=place_GT.device), count)
+    places_R = _put(order_TG, place_TG, count)
+    return Copies(pair_R % max(rows, 1), places_R, before_TG[::groups].contiguous()), pair_R, before_GT
+
+
+def _put(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """`[count]` values by place; those of place `count` are left out."""
+    return values.new_zeros(count + 1).scatter_(0, places, values)[:count]
 
 
 def copy_rows(x_TD: Tensor, copies: Copies) -> Tensor:
@@ -332,7 +346,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def expert_counts(experts_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:
-    """Tokens of each expert, `[E]` int64; `counted [T]` leaves padding out."""
+    """Tokens of each expert, `[E]` int64, or `[..., E]` of several layers; `counted [T]` leaves padding out."""
     chosen = torch.ones_like(experts_Tk) if counted_T is None else counted_T[:, None].expand_as(experts_Tk).long()
-    zeros = torch.zeros(num_experts, dtype=torch.int64, device=experts_Tk.device)
-    return zeros.scatter_add(0, experts_Tk.flatten(), chosen.flatten())
+    zeros = experts_Tk.new_zeros(*experts_Tk.shape[:-2], num_experts)
+    return zeros.scatter_add(-1, experts_Tk.flatten(-2), chosen.flatten(-2))

@@ -19,7 +19,7 @@ from moe_lm.model.attention import PackedAttention
 from moe_lm.model.layers import ChunkLoss, Head, chunk_loss, likeliest, summed_nll, token_nll
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.balance import balance_loss, expert_load, router_entropies
+from moe_lm.objective.balance import balance_loss, of_all_layers, routing_figures
 from moe_lm.objective.scheduled_sampling import mixed
 
 
@@ -121,6 +121,7 @@ class TrainingLoss(nn.Module):
         balance: BalanceConfig,
         pad_id: int,
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -128,6 +129,7 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.pad_id = pad_id
         self.dtype = dtype  # of matrix products; weights stay as they are
+        self._routing_figures = torch.compile(routing_figures) if compiled else routing_figures
 
     def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
@@ -138,18 +140,23 @@ class TrainingLoss(nn.Module):
             predictions, routings = self.predict(batch)
             score = self.objective.score(predictions, batch)
         counted_BS = batch.input_ids != self.pad_id
-        load = expert_load(routings, counted_BS)
+        load, entropy = counted_BS.new_zeros(0, 0, dtype=torch.int64), score.loss.new_zeros(0)
         loss, balance = score.loss, torch.zeros_like(score.loss)
         if counts is not None:
-            balance = balance_loss(routings, counted_BS, self.balance, counts.load, counts.tokens, counts.rows)
-            loss = score.loss / counts.units + balance
+            loss = score.loss / counts.units
+        if routings:
+            before = None if counts is None else counts.load
+            load, entropy, terms = self._routing_figures(of_all_layers(routings), counted_BS, self.balance, before)
+            if counts is not None:
+                balance = balance + balance_loss(terms, self.balance, counts.tokens, counts.rows)
+                loss = loss + balance
         return LossParts(
             loss=loss,
             balance=balance.detach(),
             sums={"loss": score.loss.detach(), **score.figures},
             values=score.values,
             load=load,
-            entropy=router_entropies(routings, load.device),
+            entropy=entropy,
         )
 
     def predict(self, batch: Batch) -> tuple[Predictions, list[Routing]]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -96,13 +95,14 @@ class AllToAllDispatcher:
         weights_TNL = weights_by_expert(routing).unflatten(1, (self.ranks, -1))
         chosen_TNL = weights_TNL != NOT_CHOSEN
         asked_TN = chosen_TNL.any(-1)
+        copies = copies_for_ranks(asked_TN)
         read_counts = self.exchange_counts(torch.stack((asked_TN.sum(0), chosen_TNL.sum((0, 2))), 1))
         there, back = Journey(self.group, self.exchange), Journey(self.group, self.exchange)
 
         departed = there.depart(x_TD, weights_TNL.transpose(0, 1).flatten(0, 1))
         wide = () if shared is None else shared.expand(x_TD)
         splits = self.splits(read_counts)
-        there.start(splits.sent, splits.received, lambda: copies_for_ranks(asked_TN, sum(splits.sent)))
+        there.start(splits.sent, splits.received, copies)
         arrived_AD, weights_AL = there.arrive(departed)
 
         out_AD = add_experts(arrived_AD, weights_AL, splits.choices, experts)
@@ -132,11 +132,11 @@ class AllToAllDispatcher:
         return Splits(sent, received, sum(choices))
 
 
-def copies_for_ranks(asked_TN: Tensor, count: int) -> tuple[Copies, Copies]:
-    """The copies of tokens for the ranks that are asked, `count` in all, and those of the pairs of rank and token.
+def copies_for_ranks(asked_TN: Tensor) -> tuple[Copies, Copies]:
+    """The copies of tokens for the ranks that are asked, and those of the pairs of rank and token.
 
-    There are N*T such pairs, by rank; each is copied once or not at all.
+    There are N*T such pairs, by rank; each is copied once or not at all. How many are is not known yet: there is room
+    for all, and only the `first` ones are copies.
     """
-    copies, pair_P = copies_of(asked_TN, count)
-    offsets = F.pad(asked_TN.T.flatten().cumsum(0), (1, 0))
-    return copies, Copies(pair_P, torch.arange(count, device=pair_P.device), offsets)
+    copies, pair_P, before = copies_of(asked_TN, asked_TN.numel())
+    return copies, Copies(pair_P, torch.arange(asked_TN.numel(), device=pair_P.device), before)

@@ -7,7 +7,7 @@ direction. Autograd goes through a graph in the reverse of the order in which it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,17 +41,17 @@ class Journey:
         return _Depart.apply(self, *cargo)
 
     @torch.compiler.disable
-    def start(self, sent: list[int], received: list[int], copy: Callable[[], Sequence[Copies]] | None = None) -> None:
+    def start(self, sent: list[int], received: list[int], copies: Sequence[Copies] = ()) -> None:
         """Send `sent` rows of the cargo to the ranks and receive `received` from them.
 
-        With `copy` it is copies of the rows that are sent, for each tensor its own. Neither making nor sending them
-        waits for what was queued since they departed.
+        With `copies` it is the first ones of those that are sent, for each tensor its own. Neither making nor sending
+        them waits for what was queued since they departed.
         """
         self.sent, self.received = sent, received
         with self.exchange.beside(self._mark):
-            if copy is not None:
-                self.copies = copy()
-                self.cargo = [copies.take(tensor) for copies, tensor in zip(self.copies, self.cargo, strict=True)]
+            if copies:
+                self.copies = [some.first(sum(sent)) for some in copies]
+                self.cargo = [some.take(tensor) for some, tensor in zip(self.copies, self.cargo, strict=True)]
             self._send(self.cargo, sent, received)
         self.cargo = ()
 

@@ -16,8 +16,10 @@ from moe_lm.model.moe import Routing, expert_counts, route
 from moe_lm.objective.balance import (
     balance_loss,
     batch_balance_loss,
+    of_all_layers,
     router_entropy,
     router_z_loss,
+    routing_figures,
     sequence_balance_loss,
 )
 
@@ -120,7 +122,8 @@ def test_z_loss_equals_its_equation(padding: str) -> None:
 def every_term(routing: Routing, counted: Tensor, load: Tensor) -> Tensor:
     """The three losses as they are, without division by the sizes of the batch."""
     weights = BalanceConfig(sequence_loss=1.0, batch_loss=1.0, z_loss=1.0)
-    return balance_loss([routing], counted, weights, load[None], tokens=1, rows=1)
+    terms = routing_figures(of_all_layers([routing]), counted, weights, load[None]).terms
+    return balance_loss(terms, weights, tokens=1, rows=1)
 
 
 def part_of(routing: Routing, rows: slice) -> Routing:

@@ -28,6 +28,10 @@ OF_MEMORY = 0.92  # of a device's memory, what may be planned: the rest is for f
 
 FLASH_2 = "FlashAttention 2: 35% of the peak on Hopper (arXiv 2407.08608), 50 to 73% on A100 (2307.08691), forward"
 SHEET = "data sheet"
+FLASH_3 = (
+    "FlashAttention 3, which is 1.5 times as fast as FlashAttention 2 at least, forward and backward (arXiv 2407.08608); "
+    "where it is not installed, --rate attention=297e12"
+)
 MAMF = "best product by the MAMF table of stas00/ml-engineering"
 ASSUMED = "reached rates are assumptions"
 
@@ -93,9 +97,9 @@ NETWORKS = {
 SHEETS: dict[str, tuple[float, float, float, float, float, float, str, str, float, str]] = {
     "a100-40": (39.4, 312, 267.9, 19.5, 1.555, 0.45, "nvlink3", "infiniband-200", 20e9, f"{SHEET}; {MAMF}; {FLASH_2}"),
     "a100-80": (79.2, 312, 267.9, 19.5, 2.039, 0.45, "nvlink3", "infiniband-200", 20e9, f"{SHEET}; {MAMF}; {FLASH_2}"),
-    "h100": (79.2, 989, 792.1, 67, 3.35, 0.3, "nvlink4", "infiniband-400", 45e9, f"{SHEET}; {MAMF}; {FLASH_2}"),
-    "h200": (139.8, 989, 798, 67, 4.8, 0.3, "nvlink4", "infiniband-400", 45e9, f"{SHEET}; products of 769 to 798 "
-             f"TFLOP/s and copies of 4.3 TB/s measured on one; {FLASH_2}"),
+    "h100": (79.2, 989, 792.1, 67, 3.35, 0.45, "nvlink4", "infiniband-400", 45e9, f"{SHEET}; {MAMF}; {FLASH_3}"),
+    "h200": (139.8, 989, 798, 67, 4.8, 0.45, "nvlink4", "infiniband-400", 45e9, f"{SHEET}; products of 769 to 798 "
+             f"TFLOP/s and copies of 4.3 TB/s measured on one; {FLASH_3}"),
     "b200": (178.3, 2250, 1745, 80, 7.67, 0.3, "nvlink5", "infiniband-400", 45e9, f"{SHEET}, but the bandwidth by the "
              f"driver (pytorch/ao #4002); {MAMF}; attention as on Hopper, assumed"),
     "l40s": (44.4, 362, 290, 91.6, 0.864, 0.45, "pcie4", "ethernet-100", 20e9, f"{SHEET}; {ASSUMED}"),

@@ -15,6 +15,8 @@ class Layers:
 
     config: ModelConfig
     copies: tuple[int, ...]
+    moe_layers: int = 0  # of the whole model
+    traced_moe_layers: int = 0
 
     def of(self, layer: int | None) -> int:
         """The layers that a traced one stands for; 1 for what is outside of all layers."""
@@ -33,4 +35,4 @@ def reduced(config: ModelConfig, traced: int = TRACED) -> Layers:
     changes: dict[str, object] = {"num_hidden_layers": kept_dense + kept_moe}
     if config.n_routed_experts:
         changes |= {"first_k_dense_replace": kept_dense, "mlp_only_layers": ()}
-    return Layers(ModelConfig.model_validate(config.model_dump() | changes), tuple(copies))
+    return Layers(ModelConfig.model_validate(config.model_dump() | changes), tuple(copies), moe, kept_moe)

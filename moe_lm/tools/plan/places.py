@@ -18,7 +18,7 @@ from torch import nn
 
 import moe_lm
 from moe_lm.model.layers import MLP
-from moe_lm.model.moe import Experts, MoE, Router, Routing
+from moe_lm.model.moe import Experts, MoE, Router
 from moe_lm.model.transformer import Block, LanguageModel
 from moe_lm.tools.plan.trace import Part, Pass
 
@@ -48,10 +48,6 @@ class Places:
         self._module_part = dict(_parts(model))
         self._compiled = compiled  # ids of compiled modules, and of the code of compiled functions
         self._made: list[tuple[int, Place]] = []  # by sequence number, ascending
-        self._routings: dict[int, int] = {}  # layers, by the id of what their routers return
-        self._moe_layers = sorted(
-            {layer for part, layer in self._module_part.values() if part == "router" and layer is not None}
-        )
         self._regions: dict[tuple[int, Pass, int], int] = {}
         self._parameter_place: dict[int, tuple[Part, int | None]] = {
             id(parameter): self._module_part[id(module)]
@@ -97,8 +93,7 @@ class Places:
                 where = f"{_shortened(filename)}:{frame.f_lineno}"
             if filename.endswith(BALANCE):
                 part = part or "balance"
-                layer = self._layer_of_routing(frame) if layer is None else layer
-            if filename.endswith(EVAL_FRAME) and region is None and is_ours:
+            if filename.endswith(EVAL_FRAME) and is_ours:
                 disabled = True  # by torch.compiler.disable, on our function
             is_ours = filename.startswith(str(PACKAGE))
             owner = frame.f_locals.get("self")
@@ -107,18 +102,11 @@ class Places:
                 found, of_layer = self._module_part[id(owner)]
                 part, layer = part or found, of_layer if layer is None else layer
                 during = "recompute" if in_backward else during
-            if is_compiled and region is None and not disabled:
+            if is_compiled and not disabled:  # within a compiled function all others are part of its graph
                 region = self._regions.setdefault((id(frame), during, id(owner)), len(self._regions))
         if not where or (part is None and in_backward):
             return Place("head", None, "backward", where) if where else None
         return Place(part or ("update" if self.phase == "update" else "head"), layer, during, where, region)
-
-    def _layer_of_routing(self, frame: FrameType) -> int | None:
-        """The layer whose balance terms are being computed: balance.py takes the routings in the layers' order."""
-        routing = next((value for value in frame.f_locals.values() if isinstance(value, Routing)), None)
-        if routing is None:
-            return None
-        return self._routings.setdefault(id(routing), self._moe_layers[len(self._routings) % len(self._moe_layers)])
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[int, tuple[Part, int | None]]]:

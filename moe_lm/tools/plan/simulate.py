@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
+from inspect import ismethod
 from typing import Any
 from unittest.mock import patch
 
@@ -93,6 +94,7 @@ def simulate(
     recording = recorder.recording
     found = findings.check(recording, rows * row_length, layers.config, dtype)
     fuse(recording)
+    _of_all_moe_layers(recording, layers)
     work = _work(recording, layers)
     stage = (parallel.zero_stage or 1) if parallel.engine == "deepspeed" else 0
     overlaps = device == "cuda"
@@ -149,6 +151,18 @@ def _layer(name: str) -> int | None:
     """The layer of a parameter, by its name."""
     found = re.search(r"layers\.(\d+)\b", name)
     return int(found[1]) if found else None
+
+
+def _of_all_moe_layers(recording: Recording, layers: Layers) -> None:
+    """The balance terms take the routing of all layers at once: more layers are more bytes in as many kernels."""
+    if not layers.moe_layers:
+        return
+    for kernel in recording.kernels:
+        if kernel.place.part == "balance":
+            kernel.bytes = kernel.bytes * layers.moe_layers // layers.traced_moe_layers
+    for life in recording.lives:
+        if life.place.part == "balance":
+            life.bytes = life.bytes * layers.moe_layers // layers.traced_moe_layers
 
 
 def _work(recording: Recording, layers: Layers) -> dict[tuple[Pass, Part], Work]:
@@ -306,7 +320,7 @@ def _marked_compilation() -> Iterator[set[int]]:
     def mark_function(function: Any = None, **__: Any) -> Any:
         if function is None:
             return mark_function
-        compiled.add(id(function.__code__))
+        compiled.add(id(function.__self__) if ismethod(function) else id(function.__code__))
         return function
 
     nn.Module.compile, torch.compile = mark_module, mark_function  # type: ignore[method-assign,assignment]

@@ -1,14 +1,14 @@
 """Planted: router biases move by the counts of the rank's own rows."""
 
 from moe_lm.engine import engine
-from moe_lm.objective import training_loss
+from moe_lm.objective import balance
 
-right_load, right_update = training_loss.expert_load, engine.update_router_biases
+right_load, right_update = balance.expert_load, engine.update_router_biases
 own = []
 
 
-def load(routings, counted):
-    own.append(right_load(routings, counted))
+def load(routing, counted):
+    own.append(right_load(routing, counted))
     return own[-1]
 
 
@@ -16,4 +16,4 @@ def update(model, _, rate):
     right_update(model, own[-1], rate)
 
 
-training_loss.expert_load, engine.update_router_biases = load, update
+balance.expert_load, engine.update_router_biases = load, update
