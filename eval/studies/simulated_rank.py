@@ -48,9 +48,9 @@ def settings() -> Iterator[tuple[str, dict[str, Any]]]:
     """The layouts by name, as arguments of `simulate`."""
     large = model_of("deepseekmoe-16b")
     parallel = ParallelConfig(engine="deepspeed", expert_parallel_size=8, zero_stage=1)
-    for world_size, rows, recompute, compiled in itertools.product(
-        (8, 64), (1, 2), ("none", "selective", "full"), (False, True)
-    ):
+    kinds = [*itertools.product(("none", "selective", "full"), (False, True), ("float32",))]
+    kinds.append(("selective", True, "bfloat16"))
+    for world_size, rows, (recompute, compiled, residual) in itertools.product((8, 64), (1, 2), kinds):
         train = TrainConfig(
             steps=1,
             global_batch_size=world_size * rows * ACCUMULATED,
@@ -58,9 +58,11 @@ def settings() -> Iterator[tuple[str, dict[str, Any]]]:
             precision="bfloat16",
             compile=compiled,
             activation_checkpointing=recompute,
+            residual_dtype=residual,
         )
         name = f"16B, EP 8 of {world_size}, ZeRO 1, {rows} x 4096, recompute {recompute}"
-        yield name + (", compiled" if compiled else ""), setting(large, train, parallel, 4096, world_size)
+        name += ", compiled" * compiled + ", residual bfloat16" * (residual == "bfloat16")
+        yield name, setting(large, train, parallel, 4096, world_size)
     recipe = yaml.safe_load((CONFIGS / "pretrain" / "deepseekmoe-2b.yaml").read_text(encoding="utf-8"))["train"]
     for world_size in (1, 16):
         train = TrainConfig(**recipe | {"precision": "bfloat16"})

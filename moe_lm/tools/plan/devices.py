@@ -29,7 +29,7 @@ OF_MEMORY = 0.92  # of a device's memory, what may be planned: the rest is for f
 FLASH_2 = "FlashAttention 2: 35% of the peak on Hopper (arXiv 2407.08608), 50 to 73% on A100 (2307.08691), forward"
 SHEET = "data sheet"
 FLASH_3 = (
-    "FlashAttention 3, which is 1.5 times as fast as FlashAttention 2 at least, forward and backward (arXiv 2407.08608); "
+    "FlashAttention 3: at least 1.5 times as fast as FlashAttention 2, forward and backward (arXiv 2407.08608); "
     "where it is not installed, --rate attention=297e12"
 )
 MAMF = "best product by the MAMF table of stas00/ml-engineering"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from moe_lm.objective.training_loss import NextToken, StepCounts
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import simulate as simulation
+from moe_lm.tools.plan.devices import find_device
 from moe_lm.tools.plan.layers import reduced
+from moe_lm.tools.plan.predict import mfu, step_time
 from moe_lm.tools.plan.simulate import simulate
-from moe_lm.tools.plan.trace import Finding, Trace, Work
+from moe_lm.tools.plan.trace import PASSES, Finding, Trace, Work
 from tests.tiny import tiny
 
 LENGTH = 32
+DEEPSEEKMOE_16B = ModelConfig(**yaml.safe_load(Path("configs/model/deepseekmoe-16b.yaml").read_text(encoding="utf-8")))
 ALONE = ParallelConfig()
 EXPERT_PARALLEL = ParallelConfig(engine="deepspeed", expert_parallel_size=4, zero_stage=1)
 
@@ -112,7 +116,7 @@ def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch, 
     assert short.of(parts=["balance"]).bytes == pytest.approx(whole.of(parts=["balance"]).bytes, rel=0.1)
     assert short.memory.peak == pytest.approx(whole.memory.peak, rel=1e-3)
     assert short.memory.peak_during == whole.memory.peak_during
-    assert short.memory.activations == pytest.approx(whole.memory.activations, abs=200)  # a scalar a layer
+    assert short.memory.activations == pytest.approx(whole.memory.activations, rel=1e-3)  # scalars
 
 
 def test_without_expert_parallelism_the_host_waits_for_nothing() -> None:
@@ -173,17 +177,43 @@ def test_the_peak_is_that_of_real_tensors(recompute: bool) -> None:
     assert trace.memory.peak - trace.memory.optimizer == pytest.approx(real - held, rel=0.02)
 
 
-@pytest.mark.parametrize(("micro_batches", "gib"), [(1, 64), (8, 76)])
-def test_deepseekmoe_16b_fits_eight_devices_of_80_gb(micro_batches: int, gib: int) -> None:
-    """Two rows of 4,096 tokens at once. Where steps accumulate, every rank keeps 12.3 GiB of gradients."""
+@functools.cache
+def of_16b(micro_batches: int) -> Trace:
+    """One of 8 ranks with the settings that docs/parallelism.md recommends; a micro-batch is 2 x 4,096 tokens."""
     train = training(
-        global_batch_size=16 * micro_batches, micro_batch_size=2, activation_checkpointing="selective", compile=True
-    )
+        global_batch_size=16 * micro_batches, micro_batch_size=2, activation_checkpointing="selective", compile=True,
+        residual_dtype="bfloat16",
+    )  # fmt: skip
     parallel = ParallelConfig(engine="deepspeed", expert_parallel_size=8, zero_stage=1)
-    shape = yaml.safe_load(Path("configs/model/deepseekmoe-16b.yaml").read_text(encoding="utf-8"))
-    memory = simulate(ModelConfig(**shape), train, parallel, 4096, world_size=8).memory
+    return simulate(DEEPSEEKMOE_16B, train, parallel, 4096, world_size=8)
+
+
+@pytest.mark.parametrize(("micro_batches", "gib"), [(1, 60), (8, 72)])
+def test_deepseekmoe_16b_fits_eight_devices_of_80_gb(micro_batches: int, gib: int) -> None:
+    """Where steps accumulate, every rank keeps 12.3 GiB of gradients."""
+    memory = of_16b(micro_batches).memory
     assert memory.peak < gib * 2**30
     assert memory.resident < 54 * 2**30
+
+
+def test_a_micro_batch_of_16b_moves_and_launches_less_than_before() -> None:
+    """Less than at commit 645018e, where it did without recomputation, for which it had no memory."""
+    before = json.loads(Path("eval/results/simulated_before.json").read_text(encoding="utf-8"))["cases"]
+    before = before["16B, EP 8 of 8, ZeRO 1, 2 x 4096, recompute none"]["a_micro_batch"]
+    trace = of_16b(8)
+    work = trace.of(set(PASSES) - {"update"})
+    assert work.launches <= before["launches"] / 2
+    assert work.bytes <= 0.4 * before["bytes_outside_products"]
+    assert [(sync.during, sync.times, sync.expected) for sync in trace.syncs] == [("forward", 27, True)]
+    assert trace.findings == ()
+
+
+def test_predicted_mfu_of_16b_is_twice_that_of_before() -> None:
+    """Where 645018e had to recompute everything. A third of the time is that of the experts' products."""
+    h100 = find_device("h100")
+    trace = of_16b(8)
+    rate = trace.tokens * trace.micro_batches / step_time(trace, h100).seconds
+    assert mfu(DEEPSEEKMOE_16B, 4096, False, rate, 1, h100.peak) > 2 * 0.168
 
 
 def test_a_planted_item_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
