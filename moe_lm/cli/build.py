@@ -124,8 +124,11 @@ def plan(
         int | None, typer.Option(min=1, help="Devices of the run; default: as few as its experts are divided over.")
     ] = None,
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="Device: a name of the table, cpu for this machine, or a YAML file.")
-    ] = "h100",
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Device: a name of the table (default: h100), cpu for this machine, or a YAML file."
+        ),
+    ] = None,
     network: Annotated[
         str | None, typer.Option(metavar="NAME", help="Network between nodes; default: the device's usual one.")
     ] = None,
@@ -136,7 +139,7 @@ def plan(
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Take the rates that the device of this machine reaches now.")
+        bool, typer.Option("--measure", help="Plan for this machine's device, with the rates that it reaches now.")
     ] = False,
     tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; default: the config's.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a device in an hour.")] = None,

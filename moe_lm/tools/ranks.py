@@ -26,10 +26,11 @@ def run_ranks(
     timeout_seconds: float,
     threads: int | None = None,
     compiling: bool = False,
+    advice: str = "allow more with --timeout",
 ) -> None:
     """Run the module `worker` on this many ranks, with `folder`, where its task is, as its argument.
 
-    Unless it is `compiling`, torch.compile does nothing there.
+    Unless it is `compiling`, torch.compile does nothing there. `advice` is for who waited in vain.
 
     Raises MoeLmError with the last lines of a rank's log when it fails or is not done in time.
     """
@@ -72,7 +73,7 @@ def run_ranks(
             if time.monotonic() > deadline:
                 waiting = codes.index(None)
                 raise MoeLmError(
-                    f"{world_size} processes were not done after {timeout_seconds:g} s; allow more with --timeout; "
+                    f"{world_size} processes were not done after {timeout_seconds:g} s; {advice}; "
                     f"the last lines of rank {waiting}:\n{_tail(logs[waiting])}"
                 )
             time.sleep(0.05)

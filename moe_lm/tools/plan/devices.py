@@ -233,4 +233,8 @@ def _value(key: str, value: str) -> float | int | Network:
         raise UsageError(f"--rate {key}={value} is not a number above 0; give it like --rate {key}=600e12")
     if key in LINKS:
         return Network("by hand", number, 25e-6, "given by hand")
-    return int(number) if key == "per_node" else number
+    if key != "per_node":
+        return number
+    if number != int(number):
+        raise UsageError(f"--rate per_node={value} is not a whole number of devices; give it like --rate per_node=8")
+    return int(number)

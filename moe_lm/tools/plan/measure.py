@@ -31,6 +31,7 @@ from moe_lm.tools.ranks import run_ranks
 MOST_RANKS = 8  # that are started to measure
 TIMES = 5  # of which the median counts
 TIMEOUT_SECONDS = 120
+ADVICE = "measure smaller products (train.micro_batch_size, data.sequence_length), or give the rates with --rate"
 SMALL, LARGE = 1 << 10, 8 << 20  # numbers in a sum over the ranks
 
 
@@ -78,7 +79,7 @@ def measured(shapes: Shapes, ranks: int, memory: int) -> Device:
     with TemporaryDirectory() as folder:
         (Path(folder) / "shapes.json").write_text(json.dumps(asdict(shapes)), encoding="utf-8")
         threads = max(1, torch.get_num_threads() // here)
-        run_ranks("moe_lm.tools.plan.measure", Path(folder), here, TIMEOUT_SECONDS, threads)
+        run_ranks("moe_lm.tools.plan.measure", Path(folder), here, TIMEOUT_SECONDS, threads, advice=ADVICE)
         rates = Rates(**json.loads((Path(folder) / "rates.json").read_text(encoding="utf-8")))
     shared = max(1.0, ranks / here) if shapes.device == "cpu" else 1.0  # more ranks than were measured share the same
     network = Network("this machine", rates.reduce / shared, rates.latency, "measured")

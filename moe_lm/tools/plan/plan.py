@@ -116,7 +116,7 @@ def run(
     config: RunConfig,
     model: ModelConfig,
     devices: int | None,
-    gpu: str,
+    gpu: str | None,
     network: str | None,
     rates: Sequence[str],
     measure: bool,
@@ -125,30 +125,50 @@ def run(
     json_file: str | None,
 ) -> int:
     """Print the plan, and write it as JSON if asked; the exit code is 1 if no layout fits."""
+    if json_file not in (None, "-"):
+        _check_file(Path(json_file))
     plan = make(config, model, devices, gpu, network, rates, measure, tokens, price)
-    if json_file is not None:
-        text = json.dumps(plan.as_json(), indent=2) + "\n"
-        if json_file == "-":
-            sys.stdout.write(text)
-        else:
-            Path(json_file).write_text(text, encoding="utf-8")
-    if json_file != "-":
+    text = json.dumps(plan.as_json(), indent=2) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+    else:
         show(plan, Console())
+        if json_file is not None:
+            Path(json_file).write_text(text, encoding="utf-8")
     return 0 if plan.best is not None else 1
+
+
+def _check_file(path: Path) -> None:
+    """Raise UsageError for a file that cannot be written, before hours are spent on what it is to hold."""
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--json {path} cannot be written ({error.strerror}); give another file, or - for stdout"
+        ) from error
 
 
 def make(
     config: RunConfig,
     model: ModelConfig,
     devices: int | None = None,
-    gpu: str = "h100",
+    gpu: str | None = None,
     network: str | None = None,
     rates: Sequence[str] = (),
     measure: bool = False,
     tokens: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """Plan a run. Raises UsageError for an unknown device, and for devices that the run cannot be divided over."""
+    """Plan a run, on `gpu` or else the h100s of the table.
+
+    Raises UsageError for an unknown device, and for devices that the run cannot be divided over.
+    """
+    if measure and gpu not in (None, "cpu"):
+        raise UsageError(
+            f"--measure measures this machine, and --gpu {gpu} names another one; leave out one of them, or give the "
+            "rates that you know by hand: --rate dense=600e12"
+        )
     if config.lora is not None or config.preference is not None:
         raise UsageError(
             "adapters (lora) and preferences are not planned; --dry-run of moe-lm finetune says what their weights, "
@@ -156,9 +176,15 @@ def make(
         )
     devices = devices or config.parallel.expert_parallel_size
     check_layout(config, Topology(world_size=devices))
-    here = torch.device("cpu") if gpu == "cpu" else pick_device("cuda") if measure else None
+    here = None
+    if gpu == "cpu" or measure:
+        here = torch.device("cuda" if gpu is None and torch.cuda.is_available() else "cpu")
     config = resolved(config, here)
-    on = find_device(gpu, rates, network) if here is None else device_here(config, model, devices, here, network, rates)
+    on = (
+        find_device(gpu or "h100", rates, network)
+        if here is None
+        else device_here(config, model, devices, here, network, rates)
+    )
     tracer = tracer_of(model, "cuda" if here is None else here.type)
     own = estimate(config, devices, on, tracer)
     whole = config.train.steps * config.train.global_batch_size * config.row_length

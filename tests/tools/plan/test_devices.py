@@ -57,6 +57,7 @@ def test_a_device_of_ones_own_is_a_yaml_file_or_a_name_with_its_rates(tmp_path: 
         ("h100", ("dense",), None, "--rate dense is not KEY=VALUE"),
         ("h100", ("dense=fast",), None, "--rate dense=fast is not a number above 0"),
         ("h100", ("dense=inf",), None, "--rate dense=inf is not a number above 0"),
+        ("h100", ("per_node=0.5",), None, "--rate per_node=0.5 is not a whole number of devices"),
         ("h100", (), "token-ring", "--network token-ring is not known; choose one of nvlink3"),
         ("absent.yaml", (), None, "--gpu absent.yaml cannot be read"),
     ],

@@ -62,6 +62,8 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
         (("--gpus", 3), "train.global_batch_size=8 is not divisible by the 3 processes"),
         (("--gpus", 6, *SHARDED, "parallel.expert_parallel_size=4"), "does not divide the 6 processes"),
         (("--network", "token-ring"), "--network token-ring is not known"),
+        (("--measure", "--gpu", "h100"), "--measure measures this machine, and --gpu h100 names another one"),
+        (("--json", "no/such/folder.json"), "--json no/such/folder.json cannot be written (No such file or directory)"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_what_to_give(
@@ -141,6 +143,17 @@ def test_the_attention_kernel_of_the_config_is_planned_with_and_one_of_other_dev
     elsewhere = ("parallel.device=auto", "--dry-run")
     on_login_node = moe_lm("pretrain", *config, "parallel.attention_kernel=flash_attn_3", *elsewhere)
     assert on_login_node.code == 0, on_login_node.err
+
+
+def test_rates_of_this_machine_that_take_too_long_are_given_up_with_what_to_change(
+    tiny_pretrain: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU they are those of the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moe_lm.tools.plan.measure.TIMEOUT_SECONDS", 0)
+    done = moe_lm("plan", tiny_pretrain, *FEW, "--measure")
+    assert (done.code, done.out) == (1, "")
+    assert "1 processes were not done after 0 s; measure smaller products (train.micro_batch_size," in done.err
 
 
 def test_a_run_that_starts_has_a_device_and_takes_no_other(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
