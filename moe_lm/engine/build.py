@@ -19,6 +19,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine import recomputation
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
+from moe_lm.kernels.available import Inputs
 from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
@@ -74,16 +75,21 @@ def build_model(
     adapters: LoraConfig | None = None,
     freeze_router: bool | None = None,
     simulated: torch.device | None = None,
+    precision: str | None = None,
 ) -> RankModel:
     """Build the model with only the experts that this rank keeps; decide which weights are trained, choose kernels.
 
     For a `simulated` device, which need not be there, the model stays on the meta device, with that one's kernels.
-    Raises UsageError when the experts or the processes cannot be divided as the config says, or its attention kernel
-    does not serve.
+    With the `precision` of a run, its kernels are those that take it; without, a kernel leaves what it does not take to
+    plain torch. Raises UsageError when the experts or the processes cannot be divided as the config says, or its
+    attention kernel does not serve.
     """
     device = rank_device(parallel, topology) if simulated is None else torch.device("cpu")
     if simulated is None:
-        chosen = kernels.choose(device, attention=parallel.attention_kernel)
+        inputs = None
+        if precision is not None:
+            inputs = Inputs(pick_dtype(precision, device), (config.head_size, config.value_size))
+        chosen = kernels.choose(device, attention=parallel.attention_kernel, inputs=inputs)
     else:
         named = kernels.choose(simulated, attention=parallel.attention_kernel, simulated=SIMULATED_ATTENTION)
         chosen = named._replace(attention=STAND_INS.get(named.attention, named.attention))

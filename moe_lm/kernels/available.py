@@ -40,16 +40,34 @@ class Lack(NamedTuple):
     installed: bool
 
 
-def pick(device_type: str, wanted: str = "auto", simulated: Collection[str] | None = None) -> str:
+class Inputs(NamedTuple):
+    """What attention is given: a data type, and the head sizes of keys and of values."""
+
+    dtype: torch.dtype
+    head_sizes: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} and head sizes of {' and '.join(map(str, self.head_sizes))}"
+
+
+def pick(
+    device_type: str, wanted: str = "auto", simulated: Collection[str] | None = None, inputs: Inputs | None = None
+) -> str:
     """The fastest attention kernel that serves, or the wanted one; puts FlashAttention 3 and 4 in their place.
 
     `simulated` are the kernels of a device that is not there; then nothing is imported. Raises UsageError for a wanted
-    kernel that does not serve.
+    kernel that does not serve, or not for the inputs.
     """
     kernels = BY_SPEED.get(device_type, ("plain",))
     if wanted != "auto" and wanted not in kernels:
         known = ", ".join(("auto", *kernels))
         raise UsageError(f"{SETTING}={wanted} does not run on {device_type}; choose one of {known}", common=True)
+    if inputs is not None:
+        if taken := demand(wanted, inputs):
+            raise UsageError(
+                f"{SETTING}={wanted} takes {taken}, and this run has {inputs}; set {SETTING}=auto", common=True
+            )
+        kernels = tuple(name for name in kernels if demand(name, inputs) is None)
     if simulated is not None:
         return wanted if wanted != "auto" else next(name for name in kernels if name in simulated or name == "plain")
     if wanted != "auto" and (found := lack(wanted)):
@@ -70,6 +88,16 @@ def passed_over(device_type: str, chosen: str) -> list[str]:
         for name, found in lacks.items()
         if found is not None and found.installed
     ]
+
+
+def demand(name: str, inputs: Inputs) -> str | None:
+    """What a kernel takes in place of these inputs, or None if it takes them."""
+    dtype, head_sizes = inputs
+    if name == "cpp" and (dtype != torch.bfloat16 or any(size % cpu_attention.LANES for size in head_sizes)):
+        return f"bfloat16 and head sizes that are multiples of {cpu_attention.LANES}"
+    if name in BY_SPEED["cuda"][:-1] and dtype not in (torch.bfloat16, torch.float16):
+        return "bfloat16 or float16"
+    return None
 
 
 @functools.cache

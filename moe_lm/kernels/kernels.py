@@ -55,16 +55,21 @@ class Kernels(NamedTuple):
 
 
 def choose(
-    device: torch.device, decoding: bool = False, attention: str = "auto", simulated: Collection[str] | None = None
+    device: torch.device,
+    decoding: bool = False,
+    attention: str = "auto",
+    simulated: Collection[str] | None = None,
+    inputs: available.Inputs | None = None,
 ) -> Kernels:
     """The fastest kernels for a device, which need not be there; `attention` names another one for it.
 
     `decoding` adds one for generating text. On a CPU the C++ is compiled where it has not been compiled yet.
     `simulated` are the attention kernels that a simulated device has; otherwise those that can be imported here count.
-    Raises UsageError for an attention kernel by name that does not serve.
+    Without the `inputs` of attention it is not asked whether the kernel takes them: what it does not take, it leaves to
+    plain torch. Raises UsageError for an attention kernel by name that does not serve.
     """
     kernels = Kernels(
-        attention=available.pick(device.type, attention, simulated),
+        attention=available.pick(device.type, attention, simulated, inputs),
         experts="bucketed" if device.type == "cpu" else "fused",
     )
     if not decoding:

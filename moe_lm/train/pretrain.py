@@ -58,7 +58,7 @@ def describe(config: PretrainConfig, topology: Topology, fit: preflight.Fit | No
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     """The median time of a step once everything is compiled, over a few steps that are thrown away."""
     tokenizer = load_tokenizer(config)
-    built = build_model(config.model, config.parallel, current_topology())
+    built = build_model(config.model, config.parallel, current_topology(), precision=config.train.precision)
     built.initialise(config.train.seed)
     objective = NextToken(config.train.compile)
     engine = build_engine(built, objective, config.train, config.parallel, tokenizer.pad_id)

@@ -136,8 +136,8 @@ def with_start_in(recipe: Recipe, newest: Path | None) -> Recipe:
 @contextmanager
 def build_and_fill(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
     """The engine around the model with the weights of step 0: drawn from the seed, or those of the start."""
-    config, parallel = recipe.config.train, recipe.config.parallel
-    built = build_model(recipe.model, parallel, topology, recipe.config.lora, config.freeze_router)
+    config, parallel, adapters = recipe.config.train, recipe.config.parallel, recipe.config.lora
+    built = build_model(recipe.model, parallel, topology, adapters, config.freeze_router, precision=config.precision)
     if recipe.start is None:
         built.initialise(config.seed)
     else:

@@ -16,6 +16,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.run import AttentionKernel, ParallelConfig
 from moe_lm.engine.build import build_model
 from moe_lm.kernels import available, kernels
+from moe_lm.kernels.available import Inputs
 from moe_lm.parallel.topology import Topology
 from tests.tiny import tiny
 
@@ -135,6 +136,29 @@ def test_a_kernel_by_name_that_is_not_there_is_refused_with_what_to_do(wanted: s
         kernels.choose(CUDA, attention=wanted)
 
 
+@pytest.mark.parametrize(
+    ("device", "wanted", "inputs", "says"),
+    [
+        ("cpu", "cpp", Inputs(torch.float32, (64, 64)), "takes bfloat16 and head sizes that are multiples of 16, and"),
+        ("cpu", "cpp", Inputs(torch.bfloat16, (32, 24)), "this run has bfloat16 and head sizes of 32 and 24; set"),
+        ("cuda", "torch_varlen", Inputs(torch.float32, (64, 64)), "takes bfloat16 or float16, and this run has fl"),
+        ("cuda", "flash_attn_2", Inputs(torch.float32, (64, 64)), "takes bfloat16 or float16, and this run has fl"),
+    ],
+)
+def test_a_kernel_by_name_is_no_other_one_in_silence(
+    packages: Path, device: str, wanted: str, inputs: Inputs, says: str
+) -> None:
+    """Nor is one passed over in favour of another that is named where plain torch computes."""
+    install_version_2(packages)
+    with pytest.raises(UsageError, match=says):
+        kernels.choose(torch.device(device), attention=wanted, inputs=inputs)
+    expected = "segments" if device == "cpu" else "plain"
+    assert kernels.choose(torch.device(device), inputs=inputs).attention == expected
+    narrow = Inputs(torch.bfloat16, (64, 64))
+    both = ["cpp", "flash_attn_2"]
+    assert kernels.choose(torch.device(device), simulated=both, inputs=narrow).attention in both
+
+
 def test_a_kernel_by_name_is_taken_before_a_faster_one(packages: Path) -> None:
     install_version_2(packages)
     assert kernels.choose(CUDA, attention="torch_varlen").attention == "torch_varlen"
@@ -146,6 +170,8 @@ def test_a_run_computes_in_the_kernel_of_its_config() -> None:
     assert kernels.of(built.model).attention == "plain"
     with pytest.raises(UsageError, match="attention_kernel=flash_attn_2 does not run on cpu"):
         build_model(tiny(), ParallelConfig(device="cpu", attention_kernel="flash_attn_2"), Topology())
+    with pytest.raises(UsageError, match="attention_kernel=cpp takes bfloat16"):
+        build_model(tiny(), ParallelConfig(device="cpu", attention_kernel="cpp"), Topology(), precision="float32")
 
 
 def test_a_simulated_device_has_the_kernels_that_are_given() -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
 from moe_lm.kernels import attention, cpu_decode, flash_attention, grouped_mm, kernels
+from moe_lm.kernels.available import Inputs
+from moe_lm.kernels.device import pick_dtype
 from moe_lm.kernels.kernels import Kernels
 from moe_lm.kernels.native import build
 from moe_lm.model import moe, rotary
@@ -60,7 +64,10 @@ def test_every_layer_gets_what_is_named_and_a_model_starts_in_plain_torch(change
 
 
 def test_the_log_of_a_run_names_them(pretrained: Path) -> None:
-    chosen = kernels.choose(torch.device("cpu"))
+    config = load_config(PretrainConfig, pretrained / "config.yaml")
+    sizes = config.model.head_size, config.model.value_size
+    inputs = Inputs(pick_dtype(config.train.precision, torch.device("cpu")), sizes)
+    chosen = kernels.choose(torch.device("cpu"), inputs=inputs)
     assert f"  kernels: {chosen}\n" in (pretrained / "train.log").read_text()
 
 

@@ -66,7 +66,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     """
     train = training_of(layout, plan.train)
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
-    built = build_model(plan.model, parallel, topology, plan.lora, train.freeze_router)
+    built = build_model(plan.model, parallel, topology, plan.lora, train.freeze_router, precision=train.precision)
     initialise(built, train.seed, biases)
     objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken(train.compile)
     engine = build_engine(built, objective, train, parallel, PAD)
