@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,7 +143,7 @@ def plan(
         bool, typer.Option("--measure", help="Plan for this machine's device, with the rates that it reaches now.")
     ] = False,
     tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; default: the config's.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of a device in an hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, in any currency.")] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="File to write every figure to as JSON; -: stdout.")
     ] = None,
@@ -153,12 +154,15 @@ def plan(
     """
     settings = read_run(config, overrides or [])
 
+    from moe_lm.config.run import PretrainConfig
     from moe_lm.tools.plan import plan
     from moe_lm.train.finetune import trained_model
 
-    code = plan.run(
-        settings, trained_model(settings), gpus, gpu, network, rate or (), measure, tokens, price, json_file
-    )
+    plan.check_planned(settings)
+    verb = "pretrain" if isinstance(settings, PretrainConfig) else "finetune"
+    command = shlex.join(["moe-lm", verb, str(config), *(overrides or ())])
+    model = trained_model(settings)
+    code = plan.run(settings, model, command, gpus, gpu, network, rate or (), measure, tokens, price, json_file)
     raise typer.Exit(code)
 
 

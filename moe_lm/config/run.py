@@ -14,7 +14,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, DataConfig
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
-from moe_lm.config.training import OptimizerConfig, PreferenceConfig, TrainConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 
 AttentionKernel = Literal[
     "auto", "plain", "segments", "cpp", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"
@@ -110,7 +110,7 @@ class PretrainConfig(Section):
     def _sections_fit(self) -> Self:
         check_positions(self.model, self.data.sequence_length)
         check_experts(self.model, self.parallel)
-        check_optimizer(self.train.optimizer, self.parallel)
+        check_engine(self.train, self.parallel)
         check_router(self.model, self.train)
         return self
 
@@ -146,7 +146,7 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        check_optimizer(self.train.optimizer, self.parallel)
+        check_engine(self.train, self.parallel)
         name = self.train.optimizer.name
         if self.lora is not None and name != "adamw":
             raise ValueError(
@@ -195,12 +195,17 @@ def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
-    """Raise UsageError when the engine divides the matrices that the optimizer needs whole."""
-    if parallel.engine == "deepspeed" and optimizer.name != "adamw":
+def check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Raise UsageError for an optimizer or a compiled model that does not go with how the engine divides weights."""
+    if parallel.engine == "deepspeed" and train.optimizer.name != "adamw":
         raise UsageError(
-            f"train.optimizer.name={optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
+            f"train.optimizer.name={train.optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
             "parallel.engine=deepspeed, or parallel.engine=torch"
+        )
+    if train.compile and parallel.zero_stage == 3:
+        raise UsageError(
+            "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the operations "
+            "of a block; set one of them otherwise"
         )
 
 

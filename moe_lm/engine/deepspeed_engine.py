@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.common.errors import UsageError
 from moe_lm.common.process import cores
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
@@ -63,12 +62,6 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         super().__init__(loss, train, topology, device, exchange, before_step)
         stage = parallel.zero_stage or 1
-        if train.compile and stage == 3:
-            raise UsageError(
-                "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the "
-                "operations of a block; set one of them otherwise",
-                common=True,
-            )
         self.mesh = mesh
         self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}

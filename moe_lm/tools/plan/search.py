@@ -6,7 +6,7 @@ recompute. What a larger micro-batch takes lies on the line through the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_lm.common.errors import UsageError
@@ -54,12 +54,20 @@ class Layout:
             settings |= {"parallel.expert_parallel_size": self.expert_parallel, "parallel.zero_stage": self.zero}
         if self.offload:
             settings["parallel.offload_optimizer"] = True
+        if self.zero == 3:
+            settings["train.compile"] = False  # which ZeRO 3 refuses
         return settings
 
-    def changes(self, other: Layout) -> dict[str, object]:
-        """The settings that differ from another layout's."""
-        theirs = other.settings()
-        return {key: value for key, value in self.settings().items() if theirs.get(key) != value}
+    def changes(self, config: RunConfig) -> dict[str, object]:
+        """The settings to change in a config for this layout, those to take back included."""
+        changed: dict[str, object] = {}
+        for section in ("parallel", "train"):
+            ours, theirs = (
+                getattr(layout.applied(config), section).model_dump()
+                for layout in (self, Layout.of(config, self.devices))
+            )
+            changed |= {f"{section}.{key}": value for key, value in ours.items() if value != theirs[key]}
+        return changed
 
     def applied(self, config: RunConfig) -> RunConfig:
         """The config in this layout."""
@@ -67,9 +75,7 @@ class Layout:
         for key, value in self.settings().items():
             section, name = key.split(".")
             changes[section][name] = value
-        if self.zero == 3:
-            changes["train"]["compile"] = False  # which ZeRO 3 refuses
-        plain = config.parallel.model_dump(include={"device", "timeout_seconds", "attention_kernel"})
+        plain = config.parallel.model_dump(include={"device", "attention_kernel", "timeout_seconds"})
         parallel = ParallelConfig.model_validate({**plain, **changes["parallel"]})
         train = TrainConfig.model_validate(config.train.model_dump() | changes["train"])
         return config.model_copy(update={"parallel": parallel, "train": train})
@@ -146,13 +152,27 @@ def search(config: RunConfig, model: ModelConfig, devices: int, device: Device, 
                     break
         if any(item.fits for item in found):
             break
-    return sorted(found, key=lambda item: (not item.fits, item.seconds if item.fits else item.peak))
+    return _ranked(found)
 
 
-def nearest(own: Layout, found: Sequence[Estimate]) -> Estimate | None:
-    """Of the layouts that fit the one with the fewest changes, and of these the fastest; None if none fits."""
+def with_own(own: Estimate, found: list[Estimate], exact: Callable[[Layout], Estimate]) -> list[Estimate]:
+    """The layouts in the same order, with the config's own in its place and the fastest not taken from a line."""
+    known = {item.layout: item for item in found} | {own.layout: own}
+    exactly = {own.layout}
+    while (first := (ranked := _ranked(known.values()))[0]).fits and first.layout not in exactly:
+        exactly.add(first.layout)
+        known[first.layout] = exact(first.layout)
+    return ranked
+
+
+def nearest(config: RunConfig, found: Sequence[Estimate]) -> Estimate | None:
+    """Of the layouts that fit the one with the fewest changes to a config, then the fastest; None if none fits."""
     fitting = [item for item in found if item.fits]
-    return min(fitting, key=lambda item: (len(item.layout.changes(own)), item.seconds), default=None)
+    return min(fitting, key=lambda item: (len(item.layout.changes(config)), item.seconds), default=None)
+
+
+def _ranked(found: Iterable[Estimate]) -> list[Estimate]:
+    return sorted(found, key=lambda item: (not item.fits, item.seconds if item.fits else item.peak))
 
 
 def _ways(

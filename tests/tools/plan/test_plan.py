@@ -46,7 +46,7 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
     assert own["cost"] == pytest.approx(own["days"] * 24 * 2 * 2.5)
     assert best["fits"]
     assert best["step_seconds"] <= own["step_seconds"]
-    assert f"The fastest: train.micro_batch_size={best['layout']['rows']} " in done.out
+    assert f"The fastest: moe-lm pretrain {tiny_pretrain} {' '.join(SHARDED)} " in done.out
     for item in plan["layouts"][:2]:  # a run takes these settings
         settings = [f"{key}={value}" for key, value in item["settings"].items()]
         dry = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", BFLOAT16, *FEW, *settings, "--dry-run")

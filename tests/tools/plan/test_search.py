@@ -12,7 +12,17 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.tools.plan.devices import OF_MEMORY, find_device
 from moe_lm.tools.plan.plan import tracer_of
-from moe_lm.tools.plan.search import Layout, Tracer, between, estimate, expert_parallel_sizes, nearest, search
+from moe_lm.tools.plan.report import settings
+from moe_lm.tools.plan.search import (
+    Layout,
+    Tracer,
+    between,
+    estimate,
+    expert_parallel_sizes,
+    nearest,
+    search,
+    with_own,
+)
 from tests.tiny import tiny
 
 SETTINGS = (
@@ -67,12 +77,13 @@ def test_the_fastest_layout_that_fits_comes_first_and_the_nearest_to_fitting_nex
     assert judged[-1].reason.endswith(f"GiB of {tight.usable / GIB:.1f}")
 
     own = max(found, key=lambda item: item.peak)
-    other = nearest(own.layout, judged)
+    asked = own.layout.applied(config)
+    other = nearest(asked, judged)
     assert other is not None
     assert other.fits
-    fewest = min(len(item.layout.changes(own.layout)) for item in judged if item.fits)
-    assert len(other.layout.changes(own.layout)) == fewest
-    assert nearest(own.layout, search(config, config.model, 2, replace(device, memory=1), trace)) is None
+    fewest = min(len(item.layout.changes(asked)) for item in judged if item.fits)
+    assert len(other.layout.changes(asked)) == fewest
+    assert nearest(asked, search(config, config.model, 2, replace(device, memory=1), trace)) is None
 
 
 def test_where_nothing_fits_higher_stages_are_tried_and_then_host_memory(tiny_pretrain: Path) -> None:
@@ -103,6 +114,38 @@ def test_a_layout_applied_is_the_layout_of_the_config(config: PretrainConfig, tr
     assert moved.parallel.attention_kernel == "flash_attn_3"
     own = Layout(2, 2, 1, 1, "none")
     assert estimate(own.applied(config), 2, find_device("h100"), trace).layout == own
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("parallel.engine=torch", "train.compile=true"),
+        ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", "parallel.offload_optimizer=true"),
+        ("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.activation_checkpointing=full"),
+    ],
+)
+def test_the_changes_of_a_layout_typed_behind_a_config_ask_for_it(tiny_pretrain: Path, own: tuple[str, ...]) -> None:
+    """Settings are taken back with it that the layout does not have, such as compilation under ZeRO 3."""
+    config = load_config(PretrainConfig, tiny_pretrain, [*SETTINGS, *own])
+    assert Layout.of(config, 2).changes(config) == {}
+    for layout in (Layout(2, 2, 3, 2, "none"), Layout(2, 1, 0, 4, "selective"), Layout(2, 1, 1, 1, "full", True)):
+        changes = settings(layout.changes(config)).split()
+        asked = load_config(PretrainConfig, tiny_pretrain, [*SETTINGS, *own, *changes])
+        assert Layout.of(asked, 2) == layout
+        assert asked.train.compile is (config.train.compile and layout.zero != 3)
+
+
+def test_the_configs_own_layout_and_the_fastest_are_traced_not_taken_from_a_line(
+    config: PretrainConfig, trace: Tracer
+) -> None:
+    device = find_device("h100")
+    found = search(config, config.model, 2, device, trace)
+    own = estimate(Layout(2, 2, 2, 4, "selective").applied(config), 2, device, trace)
+    settled = with_own(own, found, lambda layout: estimate(layout.applied(config), 2, device, trace))
+    assert next(item for item in settled if item.layout == own.layout) is own
+    assert {item.layout for item in settled} == {item.layout for item in found} | {own.layout}
+    assert settled[0].peak == trace(settled[0].layout.applied(config), 2).memory.peak
+    assert [item.seconds for item in settled] == sorted(item.seconds for item in settled)
 
 
 def test_what_does_not_divide_is_left_out_or_refused(config: PretrainConfig, trace: Tracer) -> None:
