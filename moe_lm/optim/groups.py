@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,11 @@ def step_on_threads(optimizer: torch.optim.Optimizer, threads: int) -> None:
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes this parameter: a matrix or a stack of experts inside a block, but neither router nor gate."""
     return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
+
+
+def moments(name: str, parameter: Tensor, optimizer: Literal["adamw", "muon", "lamb"]) -> int:
+    """Numbers that an optimizer keeps of a parameter between steps: Muon one moment, AdamW and LAMB two."""
+    return parameter.numel() * (1 if optimizer == "muon" and is_hidden_matrix(name, parameter) else 2)
 
 
 def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -20,7 +20,7 @@ from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.lora import freeze
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.model.transformer import LanguageModel, is_expert
-from moe_lm.optim.groups import is_hidden_matrix
+from moe_lm.optim.groups import moments
 from moe_lm.parallel.topology import Topology
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
@@ -130,16 +130,14 @@ def whole_memory(
 ) -> Memory:
     """Memory of a device that keeps the whole model, with gradients and moments of what is trained.
 
-    AdamW and LAMB keep two moments per parameter. Muon keeps one for the hidden matrices; AdamW has the rest. Products
-    in another data type than float32 are those of copies.
+    Products in another data type than float32 are those of copies.
     """
     copies = 0 if dtype == torch.float32 else RoundedWeights(model, dtype).nbytes
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    muon = {name: p for name, p in trained.items() if optimizer == "muon" and is_hidden_matrix(name, p)}
     return Memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=FLOAT32 * _trained(trained),
-        optimizer=FLOAT32 * (2 * _trained(trained) - _trained(muon)),
+        optimizer=FLOAT32 * sum(moments(name, p, optimizer) for name, p in trained.items()),
     )
 
 

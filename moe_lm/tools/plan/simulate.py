@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from inspect import ismethod
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -32,6 +32,7 @@ from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
+from moe_lm.optim.groups import moments
 from moe_lm.parallel.simulated import simulated_ranks
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import findings, zero
@@ -84,7 +85,7 @@ def simulate(
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
             copies = _rounded(built.model, parallel, dtype)
-            groups = _groups(built, layers, parallel)
+            groups = _groups(built, layers, parallel, train.optimizer.name)
             batch = _batch(rows, row_length)
             counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
@@ -128,7 +129,9 @@ def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype)
     return [(name, copy) for name, module in named for copy in module.__dict__.get("rounded", {}).values()]
 
 
-def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[zero.Group]:
+def _groups(
+    built: RankModel, layers: Layers, parallel: ParallelConfig, optimizer: Literal["adamw", "muon", "lamb"]
+) -> list[zero.Group]:
     """The trained parameters, by the ranks that hold the same ones."""
     world = range(built.topology.world_size)
     same = (
@@ -143,7 +146,8 @@ def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig) -> list[
         }
         count = sum(p.numel() * layers.of(_layer(name)) for name, p in trained.items())
         weights = sum(p.nbytes * layers.of(_layer(name)) for name, p in trained.items())
-        found.append(zero.Group(count, weights, tuple(ranks)))
+        state = sum(moments(name, p, optimizer) * layers.of(_layer(name)) for name, p in trained.items())
+        found.append(zero.Group(count, weights, tuple(ranks), state))
     return [group for group in found if group.parameters]
 
 

@@ -22,6 +22,7 @@ class Group:
     parameters: int
     weights: int  # bytes, in the data types that are multiplied: what the ranks send each other after the update
     ranks: tuple[int, ...]
+    moments: int  # numbers in an optimizer's state that is not divided
 
     @property
     def part(self) -> int:
@@ -45,7 +46,8 @@ def whole(groups: list[Group], micro_batches: int, world_size: int) -> State:
     """One device, or DDP, whose buckets hold the gradients, as views, from the first step on."""
     parameters = sum(group.parameters for group in groups)
     grow = micro_batches == 1 and world_size == 1
-    return State(0 if grow else FLOAT32 * parameters, 2 * FLOAT32 * parameters, 0, 0, grow)
+    optimizer = FLOAT32 * sum(group.moments for group in groups)
+    return State(0 if grow else FLOAT32 * parameters, optimizer, 0, 0, grow)
 
 
 def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool, offload: bool) -> State:

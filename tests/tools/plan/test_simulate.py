@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
-from moe_lm.config.training import BalanceConfig, TrainConfig
+from moe_lm.config.training import BalanceConfig, OptimizerConfig, TrainConfig
 from moe_lm.engine.build import build_loss, build_model
 from moe_lm.model import moe
-from moe_lm.model.size import count_parameters, flops_per_token
+from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.objective import training_loss
 from moe_lm.objective.training_loss import NextToken, StepCounts
 from moe_lm.parallel import expert_parallel
@@ -30,6 +30,7 @@ from moe_lm.tools.plan.layers import reduced
 from moe_lm.tools.plan.predict import mfu, step_time
 from moe_lm.tools.plan.simulate import simulate
 from moe_lm.tools.plan.trace import PASSES, Finding, Trace, Work
+from moe_lm.train.cost import whole_memory
 from tests.tiny import tiny
 
 LENGTH = 32
@@ -80,6 +81,13 @@ def test_the_attention_kernel_is_the_one_of_the_config() -> None:
     # Forward and backward 2 * (N + M) and 2 * (3N + 2M), N 192 and M 128, or padded to N.
     assert padded.flops("attention") / uneven.flops("attention") == pytest.approx(7 * 192 / (4 * 192 + 3 * 128))
     assert attention_of("plain").flops("attention") == padded.flops("attention")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_of_an_optimizer_is_what_a_dry_run_counts(optimizer: Literal["adamw", "muon"]) -> None:
+    model = tiny(num_hidden_layers=5)
+    memory = simulate(model, training(optimizer=OptimizerConfig(name=optimizer)), ALONE, LENGTH).memory
+    assert memory.optimizer == whole_memory(on_meta(model), optimizer).optimizer
 
 
 def test_a_gpu_in_float32_is_still_a_gpu() -> None:
