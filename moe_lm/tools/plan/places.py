@@ -7,6 +7,7 @@ nodes' sequence numbers tell.
 from __future__ import annotations
 
 import bisect
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -89,13 +90,14 @@ class Places:
         region: int | None = None
         for frame in _frames():
             filename, name = frame.f_code.co_filename, frame.f_code.co_name
-            if not where and (filename.startswith(str(PACKAGE)) or not filename.startswith(LIBRARIES)):
+            is_package, is_library = _origin(filename)
+            if not where and (is_package or not is_library):
                 where = f"{_shortened(filename)}:{frame.f_lineno}"
             if filename.endswith(BALANCE):
                 part = part or "balance"
             if filename.endswith(EVAL_FRAME) and is_ours:
                 disabled = True  # by torch.compiler.disable, on our function
-            is_ours = filename.startswith(str(PACKAGE))
+            is_ours = is_package
             owner = frame.f_locals.get("self")
             is_compiled = id(frame.f_code) in self._compiled or (id(owner) in self._compiled and name == "forward")
             if id(owner) in self._module_part:
@@ -143,13 +145,25 @@ def _part_in_moe(module: nn.Module, layer: MoE) -> Part:
 def _frames() -> Iterator[FrameType]:
     """The running frames between the tool's own: from the operator outwards to the simulation's call."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(str(HERE)):
+    while frame is not None and _is_here(frame.f_code.co_filename):
         frame = frame.f_back
-    while frame is not None and not frame.f_code.co_filename.startswith(str(HERE)):
+    while frame is not None and not _is_here(frame.f_code.co_filename):
         yield frame
         frame = frame.f_back
 
 
+@functools.cache
+def _is_here(filename: str) -> bool:
+    return filename.startswith(str(HERE))
+
+
+@functools.cache
+def _origin(filename: str) -> tuple[bool, bool]:
+    """Whether a file is of the package, and whether it is of a library."""
+    return filename.startswith(str(PACKAGE)), filename.startswith(LIBRARIES)
+
+
+@functools.cache
 def _shortened(filename: str) -> str:
     path = Path(filename)
     return str(path.relative_to(PACKAGE.parent)) if path.is_relative_to(PACKAGE.parent) else path.name

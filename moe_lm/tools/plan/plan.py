@@ -25,7 +25,7 @@ from moe_lm.tools.plan.devices import OF_MEMORY, Device, changed, find_device, p
 from moe_lm.tools.plan.measure import Shapes, measured
 from moe_lm.tools.plan.report import Plan, settings, show_layouts, show_own, size
 from moe_lm.tools.plan.search import Layout, Tracer, estimate, nearest, search, with_own
-from moe_lm.tools.plan.simulate import simulate
+from moe_lm.tools.plan.simulate import Recorded, simulate
 from moe_lm.tools.plan.trace import Trace
 from moe_lm.train.preflight import Verdict, check_layout, host_memory, is_machine_of, ranks_here
 
@@ -175,11 +175,14 @@ def memory_here(device: torch.device, ranks: int) -> int:
 def tracer_of(model: ModelConfig, kind: str) -> Tracer:
     """Simulate a rank of a config with this model and the kernels of a kind of device; each layout once."""
     known: dict[str, Trace] = {}
+    recorded: dict[str, Recorded] = {}
 
     def traced(config: RunConfig, devices: int) -> Trace:
         key = f"{devices} {config.parallel!r} {config.train!r}"
         if key not in known:
-            known[key] = simulate(model, config.train, config.parallel, config.row_length, devices, device=kind)
+            known[key] = simulate(
+                model, config.train, config.parallel, config.row_length, devices, device=kind, known=recorded
+            )
         return known[key]
 
     return traced

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from inspect import ismethod
 from typing import Any, Literal
@@ -41,13 +41,25 @@ from moe_lm.tools.plan.layers import Layers, reduced
 from moe_lm.tools.plan.memory import activations
 from moe_lm.tools.plan.places import Place, Places
 from moe_lm.tools.plan.recording import Kernel, Recorder, Recording
-from moe_lm.tools.plan.trace import Collective, HostSync, Memory, Part, Pass, Product, Trace, Work
+from moe_lm.tools.plan.trace import Collective, Finding, HostSync, Memory, Part, Pass, Product, Trace, Work
 
 GIB = 2**30
 WHOLE = 1 << 40  # rows of a piece, for a device that takes all at once
 CONTEXT = GIB // 2  # of CUDA and its libraries: an allowance
 NCCL = 2 * GIB  # channels of three communicators: an allowance
 ROUTING = "moe_lm/parallel/expert_parallel.py"  # reads the counts of an exchange on the host
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One micro-batch of a rank, before anything is said of the engine's buffers, which are arithmetic."""
+
+    layers: Layers
+    recording: Recording
+    findings: tuple[Finding, ...]
+    groups: list[zero.Group]
+    weights: int  # bytes of parameters, buffers and rounded copies
+    fused: Recording  # the same with its compiled graphs as inductor would make them
 
 
 def simulate(
@@ -60,42 +72,30 @@ def simulate(
     device: str = "cuda",
     imbalance: float = 1.0,
     objective: Objective | None = None,
+    known: dict[str, Recorded] | None = None,
 ) -> Trace:
     """The step of `rank` among `world_size`, with the kernels of `device`, `cuda` or `cpu`.
 
     `imbalance`: tokens that come to this rank's experts, over those that would if all experts had the same load.
-    Raises UsageError when the layout does not divide, and in a process that belongs to a run.
+    `known` keeps what was recorded, for other calls that differ in `train` and `parallel` alone: stages of ZeRO and
+    offload share it, and so do a compiled step and one that is not. Raises UsageError when the layout does not divide,
+    and in a process that belongs to a run.
     """
-    layers = reduced(model)
-    check_batch_size(train, topology := Topology(rank, world_size))
+    check_batch_size(train, Topology(rank, world_size))
     rows = train.rows_at_once(world_size)
     micro_batches = train.global_batch_size // world_size // rows
-    dtype = DTYPES["float32" if train.precision == "float32" else "bfloat16"]
-    recorders: list[Recorder] = []
-    with (
-        _marked_compilation() as compiled,
-        _pieces_of(device),
-        simulated_ranks(world_size, rank, lambda work: recorders[-1].waited(work)),
-    ):
-        built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
-        if device == "cuda" and dtype == torch.float32:
-            # Its own kernels loop over segments and experts, which takes numbers; a CPU's have the same products.
-            kernels.apply(built.model, kernels.Kernels(attention="segments", experts="bucketed"))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            built.model.materialise(torch.device("cpu"))
-            loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
-            copies = _rounded(built.model, parallel, dtype)
-            groups = _groups(built, layers, parallel, train.optimizer.name)
-            batch = _batch(rows, row_length)
-            counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
-            recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
-            recorders.append(recorder)
-            recorder.hold([tensor for _, tensor in copies])
-            _run(loss, batch, recorder, world_size, accumulating=micro_batches > 1 and (parallel.zero_stage or 1) == 1)
-    recording = recorder.recording
-    found = findings.check(recording, rows * row_length, layers.config, dtype)
-    fuse(recording)
-    _of_all_moe_layers(recording, layers)
+    is_alike = {"zero_stage": 1, "offload_optimizer": False} if parallel.engine == "deepspeed" else {}
+    alike = parallel.model_copy(update=is_alike)
+    compiled = train.model_copy(update={"compile": True, "micro_batch_size": rows})
+    key = f"{compiled.model_copy(update={'global_batch_size': 0})!r} {alike!r} {world_size} {micro_batches > 1}"
+    known = {} if known is None else known
+    if key not in known:
+        known[key] = _record(
+            model, compiled, alike, row_length, Topology(rank, world_size), device, imbalance, objective
+        )
+    recorded = known[key]
+    layers, groups = recorded.layers, recorded.groups
+    recording = recorded.fused if train.compile else recorded.recording
     work = _work(recording, layers)
     stage = (parallel.zero_stage or 1) if parallel.engine == "deepspeed" else 0
     overlaps = device == "cuda"
@@ -112,9 +112,60 @@ def simulate(
             *zero.exchanges(stage, groups, micro_batches, backward, overlaps),
         ),
         syncs=tuple(_syncs(recording, layers)),
-        findings=tuple(found),
-        memory=_memory(built, copies, layers, recording, groups, stage, micro_batches, parallel, overlaps),
+        findings=recorded.findings,
+        memory=_memory(recorded, recording, stage, micro_batches, world_size, parallel.offload_optimizer, overlaps),
     )
+
+
+def _record(
+    model: ModelConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    row_length: int,
+    topology: Topology,
+    device: str,
+    imbalance: float,
+    objective: Objective | None,
+) -> Recorded:
+    layers = reduced(model)
+    rows = train.rows_at_once(topology.world_size)
+    accumulates = train.global_batch_size // topology.world_size > rows
+    dtype = DTYPES["float32" if train.precision == "float32" else "bfloat16"]
+    recorders: list[Recorder] = []
+    with (
+        _marked_compilation() as compiled,
+        _pieces_of(device),
+        simulated_ranks(topology.world_size, topology.rank, lambda work: recorders[-1].waited(work)),
+    ):
+        built = build_model(layers.config, parallel, topology, simulated=torch.device(device))
+        if device == "cuda" and dtype == torch.float32:
+            # Its own kernels loop over segments and experts, which takes numbers; a CPU's have the same products.
+            kernels.apply(built.model, kernels.Kernels(attention="segments", experts="bucketed"))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built.model.materialise(torch.device("cpu"))
+            loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
+            copies = _rounded(built.model, parallel, dtype)
+            groups = _groups(built, layers, parallel, train.optimizer.name)
+            batch = _batch(rows, row_length)
+            counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
+            recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
+            recorders.append(recorder)
+            recorder.hold([tensor for _, tensor in copies])
+            _run(loss, batch, recorder, topology.world_size, accumulates)
+    recording = recorder.recording
+    found = findings.check(recording, rows * row_length, layers.config, dtype)
+    fused = Recording(
+        [replace(kernel) for kernel in recording.kernels],
+        recording.exchanges,
+        [replace(life) for life in recording.lives],
+        recording.reads,
+    )
+    fuse(fused)
+    for one in (recording, fused):
+        _of_all_moe_layers(one, layers)
+    named = [*built.model.named_parameters(), *built.model.named_buffers(), *copies]
+    weights = sum(tensor.nbytes * layers.of(_layer(name)) for name, tensor in named)
+    return Recorded(layers, recording, tuple(found), groups, weights, fused)
 
 
 def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
@@ -211,26 +262,23 @@ def _syncs(recording: Recording, layers: Layers) -> list[HostSync]:
 
 
 def _memory(
-    built: RankModel,
-    copies: list[tuple[str, Tensor]],
-    layers: Layers,
+    recorded: Recorded,
     recording: Recording,
-    groups: list[zero.Group],
     stage: int,
     micro_batches: int,
-    parallel: ParallelConfig,
+    world_size: int,
+    offload: bool,
     overlaps: bool,
 ) -> Memory:
-    named = [*built.model.named_parameters(), *built.model.named_buffers(), *copies]
-    weights = sum(tensor.nbytes * layers.of(_layer(name)) for name, tensor in named)
+    weights, groups = recorded.weights, recorded.groups
     if stage:
-        state = zero.divided(stage, groups, micro_batches, overlaps, parallel.offload_optimizer)
+        state = zero.divided(stage, groups, micro_batches, overlaps, offload)
         if state.weights is not None:
             weights = state.weights
     else:
-        state = zero.whole(groups, micro_batches, built.topology.world_size)
-    made = activations(recording, layers, state.gradients_grow)
-    communication = (CONTEXT + NCCL * (built.topology.world_size > 1)) if overlaps else 0
+        state = zero.whole(groups, micro_batches, world_size)
+    made = activations(recording, recorded.layers, state.gradients_grow)
+    communication = (CONTEXT + NCCL * (world_size > 1)) if overlaps else 0
     resident = weights + state.gradients + state.optimizer + communication
     peak, where = max(
         (resident + made.forward[0], made.forward[1]),
