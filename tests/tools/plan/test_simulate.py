@@ -165,6 +165,25 @@ def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels() -> None:
     assert compiled.step.launches < 0.7 * eager.step.launches
 
 
+def test_stages_and_a_compiled_step_share_a_recording_without_a_trace_of_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record, known, recorded = simulation._record, {}, []  # type: ignore[var-annotated]
+    monkeypatch.setattr(simulation, "_record", lambda *given: recorded.append(given) or record(*given))
+
+    def trace(stage: int, compiled: bool, known: dict[str, Any] | None = None) -> Trace:
+        parallel = EXPERT_PARALLEL.model_copy(update={"zero_stage": stage})
+        train = training(global_batch_size=16, micro_batch_size=1, compile=compiled)
+        return simulate(tiny(num_hidden_layers=2), train, parallel, LENGTH, world_size=8, known=known)
+
+    first, eager = trace(1, True, known), trace(3, False, known)
+    assert len(recorded) == 1
+    assert eager == trace(3, False)
+    assert first == trace(1, True, known)
+    assert eager.of(["backward"]).launches > 1.4 * first.of(["backward"]).launches
+    assert eager.memory.weights < first.memory.weights
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_the_peak_is_that_of_real_tensors(recompute: bool) -> None:
     """Torch's own tracker, around a real forward and backward pass on this CPU."""
