@@ -265,7 +265,7 @@ def test_a_planted_gather_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def all_logits_of_many_tokens() -> list[Finding]:
     """With a vocabulary for which a batch takes several chunks."""
-    trace = simulate(tiny(vocab_size=1 << 16), training(global_batch_size=32), ALONE, LENGTH)
+    trace = simulate(tiny(vocab_size=1 << 16), training(global_batch_size=64), ALONE, LENGTH)
     return [finding for finding in trace.findings if finding.kind == "all logits"]
 
 
@@ -281,5 +281,5 @@ def test_planted_logits_of_all_positions_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training_loss, "summed_nll", all_at_once)
     found = all_logits_of_many_tokens()
     assert {finding.part for finding in found} == {"head"}
-    assert "[1024, 65536]" in found[0].text
+    assert "[2048, 65536]" in found[0].text
     assert found[0].where.startswith("tests/tools/plan/test_simulate.py:")
