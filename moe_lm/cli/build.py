@@ -17,11 +17,12 @@ from moe_lm.common.exits import STOPPED
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
+    from moe_lm.config.model import ModelConfig
     from moe_lm.config.run import RunConfig
     from moe_lm.parallel.topology import Topology
     from moe_lm.text.files import Report
     from moe_lm.train.loop import TrainingResult
-    from moe_lm.train.preflight import Fit
+    from moe_lm.train.preflight import Fit, Verdict
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -197,7 +198,7 @@ def pretrain(
     else:
         refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        end_with(pretrain.run(settings, ctx.obj))
+        end_with(pretrain.run(settings, ctx.obj, fit_here))
 
 
 def started_as(processes: int | None) -> Topology:
@@ -215,6 +216,13 @@ def fit_on(gpu: str | None) -> Fit:
     from moe_lm.tools.plan.plan import fit
 
     return partial(fit, gpu=gpu)
+
+
+def fit_here(config: RunConfig, model: ModelConfig, topology: Topology) -> Verdict:
+    """Weighs the memory of a step of a run that starts, on the device that is here."""
+    from moe_lm.tools.plan.plan import fit
+
+    return fit(config, model, topology, searches=False)
 
 
 def end_with(result: TrainingResult) -> None:
@@ -243,17 +251,17 @@ def finetune(
 
     from moe_lm.train import finetune
 
+    is_planned = settings.lora is None and settings.preference is None
     if preview is not None:
         finetune.preview(settings, preview)
     elif dry_run:
-        is_planned = settings.lora is None and settings.preference is None
         if not is_planned:
             refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
         print(finetune.describe(settings, started_as(processes), fit_on(gpu) if is_planned else None))
     else:
         refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        end_with(finetune.run(settings, ctx.obj))
+        end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None))
 
 
 def verify(

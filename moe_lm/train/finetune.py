@@ -30,7 +30,7 @@ from moe_lm.train.loop import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
 
 
-def run(config: FinetuneConfig, meeting: Meeting | None = None) -> TrainingResult:
+def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
     """Fine-tune the model of `config.start_from`, or go on from the newest checkpoint in `config.run_dir`.
 
     The held-out loss is measured before the first step too. Raises UsageError if the data or the start cannot be used.
@@ -39,7 +39,7 @@ def run(config: FinetuneConfig, meeting: Meeting | None = None) -> TrainingResul
     start = find_start(config)
     tokenizer = Tokenizer.load(checkpoint.verified_path(start.folder, "tokenizer"))
     model = model_of(config, start.folder)
-    preflight.check(config, model, meeting.topology)
+    preflight.check(config, model, meeting.topology, fit)
     recipe = supervised if config.preference is None else by_preference
     return run_recipe(recipe(config, start, tokenizer, model, meeting.topology), meeting)
 

@@ -34,16 +34,20 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 RANKS_HERE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, srun, mpirun
 
 
-def check(config: RunConfig, model: ModelConfig, topology: Topology) -> None:
+def check(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit | None = None) -> None:
     """Raise UsageError for what would end this run on this machine, at its start or at its first checkpoint.
 
-    A rank that alone has too little says so, which is why only the layout is `common` to all ranks.
+    A rank that alone has too little says so, which is why only the layout is `common` to all ranks. On a GPU the main
+    rank warns when `fit` predicts that a step needs more than there is: a prediction alone refuses no run.
     """
     check_layout(config, topology)
     check_folder(config.run_dir)
     refusals, warnings = lacking(config, model, topology)
     for sentence in refusals:
         raise UsageError(sentence)
+    if fit is not None and topology.is_main and pick_device(config.parallel.device).type == "cuda":
+        predicted = fit(config, model, topology).refusal
+        warnings += [f"{predicted}; moe-lm plan has the layouts that fit"] if predicted else []
     for sentence in warnings if topology.is_main else ():
         print(f"warning: {sentence}", file=sys.stderr)
 

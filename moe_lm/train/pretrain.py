@@ -23,13 +23,13 @@ WARM_UP_STEPS = 3  # they compile
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-def run(config: PretrainConfig, meeting: Meeting | None = None) -> TrainingResult:
+def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
     """Train, or go on from the newest checkpoint in `config.run_dir`.
 
     Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
     """
     meeting = meeting or Meeting(current_topology())
-    preflight.check(config, config.model, meeting.topology)
+    preflight.check(config, config.model, meeting.topology, fit)
     tokenizer = load_tokenizer(config)
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
     batches = training_batches(config, shards)

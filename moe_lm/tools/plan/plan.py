@@ -188,10 +188,12 @@ def tracer_of(model: ModelConfig, kind: str) -> Tracer:
     return traced
 
 
-def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | None = None) -> Verdict:
+def fit(
+    config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | None = None, searches: bool = True
+) -> Verdict:
     """Whether the layout of a config fits a device, for `--dry-run`; without `gpu` the one that a run has here.
 
-    If it does not, the verdict names the nearest layout that does.
+    If it does not, the verdict names the nearest layout that does, unless told not to search for it.
     """
     devices = topology.world_size
     device, here = _device_to_fill(config, topology, gpu)
@@ -210,7 +212,7 @@ def fit(config: RunConfig, model: ModelConfig, topology: Topology, gpu: str | No
     if own.fits:
         return Verdict(f"{needs}, of {room}: fits", None, is_asked, dtype)
     said = f"this run needs {needs} ({own.trace.memory.peak_during}), and there are {room}"
-    if is_asked or is_machine_of(config):
+    if searches and (is_asked or is_machine_of(config)):
         other = nearest(config, search(config, model, devices, device, tracer))
         if other is None:
             said += "; no layout of as many devices fits; take more of them, or larger ones"

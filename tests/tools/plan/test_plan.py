@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from moe_lm.tools.plan.devices import find_device
+from moe_lm.train import preflight
 
 MoeLm = Callable[..., Any]
 BFLOAT16 = "train.precision=bfloat16"
@@ -154,6 +159,22 @@ def test_rates_of_this_machine_that_take_too_long_are_given_up_with_what_to_chan
     done = moe_lm("plan", tiny_pretrain, *FEW, "--measure")
     assert (done.code, done.out) == (1, "")
     assert "1 processes were not done after 0 s; measure smaller products (train.micro_batch_size," in done.err
+
+
+def test_a_run_that_starts_on_a_gpu_warns_of_a_step_that_it_cannot_hold(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("pretrain", tiny_pretrain, "train.steps=1", "checkpoint.every=0")
+    small = replace(find_device("h100"), memory=1000)
+    monkeypatch.setattr("moe_lm.tools.plan.plan._device_to_fill", lambda *_: (small, torch.device("cpu")))
+    quiet = moe_lm(*command, f"run_dir={tmp_path / 'cpu'}")
+    assert (quiet.code, "warning" in quiet.err) == (0, False), "a CPU's run starts without a simulation"
+    monkeypatch.setattr(preflight, "pick_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(preflight, "lacking", lambda *_: ([], []))
+    warned = moe_lm(*command, f"run_dir={tmp_path / 'gpu'}")
+    assert warned.code == 0, warned.err
+    assert "warning: this run needs" in warned.err
+    assert "moe-lm plan has the layouts that fit" in warned.err
 
 
 def test_a_run_that_starts_has_a_device_and_takes_no_other(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
