@@ -40,7 +40,8 @@ def all_logits(recording: Recording, tokens: int, vocabulary: int) -> Iterator[F
 def float32_rows(recording: Recording, tokens: int, config: ModelConfig) -> Iterator[Finding]:
     """Rows of tokens gathered for their experts, or sent to another rank, in float32 where bfloat16 is multiplied."""
     for kernel in recording.kernels:
-        if kernel.place.part != "dispatch" or not kernel.name.endswith(("index_select", "index", "gather")):
+        is_gather = kernel.name.endswith(("index_select", "index", "gather"))
+        if not is_gather or kernel.place.part not in ("dispatch", "experts"):
             continue
         for dtype, shape in kernel.shapes:
             if dtype == torch.float32 and len(shape) == 2 and shape[1] == config.hidden_size:

@@ -56,9 +56,13 @@ def step_time(trace: Trace, device: Device) -> StepTime:
             found[cell] += trace.times(during) * seconds
     for sync in trace.syncs:
         found["host waits", sync.part] += sync.times * trace.times(sync.during) * device.sync
+    idle: dict[Pass, float] = {}  # seconds of a pass beside which its links have nothing to send yet
     for collective in trace.collectives:
-        exposed = exchange_seconds(collective, device) - work_seconds(collective.hidden_by, device)
-        found["exchanges", collective.part] += collective.times * max(0.0, exposed)
+        seconds, hidden = exchange_seconds(collective, device), work_seconds(collective.hidden_by, device)
+        if collective.part == "update":  # those of all groups are beside the same pass
+            hidden = idle.get(collective.during, hidden)
+            idle[collective.during] = max(0.0, hidden - seconds)
+        found["exchanges", collective.part] += collective.times * max(0.0, seconds - hidden)
     return StepTime({cell: seconds for cell, seconds in found.items() if seconds > 0})
 
 

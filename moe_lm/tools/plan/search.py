@@ -211,8 +211,15 @@ def _micro_batches(config: RunConfig, group: Layout, device: Device, trace: Trac
         second = traced(rows[1])
         for count in rows[1:]:
             alone = count == share  # which accumulates nothing
-            made = traced(count) if alone else between(smallest, second, count * smallest.tokens)
+            on_line = not alone and _is_alike(smallest, second)
+            made = between(smallest, second, count * smallest.tokens) if on_line else traced(count)
             yield _estimate(replace(group, rows=count), made, device)
+
+
+def _is_alike(small: Trace, large: Trace) -> bool:
+    """Whether two traces have the same exchanges, one by one, so that a line can be drawn through them."""
+    kinds = [[(c.kind, c.ranks, c.part, c.during) for c in trace.collectives] for trace in (small, large)]
+    return kinds[0] == kinds[1]
 
 
 def check_batch(config: RunConfig, devices: int) -> None:
@@ -278,6 +285,6 @@ def between(small: Trace, large: Trace, tokens: int) -> Trace:
         tokens=tokens,
         micro_batches=micro_batches,
         work={cell: work(small.work[cell], large.work[cell]) for cell in small.work},
-        collectives=tuple(map(exchange, small.collectives, large.collectives)),
+        collectives=tuple(exchange(*pair) for pair in zip(small.collectives, large.collectives, strict=True)),
         memory=memory(small.memory, large.memory),
     )

@@ -6,6 +6,7 @@ counted as often as there are. Nothing is allocated, nothing is computed, and no
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections import Counter
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from inspect import ismethod
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -33,6 +33,7 @@ from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
 from moe_lm.optim.groups import moments
+from moe_lm.parallel.expert_parallel import AllToAllDispatcher
 from moe_lm.parallel.simulated import simulated_ranks
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import findings, zero
@@ -313,13 +314,15 @@ class Counts:
         arriving = round(choices * imbalance)
         rows = min(round(tokens * (1 - spared) * imbalance), tokens, arriving)
         received = rows, min(arriving, rows * min(chosen, local))
+        source, first = inspect.getsourcelines(AllToAllDispatcher.splits)  # the one place that may read them
+        self._lines = range(first, first + len(source))
         self._counts = [count for count in (*sent, *received) for _ in range(ranks)]
         self.received = received[1] * ranks
 
     def __call__(self, place: Place, index: int) -> int | None:
-        if not place.where.startswith(ROUTING):
-            return None
-        return self._counts[index]
+        file, _, line = place.where.rpartition(":")
+        is_asked = file == ROUTING and int(line) in self._lines and index < len(self._counts)
+        return self._counts[index] if is_asked else None
 
 
 def _run(loss: TrainingLoss, batch: Batch, recorder: Recorder, world_size: int, accumulating: bool) -> None:
@@ -372,7 +375,7 @@ def _marked_compilation() -> Iterator[set[int]]:
     def mark_function(function: Any = None, **__: Any) -> Any:
         if function is None:
             return mark_function
-        compiled.add(id(function.__self__) if ismethod(function) else id(function.__code__))
+        compiled.add(id(function.__self__) if inspect.ismethod(function) else id(function.__code__))
         return function
 
     nn.Module.compile, torch.compile = mark_module, mark_function  # type: ignore[method-assign,assignment]

@@ -95,6 +95,13 @@ def test_an_exchange_counts_as_far_as_nothing_hides_it() -> None:
     assert step_time(trace({}, collectives=(hidden,)), DEVICE).seconds == 0
 
 
+def test_gradients_of_all_groups_share_the_backward_pass_that_hides_them() -> None:
+    one = Collective("all_gather", 800, (0, 1), "update", "backward", times=1, hidden_by=Work((), 5000, 0))
+    assert step_time(trace({}, collectives=(one, one)), DEVICE).seconds == pytest.approx(2 * 4.5 - 5)
+    apart = tuple(replace(one, part="dispatch") for _ in range(2))  # each has its own work beside it
+    assert step_time(trace({}, collectives=apart), DEVICE).seconds == 0
+
+
 def test_mfu_has_the_numerator_of_the_paper_and_the_peak_of_all_devices() -> None:
     model = tiny()
     scores = 3 * model.num_hidden_layers * model.num_attention_heads * 2 * model.head_size * 16

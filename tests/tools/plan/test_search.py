@@ -9,13 +9,14 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import load_config
-from moe_lm.config.run import PretrainConfig
+from moe_lm.config.run import PretrainConfig, RunConfig
 from moe_lm.tools.plan.devices import OF_MEMORY, find_device
 from moe_lm.tools.plan.plan import tracer_of
 from moe_lm.tools.plan.report import settings
 from moe_lm.tools.plan.search import (
     Layout,
     Tracer,
+    _micro_batches,
     between,
     estimate,
     expert_parallel_sizes,
@@ -23,6 +24,7 @@ from moe_lm.tools.plan.search import (
     search,
     with_own,
 )
+from moe_lm.tools.plan.trace import Trace
 from tests.tiny import tiny
 
 SETTINGS = (
@@ -55,6 +57,22 @@ def test_a_larger_micro_batch_lies_on_the_line_through_two_smaller_ones(config: 
     for ours, theirs in zip(found.collectives, four.collectives, strict=True):
         assert (ours.kind, ours.times) == (theirs.kind, theirs.times)
         assert ours.bytes == pytest.approx(theirs.bytes, rel=0.02)
+
+
+def test_a_micro_batch_with_other_exchanges_is_traced_itself(config: PretrainConfig, trace: Tracer) -> None:
+    """Such as one exchange fewer: two that take the same are counted as one."""
+    asked: list[int] = []
+
+    def uneven(config: RunConfig, devices: int) -> Trace:
+        rows = config.train.rows_at_once(devices)
+        found = trace(config, devices)
+        asked.append(rows)
+        return replace(found, collectives=found.collectives[: -1 if rows == 2 else None])
+
+    group = Layout(2, 2, 1, 1, "none")
+    found = list(_micro_batches(config, group, find_device("h100"), uneven))
+    assert [item.layout.rows for item in found] == [1, 2, 4, 8]
+    assert set(asked) == {1, 2, 4, 8}
 
 
 def test_the_fastest_layout_that_fits_comes_first_and_the_nearest_to_fitting_next(tiny_pretrain: Path) -> None:

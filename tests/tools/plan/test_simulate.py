@@ -256,11 +256,29 @@ def test_a_planted_item_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(finding.where.startswith("tests/tools/plan/test_simulate.py:") for finding in found)
 
 
+def test_a_planted_item_beside_the_read_of_counts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = expert_parallel.AllToAllDispatcher
+    planted = {"tell": dispatcher.exchange_counts}
+    source = "def waits(self, counts):\n    counts.sum().item()\n    return tell(self, counts)\n"
+    exec(compile(source, expert_parallel.__file__, "exec"), planted)
+    monkeypatch.setattr(dispatcher, "exchange_counts", planted["waits"])
+    (found,) = [finding for finding in on_eight.__wrapped__().findings if finding.kind == "hidden sync"]
+    assert found.where == "moe_lm/parallel/expert_parallel.py:2"
+
+
 def test_a_planted_gather_of_float32_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_parallel, "compute_dtype", lambda x: torch.float32)
     found = [finding for finding in on_eight.__wrapped__().findings if finding.kind == "float32 rows"]
     assert ("dispatch", "forward") in {(finding.part, finding.during) for finding in found}
     assert "float32" in found[0].text
+
+
+def test_a_planted_copy_of_float32_for_the_experts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "float32 rows" not in {finding.kind for finding in on_one().findings}
+    copy_rows = moe.copy_rows
+    monkeypatch.setattr(moe, "copy_rows", lambda x, copies: copy_rows(x.float(), copies).to(x.dtype))
+    found = [finding for finding in on_one.__wrapped__().findings if finding.kind == "float32 rows"]
+    assert ("experts", "forward") in {(finding.part, finding.during) for finding in found}
 
 
 def all_logits_of_many_tokens() -> list[Finding]:
