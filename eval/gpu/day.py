@@ -50,8 +50,10 @@ PARTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
-    parser.add_argument("--out", type=Path, default=HOUSE / "eval/results/gpu")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together (default: %(default)g)")
+    parser.add_argument(
+        "--out", type=Path, default=HOUSE / "eval/results/gpu", help="folder of results (default: eval/results/gpu)"
+    )
     parser.add_argument("--only", nargs="*", choices=[part.name for part in PARTS], help="these parts alone")
     parser.add_argument(
         "--tiny", action="store_true", help="small shapes, on any machine: tries the scripts themselves"

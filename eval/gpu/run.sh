@@ -4,4 +4,9 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec "${PYTHON:-.venv/bin/python}" eval/gpu/day.py "$@"
+python=${PYTHON:-.venv/bin/python}
+if ! command -v "$python" > /dev/null; then
+    echo "error: there is no $python; run bash launch/setup.sh, or set PYTHON to an interpreter that has moe-lm" >&2
+    exit 2
+fi
+exec "$python" eval/gpu/day.py "$@"

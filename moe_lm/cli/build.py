@@ -33,7 +33,12 @@ Overrides = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check config, layout, memory and disk, show sizes and steps, and stop.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check config, layout, memory and disk, show sizes and steps, and stop. What a machine lacks that the run "
+        "would not be on is a line (not here), not an error: name its device with --gpu.",
+    ),
 ]
 Processes = Annotated[
     int | None,

@@ -44,6 +44,11 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
     """
     values = _read_yaml(path)
+    if "train" in kind.model_fields and values and ModelConfig.model_fields.keys() >= values.keys():
+        raise UsageError(
+            f"{path} is a model, not a run; take it as the model of a run's config: "
+            f"configs/pretrain/deepseekmoe-2b.yaml model={path}"
+        )
     _read_sections(kind, values, path.parent)
     for override in overrides:
         _apply_override(values, override)

@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
     if not path.exists():
-        raise UsageError(f"{folder} has no readable {MANIFEST}; run moe-lm prepare")
+        raise UsageError(f"there are no shards in {folder} yet; run moe-lm prepare with the run's config first")
     try:
         return Manifest.model_validate_json(read_regular(path, MAX_MANIFEST_BYTES))
     except ValidationError as error:

@@ -69,7 +69,7 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit 
 
     `fit` weighs all the memory of a step, in place of weights, gradients and optimizer alone. What only this machine
     lacks is a line of the text, not an error, where a run would not be: without a launcher, on a CPU that the config
-    does not ask for.
+    does not ask for. There a device that was asked for is another machine's, and this one's disk says nothing.
     """
     topology = replace(topology, world_size=processes(config, topology))
     check_layout(config, topology)
@@ -81,6 +81,8 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit 
         if verdict.is_asked:
             raise UsageError(verdict.refusal)
         refusals.insert(0, verdict.refusal)
+    if verdict is not None and verdict.is_asked and not is_machine_of(config):
+        refusals, warnings = [], []
     if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
     text = describe(config, model, topology, verdict and verdict.line, dtype)

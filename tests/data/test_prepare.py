@@ -148,7 +148,7 @@ def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
     killed = config(corpus, tmp_path / "killed", workers=2 if where == "tokenizing" else 1)
     prepare_and_die(killed, where, countdown)
     folder = tmp_path / "killed" / "corpus"
-    with pytest.raises(UsageError, match=r"no readable manifest\.json"):
+    with pytest.raises(UsageError, match="there are no shards in"):
         TokenShards.open(folder, "train")
     finished = {path: path.stat().st_mtime_ns for path in folder.glob(".work-*/[0-9]*.npz")}
     assert len(finished) >= countdown

@@ -219,7 +219,7 @@ def test_what_cannot_be_scored_is_refused(
 
 
 def test_a_run_without_prepared_text_is_told_what_to_do(run: Path) -> None:
-    with pytest.raises(UsageError, match=r"has no readable manifest.json; run moe-lm prepare"):
+    with pytest.raises(UsageError, match=r"there are no shards in .* yet; run moe-lm prepare with the run's config"):
         evaluate(run)
 
 

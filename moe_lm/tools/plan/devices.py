@@ -131,6 +131,18 @@ def _gpu(name: str) -> Device:
 DEVICES = {name: _gpu(name) for name in SHEETS}
 
 RATES = tuple(field.name for field in fields(Device) if field.name not in ("name", "inside", "between", "source"))
+EXAMPLES = {
+    "memory": "80e9",
+    "copy": "3e12",
+    "inside": "350e9",
+    "between": "45e9",
+    "per_node": "8",
+    "launch": "5e-6",
+    "kernel": "2e-6",
+    "sync": "2e-4",
+    "host": "45e9",
+    "host_update": "7e9",
+}  # of rates that are not FLOP/s
 LINKS = ("inside", "between")  # by the name of a network, or in bytes/s
 NEEDED = ("memory", "peak", "copy")  # of a device that the table does not have; the rest is assumed
 
@@ -230,7 +242,11 @@ def _value(key: str, value: str) -> float | int | Network:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise UsageError(f"--rate {key}={value} is not a number above 0; give it like --rate {key}=600e12")
+        name = f"neither a network ({', '.join(NETWORKS)}) nor" if key in LINKS else "not"
+        example = EXAMPLES.get(key, "600e12")
+        raise UsageError(f"--rate {key}={value} is {name} a number above 0; give it like --rate {key}={example}")
+    if key == "memory" and number < 1 << 20:
+        raise UsageError(f"--rate memory={value} is in bytes; 80 GB is --rate memory=80e9")
     if key in LINKS:
         return Network("by hand", number, 25e-6, "given by hand")
     if key != "per_node":

@@ -215,11 +215,16 @@ def fit(
     if searches and (is_asked or is_machine_of(config)):
         other = nearest(config, search(config, model, devices, device, tracer))
         if other is None:
-            said += "; no layout of as many devices fits; take more of them, or larger ones"
+            said += (
+                "; no layout of as many devices fits; take more of them, or larger ones, as in "
+                f"moe-lm plan CONFIG --gpus {2 * devices} --gpu {gpu or 'h100'}"
+            )
         else:
             changes = settings(other.layout.changes(config))
             said += f"; the nearest layout that fits needs {size(other.peak)}: {changes}"
-    return Verdict(f"{needs}, of {room}", said, is_asked, dtype)
+    else:
+        said += "; name the device of the run with --gpu"
+    return Verdict(needs, said, is_asked, dtype)
 
 
 def _device_to_fill(config: RunConfig, topology: Topology, gpu: str | None) -> tuple[Device, torch.device | None]:

@@ -13,6 +13,7 @@ import torch
 
 from moe_lm.tools.plan.devices import find_device
 from moe_lm.train import preflight
+from tests.processes import ROOT
 
 MoeLm = Callable[..., Any]
 BFLOAT16 = "train.precision=bfloat16"
@@ -67,6 +68,9 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
         (("--gpus", 3), "train.global_batch_size=8 is not divisible by the 3 processes"),
         (("--gpus", 6, *SHARDED, "parallel.expert_parallel_size=4"), "does not divide the 6 processes"),
         (("--network", "token-ring"), "--network token-ring is not known"),
+        (("--rate", "memory=80"), "--rate memory=80 is in bytes; 80 GB is --rate memory=80e9"),
+        (("--rate", "inside=nvlink9"), "is neither a network (nvlink3, nvlink4,"),
+        (("--rate", "per_node=0"), "is not a number above 0; give it like --rate per_node=8"),
         (("--measure", "--gpu", "h100"), "--measure measures this machine, and --gpu h100 names another one"),
         (("--json", "no/such/folder.json"), "--json no/such/folder.json cannot be written (No such file or directory)"),
     ],
@@ -80,7 +84,7 @@ def test_what_cannot_be_planned_is_refused_with_what_to_give(
 
 
 def test_a_plan_in_which_no_layout_fits_says_so_and_ends_with_1(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
-    done = moe_lm("plan", tiny_pretrain, BFLOAT16, *FEW, "--rate", "memory=1000", "--json", "-")
+    done = moe_lm("plan", tiny_pretrain, BFLOAT16, *FEW, "--rate", "memory=2e6", "--json", "-")
     assert done.code == 1
     assert all(item["reason"].endswith("GiB of 0.0") for item in json.loads(done.out)["layouts"])
 
@@ -105,12 +109,13 @@ def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
 
     line = next(line for line in with_memory(1e9).out.splitlines() if line.startswith("memory "))
     peak = float(line.split()[1]) * 2**20
-    refused, hopeless = with_memory(0.9995 * peak / 0.92), with_memory(1000)
+    refused, hopeless = with_memory(0.9995 * peak / 0.92), with_memory(2e6)
     assert (refused.code, refused.out, hopeless.code) == (2, "", 2)
     assert "this run needs" in refused.err
     assert "the nearest layout that fits needs" in refused.err
     assert "train.micro_batch_size=" in refused.err or "train.activation_checkpointing=" in refused.err
-    assert "no layout of as many devices fits" in hopeless.err
+    assert "no layout of as many devices fits; take more of them, or larger ones" in hopeless.err
+    assert f"moe-lm plan CONFIG --gpus 2 --gpu {device}" in hopeless.err
 
 
 def test_a_run_in_float32_is_planned_for_a_gpu_too(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
@@ -181,3 +186,23 @@ def test_a_run_that_starts_has_a_device_and_takes_no_other(tiny_pretrain: Path, 
     done = moe_lm("pretrain", tiny_pretrain, "--gpu", "h100")
     assert done.code == 2
     assert "--gpu h100 has no meaning for a run that starts" in done.err
+
+
+def test_adapters_are_refused_before_their_start_is_looked_for_and_a_model_is_no_run(moe_lm: MoeLm) -> None:
+    adapters = moe_lm("plan", ROOT / "configs" / "finetune" / "lora.yaml")
+    assert adapters.code == 2
+    assert "adapters (lora) and preferences are not planned" in adapters.err
+    file = ROOT / "configs" / "model" / "deepseekmoe-16b.yaml"
+    model = moe_lm("plan", file)
+    assert model.code == 2
+    assert model.err == (
+        f"error: {file} is a model, not a run; take it as the model of a run's config: "
+        f"configs/pretrain/deepseekmoe-2b.yaml model={file}\n"
+    )
+
+
+def test_the_recipe_of_16b_fits_8_devices_of_80_gb(moe_lm: MoeLm) -> None:
+    done = moe_lm("pretrain", ROOT / "configs" / "pretrain" / "deepseekmoe-16b.yaml", "--dry-run", "--gpu", "h100")
+    assert done.code == 0, done.err
+    assert "at the peak on each device of 8, of 72.9 GiB (92% of the memory of h100): fits" in done.out
+    assert "not here" not in done.out, "this machine's disk is not the run's"
