@@ -134,7 +134,7 @@ class TrainConfig(Section):
     compile: bool = Field(default=False, description="run the model through torch.compile")
     activation_checkpointing: Recomputation = Field(
         default="none",
-        description="activations to compute again in the backward pass instead of keeping them; selective: the cheap "
+        description="activations to recompute in the backward pass instead of keeping them; selective: the cheap "
         "ones, such as norms and activation functions; full: all of a block but its input",
     )
     guards: GuardConfig = GuardConfig()

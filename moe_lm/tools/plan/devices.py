@@ -1,6 +1,6 @@
 """What devices and networks reach: a table with its sources, and rates given by hand.
 
-"Reached" is what large operations of training get, not what a data sheet promises. Where nobody published it, the
+An achieved rate is what large operations of training get, not what a data sheet promises. Where nobody published it, the
 figure is an assumption, and its source says so.
 """
 
@@ -33,12 +33,12 @@ FLASH_3 = (
     "where it is not installed, --rate attention=297e12"
 )
 MAMF = "best product by the MAMF table of stas00/ml-engineering"
-ASSUMED = "reached rates are assumptions"
+ASSUMED = "achieved rates are assumptions"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A link: the bytes that one device sends in a second, reached in large exchanges, and seconds to begin one."""
+    """A link: the bytes that one device sends in a second, achieved in large exchanges, and seconds to begin one."""
 
     name: str
     bandwidth: float
@@ -48,7 +48,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Device:
-    """A device, its node and its networks. FLOP/s and bytes/s are reached ones, except for `peak`."""
+    """A device, its node and its networks. FLOP/s and bytes/s are achieved ones, except for `peak`."""
 
     name: str
     memory: float  # bytes that the driver reports

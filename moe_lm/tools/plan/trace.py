@@ -1,4 +1,4 @@
-"""What one rank does in a step: kernels, exchanges, waits of the host and memory, by part of the model and by pass.
+"""What one rank does in a step: kernels, exchanges, host synchronisations and memory, by part of the model and by pass.
 
 Passes `ahead`, `forward`, `recompute` and `backward` are those of one micro-batch, `update` is that of a step.
 """
