@@ -1,7 +1,7 @@
 """What devices and networks reach: a table with its sources, and rates given by hand.
 
-An achieved rate is what large operations of training get, not what a data sheet promises. Where nobody published it, the
-figure is an assumption, and its source says so.
+An achieved rate is what large operations of training get, not what a data sheet promises. Where nobody published it,
+the figure is an assumption, and its source says so.
 """
 
 from __future__ import annotations
