@@ -30,7 +30,7 @@ import torch
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import Recomputation
-from moe_lm.tools.plan.plan import device_of, tracer_of
+from moe_lm.tools.plan.plan import device_here, resolved, tracer_of
 from moe_lm.tools.plan.search import estimate
 from moe_lm.tools.ranks import run_ranks
 
@@ -119,8 +119,9 @@ def main() -> None:
 
 def compare(point: Point) -> dict[str, Any]:
     """Predicted over measured, of a layout."""
-    config = point.config()
-    device = device_of(config, config.model, point.ranks, "cpu", None, (), True)
+    here = torch.device("cpu")
+    config = resolved(point.config(), here)
+    device = device_here(config, config.model, point.ranks, here, None, ())
     predicted = estimate(config, point.ranks, device, tracer_of(config.model, "cpu"))
     found = measure(point)
     return {
