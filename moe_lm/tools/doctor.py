@@ -170,8 +170,8 @@ def _memory_gib() -> float:
 
 
 def _show(findings: list[Finding]) -> None:
+    """Print the findings, then what to do; a path or a command stays in one line, to be copied."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     marks = {
@@ -180,9 +180,14 @@ def _show(findings: list[Finding]) -> None:
         "optional": ("-", "dim"),
         "warning": ("!", "yellow"),
     }
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "what", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+    console = Console()
+    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        table.add_row(Text(*marks[finding.status]), Text(finding.name), Text(finding.found), Text(finding.remedy))
-    Console().print(table)
+        mark, style = marks[finding.status]
+        line = Text.assemble((f"{mark:7}", style), f"  {finding.name:{width}}  {finding.found}")
+        console.print(line, soft_wrap=True)
+    remedies = [finding for finding in findings if finding.remedy]
+    if remedies:
+        console.print("\nWhat to do:")
+    for finding in remedies:
+        console.print(Text(f"  {finding.name:{width}}  {finding.remedy}"), soft_wrap=True)

@@ -47,6 +47,17 @@ def test_missing_requirement_fails_and_says_how_to_install(
     assert "pip install" in capsys.readouterr().out
 
 
+def test_a_path_and_a_command_stay_in_one_line_of_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path, command = "/" + "folder/" * 12 + "library.so", "pip install " + "package " * 12 + "last"
+    finding = doctor.Finding("decoding in C++", "optional", path, command)
+    doctor._show([finding])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"-        decoding in C++  {path}", "", "What to do:", f"  decoding in C++  {command}"]
+
+
 def test_missing_extra_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking("fastapi", monkeypatch)
     assert finding("fastapi").status == "optional"
