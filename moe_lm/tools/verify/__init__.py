@@ -1,4 +1,4 @@
 """Every layout of parallelism against one process, step by step.
 
-Reading order: parity, layouts, scale, documents, worker, weights, deviation.
+Reading order: parity, layouts, scale, documents, worker, groups, weights, deviation.
 """

@@ -35,6 +35,7 @@ class Layout(Section):
     activation_checkpointing: Recomputation = "none"
     compile: bool = False
     loss_chunk: int | None = None  # positions whose logits are in memory at once; None: all of the small model's
+    expert_groups: int = 1  # sums of a token's experts that are added up, as with so many expert-parallel ranks
     packed: bool = True
     sequence_loss: bool = True
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
@@ -73,6 +74,8 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
     # both.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
         layouts = [layout for layout in layouts if layout.sequence_loss]
+    if train.precision == "bfloat16":
+        layouts = _beside_sums_of_groups(layouts)
     saved: set[str | None] = {None}
     possible = []
     for layout in layouts:
@@ -80,6 +83,20 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
             possible.append(layout)
             saved.add(layout.save_as)
     return possible
+
+
+def _beside_sums_of_groups(layouts: list[Layout]) -> list[Layout]:
+    """Compare expert parallelism with one process that rounds where it does (groups.py)."""
+    references: dict[int, Layout] = {}
+    compared = []
+    for layout in layouts:
+        size = layout.parallel.get("expert_parallel_size", 1)
+        if size > 1 and layout.like == REFERENCE:
+            name = f"{REFERENCE}, experts in {size} groups"
+            references.setdefault(size, Layout(name=name, world_size=1, expert_groups=size, like=None))
+            layout = layout.model_copy(update={"like": name})
+        compared.append(layout)
+    return [*compared, *references.values()]
 
 
 def select(layouts: list[Layout], only: Sequence[str]) -> list[Layout]:

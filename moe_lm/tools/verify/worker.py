@@ -34,6 +34,7 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join, leave
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tools.verify.documents import DOCUMENTS, Documents, Pairs
+from moe_lm.tools.verify.groups import DispatchInGroups
 from moe_lm.tools.verify.layouts import CHANGE, PLAN, Layout, Plan
 from moe_lm.tools.verify.scale import BATCH, PAD, STEPS
 from moe_lm.tools.verify.weights import favouring_biases, initialise
@@ -68,6 +69,9 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     parallel = ParallelConfig.model_validate(plan.parallel.model_dump() | layout.parallel)
     built = build_model(plan.model, parallel, topology, plan.lora, train.freeze_router, precision=train.precision)
     initialise(built, train.seed, biases)
+    if layout.expert_groups > 1:
+        for layer in built.model.moe_layers:
+            layer.dispatcher = DispatchInGroups(layout.expert_groups)
     objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken(train.compile)
     engine = build_engine(built, objective, train, parallel, PAD)
     batches = batch_source(layout, plan, engine)
