@@ -74,7 +74,7 @@ def engine_of(
     device = torch.device("cpu")
     kernels.apply(model, kernels.choose(device))
     built = RankModel(model, Topology(world_size=world_size), device, adapters=adapters)
-    return build_engine(built, NextToken(train.compile), train, ParallelConfig(device="cpu"), pad_id=2)
+    return build_engine(built, NextToken(), train, ParallelConfig(device="cpu"), pad_id=2)
 
 
 def write_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, config: str = "", step: int = 1) -> Path:

@@ -153,7 +153,7 @@ def our_step(shape: ModelConfig, precision: str, compiled: bool) -> Callable[[],
     device = torch.device("cpu")
     kernels.apply(model, kernels.choose(device))
     built = RankModel(model, Topology(), device)
-    engine = build_engine(built, NextToken(compiled), train, ParallelConfig(device="cpu"), pad_id=-1)
+    engine = build_engine(built, NextToken(), train, ParallelConfig(device="cpu"), pad_id=-1)
     ids = token_ids(shape).numpy()
     batch: Batch = pack(ids[:, :-1].copy(), ids[:, 1:].copy(), np.arange(0, ROWS * LENGTH + 1, LENGTH))
     return lambda: engine.train_step(100, [batch])

@@ -70,7 +70,7 @@ def measure(folder: Path, name: str, model: Values, steps: int) -> dict[str, Any
     tokenizer = load_tokenizer(config)
     built = build_model(config.model, config.parallel, current_topology())
     built.initialise(config.train.seed)
-    engine = build_engine(built, NextToken(config.train.compile), config.train, config.parallel, tokenizer.pad_id)
+    engine = build_engine(built, NextToken(), config.train, config.parallel, tokenizer.pad_id)
     batches = training_batches(config, open_shards(config, "train", tokenizer))
     log = RunLog(folder, config.log, steps, name, 0, is_main=False)
     guard, alarms = Guard(config.train.guards, log, {}), Alarms(Plan(config.train, config.model))

@@ -97,7 +97,7 @@ def our_engine(shape: ModelConfig, device: torch.device, rows: int, accumulate: 
     parallel = ParallelConfig.model_validate({"device": device.type})
     built = build_model(shape, parallel, Topology())
     built.initialise(0)
-    return build_engine(built, NextToken(train.compile), train, parallel, pad_id=-1)
+    return build_engine(built, NextToken(), train, parallel, pad_id=-1)
 
 
 def peak_gib(device: torch.device) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from moe_lm.parallel.topology import Topology
 SIMULATED_ATTENTION = ("torch_varlen", "segments")
 # Run in their place there, with the same products: one needs its package, the other reads lengths on the host.
 STAND_INS = {"flash_attn_2": "torch_varlen", "plain": "segments"}
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,25 @@ def build_engine(
 
 
 def build_loss(
-    built: RankModel, objective: Objective, train: TrainConfig, pad_id: int, dtype: torch.dtype
+    built: RankModel,
+    objective: Objective,
+    train: TrainConfig,
+    pad_id: int,
+    dtype: torch.dtype,
+    compiler: Compiler | None = None,
 ) -> TrainingLoss:
-    """The model with its loss, run as the config says, with products in `dtype`: what an engine is put around."""
+    """The model with its loss, run as the config says, with products in `dtype`: what an engine is put around.
+
+    Where the config asks for compilation, `compiler` makes of a function what is called in its place; `torch.compile`
+    by default.
+    """
     if train.residual_dtype == "bfloat16" and dtype == torch.bfloat16:
         built.model.model.residual_dtype = dtype
+    loss = TrainingLoss(built.model, objective, train.balance, pad_id, dtype)
     if train.compile:
-        compile_blocks(built.model)
+        compile_parts(loss, compiler or torch.compile)
     recomputation.apply(built.model, train.activation_checkpointing)
-    return TrainingLoss(built.model, objective, train.balance, pad_id, dtype, compiled=train.compile)
+    return loss
 
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:
@@ -163,14 +176,16 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
         )
 
 
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile block by block: layers of one kind share a compiled graph, and names stay as they are."""
+def compile_parts(loss: TrainingLoss, compiler: Compiler) -> None:
+    """Compile block by block, and the loss: layers of one kind share a compiled graph, and names stay as they are."""
     # Else DDP's buckets of 25 MB cut every block into pieces, so that gradients come early. A block is early enough.
     torch._dynamo.config.optimize_ddp = False
     # With a policy for recomputation it warns that operations in place would go wrong; a block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    for part in (*model.model.layers, model.model.norm):
-        setattr(part, "forward", torch.compile(part.forward))  # noqa: B010
+    model = loss.model.model
+    for part in (*model.layers, model.norm):
+        setattr(part, "forward", compiler(part.forward))  # noqa: B010
+    loss.chunk_loss, loss.routing_figures = compiler(loss.chunk_loss), compiler(loss.routing_figures)
 
 
 def rank_device(parallel: ParallelConfig, topology: Topology) -> torch.device:

@@ -126,13 +126,15 @@ def summed_nll(
     return summed
 
 
-def token_nll(hidden_BSD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_BS: Tensor) -> Tensor:
+def token_nll(
+    hidden_BSD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_BS: Tensor, loss: ChunkLoss = chunk_loss
+) -> Tensor:
     """Negative log-likelihood of every target in nats, `[B, S]` float32; 0 for targets below 0.
 
     The weight of a token in the loss is known only later, so the backward pass computes the logits once more.
     """
     nll_T: Tensor = _TokenNLL.apply(
-        hidden_BSD.flatten(0, -2), weight_VD, bias_V, targets_BS.flatten(), compute_dtype(hidden_BSD)
+        hidden_BSD.flatten(0, -2), weight_VD, bias_V, targets_BS.flatten(), compute_dtype(hidden_BSD), loss
     )
     return nll_T.view(targets_BS.shape)
 
@@ -174,10 +176,11 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, dtype: torch.dtype,
+        loss: ChunkLoss,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.loss = dtype, loss
         head = _Products(hidden_TD, weight_VD, bias_V, dtype)
         wide = torch.promote_types(dtype, torch.float32)
         nll_T = hidden_TD.new_empty(len(hidden_TD), dtype=wide)
@@ -193,9 +196,9 @@ class _TokenNLL(torch.autograd.Function):
         gradients = _Gradients(head, ctx.needs_input_grad)
         for chunk in head.chunks():
             targets_C, counted_C = _targets(targets_T[chunk])
-            _, gradient_CV = chunk_loss(head.logits(chunk), targets_C)
+            _, gradient_CV = ctx.loss(head.logits(chunk), targets_C)
             gradients.add(chunk, gradient_CV, factor_T[chunk] * counted_C)
-        return *gradients.of_inputs(), None, None
+        return *gradients.of_inputs(), None, None, None
 
 
 class _Products:

@@ -49,19 +49,19 @@ class Predictions:
     They are measured without the logits of all positions in memory at once.
     """
 
-    def __init__(self, head: Head, hidden_BSD: Tensor) -> None:
-        self._head, self._hidden_BSD = head, hidden_BSD
+    def __init__(self, head: Head, hidden_BSD: Tensor, loss: ChunkLoss = chunk_loss) -> None:
+        self._head, self._hidden_BSD, self._loss = head, hidden_BSD, loss
 
     def nll(self, targets_BS: Tensor) -> Tensor:
         """Negative log-likelihood of every target in nats, `[B, S]` float32; 0 for IGNORE."""
-        nll_BS: Tensor = self._head(self._hidden_BSD, token_nll, targets_BS)
+        nll_BS: Tensor = self._head(self._hidden_BSD, token_nll, targets_BS, self._loss)
         return nll_BS
 
-    def summed_nll(self, targets_BS: Tensor, loss: ChunkLoss = chunk_loss) -> Tensor:
+    def summed_nll(self, targets_BS: Tensor) -> Tensor:
         """The sum of `nll`, with a cheaper gradient, which can be taken once."""
         if not torch.is_grad_enabled():
             return self.nll(targets_BS).sum()
-        nll: Tensor = self._head(self._hidden_BSD, summed_nll, targets_BS, loss)
+        nll: Tensor = self._head(self._hidden_BSD, summed_nll, targets_BS, self._loss)
         return nll
 
     @torch.no_grad()
@@ -74,14 +74,11 @@ class Predictions:
 class NextToken:
     """Next-token prediction: the units are target tokens, the loss is their negative log-likelihood in nats."""
 
-    def __init__(self, compiled: bool = False) -> None:
-        self._chunk_loss: ChunkLoss = torch.compile(chunk_loss) if compiled else chunk_loss
-
     def units(self, batch: Batch) -> int:
         return num_targets(batch)
 
     def score(self, predictions: Predictions, batch: Batch) -> Score:
-        return Score(predictions.summed_nll(batch.targets, self._chunk_loss), {}, {})
+        return Score(predictions.summed_nll(batch.targets), {}, {})
 
 
 def num_targets(batch: Batch) -> int:
@@ -121,7 +118,6 @@ class TrainingLoss(nn.Module):
         balance: BalanceConfig,
         pad_id: int,
         dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -129,7 +125,7 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.pad_id = pad_id
         self.dtype = dtype  # of matrix products; weights stay as they are
-        self._routing_figures = torch.compile(routing_figures) if compiled else routing_figures
+        self.chunk_loss, self.routing_figures = chunk_loss, routing_figures  # which may be compiled
 
     def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
@@ -146,7 +142,7 @@ class TrainingLoss(nn.Module):
             loss = score.loss / counts.units
         if routings:
             before = None if counts is None else counts.load
-            load, entropy, terms = self._routing_figures(of_all_layers(routings), counted_BS, self.balance, before)
+            load, entropy, terms = self.routing_figures(of_all_layers(routings), counted_BS, self.balance, before)
             if counts is not None:
                 balance = balance + balance_loss(terms, self.balance, counts.tokens, counts.rows)
                 loss = loss + balance
@@ -164,7 +160,7 @@ class TrainingLoss(nn.Module):
         # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.
         attend = PackedAttention(batch.cu_seqlens, batch.input_ids.shape[1])
         hidden_BSD, routings = self.model.model(batch.input_ids, batch.position_ids, attend)
-        return Predictions(self.model.lm_head, hidden_BSD), routings
+        return Predictions(self.model.lm_head, hidden_BSD, self.chunk_loss), routings
 
     def count(self, batches: Sequence[Batch]) -> dict[str, int]:
         """The sizes in `StepCounts` of these batches."""

@@ -59,7 +59,7 @@ def supervised(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        objective=NextToken(train.compile),
+        objective=NextToken(),
         batches=batches,
         validation=held_out_batches(train, held_out, topology),
         start=start,

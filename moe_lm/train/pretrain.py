@@ -39,7 +39,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
         config=config,
         model=config.model,
         tokenizer=tokenizer,
-        objective=NextToken(config.train.compile),
+        objective=NextToken(),
         batches=batches,
         validation=validation_batches(config, held_out, meeting.topology),
         epochs=dict(zip(names, batches.epochs(config.train.steps), strict=True)),
@@ -60,7 +60,7 @@ def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
     tokenizer = load_tokenizer(config)
     built = build_model(config.model, config.parallel, current_topology(), precision=config.train.precision)
     built.initialise(config.train.seed)
-    objective = NextToken(config.train.compile)
+    objective = NextToken()
     engine = build_engine(built, objective, config.train, config.parallel, tokenizer.pad_id)
     batches = training_batches(config, open_shards(config, "train", tokenizer))
     seconds = []

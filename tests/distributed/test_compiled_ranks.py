@@ -27,8 +27,9 @@ OTHERS = [("torch", "none"), ("torch", "full"), ("deepspeed", "none"), ("deepspe
 def test_ranks_train_on_compiled_blocks(backend: str, layouts: list[tuple[str, str]]) -> None:
     """Data or expert parallel: the compiler stops at exchanges alone, and does not compile for every load of experts.
 
-    Beside the blocks' graphs there are those of the last norm and of what is measured of the routing. The second load
-    shows the compiler which sizes are not fixed, in two graphs: of the experts, and of adding up what comes back.
+    Beside the blocks' graphs there are those of the last norm, of what is measured of the routing and of the loss. The
+    second load shows the compiler which sizes are not fixed, in two graphs: of the experts, and of adding up what comes
+    back.
     """
     first, _ = finish(start_program(2, PROGRAM, backend, *itertools.chain(*layouts)), seconds=400)
     for (engine, recomputation), found in zip(layouts, json.loads(first), strict=True):
@@ -37,7 +38,7 @@ def test_ranks_train_on_compiled_blocks(backend: str, layouts: list[tuple[str, s
             assert step == pytest.approx(expected, rel=1e-5), layout
         pieces, sizes_found = (1, 0) if engine == "torch" else (9, 2)
         assert len(found["again"]) <= sizes_found, (layout, found["again"])
-        assert found["graphs"] <= pieces + 2 + sizes_found, layout
+        assert found["graphs"] <= pieces + 3 + sizes_found, layout
         elsewhere = [reason for reason in found["breaks"] if not any(name in reason for name in EXCHANGE)]
         assert elsewhere == [], layout
         assert bool(found["breaks"]) == (engine == "deepspeed"), layout

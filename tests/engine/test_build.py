@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +14,17 @@ import pytest
 import torch
 
 from moe_lm.config.reading import load_config
-from moe_lm.config.run import PretrainConfig
-from moe_lm.config.training import TrainConfig
+from moe_lm.config.run import ParallelConfig, PretrainConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import BatchSource
-from moe_lm.engine.build import build_model
+from moe_lm.engine.build import build_loss, build_model
 from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.objective.preference import PreferenceObjective
+from moe_lm.objective.training_loss import NextToken, Objective, StepCounts
 from moe_lm.parallel.topology import Topology
+from moe_lm.tools.verify.documents import Pairs
 from moe_lm.train import preflight
-from tests.tiny import LATENT, engine_of, tiny_model
+from tests.tiny import LATENT, engine_of, tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = 8
@@ -58,6 +64,28 @@ def test_the_residual_stream_is_float32_where_products_are(
     assert train(build_engine(precision="auto", residual_dtype="bfloat16"), ragged, steps=1)[0].loss == expected[0].loss
     with pytest.raises(ValueError, match="residual_dtype=bfloat16 rounds between products of precision=float32"):
         TrainConfig(steps=1, global_batch_size=1, precision="float32", residual_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("objective", [NextToken(), PreferenceObjective(PreferenceConfig())], ids=["tokens", "pairs"])
+def test_compilation_covers_the_blocks_and_the_loss_of_every_objective(objective: Objective) -> None:
+    called: Counter[str] = Counter()
+
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        def compiled(*arguments: Any, **named: Any) -> Any:
+            called[function.__qualname__] += 1
+            return function(*arguments, **named)
+
+        return compiled
+
+    built = build_model(tiny(), ParallelConfig(device="cpu"), Topology())
+    built.initialise(seed=3)
+    train = TrainConfig(steps=1, global_batch_size=ROWS, compile=True)
+    loss = build_loss(built, objective, train, pad_id=2, dtype=torch.float32, compiler=compiler)
+    pairs = Pairs(seed=1)
+    batch = pairs._pack(0, range(2))
+    batch = replace(batch, reference=torch.zeros(batch.num_pairs, 2))
+    loss(batch, StepCounts(**loss.count([batch]))).loss.backward()
+    assert called == {"Block.forward": 3, "RMSNorm.forward": 1, "routing_figures": 1, "chunk_loss": 1}
 
 
 @pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])

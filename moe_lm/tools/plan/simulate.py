@@ -18,7 +18,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lm.config.model import ModelConfig
@@ -133,8 +133,14 @@ def _record(
     accumulates = train.global_batch_size // topology.world_size > rows
     dtype = DTYPES["float32" if train.precision == "float32" else "bfloat16"]
     recorders: list[Recorder] = []
+    compiled: set[int] = set()  # modules, and the code of functions
+
+    def mark(function: Any) -> Any:
+        """Let it run as it is: what a compiler would make of it is modelled (fusion.py)."""
+        compiled.add(id(function.__self__) if inspect.ismethod(function) else id(function.__code__))
+        return function
+
     with (
-        _marked_compilation() as compiled,
         _pieces_of(device),
         simulated_ranks(topology.world_size, topology.rank, lambda work: recorders[-1].waited(work)),
     ):
@@ -144,7 +150,7 @@ def _record(
             kernels.apply(built.model, kernels.Kernels(attention="segments", experts="bucketed"))
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.model.materialise(torch.device("cpu"))
-            loss = build_loss(built, objective or NextToken(train.compile), train, pad_id=-1, dtype=dtype)
+            loss = build_loss(built, objective or NextToken(), train, pad_id=-1, dtype=dtype, compiler=mark)
             copies = _rounded(built.model, parallel, dtype)
             groups = _groups(built, layers, parallel, train.optimizer.name)
             batch = _batch(rows, row_length)
@@ -361,25 +367,3 @@ def _pieces_of(device: str) -> Iterator[None]:
         patch.object(grouped_mm, "BLOCK", WHOLE),
     ):
         yield
-
-
-@contextmanager
-def _marked_compilation() -> Iterator[set[int]]:
-    """Let compiled modules and functions run as they are, and note which they are: their fusion is modelled instead."""
-    compiled: set[int] = set()
-    module_compile, function_compile = nn.Module.compile, torch.compile
-
-    def mark_module(self: nn.Module, *_: Any, **__: Any) -> None:
-        compiled.add(id(self))
-
-    def mark_function(function: Any = None, **__: Any) -> Any:
-        if function is None:
-            return mark_function
-        compiled.add(id(function.__self__) if inspect.ismethod(function) else id(function.__code__))
-        return function
-
-    nn.Module.compile, torch.compile = mark_module, mark_function  # type: ignore[method-assign,assignment]
-    try:
-        yield compiled
-    finally:
-        nn.Module.compile, torch.compile = module_compile, function_compile  # type: ignore[method-assign]

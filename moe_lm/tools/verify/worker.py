@@ -72,7 +72,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     if layout.expert_groups > 1:
         for layer in built.model.moe_layers:
             layer.dispatcher = DispatchInGroups(layout.expert_groups)
-    objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken(train.compile)
+    objective: Objective = PreferenceObjective(plan.preference) if plan.preference else NextToken()
     engine = build_engine(built, objective, train, parallel, PAD)
     batches = batch_source(layout, plan, engine)
     if layout.load_from is not None:

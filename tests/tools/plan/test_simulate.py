@@ -21,7 +21,7 @@ from moe_lm.engine.build import build_loss, build_model
 from moe_lm.model import moe
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.objective import training_loss
-from moe_lm.objective.training_loss import NextToken, StepCounts
+from moe_lm.objective.training_loss import NextToken, Score, StepCounts
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import simulate as simulation
@@ -156,6 +156,19 @@ def test_ranks_that_share_experts_exchange_tokens(imbalance: float) -> None:
     assert trace.of(["forward"], ["experts"]).flops() == int(choices * imbalance) * 6 * 32 * 16 * 3
     reductions = [c for c in trace.collectives if c.kind == "all_reduce"]
     assert {c.ranks for c in reductions} == {tuple(range(8)), (1, 5)}
+
+
+def test_compilation_outside_of_the_simulated_rank_is_left_alone() -> None:
+    found: list[object] = []
+
+    class Probe(NextToken):
+        def score(self, *given: Any) -> Score:
+            found.extend((torch.compile, torch.nn.Module.compile))
+            return super().score(*given)
+
+    expected = [torch.compile, torch.nn.Module.compile]
+    simulate(tiny(), training(compile=True), ALONE, LENGTH, objective=Probe())
+    assert found == expected
 
 
 def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels() -> None:
