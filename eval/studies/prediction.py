@@ -12,6 +12,7 @@ time, and the order of layouts. Run it on a machine that does nothing else, or i
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -19,18 +20,25 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import Recomputation
-from moe_lm.tools.plan.plan import device_here, resolved, tracer_of
+from moe_lm.data.batches import Batch
+from moe_lm.tools.plan.devices import Device
+from moe_lm.tools.plan.plan import device_here, tracer_of
 from moe_lm.tools.plan.search import estimate
 from moe_lm.tools.ranks import run_ranks
 
@@ -43,10 +51,11 @@ SIZES: dict[str, dict[str, Any]] = {  # of float32 weights: about 60 and 230 MB
     "small": {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256},
     "large": {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512},
 }
-LENGTH, ROWS = 256, 16  # of the global batch
-STEPS = 4  # of which the first warms up
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-TIMEOUT_SECONDS = 300
+LENGTH, ROWS = 256, 8  # of the global batch
+STEPS = 3  # of which the first warms up
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+TIMEOUT_SECONDS = 600
+HERE = torch.device("cpu")
 ALIKE = 0.1  # times that differ by less say nothing of an order
 
 
@@ -73,6 +82,7 @@ class Point:
             "global_batch_size": ROWS,
             "micro_batch_size": ROWS // self.ranks // 2,
             "activation_checkpointing": self.recompute,
+            "precision": "bfloat16",
         }
         nowhere = {"tokenizer": "none", "shards": "none", "sources": [{"name": "none", "path": "none"}]}
         values = {
@@ -98,9 +108,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     before, rows = os.getloadavg()[0], []
-    for point in points():
-        if arguments.only in point.name:
-            rows.append(compare(point))
+    asked = [point for point in points() if arguments.only in point.name]
+    for ranks in sorted({point.ranks for point in asked}):
+        alike = [point for point in asked if point.ranks == ranks]
+        for point, found in zip(alike, measure(alike), strict=True):
+            rows.append(compare(point, found))
             print("{name:32} memory {memory_ratio:5.2f}  time {time_ratio:5.2f}".format(**rows[-1]), flush=True)
     result = {
         "date": date.today().isoformat(),
@@ -117,13 +129,10 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(point: Point) -> dict[str, Any]:
+def compare(point: Point, found: Mapping[str, float]) -> dict[str, Any]:
     """Predicted over measured, of a layout."""
-    here = torch.device("cpu")
-    config = resolved(point.config(), here)
-    device = device_here(config, config.model, point.ranks, here, None, ())
+    config, device = point.config(), rates(point.size, point.ranks)
     predicted = estimate(config, point.ranks, device, tracer_of(config.model, "cpu"))
-    found = measure(point)
     return {
         "name": point.name,
         **asdict(point),
@@ -138,17 +147,32 @@ def compare(point: Point) -> dict[str, Any]:
     }
 
 
-def measure(point: Point, steps: int = STEPS) -> dict[str, float]:
-    """Train in the layout: the largest peak of a rank, and the median step, the first one left out."""
+@cache
+def rates(size: str, ranks: int) -> Device:
+    """This machine, shared by so many ranks that train a model of this size; its rates are measured once."""
+    config = Point(size, ranks, int(ranks > 1), "none").config()
+    return device_here(config, config.model, ranks, HERE, None, ())
+
+
+def measure(alike: Sequence[Point], steps: int = STEPS) -> list[dict[str, float]]:
+    """Train in layouts of as many ranks: of each the largest peak of a rank, and its median step, the first left out.
+
+    Ranks import what they need once, and fork a process for every layout.
+    """
+    (count,) = {point.ranks for point in alike}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        task = {"point": asdict(point), "steps": steps}
+        task = {"points": [asdict(point) for point in alike], "steps": steps}
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-        threads = max(1, (os.cpu_count() or 1) // point.ranks)
-        os.environ.update(MALLOC)
-        run_ranks(WORKER, folder, point.ranks, TIMEOUT_SECONDS, threads)
-        ranks = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank-*.json")]
-    return {kind: max(rank[kind] for rank in ranks) for kind in ("bytes", "seconds")}
+        threads = max(1, (os.cpu_count() or 1) // count)
+        with patch.dict(os.environ, MALLOC):
+            run_ranks(WORKER, folder, count, TIMEOUT_SECONDS, threads)
+        found = []
+        for index in range(len(alike)):
+            files = folder.glob(f"point-{index}-rank-*.json")
+            ranks = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            found.append({kind: max(rank[kind] for rank in ranks) for kind in ("bytes", "seconds")})
+    return found
 
 
 def order(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -162,37 +186,78 @@ def order(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {"pairs": pairs, "right": right}
 
 
-def train(folder: Path) -> None:
-    """Be a rank: train a few steps on random tokens, and write the peak and the seconds of a step."""
-    from moe_lm.data.batches import Batch
+def be_a_rank(folder: Path) -> None:
+    """Train in every layout of the task, each in a process of its own."""
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    layouts = [Point(**values) for values in task["points"]]
+    # What is imported, by an optimizer too, is no part of a model's memory.
+    engines = {"moe_lm.engine.deepspeed_engine" if point.stage else "moe_lm.engine.torch_engine" for point in layouts}
+    for name in ("torch._dynamo", *sorted(engines)):
+        import_module(name)
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    for index, point in enumerate(layouts):
+        if child := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code:
+                raise SystemExit(f"{point.name} failed with exit code {code}")
+            continue
+        os.environ["MASTER_PORT"] = str(port + index)
+        train(point, task["steps"], folder / f"point-{index}-rank-{os.environ.get('RANK', '0')}.json")
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def train(point: Point, steps: int, output: Path) -> None:
+    """Train a few steps on random tokens, and write the peak and the seconds of a step."""
     from moe_lm.engine.build import build_engine, build_model
     from moe_lm.objective.training_loss import NextToken
     from moe_lm.parallel.topology import current_topology
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    point = Point(**task["point"])
-    if point.stage:
-        import deepspeed  # noqa: F401  # what it takes is no part of a model's memory
+    _use_libraries()
     config, topology = point.config(), current_topology()
     rows = config.train.rows_at_once(topology.world_size)
-    ids = torch.randint(3, 4096, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(topology.rank))
-    positions = torch.arange(LENGTH).repeat(rows, 1)
-    bounds = torch.arange(0, rows * LENGTH + 1, LENGTH, dtype=torch.int32)
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, bounds, LENGTH)
+    batch = _batch(rows, LENGTH, topology.rank)
+    gc.collect()
     start = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     built = build_model(config.model, config.parallel, topology)
     built.initialise(config.train.seed)
     engine = build_engine(built, NextToken(), config.train, config.parallel, pad_id=2)
     seconds = []
-    for step in range(task["steps"]):
+    for step in range(steps):
         started = time.perf_counter()
         engine.train_step(step, [batch] * (ROWS // topology.world_size // rows))
         seconds.append(time.perf_counter() - started)
     figures = {"bytes": _resident("VmHWM") - start, "seconds": statistics.median(seconds[1:])}
-    (folder / f"rank-{topology.rank}.json").write_text(json.dumps(figures), encoding="utf-8")
+    output.write_text(json.dumps(figures), encoding="utf-8")
     engine.close()
+
+
+def _use_libraries() -> None:
+    """Train a tiny model for a step: the code of libraries that a step touches is no part of a model's memory.
+
+    A resident set counts the pages of shared libraries, and the kernels that are made at their first use.
+    """
+    from moe_lm.engine.build import build_engine, build_model
+    from moe_lm.objective.training_loss import NextToken
+    from moe_lm.parallel.topology import Topology
+
+    config = Point("small", 1, 0, "none").config()
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    model = ModelConfig(**(SHAPE | tiny | {"vocab_size": 256}))
+    train = config.train.model_copy(update={"global_batch_size": 1, "micro_batch_size": 1})
+    built = build_model(model, config.parallel, Topology())
+    built.initialise(1)
+    build_engine(built, NextToken(), train, config.parallel, pad_id=2).train_step(0, [_batch(1, 64, 0, 256)])
+
+
+def _batch(rows: int, length: int, seed: int, vocabulary: int = 4096) -> Batch:
+    """Random tokens; every row is a document."""
+    ids = torch.randint(3, vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(length).repeat(rows, 1)
+    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, bounds, length)
 
 
 def _resident(name: str) -> int:
@@ -205,6 +270,6 @@ def _resident(name: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and (Path(sys.argv[1]) / "task.json").is_file():
-        train(Path(sys.argv[1]))
+        be_a_rank(Path(sys.argv[1]))
     else:
         main()

@@ -13,4 +13,4 @@ def test_the_peak_of_a_real_process_is_the_predicted_one() -> None:
     point = Point("small", ranks=1, stage=0, recompute="none")
     config = point.config()
     predicted = tracer_of(config.model, "cpu")(config, 1).memory.peak
-    assert predicted == pytest.approx(measure(point, steps=2)["bytes"], rel=0.1)
+    assert predicted == pytest.approx(measure([point], steps=2)[0]["bytes"], rel=0.1)
