@@ -26,6 +26,6 @@ def test_zero_multiplies_bfloat16_weights_and_keeps_everything_else_in_float32(t
         assert (found["start"], found["loaded"], found["loaded by torch"]) == (0, 0, 0), layout
         assert found["four times the same"] < 1e-6, layout
         assert found["threads"] == ([3, 1] if layout.endswith("offload") else [1, 1])  # of 6 cores, for 2 ranks
-        # ZeRO 3 adds up the gradients of activations in another order, which rounds other bits of bfloat16.
-        tolerance = 5e-3 if layout.startswith("ZeRO 3") else 2e-6
-        assert max(found["first step"], found["second step"]) < tolerance, layout
+        # The head's gradient is float32 here, and rounded in the torch engine; ZeRO 3 adds up the gradients of
+        # activations in another order, which rounds other bits of bfloat16.
+        assert max(found["first step"], found["second step"]) < 5e-3, layout

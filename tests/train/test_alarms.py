@@ -88,7 +88,7 @@ def with_router_bias(experts: list[int], bias: float, **shape: Any) -> LanguageM
 def leaking_model() -> LanguageModel:
     """A model of which every forward pass leaves two megabytes behind."""
     model, kept = tiny_model(num_hidden_layers=1, n_routed_experts=0), list[Any]()
-    model.register_forward_hook(lambda *_: kept.append(np.ones(2**18)))
+    model.model.register_forward_hook(lambda *_: kept.append(np.ones(2**18)))
     return model
 
 
