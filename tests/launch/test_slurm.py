@@ -93,6 +93,7 @@ def test_two_nodes_train_as_one_process_does(job: Job, one_process: list[float])
     assert len(lines) == len(set(lines)), job.output()  # rank 0's alone
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_goes_back_into_the_queue(
     cluster: Cluster, job: Job, one_process: list[float]
 ) -> None:

@@ -64,6 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, imported_run: Callable[[st
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", MOE_FAMILIES)
 def test_export_after_training_on_two_ranks_goes_on_alike(
     variant: str, trained: Path, tmp_path: Path, imported_run: Callable[[str], Path], one_thread: None

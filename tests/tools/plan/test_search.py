@@ -153,6 +153,7 @@ def test_the_changes_of_a_layout_typed_behind_a_config_ask_for_it(tiny_pretrain:
         assert asked.train.compile is (config.train.compile and layout.zero != 3)
 
 
+@pytest.mark.slow
 def test_the_configs_own_layout_and_the_fastest_are_traced_not_taken_from_a_line(
     config: PretrainConfig, trace: Tracer
 ) -> None:

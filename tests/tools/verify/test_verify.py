@@ -125,11 +125,12 @@ def test_in_bfloat16_muon_has_no_rows() -> None:
             "muon_in_bfloat16", "2 x torch, Muon", "gradient norm: expected", "float32", marks=pytest.mark.slow
         ),
         ("bias_from_local_counts", "2 x torch", "step 0: router bias model.layers.", "float32"),
-        (
+        pytest.param(
             "moments_of_another_expert",
             "2 x DeepSpeed, EP 2, ZeRO 3 after ZeRO 2",
             "step 2: weight model.layers.0.mlp.experts.",
             "float32",
+            marks=pytest.mark.slow,
         ),
     ],
 )
