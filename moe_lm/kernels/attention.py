@@ -6,10 +6,12 @@ Shapes: T flattened tokens, H query heads, K key-value heads, N head size, M hea
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import CustomOpDef
 
 
 def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
@@ -21,7 +23,7 @@ def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     values = v.shape[-1]
     q, k, v = _repeated(*padded(q, k, v))
     # The kernel takes for granted that the head size is innermost in memory, and is silently wrong otherwise.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = innermost(q, k, v)
     # The operator is for gradients and compilation; its first call costs half a second.
     needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
     attend = _segment_attention if needs_operator else _attend_in_segments
@@ -33,6 +35,11 @@ def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
+
+
+def innermost(*tensors: Tensor) -> list[Tensor]:
+    """The same with the head size innermost in memory."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,16 +108,24 @@ def _(
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+def register_backward(operator: CustomOpDef, backward: CustomOpDef) -> None:
+    """Make `backward` the gradient of an operator of attention within segments.
+
+    The operator takes what `segment_attention` takes, and returns output and log-sum-exp. `backward` takes the output's
+    gradient, q, k, v, both results, and the rest of the operator's arguments.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+    def gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
+
+    operator.register_autograd(gradient, setup_context=save)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return *_segment_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
-
-
-_segment_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_backward(_segment_attention, _segment_attention_backward)
 
 
 def _rows_of(x: Tensor, start: int, stop: int, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.attention import segments
+from moe_lm.kernels.attention import innermost, register_backward, segments
 from moe_lm.kernels.native import build
 
 LANES = 16  # bfloat16 numbers that head sizes must be multiples of
@@ -42,7 +42,7 @@ def _cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, M]` and log-sum-exp `[H, T]`. The longest segment is for who counts what the operator does."""
-    q, k, v = _innermost(q, k, v)
+    q, k, v = innermost(q, k, v)
     out, log_sum_exp = _outputs(q, v)
     arguments = _arguments(q, k, v, cu_seqlens, scale)
     _library().attention_forward(*arguments, *_addresses(q, k, v, out, log_sum_exp))
@@ -71,7 +71,7 @@ def _cpu_attention_backward(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _innermost(q, k, v)
+    q, k, v = innermost(q, k, v)
     grad = grad.contiguous()
     grads = _gradients(q, k, v)
     arguments = _arguments(q, k, v, cu_seqlens, scale)
@@ -98,16 +98,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_cpu_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
-
-
-_cpu_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_backward(_cpu_attention, _cpu_attention_backward)
 
 
 class _Shape(ctypes.Structure):
@@ -128,11 +119,6 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float
 
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-
-
-def _innermost(*tensors: Tensor) -> list[Tensor]:
-    """The same with the head size innermost in memory."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 _library = functools.cache(load)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.attention import padded
+from moe_lm.kernels.attention import padded, register_backward
 from moe_lm.model.attention import segment_attention
 
 
@@ -104,16 +104,7 @@ def _(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _save_uneven(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _uneven_backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return *_uneven_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
-
-
-_uneven_attention.register_autograd(_uneven_backward, setup_context=_save_uneven)
+register_backward(_uneven_attention, _uneven_attention_backward)
 
 
 def _is_half(x: Tensor) -> bool:
