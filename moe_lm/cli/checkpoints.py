@@ -1,4 +1,4 @@
-"""The verb `checkpoint`: list, verify, diff, prune."""
+"""The verbs about checkpoints: `checkpoint`, which lists, verifies, compares and prunes, and `merge`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,32 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
 def add_to(parent: typer.Typer) -> None:
-    """Add the verb to the command line."""
+    """Add the verbs to the command line."""
+    parent.command(rich_help_panel="Build")(merge)
     parent.add_typer(
         app,
         name="checkpoint",
         help="List, verify and compare the checkpoints of a run, and delete old ones.",
         rich_help_panel="Use",
     )
+
+
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run folder with --last, or checkpoints and runs.")
+    ],
+    run_dir: Annotated[Path, typer.Option(help="Run folder to write.")],
+    last: Annotated[int | None, typer.Option(min=2, help="Newest checkpoints of the run to average.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(help="Weights, oldest first: equal, linear, exponential (each twice the last), or numbers."),
+    ] = "equal",
+) -> None:
+    """Average checkpoints of one model into a new run, which evaluates, exports and can be trained on."""
+    from moe_lm.tools import merge
+
+    print(merge.merge(runs, run_dir, last, weights))
+    print(f"wrote {run_dir}")
 
 
 @app.command("list")

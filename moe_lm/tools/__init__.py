@@ -1,4 +1,4 @@
 """Beside the walk, which imports none of them.
 
-Reading order: quickstart (with docstrings), doctor, ranks, verify, plan, interop, serve, explain, checkpoints.
+Reading order: quickstart (with docstrings), doctor, ranks, verify, plan, interop, serve, explain, checkpoints, merge.
 """
