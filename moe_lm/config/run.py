@@ -69,7 +69,9 @@ class CheckpointConfig(Section):
         "one; stop ends with an error",
     )
     allow_changes: bool = Field(
-        default=False, description="resume from a checkpoint that has other settings, another tokenizer or other data"
+        default=False,
+        description="resume from a checkpoint that has other settings, another tokenizer or other data; for one start "
+        "only, so it belongs on the command line",
     )
 
 

@@ -117,6 +117,18 @@ def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> floa
     return 1.0
 
 
+def first_other_rate(done: int, total_steps: int, other_total: int, config: ScheduleConfig) -> int | None:
+    """The first of `done` steps (counted from 0) whose rate is another one in a run of `other_total` steps."""
+    return next(
+        (
+            step
+            for step in range(done)
+            if schedule_factor(step, total_steps, config) != schedule_factor(step, other_total, config)
+        ),
+        None,
+    )
+
+
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:

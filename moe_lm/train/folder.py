@@ -57,14 +57,20 @@ class RunFolder:
         self._holder.unlink(missing_ok=True)
         self._lock.release()
 
-    def write_config(self, text: str) -> None:
-        """Write the resolved config; a kill leaves the old file or the new one. Raises MoeLmError on a full disk."""
+    def write_config(self, text: str) -> bool:
+        """Write the resolved config; returns whether it was another one before.
+
+        A kill leaves the old file or the new one. Raises MoeLmError on a full disk.
+        """
         path = self.path / "config.yaml"
         try:
+            if path.is_file() and path.read_bytes() == text.encode():
+                return False
             with whole_file(path) as file:
                 file.write_text(text, encoding="utf-8")
         except OSError as error:
             raise MoeLmError(f"cannot write {path}: {error.strerror}; make room or choose another run_dir") from error
+        return True
 
     def keep_lock(self) -> None:
         """Take the lock again if its file was deleted. Raises MoeLmError if another process has it by now."""

@@ -14,6 +14,7 @@ from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
@@ -25,6 +26,7 @@ from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
+from moe_lm.optim.groups import first_other_rate
 from moe_lm.parallel import process_group
 from moe_lm.parallel.launch import note_start
 from moe_lm.parallel.meeting import Meeting
@@ -177,19 +179,18 @@ def train_and_log(
     start_step = counters.get("step", 0)
     if changes:
         counters = with_new_settings(counters)
-    if is_main:
-        folder.write_config(dump_config(config))
+    is_new = is_main and folder.write_config(kept_config(config))
     alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
     with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms) as log:
         report_damage(log, found, start_step)
         report_losses(log, recipe.left_out, start_step)
-        for note in [f"going on after step {start_step} of {config.train.steps}"] if start_step else recipe.notes:
+        for note in opening_lines(recipe, start_step):
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")
         if config.parallel.attention_kernel == "auto":
             for note in kernels.passed_over(engine.model):
                 log.message(note)
-        if changes or not start_step:
+        if is_new or not start_step:
             log.emit(alarms.at_start(start_step))
         if changes:
             log.message(f"with other settings than before, as checkpoint.allow_changes allows: {'; '.join(changes)}")
@@ -219,6 +220,19 @@ def train_and_log(
         return result
 
 
+def opening_lines(recipe: Recipe, start_step: int) -> Sequence[str]:
+    """What a run says before its first step: what it begins with, where it goes on, or that it is finished."""
+    steps = recipe.config.train.steps
+    if not start_step:
+        return recipe.notes
+    if start_step < steps:
+        return [f"going on after step {start_step} of {steps}"]
+    more = f"begin another run with start_from={recipe.config.run_dir}"
+    if first_other_rate(start_step, steps, 2 * steps, recipe.config.train.schedule) is None:
+        more = f"{this_command()} train.steps={2 * steps}"
+    return [f"this run is finished: all {steps} steps are done; for more: {more}"]
+
+
 def closing_lines(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
     """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
     train, run_dir = recipe.config.train, recipe.config.run_dir
@@ -244,10 +258,16 @@ def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
         )  # fmt: skip
 
 
+def kept_config(config: RunConfig) -> str:
+    """The config that a run keeps: what it may change was allowed for this one start."""
+    settings = config.checkpoint.model_copy(update={"allow_changes": False})
+    return dump_config(config.model_copy(update={"checkpoint": settings}))
+
+
 def files_of_run(recipe: Recipe) -> dict[str, str]:
     """The files beside the tensors of every checkpoint of the run, by name."""
     files = {
-        "config.yaml": dump_config(recipe.config),
+        "config.yaml": kept_config(recipe.config),
         "model.yaml": dump_config(recipe.model),
         "data.sha256": recipe.batches.fingerprint,
         **{f"tokenizer/{name}": text for name, text in recipe.tokenizer.files().items()},

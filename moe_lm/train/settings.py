@@ -12,6 +12,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import RunConfig
 from moe_lm.data.batches import MixedBatches
+from moe_lm.optim.groups import first_other_rate
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 # Settings of how a run is watched, kept and fitted to its machine, not of what it computes.
@@ -34,7 +35,10 @@ def changed_settings(
     adapter = read_adapter(folder)
     if adapter and start and start.fingerprint == adapter.fingerprint:
         may_change += ("start_from",)  # the same base, wherever it is now
-    changes = compare_config(_saved_config(folder, config), config.model_dump(mode="json"))
+    saved = _saved_config(folder, config)
+    if (late := late_change_of_steps(saved, config, folder)) is None:
+        may_change += ("train.steps",)
+    changes = compare_config(saved, config.model_dump(mode="json"))
     changes = [change for change in changes if not change.startswith(may_change)]
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != tokenizer.fingerprint:
         changes.append("the tokenizer is another one")
@@ -43,11 +47,37 @@ def changed_settings(
     if batches.fingerprint != data:
         changes.append("the training data is other data, which would repeat and skip tokens")
     if changes and not config.checkpoint.allow_changes:
+        if late and all(change.startswith("train.steps:") for change in changes):
+            raise late
         raise UsageError(
             f"{config.run_dir} holds a run with other settings ({'; '.join(changes)}); set run_dir to a new folder, "
             "undo the changes, or keep them with checkpoint.allow_changes=true"
         )
     return changes
+
+
+def late_change_of_steps(saved: Mapping[str, Any], config: RunConfig, folder: Path) -> UsageError | None:
+    """The error for a last step that comes too late to be changed; None if the steps that are done had the same rates.
+
+    Raises UsageError for a last step before those that are done, which nothing allows.
+    """
+    train, done = config.train, checkpoint.step_of(folder)
+    if train.steps < done:
+        raise UsageError(
+            f"train.steps={train.steps} is less than the {done} steps that {config.run_dir} has done; give at least "
+            f"{done}, or begin another run with start_from={folder}"
+        )
+    before = saved.get("train", {}).get("steps", train.steps)
+    changed = first_other_rate(done, before, train.steps, train.schedule)
+    if changed is None:
+        return None
+    sooner = [path for step, path in sorted(checkpoint.complete_checkpoints(folder.parent).items()) if step <= changed]
+    return UsageError(
+        f"train.steps: {before} -> {train.steps} comes too late: {done} steps are done, and "
+        f"train.schedule.name={train.schedule.name} would have given other rates from step {changed + 1} on; "
+        f"begin another run with start_from={sooner[-1] if sooner else config.run_dir}, or keep the change with "
+        "checkpoint.allow_changes=true"
+    )
 
 
 def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,97 @@
+"""A run that goes on with other settings: more steps where its schedule allows them, changes for one start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moe_lm.config.training import ScheduleConfig
+from moe_lm.optim.groups import first_other_rate
+from tests.processes import metrics
+from tests.runs import last_checkpoint, tensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MoeLm = Callable[..., Any]
+CONSTANT = ("train.schedule.name=constant", "train.schedule.warmup_steps=2", "train.eval_batches=1")
+WSD = ("train.schedule.name=wsd", "train.schedule.warmup_steps=1", "train.eval_batches=1", "checkpoint.every=2")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "done", "more", "first"),
+    [
+        ({"name": "constant", "warmup_steps": 5}, 100, 200, None),
+        ({"name": "wsd", "warmup_steps": 5, "decay_fraction": 0.2}, 80, 200, None),  # the 81st is the first to decay
+        ({"name": "wsd", "warmup_steps": 5, "decay_fraction": 0.2}, 82, 200, 81),
+        ({"name": "wsd", "warmup_steps": 5, "decay_fraction": 0.2}, 70, 80, 65),  # now it would have begun at 64
+        ({"name": "multistep", "warmup_steps": 5, "milestones": (0.5,)}, 50, 200, None),
+        ({"name": "multistep", "warmup_steps": 5, "milestones": (0.5,)}, 51, 200, 50),
+        ({"name": "cosine", "warmup_steps": 5}, 6, 200, None),  # the warm-up ends at the peak
+        ({"name": "cosine", "warmup_steps": 5}, 7, 200, 6),
+    ],
+)
+def test_steps_may_change_while_the_steps_that_are_done_had_the_same_rates(
+    schedule: dict[str, Any], done: int, more: int, first: int | None
+) -> None:
+    assert first_other_rate(done, 100, more, ScheduleConfig(**schedule)) == first
+
+
+def test_a_finished_run_at_a_constant_rate_goes_on_to_more_steps_to_the_bit(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *CONSTANT)
+    assert moe_lm(*command, "train.steps=4").code == 0
+    finished = moe_lm(*command, "train.steps=4")
+    assert (finished.code, finished.err) == (0, "")
+    assert "this run is finished: all 4 steps are done; for more: " in finished.out
+    assert "train.steps=4 train.steps=8\n" in finished.out
+    raised = moe_lm(*command, "train.steps=8")
+    assert (raised.code, raised.err) == (0, "")
+    assert "going on after step 4 of 8" in raised.out
+    assert "other settings" not in raised.out
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'whole'}", *CONSTANT, "train.steps=8").code == 0
+    whole, parted = (tensors(last_checkpoint(tmp_path / name)) for name in ("whole", "run"))
+    assert whole.keys() == parted.keys()
+    assert all(torch.equal(tensor, parted[name]) for name, tensor in whole.items())
+    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [
+        line["loss"] for line in metrics(tmp_path / "run")
+    ]
+
+
+def test_steps_that_come_too_late_are_refused_with_the_reason(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    run_dir = tmp_path / "run"
+    command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", *WSD, "train.schedule.decay_fraction=0.5")
+    assert moe_lm(*command, "train.steps=4").code == 0
+    assert f"for more: begin another run with start_from={run_dir}" in moe_lm(*command, "train.steps=4").out
+    before = (run_dir / "config.yaml").read_text()
+    late = moe_lm(*command, "train.steps=8")
+    assert (late.code, late.out) == (2, "")
+    assert late.err == (
+        "error: train.steps: 4 -> 8 comes too late: 4 steps are done, and train.schedule.name=wsd would have given "
+        f"other rates from step 4 on; begin another run with start_from={run_dir / 'checkpoints' / 'step-00000002'}, "
+        "or keep the change with checkpoint.allow_changes=true\n"
+    )
+    fewer = moe_lm(*command, "train.steps=3", "checkpoint.allow_changes=true")
+    assert (fewer.code, fewer.out) == (2, "")
+    assert f"train.steps=3 is less than the 4 steps that {run_dir} has done; give at least 4" in fewer.err
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_changes_are_allowed_for_one_start_only(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    run_dir = tmp_path / "run"
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={run_dir}", *CONSTANT, "train.steps=2").code == 0
+    allowed = ("train.optimizer.lr=0.1", "train.steps=4", "checkpoint.allow_changes=true")
+    assert moe_lm("pretrain", run_dir / "config.yaml", *allowed).code == 0
+    for kept in (run_dir, last_checkpoint(run_dir)):
+        values = yaml.safe_load((kept / "config.yaml").read_text())
+        assert values["checkpoint"]["allow_changes"] is False
+        assert values["train"]["optimizer"]["lr"] == 0.1
+    refused = moe_lm("pretrain", run_dir / "config.yaml", "train.optimizer.lr=0.2")
+    assert refused.code == 2
+    assert "train.optimizer.lr: 0.1 -> 0.2" in refused.err
