@@ -162,12 +162,13 @@ def plan(
 
     from moe_lm.config.run import PretrainConfig
     from moe_lm.tools.plan import plan
-    from moe_lm.train.finetune import trained_model
+    from moe_lm.train import finetune, pretrain
 
     plan.check_planned(settings)
+    settings = pretrain.resolved(settings) if isinstance(settings, PretrainConfig) else finetune.resolved(settings)
     verb = "pretrain" if isinstance(settings, PretrainConfig) else "finetune"
     command = shlex.join(["moe-lm", verb, str(config), *(overrides or ())])
-    model = trained_model(settings)
+    model = finetune.trained_model(settings)
     code = plan.run(settings, model, command, gpus, gpu, network, rate or (), measure, tokens, price, json_file)
     raise typer.Exit(code)
 

@@ -22,6 +22,7 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.section import Section
 from moe_lm.config.strict_yaml import MOST_CHARACTERS, parse_section, parse_yaml
+from moe_lm.config.training import LENGTHS
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -50,6 +51,7 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
             f"configs/pretrain/deepseekmoe-2b.yaml model={path}"
         )
     _read_sections(kind, values, path.parent)
+    _forget_length(values, overrides)
     for override in overrides:
         _apply_override(values, override)
         _read_sections(kind, values, Path())
@@ -105,6 +107,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"override {override!r}: {parent} is not a section")
     node[leaf] = parse_yaml(text, f"override {override!r}")
+
+
+def _forget_length(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Where the command line says how long the run is, the file does not, in whatever unit."""
+    train = values.get("train")
+    said = {override.partition("=")[0] for override in overrides}
+    if isinstance(train, dict) and said.intersection(f"train.{name}" for name in LENGTHS):
+        for name in LENGTHS:
+            train.pop(name, None)
 
 
 def _without_removed(kind: type[BaseModel], values: Any) -> Any:

@@ -116,6 +116,11 @@ class PretrainConfig(Section):
         check_router(self.model, self.train)
         return self
 
+    @model_validator(mode="after")
+    def _tokens_are_steps(self) -> Self:
+        train = self.train.with_tokens_as_steps(self.row_length)
+        return self if train is self.train else self.model_copy(update={"train": train})
+
 
 class FinetuneConfig(Section):
     """One fine-tuning run; the model's shape and the tokenizer come with `start_from`."""
@@ -158,6 +163,11 @@ class FinetuneConfig(Section):
         if self.preference is not None:
             self._check_pairs()
         return self
+
+    @model_validator(mode="after")
+    def _tokens_are_steps(self) -> Self:
+        train = self.train.with_tokens_as_steps(self.row_length)
+        return self if train is self.train else self.model_copy(update={"train": train})
 
     def _check_pairs(self) -> None:
         """Refuse what preference tuning does not read."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -20,6 +23,15 @@ def _recomputation(value: Any) -> Any:
         return value
 
 
+def _number_of_tokens(value: Any) -> Any:
+    """`10B` and `300M` are numbers too, as people write them."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMBGT])\s*", value) if isinstance(value, str) else None
+    return value if found is None else f"{found[1]}e{UNITS[found[2]]}"
+
+
+UNITS = {"k": 3, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}  # powers of ten
+NumberOfTokens = Annotated[float, BeforeValidator(_number_of_tokens)]
+LENGTHS = ("steps", "tokens", "epochs")  # of which a config gives one
 Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]
 
 
@@ -106,9 +118,23 @@ class GuardConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation: how many steps, of how many sequences, at which rates."""
+    """The optimisation: how many steps, of how many sequences, at which rates.
 
-    steps: int = Field(gt=0, description="optimizer steps of the run")
+    One of `steps`, `tokens` and `epochs` says how long the run is. The config of a run folder has the steps.
+    """
+
+    steps: int = Field(default=0, ge=0, description="optimizer steps of the run; 0: as tokens or epochs say")
+    tokens: NumberOfTokens | None = Field(
+        default=None,
+        gt=0,
+        description="tokens of the run, also written `10e9` or `10B`, in place of steps; rounded up to whole steps",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="how often the run reads its training data, all sources together, in place of steps; rounded up to "
+        "whole steps",
+    )
     global_batch_size: int = Field(gt=0, description="sequences of a step, over all devices")
     micro_batch_size: int | None = Field(
         default=None, gt=0, description="sequences of a forward pass on one device; null: all of its share at once"
@@ -148,6 +174,15 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [f"{name}={getattr(self, name):g}" for name in LENGTHS if self.is_set(name)]
+        if not given:
+            raise ValueError(f"nothing says how long the run is; set one of {', '.join(LENGTHS)}")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say how long the run is; keep one of them")
+        return self
+
+    @model_validator(mode="after")
     def _batches_fit(self) -> Self:
         if self.micro_batch_size is not None:
             self.require_divisor("micro_batch_size", self.micro_batch_size, "global_batch_size")
@@ -161,6 +196,20 @@ class TrainConfig(Section):
                 "auto, or take residual_dtype away"
             )
         return self
+
+    def with_tokens_as_steps(self, row_length: int) -> TrainConfig:
+        """The same with `tokens`, padding counted, as steps."""
+        if self.tokens is None:
+            return self
+        steps = math.ceil(self.tokens / (self.global_batch_size * row_length))
+        return self.model_copy(update={"steps": steps, "tokens": None})
+
+    def with_epochs_as_steps(self, rows: Callable[[], int]) -> TrainConfig:
+        """The same with `epochs` as steps; `rows` counts the rows of the training data, if that is asked for."""
+        if self.epochs is None:
+            return self
+        steps = max(1, math.ceil(self.epochs * rows() / self.global_batch_size))
+        return self.model_copy(update={"steps": steps, "epochs": None})
 
     def rows_at_once(self, world_size: int) -> int:
         """Rows of a forward pass on one rank. Raises UsageError when they do not divide its share of the batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +12,16 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Start, find_start
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.config.model import ModelConfig, check_targets
-from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, check_positions, check_router
+from moe_lm.config.run import (
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    check_positions,
+    check_router,
+)
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
-from moe_lm.data.examples import ExampleRows, read_chat
+from moe_lm.data.examples import ChatExample, ExampleRows, read_chat
 from moe_lm.data.packing import PackedRows, RowBatches
 from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
@@ -40,8 +46,11 @@ def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.F
     tokenizer = Tokenizer.load(checkpoint.verified_path(start.folder, "tokenizer"))
     model = model_of(config, start.folder)
     preflight.check(config, model, meeting.topology, fit)
-    recipe = supervised if config.preference is None else by_preference
-    return run_recipe(recipe(config, start, tokenizer, model, meeting.topology), meeting)
+    make = supervised if config.preference is None else by_preference
+    recipe = make(config, start, tokenizer, model, meeting.topology)
+    if recipe.config.train != config.train:  # the data says how many steps, and they how many checkpoints
+        preflight.check(recipe.config, model, meeting.topology)
+    return run_recipe(recipe, meeting)
 
 
 def supervised(
@@ -50,9 +59,9 @@ def supervised(
     """The recipe of supervised fine-tuning, which learns the assistant's words in conversations."""
     data, train = config.data, config.train
     conversations = read_chat(data, tokenizer)
-    shape = (data.sequence_length, tokenizer.pad_id, data.separate_documents)
-    rows = ExampleRows(conversations.train, *shape, bool(data.weights))
-    held_out = ExampleRows(conversations.validation, *shape)
+    rows = example_rows(config, tokenizer, conversations.train)
+    held_out = ExampleRows(conversations.validation, data.sequence_length, tokenizer.pad_id, data.separate_documents)
+    config = lasting(config, lambda: len(rows))
     batches = RowBatches(rows, train.global_batch_size, train.seed, data.weights)
     return Recipe(
         title="finetune",
@@ -73,24 +82,33 @@ def by_preference(
 ) -> Recipe:
     """The recipe of preference tuning, which makes one of two answers likelier than the start does."""
     data, train = config.data, config.train
-    assert config.preference is not None
     pairs = read_pairs(data, tokenizer)
     rows, held_out = (
         PairRows(side, data.sequence_length, tokenizer.pad_id) for side in (pairs.train, pairs.validation)
     )
+    preference, config = config.preference, lasting(config, lambda: len(rows))
     batches = RowBatches(rows, train.global_batch_size, train.seed)
+    assert preference is not None
     return Recipe(
         title="finetune",
         config=config,
         model=model,
         tokenizer=tokenizer,
-        objective=PreferenceObjective(config.preference),
+        objective=PreferenceObjective(preference),
         batches=batches,
         validation=held_out_batches(train, held_out, topology),  # read when they have their reference
         start=start,
         epochs=epochs_by_source(config, batches),
         pairs=(rows, held_out),
         notes=[*pairs.report.skipped_lines(), *_notes(config, model, topology)],
+    )
+
+
+def example_rows(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[ChatExample]) -> ExampleRows:
+    """Conversations to train on, packed; no row mixes sources that have weights."""
+    data = config.data
+    return ExampleRows(
+        examples, data.sequence_length, tokenizer.pad_id, data.separate_documents, by_source=bool(data.weights)
     )
 
 
@@ -114,8 +132,26 @@ def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> li
 
 
 def describe(config: FinetuneConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
-    """The text of `--dry-run`; of the start it reads only the settings."""
+    """The text of `--dry-run`; of the start it reads only the settings, and the data only if `train.epochs` is set."""
+    config = resolved(config)
     return preflight.dry_run(config, model_of(config, find_start(config).folder), topology, fit)
+
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with its length in steps; epochs are those of the packed rows."""
+
+    def num_rows() -> int:
+        tokenizer = Tokenizer.load(checkpoint.verified_path(find_start(config).folder, "tokenizer"))
+        if config.preference is None:
+            return len(example_rows(config, tokenizer, read_chat(config.data, tokenizer).train))
+        return len(PairRows(read_pairs(config.data, tokenizer).train, config.data.sequence_length, tokenizer.pad_id))
+
+    return lasting(config, num_rows)
+
+
+def lasting(config: FinetuneConfig, num_rows: Callable[[], int]) -> FinetuneConfig:
+    """The config with its epochs of so many rows as steps."""
+    return config.model_copy(update={"train": config.train.with_epochs_as_steps(num_rows)})
 
 
 def preview(config: FinetuneConfig, count: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
-from moe_lm.data.shards import Split, TokenShards
+from moe_lm.data.shards import Split, TokenShards, read_manifest
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
@@ -29,6 +29,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
     Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
     """
     meeting = meeting or Meeting(current_topology())
+    config = resolved(config)
     preflight.check(config, config.model, meeting.topology, fit)
     tokenizer = load_tokenizer(config)
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
@@ -52,7 +53,19 @@ def describe(config: PretrainConfig, topology: Topology, fit: preflight.Fit | No
     """The text of `--dry-run`; a tokenizer that is there must fit the model."""
     if config.data.tokenizer.is_dir():
         load_tokenizer(config)
-    return preflight.dry_run(config, config.model, topology, fit)
+    return preflight.dry_run(resolved(config), config.model, topology, fit)
+
+
+def resolved(config: PretrainConfig) -> PretrainConfig:
+    """The config with its length in steps. Raises UsageError for epochs of shards that are not there."""
+    return config.model_copy(update={"train": config.train.with_epochs_as_steps(lambda: num_windows(config))})
+
+
+def num_windows(config: PretrainConfig) -> int:
+    """The rows of an epoch of all sources together, as the manifests of their shards say."""
+    manifests = [read_manifest(config.data.shards / source.name) for source in config.data.sources]
+    tokens = [sum(shard.tokens for shard in manifest.train) for manifest in manifests]
+    return sum((count - 1) // config.data.sequence_length for count in tokens)
 
 
 def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:

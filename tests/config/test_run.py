@@ -95,7 +95,11 @@ REFUSALS = f"""
     train.lr=1 | unknown key train.lr; did you mean train.optimizer.lr?
     trian=1 | unknown key trian; did you mean train?
     data.zzzzzz=1 | unknown key data.zzzzzz; remove it
-    train={{}} | train.steps is missing | train.global_batch_size is missing
+    train={{}} | train.global_batch_size is missing
+    train={{global_batch_size: 8}} | train: nothing says how long the run is; set one of steps, tokens, epochs
+    train.steps=5 ; train.tokens=1e6 | train: steps=5 and tokens=1e+06 each say how long the run is; keep one of them
+    train.epochs=0 | train.epochs=0 | greater than 0
+    train.tokens=10Q | train.tokens='10Q' | valid number
     data.sources=[{{name: a, path: a.txt}}, {{name: a, path: b.txt}}] | source names must differ
     data.sources=[{{name: a}}] | source 'a' needs exactly one of path, dataset, stdlib
     data.sources=[{{name: a, path: a.txt, stdlib: true}}] | source 'a' needs exactly one of path, dataset, stdlib
@@ -203,6 +207,27 @@ def test_overrides_are_read_as_yaml_and_checked(tmp_path: Path) -> None:
     assert config.train.optimizer.lr == 1e-3
     assert config.train.clip_norm is None
     assert config.log.trackers == ("tensorboard",)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [("10e3", 20), ("10240", 20), ("10241", 21), ("10k", 20), ("1.5M", 2930), ("2B", 3906250)]
+)
+def test_tokens_are_whole_steps(tokens: str, steps: int, tmp_path: Path) -> None:
+    """Of 8 rows of 64 tokens. The command line replaces the file's length of the run, in whatever unit."""
+    path = write(tmp_path / "x.yaml", PRETRAIN)
+    train = load_config(PretrainConfig, path, [f"train.tokens={tokens}"]).train
+    assert (train.steps, train.tokens, train.epochs) == (steps, None, None)
+    by_tokens = write(tmp_path / "y.yaml", PRETRAIN | {"train": {"tokens": tokens, "global_batch_size": 8}})
+    assert load_config(PretrainConfig, by_tokens).train == train
+    assert load_config(PretrainConfig, by_tokens, ["train.steps=3"]).train.steps == 3
+
+
+def test_epochs_are_steps_once_the_rows_are_counted() -> None:
+    for kind, values in ((PretrainConfig, PRETRAIN), (FinetuneConfig, FINETUNE)):
+        config = build_config(kind, values | {"train": {"epochs": 2.5, "global_batch_size": 8}}, "x.yaml")
+        train = config.train.with_epochs_as_steps(lambda: 33)
+        assert (train.steps, train.epochs) == (11, None)  # 82.5 rows
+        assert build_config(kind, values, "x.yaml").train.with_epochs_as_steps(pytest.fail).steps == 10
 
 
 def test_section_in_a_file_of_its_own_takes_overrides(tmp_path: Path) -> None:

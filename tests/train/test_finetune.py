@@ -131,6 +131,20 @@ def test_the_limit_of_an_evaluation_holds(finetune_config: Path, tiny_tokenizer:
         assert sum(len(batch.input_ids) for batch in batches) == rows
 
 
+def test_epochs_are_those_of_the_packed_rows(
+    finetune_config: Path, tmp_path: Path, tiny_tokenizer: Tokenizer, moe_lm: MoeLm
+) -> None:
+    """In a run as in a dry run, whose checkpoints must fit too."""
+    config = load_config(FinetuneConfig, finetune_config, ["train.epochs=0.4"])
+    rows = finetune.example_rows(config, tiny_tokenizer, read_chat(config.data, tiny_tokenizer).train)
+    steps = -(-len(rows) * 4 // 80)
+    assert (
+        f"the run         {steps} steps" in moe_lm("finetune", finetune_config, "--train.epochs=0.4", "--dry-run").out
+    )
+    assert moe_lm("finetune", finetune_config, "train.epochs=0.4").code == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == steps > 1
+
+
 def test_what_was_skipped_is_said(finetune_config: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     with (tmp_path / "chat.jsonl").open("a") as file:
         file.write(json.dumps({"instruction": "say much", "output": "word " * 200}) + "\n")

@@ -183,6 +183,20 @@ def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: 
     assert figures(tmp_path) == before
 
 
+def test_an_epoch_reads_every_row_once(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    """The shards say how many steps, in a run as in a dry run."""
+    settings = [f"run_dir={tmp_path}", "train.epochs=0.1", "train.eval_batches=1"]
+    config = load_config(PretrainConfig, tiny_pretrain, settings)
+    [shards] = pretrain.open_shards(config, "train", pretrain.load_tokenizer(config))
+    steps = -(-((shards.num_tokens - 1) // 64) // (8 * 10))
+    assert f"the run         {steps} steps" in moe_lm("pretrain", tiny_pretrain, *settings, "--dry-run").out
+    assert moe_lm("pretrain", tiny_pretrain, *settings).code == 0
+    assert len(metrics(tmp_path)) == steps
+    train = load_config(PretrainConfig, tmp_path / "config.yaml").train
+    assert (train.steps, train.epochs) == (steps, None)
+    assert f"going on after step {steps} of {steps}" in moe_lm("pretrain", tiny_pretrain, *settings).out
+
+
 def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     """FAULTS row 8: what a killed save leaves goes; a folder whose COMPLETE is gone is damaged."""
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", *SHORT, "checkpoint.every=5")
