@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ MODEL_PREFIX = "model."
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step;
 # `.damaged` was moved aside when a run went on from an older one.
 REPLACED, DAMAGED = ".replaced", ".damaged"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+MOST_RUNS = 4  # that are named
 STEP_NAME = re.compile(r"step-(\d{8,})((?:\.replaced|\.damaged)?(?:\.tmp)?)")
 
 
@@ -73,17 +76,36 @@ def resolve(path: Path) -> Path:
     A doubtful one is taken too, with a warning on stderr.
     """
     if not path.is_dir():
-        raise UsageError(f"there is no folder {path}; give a run folder or a checkpoint in it")
+        raise UsageError(f"there is no folder {path}; {_meant_by_name(path)}")
     found = path if (path / COMPLETE).is_file() else latest(path / "checkpoints")
     if found is not None:
         _warn_of_doubt(found)
         return found
     if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         raise _incomplete(path)
-    raise UsageError(
-        f"{path} holds no complete checkpoint: expected {path}/checkpoints/step-*/{COMPLETE}; "
-        "train first, or give another run folder"
-    )
+    raise UsageError(f"{path} holds no complete checkpoint{_meant_by_folder(path)}")
+
+
+def _meant_by_name(path: Path) -> str:
+    """What to do about a folder that is not there."""
+    siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+    if near := get_close_matches(path.name, siblings, n=1):
+        return f"did you mean {path.parent / near[0]}?"
+    if HUB_NAME.fullmatch(str(path)) and not path.parent.is_dir():
+        return f"for a model of the Hugging Face hub: moe-lm import {path}"
+    return "give a run folder or a checkpoint in it"
+
+
+def _meant_by_folder(path: Path) -> str:
+    """What a folder without a checkpoint is, if it is known, and what to do."""
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return f"; it is a Hugging Face folder: moe-lm import {path}"
+    if complete_checkpoints(path):
+        return f" but those of a run; give the run, {path.parent}, or one of them"
+    runs = sorted((item.parent for item in path.glob("*/checkpoints")), key=lambda run: run.stat().st_mtime)
+    if named := [str(run) for run in runs if latest(run / "checkpoints") is not None][:MOST_RUNS]:
+        return f" but the runs in it do; give one of them: {', '.join(named)}"
+    return f": expected {path}/checkpoints/step-*/{COMPLETE}; train first, or give another run folder"
 
 
 def is_there(path: Path) -> bool:

@@ -175,12 +175,9 @@ def plan(
 
 def read_run(config: Path, overrides: list[str]) -> RunConfig:
     """The config of a pretraining or a fine-tuning, whichever the file describes."""
-    from moe_lm.config.reading import has_key, load_config
-    from moe_lm.config.run import FinetuneConfig, PretrainConfig
+    from moe_lm.config.reading import kind_of, load_config
 
-    if has_key(config, "start_from"):
-        return load_config(FinetuneConfig, config, overrides)
-    return load_config(PretrainConfig, config, overrides)
+    return load_config(kind_of(config), config, overrides)
 
 
 def pretrain(

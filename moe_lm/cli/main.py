@@ -42,6 +42,8 @@ def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
     arguments = with_numbers(without_local_rank([item for item in sys.argv[1:] if item != "--debug"]))
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     ranks = None
     try:
         if verb_of(arguments) in OF_MANY_RANKS:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 FIRST = ("quickstart", "doctor", "tokenizer")
 # Options whose number may be left out, and what it is then.
 ALONE = {"--preview": "3", "--logprobs": "0", "--show-routing": "-1"}
+# What other programs call a verb.
+ELSEWHERE = {
+    "train": "pretrain or finetune", "sft": "finetune", "dpo": "finetune", "launch": "pretrain CONFIG --gpus all",
+    "tokenize": "prepare", "preprocess": "prepare", "generate": "sample", "inference": "sample", "evaluate": "eval",
+    "convert": "import or export",
+}  # fmt: skip
 DOTTED = re.compile(r"--(\w+(?:\.\w+)+)(=.*)?", re.DOTALL)
 
 
@@ -35,6 +41,8 @@ class Walk(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda verb: verb not in FIRST)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in ELSEWHERE:
+            raise UsageError(f"there is no verb {args[0]}; did you mean {ELSEWHERE[args[0]]}?")
         name, command, rest = super().resolve_command(ctx, args)
         complete = getattr(getattr(command, "callback", None), "complete", None)
         return name, complete(name) if complete else command, rest
@@ -44,7 +52,21 @@ class ConfigCommand(TyperCommand):
     """A verb with a config: takes `--train.steps 100` and `--train.steps=100` like `train.steps=100`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_overrides(args)))
+        try:
+            return super().parse_args(ctx, list(_overrides(args)))
+        except Exception as error:
+            if (option := getattr(error, "option_name", None)) is not None and (told := _told(option)) is not None:
+                raise UsageError(f"there is no option {option}; {told}") from error
+            raise
+
+
+def _told(option: str) -> str | None:
+    """What is meant by an option that other programs have: `--learning-rate` is a setting here."""
+    from moe_lm.config.findings import hint
+    from moe_lm.config.run import FinetuneConfig, PretrainConfig
+
+    key = option.lstrip("-").replace("-", "_")
+    return hint(PretrainConfig, [key], [FinetuneConfig])
 
 
 def _overrides(arguments: list[str]) -> Iterator[str]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import TokenizerRecipe
+from moe_lm.config.findings import explain, section_type
 from moe_lm.config.model import LoraConfig, ModelConfig
-from moe_lm.config.run import ParallelConfig
+from moe_lm.config.run import FinetuneConfig, ParallelConfig, PretrainConfig
 from moe_lm.config.section import Section
 from moe_lm.config.strict_yaml import MOST_CHARACTERS, parse_section, parse_yaml
 from moe_lm.config.training import LENGTHS
@@ -39,6 +40,22 @@ REMOVED: dict[tuple[type[BaseModel], str], tuple[Any, str]] = {
 }
 
 
+class Described(NamedTuple):
+    """A kind of config: the keys that only it has, and the verb that reads it."""
+
+    kind: type[Section]
+    what: str
+    signs: tuple[str, ...]
+    verb: str
+
+
+KINDS = (
+    Described(PretrainConfig, "a pretraining config", ("model", "data.sources", "data.shards"), "pretrain"),
+    Described(FinetuneConfig, "a fine-tuning config", ("data.train", "lora", "preference"), "finetune"),
+    Described(TokenizerRecipe, "the recipe of a tokenizer", ("output", "sources"), "tokenizer train"),
+)
+
+
 def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a YAML file, apply `section.key=value` overrides and check everything.
 
@@ -55,12 +72,23 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     for override in overrides:
         _apply_override(values, override)
         _read_sections(kind, values, Path())
-    return build_config(kind, values, str(path))
+    try:
+        return build_config(kind, values, str(path))
+    except UsageError as error:
+        found, signs = _described(values)
+        if found is not None and found.kind is not kind:
+            raise UsageError(
+                f"{path} is {found.what} (it has {', '.join(signs)}): moe-lm {found.verb} {path}"
+            ) from error
+        raise
 
 
-def has_key(path: Path, key: str) -> bool:
-    """Whether a config file sets `key`, which tells what kind of run it describes."""
-    return key in _read_yaml(path)
+def kind_of(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
+    """The kind of run that a config file describes."""
+    values = _read_yaml(path)
+    _read_sections(PretrainConfig, values, path.parent)
+    found, _ = _described(values)
+    return FinetuneConfig if found is not None and found.kind is FinetuneConfig else PretrainConfig
 
 
 def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
@@ -68,7 +96,8 @@ def build_config(kind: type[ConfigT], values: dict[str, Any], origin: str) -> Co
     try:
         return kind.model_validate(_without_removed(kind, values))
     except ValidationError as error:
-        raise UsageError(f"{origin}: " + "; ".join(_explain(kind, item) for item in error.errors())) from error
+        others = [other.kind for other in KINDS if other.kind is not kind]
+        raise UsageError(f"{origin}: {explain(kind, error.errors(), REMOVED, others)}") from error
 
 
 def dump_config(config: Section) -> str:
@@ -76,12 +105,27 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _described(values: dict[str, Any]) -> tuple[Described | None, list[str]]:
+    """The kind of config that these values are, and the keys that tell; None if none does."""
+    data = values.get("data")
+    keys = {*values, *(f"data.{key}" for key in data)} if isinstance(data, dict) else set(values)
+    told = {kind: [sign for sign in kind.signs if sign in keys] for kind in KINDS}
+    found = max(KINDS, key=lambda kind: len(told[kind]))
+    return (found, told[found]) if told[found] else (None, [])
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        configs = [path / "config.yaml", *sorted(path.glob("*/config.yaml"))]
+        there = " or ".join(str(file) for file in configs if file.is_file())
+        raise UsageError(f"{path} is a folder; " + (f"its config is {there}" if there else "give a YAML file"))
     try:
         with path.open(encoding="utf-8") as file:  # a pipe too, as in `moe-lm pretrain <(...)`
             text = file.read(MOST_CHARACTERS + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
+        near = difflib.get_close_matches(path.name, (file.name for file in path.parent.glob("*.yaml")), n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UsageError(f"cannot read the config {path}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     except ValueError as error:  # a NUL in the name
@@ -92,7 +136,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_sections(kind: type[BaseModel], values: dict[str, Any], folder: Path) -> None:
     """Put the content of a file where a section names one."""
     for key, value in values.items():
-        if isinstance(value, str) and _section_type(kind, key) is not None:
+        if isinstance(value, str) and section_type(kind, key) is not None:
             values[key] = _read_yaml(folder / value)
 
 
@@ -102,11 +146,28 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r} is not of the form section.key=value, like train.steps=100")
     *parents, leaf = key.split(".")
     node: Any = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UsageError(f"override {override!r}: {parent} is not a section")
-    node[leaf] = parse_yaml(text, f"override {override!r}")
+    for depth, parent in enumerate(parents):
+        node = _entry(node, parents[:depth], parent, override)
+    if isinstance(node, list):
+        _entry(node, parents, leaf, override)
+        node[int(leaf)] = parse_yaml(text, f"override {override!r}")
+    elif isinstance(node, dict):
+        node[leaf] = parse_yaml(text, f"override {override!r}")
+    else:
+        raise UsageError(f"override {override!r}: {'.'.join(parents)} is not a section")
+
+
+def _entry(node: Any, path: list[str], name: str, override: str) -> Any:
+    """What a section or a list holds under this name or number; a section that is not there is made."""
+    if isinstance(node, dict):
+        return node.setdefault(name, {})
+    place = ".".join(path)
+    if not isinstance(node, list):
+        raise UsageError(f"override {override!r}: {place} is not a section")
+    if not name.isdecimal() or int(name) >= len(node):
+        entries = f"from 0 to {len(node) - 1}" if node else "it has none"
+        raise UsageError(f"override {override!r}: {place} is a list; name an entry by its number, {entries}")
+    return node[int(name)]
 
 
 def _forget_length(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -124,7 +185,7 @@ def _without_removed(kind: type[BaseModel], values: Any) -> Any:
         return values
     kept = {}
     for key, item in values.items():
-        section = _section_type(kind, key)
+        section = section_type(kind, key)
         if (kind, key) not in REMOVED or item != REMOVED[kind, key][0]:
             kept[key] = item if section is None else _without_removed(section, item)
     if kind is ModelConfig and isinstance(kept.get("moe_layer_freq"), int) and kept["moe_layer_freq"] > 1:
@@ -137,54 +198,3 @@ def _without_removed(kind: type[BaseModel], values: Any) -> Any:
         lora = LoraConfig.model_validate(kept)
         kept["alpha"] = lora.alpha * math.sqrt(lora.rank)
     return kept
-
-
-def _explain(kind: type[BaseModel], item: Any) -> str:
-    location = [part for part in item["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        if (removed := REMOVED.get((_section_of(kind, location), location[-1]))) is not None:
-            return f"{key} is not a setting any more; {removed[1]}"
-        near = _nearest(kind, location)
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; remove it")
-    if item["type"] == "missing":
-        return f"{key} is missing; set it"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(kind: type[BaseModel], location: list[str]) -> str | None:
-    """The known key most like an unknown key: first among its siblings, then in the whole config."""
-    siblings = difflib.get_close_matches(location[-1], _section_of(kind, location).model_fields, n=1, cutoff=0.6)
-    if siblings:
-        return ".".join([*location[:-1], siblings[0]])
-    everywhere = {name.rsplit(".", 1)[-1]: name for name in _all_keys(kind)}
-    found = difflib.get_close_matches(location[-1], everywhere, n=1, cutoff=0.6)
-    return everywhere[found[0]] if found else None
-
-
-def _section_of(kind: type[BaseModel], location: list[str]) -> type[BaseModel]:
-    """The section that the key at `location` stands in."""
-    section = kind
-    for part in location[:-1]:
-        section = _section_type(section, part) or section
-    return section
-
-
-def _section_type(kind: type[BaseModel], key: str) -> type[BaseModel] | None:
-    field = kind.model_fields.get(key)
-    if field is None:
-        return None
-    candidates = [field.annotation, *get_args(field.annotation)]
-    sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-    return sections[0] if sections else None
-
-
-def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name in kind.model_fields:
-        yield prefix + name
-        section = _section_type(kind, name)
-        if section is not None:
-            yield from _all_keys(section, f"{prefix}{name}.")

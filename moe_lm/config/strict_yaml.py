@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from moe_lm.common.errors import UsageError
@@ -50,14 +51,16 @@ def parse_yaml(text: str, origin: str) -> Any:
     except RecursionError as error:
         raise UsageError(f"{origin}: lists and sections are nested too deep; flatten them") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the last three: a value unlike its tag
-        raise UsageError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{origin} is not valid YAML: {_problem(error, text)}") from error
 
 
 def parse_section(text: str, origin: str) -> dict[str, Any]:
     """The `key: value` lines of a YAML text. Raises UsageError as `parse_yaml`, and for a text of another kind."""
     values = parse_yaml(text, origin)
     if not isinstance(values, dict):
-        raise UsageError(f"{origin} holds {type(values).__name__}, expected `key: value` lines")
+        held = {type(None): "is empty", str: "holds text", list: "holds a list"}
+        found = held.get(type(values), f"holds {values!r}")
+        raise UsageError(f"{origin} {found}, expected `key: value` lines")
     if (key := next((key for key in values if not isinstance(key, str)), None)) is not None:
         raise UsageError(f"{origin}: the key {key!r} is not a word; write the name of a setting")
     return values
@@ -104,6 +107,22 @@ def _check_keys(node: Node, place: str, origin: str) -> None:
                 f"{origin}: {place}{key.value} is set twice, in line {_line(first)} and in line {_line(key)}; "
                 "remove one of them"
             )
+
+
+def _problem(error: Exception, text: str) -> str:
+    """What the parser found, with the line; often it is the line before that lacks a colon, a space or an indent."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    said = " ".join(str(getattr(error, "problem", None) or getattr(error, "context", "")).split())
+    if isinstance(error, ConstructorError):
+        return f"{said} in line {mark.line + 1}"
+    lines = text.splitlines()
+    shown = f" ({lines[mark.line].strip()!r})" if mark.line < len(lines) else ""
+    begun = getattr(error, "context_mark", None)
+    where = f"line {begun.line + 1}, which begins what does not end" if begun is not None else "the line before"
+    tab = "indent with spaces" if "\\t" in said else f"look there and at {where}, for a colon, space or quote"
+    return f"{said} in line {mark.line + 1}{shown}; {tab}"
 
 
 def _line(node: Node) -> int:

@@ -107,7 +107,7 @@ REFUSALS = f"""
 
     train.steps | not of the form section.key=value
     =3 | not of the form section.key=value
-    train.steps.deep=3 | steps is not a section
+    train.steps.deep=3 | train.steps is not a section
     train.steps=[ | not valid YAML
     train.steps=-1 | train.steps=-1
 """
@@ -250,9 +250,9 @@ def test_missing_section_file_is_named(tmp_path: Path) -> None:
     [
         (b"a: [", "is not valid YAML"),
         (b"run_dir: \xff\xfe", "is not valid YAML"),
-        (b"- a\n- b\n", "holds list"),
-        (b"", "holds NoneType"),
-        (b"just words", "holds str"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"", "is empty"),
+        (b"just words", "holds text"),
     ],
 )
 def test_file_that_is_not_a_config(content: bytes, words: str, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_moe_layers_are_neither_first_nor_named() -> None:
         (["pretrain", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
         (["pretrain", "x.yaml", "model.num_experts_per_tok=9"], "choose at most 8"),
         (["prepare", "x.yaml", "data.sequence_lenght=9"], "did you mean data.sequence_length?"),
-        (["finetune", "x.yaml"], "start_from is missing"),
+        (["finetune", "x.yaml"], "x.yaml is a pretraining config"),
         (["pretrain", "x.yaml", "--train.steps", "-1"], "train.steps=-1"),
         (["pretrain", "--train.steps=-1", "x.yaml", "--dry-run"], "train.steps=-1"),
         (["pretrain", "x.yaml", "--train.step", "3"], "did you mean train.steps?"),
