@@ -149,10 +149,6 @@ NAMES: dict[str, str] = {
 ADVICE: dict[str, str] = {
     "gradient_accumulation_steps grad_accum gradient_accumulation grad_acc_steps": "it follows from others: "
     "train.global_batch_size over train.micro_batch_size times the processes",
-    "max_tokens total_tokens train_tokens num_tokens token_budget tokens": "there is no number of tokens; it is "
-    "train.steps times train.global_batch_size times data.sequence_length",
-    "num_epochs num_train_epochs n_epochs max_epochs epoch epochs": "there are no epochs; set train.steps, of "
-    "train.global_batch_size rows each",
     "max_time max_hours time_limit exit_duration_in_mins hours": "there is no limit of time; SIGTERM saves and ends a "
     "run, as `timeout 1h moe-lm ...` sends it",
     "warmup_ratio warmup_fraction lr_warmup_fraction": "there is no share for the warm-up; "

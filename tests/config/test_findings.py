@@ -17,7 +17,7 @@ from tests.config.test_run import FINETUNE, PRETRAIN, write
 
 CONFIGS = (PretrainConfig, FinetuneConfig, TokenizerRecipe)
 COMING = {  # keys of the same issue
-    "train.tokens", "train.epochs", "train.hours", "parallel.sequence_parallel_size", "log.eval_tasks",
+    "train.hours", "parallel.sequence_parallel_size", "log.eval_tasks",
     "log.sample_prompts", "checkpoint.export",
 }  # fmt: skip
 
@@ -50,8 +50,8 @@ FOREIGN = """
     world_size --gpus                                         parallel.fsdp parallel.zero_stage=3
     dropout lora.dropout                                      r lora.rank
     target_modules lora.targets                               rope_scaling_factor model.rope_scaling.factor
-    checkpoint.best_metric remove                             tokens tokens
-    num_epochs epochs                                         epochs epochs
+    checkpoint.best_metric remove                             tokens train.tokens
+    num_epochs train.epochs                                         epochs train.epochs
     resume_from_checkpoint same                               attn_implementation parallel.attention_kernel
     --learning-rate train.optimizer.lr                        trian train
     model.hiden_size model.hidden_size

@@ -99,7 +99,7 @@ REFUSALS = f"""
     train={{global_batch_size: 8}} | train: nothing says how long the run is; set one of steps, tokens, epochs
     train.steps=5 ; train.tokens=1e6 | train: steps=5 and tokens=1e+06 each say how long the run is; keep one of them
     train.epochs=0 | train.epochs=0 | greater than 0
-    train.tokens=10Q | train.tokens='10Q' | valid number
+    train.tokens=10Q | train.tokens='10Q' is not a number
     data.sources=[{{name: a, path: a.txt}}, {{name: a, path: b.txt}}] | source names must differ
     data.sources=[{{name: a}}] | source 'a' needs exactly one of path, dataset, stdlib
     data.sources=[{{name: a, path: a.txt, stdlib: true}}] | source 'a' needs exactly one of path, dataset, stdlib
