@@ -216,7 +216,7 @@ def train(point: Point, steps: int, output: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     _use_libraries()
     config, topology = point.config(), current_topology()
-    rows = config.train.rows_at_once(topology.world_size)
+    rows = config.train.rows_at_once(topology.row_groups)
     batch = _batch(rows, LENGTH, topology.rank)
     gc.collect()
     start = _resident("VmRSS")

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -33,6 +35,12 @@ class ParallelConfig(Section):
         default="auto", description="what computes attention; auto: the fastest that serves here (`moe-lm doctor`)"
     )
     expert_parallel_size: int = Field(default=1, gt=0, description="processes that share one copy of the experts")
+    sequence_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        description="processes that share the rows of the batch, each with as many positions of a row; attention is "
+        "divided by heads, and its rows travel there and back",
+    )
     zero_stage: Literal[1, 2, 3] | None = Field(
         default=None,
         description="what ZeRO divides over the processes; 1: optimizer state, 2: and gradients, 3: and weights; 2 and "
@@ -47,6 +55,15 @@ class ParallelConfig(Section):
             for name in ("expert_parallel_size", "zero_stage", "offload_optimizer"):
                 self.refuse_any([name], f"needs engine=deepspeed; set it, or take {name} away")
         return self
+
+    @property
+    def least_processes(self) -> int:
+        """The smallest number of processes that can be divided so."""
+        return math.lcm(self.expert_parallel_size, self.sequence_parallel_size)
+
+    def row_groups(self, world_size: int) -> int:
+        """Groups of processes with rows of their own; without sequence parallelism each process is one."""
+        return max(1, world_size // self.sequence_parallel_size)
 
 
 OnDamage = Literal["previous", "stop"]
@@ -114,6 +131,8 @@ class PretrainConfig(Section):
         check_experts(self.model, self.parallel)
         check_engine(self.train, self.parallel)
         check_router(self.model, self.train)
+        check_heads(self.model, self.parallel)
+        check_parts_of_rows(self.train, self.parallel, [self.data.sequence_length])
         return self
 
     @model_validator(mode="after")
@@ -154,6 +173,7 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         check_engine(self.train, self.parallel)
+        check_parts_of_rows(self.train, self.parallel, [self.data.sequence_length])
         name = self.train.optimizer.name
         if self.lora is not None and name != "adamw":
             raise ValueError(
@@ -176,6 +196,7 @@ class FinetuneConfig(Section):
             ("data.truncate=left", self.data.truncate != "skip", "set it to skip"),
             ("data.train.weight", any(source.weight is not None for source in self.data.train), "take it away"),
             ("train.scheduled_sampling", self.train.scheduled_sampling is not None, "take one of them away"),
+            ("parallel.sequence_parallel_size", self.parallel.sequence_parallel_size > 1, "take it away"),
         ):
             if given:
                 raise UsageError(f"{name} does not go with preference, whose pairs are compared whole; {instead}")
@@ -204,6 +225,37 @@ def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
     if experts % size:
         raise UsageError(
             f"parallel.expert_parallel_size={size} does not divide model.n_routed_experts={experts}; choose a divisor"
+        )
+
+
+def check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise UsageError when the ranks that share rows cannot divide the model's attention, or its rows."""
+    size, heads = parallel.sequence_parallel_size, model.num_attention_heads
+    if heads % size:
+        raise UsageError(
+            f"parallel.sequence_parallel_size={size} does not divide model.num_attention_heads={heads}; choose a "
+            "divisor"
+        )
+    if size > 1 and model.capacity_factor is not None:
+        raise UsageError(
+            f"parallel.sequence_parallel_size={size} does not go with model.capacity_factor, for which a row's tokens "
+            "are counted in order; take one of them away"
+        )
+
+
+def check_parts_of_rows(train: TrainConfig, parallel: ParallelConfig, lengths: Collection[int]) -> None:
+    """Raise UsageError when the ranks that share rows cannot divide those of one of these `lengths`."""
+    size = parallel.sequence_parallel_size
+    for length in lengths:
+        if length % size:
+            raise UsageError(
+                f"parallel.sequence_parallel_size={size} does not divide data.sequence_length={length}; choose a "
+                "divisor, or another length"
+            )
+    if size > 1 and train.scheduled_sampling is not None:
+        raise UsageError(
+            f"parallel.sequence_parallel_size={size} does not go with train.scheduled_sampling, where a rank would "
+            "read the prediction of another one; take one of them away"
         )
 
 

@@ -211,14 +211,18 @@ class TrainConfig(Section):
         steps = max(1, math.ceil(self.epochs * rows() / self.global_batch_size))
         return self.model_copy(update={"steps": steps, "epochs": None})
 
-    def rows_at_once(self, world_size: int) -> int:
-        """Rows of a forward pass on one rank. Raises UsageError when they do not divide its share of the batch."""
-        share = max(1, self.global_batch_size // world_size)
+    def rows_at_once(self, row_groups: int) -> int:
+        """Rows of a forward pass of each of the ranks, or groups of ranks, that have rows of their own.
+
+        Raises UsageError when they do not divide its share of the batch.
+        """
+        share = max(1, self.global_batch_size // row_groups)
         rows = min(self.micro_batch_size or share, share)
         if share % rows:
             raise UsageError(
                 f"train.micro_batch_size={rows} does not divide the {share} sequences of a rank, which are "
-                f"train.global_batch_size={self.global_batch_size} over {world_size} processes; choose a divisor",
+                f"train.global_batch_size={self.global_batch_size} over {row_groups} ranks or groups of ranks; "
+                "choose a divisor",
                 common=True,
             )
         return rows

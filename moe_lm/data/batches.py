@@ -32,7 +32,8 @@ class Batch:
 
     input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
-    ends of rows are always among them. max_seqlen: tokens in the longest segment.
+    ends of rows are always among them. max_seqlen: tokens in the longest segment. A part of a batch (`part`) has those
+    of the whole rows.
     own_tokens: [rows, sequence] bool, where the model reads its own prediction (objective/scheduled_sampling.py).
     answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the chosen one of the batch's pair p,
     2p + 1 for the rejected one, 2 * pairs for padding. reference: [pairs, 2] float32, their log-probabilities under the
@@ -51,6 +52,11 @@ class Batch:
     @property
     def num_pairs(self) -> int:
         return 0 if self.reference is None else len(self.reference)
+
+    def part(self, number: int, parts: int) -> Batch:
+        """The positions of this number when the rows are divided into as many consecutive `parts`."""
+        names = ("input_ids", "targets", "position_ids")
+        return replace(self, **{name: getattr(self, name).chunk(parts, dim=1)[number] for name in names})
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

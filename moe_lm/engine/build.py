@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig
-from moe_lm.config.run import ParallelConfig, check_experts
+from moe_lm.config.run import ParallelConfig, check_experts, check_heads
 from moe_lm.config.training import TrainConfig
 from moe_lm.engine import recomputation
 from moe_lm.engine.engine import Engine
@@ -26,11 +26,12 @@ from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import Objective, TrainingLoss
-from moe_lm.parallel import expert_parallel
+from moe_lm.parallel import expert_parallel, sequence_parallel
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divided_experts
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
+from moe_lm.parallel.sequence_parallel import SequenceGroup
 from moe_lm.parallel.topology import Topology
 
 # Of a simulated device, unless the config names another: what a run finds installed is not known. `torch_varlen` pads
@@ -53,6 +54,7 @@ class RankModel:
     adapters: LoraConfig | None = None
     mesh: DeviceMesh | None = None  # for the DeepSpeed engine
     first_expert: int = 0
+    sequence: SequenceGroup | None = None  # where ranks share rows
 
     def initialise(self, seed: int) -> None:
         """The weights of step 0, the same in every layout."""
@@ -97,12 +99,15 @@ def build_model(
         named = kernels.choose(simulated, attention=parallel.attention_kernel, simulated=SIMULATED_ATTENTION)
         chosen = named._replace(attention=STAND_INS.get(named.attention, named.attention))
     exchange = Exchange(device) if topology.world_size > 1 else None
+    check_heads(config, parallel)
+    sequence_parallel.check_groups(parallel.sequence_parallel_size, topology)
+    topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     if parallel.engine == "torch":
         with nullcontext() if simulated is None else torch.device("meta"):
             model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
         kernels.apply(model, chosen)
-        return RankModel(model, topology, device, exchange, adapters)
+        return RankModel(model, topology, device, exchange, adapters, sequence=_sequence_group(topology, exchange))
     check_experts(config, parallel)
     expert_parallel.check_groups(parallel.expert_parallel_size, topology)
     join(Meeting(topology), device, parallel.timeout_seconds)
@@ -116,7 +121,19 @@ def build_model(
     if simulated is None:
         model.materialise(torch.device("cpu"))
     kernels.apply(model, chosen)
-    return RankModel(model, topology, device, exchange, adapters, mesh, first)
+    sequence = _sequence_group(topology, exchange)
+    return RankModel(model, topology, device, exchange, adapters, mesh, first, sequence)
+
+
+def _sequence_group(topology: Topology, exchange: Exchange | None) -> SequenceGroup | None:
+    """The ranks that share this rank's rows, which are its neighbours; every rank calls this at the same point."""
+    size = topology.sequence_parallel_size
+    if size == 1:
+        return None
+    assert exchange is not None
+    groups = torch.arange(topology.world_size).view(-1, size)
+    mesh = DeviceMesh("cpu", groups, mesh_dim_names=("rows", "positions"))
+    return SequenceGroup(mesh.get_group("positions"), exchange)
 
 
 def build_engine(
@@ -160,6 +177,8 @@ def build_loss(
     if train.residual_dtype == "bfloat16" and dtype == torch.bfloat16:
         built.model.model.residual_dtype = dtype
     loss = TrainingLoss(built.model, objective, train.balance, pad_id, dtype)
+    if built.sequence is not None:
+        loss.attention, loss.over_row = built.sequence.attention, built.sequence.sum
     if train.compile:
         compile_parts(loss, compiler or torch.compile)
     recomputation.apply(built.model, train.activation_checkpointing)
@@ -168,10 +187,11 @@ def build_loss(
 
 def check_batch_size(train: TrainConfig, topology: Topology) -> None:
     """Raise UsageError when the processes cannot share the global batch evenly."""
-    if train.global_batch_size % topology.world_size:
+    if train.global_batch_size % topology.row_groups:
+        groups = "processes" if topology.sequence_parallel_size == 1 else "sequence-parallel groups"
         raise UsageError(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.world_size} "
-            "processes of this run; choose a multiple",
+            f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.row_groups} {groups} "
+            "of this run; choose a multiple",
             common=True,
         )
 

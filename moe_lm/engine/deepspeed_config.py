@@ -14,7 +14,9 @@ def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int
     DeepSpeed's own mixed precision, which rounds every weight, is off: it takes the data types that it finds, bfloat16
     for weights that are multiplied and float32 for all others and for every gradient (deepspeed_engine.py).
     """
-    micro = train.rows_at_once(world_size)
+    groups = parallel.row_groups(world_size)
+    micro = train.rows_at_once(groups)
+    accumulated = max(1, train.global_batch_size // groups) // micro
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage or 1,
         "contiguous_gradients": True,
@@ -28,9 +30,10 @@ def deepspeed_json(train: TrainConfig, parallel: ParallelConfig, world_size: int
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     return {
-        "train_batch_size": train.global_batch_size,
+        # Its rows are those that a rank computes: where ranks share rows, parts of ours.
+        "train_batch_size": world_size * micro * accumulated,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": max(1, train.global_batch_size // world_size) // micro,
+        "gradient_accumulation_steps": accumulated,
         "gradient_clipping": train.clip_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW, the same as on one device

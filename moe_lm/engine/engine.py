@@ -76,7 +76,8 @@ class Evaluation(NamedTuple):
 class Engine(ABC):
     """Hides accumulation, precision, clipping, the optimizer and the schedule from the training loop.
 
-    Every rank is a data-parallel rank with rows of its own, whatever else its layout divides.
+    Every rank is a data-parallel rank with rows of its own, or with its part of its group's rows, whatever else its
+    layout divides.
     """
 
     wrapped: Any  # `loss`, or what DDP or DeepSpeed puts around it
@@ -110,7 +111,7 @@ class Engine(ABC):
         on_gradients: Callable[[], None] | None = None,
         loss_limit: float = math.inf,
     ) -> StepResult:
-        """One optimizer step on this rank's micro-batches of global step `step` (counted from 0).
+        """One optimizer step on this rank's micro-batches, of whole rows, of global step `step` (counted from 0).
 
         `on_gradients` is called after the last backward pass, before clipping. A step whose loss is above `loss_limit`,
         or whose loss or gradient is not finite, is skipped.
@@ -118,6 +119,7 @@ class Engine(ABC):
         self.loss.train()
         if self._before_step is not None:
             self._before_step(step)
+        micro_batches = [self._own(batch) for batch in micro_batches]
         counts = self._count(micro_batches)
         micro_batches = [self._to_device(batch) for batch in micro_batches]
         parts = self._accumulate(micro_batches, counts)
@@ -140,9 +142,14 @@ class Engine(ABC):
             units=max(1, int(totals["units"])),
             targets=max(1, int(totals["targets"])),
             tokens=max(1, int(totals["tokens"])),
-            rows=int(totals["rows"]),
+            rows=int(totals["rows"]) // self.topology.sequence_parallel_size,
             load=self._load,
         )
+
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's positions, where ranks share the rows."""
+        ranks = self.topology.sequence_parallel_size
+        return batch if ranks == 1 else batch.part(self.topology.rank % ranks, ranks)
 
     def _to_device(self, batch: Batch) -> Batch:
         if batch.input_ids.device != self.device:
@@ -206,7 +213,7 @@ class Engine(ABC):
         for share in self.forward_shares(batches):
             names, row = list(share.parts.sums), torch.stack(list(share.parts.sums.values()))
             rows.append(row if share.is_own else torch.zeros_like(row))  # another rank's batch still tells the names
-            units += self.loss.objective.units(batches[share.number]) if share.is_own else 0
+            units += self.loss.objective.units(self._own(batches[share.number])) if share.is_own else 0
         if not rows:
             return Evaluation({}, 0)
         mine = {"units": torch.tensor(units), "sums": torch.stack(rows).cpu().double().sum(0)}
@@ -220,11 +227,11 @@ class Engine(ABC):
         Tokens travel between ranks, so a rank that has no batch left repeats another rank's.
         """
         self.loss.eval()
-        for start in range(0, len(batches), self.topology.world_size):
-            mine = start + self.topology.rank
+        for start in range(0, len(batches), self.topology.row_groups):
+            mine = start + self.topology.row_group
             is_own = mine < len(batches)
             number = mine if is_own else start
-            batch = self._to_device(batches[number])
+            batch = self._to_device(self._own(batches[number]))
             yield ForwardShare(number, batch, self._forward(batch, None), is_own)
 
     def any_rank(self, flag: bool) -> bool:

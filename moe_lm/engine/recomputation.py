@@ -7,7 +7,8 @@ that were chosen, and what other ranks sent. It repeats the rest, which is most 
 (Korthikanti et al., arXiv 2205.05198). The repeated parts of a block lie between its exchanges:
 
     attend_and_route   norms, rotation, router, and the projections around attention. A kept byte saves as much work
-                       here as in the experts; these are the products that 16B on 8 x 80 GB has no room for.
+                       here as in the experts; these are the products that 16B on 8 x 80 GB has no room for. Where ranks
+                       share rows, heads travel once more instead of being kept.
     expand             the copies of tokens for their experts; the product of them is kept
     contract           activation and last product, of every expert and feed-forward layer: the products before it are
                        its inputs, and it is repeated only as far as the input of the last one

@@ -7,7 +7,7 @@ Shapes: L MoE layers, B rows, S positions, T = B*S tokens, E n_routed_experts, k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,13 @@ from torch import Tensor
 
 from moe_lm.config.training import BalanceConfig
 from moe_lm.model.moe import Routing, expert_counts
+
+OverRow = Callable[[Tensor], Tensor]  # the sum over the ranks that share rows, without a gradient
+
+
+def whole(counts: Tensor) -> Tensor:
+    """The sum over a row that one rank has alone."""
+    return counts
 
 
 class RoutingFigures(NamedTuple):
@@ -32,7 +39,11 @@ def of_all_layers(routings: Sequence[Routing]) -> Routing:
 
 
 def routing_figures(
-    routing: Routing, counted_BS: Tensor, weights: BalanceConfig, load: Tensor | None
+    routing: Routing,
+    counted_BS: Tensor,
+    weights: BalanceConfig,
+    load: Tensor | None,
+    over_row: OverRow = whole,
 ) -> RoutingFigures:
     """Measure the routing of all layers. `load [L, E]` is that of the step before, None for an even one.
 
@@ -41,7 +52,7 @@ def routing_figures(
     counted_T = counted_BS.flatten().float()
     terms = {}
     if weights.sequence_loss:
-        terms["sequence_loss"] = sequence_balance_loss(routing, counted_BS)
+        terms["sequence_loss"] = sequence_balance_loss(routing, counted_BS, over_row)
     if weights.batch_loss:
         load = routing.scores.new_zeros(routing.scores[..., 0, :].shape) if load is None else load
         terms["batch_loss"] = batch_balance_loss(routing, counted_T, load)
@@ -56,25 +67,26 @@ def balance_loss(terms: Mapping[str, Tensor], weights: BalanceConfig, tokens: in
     return sum(getattr(weights, name) * term / units[name] for name, term in terms.items())
 
 
-def sequence_balance_loss(routing: Routing, counted_BS: Tensor) -> Tensor:
+def sequence_balance_loss(routing: Routing, counted_BS: Tensor, over_row: OverRow = whole) -> Tensor:
     """DeepSeek-V3's sequence-wise loss without its factor (equations 17 to 20), summed over the rows.
 
-    Scores are normalised over the experts; positions that are not counted (padding) take no part.
+    Scores are normalised over the experts; positions that are not counted (padding) take no part. The fractions f need
+    the counts of whole rows. The loss is linear in the probabilities P: a part of a row adds its own part of them.
     """
     rows_and_positions = counted_BS.shape
     experts = routing.scores.shape[-1]
     per_token = routing.experts.shape[-1]
     counted = counted_BS[..., None].float()
-    tokens_B = counted.sum(1).clamp(min=1)
     shares_BSE = (routing.scores / routing.scores.sum(-1, keepdim=True)).unflatten(-2, rows_and_positions)
-    probability_BE = (shares_BSE * counted).sum(-2) / tokens_B
+    probability_BE = (shares_BSE * counted).sum(-2)
     # Equation 18 takes the best scores as they are, without the bias and the groups that decide in `route`.
     best_BSk = routing.scores.topk(per_token, dim=-1).indices.unflatten(-2, rows_and_positions)
-    fraction_BE = torch.zeros_like(probability_BE).scatter_add(
-        -1, best_BSk.flatten(-2), counted.expand_as(best_BSk).flatten(-2)
+    counts_BE = over_row(
+        torch.zeros_like(probability_BE).scatter_add(-1, best_BSk.flatten(-2), counted.expand_as(best_BSk).flatten(-2))
     )
-    fraction_BE = fraction_BE * experts / (per_token * tokens_B)
-    return (fraction_BE * probability_BE).sum()
+    tokens_B = (counts_BE.sum(-1, keepdim=True) / per_token).clamp(min=1)
+    fraction_BE = counts_BE * experts / (per_token * tokens_B)
+    return (fraction_BE * (probability_BE / tokens_B)).sum()
 
 
 def batch_balance_loss(routing: Routing, counted_T: Tensor, load_E: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Parts add up over micro-batches and ranks, so neither accumulation nor the layou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import Attend, PackedAttention
 from moe_lm.model.layers import ChunkLoss, Head, chunk_loss, likeliest, summed_nll, token_nll
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.balance import balance_loss, of_all_layers, routing_figures
+from moe_lm.objective.balance import OverRow, balance_loss, of_all_layers, routing_figures, whole
 from moe_lm.objective.scheduled_sampling import mixed
 
 
@@ -126,6 +126,9 @@ class TrainingLoss(nn.Module):
         self.pad_id = pad_id
         self.dtype = dtype  # of matrix products; weights stay as they are
         self.chunk_loss, self.routing_figures = chunk_loss, routing_figures  # which may be compiled
+        # Where ranks share the rows, another attention, and sums over the whole rows.
+        self.attention: Callable[[Tensor, int], Attend] = PackedAttention
+        self.over_row: OverRow = whole
 
     def forward(self, batch: Batch, counts: StepCounts | None) -> LossParts:
         """The parts of a micro-batch; without `counts`, as in evaluation, `loss` is not divided and not balanced."""
@@ -142,7 +145,9 @@ class TrainingLoss(nn.Module):
             loss = score.loss / counts.units
         if routings:
             before = None if counts is None else counts.load
-            load, entropy, terms = self.routing_figures(of_all_layers(routings), counted_BS, self.balance, before)
+            load, entropy, terms = self.routing_figures(
+                of_all_layers(routings), counted_BS, self.balance, before, self.over_row
+            )
             if counts is not None:
                 balance = balance + balance_loss(terms, self.balance, counts.tokens, counts.rows)
                 loss = loss + balance
@@ -158,7 +163,7 @@ class TrainingLoss(nn.Module):
     def predict(self, batch: Batch) -> tuple[Predictions, list[Routing]]:
         """What the model predicts after every token, and what its routers decided."""
         # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.
-        attend = PackedAttention(batch.cu_seqlens, batch.input_ids.shape[1])
+        attend = self.attention(batch.cu_seqlens, batch.input_ids.shape[1])
         hidden_BSD, routings = self.model.model(batch.input_ids, batch.position_ids, attend)
         return Predictions(self.model.lm_head, hidden_BSD, self.chunk_loss), routings
 

@@ -38,8 +38,10 @@ def simulated_ranks(world_size: int, rank: int, on_wait: Callable[[object], None
         dist.destroy_process_group()
 
 
-def ranks_of(group: torch.ScriptObject) -> tuple[int, ...]:
-    """The ranks of a group as operators of `torch.ops.c10d` are given it."""
+def ranks_of(group: torch.ScriptObject | str) -> tuple[int, ...]:
+    """The ranks of a group as operators of `torch.ops.c10d` are given it, or by name those of compiled graphs."""
+    if isinstance(group, str):
+        return tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group)))  # type: ignore[arg-type]
     return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
 
 

@@ -18,6 +18,7 @@ class Topology:
     world_size: int = 1
     local_rank: int = 0
     hosts: tuple[str, ...] = ()
+    sequence_parallel_size: int = 1  # neighbouring ranks that share the rows of the batch
 
     @property
     def is_main(self) -> bool:
@@ -28,10 +29,19 @@ class Topology:
         """By the names of the hosts; all, while they are unknown. Libraries overwrite LOCAL_WORLD_SIZE."""
         return self.hosts.count(self.hosts[self.rank]) if self.hosts else self.world_size
 
+    @property
+    def row_groups(self) -> int:
+        """Groups of ranks with rows of their own; without sequence parallelism each rank is one."""
+        return self.world_size // self.sequence_parallel_size
+
+    @property
+    def row_group(self) -> int:
+        return self.rank // self.sequence_parallel_size
+
     def rows_of(self, global_batch_size: int) -> range:
-        """The rows of the global batch that this rank computes."""
-        share = global_batch_size // self.world_size
-        return range(self.rank * share, (self.rank + 1) * share)
+        """The rows of the global batch that this rank computes, with the others of its group."""
+        share = global_batch_size // self.row_groups
+        return range(self.row_group * share, (self.row_group + 1) * share)
 
     def named(self, ranks: Sequence[int]) -> str:
         """`rank 3 on host-b` or `ranks 4 and 5 on host-c`; without the host while it is unknown."""

@@ -161,7 +161,7 @@ def divided_memory(parameters: Mapping[str, nn.Parameter], parallel: ParallelCon
 
 def processes(config: RunConfig, topology: Topology) -> int:
     """The number of processes that were started, or else the smallest that the config allows."""
-    return max(topology.world_size, config.parallel.expert_parallel_size)
+    return max(topology.world_size, config.parallel.least_processes)
 
 
 def _trained(parameters: Mapping[str, nn.Parameter]) -> int:

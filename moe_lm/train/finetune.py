@@ -12,14 +12,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Start, find_start
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.config.model import ModelConfig, check_targets
-from moe_lm.config.run import (
-    FinetuneConfig,
-    PretrainConfig,
-    RunConfig,
-    check_positions,
-    check_router,
-)
-from moe_lm.config.training import TrainConfig
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, check_heads, check_positions, check_router
 from moe_lm.data.batches import Batch
 from moe_lm.data.examples import ChatExample, ExampleRows, read_chat
 from moe_lm.data.packing import PackedRows, RowBatches
@@ -70,7 +63,7 @@ def supervised(
         tokenizer=tokenizer,
         objective=NextToken(),
         batches=batches,
-        validation=held_out_batches(train, held_out, topology),
+        validation=held_out_batches(config, held_out, topology),
         start=start,
         epochs=epochs_by_source(config, batches),
         notes=[*conversations.report.skipped_lines(), *_notes(config, model, topology)],
@@ -96,7 +89,7 @@ def by_preference(
         tokenizer=tokenizer,
         objective=PreferenceObjective(preference),
         batches=batches,
-        validation=held_out_batches(train, held_out, topology),  # read when they have their reference
+        validation=held_out_batches(config, held_out, topology),  # read when they have their reference
         start=start,
         epochs=epochs_by_source(config, batches),
         pairs=(rows, held_out),
@@ -172,13 +165,15 @@ def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
     """The shape of the start. Raises UsageError if `config` asks for something that it does not have."""
     model = read_model_config(start)
     check_positions(model, config.data.sequence_length)
+    check_heads(model, config.parallel)
     check_router(model, config.train)
     check_targets(model, config.lora)
     return model
 
 
-def held_out_batches(train: TrainConfig, rows: PackedRows, topology: Topology) -> Iterator[Batch]:
+def held_out_batches(config: FinetuneConfig, rows: PackedRows, topology: Topology) -> Iterator[Batch]:
     """The rows in order, at most `train.eval_batches` global batches."""
-    size = train.rows_at_once(topology.world_size)
+    train = config.train
+    size = train.rows_at_once(config.parallel.row_groups(topology.world_size))
     batches = (batch for _, batch in rows.in_order(size))
     return islice(batches, None if train.eval_batches is None else train.eval_batches * train.global_batch_size // size)

@@ -282,7 +282,7 @@ class Loop:
 def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfig, step: int) -> list[Batch]:
     """This rank's rows of the global batch of `step`, cut into micro-batches."""
     rows = engine.topology.rows_of(config.global_batch_size)
-    size = config.rows_at_once(engine.topology.world_size)
+    size = config.rows_at_once(engine.topology.row_groups)
     pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = [batches.batch(step, piece) for piece in pieces]
     if (sampling := config.scheduled_sampling) is None:
@@ -297,7 +297,7 @@ def evaluate(run: Training, signals: Sequence[int]) -> dict[str, float] | None:
 
     None if a signal came before the end.
     """
-    engine, at_once = run.engine, run.engine.topology.world_size
+    engine, at_once = run.engine, run.engine.topology.row_groups
     sums: dict[str, float] = {}
     units = 0
     for start in range(0, len(run.validation), at_once):

@@ -23,7 +23,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
 from moe_lm.engine.build import check_batch_size
 from moe_lm.kernels.device import pick_device
-from moe_lm.parallel.expert_parallel import check_groups
+from moe_lm.parallel import expert_parallel, sequence_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.cost import FLOAT32, Cost, cost, describe, processes
 
@@ -111,11 +111,14 @@ def lacking(
 
 
 def check_layout(config: RunConfig, topology: Topology) -> None:
-    """Raise UsageError when the processes cannot share the experts or the global batch."""
-    if config.parallel.engine == "deepspeed":
-        check_groups(config.parallel.expert_parallel_size, topology)
+    """Raise UsageError when the processes cannot share the experts, rows, or the global batch."""
+    parallel = config.parallel
+    if parallel.engine == "deepspeed":
+        expert_parallel.check_groups(parallel.expert_parallel_size, topology)
+    sequence_parallel.check_groups(parallel.sequence_parallel_size, topology)
+    topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     check_batch_size(config.train, topology)
-    config.train.rows_at_once(topology.world_size)
+    config.train.rows_at_once(topology.row_groups)
 
 
 def check_folder(run_dir: Path) -> None:

@@ -114,7 +114,7 @@ def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> P
 def validation_batches(config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology) -> list[Batch]:
     """The held-out split of every source, in order; at most `train.eval_batches` global batches of each."""
     data, train = config.data, config.train
-    size = train.rows_at_once(topology.world_size)
+    size = train.rows_at_once(config.parallel.row_groups(topology.world_size))
     batches: list[Batch] = []
     for source in shards:
         if source.num_tokens > 1:

@@ -60,7 +60,7 @@ def log_probs(engine: Engine, rows: PairRows, batch_size: int, watchdog: Watchdo
     """Log-probabilities of every answer under the engine's model, in nats: [pairs, 2]."""
     found = np.zeros((len(rows.pairs), 2), np.float32)
     batches = rows.in_order(batch_size)
-    while share := list(islice(batches, engine.topology.world_size)):
+    while share := list(islice(batches, engine.topology.row_groups)):
         watchdog.at("reference")
         order = [pair for pairs, _ in share for pair in pairs]
         found[order] = gather_log_probs(engine, [batch for _, batch in share]).numpy()

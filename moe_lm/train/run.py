@@ -162,7 +162,7 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
     """
     if recipe.pairs:
         assert recipe.start is not None
-        batch_size = recipe.config.train.rows_at_once(engine.topology.world_size)
+        batch_size = recipe.config.train.rows_at_once(engine.topology.row_groups)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
     watchdog.at("loading")
     counters = load(engine, newest)

@@ -63,6 +63,11 @@ REFUSALS = f"""
     train.micro_batch_size=3 | micro_batch_size=3 | global_batch_size=8 | divisor
     train.steps=many | train.steps='many' | integer
     train.optimizer.name=sgd | train.optimizer.name='sgd' | adamw | muon | lamb
+    parallel.sequence_parallel_size=3 | sequence_parallel_size=3 | model.num_attention_heads=4 | divisor
+    parallel.sequence_parallel_size=4 ; data.sequence_length=34 | sequence_parallel_size=4 | data.sequence_length=34
+    parallel.sequence_parallel_size=2 ; model.capacity_factor=1.5 | sequence_parallel_size=2 | model.capacity_factor
+    parallel.sequence_parallel_size=2 ; train.scheduled_sampling.share=0.5 \
+        | sequence_parallel_size=2 | train.scheduled_sampling | another
     parallel.device=tpu | parallel.device='tpu' | cuda
     log.trackers=[excel] | excel | wandb
 

@@ -32,6 +32,13 @@ def test_a_rank_with_fewer_rows_than_a_micro_batch_takes_what_it_has() -> None:
     assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 1)
 
 
+def test_ranks_that_share_rows_have_more_of_them() -> None:
+    """DeepSpeed takes parts of rows for rows: 64 rows over 2 groups of 4 ranks."""
+    found = generated(sequence_parallel_size=4)
+    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (4, 8)
+    assert found["train_batch_size"] == 64 * 4
+
+
 def test_communication_overlaps_on_gpus_alone() -> None:
     assert generated(cuda=True)["zero_optimization"]["overlap_comm"] is True
     assert generated(cuda=False)["zero_optimization"]["overlap_comm"] is False

@@ -127,7 +127,7 @@ def test_the_limit_of_an_evaluation_holds(finetune_config: Path, tiny_tokenizer:
         overrides = [f"train.micro_batch_size={micro}", f"train.eval_batches={limit}"]
         config = load_config(FinetuneConfig, finetune_config, overrides)
         held_out = ExampleRows(read_chat(config.data, tiny_tokenizer).validation, 64, tiny_tokenizer.pad_id, True)
-        batches = finetune.held_out_batches(config.train, held_out, Topology())
+        batches = finetune.held_out_batches(config, held_out, Topology())
         assert sum(len(batch.input_ids) for batch in batches) == rows
 
 

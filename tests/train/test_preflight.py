@@ -20,6 +20,8 @@ MoeLm = Callable[..., Any]
 IN_A_DRY_RUN = (" for weights, gradients and optimizer", " at the peak on each device of 1")
 SHARDED = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=4")
 
+SHARED_ROWS = ("parallel.sequence_parallel_size=2",)
+
 
 @pytest.mark.parametrize("extra", [(), ("--dry-run",)], ids=["run", "dry run"])
 @pytest.mark.parametrize(
@@ -73,6 +75,9 @@ def test_a_folder_with_logs_or_an_earlier_run_is_free(tmp_path: Path, name: str)
         (2, ("train.micro_batch_size=8",), None),
         (4, ("train.global_batch_size=24", "train.micro_batch_size=4"), "train.micro_batch_size=4 does not divide"),
         (8, SHARDED, None),
+        (3, SHARED_ROWS, "parallel.sequence_parallel_size=2 does not divide the 3 processes"),
+        (6, SHARED_ROWS, "train.global_batch_size=8 is not divisible by the 3 sequence-parallel groups"),
+        (8, (*SHARED_ROWS, *SHARDED, "train.micro_batch_size=2"), None),
     ],
 )
 def test_a_dry_run_refuses_a_layout_that_the_launch_would_refuse(

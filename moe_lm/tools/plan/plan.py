@@ -104,7 +104,7 @@ def begin(
             f"--measure measures this machine, and --gpu {gpu} names another one; leave out one of them, or give the "
             "rates that you know by hand: --rate dense=600e12"
         )
-    devices = devices or config.parallel.expert_parallel_size
+    devices = devices or config.parallel.least_processes
     check_layout(config, Topology(world_size=devices))
     here = None
     if gpu == "cpu" or measure:
@@ -158,7 +158,9 @@ def device_here(
 ) -> Device:
     """A device of this machine with the rates that it reaches now, but for those that were given by hand."""
     dtype = DTYPES[config.train.precision]
-    tokens = config.train.rows_at_once(devices) * config.row_length
+    parallel = config.parallel
+    rows = config.train.rows_at_once(parallel.row_groups(devices))
+    tokens = rows * config.row_length // parallel.sequence_parallel_size
     found = measured(
         Shapes.of(model, tokens, config.data.sequence_length, dtype, here), devices, memory_here(here, devices)
     )

@@ -168,11 +168,14 @@ class Recorder(TorchDispatchMode):
         return tensor.new_empty((self._rows,))
 
     def _exchange(self, kind: CollectiveKind, place: Place, args: Any, inputs: list[Tensor], result: Any) -> None:
-        group = next(leaf for leaf in tree_leaves(args) if _is_group(leaf))
+        # An operator of compiled graphs takes the name of a group, and its result is waited for where it is made.
+        group = next((leaf for leaf in tree_leaves(args) if _is_group(leaf)), args[-1])
         largest = max((operators.held_bytes(tensor) for tensor in inputs), default=0)
         start, dtype, width = len(self.recording.kernels), inputs[0].dtype, inputs[0].shape[-1] if inputs[0].ndim else 1
         exchange = Exchange(kind, largest, ranks_of(group), place, start, dtype, width)
         self.recording.exchanges.append(exchange)
+        if isinstance(group, str):
+            exchange.wait = start
         for work in tree_leaves(result):
             if not isinstance(work, Tensor):
                 works = unboxed(work)

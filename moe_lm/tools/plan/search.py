@@ -18,6 +18,7 @@ from moe_lm.tools.plan.predict import StepTime, offload_seconds, step_time
 from moe_lm.tools.plan.trace import Collective, Memory, Product, Trace, Work
 
 RECOMPUTE: tuple[Recomputation, ...] = ("full", "selective", "none")  # the least memory first
+KEPT = {"device", "attention_kernel", "timeout_seconds", "sequence_parallel_size"}  # as the config has it
 MOST_ROWS = 32  # of a micro-batch: more fill no device better
 
 Tracer = Callable[[RunConfig, int], Trace]  # of a config on so many devices
@@ -40,7 +41,7 @@ class Layout:
         parallel, train = config.parallel, config.train
         zero = 0 if parallel.engine == "torch" else parallel.zero_stage or 1
         recompute = train.activation_checkpointing
-        rows = train.rows_at_once(devices)
+        rows = train.rows_at_once(parallel.row_groups(devices))
         return cls(devices, parallel.expert_parallel_size, zero, rows, recompute, parallel.offload_optimizer)
 
     def settings(self) -> dict[str, object]:
@@ -75,7 +76,7 @@ class Layout:
         for key, value in self.settings().items():
             section, name = key.split(".")
             changes[section][name] = value
-        plain = config.parallel.model_dump(include={"device", "attention_kernel", "timeout_seconds"})
+        plain = config.parallel.model_dump(include=KEPT)
         parallel = ParallelConfig.model_validate({**plain, **changes["parallel"]})
         train = TrainConfig.model_validate(config.train.model_dump() | changes["train"])
         return config.model_copy(update={"parallel": parallel, "train": train})
@@ -198,7 +199,7 @@ def _recomputations(config: RunConfig, group: Layout, device: Device, trace: Tra
 def _micro_batches(config: RunConfig, group: Layout, device: Device, trace: Tracer) -> Iterator[Estimate]:
     """The layouts that differ from `group` in their micro-batches alone."""
     devices = group.devices
-    share = config.train.global_batch_size // devices
+    share = config.train.global_batch_size // config.parallel.row_groups(devices)
     rows = [count for count in range(1, min(share, MOST_ROWS) + 1) if share % count == 0]
 
     def traced(count: int) -> Trace:
@@ -224,9 +225,11 @@ def _is_alike(small: Trace, large: Trace) -> bool:
 
 def check_batch(config: RunConfig, devices: int) -> None:
     """Raise UsageError when the devices cannot share the global batch evenly."""
-    if config.train.global_batch_size % devices:
+    groups = config.parallel.row_groups(devices)
+    if config.train.global_batch_size % groups:
+        named = "devices" if groups == devices else "groups of devices that share rows"
         raise UsageError(
-            f"train.global_batch_size={config.train.global_batch_size} is not divisible by the {devices} devices; "
+            f"train.global_batch_size={config.train.global_batch_size} is not divisible by the {groups} {named}; "
             "choose a multiple, or another --gpus"
         )
 

@@ -82,18 +82,18 @@ def simulate(
     offload share it, and so do a compiled step and one that is not. Raises UsageError when the layout does not divide,
     and in a process that belongs to a run.
     """
-    check_batch_size(train, Topology(rank, world_size))
-    rows = train.rows_at_once(world_size)
-    micro_batches = train.global_batch_size // world_size // rows
+    ranks = parallel.sequence_parallel_size
+    topology = Topology(rank, world_size, sequence_parallel_size=ranks)
+    check_batch_size(train, topology)
+    rows = train.rows_at_once(topology.row_groups)
+    micro_batches = train.global_batch_size // topology.row_groups // rows
     is_alike = {"zero_stage": 1, "offload_optimizer": False} if parallel.engine == "deepspeed" else {}
     alike = parallel.model_copy(update=is_alike)
     compiled = train.model_copy(update={"compile": True, "micro_batch_size": rows})
     key = f"{compiled.model_copy(update={'global_batch_size': 0})!r} {alike!r} {world_size} {micro_batches > 1}"
     known = {} if known is None else known
     if key not in known:
-        known[key] = _record(
-            model, compiled, alike, row_length, Topology(rank, world_size), device, imbalance, objective
-        )
+        known[key] = _record(model, compiled, alike, row_length, topology, device, imbalance, objective)
     recorded = known[key]
     layers, groups = recorded.layers, recorded.groups
     recording = recorded.fused if train.compile else recorded.recording
@@ -105,7 +105,7 @@ def simulate(
         world_size=world_size,
         rank=rank,
         device=device,
-        tokens=rows * row_length,
+        tokens=rows * row_length // ranks,
         micro_batches=micro_batches,
         work={**work, ("update", "update"): zero.update(stage, groups)},
         collectives=(
@@ -129,8 +129,9 @@ def _record(
     objective: Objective | None,
 ) -> Recorded:
     layers = reduced(model)
-    rows = train.rows_at_once(topology.world_size)
-    accumulates = train.global_batch_size // topology.world_size > rows
+    rows = train.rows_at_once(topology.row_groups)
+    tokens = rows * row_length // topology.sequence_parallel_size
+    accumulates = train.global_batch_size // topology.row_groups > rows
     dtype = DTYPES["float32" if train.precision == "float32" else "bfloat16"]
     recorders: list[Recorder] = []
     compiled: set[int] = set()  # modules, and the code of functions
@@ -153,14 +154,14 @@ def _record(
             loss = build_loss(built, objective or NextToken(), train, pad_id=-1, dtype=dtype, compiler=mark)
             copies = _rounded(built.model, parallel, dtype)
             groups = _groups(built, layers, parallel, train.optimizer.name)
-            batch = _batch(rows, row_length)
-            counts = Counts(rows * row_length, layers.config, parallel.expert_parallel_size, imbalance)
+            batch = _batch(rows, row_length).part(0, topology.sequence_parallel_size)
+            counts = Counts(tokens, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
             recorders.append(recorder)
             recorder.hold([tensor for _, tensor in copies])
             _run(loss, batch, recorder, topology.world_size, accumulates)
     recording = recorder.recording
-    found = findings.check(recording, rows * row_length, layers.config, dtype)
+    found = findings.check(recording, tokens, layers.config, dtype)
     fused = Recording(
         [replace(kernel) for kernel in recording.kernels],
         recording.exchanges,

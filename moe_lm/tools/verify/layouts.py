@@ -71,9 +71,9 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
         if not (quick and world_size > 2):
             layouts += _other_optimizers(world_size, train.precision)
     # An expert's capacity is counted per row, and the model's own tokens are drawn by row and position: packing changes
-    # both.
+    # both, and ranks that share rows know neither.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
-        layouts = [layout for layout in layouts if layout.sequence_loss]
+        layouts = [layout for layout in layouts if layout.sequence_loss and not shares_rows(layout)]
     if train.precision == "bfloat16":
         layouts = _beside_sums_of_groups(layouts)
     saved: set[str | None] = {None}
@@ -122,6 +122,11 @@ def deepspeed(expert_parallel: int, stage: int) -> dict[str, Any]:
     return {"engine": "deepspeed", "expert_parallel_size": expert_parallel, "zero_stage": stage}
 
 
+def shares_rows(layout: Layout) -> bool:
+    """Whether ranks share the rows of the batch in it."""
+    return layout.parallel.get("sequence_parallel_size", 1) > 1
+
+
 def _one_process(model: ModelConfig, quick: bool, deepspeed: bool) -> list[Layout]:
     layouts = [
         Layout(name=REFERENCE, world_size=1, like=None),
@@ -145,6 +150,7 @@ def _many(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
     layouts = [
         Layout(name=f"{world_size} x torch", world_size=world_size, save_as=f"torch {world_size}"),
         *_grid(world_size, model, quick),
+        *_in_parts_of_rows(world_size, model, quick),
     ]
     if world_size == 2:
         layouts += _two_processes(model, quick)
@@ -177,6 +183,36 @@ def _two_processes(model: ModelConfig, quick: bool) -> list[Layout]:
         layout(f"{title} after torch", two, load_from="torch 2"),
         layout(f"{sharded} after ZeRO 2", three, load_from="sharded 2"),
         layout("2 x torch after DeepSpeed", {}, load_from="sharded 2"),
+    ]
+
+
+def _in_parts_of_rows(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
+    """Sequence parallelism, which needs no DeepSpeed and goes with all that it divides; with `quick` once."""
+    widest = max(_expert_parallel_sizes(2, model))
+
+    def layout(title: str, size: int, parallel: dict[str, Any], **settings: Any) -> Layout:
+        parallel = parallel | {"sequence_parallel_size": size}
+        return Layout(name=f"{title}, SP {size}", world_size=world_size, parallel=parallel, **settings)
+
+    def sharded(size: int, stage: int, suffix: str = "", **settings: Any) -> Layout:
+        return layout(_title(world_size, widest, stage) + suffix, size, deepspeed(widest, stage), **settings)
+
+    if quick:
+        return [sharded(2, 2, micro_batch_size=4)] if world_size == 2 else []
+    torch = f"{world_size} x torch"
+    if world_size == 4:
+        return [layout(torch, 2, {}), layout(torch, 4, {}), *(sharded(4, stage) for stage in (1, 2, 3)), sharded(2, 3)]
+    full, selective = "full", "selective"
+    return [
+        layout(torch, 2, {}),
+        *(sharded(2, stage) for stage in (1, 3)),
+        sharded(2, 2, micro_batch_size=4),
+        sharded(2, 2, ", activation checkpointing", activation_checkpointing=full),
+        sharded(2, 3, ", selective checkpointing", activation_checkpointing=selective),
+        sharded(2, 1, ", compiled", activation_checkpointing=selective, compile=True),
+        layout(f"{torch}, compiled", 2, {}, compile=True),
+        sharded(2, 2, " after 4 processes", load_from="sharded 4"),
+        layout(f"{torch} after DeepSpeed", 2, {}, load_from="sharded 2"),
     ]
 
 

@@ -20,7 +20,7 @@ from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.kernels.device import compiling_needs, pick_device
 from moe_lm.tools.ranks import run_ranks
 from moe_lm.tools.verify.deviation import Deviation, Tolerance, deviation_of, read_steps
-from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select
+from moe_lm.tools.verify.layouts import PLAN, Layout, Plan, all_layouts, select, shares_rows
 from moe_lm.tools.verify.scale import AVOIDED, small_lora, small_model, strong_preference, training
 from moe_lm.train.finetune import trained_model
 
@@ -104,6 +104,8 @@ def verify(
     sizes = choose_world_sizes(world_sizes, torch.cuda.device_count() if device == "cuda" else max(WORLD_SIZES))
     model, train = small_model(trained_model(config)), training(config)
     layouts = all_layouts(model, train, sizes, quick)
+    if config.preference is not None:
+        layouts = [layout for layout in layouts if not shares_rows(layout)]  # pairs are compared whole
     notes: list[str] = []
     if not quick and (needed := compiling_needs(torch.device(device))):
         layouts = [layout for layout in layouts if not layout.compile]

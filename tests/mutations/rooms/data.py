@@ -33,15 +33,15 @@ MUTATIONS = (
     Mutation(
         "ranks read overlapping rows",
         "parallel/topology.py",
-        "        return range(self.rank * share, (self.rank + 1) * share)\n",
-        "        return range(self.rank, self.rank + share)\n",
+        "        return range(self.row_group * share, (self.row_group + 1) * share)\n",
+        "        return range(self.row_group, self.row_group + share)\n",
         "train/test_loop.py::test_micro_batches_of_all_ranks_are_the_global_batch",
     ),
     Mutation(
         "ranks disagree on their share of the rows",
         "parallel/topology.py",
-        "        share = global_batch_size // self.world_size\n",
-        "        share = global_batch_size // self.world_size + (self.rank > 0)\n",
+        "        share = global_batch_size // self.row_groups\n",
+        "        share = global_batch_size // self.row_groups + (self.rank > 0)\n",
         "train/test_loop.py::test_micro_batches_of_all_ranks_are_the_global_batch",
     ),
     # Shards

@@ -9,7 +9,7 @@ import pytest
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import load_config
-from moe_lm.config.run import PretrainConfig, RunConfig
+from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.tools.plan.devices import OF_MEMORY, find_device
 from moe_lm.tools.plan.plan import tracer_of
 from moe_lm.tools.plan.report import settings
@@ -121,6 +121,9 @@ def test_where_nothing_fits_higher_stages_are_tried_and_then_host_memory(tiny_pr
 
 
 def test_a_layout_applied_is_the_layout_of_the_config(config: PretrainConfig, trace: Tracer) -> None:
+    shared = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel_size=2)})
+    assert Layout.of(Layout(4, 2, 3, 4, "full").applied(shared), 4) == Layout(4, 2, 3, 4, "full")
+    assert Layout(4, 2, 3, 4, "full").applied(shared).parallel.sequence_parallel_size == 2
     for layout in (
         Layout(2, 2, 3, 2, "full"),
         Layout(2, 1, 0, 4, "none"),

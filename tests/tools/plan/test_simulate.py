@@ -158,6 +158,25 @@ def test_ranks_that_share_experts_exchange_tokens(imbalance: float) -> None:
     assert {c.ranks for c in reductions} == {tuple(range(8)), (1, 5)}
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_ranks_that_share_rows_exchange_heads_and_keep_parts_of_the_activations(recompute: str) -> None:
+    """Two all-to-alls a layer and pass, which recomputation repeats. A rank has half of 4 query and 2 key heads."""
+    model, train = tiny(num_hidden_layers=4), training(activation_checkpointing=recompute)
+    alone = simulate(model, train, ALONE, 256)
+    shared = simulate(model, train, ParallelConfig(sequence_parallel_size=2), 256, world_size=4, rank=3)
+    assert (shared.tokens, shared.micro_batches) == (alone.tokens // 4, 1)
+    assert shared.memory.activations == pytest.approx(alone.memory.activations / 4, rel=0.05)
+    positions, size = 256 // 2, model.head_size
+    heads = {"there": 4 + 2 + 2, "back": 4}
+    passes = 2 if recompute == "none" else 3
+    for numbers in heads.values():
+        found = [c for c in shared.collectives if c.bytes == positions * numbers * size * 2 and c.kind == "all_to_all"]
+        assert sum(c.times for c in found) == 4 * passes
+        assert {(c.ranks, c.part) for c in found} == {((2, 3), "attention")}
+    assert shared.of(["forward"], ["attention"]).flops() == alone.of(["forward"], ["attention"]).flops() // 4
+    assert shared.syncs == ()
+
+
 def test_compilation_outside_of_the_simulated_rank_is_left_alone() -> None:
     found: list[object] = []
 

@@ -1,4 +1,4 @@
-"""The parity check: it passes on this code, and each of five errors planted into its processes makes it fail."""
+"""The parity check: it passes on this code, and each of six errors planted into its processes makes it fail."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
         "2 x DeepSpeed, EP 2, ZeRO 1, selective checkpointing",
         "4 x DeepSpeed, EP 2, ZeRO 3",
         "2 x DeepSpeed, EP 2, ZeRO 3, offload, after ZeRO 2",
+        "2 x DeepSpeed, EP 2, ZeRO 2, SP 2",
         "1 process after DeepSpeed",
         "documents in rows of their own",
         "loss in chunks",
@@ -123,6 +124,13 @@ def test_in_bfloat16_muon_has_no_rows() -> None:
         ),
         pytest.param(
             "muon_in_bfloat16", "2 x torch, Muon", "gradient norm: expected", "float32", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "counts_of_a_part",
+            "2 x torch, SP 2",
+            "step 0: balance loss: expected",
+            "float32",
+            marks=pytest.mark.slow,
         ),
         ("bias_from_local_counts", "2 x torch", "step 0: router bias model.layers.", "float32"),
         pytest.param(
