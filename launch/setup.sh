@@ -34,6 +34,7 @@ fi
 quiet=--quiet
 [ -t 1 ] && quiet=
 echo "Installing moe-lm into .venv (several minutes the first time)"
-"$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+# Modules are compiled when they are first imported, which most never are: compiling all would take most of a minute.
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-compile \
     --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}"
 echo "$wanted" | tee "$venv/.installed" >"$stamp"

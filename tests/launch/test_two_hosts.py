@@ -41,6 +41,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_deepspeed_trains_over_two_hosts_stops_when_told_and_goes_on_after_a_death(
     two_hosts: TwoHosts, tiny_pretrain: Path, tmp_path: Path, one_process: Path
 ) -> None:

@@ -133,7 +133,9 @@ SICK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SICK)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "creeping memory" else ()) for name in SICK]
+)
 def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     sick = SICK[name]
     settings = {"steps": 20, "schedule": {"warmup_steps": 3}} | sick.settings

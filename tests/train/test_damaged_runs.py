@@ -27,7 +27,7 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "trainer.json"])
+@pytest.mark.parametrize("part", ["model", pytest.param("optimizer", marks=pytest.mark.slow), "trainer.json"])
 def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_one_before_it_taken(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, part: str
 ) -> None:

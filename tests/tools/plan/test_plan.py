@@ -126,6 +126,7 @@ def test_a_run_in_float32_is_planned_for_a_gpu_too(tiny_pretrain: Path, tmp_path
     assert "(92% of the memory of h200): fits" in done.out
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_here_is_planned_for_though_the_config_asks_for_it(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_rates_of_this_machine_that_take_too_long_are_given_up_with_what_to_chan
     assert "1 processes were not done after 0 s; measure smaller products (train.micro_batch_size," in done.err
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_on_a_gpu_warns_of_a_step_that_it_cannot_hold(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

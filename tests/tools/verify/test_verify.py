@@ -132,7 +132,13 @@ def test_in_bfloat16_muon_has_no_rows() -> None:
             "float32",
             marks=pytest.mark.slow,
         ),
-        ("bias_from_local_counts", "2 x torch", "step 0: router bias model.layers.", "float32"),
+        pytest.param(
+            "bias_from_local_counts",
+            "2 x torch",
+            "step 0: router bias model.layers.",
+            "float32",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "moments_of_another_expert",
             "2 x DeepSpeed, EP 2, ZeRO 3 after ZeRO 2",
@@ -153,6 +159,7 @@ def test_a_planted_error_is_found_and_named(
     assert named in line
 
 
+@pytest.mark.slow
 def test_what_a_failed_rank_said_last_is_shown(start_moe_lm: Start, tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("raise RuntimeError('the cable is loose')\n")
     _, err = verify(start_moe_lm, 1, "--world-sizes", "1", "--quick", "--sabotage", tmp_path / "fails.py")
