@@ -1,16 +1,16 @@
-"""The model that a checkpoint descends from: the base of its adapters (LoRA), or the start of its fine-tuning.
+"""The model that a checkpoint descends from: the base of its adapters (LoRA), or the start of its training.
 
 A checkpoint of adapters holds what was trained and names its base in `adapter.yaml`; it needs that base for good. A
-run that fine-tunes all weights names its start in `start.yaml`. It needs the start again only to recompute a lost
-reference of preference tuning. A model is known by a fingerprint, so it may be copied and moved, and adapters are
-never merged into another model.
+run that trains all weights of another model on names its start in `start.yaml`. It needs the start again only to
+recompute a lost reference of preference tuning. A model is known by a fingerprint, so it may be copied and moved, and
+adapters are never merged into another model.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -95,15 +95,21 @@ def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
     return base
 
 
-# The start of fine-tuning
+# The start of fine-tuning and of continued pretraining
 
 
 class Start(NamedTuple):
-    """The checkpoint that a fine-tuning run begins with, or goes on from."""
+    """The checkpoint that a run begins with, or goes on from."""
 
     folder: Path  # the checkpoint with its shape, tokenizer and first weights
     origin: Path  # the checkpoint that training began with
     fingerprint: str  # of the origin
+    positions: dict[str, Any] | None = None  # of the origin: settings of its model that the run may have changed
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run has not begun: it goes on from no checkpoint of its own."""
+        return self.folder.absolute() == self.origin
 
     @property
     def is_origin(self) -> bool:
@@ -112,7 +118,10 @@ class Start(NamedTuple):
 
     def describe(self) -> str:
         """The text of `start.yaml`."""
-        return yaml.safe_dump({"origin": str(self.origin), "fingerprint": self.fingerprint}, allow_unicode=True)
+        about: dict[str, Any] = {"origin": str(self.origin), "fingerprint": self.fingerprint}
+        if self.positions is not None:
+            about["positions"] = self.positions
+        return yaml.safe_dump(about, allow_unicode=True)
 
 
 def find_start(config: FinetuneConfig) -> Start:
@@ -126,16 +135,26 @@ def find_start(config: FinetuneConfig) -> Start:
     names = checkpoint.entries(newest)
     if ADAPTER in names and config.lora is not None:
         return _start_at(*_base(newest, config))
-    if START not in names:  # fine-tuning did not write it; `changed_settings` reports the differences
-        return _start_at(checkpoint.resolve(config.start_from))
+    start = find_first_start(config.run_dir, config.start_from)
+    if config.preference is not None and not start.is_new:
+        for place in (start.origin, config.start_from):
+            if is_at(place, start.fingerprint):
+                return _start_at(checkpoint.resolve(place), start.fingerprint)
+    return start
+
+
+def find_first_start(run_dir: Path, start_from: Path) -> Start:
+    """The start of a run that trains all weights: the one that it began with, else `start_from`."""
+    newest = checkpoint.latest_readable(Path(run_dir) / "checkpoints")
+    if newest is None or START not in checkpoint.entries(newest):
+        return _start_at(checkpoint.resolve(start_from))  # `changed_settings` reports a run that began otherwise
     kept = checkpoint.read_section(newest, START)
-    origin, known = Path(kept["origin"]), kept["fingerprint"]
-    if config.preference is not None:
-        for place in (origin, config.start_from):
-            folder = checkpoint.resolve(place) if checkpoint.is_there(place) else None
-            if folder is not None and is_model(folder, known):
-                return Start(folder, folder.absolute(), known)
-    return Start(newest, origin, known)
+    return Start(newest, Path(kept["origin"]), kept["fingerprint"], kept.get("positions"))
+
+
+def is_at(place: Path, known: str) -> bool:
+    """Whether `place` names a checkpoint with the model of this fingerprint."""
+    return checkpoint.is_there(place) and is_model(checkpoint.resolve(place), known)
 
 
 def lost_reference(start: Start) -> UsageError:

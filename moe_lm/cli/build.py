@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from moe_lm.common.exits import STOPPED
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
     from moe_lm.config.model import ModelConfig
-    from moe_lm.config.run import RunConfig
+    from moe_lm.config.run import PretrainConfig, RunConfig
     from moe_lm.parallel.topology import Topology
     from moe_lm.text.files import Report
     from moe_lm.train.loop import TrainingResult
@@ -112,10 +112,7 @@ def tokenizer_inspect(
 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Turn documents into token shards, in parallel; continues where it was stopped."""
-    from moe_lm.config.reading import load_config
-    from moe_lm.config.run import PretrainConfig
-
-    settings = load_config(PretrainConfig, config, overrides or ())
+    settings = read_pretraining(config, overrides or [])
 
     from moe_lm.data.prepare import prepare
 
@@ -176,8 +173,29 @@ def plan(
 def read_run(config: Path, overrides: list[str]) -> RunConfig:
     """The config of a pretraining or a fine-tuning, whichever the file describes."""
     from moe_lm.config.reading import kind_of, load_config
+    from moe_lm.config.run import FinetuneConfig
 
-    return load_config(kind_of(config), config, overrides)
+    if kind_of(config) is FinetuneConfig:
+        return load_config(FinetuneConfig, config, overrides)
+    return read_pretraining(config, overrides)
+
+
+def read_pretraining(config: Path, overrides: list[str]) -> PretrainConfig:
+    """The config of a pretraining, whole, and fitting its start if it has one; only a start needs torch."""
+    from moe_lm.config.reading import load_config
+    from moe_lm.config.run import PretrainConfig
+
+    def completed(values: dict[str, Any]) -> dict[str, Any]:
+        from moe_lm.train import start
+
+        return start.completed(values)
+
+    settings = load_config(PretrainConfig, config, overrides, completed)
+    if settings.start_from is not None:
+        from moe_lm.train import start
+
+        start.find(settings)
+    return settings
 
 
 def pretrain(
@@ -189,10 +207,7 @@ def pretrain(
     gpu: Gpu = None,
 ) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
-    from moe_lm.config.reading import load_config
-    from moe_lm.config.run import PretrainConfig
-
-    settings = load_config(PretrainConfig, config, overrides or ())
+    settings = read_pretraining(config, overrides or [])
 
     from moe_lm.train import pretrain
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -103,7 +103,10 @@ class ModelConfig(Section):
         default="rope", description="rotary positions in attention, or positions added to the embedding"
     )
     rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(default=None, description="positions beyond the trained length")
+    rope_scaling: RopeScaling | None = Field(
+        default=None,
+        description="positions beyond the trained length; `rope_parameters`, as transformers 5 writes it, is read too",
+    )
     rope_interleave: bool = Field(default=False, description="rotate neighbouring entries together, not the two halves")
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, description="share of a head that is rotated")
     use_qk_norm: bool = Field(default=True, description="RMSNorm on queries and keys")
@@ -116,6 +119,11 @@ class ModelConfig(Section):
     lm_head_bias: bool = Field(default=False, description="bias of the output layer")
     tie_word_embeddings: bool = Field(default=False, description="the output layer shares the embedding's weights")
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_rope_parameters(cls, values: Any) -> Any:
+        return with_rope_parameters(values) if isinstance(values, dict) else values
 
     @property
     def kv_heads(self) -> int:
@@ -246,6 +254,29 @@ class LoraConfig(Section):
         min_length=1,
         description="layers that get adapters; feed_forward: dense layers and shared experts; null: all of them",
     )
+
+
+def with_rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
+    """A model's settings with `rope_parameters`, as transformers 5 writes it, as those that it stands for.
+
+    Raises ValueError for one that says something else than a setting beside it.
+    """
+    if "rope_parameters" not in values:
+        return values
+    others = {name: value for name, value in values.items() if name != "rope_parameters"}
+    rope = values["rope_parameters"]
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters={rope!r} is not a section; write {{rope_type: ..., rope_theta: ...}}")
+    rope = {name: value for name, value in rope.items() if value is not None}
+    meant: dict[str, Any] = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    kind = rope.pop("rope_type", "default")
+    if kind == "default" and rope:
+        raise ValueError(f"rope_parameters has {', '.join(rope)} and no rope_type; set it, like rope_type: yarn")
+    meant["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
+    for name, value in meant.items():
+        if name in others and others[name] != value:
+            raise ValueError(f"{name}={others[name]} is not that of rope_parameters, {value}; keep one of them")
+    return others | meant
 
 
 def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:

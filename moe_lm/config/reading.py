@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,9 +56,15 @@ KINDS = (
 )
 
 
-def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    kind: type[ConfigT],
+    path: Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> ConfigT:
     """Read a YAML file, apply `section.key=value` overrides and check everything.
 
+    `complete` adds what the settings leave to `start_from`, if they have one.
     Raises UsageError naming the key, its value and what was expected; for an unknown key the nearest known one.
     """
     values = _read_yaml(path)
@@ -72,11 +78,14 @@ def load_config(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) 
     for override in overrides:
         _apply_override(values, override)
         _read_sections(kind, values, Path())
+    found, signs = _described(values)
+    is_another = found is not None and found.kind is not kind
+    if complete is not None and values.get("start_from") is not None and not is_another:
+        values = complete(values)
     try:
         return build_config(kind, values, str(path))
     except UsageError as error:
-        found, signs = _described(values)
-        if found is not None and found.kind is not kind:
+        if found is not None and is_another:
             raise UsageError(
                 f"{path} is {found.what} (it has {', '.join(signs)}): moe-lm {found.verb} {path}"
             ) from error

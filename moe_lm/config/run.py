@@ -106,9 +106,18 @@ class LogConfig(Section):
 
 
 class PretrainConfig(Section):
-    """One pretraining run."""
+    """One pretraining run: from fresh weights, or on from those of another model (`start_from`).
+
+    With a start, `model` may be left out or name only what differs, which may be positions: `rope_theta`,
+    `rope_scaling` and `max_position_embeddings`. The config of the run folder has the whole model.
+    """
 
     run_dir: Path = Field(description="folder of the run: config, logs, checkpoints")
+    start_from: Path | None = Field(
+        default=None,
+        description="run folder, or a checkpoint in one, whose model is trained on from step 0; null: fresh weights",
+    )
+    start_with_optimizer: bool = Field(default=False, description="take the moments of the start's optimizer along")
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -127,6 +136,8 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
+        if self.start_from is None:
+            self.refuse_any(["start_with_optimizer"], "needs start_from; set it, or take start_with_optimizer away")
         check_positions(self.model, self.data.sequence_length)
         check_experts(self.model, self.parallel)
         check_engine(self.train, self.parallel)
@@ -155,6 +166,9 @@ class FinetuneConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    # Only pretraining has it.
+    start_with_optimizer: ClassVar[bool] = False
 
     @property
     def row_length(self) -> int:

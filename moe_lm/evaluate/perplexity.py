@@ -178,7 +178,7 @@ def _run_config(folder: Path) -> RunConfig | None:
         return None
     values = checkpoint.read_section(folder, "config.yaml")
     origin = str(folder / "config.yaml")
-    if "start_from" in values:
+    if "model" not in values:  # that of a fine-tuning comes with its start
         return build_config(FinetuneConfig, values, origin)
     return build_config(PretrainConfig, values, origin)
 

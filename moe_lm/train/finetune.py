@@ -27,6 +27,7 @@ from moe_lm.train import preflight
 from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
+from moe_lm.train.start import notes_on_biases
 
 
 def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
@@ -113,15 +114,8 @@ def epochs_by_source(config: FinetuneConfig, batches: RowBatches) -> dict[str, f
 
 def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> list[str]:
     """The cost, after a warning if `moe-lm export` would refuse the trained model."""
-    rate = config.train.balance.bias_update_rate
-    lines = cost_lines(config, model, topology)
-    if not rate or not model.moe_layers or model.scoring_func != "softmax":
-        return lines
-    return [
-        f"train.balance.bias_update_rate={rate} moves router biases, which no Hugging Face family with a softmax "
-        "router has; set it to 0 if the model is to be exported",
-        *lines,
-    ]
+    biases = notes_on_biases(config.train.balance.bias_update_rate, model)
+    return [*biases, *cost_lines(config, model, topology)]
 
 
 def describe(config: FinetuneConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:

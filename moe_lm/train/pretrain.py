@@ -1,4 +1,4 @@
-"""Pretraining, on token shards from fresh weights: its recipe."""
+"""Pretraining, on token shards, from fresh weights or on from those of another model: its recipe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import preflight
 from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
+from moe_lm.train.start import find, notes_on
 
 WARM_UP_STEPS = 3  # they compile
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -30,6 +31,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
     """
     meeting = meeting or Meeting(current_topology())
     config = resolved(config)
+    start = find(config)
     preflight.check(config, config.model, meeting.topology, fit)
     tokenizer = load_tokenizer(config)
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
@@ -43,14 +45,17 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
         objective=NextToken(),
         batches=batches,
         validation=validation_batches(config, held_out, meeting.topology),
+        start=start,
         epochs=dict(zip(names, batches.epochs(config.train.steps), strict=True)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
+        notes=[] if start is None else notes_on(start, config),
     )
     return run_recipe(recipe, meeting)
 
 
 def describe(config: PretrainConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
-    """The text of `--dry-run`; a tokenizer that is there must fit the model."""
+    """The text of `--dry-run`; a tokenizer that is there must fit the model, and the model its start."""
+    find(config)
     if config.data.tokenizer.is_dir():
         load_tokenizer(config)
     return preflight.dry_run(resolved(config), config.model, topology, fit)

@@ -43,6 +43,7 @@ from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
+from moe_lm.train.start import load_moments
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
         batch_size = recipe.config.train.rows_at_once(engine.topology.row_groups)
         add_reference(recipe.pairs, engine, batch_size, recipe.config.run_dir, recipe.start, watchdog)
     watchdog.at("loading")
+    if newest is None and recipe.start is not None and recipe.config.start_with_optimizer:
+        load_moments(engine, recipe.start)
     counters = load(engine, newest)
     note_start(counters.get("step", 0))
     return counters

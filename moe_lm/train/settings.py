@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.lineage import Start, read_adapter
+from moe_lm.checkpoint.lineage import Adapter, Start, is_at, read_adapter
 from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import RunConfig
@@ -18,7 +18,8 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 # Settings of how a run is watched, kept and fitted to its machine, not of what it computes.
 MAY_CHANGE = (
     "log.", "checkpoint.", "parallel.", "train.eval_", "train.guards.", "train.micro_batch_size",
-    "train.activation_checkpointing", "train.compile", "data.workers", "data.on_damage", "run_dir",
+    "train.activation_checkpointing", "train.compile", "data.workers", "data.on_damage", "data.tokenizer",
+    "run_dir",
 )  # fmt: skip
 
 
@@ -32,9 +33,8 @@ def changed_settings(
     if folder is None:
         return []
     may_change: tuple[str, ...] = MAY_CHANGE
-    adapter = read_adapter(folder)
-    if adapter and start and start.fingerprint == adapter.fingerprint:
-        may_change += ("start_from",)  # the same base, wherever it is now
+    if start is not None and _is_still(config.start_from, start, read_adapter(folder)):
+        may_change += ("start_from",)  # the same model, wherever it is now
     saved = _saved_config(folder, config)
     if (late := late_change_of_steps(saved, config, folder)) is None:
         may_change += ("train.steps",)
@@ -53,17 +53,24 @@ def changed_settings(
             f"{config.run_dir} holds a run with other settings ({'; '.join(changes)}); set run_dir to a new folder, "
             "undo the changes, or keep them with checkpoint.allow_changes=true"
         )
+    if late and config.train.steps < checkpoint.step_of(folder):
+        raise late  # steps that are done are not undone, whatever is allowed
     return changes
 
 
-def late_change_of_steps(saved: Mapping[str, Any], config: RunConfig, folder: Path) -> UsageError | None:
-    """The error for a last step that comes too late to be changed; None if the steps that are done had the same rates.
+def _is_still(start_from: Path | None, start: Start, adapter: Adapter | None) -> bool:
+    """Whether `start_from` names the model that the run began with; the base of adapters was looked at before."""
+    known = start.fingerprint
+    return (adapter is not None and adapter.fingerprint == known) or (
+        start_from is not None and is_at(start_from, known)
+    )
 
-    Raises UsageError for a last step before those that are done, which nothing allows.
-    """
+
+def late_change_of_steps(saved: Mapping[str, Any], config: RunConfig, folder: Path) -> UsageError | None:
+    """The error for a last step that comes too late; None if the steps that are done had the same rates."""
     train, done = config.train, checkpoint.step_of(folder)
     if train.steps < done:
-        raise UsageError(
+        return UsageError(
             f"train.steps={train.steps} is less than the {done} steps that {config.run_dir} has done; give at least "
             f"{done}, or begin another run with start_from={folder}"
         )

@@ -91,7 +91,8 @@ def chats(session: Session) -> str:
     if not checkpoint.verify(session.checkpoint, "config.yaml"):  # imported
         return "yes"
     config = checkpoint.read_section(session.checkpoint, "config.yaml")
-    return "untrained" if "model" in config and "start_from" not in config else "yes"
+    came_from_elsewhere = bool(checkpoint.verify(session.checkpoint, checkpoint.GENERATION))
+    return "untrained" if "model" in config and not came_from_elsewhere else "yes"
 
 
 def _policy(page: str) -> str:

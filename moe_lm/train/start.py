@@ -1,0 +1,185 @@
+"""The start of continued pretraining: the model, the tokenizer and the moments that a run takes over from another.
+
+A config with `start_from` may leave out what the start has. `completed` puts it in before the config is checked, so
+that everywhere else a config is whole; `find` refuses one that does not fit its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from moe_lm.checkpoint import checkpoint, read
+from moe_lm.checkpoint.checkpoint import OPTIMIZER, TOKENIZER
+from moe_lm.checkpoint.lineage import Start, find_first_start
+from moe_lm.checkpoint.read import read_model_config
+from moe_lm.common.errors import UsageError
+from moe_lm.config.model import ModelConfig, with_rope_parameters
+from moe_lm.config.run import PretrainConfig
+from moe_lm.engine.engine import LOAD, Engine
+from moe_lm.tokenizer.tokenizer import Tokenizer
+
+ROTARY = ("rope_theta", "rope_scaling")
+Values = dict[str, Any]
+
+
+def completed(values: Values) -> Values:
+    """The values of a pretraining config with those that it leaves to its start.
+
+    The model, in which it may name positions alone; the tokenizer; and no moving router biases where the start has none
+    because its softmax router never had any. Raises UsageError for a model that is not the start's.
+    """
+    run_dir, start_from, model = (values.get(name) for name in ("run_dir", "start_from", "model"))
+    if not isinstance(run_dir, str) or not isinstance(start_from, str) or not isinstance(model, dict | None):
+        return values  # the check of the config says what is wrong
+    start = find_first_start(Path(run_dir), Path(start_from))
+    shape = shape_of(start)
+    try:
+        given = with_rope_parameters(model or {})
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+    check_shape(given, shape, start_from)
+    values = {**values, "model": shape.model_dump(mode="json") | _with_trained_length(given, shape)}
+    if isinstance(data := values.get("data"), dict) and data.get("tokenizer") is None:
+        tokenizer = checkpoint.verified_path(start.folder, TOKENIZER)
+        values["data"] = {**data, "tokenizer": str(tokenizer)}
+    train = values.get("train")
+    balance = train.get("balance", {}) if isinstance(train, dict) else None
+    if isinstance(train, dict) and isinstance(balance, dict) and _has_no_biases(start, shape):
+        values["train"] = {**train, "balance": {"bias_update_rate": 0.0, **balance}}
+    return values
+
+
+def find(config: PretrainConfig) -> Start | None:
+    """The start of the run, which fits its config; None for fresh weights.
+
+    A run that goes on keeps its first start. Raises UsageError for another shape or tokenizer than the start's, and for
+    moments that the start does not have.
+    """
+    if config.start_from is None:
+        return None
+    start = find_first_start(config.run_dir, config.start_from)
+    shape = shape_of(start)
+    check_shape(config.model.model_dump(), shape, config.start_from)
+    _check_tokenizer(config, start)
+    if config.start_with_optimizer and start.is_new:
+        _check_moments(config, start)
+    return start._replace(positions=shape.model_dump(mode="json", include={*positions_of(shape)}))
+
+
+def shape_of(start: Start) -> ModelConfig:
+    """The model as training began with it, before the run changed its positions."""
+    return read_model_config(start.folder, **(start.positions or {}))
+
+
+def positions_of(shape: ModelConfig) -> tuple[str, ...]:
+    """The settings of positions, which no weight depends on."""
+    rotary = ROTARY if shape.position_embedding == "rope" else ()
+    return rotary if shape.position_embedding == "learned" else (*rotary, "max_position_embeddings")
+
+
+def check_shape(given: Mapping[str, Any], shape: ModelConfig, start_from: object) -> None:
+    """Raise UsageError for a setting of `given` that is not the start's, except for positions."""
+    may_differ = positions_of(shape)
+    for name, value in given.items():
+        field = ModelConfig.model_fields.get(name)
+        if field is None or name in may_differ:
+            continue
+        try:
+            value = TypeAdapter[Any](field.annotation or Any).validate_python(value)
+        except ValidationError:
+            continue  # the check of the config says what is wrong
+        if value != getattr(shape, name):
+            raise UsageError(
+                f"model.{name}={value} is not that of start_from={start_from}, {getattr(shape, name)}; take it away: "
+                f"the model is the start's, and only {', '.join(may_differ) or 'nothing'} may differ"
+            )
+
+
+def notes_on(start: Start, config: PretrainConfig) -> list[str]:
+    """What the log says of a start, after a warning if `moe-lm export` would refuse the trained model."""
+    moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
+    return [
+        *notes_on_biases(config.train.balance.bias_update_rate, config.model),
+        f"trains on {start.origin} (fingerprint {start.fingerprint}){moments}",
+    ]
+
+
+def notes_on_biases(rate: float, model: ModelConfig) -> list[str]:
+    """A warning of router biases that no family of Hugging Face has a place for."""
+    if not rate or not model.moe_layers or model.scoring_func != "softmax":
+        return []
+    return [
+        f"train.balance.bias_update_rate={rate} moves router biases, which no Hugging Face family with a softmax "
+        "router has; set it to 0 if the model is to be exported"
+    ]
+
+
+def load_moments(engine: Engine, start: Start) -> None:
+    """Give the optimizer the moments and step counts of the start. Every rank calls this."""
+    state = engine.state()
+    moments = {name: t for name, t in state.items() if not name.startswith(("model.", "random.")) and name != LOAD}
+    read.load(start.folder, moments)
+    engine.load_state(state)
+
+
+def _with_trained_length(given: Values, shape: ModelConfig) -> Values:
+    """With the length that the start was trained for, where `rope_scaling` leaves it out."""
+    scaling, before = given.get("rope_scaling"), shape.rope_scaling
+    if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("yarn", "llama3"):
+        return given
+    trained = shape.max_position_embeddings
+    if before is not None and before.original_max_position_embeddings is not None:
+        trained = before.original_max_position_embeddings
+    return given | {"rope_scaling": {"original_max_position_embeddings": trained, **scaling}}
+
+
+def _has_no_biases(start: Start, shape: ModelConfig) -> bool:
+    """Whether the router is a softmax whose biases no training has moved, as public models have it."""
+    if shape.scoring_func != "softmax" or not shape.moe_layers:
+        return False
+    balance = _settings(start).get("train", {}).get("balance", {})
+    return not balance.get("bias_update_rate", 0)
+
+
+def _check_tokenizer(config: PretrainConfig, start: Start) -> None:
+    if not config.data.tokenizer.is_dir():
+        return  # a dry run needs none, and a run says so when it reads it
+    given = Tokenizer.load(config.data.tokenizer)
+    own = Tokenizer.load(checkpoint.verified_path(start.folder, TOKENIZER))
+    if given.fingerprint != own.fingerprint:
+        raise UsageError(
+            f"data.tokenizer={config.data.tokenizer} (fingerprint {given.fingerprint[:12]}, {given.vocab_size} ids) is "
+            f"another tokenizer than that of start_from={config.start_from} ({own.fingerprint[:12]}, {own.vocab_size} "
+            "ids), whose model knows no other; leave data.tokenizer out"
+        )
+
+
+def _check_moments(config: PretrainConfig, start: Start) -> None:
+    settings = _settings(start)
+    train, name = settings.get("train", {}), config.train.optimizer.name
+    had = train.get("optimizer", {}).get("name", "adamw")
+    why = None
+    if not train or not any(entry.startswith(f"{OPTIMIZER}/") for entry in checkpoint.entries(start.folder)):
+        why = "has none, as it was not trained here"
+    elif settings.get("lora") is not None:
+        why = "has those of adapters alone"
+    elif train.get("freeze_router") and not config.train.freeze_router:
+        why = "has none of its router, which was frozen"
+    elif had != name:
+        why = f"has those of {had}, and train.optimizer.name={name}"
+    if why is not None:
+        raise UsageError(
+            f"start_with_optimizer=true takes the optimizer's moments along, and start_from={config.start_from} {why}; "
+            "take start_with_optimizer away"
+        )
+
+
+def _settings(start: Start) -> Values:
+    """The config of the start's training; empty for a model that was imported, upcycled or merged."""
+    if "config.yaml" not in checkpoint.entries(start.folder):
+        return {}
+    return checkpoint.read_section(start.folder, "config.yaml")
