@@ -126,8 +126,8 @@ class LoopRun:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All but alarms."""
-        return [event for event in events(self.folder) if event["event"] != "alarm"]
+        """All but alarms and saves."""
+        return [event for event in events(self.folder) if event["event"] not in ("alarm", "save")]
 
     @property
     def kinds(self) -> list[tuple[str, int]]:

@@ -123,6 +123,11 @@ def test_torch_distributed_stays_in_parallel_and_engine(path: Path) -> None:
     assert room in PARALLEL_ROOMS or not found
 
 
+@pytest.mark.parametrize("path", sources("moe_lm/train"), ids=module_of)
+def test_in_training_the_trackers_alone_use_accelerate(path: Path) -> None:
+    assert path.stem == "trackers" or not any(within(name, "accelerate") for name in imported_names(path))
+
+
 @pytest.mark.parametrize("path", [path for path in sources("moe_lm") if path.name == "__init__.py"], ids=module_of)
 def test_every_folder_says_what_it_is_and_in_which_order_it_is_read(path: Path) -> None:
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

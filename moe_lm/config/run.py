@@ -92,6 +92,9 @@ class CheckpointConfig(Section):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "swanlab", "dvclive"]
+
+
 class LogConfig(Section):
     """The reports of training: how often, and to which programs."""
 
@@ -99,9 +102,7 @@ class LogConfig(Section):
     alarms: bool = Field(
         default=True, description="say when the figures show a known disease, such as dead experts, and its cure"
     )
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        default=(), description="programs that figures are also sent to"
-    )
+    trackers: tuple[TrackerName, ...] = Field(default=(), description="programs that figures are also sent to")
     project: str = Field(default="moe-lm", description="project's name in the trackers")
 
 

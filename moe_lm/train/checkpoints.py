@@ -55,13 +55,15 @@ class Checkpoints:
     ) -> Path:
         """Write the last checkpoint; on a full disk, try again until `is_over`, and then raise MoeLmError."""
         self._keep_lock()
-        return self._saver.save(
+        folder = self._saver.save(
             step,
             state,
             {**self._files, **files},
             is_over=is_over,
             tell=lambda text: self._log.event("full_disk", step, f"warning: {text}"),
         )
+        self._note_save(step)
+        return folder
 
     def wait(self, step: int) -> None:
         """Wait until no save is under way, and note its outcome."""
@@ -70,7 +72,9 @@ class Checkpoints:
 
     def note_saves(self, step: int) -> None:
         """Log what finished saves met with. A failed one, as on a full disk, does not end a run with steps left."""
-        for saved_step, _, error, given_up in self._saver.outcomes():
+        for saved_step, folder, error, given_up in self._saver.outcomes():
+            if folder is not None:
+                self._note_save(saved_step)
             if given_up:
                 text = (
                     f"warning: the disk is full: gave up {', '.join(given_up)} for the checkpoint of step {saved_step}"
@@ -79,6 +83,9 @@ class Checkpoints:
             if error is not None:
                 text = f"warning: no checkpoint at step {saved_step}: {error}; training goes on"
                 self._log.event("failed_save", saved_step, text)
+
+    def _note_save(self, step: int) -> None:
+        self._log.event("save", step, f"saved step {step}", show=False)
 
     def go_back(self, step: int) -> dict[str, Any] | None:
         """Load the newest good checkpoint and return its trainer.json; None if there is none.

@@ -41,9 +41,18 @@ PEAK_FLOPS = {
 
 
 def step_record(
-    step: int, result: StepResult, seconds: float, data_seconds: float, engine: Engine, flops_per_token: float
+    step: int,
+    result: StepResult,
+    seconds: float,
+    data_seconds: float,
+    engine: Engine,
+    flops_per_token: float,
+    with_load: bool = False,
 ) -> dict[str, object]:
-    """The figures of a step that took this many seconds, `data_seconds` of which this rank read its batch."""
+    """The figures of a step that took this many seconds, `data_seconds` of which this rank read its batch.
+
+    `with_load` adds the load of each expert, which makes a record several times as long.
+    """
     tokens_per_second = result.tokens / seconds
     record: dict[str, object] = {
         "step": step,
@@ -68,6 +77,8 @@ def step_record(
         layers = load_statistics(result.load)
         for layer, entropy, bias_range in zip(layers, result.entropy.tolist(), result.bias_range, strict=True):
             layer |= {"router_entropy": entropy, "bias_range": bias_range}
+        for layer, shares in zip(layers, expert_shares(result.load) if with_load else (), strict=False):
+            layer["load"] = shares
         record["experts"] = layers
     return record
 
@@ -99,6 +110,13 @@ def _layer_statistics(counts: Tensor) -> dict[str, Any]:
         "dead_share": len(dead) / experts,
         **which,
     }
+
+
+def expert_shares(load: Tensor) -> list[list[int]]:
+    """Each expert's tokens in percent of an even share, by layer, from `load [layers, experts]`: 100 is balanced."""
+    even = load.double().mean(dim=1, keepdim=True).clamp(min=1e-9)
+    shares: list[list[int]] = (100 * load / even).round().long().tolist()
+    return shares
 
 
 def model_flops_utilisation(tokens_per_second: float, flops_per_token: float, peak: float) -> float:

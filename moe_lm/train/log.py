@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +25,7 @@ from moe_lm.config.run import LogConfig
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.alarms import Alarm, Alarms
 from moe_lm.train.display import Display, Status
-from moe_lm.train.trackers import open_trackers
+from moe_lm.train.trackers import Trackers
 
 ROLLBACK = "rollback"  # the event of a return to an earlier checkpoint
 
@@ -50,6 +49,7 @@ class RunLog:
         start_step: int,
         is_main: bool = True,
         alarms: Alarms | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
@@ -57,8 +57,8 @@ class RunLog:
         self._is_main = is_main
         self._alarms = alarms if config.alarms else None
         self._status = Status(title, total_steps, start_step)
+        self._settings = settings or {}
         self._lost: dict[str, int] = {}  # lines that a file did not take, by its name
-        self._gone: set[str] = set()  # trackers
 
     def __enter__(self) -> Self:
         if not self._is_main:
@@ -66,7 +66,7 @@ class RunLog:
         metrics = self._run_dir / "metrics.jsonl"
         try:
             drop_later_steps(metrics, self._start_step or -1)
-            self._trackers = open_trackers(self._config, self._run_dir, self._start_step)
+            self._trackers = Trackers(self._config, self._run_dir, self._start_step, self._settings, self.message)
             self._metrics = LineFile(metrics)
             self._log = LineFile(self._run_dir / "train.log")
         except OSError as error:
@@ -80,10 +80,13 @@ class RunLog:
         if isinstance(error, MoeLmError):
             self._write_log(f"error: {error}")  # the terminal shows it last
         self._display.close()
-        for name, tracker in self._trackers.items():
-            self._send(name, tracker.close)
+        self._trackers.close()
         self._metrics.close()
         self._log.close()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step is one of those of which more is kept: every `config.every`th, the first and the last."""
+        return step in (self._start_step + 1, self._status.total_steps) or step % self._config.every == 0
 
     def step(self, record: Mapping[str, Any], follows: bool = False) -> None:
         """Write and show the figures of one step, `record["step"]` counted from 1; its line later if more `follows`."""
@@ -91,11 +94,8 @@ class RunLog:
             return
         self._status.update(record, time.monotonic())
         self._write(self._metrics, json_text(record))
-        scalars = dict(_scalars({key: value for key, value in record.items() if key != "step"}))
-        for name, tracker in self._trackers.items():
-            if name not in self._gone:
-                self._send(name, partial(tracker.log, record["step"], scalars))
-        self._show(self._is_due(record) and not follows)
+        self._trackers.log(record["step"], record)
+        self._show((self.is_due(record["step"]) or "val_loss" in record) and not follows)
         if self._alarms:
             self.emit(self._alarms.after(record))
 
@@ -106,9 +106,7 @@ class RunLog:
         self._status.newest |= figures
         if figures:
             self._rewrite(lambda path: add_figures(path, step, figures), f"step {step} lacks {', '.join(figures)}")
-        for name, tracker in self._trackers.items():
-            if name not in self._gone:
-                self._send(name, partial(tracker.log, step, dict(_scalars(figures))))
+        self._trackers.log(step, figures)
         self._show(due=True)
 
     def _show(self, due: bool) -> None:
@@ -122,15 +120,29 @@ class RunLog:
             name, cure = alarm.symptom.name, alarm.symptom.cure
             self.event("alarm", alarm.step, alarm.text, symptom=name, found=alarm.found, cure=cure)
 
-    def event(self, kind: str, step: int, text: str, *, show: bool = True, **fields: Any) -> None:
-        """Write what happened in or after `step` as a line `{"event": kind, "step": ..., "message": text, ...}`.
+    def event(self, kind: str, step: int, text: str, /, *, show: bool = True, **fields: Any) -> None:
+        """Write what happened in or after `step`: `{"event": kind, "step": ..., "time": ..., "message": text, ...}`.
 
         It goes to `metrics.jsonl`; if `show`, the text goes to the terminal and to `train.log` too.
         """
-        if self._is_main:
-            self._write(self._metrics, json_text({"event": kind, "step": step, "message": text, **fields}))
-            if show:
-                self.message(text)
+        if not self._is_main:
+            return
+        line = {"event": kind, "step": step, "time": time.time(), "message": text, **fields}
+        self._write(self._metrics, json_text(line))
+        if kind == "sample":
+            self._trackers.sample(step, fields["prompt"], fields["text"])
+        elif kind == "tasks":
+            self._trackers.log(step, {"tasks": fields["tasks"]})
+        if show:
+            self.message(text)
+
+    def logged_tokens(self, step: int) -> int:
+        """Tokens of the steps up to `step`, by `metrics.jsonl`; 0 on ranks other than 0."""
+        if not self._is_main:
+            return 0
+        with (self._run_dir / "metrics.jsonl").open("rb") as file:
+            records = (_read(line) for line in file)
+            return sum(found.get("tokens", 0) for found in records if found.get("step", math.inf) <= step)
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`, to which the run has gone back. Trackers receive the repeated steps twice."""
@@ -144,11 +156,6 @@ class RunLog:
         if self._is_main:
             self._write_log(text)
             self._display.message(text)
-
-    def _is_due(self, record: Mapping[str, Any]) -> bool:
-        step = record["step"]
-        edge = step in (self._start_step + 1, self._status.total_steps)
-        return edge or step % self._config.every == 0 or "val_loss" in record
 
     def _write_log(self, text: str) -> None:
         stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
@@ -176,15 +183,6 @@ class RunLog:
         except OSError as error:
             name = self._metrics.name
             self.message(f"warning: {name} could not be rewritten: {error}; {otherwise}; training goes on")
-
-    def _send(self, name: str, action: Callable[[], object]) -> None:
-        """Training survives an unreachable tracker, which is left alone after its first failure."""
-        try:
-            action()
-        except Exception as error:
-            if name not in self._gone:
-                self._gone.add(name)
-                self.message(f"warning: {name} could not be written: {error}; training goes on")
 
 
 @contextmanager
@@ -303,16 +301,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a record by its path: `experts/0/entropy`."""
-    if isinstance(value, (int, float)):
-        yield name, float(value)
-    elif isinstance(value, (Mapping, list, tuple)):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in items:
-            yield from _scalars(item, f"{name}/{key}" if name else str(key))
 
 
 def _now() -> str:

@@ -52,6 +52,7 @@ class TrainingResult:
     """Where a run stands; `stopped` if a signal left something to do: steps, or the last evaluation."""
 
     step: int = 0
+    tokens: int = 0  # that went through the model in the steps so far
     stopped: bool = False
     loss: float = math.nan
     validation_loss: float | None = None  # of this step: nats per token, or the mean loss of a pair
@@ -64,13 +65,13 @@ class TrainingResult:
         """What trainer.json holds of it."""
         best = {"step": self.best.step, "loss": self.best.loss} if self.best else None
         return {
-            "step": self.step, "loss": self.loss, "validation_loss": self.validation_loss, "best": best,
-            "evaluations_since_best": self.evaluations_since_best, "owes_archive": self.owes_archive,
+            "step": self.step, "tokens": self.tokens, "loss": self.loss, "validation_loss": self.validation_loss,
+            "best": best, "evaluations_since_best": self.evaluations_since_best, "owes_archive": self.owes_archive,
         }  # fmt: skip
 
     def restore(self, counters: Mapping[str, Any]) -> None:
         """Continue from the counters of a checkpoint; empty ones are those of the start."""
-        self.step = int(counters.get("step", 0))
+        self.step, self.tokens = int(counters.get("step", 0)), int(counters.get("tokens", 0))
         self.loss = math.nan if counters.get("loss") is None else float(counters["loss"])
         self.validation_loss = counters.get("validation_loss")
         self.best = Best(**counters["best"]) if counters.get("best") else None
@@ -79,9 +80,10 @@ class TrainingResult:
         if self.validation_loss is None and counters.get(MEASURED_LATER) is not None:
             self.note_evaluation(counters[MEASURED_LATER])
 
-    def note_step(self, loss: float) -> None:
+    def note_step(self, loss: float, tokens: int) -> None:
         """Count a step, which is not evaluated yet."""
         self.step += 1
+        self.tokens += tokens
         self.loss, self.validation_loss = loss, None
 
     def note_evaluation(self, loss: float) -> bool:
@@ -131,7 +133,7 @@ class Loop:
     def __init__(self, run: Training, counters: Mapping[str, Any], signals: StopSignals) -> None:
         self.run, self.signals = run, signals
         self.result = TrainingResult()
-        self.result.restore(counters)
+        self._restore(counters)
         self.guard = Guard(run.config.guards, run.log, counters)
         self.batches = self.guard.batches(run.batches)
         self.pace = Pace(run.engine)
@@ -146,7 +148,7 @@ class Loop:
             held_out = evaluate(run, self.signals)
             if held_out is None:
                 return Next.STOP
-            run.log.step({"step": 0, **held_out})
+            run.log.step({"step": 0, **held_out, **self._now()})
         elif lacks_evaluation(run, result) and (self._is_told_to_stop() or not self._evaluate_saved()):
             return Next.STOP
         return Next.END if is_finished(run.config, result) else Next.STEP
@@ -190,7 +192,7 @@ class Loop:
             why = f"{self.guard.trouble}, and there is no good checkpoint to go back to"
             raise self.guard.give_up_error(step, why)
         self.guard.go_back(step, counters, run.checkpoints.newest)
-        self.result.restore(counters)
+        self._restore(counters)
         self.unsaved = False
         with run.watchdog.patiently("loading"):  # metrics.jsonl may be long
             run.log.rewind(self.result.step)
@@ -211,6 +213,11 @@ class Loop:
                 result.stopped = not self._evaluate_saved()
             checkpoints.clean()
 
+    def _restore(self, counters: Mapping[str, Any]) -> None:
+        self.result.restore(counters)
+        if "tokens" not in counters and self.result.step:  # of an older version
+            self.result.tokens = self.run.log.logged_tokens(self.result.step)
+
     def _train_step(self) -> dict[str, Any]:
         """Take a step; returns its record of metrics.jsonl."""
         run, engine, result = self.run, self.run.engine, self.result
@@ -222,11 +229,17 @@ class Loop:
         found = engine.train_step(result.step, micro_batches, loss_limit=self.guard.loss_limit)
         run.watchdog.at("after the step")
         seconds = time.perf_counter() - started
-        result.note_step(found.loss)
+        result.note_step(found.loss, found.tokens)
         self.unsaved = True
-        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token)
+        with_load = run.log.is_due(result.step)
+        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token, with_load)
+        record |= self._now()
         self.guard.judge(result.step, found)
         return record
+
+    def _now(self) -> dict[str, Any]:
+        """When a record is written, and after how many tokens."""
+        return {"time": time.time(), "tokens_so_far": self.result.tokens}
 
     def _judge(self, stop: bool = False) -> Next:
         """What follows the step that was taken, if some rank is told to stop or not."""

@@ -184,9 +184,17 @@ def train_and_log(
         counters = with_new_settings(counters)
     is_new = is_main and folder.write_config(kept_config(config))
     alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
-    with RunLog(config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms) as log:
+    settings = dict(flat_settings({**config.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}))
+    with RunLog(
+        config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms, settings
+    ) as log:
         report_damage(log, found, start_step)
         report_losses(log, recipe.left_out, start_step)
+        log.event(
+            "start", start_step, f"begins after step {start_step} of {config.train.steps}", show=False,
+            processes=engine.topology.world_size, fresh=recipe.start is None, epochs=recipe.epochs,
+            model=recipe.model.model_dump(mode="json"),
+        )  # fmt: skip
         for note in opening_lines(recipe, start_step):
             log.message(note)
         log.message(f"kernels: {kernels.of(engine.model)}")

@@ -156,7 +156,7 @@ def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: py
 
 def test_a_healthy_run_has_no_alarm(tmp_path: Path) -> None:
     LoopRun(tmp_path, DOCUMENTS, steps=40, eval_every=10, schedule={"warmup_steps": 5})()
-    assert events(tmp_path) == []
+    assert events(tmp_path, "alarm") == []
 
 
 def test_settings_are_judged_before_the_first_step(tmp_path: Path, tiny_pretrain: Path, moe_lm: MoeLm) -> None:
@@ -167,7 +167,7 @@ def test_settings_are_judged_before_the_first_step(tmp_path: Path, tiny_pretrain
     assert moe_lm(*pretrain, f"run_dir={tmp_path / 'off'}", "train.steps=2", "log.alarms=false").code == 0
     found = [(alarm["step"], alarm["symptom"]) for alarm in events(tmp_path / "run", "alarm")]
     assert found == [(0, "warm-up too long"), (2, "warm-up too long")]
-    assert events(tmp_path / "off") == []
+    assert events(tmp_path / "off", "alarm") == []
 
 
 # The table, on records
