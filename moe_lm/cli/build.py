@@ -40,6 +40,9 @@ DryRun = Annotated[
         "would not be on is a line (not here), not an error: name its device with --gpu.",
     ),
 ]
+Settings = Annotated[
+    bool, typer.Option("--settings", help="With --dry-run: show every setting too, and those of DeepSpeed.")
+]
 Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, metavar="N", help="With --dry-run: check for a run of this many processes."),
@@ -77,6 +80,12 @@ def tokenizer_train(
 
     settings = load_config(TokenizerRecipe, recipe, overrides or ())
 
+    if (settings.output / "tokenizer.json").exists():
+        raise UsageError(
+            f"{settings.output} holds a tokenizer already, which shards and runs may belong to; set another output, or "
+            "delete that folder"
+        )
+
     from moe_lm.tokenizer.training import MEASURED_BYTES, inspect, train_tokenizer
 
     text_bytes = 0
@@ -90,6 +99,11 @@ def tokenizer_train(
         trained = train_tokenizer(settings, progress)
     trained.save(settings.output)
     print(inspect(trained, settings.sources, share=MEASURED_BYTES / text_bytes))
+    if trained.vocab_size < settings.vocab_size:
+        print(
+            f"the text gives {trained.vocab_size:,} ids of vocab_size={settings.vocab_size:,}: no other pair of tokens "
+            "comes twice in it"
+        )
     print(f"wrote {settings.output}")
 
 
@@ -203,6 +217,7 @@ def pretrain(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    settings_too: Settings = False,
     processes: Processes = None,
     gpu: Gpu = None,
 ) -> None:
@@ -212,7 +227,7 @@ def pretrain(
     from moe_lm.train import pretrain
 
     if dry_run:
-        print(pretrain.describe(settings, started_as(processes), fit_on(gpu)))
+        print(pretrain.describe(settings, started_as(processes), fit_on(gpu), settings_too))
     else:
         refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
@@ -254,6 +269,7 @@ def finetune(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    settings_too: Settings = False,
     processes: Processes = None,
     gpu: Gpu = None,
     preview: Annotated[
@@ -275,7 +291,8 @@ def finetune(
     elif dry_run:
         if not is_planned:
             refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
-        print(finetune.describe(settings, started_as(processes), fit_on(gpu) if is_planned else None))
+        weighs = fit_on(gpu) if is_planned else None
+        print(finetune.describe(settings, started_as(processes), weighs, settings_too))
     else:
         refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")

@@ -37,6 +37,11 @@ class SourceConfig(Section):
     stdlib: bool = Field(default=False, description="read the source of the running Python's standard library")
     weight: float = Field(default=1.0, gt=0, description="share of the training sequences, relative to other sources")
     max_bytes: int | None = Field(default=None, gt=0, description="bytes of text to stop after; null: read everything")
+    piece_bytes: int = Field(
+        default=64 << 10,
+        ge=256,
+        description="bytes after which a longer text file is cut, at a blank line, into pieces, each held out or not",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

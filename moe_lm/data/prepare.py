@@ -25,23 +25,50 @@ from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.config.data import DataConfig, SourceConfig
 from moe_lm.data.chunks import Workers, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
-from moe_lm.text.sources import TEXT_SUFFIXES, Report, read_documents, source_files
+from moe_lm.text.files import kind_of
+from moe_lm.text.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Report, read_documents, source_files
 from moe_lm.text.split import held_out_of
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 64 << 20
+MOST_HELD_OUT = 0.1  # of a source, without a word
 
 Progress = Callable[[int, int | None], None]  # bytes of a source's text that are done, and all of them if known
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The manifest of each source by name. As text: documents, bytes, tokens, and counts of what was skipped."""
+    """The manifest of each source by name. As text: documents, bytes, tokens, and counts of what was skipped.
+
+    `files` are those of sources of text, whose documents are whole files or pieces of them.
+    """
 
     manifests: dict[str, Manifest]
+    files: dict[str, int]
+    validation_fraction: float
 
     def __str__(self) -> str:
-        return "\n".join(line for name, manifest in self.manifests.items() for line in _summary(name, manifest))
+        return "\n".join(line for name in self.manifests for line in self._lines(name))
+
+    def _lines(self, name: str) -> Iterator[str]:
+        manifest, files = self.manifests[name], self.files[name]
+        whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < manifest.documents else ""
+        unit = "pieces" if whole else "documents"
+        yield (
+            f"{name}: {whole}{manifest.documents:,} {unit}, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
+            f"({manifest.text_bytes / manifest.tokens:.2f} bytes per token)"
+        )
+        documents, tokens = (sum(getattr(shard, of) for shard in manifest.validation) for of in ("documents", "tokens"))
+        share = tokens / manifest.tokens
+        yield f"  held out: {documents:,} {unit}, {tokens:,} tokens ({share:.1%})"
+        if share > MOST_HELD_OUT and share > 2 * self.validation_fraction:
+            yield (
+                f"  warning: {share:.0%} of the text is held out, as it has only {manifest.documents} {unit}, of which "
+                f"data.validation_fraction={self.validation_fraction} holds out at least one; "
+                + ("set a lower piece_bytes of the source" if whole else "divide it into more, or hold out none")
+            )
+        report = Report(skipped=manifest.skipped, examples=manifest.examples)
+        yield from (f"  {line}" for line in report.skipped_lines())
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareReport:
@@ -53,7 +80,9 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
     tokenizer = Tokenizer.load(config.tokenizer)
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         job = _Job(config, tokenizer, workers, progress or (lambda done, total: None))
-        return PrepareReport({source.name: _prepare_source(job, source) for source in config.sources})
+        manifests = {source.name: _prepare_source(job, source) for source in config.sources}
+    files = {source.name: _text_files(source) for source in config.sources}
+    return PrepareReport(manifests, files, config.validation_fraction)
 
 
 @dataclass(frozen=True)
@@ -113,11 +142,13 @@ def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total
 def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Job) -> dict[str, Any]:
     """Everything that the shards depend on. Files count by name and size, so that a corpus that grew is noticed."""
     listing = hashlib.sha256("\n".join(f"{name} {path.stat().st_size}" for name, path in files).encode()).hexdigest()
-    origin = (
+    origin: dict[str, Any] = (
         {"dataset": source.dataset, "subset": source.subset, "split": source.split}
         if source.dataset is not None
         else {"files": f"{len(files)} with names and sizes of sha256 {listing[:16]}"}
     )
+    if source.is_set("piece_bytes"):
+        origin |= {"piece_bytes": source.piece_bytes}
     return origin | {
         "text_field": source.text_field,
         "max_bytes": source.max_bytes,
@@ -138,6 +169,12 @@ def _total_bytes(source: SourceConfig, files: Sequence[tuple[str, Path]]) -> int
         return None
     total = sum(path.stat().st_size for _, path in files)
     return total if source.max_bytes is None else min(total, source.max_bytes)
+
+
+def _text_files(source: SourceConfig) -> int:
+    """The files of a source of text alone, of which long ones are cut into pieces."""
+    files = source_files(source) if source.path is not None else []
+    return 0 if any(kind_of(path) in ROW_SUFFIXES for _, path in files) else len(files)
 
 
 @contextmanager
@@ -233,14 +270,3 @@ def _write(path: Path, data: bytes | memoryview) -> str:
     with whole_file(path) as file:
         file.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _summary(name: str, manifest: Manifest) -> Iterator[str]:
-    yield (
-        f"{name}: {manifest.documents:,} documents, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
-        f"({manifest.text_bytes / manifest.tokens:.2f} bytes per token)"
-    )
-    documents, tokens = (sum(getattr(shard, unit) for shard in manifest.validation) for unit in ("documents", "tokens"))
-    yield f"  held out: {documents:,} documents, {tokens:,} tokens"
-    report = Report(skipped=manifest.skipped, examples=manifest.examples)
-    yield from (f"  {line}" for line in report.skipped_lines())

@@ -28,8 +28,6 @@ from moe_lm.text.files import (
     text_problem,
 )
 
-PIECE_BYTES = 64 << 10  # a longer text file is cut into pieces of about this size, so that some can be held out
-
 TEXT_SUFFIXES = frozenset(
     {".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".yaml", ".toml", ".sql", ".sh"}
     | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".js", ".ts", ".rs"}
@@ -105,7 +103,7 @@ def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document
             yield from _topics()
         elif kind not in ROW_SUFFIXES:
             # A module of the standard library stays in one piece, so that all of it is held out or none.
-            yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else PIECE_BYTES, report)
+            yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else source.piece_bytes, report)
         else:
             for where, row in read_rows(path, name, report, source.text_field):
                 yield from _row_document(row, source.text_field, where, report)

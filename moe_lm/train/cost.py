@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,28 +54,33 @@ def describe(
     topology: Topology,
     memory: str | None = None,
     dtype: torch.dtype | None = None,
-) -> str:
-    """The text of `--dry-run`: the resolved config, then its cost. Nothing is built on a device.
+) -> list[str]:
+    """The lines of `--dry-run` about size and cost. Nothing is built on a device.
 
     `memory` stands in place of that of weights, gradients and optimizer; `dtype` as for `cost`.
     """
-    train, parallel, length = config.train, config.parallel, config.data.sequence_length
+    train, length = config.train, config.data.sequence_length
     parameters = count_parameters(model)
     tokens_per_step = train.global_batch_size * config.row_length
     flops = [flops_per_token(model, length, causal_half=half) for half in (True, False)]
-    lines = [
+    tokens = train.steps * tokens_per_step
+    return [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
         *cost_lines(config, model, topology, memory, dtype),
         f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
-        f"the run         {train.steps:,} steps, {train.steps * tokens_per_step:,} tokens, "
-        f"{train.steps * tokens_per_step * flops[0]:.3g} FLOPs",
+        f"the run         {train.steps:,} steps, {tokens:,} tokens ({tokens / parameters.total:.2g} a parameter), "
+        f"{tokens * flops[0]:.3g} FLOPs",
     ]
-    if parallel.engine == "deepspeed":
+
+
+def all_settings(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """The resolved config, and DeepSpeed's, if that runs."""
+    yield "\n" + dump_config(config).rstrip()
+    if config.parallel.engine == "deepspeed":
         world_size = processes(config, topology)
-        settings = deepspeed_json(train, parallel, world_size, cuda=parallel.device != "cpu")
-        lines += ["", f"DeepSpeed, {world_size} processes:", json.dumps(settings, indent=2)]
-    return dump_config(config) + "\n" + "\n".join(lines)
+        settings = deepspeed_json(config.train, config.parallel, world_size, cuda=config.parallel.device != "cpu")
+        yield f"\nDeepSpeed, {world_size} processes:\n{json.dumps(settings, indent=2)}"
 
 
 def cost_lines(

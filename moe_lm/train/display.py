@@ -26,19 +26,27 @@ class Status:
         self.total_steps = total_steps
         self.step = start_step
         self.newest: dict[str, Any] = {}
+        self.evaluated: int | None = None  # the step of the newest held-out loss
         self._arrivals: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # step, seconds on the monotonic clock
         self._speeds: deque[float] = deque(maxlen=RECENT_STEPS)  # tokens/s
 
     def update(self, record: Mapping[str, Any], now: float) -> None:
         self.step = record["step"]
-        self.newest |= record
+        self.amend(record)
         self._arrivals.append((self.step, now))
         if "tokens_per_second" in record:
             self._speeds.append(record["tokens_per_second"])
 
+    def amend(self, figures: Mapping[str, Any]) -> None:
+        """Take in further figures of the newest step."""
+        self.newest |= figures
+        if "val_loss" in figures:
+            self.evaluated = self.step
+
     def rewind(self, step: int) -> None:
         """Go back to an earlier step."""
         self.step = step
+        self.evaluated = None
         self._arrivals.clear()
 
     @property
@@ -51,8 +59,13 @@ class Status:
 
     @property
     def figures(self) -> str:
-        """Loss, rates and speed: `loss 3.2141  lr 3.00e-04  grad 0.82  4,812 tokens/s`."""
+        """Loss, rates and speed: `loss 3.2141  lr 3.00e-04  grad 0.82  4,812 tokens/s`.
+
+        A held-out loss of an earlier step is not among them.
+        """
         formats = {"loss": "loss {:.4f}", "val_loss": "val {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad {:.2f}"}
+        if self.evaluated != self.step:
+            del formats["val_loss"]
         shown = [text.format(self.newest[key]) for key, text in formats.items() if self.newest.get(key) is not None]
         if self._speeds:
             shown.append(f"{sum(self._speeds) / len(self._speeds):,.0f} tokens/s")
@@ -125,7 +138,10 @@ def _bar(status: Status) -> Group:
         row.add_column(ratio=ratio, no_wrap=True)
     bar = ProgressBar(total=status.total_steps, completed=status.step)
     row.add_row(Text(status.title, style="bold"), bar, f"{status.step:,}/{status.total_steps:,}", status.time_left)
-    return Group(row, Text(f"  {status.figures}", no_wrap=True, overflow="ellipsis"))
+    figures = status.figures
+    if status.evaluated not in (None, status.step):
+        figures += f"  val {status.newest['val_loss']:.4f} in step {status.evaluated:,}"
+    return Group(row, Text(f"  {figures}", no_wrap=True, overflow="ellipsis"))
 
 
 def format_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from moe_lm.data.examples import ChatExample, ExampleRows, read_chat
 from moe_lm.data.packing import PackedRows, RowBatches
 from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
+from moe_lm.data.records import Splits
 from moe_lm.objective.preference import PreferenceObjective
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
@@ -28,6 +30,7 @@ from moe_lm.train.cost import cost_lines
 from moe_lm.train.loop import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import notes_on_biases
+from moe_lm.train.summary import read_times
 
 
 def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
@@ -57,6 +60,7 @@ def supervised(
     held_out = ExampleRows(conversations.validation, data.sequence_length, tokenizer.pad_id, data.separate_documents)
     config = lasting(config, lambda: len(rows))
     batches = RowBatches(rows, train.global_batch_size, train.seed, data.weights)
+    said = data_line("conversation", conversations, rows, batches.epochs(config.train.steps))
     return Recipe(
         title="finetune",
         config=config,
@@ -67,7 +71,7 @@ def supervised(
         validation=held_out_batches(config, held_out, topology),
         start=start,
         epochs=epochs_by_source(config, batches),
-        notes=[*conversations.report.skipped_lines(), *_notes(config, model, topology)],
+        notes=[said, *conversations.report.skipped_lines(), *_notes(config, model, topology)],
     )
 
 
@@ -82,6 +86,7 @@ def by_preference(
     )
     preference, config = config.preference, lasting(config, lambda: len(rows))
     batches = RowBatches(rows, train.global_batch_size, train.seed)
+    said = data_line("pair", pairs, rows, batches.epochs(config.train.steps))
     assert preference is not None
     return Recipe(
         title="finetune",
@@ -94,7 +99,7 @@ def by_preference(
         start=start,
         epochs=epochs_by_source(config, batches),
         pairs=(rows, held_out),
-        notes=[*pairs.report.skipped_lines(), *_notes(config, model, topology)],
+        notes=[said, *pairs.report.skipped_lines(), *_notes(config, model, topology)],
     )
 
 
@@ -104,6 +109,13 @@ def example_rows(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequenc
     return ExampleRows(
         examples, data.sequence_length, tokenizer.pad_id, data.separate_documents, by_source=bool(data.weights)
     )
+
+
+def data_line(unit: str, data: Splits[Any], rows: PackedRows, epochs: Sequence[float]) -> str:
+    """The examples, the rows that they are packed into, how often these are read, and the examples held out."""
+    times = read_times(epochs[0]) if len(epochs) == 1 else "each source by its weight"
+    held_out = f"{len(data.validation):,} held out" if data.validation else "none held out"
+    return f"data            {len(data.train):,} {unit}s in {len(rows):,} rows, {times}; {held_out}"
 
 
 def epochs_by_source(config: FinetuneConfig, batches: RowBatches) -> dict[str, float]:
@@ -118,10 +130,12 @@ def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> li
     return [*biases, *cost_lines(config, model, topology)]
 
 
-def describe(config: FinetuneConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
+def describe(
+    config: FinetuneConfig, topology: Topology, fit: preflight.Fit | None = None, settings: bool = False
+) -> str:
     """The text of `--dry-run`; of the start it reads only the settings, and the data only if `train.epochs` is set."""
     config = resolved(config)
-    return preflight.dry_run(config, model_of(config, find_start(config).folder), topology, fit)
+    return preflight.dry_run(config, model_of(config, find_start(config).folder), topology, fit, settings=settings)
 
 
 def resolved(config: FinetuneConfig) -> FinetuneConfig:

@@ -103,7 +103,7 @@ class RunLog:
         """Add figures to the record of a step that was written before, and show its line."""
         if not self._is_main:
             return
-        self._status.newest |= figures
+        self._status.amend(figures)
         if figures:
             self._rewrite(lambda path: add_figures(path, step, figures), f"step {step} lacks {', '.join(figures)}")
         self._trackers.log(step, figures)

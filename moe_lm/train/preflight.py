@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from moe_lm.engine.build import check_batch_size
 from moe_lm.kernels.device import pick_device
 from moe_lm.parallel import expert_parallel, sequence_parallel
 from moe_lm.parallel.topology import Topology
-from moe_lm.train.cost import FLOAT32, Cost, cost, describe, processes
+from moe_lm.train.cost import FLOAT32, Cost, all_settings, cost, describe, processes
 
 GIB = 1 << 30
 MADE_BY_RUNS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -64,9 +64,17 @@ class Verdict(NamedTuple):
 Fit = Callable[[RunConfig, ModelConfig, Topology], Verdict]  # of tools/plan, which the walk does not import
 
 
-def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit | None = None) -> str:
+def dry_run(
+    config: RunConfig,
+    model: ModelConfig,
+    topology: Topology,
+    fit: Fit | None = None,
+    data: Sequence[str] = (),
+    settings: bool = False,
+) -> str:
     """The text of `--dry-run`. Raises as `check` does, for as many processes as the layout needs at least.
 
+    `data` are lines about the data. With `settings` all settings follow, and those of DeepSpeed.
     `fit` weighs all the memory of a step, in place of weights, gradients and optimizer alone. What only this machine
     lacks is a line of the text, not an error, where a run would not be: without a launcher, on a CPU that the config
     does not ask for. There a device that was asked for is another machine's, and this one's disk says nothing.
@@ -85,8 +93,13 @@ def dry_run(config: RunConfig, model: ModelConfig, topology: Topology, fit: Fit 
         refusals, warnings = [], []
     if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
-    text = describe(config, model, topology, verdict and verdict.line, dtype)
-    return "\n".join([text, *(f"not here        {sentence}" for sentence in (*refusals, *warnings))])
+    lines = [
+        *describe(config, model, topology, verdict and verdict.line, dtype),
+        *data,
+        disk_line(config, cost(config, model, config.lora, topology, dtype)),
+        *(f"not here        {sentence}" for sentence in (*refusals, *warnings)),
+    ]
+    return "\n".join([*lines, *(all_settings(config, topology) if settings else ())])
 
 
 def lacking(
@@ -168,9 +181,7 @@ def lacking_disk(config: RunConfig, needs: Cost) -> str | None:
     """
     one = checkpoint_bytes(config, needs)
     kept = most_checkpoints(config)
-    place = config.run_dir.absolute()
-    while not place.is_dir():
-        place = place.parent
+    place = disk_of(config.run_dir)
     free = shutil.disk_usage(place).free
     if kept * one > free:
         files = (config.run_dir / "checkpoints").glob("step-*/**/*")
@@ -181,6 +192,24 @@ def lacking_disk(config: RunConfig, needs: Cost) -> str | None:
         f"{kept} checkpoints of {_size(one)} need {_size(kept * one)}, and the disk of {place} has {_size(free)} for "
         f"them; free some space, lower checkpoint.keep={config.checkpoint.keep}, or choose another run_dir"
     )
+
+
+def disk_line(config: RunConfig, needs: Cost) -> str:
+    """The checkpoints that a run has at once, and the room for them."""
+    one, kept = checkpoint_bytes(config, needs), most_checkpoints(config)
+    free = shutil.disk_usage(disk_of(config.run_dir)).free
+    return (
+        f"disk            {kept} checkpoint{'s' * (kept > 1)} of {_size(one)} in {config.run_dir}, where "
+        f"{_size(free)} are free"
+    )
+
+
+def disk_of(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
 
 
 def checkpoint_bytes(config: RunConfig, needs: Cost) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
-from moe_lm.data.shards import Split, TokenShards, read_manifest
+from moe_lm.data.shards import MANIFEST, Split, TokenShards, read_manifest
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
@@ -19,6 +19,7 @@ from moe_lm.train import preflight
 from moe_lm.train.loop import TrainingResult, local_micro_batches
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import find, notes_on
+from moe_lm.train.summary import data_lines
 
 WARM_UP_STEPS = 3  # they compile
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -37,6 +38,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
     batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
+    epochs = batches.epochs(config.train.steps)
     recipe = Recipe(
         title="pretrain",
         config=config,
@@ -46,19 +48,28 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
         batches=batches,
         validation=validation_batches(config, held_out, meeting.topology),
         start=start,
-        epochs=dict(zip(names, batches.epochs(config.train.steps), strict=True)),
+        epochs=dict(zip(names, epochs, strict=True)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
-        notes=[] if start is None else notes_on(start, config),
+        notes=[*data_lines(names, shards, held_out, epochs), *([] if start is None else notes_on(start, config))],
     )
     return run_recipe(recipe, meeting)
 
 
-def describe(config: PretrainConfig, topology: Topology, fit: preflight.Fit | None = None) -> str:
-    """The text of `--dry-run`; a tokenizer that is there must fit the model, and the model its start."""
+def describe(
+    config: PretrainConfig, topology: Topology, fit: preflight.Fit | None = None, settings: bool = False
+) -> str:
+    """The text of `--dry-run`; a tokenizer and shards that are there must fit the model, and the model its start."""
+    config = resolved(config)
     find(config)
-    if config.data.tokenizer.is_dir():
-        load_tokenizer(config)
-    return preflight.dry_run(resolved(config), config.model, topology, fit)
+    tokenizer = load_tokenizer(config) if config.data.tokenizer.is_dir() else None
+    names = [source.name for source in config.data.sources]
+    if tokenizer is None or not all((config.data.shards / name / MANIFEST).is_file() for name in names):
+        data = ["data            not prepared yet; moe-lm prepare makes shards with the same config"]
+    else:
+        shards, held_out = (open_shards(config, split, tokenizer, verify=False) for split in SPLITS)
+        epochs = training_batches(config, shards).epochs(config.train.steps)
+        data = list(data_lines(names, shards, held_out, epochs))
+    return preflight.dry_run(config, config.model, topology, fit, data, settings)
 
 
 def resolved(config: PretrainConfig) -> PretrainConfig:
@@ -97,11 +108,11 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer) -> list[TokenShards]:
-    """A split of every source, verified. Raises UsageError as `TokenShards.open`."""
+def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, verify: bool = True) -> list[TokenShards]:
+    """A split of every source. Raises UsageError as `TokenShards.open`."""
     data = config.data
     folders = [data.shards / source.name for source in data.sources]
-    return [TokenShards.open(folder, split, tokenizer=tokenizer, on_damage=data.on_damage) for folder in folders]
+    return [TokenShards.open(folder, split, verify, tokenizer, data.on_damage) for folder in folders]
 
 
 def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:

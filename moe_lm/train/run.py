@@ -14,7 +14,6 @@ from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.common.errors import MoeLmError
-from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
@@ -26,7 +25,6 @@ from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
 from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
-from moe_lm.optim.groups import first_other_rate
 from moe_lm.parallel import process_group
 from moe_lm.parallel.launch import note_start
 from moe_lm.parallel.meeting import Meeting
@@ -44,6 +42,7 @@ from moe_lm.train.past import Plan
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
+from moe_lm.train.summary import closing_lines, opening_lines
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Recipe:
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
     epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source
     left_out: Sequence[LeftOut] = ()  # of the data, because it is damaged
-    notes: Sequence[str] = ()  # about data and cost, reported at the start
+    notes: Sequence[str] = ()  # about data and cost, said at the start
 
 
 def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
@@ -195,8 +194,8 @@ def train_and_log(
             processes=engine.topology.world_size, fresh=recipe.start is None, epochs=recipe.epochs,
             model=recipe.model.model_dump(mode="json"),
         )  # fmt: skip
-        for note in opening_lines(recipe, start_step):
-            log.message(note)
+        for line in opening_lines(recipe.title, config, recipe.model, engine, recipe.notes, start_step):
+            log.message(line)
         log.message(f"kernels: {kernels.of(engine.model)}")
         if config.parallel.attention_kernel == "auto":
             for note in kernels.passed_over(engine.model):
@@ -226,38 +225,9 @@ def train_and_log(
         )
         result = train(training, counters)
         if not result.stopped:
-            for line in closing_lines(recipe, result):
+            for line in closing_lines(recipe.title, config, result):
                 log.message(line)
         return result
-
-
-def opening_lines(recipe: Recipe, start_step: int) -> Sequence[str]:
-    """What a run says before its first step: what it begins with, where it goes on, or that it is finished."""
-    steps = recipe.config.train.steps
-    if not start_step:
-        return recipe.notes
-    if start_step < steps:
-        return [f"going on after step {start_step} of {steps}"]
-    more = f"begin another run with start_from={recipe.config.run_dir}"
-    if first_other_rate(start_step, steps, 2 * steps, recipe.config.train.schedule) is None:
-        more = f"{this_command()} train.steps={2 * steps}"
-    return [f"this run is finished: all {steps} steps are done; for more: {more}"]
-
-
-def closing_lines(recipe: Recipe, result: TrainingResult) -> Iterator[str]:
-    """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
-    train, run_dir = recipe.config.train, recipe.config.run_dir
-    if result.step < train.steps:
-        count = result.evaluations_since_best
-        yield f"ended early after step {result.step}: {count} evaluations without a lower held-out loss"
-    if result.best is not None:
-        folder = run_dir / "checkpoints" / f"step-{result.best.step:08d}"
-        kept = folder if folder.is_dir() else "its checkpoint was not kept; checkpoint.best=true keeps it"
-        yield f"lowest held-out loss: {result.best.loss:.4f} after step {result.best.step} ({kept})"
-    after = (f"finetune CONFIG start_from={run_dir}", f"sample {run_dir} --prompt TEXT")
-    if recipe.title == "finetune":
-        after = (f"chat {run_dir}", f"export {run_dir} OUT")
-    yield f"next: moe-lm {after[0]}, moe-lm {after[1]}, moe-lm eval {run_dir}"
 
 
 def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:

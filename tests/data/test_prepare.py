@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def corpus(tmp_path: Path) -> Path:
 
 def config(corpus: Path, shards: Path, **settings: object) -> DataConfig:
     source = {"name": "corpus", "path": str(corpus)}
+    if "piece_bytes" in settings:
+        source |= {"piece_bytes": str(settings.pop("piece_bytes"))}
     values = {"sources": [source], "tokenizer": TOKENIZER, "shards": shards, "validation_fraction": 0.1, "workers": 1}
     return DataConfig.model_validate(values | settings)
 
@@ -219,6 +222,26 @@ def test_few_documents_hold_one_out_where_one_shall_and_can_be(
     train, validation = (TokenShards.open(tmp_path / "shards" / "corpus", split) for split in ("train", "validation"))
     assert (train.num_documents, validation.num_documents) == (documents - expected, expected)
     assert (validation.num_tokens > 0, validation.text_bytes) == (expected > 0, expected * len("text"))
+
+
+def test_a_long_file_is_said_to_be_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(("A line of a book.\n" * 400 + "\n") * 30)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n' * 3)
+    for name, said, held in (
+        ("book.txt", "1 file in 3 pieces, 216,030 bytes", "pieces"),
+        ("rows.jsonl", "3 documents", "documents"),
+    ):
+        report = prepare(config(tmp_path / name, tmp_path / name.split(".")[0], validation_fraction=0.01))
+        first, second = str(report).splitlines()[:2]
+        assert first.startswith(f"corpus: {said}")
+        assert re.fullmatch(rf"  held out: \d {held}, [\d,]+ tokens \([\d.]+%\)", second)
+        assert "of the text is held out, as it has only 3" in str(report)
+    finer = config(tmp_path / "book.txt", tmp_path / "finer", validation_fraction=0.01, piece_bytes=4096)
+    report = prepare(finer)
+    assert "1 file in 30 pieces" in str(report)
+    assert "warning" not in str(report)
+    with pytest.raises(UsageError, match="piece_bytes was 4096, is None"):
+        prepare(config(tmp_path / "book.txt", tmp_path / "finer", validation_fraction=0.01))
 
 
 def test_the_split_is_stable_and_close_to_the_fraction() -> None:

@@ -82,6 +82,10 @@ def test_from_text_to_an_evaluated_fine_tuned_model(tiny_pretrain: Path, tmp_pat
     done = moe_lm("tokenizer", "train", tmp_path / "recipe.yaml")
     assert done.code == 0, done.err
     assert "bytes per token" in done.out
+    again = moe_lm("tokenizer", "train", tmp_path / "recipe.yaml", "vocab_size=9000")
+    assert (again.code, "holds a tokenizer already" in again.err) == (2, True)
+    more = moe_lm("tokenizer", "train", tmp_path / "recipe.yaml", "vocab_size=9000", f"output={tmp_path / 'more'}")
+    assert re.search(r"the text gives [\d,]+ ids of vocab_size=9,000", more.out)
     note = tmp_path / "note.txt"
     note.write_text("ba den gi ko lum mar. " * 20)
     assert moe_lm("tokenizer", "inspect", tmp_path / "tokenizer", note).code == 0

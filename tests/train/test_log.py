@@ -148,7 +148,9 @@ def test_plain_lines_every_so_many_steps(tmp_path: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [4, 10, 20, 25, *range(30, 101, 10)]
     assert lines[0] == "pretrain 4/100  loss 3.9600  lr 3.00e-04  grad 0.50  1,000 tokens/s"
-    assert lines[-1] == "pretrain 100/100  loss 3.0000  val 3.5000  lr 3.00e-04  grad 0.50  1,000 tokens/s  0s left"
+    assert "loss 3.7500  val 3.5000  lr" in lines[3]
+    assert lines[4].startswith("pretrain 30/100  loss 3.7000  lr")  # whose held-out loss was not measured
+    assert lines[-1] == "pretrain 100/100  loss 3.0000  lr 3.00e-04  grad 0.50  1,000 tokens/s  0s left"
     in_file = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split("  ", 1)[1] for line in in_file] == [line.rsplit("\n", 1)[0] for line in lines]
 

@@ -112,7 +112,7 @@ def test_merged_is_unmerged_and_the_base_stays(
 def test_a_dry_run_says_what_would_be_trained(
     lora_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm
 ) -> None:
-    done = moe_lm("finetune", lora_config, "--dry-run", "data.train=[nowhere.jsonl]")
+    done = moe_lm("finetune", lora_config, "--dry-run", "--settings", "data.train=[nowhere.jsonl]")
     assert done.code == 0
     assert "rank: 4" in done.out
     shown = next(line for line in done.out.splitlines() if line.startswith("trained"))

@@ -175,11 +175,11 @@ def test_a_finished_run_says_so_and_does_nothing(tiny_pretrain: Path, tmp_path: 
     assert first.code == 0
     loss = figures(tmp_path)[-1]["val_loss"]
     assert f"lowest held-out loss: {loss:.4f} after step 12 ({last_checkpoint(tmp_path)})" in first.out
-    assert f"next: moe-lm finetune CONFIG start_from={tmp_path}, moe-lm sample {tmp_path} --prompt TEXT" in first.out
+    assert f"next: moe-lm sample {tmp_path} --prompt TEXT, moe-lm eval {tmp_path}, moe-lm finetune CONFIG" in first.out
     before = figures(tmp_path)
     done = moe_lm(*command)
     assert (done.code, done.err) == (0, "")
-    assert "12 of 12" in done.out
+    assert "this run is finished: all 12 steps are done" in done.out
     assert figures(tmp_path) == before
 
 
@@ -325,15 +325,38 @@ def test_a_model_with_too_few_embeddings_is_refused(tiny_pretrain: Path, tmp_pat
 
 def test_dry_run_shows_everything_and_needs_nothing(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     missing = (f"data.shards={tmp_path / 'no-shards'}", f"data.tokenizer={tmp_path / 'no-tokenizer'}")
-    done = moe_lm("pretrain", tiny_pretrain, "--dry-run", f"run_dir={tmp_path / 'run'}", *missing)
+    command = ("pretrain", tiny_pretrain, "--dry-run", f"run_dir={tmp_path / 'run'}", *missing)
+    done = moe_lm(*command, "--settings")
     assert (done.code, done.err) == (0, "")
-    text, _, figures = done.out.partition("\n\n")
+    figures, _, text = done.out.partition("\n\n")
+    assert moe_lm(*command).out == figures + "\n"  # without settings, what one looks for is not below 100 lines of them
+    assert "not prepared yet" in figures
     config = load_config(PretrainConfig, tiny_pretrain, [f"run_dir={tmp_path / 'run'}", *missing])
     assert PretrainConfig.model_validate(yaml.safe_load(text)) == config
     counted = count_parameters(config.model)
     assert f"{counted.total:,} in all, {counted.active:,} active" in figures
     assert "100 steps, 51,200 tokens" in figures
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_and_a_dry_run_say_what_is_read_how_often(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT)
+    dry, done = moe_lm(*command, "--dry-run"), moe_lm(*command)
+    config = load_config(PretrainConfig, tiny_pretrain)
+    counted = count_parameters(config.model)
+    opening = done.out.splitlines()[:3]
+    assert opening[0] == (
+        f"pretrain in {tmp_path / 'run'}: {counted.total:,} parameters, {counted.active:,} active a token"
+    )
+    assert opening[1].startswith("12 steps of 512 tokens (8 rows of 64): 6,144 tokens, ")
+    assert opening[1].endswith("; on cpu in float32")
+    assert re.fullmatch(
+        r"data            \w+: [\d,]+ tokens, (read [\d.]+ times|of which the run reads [\d.]+%); "
+        r"[\d,]+ held out \([\d.]+%\)(, which is much)?",
+        opening[2],
+    )
+    assert opening[2] in dry.out
+    assert all(f"  {line}\n" in (tmp_path / "run" / "train.log").read_text() for line in opening)
 
 
 def test_the_limit_of_an_evaluation_counts_global_batches_whatever_the_micro_batches(tiny_pretrain: Path) -> None:

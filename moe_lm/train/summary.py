@@ -1,0 +1,98 @@
+"""What a run says of itself: before its first step what it trains, on what and where; at its end what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from moe_lm.common.process import this_command
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.run import RunConfig
+from moe_lm.data.shards import TokenShards
+from moe_lm.engine.engine import Engine
+from moe_lm.model.size import count_parameters
+from moe_lm.optim.groups import first_other_rate
+from moe_lm.train.loop import TrainingResult
+
+MOST_HELD_OUT = 0.1  # of a source, without a remark
+
+
+def opening_lines(
+    title: str, config: RunConfig, model: ModelConfig, engine: Engine, notes: Iterable[str], start_step: int
+) -> Iterator[str]:
+    """What a run says before its first step: the model, the steps, the place, its notes, and where it goes on."""
+    steps = config.train.steps
+    if 0 < steps <= start_step:
+        more = f"begin another run with start_from={config.run_dir}"
+        if first_other_rate(start_step, steps, 2 * steps, config.train.schedule) is None:
+            more = f"{this_command()} train.steps={2 * steps}"
+        yield f"this run is finished: all {steps} steps are done; for more: {more}"
+        return
+    parameters = count_parameters(model)
+    yield f"{title} in {config.run_dir}: {parameters.total:,} parameters, {parameters.active:,} active a token"
+    yield f"{steps_line(config, parameters.total)}; {place(config, engine)}"
+    yield from notes
+    if start_step:
+        yield f"going on after step {start_step} of {steps}"
+
+
+def steps_line(config: RunConfig, parameters: int) -> str:
+    """Steps and tokens of a run: `300 steps of 4,096 tokens (16 rows of 256): 1,228,800 tokens, 0.12 a parameter`."""
+    rows, length = config.train.global_batch_size, config.row_length
+    tokens = config.train.steps * rows * length
+    return (
+        f"{config.train.steps:,} steps of {rows * length:,} tokens ({rows:,} rows of {length:,}): {tokens:,} tokens, "
+        f"{tokens / parameters:.2g} a parameter"
+    )
+
+
+def place(config: RunConfig, engine: Engine) -> str:
+    """Where a run computes: device, number format, processes, and how these divide the work."""
+    size, parallel = engine.topology.world_size, config.parallel
+    parts = [f"on {engine.device.type} in {str(engine.dtype).removeprefix('torch.')}"]
+    if size > 1:
+        parts.append(f"{size} processes")
+    if parallel.engine == "deepspeed":
+        parts.append(f"DeepSpeed with ZeRO {parallel.zero_stage or 1}")
+    if parallel.expert_parallel_size > 1:
+        parts.append(f"experts over {parallel.expert_parallel_size} processes")
+    return ", ".join(parts)
+
+
+def data_lines(
+    names: Sequence[str], train: Sequence[TokenShards], held_out: Sequence[TokenShards], epochs: Sequence[float]
+) -> Iterator[str]:
+    """A line for each source: its tokens, how often they are read, and how many are held out."""
+    for name, read, kept, times in zip(names, train, held_out, epochs, strict=True):
+        share = kept.num_tokens / max(1, read.num_tokens + kept.num_tokens)
+        line = f"data            {name}: {read.num_tokens:,} tokens, {read_times(times)}; "
+        line += f"{kept.num_tokens:,} held out ({share:.1%})" if kept.num_tokens else "none held out"
+        yield line + (", which is much" if share > MOST_HELD_OUT else "")
+
+
+def read_times(epochs: float) -> str:
+    return f"read {epochs:.1f} times" if epochs >= 1 else f"of which the run reads {epochs:.1%}"
+
+
+def closing_lines(title: str, config: RunConfig, result: TrainingResult) -> Iterator[str]:
+    """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
+    train, run_dir = config.train, config.run_dir
+    if result.step < train.steps:
+        count = result.evaluations_since_best
+        yield f"ended early after step {result.step}: {count} evaluations without a lower held-out loss"
+    if result.best is not None:
+        folder = run_dir / "checkpoints" / f"step-{result.best.step:08d}"
+        kept = folder if folder.is_dir() else "its checkpoint was not kept; checkpoint.best=true keeps it"
+        yield f"lowest held-out loss: {result.best.loss:.4f} after step {result.best.step} ({kept})"
+        if result.validation_loss is not None and result.best.step < result.step:
+            yield (
+                f"the last step is not the best: its held-out loss is {result.validation_loss:.4f}, and {run_dir} "
+                "means its last checkpoint" + (f"; name {folder} to use the best" if folder.is_dir() else "")
+            )
+    yield f"next: {', '.join(f'moe-lm {command}' for command in next_commands(title, run_dir))}"
+
+
+def next_commands(title: str, run_dir: Path) -> tuple[str, ...]:
+    if title == "finetune":
+        return f"chat {run_dir}", f"export {run_dir} OUT", f"eval {run_dir}"
+    return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"finetune CONFIG start_from={run_dir}"
