@@ -30,6 +30,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_lm.common import hub
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, read_regular, unfinished_path
 from moe_lm.common.integrity import Entry, damage_in
@@ -46,7 +47,6 @@ MODEL_PREFIX = "model."
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step;
 # `.damaged` was moved aside when a run went on from an older one.
 REPLACED, DAMAGED = ".replaced", ".damaged"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
 MOST_RUNS = 4  # that are named
 STEP_NAME = re.compile(r"step-(\d{8,})((?:\.replaced|\.damaged)?(?:\.tmp)?)")
 
@@ -91,7 +91,7 @@ def _meant_by_name(path: Path) -> str:
     siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
     if near := get_close_matches(path.name, siblings, n=1):
         return f"did you mean {path.parent / near[0]}?"
-    if HUB_NAME.fullmatch(str(path)) and not path.parent.is_dir():
+    if hub.is_name(path):
         return f"for a model of the Hugging Face hub: moe-lm import {path}"
     return "give a run folder or a checkpoint in it"
 

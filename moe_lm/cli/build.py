@@ -330,20 +330,30 @@ def verify(
 
 def import_(
     hf_dir: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="Folder with config.json, safetensors and a tokenizer.")
+        Path,
+        typer.Argument(
+            metavar="HF_DIR",
+            help="Folder with config.json, safetensors and a tokenizer; or a name of the hub, like Qwen/Qwen3-0.6B.",
+        ),
     ],
     run_dir: Annotated[
-        Path | None, typer.Option(help="Run folder to write; default: runs/ and the folder's name.")
+        Path | None, typer.Option(help="Run folder to write; default: runs/ and the last part of the name.")
     ] = None,
     dtype: DType = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the same folder.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, or a name of the hub; default: the same folder.")
+    ] = None,
     proof_memory: ProofMemory = None,
     base: Annotated[
         Path | None, typer.Option(help="For an adapter of peft's: the run with the weights that it was trained on.")
     ] = None,
 ) -> None:
     """Make a run from a Hugging Face folder, proven equal, or from an adapter of peft's."""
-    target = run_dir or Path("runs") / hf_dir.resolve().name
+    from moe_lm.common import hub
+
+    target = run_dir or Path("runs") / hf_dir.resolve().name.partition("@")[0]
+    hf_dir = hub.local_folder(hf_dir, hub.MODEL_FILES)
+    tokenizer = tokenizer and hub.local_folder(tokenizer, hub.TOKENIZER_FILES, enough="tokenizer.json")
     if (hf_dir / "adapter_config.json").is_file():
         from moe_lm.tools.interop.peft_adapter import import_adapter
 

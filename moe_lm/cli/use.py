@@ -176,8 +176,16 @@ def export(
     dtype: DType = None,
     base: BasePath = None,
     proof_memory: ProofMemory = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Also upload it to this repository of the Hugging Face hub."),
+    ] = None,
 ) -> None:
     """Write a run as a Hugging Face folder, proven equal, for transformers, vLLM, llama.cpp or peft."""
+    from moe_lm.common import hub
+
+    if push is not None:
+        hub.check_can_push(push)
     if family == "peft":
         from moe_lm.tools.interop.peft_adapter import export_adapter
 
@@ -189,3 +197,5 @@ def export(
         with copying("exporting") as tell:
             print(export_run(run, out, family, dtype, base, gib(proof_memory), tell=tell))
     print(f"wrote {out}")
+    if push is not None:
+        print(f"pushed to {hub.push(out, push)}")

@@ -65,7 +65,10 @@ class DataConfig(Section):
     """Documents that `prepare` turns into token shards, and the rows that pretraining reads from them."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to train on")
-    tokenizer: Path = Field(description="folder of the tokenizer; with start_from it may be left out")
+    tokenizer: Path = Field(
+        description="folder of the tokenizer, or a name of the hub, like Qwen/Qwen3-0.6B; may be left out with "
+        "start_from"
+    )
     shards: Path = Field(description="folder of token shards, one subfolder a source")
     validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import tokenizers
 
+from moe_lm.common import hub
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
 from moe_lm.tokenizer.chat.template import ChatTemplate, Message
@@ -72,10 +73,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, vocab_size: int | None = None) -> Self:
-        """Read a folder with `tokenizer.json`, or GPT-2's vocabulary and merges.
+        """Read a folder with `tokenizer.json`, or GPT-2's vocabulary and merges; or that of a name of the hub.
 
-        Raises UsageError for a broken one, and for one with more ids than a model of `vocab_size` has embeddings.
+        Raises UsageError for a broken one, for one with more ids than a model of `vocab_size` has embeddings, and as
+        `hub.local_folder`.
         """
+        path = hub.local_folder(path, hub.TOKENIZER_FILES, enough="tokenizer.json")
         tokenizer = cls(read_backend(path, vocab_size), read_config(path))
         check_ids(tokenizer.vocab_size, vocab_size, path)  # the library may number added tokens anew
         return tokenizer

@@ -44,6 +44,9 @@ INPUTS = [
     sample runs/al -p x | there is no folder runs/al; did you mean runs/all?
     sample hf -p x | it is a Hugging Face folder: moe-lm import hf
     sample Qwen/Qwen3-0.6B -p x | for a model of the Hugging Face hub: moe-lm import Qwen/Qwen3-0.6B
+    import Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B is no folder here, and the hub cannot be reached
+    prepare x.yaml data.tokenizer=Qwen/Qwen3-0.6B | the hub cannot be reached | hf download Qwen/Qwen3-0.6B
+    export runs/all/pretrain out --push mine | --push mine is not a name of the hub; give OWNER/NAME
     generate runs/all/pretrain | there is no verb generate; did you mean sample?
     train x.yaml | there is no verb train; did you mean pretrain or finetune?
     """.splitlines()

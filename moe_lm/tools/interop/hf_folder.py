@@ -31,8 +31,7 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UsageError(
-                f"there is no folder {path}; give a folder with config.json and safetensors, as `hf download NAME "
-                "--local-dir FOLDER` makes"
+                f"there is no folder {path}; give a folder with config.json and safetensors, or a name of the hub"
             )
         check_regular(path)
         self.path = path

@@ -1,0 +1,97 @@
+"""Folders of the Hugging Face hub under their names, `OWNER/NAME` or `OWNER/NAME@REVISION`: fetched into its cache."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_lm.common.errors import MoeLmError, UsageError
+
+NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
+OURS = ("runs", "configs", "tokenizer", "data", "shards", "checkpoints")  # folders of runs, and owners of nothing
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt", "encoder.json",
+    "vocab.bpe",
+)  # fmt: skip
+MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "adapter_config.json",
+               "base_fingerprint.txt", "*.safetensors", "*.safetensors.index.json")  # fmt: skip
+
+
+def is_name(path: Path) -> bool:
+    """Whether this is no path of this machine, and can be a name of the hub."""
+    here = path.exists() or path.parent.exists() or path.parts[0] in OURS
+    return NAME.fullmatch(str(path)) is not None and not here
+
+
+def local_folder(path: Path, files: Sequence[str], enough: str | None = None) -> Path:
+    """The folder at `path`, or for a name of the hub that in its cache, with the files that these patterns take.
+
+    The hub is not asked for a repository whose file `enough` is in the cache, and without a network the cache serves.
+    Raises UsageError for a repository that is not there or not for this user, MoeLmError if the hub cannot be reached.
+    """
+    found = NAME.fullmatch(str(path))
+    if found is None or not is_name(path):
+        return path
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import disable_progress_bars
+
+    name, revision = found.groups()
+    cached = try_to_load_from_cache(name, enough, revision=revision) if enough is not None else None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    elsewhere = f"fetch it where there is a network (hf download {name} --local-dir FOLDER), and give that folder"
+    with _in_one_sentence(f"{path} is no folder here, and ", str(path), elsewhere):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]))
+
+
+def check_can_push(name: str) -> None:
+    """Raise UsageError unless this is a name, and someone is logged in to the hub: before hours of work."""
+    if NAME.fullmatch(name) is None or "@" in name:
+        raise UsageError(f"--push {name} is not a name of the hub; give OWNER/NAME")
+    from huggingface_hub import HfApi
+
+    with _in_one_sentence("--push: ", name, "export without it, and push later with hf upload"):
+        HfApi().whoami()
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to the repository `name`, which is made, private, if it is not there; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _in_one_sentence(f"{folder} is written, but ", name, f"push it later: hf upload {name} {folder}"):
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by moe-lm")
+    return f"{api.endpoint}/{name}"
+
+
+@contextmanager
+def _in_one_sentence(before: str, name: str, unreached: str) -> Iterator[None]:
+    """Turn what the hub's client raises into our errors, which begin with `before`."""
+    from huggingface_hub import errors
+
+    unreachable: Any = errors.HfHubHTTPError.__bases__[0]  # of httpx, or of what the client uses in its place
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"{before}{name} is gated: its owner must let you in; ask on its page on the hub, then run hf auth login"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        what = "revision" if isinstance(error, errors.RevisionNotFoundError) else "repository"
+        raise UsageError(
+            f"{before}there is no {what} {name} on the hub, or it is private (hf auth login); check the name"
+        ) from error
+    except errors.LocalTokenNotFoundError as error:
+        raise UsageError(f"{before}no one is logged in to the hub; run hf auth login, or set HF_TOKEN") from error
+    except errors.HfHubHTTPError as error:
+        raise MoeLmError(f"{before}the hub refused {name}: {str(error).splitlines()[0]}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, unreachable) as error:
+        raise MoeLmError(f"{before}the hub cannot be reached; {unreached}") from error

@@ -1,0 +1,136 @@
+"""Names of the Hugging Face hub in place of folders. The hub's client is replaced where it would use the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from moe_lm.common import hub
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from tests.conftest import MoeLm
+
+ANSWER: Any = SimpleNamespace(status_code=403, headers={}, request=None)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of the hub, which has one repository, `owner/there`, and refuses others by their names."""
+    calls = list[Any]()
+
+    def snapshot_download(name: str, **how: Any) -> str:
+        calls.append((name, how))
+        refusals: dict[str, Exception] = {
+            "owner/nothing": errors.RepositoryNotFoundError("404", response=ANSWER),
+            "owner/gated": errors.GatedRepoError("403", response=ANSWER),
+            "owner/broken": errors.HfHubHTTPError("500 Server Error\nfor url", response=ANSWER),
+        }
+        if name in refusals:
+            raise refusals[name]
+        raise errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **how: None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        (
+            "owner/nothing",
+            2,
+            "owner/nothing is no folder here, and there is no repository owner/nothing on the hub, or it",
+        ),
+        ("owner/gated", 2, "owner/gated is gated: its owner must let you in"),
+        ("owner/broken", 1, "the hub refused owner/broken: 500 Server Error"),
+        ("owner/far@v2", 1, "the hub cannot be reached; fetch it where there is a network (hf download owner/far"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(
+    name: str, code: int, said: str, asked: list[Any], moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = moe_lm("import", name)
+    assert (done.code, done.err.count("\n")) == (code, 1)
+    assert said in done.err
+    ((repository, how),) = asked
+    assert repository == name.partition("@")[0]
+    assert how["revision"] == (name.partition("@")[2] or None)
+    assert "*.safetensors" in how["allow_patterns"]
+
+
+@pytest.mark.parametrize("path", ["runs/x", "a/b/c", "/a/b", "word", "here/x", "tokenizer/x"])
+def test_a_path_is_not_asked_for(path: str, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(hub.local_folder(Path(path), hub.MODEL_FILES)) == path
+    assert asked == []
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_once(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then its cache serves, also the many processes of `prepare` on machines without a network."""
+    cache, asked = tmp_path / "cache", list[str]()
+
+    def snapshot_download(name: str, allow_patterns: list[str], **how: Any) -> str:
+        asked.append(name)
+        assert "*.safetensors" not in allow_patterns
+        tiny_tokenizer.save(cache)
+        return str(cache)
+
+    def try_to_load_from_cache(name: str, file: str, **how: Any) -> str | None:
+        return str(cache / file) if (cache / file).exists() else None
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert Tokenizer.load(Path("owner/there")).fingerprint == tiny_tokenizer.fingerprint
+    assert asked == ["owner/there"]
+
+
+def client(seen: list[Any], user: Callable[[], Any]) -> type:
+    class Api:
+        """What export uses of the hub's client."""
+
+        endpoint = "https://hub.example"
+
+        def whoami(self) -> Any:
+            return user()
+
+        def create_repo(self, name: str, **how: Any) -> None:
+            seen.append((name, how))
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **how: Any) -> None:
+            seen.append((repo_id, sorted(item.name for item in folder_path.iterdir())))
+
+    return Api
+
+
+def test_a_folder_is_pushed_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Any]()
+    monkeypatch.setattr(huggingface_hub, "HfApi", client(seen, dict))
+    (tmp_path / "config.json").touch()
+    hub.check_can_push("me/mine")
+    assert hub.push(tmp_path, "me/mine") == "https://hub.example/me/mine"
+    assert seen == [("me/mine", {"private": True, "exist_ok": True}), ("me/mine", ["config.json"])]
+
+
+def test_nobody_who_is_not_logged_in_waits_for_an_export(
+    tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> Any:
+        raise errors.LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", client([], nobody))
+    for name, said in (("me/mine", "no one is logged in to the hub; run hf auth login"), ("mine", "give OWNER/NAME")):
+        done = moe_lm("export", tmp_path, tmp_path / "out", "--push", name)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert said in done.err
