@@ -35,6 +35,22 @@ def copying(title: str, always: bool = False) -> Iterator[Callable[[int, int | N
         yield lambda done, total: None
 
 
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of things, done and in all, on stderr with the time that is left; off a terminal nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 def refuse(options: Mapping[str, object], where: str) -> None:
     """Raise UsageError for the first of these options that is given."""
     for name, value in options.items():

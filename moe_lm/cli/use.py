@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
+from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, counting, gib, refuse
 from moe_lm.cli.options import takes
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.signals import ctrl_c_as_exception
@@ -16,7 +16,14 @@ from moe_lm.common.terminal import check_typed
 from moe_lm.kernels.native import build as native
 
 if TYPE_CHECKING:
-    from moe_lm.config.generation import CompiledLoadConfig, GenerationConfig, LoadConfig, SampleConfig, ServeConfig
+    from moe_lm.config.generation import (
+        CompiledLoadConfig,
+        GenerationConfig,
+        LoadConfig,
+        SampleConfig,
+        ServeConfig,
+        TasksConfig,
+    )
     from moe_lm.generate.sample import Prompt
 
 
@@ -27,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ctrl_c_as_exception()(chat)))
     app.command(rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
-    app.command("eval", rich_help_panel=use)(evaluate)
+    app.command("eval", rich_help_panel=use)(takes(tasks="TasksConfig")(evaluate))
     app.command(rich_help_panel=use)(export)
 
 
@@ -147,6 +154,7 @@ def serve(run: RunPath, server: ServeConfig, load: CompiledLoadConfig) -> None:
 
 def evaluate(
     run: RunPath,
+    tasks: TasksConfig,
     files: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[FILES]...", help="Text files to score; default: the run's held-out text."),
@@ -156,7 +164,17 @@ def evaluate(
     ] = None,
     base: BasePath = None,
 ) -> None:
-    """Measure perplexity and bits per byte."""
+    """Measure perplexity and bits per byte, or answers to tasks."""
+    if tasks.tasks:
+        refuse({"FILES": " ".join(map(str, files)) if files else None, "--stride": stride}, "--tasks")
+        from moe_lm.evaluate.tasks import evaluate_tasks, table
+
+        with counting("evaluating") as tell:
+            results = evaluate_tasks(run, tasks, base, tell)
+        print(table(results))
+        if tasks.output is not None:
+            print(f"wrote {tasks.output}")
+        return
     from moe_lm.evaluate import perplexity
 
     print(perplexity.evaluate(run, files or (), stride=stride, base=base))

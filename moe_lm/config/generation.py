@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from moe_lm.config.section import Flag, Section
 
@@ -195,6 +195,46 @@ class ServeConfig(Section):
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key is empty or has a character that no header can carry; give printable ASCII")
+        return self
+
+
+class TasksConfig(Section):
+    """The tasks that `eval` runs, and how."""
+
+    tasks: Annotated[tuple[str, ...], Flag(metavar="NAME,NAME")] = Field(
+        default=(), description="evaluate on these tasks of lm-eval or of eval/tasks, in place of text; may be repeated"
+    )
+    limit: float | None = Field(
+        default=None, gt=0, description="with --tasks: only the first examples of each; below 1 a share of them"
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="with --tasks: solved examples before each; default: as the task says"
+    )
+    batch_size: int | None = Field(
+        default=None, ge=1, description="with --tasks: examples at once; default: as many as have 16,384 tokens"
+    )
+    apply_chat_template: bool = Field(
+        default=False, description="with --tasks: ask as a user asks, in the tokenizer's chat template"
+    )
+    task_data: Path | None = Field(
+        default=None, description="with --tasks: folder with the files of the tasks in eval/tasks; default: data/tasks"
+    )
+    output: Path | None = Field(
+        default=None, description="with --tasks: file for the results and every example's answers, as JSON"
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        return tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip())
+
+    @model_validator(mode="after")
+    def _belong_to_tasks(self) -> Self:
+        if not self.tasks:
+            self.refuse_any([name for name in type(self).model_fields if name != "tasks"], "belongs to --tasks")
+        if self.limit is not None and self.limit >= 1 and self.limit % 1:
+            raise ValueError(f"limit={self.limit} is no number of examples; give a whole number, or a share below 1")
         return self
 
 

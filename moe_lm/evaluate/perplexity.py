@@ -86,8 +86,7 @@ def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, b
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
     window = min(config.data.sequence_length if config else WINDOW, session.model.config.max_position_embeddings)
-    precision = config.train.precision if config else "auto"
-    dtype = pick_dtype(precision, session.model.device)
+    dtype = precision_of(session)
     nll_sum, tokens = score_documents(session.model, text.documents, window, stride, dtype=dtype)
     if not math.isfinite(nll_sum):
         raise MoeLmError(
@@ -170,6 +169,12 @@ def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
     scored = batch.targets != IGNORE
     nll = Predictions(model.lm_head, hidden_1TD[scored]).nll(batch.targets[scored])
     return nll.cpu().double().sum()
+
+
+def precision_of(session: Session) -> torch.dtype:
+    """The data type of matrix products: that of training; of a model from elsewhere, what the device is fast at."""
+    config = _run_config(session.checkpoint)
+    return pick_dtype(config.train.precision if config else "auto", session.model.device)
 
 
 def _run_config(folder: Path) -> RunConfig | None:
