@@ -11,6 +11,14 @@ import typer
 
 from moe_lm.common.errors import UsageError
 
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a checkpoint in one.")]
 DType = Annotated[
     Literal["float32", "bfloat16"] | None,

@@ -1,56 +1,22 @@
-"""The verbs that build a model: tokenizer, prepare, plan, pretrain, finetune, verify, import, upcycle."""
+"""The verbs that build a model: tokenizer, prepare, plan, verify, import, upcycle; train.py has the two that train."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, gib, refuse
+from moe_lm.cli.arguments import BasePath, ConfigPath, DType, Overrides, ProofMemory, RunPath, copying, gib, refuse
 from moe_lm.cli.options import ConfigCommand, takes
+from moe_lm.cli.train import finetune, pretrain, read_pretraining, read_run
 from moe_lm.common.errors import UsageError
-from moe_lm.common.exits import STOPPED
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
-    from moe_lm.config.model import ModelConfig
-    from moe_lm.config.run import PretrainConfig, RunConfig
-    from moe_lm.parallel.topology import Topology
     from moe_lm.text.files import Report
-    from moe_lm.train.loop import TrainingResult
-    from moe_lm.train.preflight import Fit, Verdict
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Check config, layout, memory and disk, show sizes and steps, and stop. What a machine lacks that the run "
-        "would not be on is a line (not here), not an error: name its device with --gpu.",
-    ),
-]
-Settings = Annotated[
-    bool, typer.Option("--settings", help="With --dry-run: show every setting too, and those of DeepSpeed.")
-]
-Processes = Annotated[
-    int | None,
-    typer.Option("--processes", min=1, metavar="N", help="With --dry-run: check for a run of this many processes."),
-]
-Gpu = Annotated[
-    str | None,
-    typer.Option("--gpu", metavar="NAME", help="With --dry-run: check for this device, as named by moe-lm plan."),
-]
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
 
@@ -182,121 +148,6 @@ def plan(
     model = finetune.trained_model(settings)
     code = plan.run(settings, model, command, gpus, gpu, network, rate or (), measure, tokens, price, json_file)
     raise typer.Exit(code)
-
-
-def read_run(config: Path, overrides: list[str]) -> RunConfig:
-    """The config of a pretraining or a fine-tuning, whichever the file describes."""
-    from moe_lm.config.reading import kind_of, load_config
-    from moe_lm.config.run import FinetuneConfig
-
-    if kind_of(config) is FinetuneConfig:
-        return load_config(FinetuneConfig, config, overrides)
-    return read_pretraining(config, overrides)
-
-
-def read_pretraining(config: Path, overrides: list[str]) -> PretrainConfig:
-    """The config of a pretraining, whole, and fitting its start if it has one; only a start needs torch."""
-    from moe_lm.config.reading import load_config
-    from moe_lm.config.run import PretrainConfig
-
-    def completed(values: dict[str, Any]) -> dict[str, Any]:
-        from moe_lm.train import start
-
-        return start.completed(values)
-
-    settings = load_config(PretrainConfig, config, overrides, completed)
-    if settings.start_from is not None:
-        from moe_lm.train import start
-
-        start.find(settings)
-    return settings
-
-
-def pretrain(
-    ctx: typer.Context,
-    config: ConfigPath,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    settings_too: Settings = False,
-    processes: Processes = None,
-    gpu: Gpu = None,
-) -> None:
-    """Train a model; resumes by itself when the run folder has a checkpoint."""
-    settings = read_pretraining(config, overrides or [])
-
-    from moe_lm.train import pretrain
-
-    if dry_run:
-        print(pretrain.describe(settings, started_as(processes), fit_on(gpu), settings_too))
-    else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
-        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        end_with(pretrain.run(settings, ctx.obj, fit_here))
-
-
-def started_as(processes: int | None) -> Topology:
-    """The topology of this process, or of one in a run of this many."""
-    from moe_lm.parallel.topology import current_topology
-
-    topology = current_topology()
-    return topology if processes is None else replace(topology, world_size=processes)
-
-
-def fit_on(gpu: str | None) -> Fit:
-    """Weighs the memory of a step on a device, or on the one that is here."""
-    from functools import partial
-
-    from moe_lm.tools.plan.plan import fit
-
-    return partial(fit, gpu=gpu)
-
-
-def fit_here(config: RunConfig, model: ModelConfig, topology: Topology) -> Verdict:
-    """Weighs the memory of a step of a run that starts, on the device that is here."""
-    from moe_lm.tools.plan.plan import fit
-
-    return fit(config, model, topology, searches=False)
-
-
-def end_with(result: TrainingResult) -> None:
-    """Exit with the code for schedulers: a run that a signal stopped has not finished."""
-    if result.stopped:
-        raise typer.Exit(STOPPED)
-
-
-def finetune(
-    ctx: typer.Context,
-    config: ConfigPath,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    settings_too: Settings = False,
-    processes: Processes = None,
-    gpu: Gpu = None,
-    preview: Annotated[
-        int | None,
-        typer.Option("--preview", min=1, metavar="[N]", help="Show the first examples with their masks, and stop."),
-    ] = None,
-) -> None:
-    """Fine-tune a run on conversations or preferences, all weights or adapters; resumes like pretrain."""
-    from moe_lm.config.reading import load_config
-    from moe_lm.config.run import FinetuneConfig
-
-    settings = load_config(FinetuneConfig, config, overrides or ())
-
-    from moe_lm.train import finetune
-
-    is_planned = settings.lora is None and settings.preference is None
-    if preview is not None:
-        finetune.preview(settings, preview)
-    elif dry_run:
-        if not is_planned:
-            refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
-        weighs = fit_on(gpu) if is_planned else None
-        print(finetune.describe(settings, started_as(processes), weighs, settings_too))
-    else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
-        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None))
 
 
 def verify(
