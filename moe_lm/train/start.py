@@ -35,6 +35,10 @@ def completed(values: Values) -> Values:
     run_dir, start_from, model = (values.get(name) for name in ("run_dir", "start_from", "model"))
     if not isinstance(run_dir, str) or not isinstance(start_from, str) or not isinstance(model, dict | None):
         return values  # the check of the config says what is wrong
+    if Path(start_from).resolve() == Path(run_dir).resolve():
+        raise UsageError(
+            f"start_from={start_from} is run_dir itself, where a run goes on without it; choose another run_dir"
+        )
     start = find_first_start(Path(run_dir), Path(start_from))
     shape = shape_of(start)
     try:
@@ -43,7 +47,7 @@ def completed(values: Values) -> Values:
         raise UsageError(f"model: {error}") from error
     check_shape(given, shape, start_from)
     values = {**values, "model": shape.model_dump(mode="json") | _with_trained_length(given, shape)}
-    if isinstance(data := values.get("data"), dict) and data.get("tokenizer") is None:
+    if isinstance(data := values.get("data"), dict) and _is_left_out(data.get("tokenizer")):
         tokenizer = checkpoint.verified_path(start.folder, TOKENIZER)
         values["data"] = {**data, "tokenizer": str(tokenizer)}
     train = values.get("train")
@@ -124,6 +128,14 @@ def load_moments(engine: Engine, start: Start) -> None:
     moments = {name: t for name, t in state.items() if not name.startswith(("model.", "random.")) and name != LOAD}
     read.load(start.folder, moments)
     engine.load_state(state)
+
+
+def _is_left_out(tokenizer: object) -> bool:
+    """Whether the tokenizer is that of the start: none is given, or it was in a checkpoint that is deleted by now."""
+    if not isinstance(tokenizer, str):
+        return tokenizer is None
+    folder = Path(tokenizer)
+    return checkpoint.STEP_NAME.fullmatch(folder.parent.name) is not None and not folder.is_dir()
 
 
 def _with_trained_length(given: Values, shape: ModelConfig) -> Values:

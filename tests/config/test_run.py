@@ -196,6 +196,7 @@ def test_a_setting_that_is_gone_is_said_in_the_settings_that_stay() -> None:
         ("model.moe_layer_freq", 0, "model.moe_layer_freq is not a setting any more; remove it, and name"),
         ("model.moe_layer_freq", "x", "model.moe_layer_freq is not a setting any more; remove it, and name"),
         ("train.deepspeed", {}, "unknown key train.deepspeed"),
+        ("start_with_optimizer", True, "start_with_optimizer=True needs start_from; set it, or take"),
         ("model.max_token_bytes", 16, "unknown key model.max_token_bytes"),
     ],
 )

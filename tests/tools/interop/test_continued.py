@@ -12,13 +12,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from moe_lm.checkpoint.read import CheckpointTensors
 from moe_lm.config.generation import UpcycleConfig
 from moe_lm.generate.session import Session
 from moe_lm.tools.interop.exporting import export_run
 from moe_lm.tools.interop.upcycle import upcycle
-from tests.conftest import MoeLm
-from tests.processes import metrics
-from tests.runs import assert_same_run, last_checkpoint
+from tests.conftest import Done, MoeLm
+from tests.processes import layout, metrics
+from tests.runs import assert_same_run, last_checkpoint, tensors
 from tests.tiny import logits_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,3 +119,25 @@ def test_longer_positions_of_a_start_are_those_of_transformers(
     with torch.inference_mode():
         ours = logits_of(Session.load(tmp_path / "run", device="cpu").model, ids.tolist())
         assert (ours - theirs(ids[None]).logits[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_from", ["finished run"], indirect=True)
+def test_experts_on_two_ranks_go_on_as_in_one_process(
+    start_from: Path, tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, run_ranks: Callable[..., list[Done]]
+) -> None:
+    """With the moments of the start, and positions of its own."""
+    model = {"rope_scaling": YARN, "max_position_embeddings": 16384}
+    config = write_config(tmp_path, tiny_pretrain, start_from, model=model, start_with_optimizer=True)
+    assert moe_lm("pretrain", config, f"run_dir={tmp_path / 'one'}").code == 0
+    for rank in run_ranks(2, "pretrain", config, f"run_dir={tmp_path / 'two'}", *layout(2, 2)):
+        assert rank.code == 0, rank.err
+    for name, lines in (("loss", slice(1, None)), ("grad_norm", slice(1, None)), ("val_loss", slice(0, None, 6))):
+        one, two = ([line[name] for line in metrics(tmp_path / run)[lines]] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-6)
+    for part in ("model", "optimizer"):
+        found = CheckpointTensors(last_checkpoint(tmp_path / "two"), part)
+        for name, tensor in tensors(last_checkpoint(tmp_path / "one"), part).items():
+            if not name.startswith("random."):
+                rows = found.rows(name, 0, len(tensor) if tensor.ndim else 1).view(tensor.shape)
+                torch.testing.assert_close(rows, tensor, rtol=0, atol=1e-5)
