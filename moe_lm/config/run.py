@@ -275,12 +275,7 @@ def check_parts_of_rows(train: TrainConfig, parallel: ParallelConfig, lengths: C
 
 
 def check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Raise UsageError for an optimizer or a compiled model that does not go with how the engine divides weights."""
-    if parallel.engine == "deepspeed" and train.optimizer.name != "adamw":
-        raise UsageError(
-            f"train.optimizer.name={train.optimizer.name} needs whole matrices, which ZeRO divides; use adamw with "
-            "parallel.engine=deepspeed, or parallel.engine=torch"
-        )
+    """Raise UsageError for a compiled model that does not go with how the engine divides weights."""
     if train.compile and parallel.zero_stage == 3:
         raise UsageError(
             "train.compile=true does not go with parallel.zero_stage=3, which fetches weights between the operations "

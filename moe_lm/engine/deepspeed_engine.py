@@ -33,13 +33,15 @@ from moe_lm.kernels.rounding import narrow_trained
 from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
-from moe_lm.optim.groups import adamw_groups, build_adamw, set_learning_rate, step_on_threads
+from moe_lm.optim.groups import build_optimizer, parameter_groups, set_learning_rate, step_on_threads
+from moe_lm.optim.matrices import Part, Share, ShareOf
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, undivide
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+LIKE = ("rule", "weight_decay", "matrices")  # what the parameters of a group have in common
 
 
 class DeepSpeedEngine(Engine):
@@ -69,15 +71,18 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed(topology)
         masters = narrow_trained(self.model, self.dtype)
         _mark_experts(self.model, mesh.size(1), stage)
-        groups = adamw_groups((parameter for _, parameter in self.trained()), train.optimizer)
-        optimizer = build_adamw(_split(groups), train.optimizer)
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+        optimizer = _ByPartition(_split(parameter_groups(self.trained(), train.optimizer)), {})
         if parallel.offload_optimizer:
             step_on_threads(optimizer, max(torch.get_num_threads(), cores() // topology.ranks_on_this_host))
         with _several_dtypes():
             self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = _Zero(self.wrapped.optimizer, stage)
+        for flat, group, share_of in self.zero.partitions():
+            group = {**group, "params": [flat]}
+            own = build_optimizer(group["rule"], [group], train.optimizer, self.dtype, share_of, device)
+            optimizer.add(flat, own)
+        self.zero.link()
+        self.optimizers = list(optimizer.own.values())
         for name, parameter in self.trained():
             if name in masters:
                 deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name].to(device))
@@ -94,7 +99,7 @@ class DeepSpeedEngine(Engine):
         return part
 
     def _clip_and_update(self, factor: float, accepted: bool) -> Update:
-        set_learning_rate([self.wrapped.optimizer], factor)
+        set_learning_rate(self.optimizers, factor)
         self.zero.skip = not accepted
         self.wrapped.step()
         grad_norm = float(self.wrapped.get_global_grad_norm())
@@ -121,9 +126,11 @@ class DeepSpeedEngine(Engine):
                 add("model", self._divide(name, parameter.detach()))
         for name, parameter in self.trained():
             add("model", self._divide(name, safe_get_full_fp32_param(parameter)))
-            for key in MOMENTS:
-                add(key, self._divide(name, safe_get_full_optimizer_state(parameter, key)))
-            add("step", logical(name, host_copy(self.zero.steps(parameter))))
+            for key, tensor in self.zero.state_of(parameter).items():
+                if tensor.ndim == 0:  # a count of steps, the same for all of a partition
+                    add(key, logical(name, host_copy(tensor)))
+                else:
+                    add(key, self._divide(name, safe_get_full_optimizer_state(parameter, key)))
         if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
         state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
@@ -137,9 +144,11 @@ class DeepSpeedEngine(Engine):
                 parameter.copy_(self._undivide("model", name, state))
         for name, parameter in self.trained():
             safe_set_full_fp32_param(parameter, self._undivide("model", name, state))
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, self._undivide(key, name, state), key)
-            self.zero.steps(parameter).copy_(state[f"step.{logical_names(name)[0]}"])
+            for key, tensor in self.zero.state_of(parameter).items():
+                if tensor.ndim == 0:
+                    tensor.copy_(state[f"{key}.{logical_names(name)[0]}"])
+                else:
+                    safe_set_full_optimizer_state(parameter, self._undivide(key, name, state), key)
         self.zero.weights_changed()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
@@ -169,8 +178,25 @@ class DeepSpeedEngine(Engine):
             leave_group()
 
 
+class _ByPartition(torch.optim.Optimizer):
+    """What DeepSpeed divides and then steps group by group: each flat partition has an optimizer of its own."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self.own: dict[Tensor, torch.optim.Optimizer] = {}
+
+    def add(self, flat: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        self.own[flat] = optimizer
+        self.state[flat] = optimizer.state[flat]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for flat in group["params"]:
+                self.own[flat].step()
+
+
 class _Zero:
-    """DeepSpeed's ZeRO optimizer. The moments exist from the start, so that a checkpoint can be loaded at once.
+    """DeepSpeed's ZeRO optimizer.
 
     With `skip` it drops the gradients instead of taking a step, as it does by itself when their norm is not finite.
     """
@@ -183,19 +209,12 @@ class _Zero:
             self.flat = optimizer.fp32_partitioned_groups_flat
         else:
             self.flat = optimizer.single_partition_of_fp32_groups
-        for partition in self.flat:
-            optimizer.optimizer.state[partition] = {
-                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
-                **{key: torch.zeros_like(partition) for key in MOMENTS},
-            }
         if stage == 3:
-            groups = [[parameter.ds_id for parameter in group] for group in optimizer.fp16_groups]
-            self.partition_of = {number: index for index, group in enumerate(groups) for number in group}
+            self.parameters = optimizer.fp16_groups
+            self.partition_of = {p.ds_id: index for index, group in enumerate(self.parameters) for p in group}
         else:
-            # DeepSpeed does this after the first group's first step, and so only for that group.
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-            self.partition_of = {id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group}
+            self.parameters = optimizer.bit16_groups
+            self.partition_of = {id(p): index for index, group in enumerate(self.parameters) for p in group}
         if stage == 2 and optimizer.cpu_offload:
             # DeepSpeed makes these when they are first needed, in the data type of the weights: it would round the sum.
             for number in optimizer.grad_position:
@@ -205,11 +224,48 @@ class _Zero:
     def _note_skip(self, overflow: bool = False) -> None:
         self.optimizer.overflow = overflow or self.skip
 
-    def steps(self, parameter: nn.Parameter) -> Tensor:
-        """AdamW's count of steps for the partition that holds this parameter."""
+    def partitions(self) -> Iterator[tuple[Tensor, dict[str, Any], ShareOf]]:
+        """The flat partitions of this rank, each with its group, and what the ranks have of the group's parameters."""
+        three = self.stage == 3
+        process_groups = self.optimizer.sub_group_process_groups if three else self.optimizer.real_dp_process_group
+        parts = self._divided_one_by_one if three else self._divided_together
+        for index, flat in enumerate(self.flat):
+            number = self.optimizer.sub_group_to_group_id[index] if three else index
+            ranks = Ranks(process_groups[index])
+            share = Share([list(parts(index, rank)) for rank in range(ranks.size)], ranks)
+            yield flat, self.optimizer.optimizer.param_groups[number], partial(_given, share)
+
+    def _divided_together(self, index: int, rank: int) -> Iterator[Part]:
+        """Stages 1 and 2 cut the parameters of a group, one after another, into equal pieces."""
+        size = int(self.optimizer.partition_size[index])
+        begin, offsets = rank * size, self.optimizer.round_robin_bit16_offsets[index]
+        for number, (parameter, offset) in enumerate(zip(self.parameters[index], offsets, strict=True)):
+            first, last = max(offset, begin), min(offset + parameter.numel(), begin + size)
+            if first < last:
+                yield Part(number, tuple(parameter.shape), first - offset, last - first, 0, first - begin)
+
+    def _divided_one_by_one(self, index: int, rank: int) -> Iterator[Part]:
+        """Stage 3 cuts every parameter into equal pieces, and a partition has one of each."""
+        offset = 0
+        for number, parameter in enumerate(self.parameters[index]):
+            size = parameter.partition_numel()
+            length = min(size, parameter.ds_numel - rank * size)
+            if length > 0:
+                yield Part(number, tuple(parameter.ds_shape), rank * size, length, 0, offset)
+            offset += size
+
+    def link(self) -> None:
+        """Let DeepSpeed find the states of the partitions' optimizers."""
+        if self.stage < 3:
+            # DeepSpeed does this after the first group's first step, and so only for that group.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The states of the partition that holds this parameter, by name."""
         key = parameter.ds_id if self.stage == 3 else id(parameter)  # type: ignore[attr-defined]
-        steps: Tensor = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]["step"]
-        return steps
+        state: dict[str, Tensor] = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]
+        return state
 
     def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
         """Make a frozen parameter whole on every rank; with `change`, keep what rank 0 writes into it."""
@@ -229,6 +285,10 @@ class _Zero:
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         else:
             self.optimizer.update_lp_params()
+
+
+def _given(share: Share, _: object) -> Share:
+    return share
 
 
 def _import_deepspeed(topology: Topology) -> Any:
@@ -301,7 +361,7 @@ def _split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in groups:
         for dtype in {parameter.dtype: None for parameter in group["params"]}:
             params = [parameter for parameter in group["params"] if parameter.dtype == dtype]
-            named.append({**group, "params": params, "name": f"weight_decay={group['weight_decay']}, {dtype}"})
+            named.append({**group, "params": params, "name": f"{[group[key] for key in LIKE]}, {dtype}"})
     split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
     return sorted(
         (group for group in split if group["params"]), key=lambda group: group["params"][0].dtype != torch.float32

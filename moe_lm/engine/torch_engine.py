@@ -7,6 +7,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,9 @@ from moe_lm.kernels.rounding import RoundedWeights
 from moe_lm.model.moe import all_logical, logical
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
+from moe_lm.optim.matrices import whole
 from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
@@ -49,7 +52,8 @@ class TorchEngine(Engine):
         narrow_frozen(self.model, self.dtype)
         loss.to(self.device)
         self.rounded = None if self.dtype == torch.float32 else RoundedWeights(self.model, self.dtype)
-        self.optimizers = build_optimizers(self.model, train.optimizer, self.dtype)
+        share_of = whole if topology.world_size == 1 else partial(whole, ranks=Ranks())
+        self.optimizers = build_optimizers(self.model, train.optimizer, self.dtype, share_of)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor does less
             self.wrapped = self.accelerator.prepare(loss)

@@ -13,11 +13,17 @@ from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.moe import logical_names
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.lamb import Lamb
+from moe_lm.optim.matrices import ShareOf, whole
 from moe_lm.optim.muon import Muon
+
+Rule = Literal["adamw", "muon", "lamb"]
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimizerConfig,
+    dtype: torch.dtype = torch.float32,
+    share_of: ShareOf = whole,
 ) -> list[torch.optim.Optimizer]:
     """AdamW or LAMB for everything, or Muon for the hidden matrices and AdamW for embeddings, head, router, vectors.
 
@@ -25,58 +31,63 @@ def build_optimizers(
     Frozen parameters are left out. Weight decay is decoupled and acts only on matrices. Every state tensor exists from
     the start, so that a checkpoint can be loaded into an optimizer that has not stepped yet.
     """
-    muon: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    stacked: set[nn.Parameter] = set()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        (muon if config.name == "muon" and is_hidden_matrix(name, parameter) else others).append(parameter)
-        if len(logical_names(name)) > 1:
-            stacked.add(parameter)
-    groups = adamw_groups(others, config)
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.name == "lamb":
-        optimizers.append(Lamb(by_matrices(groups, stacked), config.lr, config.betas, config.eps))
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    by_rule: dict[Rule, list[dict[str, Any]]] = {}
+    for group in parameter_groups(trained, config):
+        by_rule.setdefault(group["rule"], []).append(group)
+    return [build_optimizer(rule, groups, config, dtype, share_of) for rule, groups in by_rule.items()]
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """What is stepped alike: the `rule`, the weight decay, and how many `matrices` a parameter has side by side.
+
+    AdamW looks at single numbers, so its parameters need not be told apart by their matrices.
+    """
+    groups: dict[tuple[Rule, float, int], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        rule: Rule = config.name
+        if rule == "muon" and not is_hidden_matrix(name, parameter):
+            rule = "adamw"
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        matrices = 1 if rule == "adamw" else len(logical_names(name))
+        groups.setdefault((rule, decay, matrices), []).append(parameter)
+    return [
+        {"params": parameters, "rule": rule, "weight_decay": decay, "matrices": matrices}
+        for (rule, decay, matrices), parameters in sorted(groups.items(), key=lambda item: _order(*item[0]))
+    ]
+
+
+def _order(rule: Rule, decay: float, matrices: int) -> tuple[bool, bool, int]:
+    return rule == "muon", decay == 0, matrices
+
+
+def build_optimizer(
+    rule: Rule,
+    groups: list[dict[str, Any]],
+    config: OptimizerConfig,
+    dtype: torch.dtype = torch.float32,
+    share_of: ShareOf = whole,
+    device: torch.device | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of these groups; see `Muon` for what it computes where."""
+    optimizer: torch.optim.Optimizer
+    if rule == "muon":
+        rates = config.muon_lr, config.muon_momentum, config.weight_decay
+        optimizer = Muon(groups, *rates, dtype, share_of, device)
+    elif rule == "lamb":
+        optimizer = Lamb(groups, config.lr, config.betas, config.eps, share_of, device)
     else:
-        optimizers.append(build_adamw(groups, config))
-        for parameter in others:
-            optimizers[0].state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    if muon:
-        groups = by_matrices([{"params": muon}], stacked)
-        optimizers.append(Muon(groups, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
-    for optimizer in optimizers:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def adamw_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors without; a group without parameters is left out."""
-    parameters = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def by_matrices(groups: list[dict[str, Any]], stacked: set[nn.Parameter]) -> list[dict[str, Any]]:
-    """Set apart the parameters that are two matrices side by side, for optimizers that look at a matrix as one."""
-    divided = [
-        group | {"params": [p for p in group["params"] if (p in stacked) == (matrices == 2)], "matrices": matrices}
-        for group in groups
-        for matrices in (1, 2)
-    ]
-    return [group for group in divided if group["params"]]
-
-
-def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
 
 
 def step_on_threads(optimizer: torch.optim.Optimizer, threads: int) -> None:
@@ -95,7 +106,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
 
 
-def moments(name: str, parameter: Tensor, optimizer: Literal["adamw", "muon", "lamb"]) -> int:
+def moments(name: str, parameter: Tensor, optimizer: Rule) -> int:
     """Numbers that an optimizer keeps of a parameter between steps: Muon one moment, AdamW and LAMB two."""
     return parameter.numel() * (1 if optimizer == "muon" and is_hidden_matrix(name, parameter) else 2)
 

@@ -89,6 +89,28 @@ class Ranks:
     def size(self) -> int:
         return dist.get_world_size(self.group) if dist.is_initialized() else 1
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, in its place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def swap(self, sent: Tensor, sizes: list[int], arriving: list[int]) -> Tensor:
+        """Send `sizes` elements of a flat tensor to each rank; what arrives from each, in order."""
+        if self.size == 1:
+            return sent
+        received = sent.new_empty(sum(arriving))
+        dist.all_to_all_single(received, sent, arriving, sizes, group=self.group)
+        return received
+
+    def collect(self, tensor: Tensor) -> Tensor:
+        """The flat tensors of all ranks, which have one size, in order."""
+        if self.size == 1:
+            return tensor
+        everywhere = tensor.new_empty(self.size * len(tensor))
+        dist.all_gather_into_tensor(everywhere, tensor, group=self.group)
+        return everywhere
+
     def each(self, action: Callable[[], T], expected: tuple[type[Exception], ...]) -> list[T]:
         """Run `action` on every rank, wait for all, and return the result of each.
 

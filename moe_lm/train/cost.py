@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.lora import freeze
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.model.transformer import LanguageModel, is_expert
-from moe_lm.optim.groups import moments
+from moe_lm.optim.groups import Rule, moments
 from moe_lm.parallel.topology import Topology
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
@@ -124,15 +123,13 @@ def cost(
     parameters = dict(built.named_parameters())
     if parallel.engine == "deepspeed":
         narrow_trained(built, dtype)
-        memory = divided_memory(parameters, parallel, processes(config, topology))
+        memory = divided_memory(parameters, parallel, processes(config, topology), train.optimizer.name)
     else:
         memory = whole_memory(built, train.optimizer.name, dtype)
     return Cost(sum(p.numel() for p in parameters.values()), _trained(parameters), memory)
 
 
-def whole_memory(
-    model: LanguageModel, optimizer: Literal["adamw", "muon", "lamb"], dtype: torch.dtype = torch.float32
-) -> Memory:
+def whole_memory(model: LanguageModel, optimizer: Rule, dtype: torch.dtype = torch.float32) -> Memory:
     """Memory of a device that keeps the whole model, with gradients and moments of what is trained.
 
     Products in another data type than float32 are those of copies.
@@ -146,22 +143,25 @@ def whole_memory(
     )
 
 
-def divided_memory(parameters: Mapping[str, nn.Parameter], parallel: ParallelConfig, world_size: int) -> Memory:
-    """Memory of each rank under DeepSpeed's AdamW.
+def divided_memory(
+    parameters: Mapping[str, nn.Parameter], parallel: ParallelConfig, world_size: int, optimizer: Rule = "adamw"
+) -> Memory:
+    """Memory of each rank under DeepSpeed.
 
     Experts are divided over `expert_parallel_size` ranks. ZeRO divides over the ranks that keep the same ones, which
     for everything else are all: float32 master weights and moments of what is trained from stage 1 on, gradients from
     stage 2, the weights themselves in stage 3.
     """
     stage, ep = parallel.zero_stage or 1, parallel.expert_parallel_size
-    weights = gradients = optimizer = 0
+    weights = gradients = state = 0
     for routed, division, copies in ((False, 1, world_size), (True, ep, world_size // ep)):
         held = {name: parameter for name, parameter in parameters.items() if is_expert(name) is routed}
         trained = _trained(held) // division
         weights += sum(p.nbytes for p in held.values()) // division // (copies if stage == 3 else 1)
         gradients += FLOAT32 * trained // (copies if stage >= 2 else 1)
-        optimizer += 3 * FLOAT32 * trained // copies
-    return Memory(weights, gradients, 0 if parallel.offload_optimizer else optimizer)
+        numbers = sum(p.numel() + moments(name, p, optimizer) for name, p in held.items() if p.requires_grad)
+        state += FLOAT32 * numbers // division // copies
+    return Memory(weights, gradients, 0 if parallel.offload_optimizer else state)
 
 
 def processes(config: RunConfig, topology: Topology) -> int:

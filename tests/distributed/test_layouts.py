@@ -61,7 +61,6 @@ def test_the_same_layout_goes_on_to_the_bit(
             (*layout(2, 1), "model.n_routed_experts=9"),
             "expert_parallel_size=2 does not divide model.n_routed_experts=9",
         ),
-        ((*layout(2, 1), "train.optimizer.name=muon"), "train.optimizer.name=muon needs whole matrices"),
         (
             ("train.global_batch_size=12", "train.micro_batch_size=4"),
             "train.micro_batch_size=4 does not divide the 6 sequences of a rank",

@@ -46,6 +46,13 @@ ATTRIBUTES = (
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.cpu_offload_pin_memory\b"),
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.grad_position\b"),
     ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.param_dict\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.partition_size\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.round_robin_bit16_offsets\b"),
+    ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", r"self\.real_dp_process_group\b"),
+    *(
+        (f"deepspeed.runtime.zero.{stage}._optimizer_step", r"self\.optimizer\.step\(\)|optimizer\.step\(\)")
+        for stage in ("stage_1_and_2:DeepSpeedZeroOptimizer", "stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
     (
         "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu",
         r"if param_id not in self\.accumulated_grads_in_cpu:",
@@ -61,6 +68,8 @@ ATTRIBUTES = (
     ("deepspeed.runtime.zero.stage3", r"append\(self\.lp_param_buffer\.narrow\(0, offset, sub_group_numel\)\)"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp32_partitioned_groups_flat\b"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.fp16_groups\b"),
+    ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.sub_group_to_group_id\b"),
+    ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", r"self\.sub_group_process_groups\b"),
     *(
         (f"deepspeed.runtime.zero.{stage}", r"self\._update_scale\(self\.overflow\)\s[^=]*if self\.overflow:")
         for stage in (
@@ -69,6 +78,8 @@ ATTRIBUTES = (
         )
     ),
     ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_id\b"),
+    ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_shape\b"),
+    ("deepspeed.runtime.zero.partition_parameters", r"param\.partition_numel = partition_numel"),
     ("deepspeed.moe.utils", r"param\.group_name\b"),
     ("deepspeed.moe.utils", r"\ballreduce\b"),
     ("deepspeed.runtime.zero.stage3", r"\bds_zero_placement_family\b"),

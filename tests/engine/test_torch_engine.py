@@ -356,7 +356,7 @@ def test_muon_orthogonalises_in_the_precision_of_the_run(ragged: BatchSource, pr
     gradient = momentum / 0.05
     moved = before - snapshot(engine)[f"model.{name}"]
     away = {
-        dtype: float((moved - 0.5 * orthogonalise((0.05 * gradient + 0.95 * momentum)[None], dtype)[0]).norm())
+        dtype: float((moved - 0.5 * orthogonalise((0.05 * gradient + 0.95 * momentum)[None].to(dtype))[0]).norm())
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert min(away, key=lambda dtype: away[dtype]) == getattr(torch, precision)

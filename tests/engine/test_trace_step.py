@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from moe_lm.config.training import OptimizerConfig
-from moe_lm.optim.groups import adamw_groups
+from moe_lm.optim.groups import parameter_groups
 from tests.processes import ENVIRONMENT
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "trace_step.py"
@@ -28,6 +28,6 @@ def test_a_call_upwards_is_found() -> None:
     script = runpy.run_path(str(SCRIPT))
     parameters, trace = script["tiny_engine"]().trained(), script["Trace"]()
     sys.setprofile(trace)
-    adamw_groups((parameter for _, parameter in parameters), OptimizerConfig())
+    list(parameter_groups(parameters, OptimizerConfig()))
     sys.setprofile(None)
     assert trace.upwards[0] == "optim/groups.py calls Engine.trained of engine/engine.py"

@@ -12,7 +12,7 @@ from torch import nn
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.optim.groups import (
-    build_adamw,
+    build_optimizer,
     build_optimizers,
     schedule_factor,
     set_learning_rate,
@@ -191,7 +191,7 @@ def test_counts_beyond_float32_still_move_biases_the_right_way() -> None:
 
 def test_a_step_on_more_threads_gives_the_same_weights() -> None:
     weights = [torch.nn.Parameter(random(100_000, seed=1)) for _ in range(2)]
-    optimizers = [build_adamw([{"params": [weight]}], OptimizerConfig()) for weight in weights]
+    optimizers = [build_optimizer("adamw", [{"params": [weight]}], OptimizerConfig()) for weight in weights]
     step_on_threads(optimizers[1], 3)
     seen = []
     optimizers[1].register_step_pre_hook(lambda *_: seen.append(torch.get_num_threads()))

@@ -93,4 +93,4 @@ def test_matrices_side_by_side_have_a_ratio_each() -> None:
             part.grad = random(*part.shape, seed=10 * step + seed)
         together.grad = torch.cat([random(*part.shape, seed=10 * step + seed) for seed, part in enumerate(apart)], -1)
         optimizer.step()
-    torch.testing.assert_close(together, torch.cat([part.detach() for part in apart], -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(together, torch.cat([part.detach() for part in apart], -1), rtol=1e-6, atol=1e-6)

@@ -34,10 +34,3 @@ def test_the_recipe_of_an_optimizer_lowers_the_loss(
     found = losses(tmp_path)
     assert len(found) == 8
     assert found[-1] < found[0] - 0.1
-
-
-@pytest.mark.parametrize("name", ["muon", "lamb"])
-def test_what_needs_whole_matrices_is_refused_before_anything_is_built(name: str, moe_lm: Callable[..., Any]) -> None:
-    done = moe_lm("pretrain", RECIPES / f"{name}.yaml", "parallel.engine=deepspeed", "--dry-run")
-    assert done.code == 2
-    assert f"train.optimizer.name={name} needs whole matrices, which ZeRO divides; use adamw" in done.err

@@ -182,7 +182,7 @@ def _ways(
     """Every way to divide the experts, each with the stages of ZeRO that may go with it, the lowest first."""
     if not offload:
         yield (Layout(devices, 1, 0, 1, "full"),)
-    if devices > 1 and config.train.optimizer.name == "adamw":
+    if devices > 1:
         own = config.parallel.expert_parallel_size
         for size in sorted({own, *expert_parallel_sizes(model, devices, per_node)}):
             yield [Layout(devices, size, stage, 1, "full", offload) for stage in (1, 2, 3)]

@@ -22,7 +22,7 @@ class Group:
     parameters: int
     weights: int  # bytes, in the data types that are multiplied: what the ranks send each other after the update
     ranks: tuple[int, ...]
-    moments: int  # numbers in an optimizer's state that is not divided
+    moments: int  # numbers in an optimizer's state, of all ranks
 
     @property
     def part(self) -> int:
@@ -56,7 +56,8 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
     part = sum(group.part for group in groups)
     # On a CPU a bucket takes as much memory as is written to it.
     buckets = FLOAT32 * (2 * BUCKET if overlaps else min(BUCKET, parameters))
-    optimizer = 0 if offload else 3 * FLOAT32 * part
+    state = part + sum(-(-group.moments // len(group.ranks)) for group in groups)
+    optimizer = 0 if offload else FLOAT32 * state
     largest = max((group.part for group in groups), default=0)  # flattened one group after the other
     accumulates = micro_batches > 1
     if stage == 1:

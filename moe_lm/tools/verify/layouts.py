@@ -18,7 +18,6 @@ from moe_lm.tools.verify.scale import STEPS
 REFERENCE = "one process"
 # The sequence-wise balance loss is a mean over rows, so packing changes its value.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
-# Of the torch engine; DeepSpeed has AdamW alone.
 OTHER_OPTIMIZERS: dict[Literal["muon", "lamb"], str] = {"muon": "Muon", "lamb": "LAMB"}
 LOSS_CHUNK = 20  # does not divide the positions of a micro-batch
 CHANGE = 2  # steps before a run goes on in another layout
@@ -69,7 +68,7 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
         else:
             layouts += _many(world_size, model, quick)
         if not (quick and world_size > 2):
-            layouts += _other_optimizers(world_size, train.precision)
+            layouts += _other_optimizers(world_size, model, train.precision, quick)
     # An expert's capacity is counted per row, and the model's own tokens are drawn by row and position: packing changes
     # both, and ranks that share rows know neither.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
@@ -216,19 +215,39 @@ def _in_parts_of_rows(world_size: int, model: ModelConfig, quick: bool) -> list[
     ]
 
 
-def _other_optimizers(world_size: int, precision: str) -> list[Layout]:
+def _other_optimizers(world_size: int, model: ModelConfig, precision: str, quick: bool) -> list[Layout]:
     """Muon only in float32: Newton-Schulz multiplies the rounding of bfloat16 beyond what an error would change."""
     layouts = []
     for name, title in OTHER_OPTIMIZERS.items():
         if name == "muon" and precision == "bfloat16":
             continue
-        reference = Layout(name=f"{REFERENCE}, {title}", world_size=1, optimizer=name, like=None)
+        reference = f"{REFERENCE}, {title}"
+
+        def layout(
+            what: str, name: Any = name, title: str = title, like: str | None = reference, **settings: Any
+        ) -> Layout:
+            return Layout(name=f"{what}, {title}", world_size=world_size, optimizer=name, like=like, **settings)
+
         if world_size == 1:
-            changes: dict[str, Any] = {"name": f"accumulation, {title}", "micro_batch_size": 2}
-            layouts.append(reference)
-        else:
-            changes = {"name": f"{world_size} x torch, {title}", "world_size": world_size}
-        layouts.append(reference.model_copy(update=changes | {"like": reference.name}))
+            layouts.append(layout(REFERENCE, like=None))
+            layouts.append(layout("accumulation", micro_batch_size=2))
+            continue
+        layouts.append(layout(f"{world_size} x torch"))
+        sizes = _expert_parallel_sizes(world_size, model)
+        widest, saved = max(sizes), f"{title} {world_size}"
+        for size in sizes:
+            for stage in (1, 2, 3):
+                kept = size == widest and stage == 2
+                if not quick or (kept and name == "muon"):
+                    divided, save_as = deepspeed(size, stage), saved if kept else None
+                    layouts.append(layout(_title(world_size, size, stage), parallel=divided, save_as=save_as))
+        if world_size == 2 and not quick:
+            one, three = deepspeed(widest, 1), deepspeed(widest, 3) | {"offload_optimizer": True}
+            layouts += [
+                layout(f"{_title(2, widest, 1)} after 4 processes", parallel=one, load_from=f"{title} 4"),
+                layout(f"{_title(2, widest, 3)}, offload, after ZeRO 2", parallel=three, load_from=saved),
+                layout("2 x torch after DeepSpeed", load_from=saved),
+            ]
     return layouts
 
 

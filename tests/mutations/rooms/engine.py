@@ -92,8 +92,8 @@ MUTATIONS = (
     Mutation(
         "Muon orthogonalises in bfloat16 in a run of float32",
         "engine/torch_engine.py",
-        "build_optimizers(self.model, train.optimizer, self.dtype)",
-        "build_optimizers(self.model, train.optimizer, torch.bfloat16)",
+        "build_optimizers(self.model, train.optimizer, self.dtype, share_of)",
+        "build_optimizers(self.model, train.optimizer, torch.bfloat16, share_of)",
         f"{TORCH}::test_muon_orthogonalises_in_the_precision_of_the_run",
     ),
     Mutation(

@@ -59,6 +59,7 @@ def test_every_layout_equals_one_process(start_moe_lm: Start, tmp_path: Path) ->
         "documents in rows of their own",
         "loss in chunks",
         "2 x torch, Muon",
+        "2 x DeepSpeed, EP 2, ZeRO 2, Muon",
         "accumulation, LAMB",
     ):
         assert name in layouts

@@ -1,8 +1,6 @@
 """Planted: Muon orthogonalises in bfloat16 in a run of float32, which magnifies the rounding between layouts."""
 
-import torch
-
 from moe_lm.optim import muon
 
 orthogonalise = muon.orthogonalise
-muon.orthogonalise = lambda matrices, dtype: orthogonalise(matrices, torch.bfloat16)
+muon.orthogonalise = lambda matrices: orthogonalise(matrices.bfloat16()).to(matrices.dtype)
