@@ -113,7 +113,7 @@ class LoopRun:
                 checkpoints=Checkpoints(
                     self.folder / "checkpoints", self.checkpoint, self.engine, log, {"config.yaml": "a: 1\n"}
                 ),
-                log=log, flops_per_token=1e6, evaluate_first=self.evaluate_first,
+                log=log, flops_per_token=lambda step: 1e6, evaluate_first=self.evaluate_first,
             )  # fmt: skip
             return train(training, counters)
 

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from moe_lm.config.data import Phase
 from moe_lm.data.batches import PackedBatches
 from moe_lm.data.shards import TokenShards
 
@@ -76,7 +77,9 @@ def nanogpt_loop(shards: TokenShards) -> Callable[[int], object]:
 
 
 def packed(shards: TokenShards, separate_documents: bool) -> Callable[[int], object]:
-    batches = PackedBatches([shards], [1.0], SEQUENCE_LENGTH, ROWS, seed=0, separate_documents=separate_documents)
+    batches = PackedBatches(
+        [shards], [Phase(0, ROWS, SEQUENCE_LENGTH, (1.0,))], ROWS, seed=0, separate_documents=separate_documents
+    )
     return lambda step: batches.batch(step, range(ROWS))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from moe_lm.common.errors import UsageError
 from moe_lm.config.section import Section
 
 ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference"]
@@ -61,6 +62,29 @@ class TokenizerRecipe(Section):
     validation_fraction: float = Field(default=0, ge=0, lt=1, description="share of documents to leave out, by hash")
 
 
+class PhaseConfig(Section):
+    """A share of the run with its own mix of sources and row length. A step has as many tokens in every phase."""
+
+    share: float = Field(gt=0, le=1, description="share of the run's steps; those of all phases add up to 1")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="by source, shares of the training sequences; a source that is left out, or has 0, is not read; "
+        "empty: those of the sources",
+    )
+    sequence_length: int | None = Field(
+        default=None, gt=1, description="tokens of a row; null: data.sequence_length, as in every evaluation"
+    )
+
+
+class Phase(NamedTuple):
+    """A phase of a run, from its first step (counted from 0) on."""
+
+    first_step: int
+    rows: int  # of the global batch
+    sequence_length: int
+    weights: tuple[float, ...]  # of the sources, in their order
+
+
 class DataConfig(Section):
     """Documents that `prepare` turns into token shards, and the rows that pretraining reads from them."""
 
@@ -73,6 +97,9 @@ class DataConfig(Section):
     validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
     separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")
+    phases: tuple[PhaseConfig, ...] = Field(
+        default=(), description="mixes and row lengths at shares of the run, one after the other; none: one for all"
+    )
     on_damage: OnDamage = Field(
         default="stop",
         description="what becomes of a damaged shard: the run stops and names it, or goes on without its tokens",
@@ -85,6 +112,62 @@ class DataConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ, got {names}")
         return self
+
+    @model_validator(mode="after")
+    def _phases_add_up(self) -> Self:
+        if not self.phases:
+            return self
+        total, names = sum(phase.share for phase in self.phases), [source.name for source in self.sources]
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"phases: their shares add up to {total:g}, expected 1; change one of them")
+        for number, phase in enumerate(self.phases, 1):
+            if strange := [name for name in phase.weights if name not in names]:
+                raise ValueError(f"phases: phase {number} reads {strange[0]!r}; the sources are {', '.join(names)}")
+            if not any(self._weights_in(phase)):
+                raise ValueError(f"phases: phase {number} reads no source; give one of its weights more than 0")
+            if self.longest % (length := self._length_in(phase)):
+                raise ValueError(
+                    f"phases: sequence_length={length} of phase {number} does not divide that of the longest phase, "
+                    f"{self.longest}; choose a divisor"
+                )
+        for name, weights in zip(names, zip(*map(self._weights_in, self.phases), strict=True), strict=True):
+            if not any(weights):
+                raise ValueError(f"phases: none reads source {name!r}; give it a weight, or remove it from sources")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row in the phase with the longest rows."""
+        return max(map(self._length_in, self.phases), default=self.sequence_length)
+
+    @property
+    def lengths(self) -> set[int]:
+        """Tokens of the rows in all phases and in evaluations."""
+        return {self.sequence_length, *map(self._length_in, self.phases)}
+
+    def phases_over(self, steps: int, rows: int) -> tuple[Phase, ...]:
+        """The phases of a run of so many steps, of `rows` of `sequence_length` or as many tokens; one without `phases`.
+
+        Raises UsageError for a phase without a step.
+        """
+        phases = self.phases or (PhaseConfig(share=1),)
+        bounds = [round(steps * sum(phase.share for phase in phases[:number])) for number in range(len(phases))]
+        for number, (first, end) in enumerate(zip(bounds, [*bounds[1:], steps], strict=True), 1):
+            if first >= end:
+                raise UsageError(
+                    f"phase {number} of data.phases has no step: its share of train.steps={steps} is "
+                    f"{phases[number - 1].share}; give it a larger share"
+                )
+        return tuple(
+            Phase(first, rows * self.sequence_length // self._length_in(phase), self._length_in(phase), weights)
+            for first, phase, weights in zip(bounds, phases, map(self._weights_in, phases), strict=True)
+        )
+
+    def _length_in(self, phase: PhaseConfig) -> int:
+        return phase.sequence_length or self.sequence_length
+
+    def _weights_in(self, phase: PhaseConfig) -> tuple[float, ...]:
+        return tuple(phase.weights.get(s.name, 0.0) if phase.weights else s.weight for s in self.sources)
 
 
 class ChatSource(Section):

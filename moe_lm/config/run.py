@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moe_lm.common.errors import UsageError
-from moe_lm.config.data import ChatDataConfig, DataConfig
+from moe_lm.config.data import ChatDataConfig, DataConfig, Phase
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
 from moe_lm.config.training import PreferenceConfig, TrainConfig
@@ -135,16 +135,39 @@ class PretrainConfig(Section):
         """Tokens of a row of a batch."""
         return self.data.sequence_length
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the run, of which there is at least one. Raises UsageError for one without a step."""
+        return self.data.phases_over(self.train.steps, self.train.global_batch_size)
+
+    def mix(self, phase: Phase) -> dict[str, float]:
+        """The share of each source in a phase."""
+        names = [source.name for source in self.data.sources]
+        return {name: weight / sum(phase.weights) for name, weight in zip(names, phase.weights, strict=True)}
+
+    @property
+    def in_longest_phase(self) -> PretrainConfig:
+        """The config as if all of the run had the longest rows, for which its memory must suffice."""
+        data, train = self.data, self.train
+        fewer = {
+            name: rows * data.sequence_length // data.longest
+            for name in ("global_batch_size", "micro_batch_size")
+            if (rows := getattr(train, name)) is not None
+        }
+        longest = data.model_copy(update={"sequence_length": data.longest, "phases": ()})
+        return self.model_copy(update={"data": longest, "train": train.model_copy(update=fewer)})
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         if self.start_from is None:
             self.refuse_any(["start_with_optimizer"], "needs start_from; set it, or take start_with_optimizer away")
         check_positions(self.model, self.data.sequence_length)
+        check_phases(self)
         check_experts(self.model, self.parallel)
         check_engine(self.train, self.parallel)
         check_router(self.model, self.train)
         check_heads(self.model, self.parallel)
-        check_parts_of_rows(self.train, self.parallel, [self.data.sequence_length])
+        check_parts_of_rows(self.train, self.parallel, self.data.lengths)
         return self
 
     @model_validator(mode="after")
@@ -175,6 +198,16 @@ class FinetuneConfig(Section):
     def row_length(self) -> int:
         """Tokens of a row of a batch; a row of pairs has room for both answers."""
         return self.data.sequence_length * (1 if self.preference is None else 2)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The only phase of the run."""
+        return (Phase(0, self.train.global_batch_size, self.data.sequence_length, ()),)
+
+    @property
+    def in_longest_phase(self) -> FinetuneConfig:
+        """The config itself, whose rows are equally long."""
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -227,6 +260,27 @@ def check_positions(model: ModelConfig, sequence_length: int) -> None:
             f"data.sequence_length={sequence_length} is longer than model.max_position_embeddings="
             f"{model.max_position_embeddings}; shorten the one or raise the other"
         )
+
+
+def check_phases(config: PretrainConfig) -> None:
+    """Raise UsageError for a phase whose rows do not fit the model, a step or a micro-batch, or that has no step."""
+    data, train = config.data, config.train
+    for number, phase in enumerate(data.phases, 1):
+        length = phase.sequence_length or data.sequence_length
+        said = f"sequence_length={length} of phase {number} of data.phases"
+        if length > config.model.max_position_embeddings:
+            raise UsageError(
+                f"{said} is longer than model.max_position_embeddings={config.model.max_position_embeddings}; shorten "
+                "the one or raise the other"
+            )
+        for name, rows in (("step", train.global_batch_size), ("micro-batch", train.micro_batch_size)):
+            if rows is not None and rows * data.sequence_length % length:
+                raise UsageError(
+                    f"{said} does not divide the {rows * data.sequence_length} tokens of a {name}, which are "
+                    f"{rows} rows of data.sequence_length={data.sequence_length}; choose a divisor"
+                )
+    if train.steps and data.phases:
+        _ = config.phases
 
 
 def check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:

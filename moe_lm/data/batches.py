@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lm.common.errors import UsageError
-from moe_lm.data.order import Mixture
+from moe_lm.config.data import Phase
+from moe_lm.data.order import Items, Mixture
 from moe_lm.data.shards import TokenShards
 from moe_lm.data.stream import TokenStream
 
@@ -104,46 +106,85 @@ class MixedBatches(ABC):
 
 
 class PackedBatches(MixedBatches):
-    """Training batches from the shards of one or several sources, mixed by weight (relative shares of sequences).
+    """Training batches from the shards of one or several sources, in the phases of a run.
 
-    With `separate_documents` a document attends only to itself, its positions begin at 0, and its last token has no
-    target. `steps_per_epoch` is rounded up. Raises UsageError when a source is shorter than one window.
+    In each phase the sources are mixed by weight (relative shares of its sequences). A source goes on through the
+    phases that read it: no token of it is trained on twice in an epoch. In windows of one length an epoch is every
+    window once. Where phases read a source in windows of several lengths, an epoch is that of the longest; shorter
+    ones are their parts, shuffled within chunks of a sixteenth of the source (at most 1024 long windows), and at a
+    change of length the rest of the chunk is not read in this epoch.
+
+    The rows that `batch` is asked for are those of a global batch of `global_batch_size`; a phase with fewer and longer
+    ones gives as many tokens for them. With `separate_documents` a document attends only to itself, its positions begin
+    at 0, and its last token has no target. `steps_per_epoch`, of the first phase, is rounded up. Raises UsageError when
+    a source is shorter than one window.
     """
 
     def __init__(
         self,
         shards: Sequence[TokenShards],
-        weights: Sequence[float],
-        sequence_length: int,
+        phases: Sequence[Phase],
         global_batch_size: int,
         seed: int,
         separate_documents: bool,
     ) -> None:
-        self._length = sequence_length
-        windows = [_num_windows(item, sequence_length) for item in shards]
-        self.steps_per_epoch = -(-sum(windows) // global_batch_size)
+        self._phases = phases
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
         data = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
-        super().__init__(Mixture(windows, weights, seed), data, global_batch_size)
-        self._plan_steps = max(1, PLAN_SEQUENCES // global_batch_size)
-        self._plan: tuple[int, _Windows] | None = None
+        self._mixtures = _mixtures(shards, phases, seed)
+        super().__init__(self._mixtures[0], data, global_batch_size)
+        self.steps_per_epoch = -(-self._mixture.num_items // phases[0].rows)
+        self._plan: tuple[tuple[int, int], _Windows] | None = None
 
     def batch(self, step: int, rows: range) -> Batch:
-        number, offset = divmod(step, self._plan_steps)
-        plan = self._plan
-        if plan is None or plan[0] != number:
-            plan = self._plan = number, self._plan_windows(number)
-        first = offset * self._batch_size
-        return plan[1].batch(slice(first + rows.start, first + rows.stop, rows.step))
+        number = bisect_right(self._phases, step, key=lambda phase: phase.first_step) - 1
+        phase = self._phases[number]
+        steps = max(1, PLAN_SEQUENCES // phase.rows)
+        key, offset = divmod(step - phase.first_step, steps)
+        if self._plan is None or self._plan[0] != (number, key):
+            self._plan = (number, key), self._plan_windows(number, key * steps * phase.rows, steps * phase.rows)
+        first = offset * phase.rows
+        start, stop = (place * phase.rows // self._batch_size for place in (rows.start, rows.stop))
+        return self._plan[1].batch(slice(first + start, first + stop, rows.step))
 
-    def _plan_windows(self, number: int) -> _Windows:
-        size = self._plan_steps * self._batch_size
-        sources, windows = self._mixture.items(np.arange(number * size, (number + 1) * size))
-        starts = self._first_token[sources] + windows * self._length
-        return _Windows(self._stream, starts, self._length, self._document_starts)
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source is read over this many steps."""
+        total = np.zeros(len(self._phases[0].weights))
+        ends = [*(phase.first_step for phase in self._phases[1:]), steps]
+        for mixture, phase, end in zip(self._mixtures, self._phases, ends, strict=True):
+            total += mixture.epochs(max(0, min(end, steps) - phase.first_step) * phase.rows)
+        return total.tolist()
+
+    def keep_order_of(self, fingerprint: str) -> None:
+        if len(self._phases) == 1:  # the runs that began with the first order had no others
+            super().keep_order_of(fingerprint)
+            self._mixtures = [self._mixture]
+
+    def _plan_windows(self, number: int, first: int, count: int) -> _Windows:
+        length = self._phases[number].sequence_length
+        sources, windows = self._mixtures[number].items(np.arange(first, first + count))
+        starts = self._first_token[sources] + windows * length
+        return _Windows(self._stream, starts, length, self._document_starts)
+
+
+def _mixtures(shards: Sequence[TokenShards], phases: Sequence[Phase], seed: int) -> list[Mixture]:
+    """The mixture of each phase."""
+    lengths = [{phase.sequence_length for phase in phases if phase.weights[place]} for place in range(len(shards))]
+    longest = [max(read) for read in lengths]
+    sizes = [_num_windows(item, length) for item, length in zip(shards, longest, strict=True)]
+    parts = [[max(1, length // phase.sequence_length) for length in longest] for phase in phases]
+    items = [
+        Items(size, parts=count if phases[0].weights[place] else 1, several=len(lengths[place]) > 1)
+        for place, (size, count) in enumerate(zip(sizes, parts[0], strict=True))
+    ]
+    mixtures = [Mixture(items, phases[0].weights, seed)]
+    for before, phase, counts in zip(phases, phases[1:], parts[1:], strict=False):
+        visits = (phase.first_step - before.first_step) * before.rows
+        mixtures.append(mixtures[-1].then(visits, counts, phase.weights))
+    return mixtures
 
 
 class EvaluationBatches:

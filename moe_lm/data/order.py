@@ -7,7 +7,9 @@ sequence is computed only from i and a key.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,38 +21,106 @@ _ROUNDS = 8  # four make a random permutation in theory (Luby and Rackoff); a sm
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+LONG_ITEMS = 1024  # at most, of whose parts a shuffle is made
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of a source in one phase of a run, and where in them the phase begins.
+
+    size: items, of which each comes once an epoch. A source that is read in windows of several lengths has items of the
+    longest, and in a phase of shorter ones `parts` of each. begun: items or parts that were passed before. several: of
+    lengths.
+    """
+
+    size: int
+    begun: int = 0
+    parts: int = 1
+    several: bool = False
+
+    def after(self, visits: int, parts: int) -> Items:
+        """The items of the next phase that reads this source, in so many `parts`.
+
+        It goes on where this one ends, and where the length changes, behind the chunk that this one has begun.
+        """
+        begun = self.begun + visits
+        if parts != self.parts:
+            epoch, place = divmod(begun, self.size * self.parts)
+            chunk = self.chunk * self.parts
+            place = min(-(-place // chunk) * self.chunk, self.size)
+            begun = (epoch * self.size + place) * parts
+        return replace(self, begun=begun, parts=parts)
+
+    @property
+    def chunk(self) -> int:
+        """Items whose parts are shuffled together: few, so that the next phase finds most others untouched."""
+        return max(1, min(LONG_ITEMS, self.size // 16)) if self.several else 1
+
+    def at(self, visits: NDArray[np.int64], key: Callable[..., NDArray[np.uint64]]) -> NDArray[np.int64]:
+        """The item, or part, of the source's own visits [n] in this phase; `key` makes a key from numbers."""
+        epoch, place = np.divmod(self.begun + visits, self.size * self.parts)
+        if self.parts == 1:
+            return shuffled(place, self.size, key(epoch))
+        number, place = np.divmod(place, self.chunk * self.parts)
+        last, rest = divmod(self.size, self.chunk)
+        for size, among in ((self.chunk, number < last), (rest, number == last)):
+            place[among] = shuffled(place[among], size * self.parts, key(epoch[among], 1 + number[among]))
+        item, part = np.divmod(place, self.parts)
+        return shuffled(number * self.chunk + item, self.size, key(epoch)) * self.parts + part
+
+
 class Mixture:
-    """Sources of `sizes` items each, visited by weight (relative shares of the visits).
+    """Sources of some items each, visited by weight (relative shares of the visits; 0: not at all).
 
     A visit takes its source from a shuffled block of exact shares, and its item from a shuffle of the source's items, a
     new one each epoch. A source's own visits are numbered in the order in which they come, so that it visits every item
     once before any item again. With `exact_epochs` false they are numbered as in the first runs of this program, whose
-    epochs of several sources overlapped within a block. Raises UsageError for more sources than a block has visits.
+    epochs of several sources overlapped within a block. `phase` is the number of the phase whose visits these are.
+    Raises UsageError for more sources than a block has visits.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, exact_epochs: bool = True) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int] | Sequence[Items],
+        weights: Sequence[float],
+        seed: int,
+        exact_epochs: bool = True,
+        phase: int = 0,
+    ) -> None:
         if len(sizes) > MIX_BLOCK:
             raise UsageError(f"{len(sizes)} sources are more than can be mixed, {MIX_BLOCK}; join some of them")
-        self._sizes = sizes
+        self._sources = [Items(size) if isinstance(size, int) else size for size in sizes]
         self._weights = weights
         self._seed = seed
+        self._phase = phase
         self._shares = block_shares(weights)
         self._exact_epochs = exact_epochs
 
     def in_first_order(self) -> Mixture:
         """The same sources with `exact_epochs` false."""
-        return Mixture(self._sizes, self._weights, self._seed, exact_epochs=False)
+        return Mixture(self._sources, self._weights, self._seed, exact_epochs=False)
+
+    def then(self, visits: int, parts: Sequence[int], weights: Sequence[float]) -> Mixture:
+        """The mixture of the next phase, after so many visits, with other weights and `parts` of each source's items.
+
+        A source that is not read keeps its place.
+        """
+        sources = [
+            items.after(taken, count) if weight else items.after(taken, items.parts)
+            for items, taken, count, weight in zip(self._sources, self.taken(visits), parts, weights, strict=True)
+        ]
+        return Mixture(sources, weights, self._seed, self._exact_epochs, self._phase + 1)
 
     def fingerprint(self, data: str) -> str:
         """Equal only for equal `data` (a hash of what the sources hold) in equal order. One source has one order."""
-        if len(self._sizes) == 1 or not self._exact_epochs:
+        if len(self._sources) == 1 or not self._exact_epochs:
             return data
         return hashlib.sha256(f"{data}, epochs are exact".encode()).hexdigest()
 
     def items(self, visits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each visit, numbered over the whole run, and the item in that source. [n] -> [n], [n]"""
-        if len(self._sizes) == 1:
-            return np.zeros_like(visits), self._item(0, visits)
+        """The source of each visit, numbered over the phase, and the item in that source. [n] -> [n], [n]"""
+        if (only := self._only_source) is not None:
+            return np.full_like(visits, only), self._item(only, visits)
         block, place = np.divmod(visits, MIX_BLOCK)
         numbers, row = np.unique(block, return_inverse=True)
         mixed = self._mixed(numbers)
@@ -65,26 +135,46 @@ class Mixture:
             items[mine] = self._item(source, block[mine] * share + turns[mine] - (bounds[source] - share))
         return sources, items
 
+    def taken(self, visits: int) -> list[int]:
+        """The visits of each source among the first `visits`."""
+        if (only := self._only_source) is not None:
+            return [visits * (source == only) for source in range(len(self._sources))]
+        block, rest = divmod(visits, MIX_BLOCK)
+        begun = np.searchsorted(np.cumsum(self._shares), self._mixed(np.array([block]))[0, :rest], side="right")
+        counts = np.bincount(begun, minlength=len(self._shares))
+        return [block * share + int(count) for share, count in zip(self._shares, counts, strict=True)]
+
     def epochs(self, visits: int) -> list[float]:
         """How often each source is read over this many visits."""
-        return [visits * share / MIX_BLOCK / size for share, size in zip(self._shares, self._sizes, strict=True)]
+        shares = zip(self._shares, self._sources, strict=True)
+        return [visits * share / MIX_BLOCK / (items.size * items.parts) for share, items in shares]
+
+    @property
+    def num_items(self) -> int:
+        """Items of an epoch of all sources together."""
+        return sum(items.size * items.parts for items in self._sources)
+
+    @property
+    def _only_source(self) -> int | None:
+        """The source that is read alone."""
+        return self._shares.index(MIX_BLOCK) if MIX_BLOCK in self._shares else None
 
     def _mixed(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shuffle of each block's places. [blocks] -> [blocks, MIX_BLOCK]"""
         places = np.tile(np.arange(MIX_BLOCK), len(blocks))
-        keys = np.repeat(shuffle_key(self._seed, 0, blocks), MIX_BLOCK)
+        phase = (self._phase,) if self._phase else ()
+        keys = np.repeat(shuffle_key(self._seed, 0, blocks, *phase), MIX_BLOCK)
         return shuffled(places, MIX_BLOCK, keys).reshape(len(blocks), MIX_BLOCK)
 
     def _item(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
         """The item of a source's own visits [n]: every item once an epoch."""
-        epoch, place = np.divmod(visits, self._sizes[source])
-        return shuffled(place, self._sizes[source], shuffle_key(self._seed, 1 + source, epoch))
+        return self._sources[source].at(visits, partial(shuffle_key, self._seed, 1 + source))
 
 
 def block_shares(weights: Sequence[float]) -> list[int]:
-    """The number of visits that each source gets of MIX_BLOCK, by largest remainder and at least one."""
+    """The visits of MIX_BLOCK that each source gets, by largest remainder: at least one, or none at weight 0."""
     exact = np.asarray(weights, np.float64) / sum(weights) * MIX_BLOCK
-    shares = np.maximum(1, np.floor(exact)).astype(int)
+    shares = np.maximum(exact > 0, np.floor(exact)).astype(int)
     while (missing := MIX_BLOCK - int(shares.sum())) != 0:
         place = np.argmax(exact - shares) if missing > 0 else np.argmax(shares)
         shares[place] += np.sign(missing)

@@ -69,7 +69,7 @@ def describe(
         f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {tokens:,} tokens ({tokens / parameters.total:.2g} a parameter), "
-        f"{tokens * flops[0]:.3g} FLOPs",
+        f"{tokens_per_step * flops_a_token(config, model):.3g} FLOPs",
     ]
 
 
@@ -80,6 +80,16 @@ def all_settings(config: RunConfig, topology: Topology) -> Iterator[str]:
         world_size = processes(config, topology)
         settings = deepspeed_json(config.train, config.parallel, world_size, cuda=config.parallel.device != "cpu")
         yield f"\nDeepSpeed, {world_size} processes:\n{json.dumps(settings, indent=2)}"
+
+
+def flops_a_token(config: RunConfig, model: ModelConfig) -> int:
+    """FLOPs of the run for a token of every step, causal attention halved."""
+    phases = config.phases
+    ends = [*(phase.first_step for phase in phases[1:]), config.train.steps]
+    return sum(
+        (end - phase.first_step) * flops_per_token(model, phase.sequence_length, causal_half=True)
+        for phase, end in zip(phases, ends, strict=True)
+    )
 
 
 def cost_lines(

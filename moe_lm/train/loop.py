@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -35,7 +35,8 @@ class Training:
     config: TrainConfig
     checkpoints: Checkpoints
     log: RunLog
-    flops_per_token: float  # forward and backward
+    flops_per_token: Callable[[int], float]  # forward and backward, in a step counted from 0
+    before_step: Callable[[int], None] = lambda step: None  # called with each step, counted from 0
     evaluate_first: bool = False  # evaluate before the first step too
     watchdog: Watchdog = NO_WATCHDOG
 
@@ -222,17 +223,19 @@ class Loop:
         """Take a step; returns its record of metrics.jsonl."""
         run, engine, result = self.run, self.run.engine, self.result
         started = time.perf_counter()
-        run.watchdog.at("reading", result.step + 1)
+        step = result.step
+        run.before_step(step)
+        run.watchdog.at("reading", step + 1)
         with self.pace.reading():
-            micro_batches = local_micro_batches(engine, self.batches, run.config, result.step)
+            micro_batches = local_micro_batches(engine, self.batches, run.config, step)
         data_seconds = time.perf_counter() - started
-        found = engine.train_step(result.step, micro_batches, loss_limit=self.guard.loss_limit)
+        found = engine.train_step(step, micro_batches, loss_limit=self.guard.loss_limit)
         run.watchdog.at("after the step")
         seconds = time.perf_counter() - started
         result.note_step(found.loss, found.tokens)
         self.unsaved = True
         with_load = run.log.is_due(result.step)
-        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token, with_load)
+        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token(step), with_load)
         record |= self._now()
         self.guard.judge(result.step, found)
         return record

@@ -132,6 +132,14 @@ def check_layout(config: RunConfig, topology: Topology) -> None:
     topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     check_batch_size(config.train, topology)
     config.train.rows_at_once(topology.row_groups)
+    for number, phase in enumerate(config.phases, 1):
+        if phase.rows % topology.row_groups:
+            raise UsageError(
+                f"phase {number} of data.phases has {phase.rows} rows a step, which are not divisible by the "
+                f"{topology.row_groups} processes or groups that have rows of their own; make train.global_batch_size "
+                "larger",
+                common=True,
+            )
 
 
 def check_folder(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import preflight
 from moe_lm.train.loop import TrainingResult, local_micro_batches
+from moe_lm.train.phases import phase_lines
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import find, notes_on
 from moe_lm.train.summary import data_lines
@@ -69,6 +70,7 @@ def describe(
         shards, held_out = (open_shards(config, split, tokenizer, verify=False) for split in SPLITS)
         epochs = training_batches(config, shards).epochs(config.train.steps)
         data = list(data_lines(names, shards, held_out, epochs))
+    data += phase_lines(config)
     return preflight.dry_run(config, config.model, topology, fit, data, settings)
 
 
@@ -118,12 +120,7 @@ def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, veri
 def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:
     """The training split of every source, mixed by weight."""
     return PackedBatches(
-        shards,
-        [source.weight for source in config.data.sources],
-        config.data.sequence_length,
-        config.train.global_batch_size,
-        config.train.seed,
-        config.data.separate_documents,
+        shards, config.phases, config.train.global_batch_size, config.train.seed, config.data.separate_documents
     )
 
 

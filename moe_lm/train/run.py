@@ -23,7 +23,6 @@ from moe_lm.data.shards import LeftOut
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
-from moe_lm.model.size import flops_per_token
 from moe_lm.objective.training_loss import Objective
 from moe_lm.parallel import process_group
 from moe_lm.parallel.launch import note_start
@@ -39,6 +38,7 @@ from moe_lm.train.guards import with_new_settings
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
+from moe_lm.train.phases import flops_of_step, tell_of_phase
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
@@ -219,7 +219,8 @@ def train_and_log(
                 watchdog=watchdog,
             ),
             log=log,
-            flops_per_token=flops_per_token(recipe.model, config.data.sequence_length, causal_half=True),
+            flops_per_token=flops_of_step(config, recipe.model),
+            before_step=partial(tell_of_phase, config, log),
             evaluate_first=recipe.start is not None,
             watchdog=watchdog,
         )

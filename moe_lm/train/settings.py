@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Adapter, Start, is_at, read_adapter
 from moe_lm.common.errors import UsageError
 from moe_lm.config.reading import build_config
-from moe_lm.config.run import RunConfig
+from moe_lm.config.run import PretrainConfig, RunConfig
 from moe_lm.data.batches import MixedBatches
+from moe_lm.data.order import block_shares
 from moe_lm.optim.groups import first_other_rate
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -38,8 +41,13 @@ def changed_settings(
     saved = _saved_config(folder, config)
     if (late := late_change_of_steps(saved, config, folder)) is None:
         may_change += ("train.steps",)
+    reads_the_same = isinstance(config, PretrainConfig) and has_read_the_same(saved, config, checkpoint.step_of(folder))
+    if reads_the_same:
+        may_change += ("data.phases", "data.sources")  # a source is known by its fingerprint
     changes = compare_config(saved, config.model_dump(mode="json"))
     changes = [change for change in changes if not change.startswith(may_change)]
+    if not reads_the_same and isinstance(config, PretrainConfig) and config.data.phases:
+        changes.append("with these phases, the steps that are done would have read other rows")
     if Tokenizer.load(checkpoint.verified_path(folder, "tokenizer")).fingerprint != tokenizer.fingerprint:
         changes.append("the tokenizer is another one")
     data = checkpoint.read_text(folder, "data.sha256")
@@ -85,6 +93,27 @@ def late_change_of_steps(saved: Mapping[str, Any], config: RunConfig, folder: Pa
         f"begin another run with start_from={sooner[-1] if sooner else config.run_dir}, or keep the change with "
         "checkpoint.allow_changes=true"
     )
+
+
+def has_read_the_same(saved: Mapping[str, Any], config: PretrainConfig, done: int) -> bool:
+    """Whether the steps that are done have read the rows that this config gives them; what follows may be changed."""
+    try:
+        before = PretrainConfig.model_validate(saved)
+    except (ValidationError, UsageError):  # of another stage
+        return False
+    return past_of(before, done) == past_of(config, done)
+
+
+def past_of(config: PretrainConfig, done: int) -> list[tuple[Any, ...]]:
+    """All that gives the steps that are done their rows, but for the content of the sources and the seed."""
+    phases = config.phases
+    begun = [phase for phase in phases if phase.first_step < done]
+    read = [place for place in range(len(config.data.sources)) if any(phase.weights[place] for phase in begun)]
+    longest = [max(phase.sequence_length for phase in phases if phase.weights[place]) for place in read]
+    return [
+        tuple(longest),
+        *((phase.first_step, phase.sequence_length, tuple(block_shares(phase.weights))) for phase in begun),
+    ]
 
 
 def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

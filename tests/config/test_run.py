@@ -110,6 +110,19 @@ REFUSALS = f"""
     data.sources=[{{name: a, path: a.txt, stdlib: true}}] | source 'a' needs exactly one of path, dataset, stdlib
     data.sources=[{{name: a, path: a, dataset: b}}] | source 'a' needs exactly one of path, dataset, stdlib
 
+    data.phases=[{{share: 0.5}}, {{share: 0.4}}] | data: phases: their shares add up to 0.9, expected 1
+    data.phases=[{{share: 1, weights: {{web: 1}}}}] | phase 1 reads 'web' | the sources are stdlib
+    data.phases=[{{share: 1, weights: {{stdlib: 0}}}}] | phase 1 reads no source
+    data.phases=[{{share: 1, weights: {{stdlib: -1}}}}] | data.phases.0.weights.stdlib=-1 | greater than or equal to 0
+    data.sources=[{{name: a, path: a}}, {{name: b, path: b}}] ; data.phases=[{{share: 1, weights: {{a: 1}}}}] \
+        | none reads source 'b'
+    data.phases=[{{share: 1, sequence_length: 256}}] | sequence_length=256 of phase 1 | max_position_embeddings=128
+    data.phases=[{{share: 1, sequence_length: 96}}] | sequence_length=96 of phase 1 | 512 tokens of a step | divisor
+    data.phases=[{{share: 0.5}}, {{share: 0.5, sequence_length: 96}}] | sequence_length=64 of phase 1 | longest phase
+    train.micro_batch_size=1 ; data.phases=[{{share: 1, sequence_length: 128}}] | 64 tokens of a micro-batch
+    data.phases=[{{share: 0.99}}, {{share: 0.01}}] | phase 2 of data.phases has no step | train.steps=10 | larger share
+    data.phases=[{{share: 1, weight: 1}}] | unknown key data.phases.0.weight; did you mean data.phases.weights?
+
     train.steps | not of the form section.key=value
     =3 | not of the form section.key=value
     train.steps.deep=3 | train.steps is not a section

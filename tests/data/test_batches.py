@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.common.errors import UsageError
+from moe_lm.config.data import Phase
 from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import TokenShards
 from moe_lm.data.stream import TokenStream
@@ -36,7 +37,8 @@ def numbered(tokens: int, first: int = 0) -> TokenShards:
 def train(
     shards: list[TokenShards], batch_size: int = 4, weights: Sequence[float] = (), separate: bool = True, seed: int = 1
 ) -> PackedBatches:
-    return PackedBatches(shards, weights or [1.0] * len(shards), LENGTH, batch_size, seed, separate)
+    phase = Phase(0, batch_size, LENGTH, tuple(weights or [1.0] * len(shards)))
+    return PackedBatches(shards, [phase], batch_size, seed, separate)
 
 
 def first_tokens(batches: PackedBatches, steps: int, batch_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_lm.config.data import ChatSource, DataConfig
+from moe_lm.config.data import ChatSource, DataConfig, Phase
 from moe_lm.data.batches import PackedBatches
 from moe_lm.data.formats import dialogue_of, preference_of
 from moe_lm.data.order import shuffle_key, shuffled
@@ -34,7 +34,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_
     )
     assert str(report) in DOCUMENT
     names = {"np": np, "tokenizer": tiny_tokenizer, "shards": TokenShards.open(Path("shards/notes"), "train")}
-    names |= {"PackedBatches": PackedBatches, "shuffled": shuffled, "shuffle_key": shuffle_key}
+    names |= {"PackedBatches": PackedBatches, "Phase": Phase, "shuffled": shuffled, "shuffle_key": shuffle_key}
     # A fence ends the output of an example, as an empty line would.
     examples = doctest.DocTestParser().get_doctest(re.sub("```.*", "", DOCUMENT), names, "data.md", None, None)
     assert doctest.DocTestRunner().run(examples, clear_globs=False) == doctest.TestResults(0, 12)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.data import DataConfig
+from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data.batches import PackedBatches
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards
@@ -141,7 +141,9 @@ def test_a_damaged_shard_is_left_out_where_that_is_chosen(
 
 def test_a_shard_that_is_cut_while_it_is_read_is_named(folder: Path) -> None:
     """Mapped into memory it would end the process by SIGBUS."""
-    batches = PackedBatches([TokenShards.open(folder, "train")], [1.0], 16, 4, seed=1, separate_documents=True)
+    batches = PackedBatches(
+        [TokenShards.open(folder, "train")], [Phase(0, 4, 16, (1.0,))], 4, seed=1, separate_documents=True
+    )
     before = [batches.batch(step, range(4)).input_ids.tolist() for step in range(batches.steps_per_epoch)]
     os.truncate(folder / "train-00000.bin", 100)
     with pytest.raises(MoeLmError, match=r"train-00000.bin ends before byte .*: it was cut short after it was opened"):

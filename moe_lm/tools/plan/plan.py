@@ -106,6 +106,7 @@ def begin(
         )
     devices = devices or config.parallel.least_processes
     check_layout(config, Topology(world_size=devices))
+    config = config.in_longest_phase
     here = None
     if gpu == "cpu" or measure:
         here = torch.device("cuda" if gpu is None and torch.cuda.is_available() else "cpu")
@@ -197,7 +198,7 @@ def fit(
 
     If it does not, the verdict names the nearest layout that does, unless told not to search for it.
     """
-    devices = topology.world_size
+    devices, config = topology.world_size, config.in_longest_phase
     device, here = _device_to_fill(config, topology, gpu)
     kind = "cuda" if here is None or here.type == "cuda" else "cpu"
     is_asked = gpu is not None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from moe_lm.config.data import DataConfig
+from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data import prepare as preparing
 from moe_lm.data.batches import EvaluationBatches, PackedBatches
 from moe_lm.data.shards import TokenShards
@@ -45,7 +45,7 @@ def prepare(folder: Path) -> Read:
         (shards / "manifest.json").write_bytes(signed(manifest, index))
         train = TokenShards.open(shards, "train", tokenizer=tokenizer)
         for separate in (True, False):
-            PackedBatches([train], [1.0], 16, 4, 1, separate).batch(0, range(4))
+            PackedBatches([train], [Phase(0, 4, 16, (1.0,))], 4, 1, separate).batch(0, range(4))
             EvaluationBatches(train, 16, 2, separate).batch(0, range(2))
 
     return read

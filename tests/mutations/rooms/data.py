@@ -26,8 +26,8 @@ MUTATIONS = (
     Mutation(
         "every seed has the same order",
         "data/order.py",
-        "shuffle_key(self._seed, 1 + source, epoch))",
-        "shuffle_key(1, 1 + source, epoch))",
+        "partial(shuffle_key, self._seed, 1 + source)",
+        "partial(shuffle_key, 1, 1 + source)",
         f"{ORDER}::test_seeds_and_epochs_have_orders_of_their_own",
     ),
     Mutation(
