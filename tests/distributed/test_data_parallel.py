@@ -54,13 +54,15 @@ def one_process(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -
     return train_alone(tiny_pretrain, tmp_path_factory.mktemp("one"), *SETTINGS)
 
 
+@pytest.mark.parametrize("ranks_of_a_row", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pretraining_with_2_processes_is_that_with_1_and_either_goes_on_for_the_other(
-    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, one_process: Path
+    tiny_pretrain: Path, tmp_path: Path, start_moe_lm: Start, one_process: Path, ranks_of_a_row: int
 ) -> None:
     """2 ranks train 12 steps; from their checkpoint of step 6 one process goes on, and the other way round."""
     run_dir = tmp_path / "run"
     command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS)
-    out, silent = finish(start_ranks(start_moe_lm, 2, *command))
+    shared = f"parallel.sequence_parallel_size={ranks_of_a_row}"
+    out, silent = finish(start_ranks(start_moe_lm, 2, *command, shared))
     assert re.match("kernels: attention [a-z]+, experts bucketed\npretrain 1/12", out)
     assert silent == ""
     assert_same_training(metrics(run_dir), metrics(one_process))
@@ -72,7 +74,8 @@ def test_pretraining_with_2_processes_is_that_with_1_and_either_goes_on_for_the_
     run_dir = tmp_path / "other"
     shutil.copytree(one_process, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
-    out, _ = finish(start_ranks(start_moe_lm, 2, "pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS))
+    command = ("pretrain", tiny_pretrain, f"run_dir={run_dir}", *SETTINGS, shared)
+    out, _ = finish(start_ranks(start_moe_lm, 2, *command))
     assert "going on after step 6 of 12" in out
     assert_same_training(metrics(run_dir), metrics(one_process))
     one, two = (tensors(folder / "checkpoints" / "step-00000012") for folder in (one_process, run_dir))
