@@ -162,11 +162,18 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens that each window scores anew; default: half a window.")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window; default: those of a row of its training.")
+    ] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Also say how the loss falls with the length of the context.")
+    ] = False,
     base: BasePath = None,
 ) -> None:
     """Measure perplexity and bits per byte, or answers to tasks."""
     if tasks.tasks:
-        refuse({"FILES": " ".join(map(str, files)) if files else None, "--stride": stride}, "--tasks")
+        given = {"FILES": " ".join(map(str, files)) if files else None, "--stride": stride, "--window": window}
+        refuse(given | {"--by-position": by_position or None}, "--tasks")
         from moe_lm.evaluate.tasks import evaluate_tasks, table
 
         with counting("evaluating") as tell:
@@ -175,9 +182,11 @@ def evaluate(
         if tasks.output is not None:
             print(f"wrote {tasks.output}")
         return
+    if by_position:
+        refuse({"--stride": stride}, "--by-position, whose windows do not overlap")
     from moe_lm.evaluate import perplexity
 
-    print(perplexity.evaluate(run, files or (), stride=stride, base=base))
+    print(perplexity.evaluate(run, files or (), stride, base, window, by_position))
 
 
 def export(

@@ -6,6 +6,7 @@ Bits per byte divide the loss of all of them by the bytes of the text, so that t
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
@@ -30,13 +32,27 @@ from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
-from moe_lm.objective.training_loss import Predictions, num_targets
+from moe_lm.objective.training_loss import Predictions
 from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 BATCH_ROWS = 8  # windows at once
 WINDOW = 2048  # tokens, for a model that was not trained here
+SHORT = 32  # tokens of context, of which those with fewer are one bucket
+
+
+@dataclass(frozen=True)
+class ContextScore:
+    """How well tokens with so many tokens before them in their window are predicted."""
+
+    context: range
+    tokens: int
+    nll: float  # nats per token
+
+    def __str__(self) -> str:
+        context = f"{self.context.start:,} to {self.context.stop - 1:,}"
+        return f"{context:>18}  {self.tokens:>12,}  {self.nll:>8.4f}  {_perplexity(self.nll):>10.3f}"
 
 
 @dataclass(frozen=True)
@@ -48,21 +64,26 @@ class TextScore:
     text_bytes: int
     tokens: int  # predicted, including the end of each document
     nll: float  # nats per token
+    by_context: Sequence[ContextScore] = ()
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nll, 700.0))  # exp overflows beyond
+        return _perplexity(self.nll)
 
     @property
     def bits_per_byte(self) -> float:
         return self.nll * self.tokens / math.log(2) / self.text_bytes
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"{self.text}: {self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens\n"
             f"loss {self.nll:.4f} nats per token, perplexity {self.perplexity:.3f}, "
             f"{self.bits_per_byte:.4f} bits per byte"
         )
+        if not self.by_context:
+            return said
+        head = f"\n{'tokens of context':>18}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}"
+        return "\n".join([said, head, *map(str, self.by_context)])
 
 
 @dataclass(frozen=True)
@@ -74,27 +95,44 @@ class Scorable:
     text_bytes: int
 
 
-def evaluate(run: Path, files: Sequence[Path] = (), stride: int | None = None, base: Path | None = None) -> TextScore:
+def evaluate(
+    run: Path,
+    files: Sequence[Path] = (),
+    stride: int | None = None,
+    base: Path | None = None,
+    window: int | None = None,
+    by_position: bool = False,
+) -> TextScore:
     """Score files (text, JSON rows or Parquet, compressed or not) or, without any, the run's held-out text.
 
-    A text file is one document. Windows are as long as the training's sequences (WINDOW for a model that was not
-    trained here), and the precision is that of training. A smaller `stride` gives every token more context and takes
-    longer. `base` is the folder of the adapters' base, if it has moved.
-    Raises UsageError for a run, file or stride that cannot be used.
+    A text file is one document. Windows are by default as long as the training's sequences (WINDOW for a model that was
+    not trained here), and the precision is that of training. A smaller `stride` gives every token more context and
+    takes longer. `base` is the folder of the adapters' base, if it has moved. With `by_position` windows do not
+    overlap, but for a document's last one, and the score also has its parts by the length of the context.
+    Raises UsageError for a run, file, window or stride that cannot be used.
     """
     session = Session.load(run, base=base, decoding=False)
     config = _run_config(session.checkpoint)
     text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
-    window = min(config.data.sequence_length if config else WINDOW, session.model.config.max_position_embeddings)
-    dtype = precision_of(session)
-    nll_sum, tokens = score_documents(session.model, text.documents, window, stride, dtype=dtype)
+    positions = session.model.config.max_position_embeddings
+    window = window or min(config.data.sequence_length if config else WINDOW, positions)
+    if window > positions and session.model.config.position_embedding == "learned":
+        raise UsageError(
+            f"--window {window} is longer than the {positions} positions that {run} has learned; shorten it"
+        )
+    rows = max(1, min(BATCH_ROWS, BATCH_ROWS * WINDOW // window))
+    nll, counts = score_by_context(
+        session.model, text.documents, window, window if by_position else stride, rows, precision_of(session)
+    )
+    nll_sum, tokens = float(nll.sum()), int(counts.sum())
     if not math.isfinite(nll_sum):
         raise MoeLmError(
             f"the loss of {session.checkpoint} is {nll_sum}; its weights are damaged or its training diverged, "
             "evaluate an earlier checkpoint"
         )
     name = ", ".join(map(str, files)) if files else f"held-out text of {run}"
-    return TextScore(name, text.count, text.text_bytes, tokens, nll_sum / tokens)
+    parts = context_scores(nll, counts) if by_position else ()
+    return TextScore(name, text.count, text.text_bytes, tokens, nll_sum / tokens, parts)
 
 
 def score_documents(
@@ -111,18 +149,48 @@ def score_documents(
     tokens, every other window the next `stride` tokens (None: half a window). `batch_rows` windows are computed at
     once, under autocast for a `dtype` other than float32. Raises UsageError for an impossible stride.
     """
+    nll, tokens = score_by_context(model, documents, window, stride, batch_rows, dtype)
+    return float(nll.sum()), int(tokens.sum())
+
+
+def score_by_context(
+    model: LanguageModel,
+    documents: Iterable[ArrayLike],
+    window: int,
+    stride: int | None = None,
+    batch_rows: int = BATCH_ROWS,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """What `score_documents` adds up, by the number of tokens before a token in its window: `[window + 1]` each.
+
+    With `stride=window` each token of a document is in one window, but for those that fill its last one.
+    """
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UsageError(f"stride={stride} does not fit windows of {window} tokens; give 1 to {window}")
     device = model.device
     every_window = chain.from_iterable(_windows(np.asarray(ids, np.int64), window, stride) for ids in documents)
-    nll_sum = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    nll, tokens = torch.zeros(window + 1, dtype=torch.float64), torch.zeros(window + 1, dtype=torch.int64)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in _batches(every_window, batch_rows * window):
-            nll_sum += _nll_sum(model, batch.to(device))
-            tokens += num_targets(batch)
-    return float(nll_sum), tokens
+            context = batch.position_ids[batch.targets != IGNORE] + 1
+            nll += torch.bincount(context, _nll(model, batch.to(device)), minlength=window + 1)
+            tokens += torch.bincount(context, minlength=window + 1)
+    return nll, tokens
+
+
+def context_scores(nll: Tensor, tokens: Tensor) -> list[ContextScore]:
+    """Scores by context in buckets, each twice as long as the one before; the last is the second half of a window."""
+    ends = [len(nll) - 1]
+    while ends[0] > SHORT:
+        ends.insert(0, ends[0] // 2)
+    found = []
+    for start, stop in itertools.pairwise([0, *ends]):
+        count = int(tokens[start + 1 : stop + 1].sum())
+        if count:
+            mean = float(nll[start + 1 : stop + 1].sum()) / count
+            found.append(ContextScore(range(start + 1, stop + 1), count, mean))
+    return found
 
 
 def xz_bits_per_byte(text: bytes) -> float:
@@ -163,12 +231,17 @@ def _batches(windows: Iterable[Example], max_tokens: int) -> Iterator[Batch]:
         yield pack_examples([group], size, pad_id=0)[0]
 
 
-def _nll_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # exp overflows beyond
+
+
+def _nll(model: LanguageModel, batch: Batch) -> Tensor:
+    """The negative log-likelihood of every target, in nats, `[targets]` on the host."""
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
     hidden_1TD, _ = model.model(batch.input_ids, batch.position_ids, attend)
     scored = batch.targets != IGNORE
     nll = Predictions(model.lm_head, hidden_1TD[scored]).nll(batch.targets[scored])
-    return nll.cpu().double().sum()
+    return nll.cpu().double()
 
 
 def precision_of(session: Session) -> torch.dtype:

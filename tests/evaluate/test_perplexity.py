@@ -19,11 +19,18 @@ from moe_lm.config.reading import dump_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.prepare import prepare
-from moe_lm.evaluate.perplexity import evaluate, score_documents, unigram_bits_per_byte, xz_bits_per_byte
+from moe_lm.evaluate.perplexity import (
+    context_scores,
+    evaluate,
+    score_by_context,
+    score_documents,
+    unigram_bits_per_byte,
+    xz_bits_per_byte,
+)
 from moe_lm.kernels.native import build
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from tests.conftest import SaveRun
+from tests.conftest import MoeLm, SaveRun
 from tests.processes import ROOT
 from tests.tiny import logits_of, tiny_model
 
@@ -90,6 +97,34 @@ def test_batches_change_nothing(model: LanguageModel) -> None:
         assert scored == (pytest.approx(nll_sum, rel=1e-6), tokens)
 
 
+def test_loss_by_position_is_that_of_tokens_with_so_many_before_them(model: LanguageModel) -> None:
+    """A document's windows lie behind each other, the last one at its end."""
+    documents = random_documents(2 * WINDOW + 6, 4)
+    found, counts = score_by_context(model, documents, WINDOW, WINDOW)
+    expected = torch.zeros(WINDOW + 1, dtype=torch.float64)
+    tokens = [0] * (WINDOW + 1)
+    for ids in documents:
+        for place in range(1, len(ids)):
+            before = (place - 1) % WINDOW + 1
+            if place > 2 * WINDOW:  # in the window that ends with the document
+                before = WINDOW - (len(ids) - 1 - place)
+            expected[before] += nll(model, ids[place - before : place], ids[place])
+            tokens[before] += 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert counts.tolist() == tokens
+
+
+def test_context_is_told_in_buckets_that_double() -> None:
+    losses, counts = torch.arange(129.0, dtype=torch.float64), torch.ones(129, dtype=torch.int64)
+    counts[0] = 0
+    counts[33:65] = 0
+    found = context_scores(losses * counts, counts)
+    assert [(score.context, score.tokens, score.nll) for score in found] == [
+        (range(1, 33), 32, 16.5), (range(65, 129), 64, 96.5),
+    ]  # fmt: skip
+    assert str(found[1]).split() == ["65", "to", "128", "64", "96.5000", f"{math.exp(96.5):.3f}"]
+
+
 def test_nothing_to_score_is_zero_tokens(model: LanguageModel) -> None:
     assert score_documents(model, [], WINDOW) == (0.0, 0)
 
@@ -145,6 +180,26 @@ def pretrain_config(tmp_path: Path, model: LanguageModel, **data: object) -> Pre
 def run(tmp_path: Path, model: LanguageModel, save_run: SaveRun) -> Path:
     """A run without prepared shards."""
     return save_run(model, dump_config(pretrain_config(tmp_path, model)))
+
+
+def test_windows_beyond_those_of_the_training_are_scored_by_position(
+    tmp_path: Path, model: LanguageModel, run: Path, save_run: SaveRun, moe_lm: MoeLm
+) -> None:
+    """40 tokens of context are more than the 12 of a row and the 32 positions that the model knows."""
+    (tmp_path / "text.txt").write_text("The same text, and no other.\n" * 30)
+    result = evaluate(run, [tmp_path / "text.txt"], window=40, by_position=True)
+    assert [score.context for score in result.by_context] == [range(1, 21), range(21, 41)]
+    assert sum(score.tokens for score in result.by_context) == result.tokens
+    assert sum(score.tokens * score.nll for score in result.by_context) == pytest.approx(result.tokens * result.nll)
+    done = moe_lm("eval", run, tmp_path / "text.txt", "--by-position", "--window", 40)
+    assert done.out.splitlines()[3].split() == ["tokens", "of", "context", "tokens", "loss", "perplexity"]
+    assert [line.split()[:3] for line in done.out.splitlines()[4:]] == [["1", "to", "20"], ["21", "to", "40"]]
+    done = moe_lm("eval", run, tmp_path / "text.txt", "--by-position", "--stride", 4)
+    assert (done.code, "--stride 4 has no meaning for --by-position" in done.err) == (2, True)
+    learned = tiny_model(vocab_size=1024, max_position_embeddings=32, position_embedding="learned")
+    other = save_run(learned, dump_config(pretrain_config(tmp_path, learned)))
+    with pytest.raises(UsageError, match="--window 40 is longer than the 32 positions"):
+        evaluate(other, [tmp_path / "text.txt"], window=40)
 
 
 def write_sources(tmp_path: Path) -> None:
