@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lm.cli.arguments import ConfigPath, Overrides, refuse
+from moe_lm.common.errors import UsageError
 from moe_lm.common.exits import STOPPED
+from moe_lm.common.process import this_command
 
 if TYPE_CHECKING:
     from moe_lm.config.model import ModelConfig
@@ -31,7 +34,16 @@ Settings = Annotated[
 ]
 Processes = Annotated[
     int | None,
-    typer.Option("--processes", min=1, metavar="N", help="With --dry-run: check for a run of this many processes."),
+    typer.Option(
+        "--processes",
+        min=1,
+        metavar="N",
+        help="Start this many processes on this machine; with --dry-run: check for a run of so many, wherever.",
+    ),
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option("--gpus", metavar="all|N", help="Start a process on each GPU of this machine, or on N of them."),
 ]
 Gpu = Annotated[
     str | None,
@@ -45,20 +57,62 @@ def pretrain(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     settings_too: Settings = False,
+    gpus: Gpus = None,
     processes: Processes = None,
     gpu: Gpu = None,
 ) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     settings = read_pretraining(config, overrides or [])
+    processes = number_of_processes(gpus, processes)
+    if not dry_run:
+        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
+        start_processes(["pretrain", str(config), *(overrides or ())], processes, settings)
 
     from moe_lm.train import pretrain
 
     if dry_run:
         print(pretrain.describe(settings, started_as(processes), fit_on(gpu), settings_too))
     else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
-        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
         end_with(pretrain.run(settings, ctx.obj, fit_here))
+
+
+def number_of_processes(gpus: str | None, processes: int | None) -> int | None:
+    """How many processes are asked for, with `--gpus` or `--processes`."""
+    if gpus is None:
+        return processes
+    if processes is not None:
+        raise UsageError(f"--gpus {gpus} and --processes {processes} both say how many; give one of them")
+    import torch
+
+    here = torch.cuda.device_count()
+    if not here:
+        raise UsageError(
+            f"--gpus {gpus}: there is no GPU here (moe-lm doctor says what there is); leave it out, or start processes "
+            "on the CPU, as with --processes 2"
+        )
+    if gpus != "all" and (not gpus.isdecimal() or not 1 <= int(gpus) <= here):
+        raise UsageError(f"--gpus {gpus}: this machine has {here}; give a number from 1 to {here}, or all")
+    return here if gpus == "all" else int(gpus)
+
+
+def start_processes(command: list[str], processes: int | None, config: RunConfig) -> None:
+    """Go on as a launcher of this many processes, if several are asked for; else say which GPUs have nothing to do."""
+    from moe_lm.parallel.topology import current_topology
+
+    if current_topology().world_size > 1:
+        refuse({"--processes": processes}, "a run that a launcher started, which has those of the launcher")
+    elif processes is not None and processes > 1:
+        from moe_lm.parallel.torchrun import replace_this_process
+
+        replace_this_process(processes, command)
+    elif processes is None and config.parallel.device in ("auto", "cuda"):
+        import torch
+
+        if (idle := torch.cuda.device_count() - 1) > 0:
+            print(
+                f"this run has 1 of the {idle + 1} GPUs that are here; for all of them: {this_command()} --gpus all",
+                file=sys.stderr,
+            )
 
 
 def started_as(processes: int | None) -> Topology:
@@ -97,6 +151,7 @@ def finetune(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     settings_too: Settings = False,
+    gpus: Gpus = None,
     processes: Processes = None,
     gpu: Gpu = None,
     preview: Annotated[
@@ -109,6 +164,10 @@ def finetune(
     from moe_lm.config.run import FinetuneConfig
 
     settings = load_config(FinetuneConfig, config, overrides or ())
+    processes = number_of_processes(gpus, processes)
+    if not dry_run and preview is None:
+        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
+        start_processes(["finetune", str(config), *(overrides or ())], processes, settings)
 
     from moe_lm.train import finetune
 
@@ -121,8 +180,6 @@ def finetune(
         weighs = fit_on(gpu) if is_planned else None
         print(finetune.describe(settings, started_as(processes), weighs, settings_too))
     else:
-        refuse({"--processes": processes}, "a run that starts, which has those of its launcher")
-        refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
         end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None))
 
 

@@ -172,7 +172,7 @@ ADVICE: dict[str, str] = {
     "is no pipeline parallelism; parallel.expert_parallel_size divides the experts, parallel.zero_stage everything",
     "dp dp_size ddp data_parallel data_parallel_size data_parallel_replicate_degree world_size num_processes "
     "nproc_per_node": "the processes are those that are started: moe-lm pretrain CONFIG --gpus all, or "
-    "launch/torchrun.sh",
+    "launch/torchrun.sh on several machines",
     "gpus n_gpus num_gpus devices n_gpus_per_node": "the number of GPUs is no setting: moe-lm pretrain CONFIG "
     "--gpus all",
     "nnodes num_nodes nodes": "the number of machines is the launcher's: launch/torchrun.sh, launch/slurm.sbatch",

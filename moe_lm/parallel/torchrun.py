@@ -1,5 +1,7 @@
 """torchrun, which stops as a run does: `python -m moe_lm.parallel.torchrun OPTIONS --module moe_lm VERB CONFIG`.
 
+`launch/torchrun.sh` runs it, and `--gpus` of the verbs that train.
+
 Torch's agent takes a signal for its own failure: it ends in a traceback, and 1, even if every rank saved and ended
 well. So the signals are kept from it. The ranks learn of them from a file, and in files they say why they must not be
 started again (common/exits.py).
@@ -17,10 +19,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
+from moe_lm.common.process import COMMAND, this_command
 from moe_lm.common.signals import NOTHING_TO_SAVE, calling_on_stop
 from moe_lm.parallel.launch import STOP, begun_after, reasons
 
 SECONDS_TO_APPEAR = 1.0  # for a rank that has been started, to say so
+
+
+def replace_this_process(processes: int, command: list[str]) -> NoReturn:
+    """Become torchrun with this many ranks of `moe-lm COMMAND` on this machine, as launch/torchrun.sh starts it."""
+    options = ["--nproc-per-node", str(processes), "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", "localhost:0", "--module", "moe_lm", *command]
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120", **os.environ, COMMAND: this_command()}
+    for output in (sys.stdout, sys.stderr):
+        output.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "moe_lm.parallel.torchrun", *options], environment)
 
 
 def main() -> None:

@@ -47,6 +47,8 @@ INPUTS = [
     import Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B is no folder here, and the hub cannot be reached
     prepare x.yaml data.tokenizer=Qwen/Qwen3-0.6B | the hub cannot be reached | hf download Qwen/Qwen3-0.6B
     export runs/all/pretrain out --push mine | --push mine is not a name of the hub; give OWNER/NAME
+    pretrain x.yaml --gpus all | --gpus all: there is no GPU here | --processes 2
+    pretrain x.yaml --gpus 8 --processes 8 | both say how many; give one of them
     generate runs/all/pretrain | there is no verb generate; did you mean sample?
     train x.yaml | there is no verb train; did you mean pretrain or finetune?
     """.splitlines()

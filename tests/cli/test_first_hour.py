@@ -23,6 +23,7 @@ def test_first_hour_input_gets_the_right_answer(
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     typed, *words = (part.strip() for part in line.split(" | "))
     folders(tmp_path)
     monkeypatch.chdir(tmp_path)

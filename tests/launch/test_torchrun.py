@@ -110,6 +110,28 @@ def test_a_usage_error_is_said_once_and_starts_nothing_again(launch: Launch, tmp
 
 
 @pytest.mark.slow
+def test_the_verb_starts_its_own_processes_and_stops_as_torchrun_does(
+    tiny_pretrain: Path, tmp_path: Path, one_process: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "moe_lm", "pretrain", str(tiny_pretrain), f"run_dir={run_dir}", *SETTINGS]
+    environment = os.environ | ENVIRONMENT | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [*command, "--processes", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    train_to(process, run_dir, 3)
+    process.terminate()
+    code, lines = finish(process)
+    message, _, typed = lines[-1].partition(", run again: ")
+    assert (code, message) == (75, f"stopped after step {len(losses(run_dir))}; to go on")
+    assert shlex.split(typed)[-2:] == ["--processes", "2"]
+    again = subprocess.run(shlex.split(typed), capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+    assert not ranks(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_run_folder_in_use_is_said_once(launch: Launch, tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run"):
         code, lines = finish(launch(MAX_RESTARTS="0"))

@@ -93,16 +93,6 @@ def test_a_dry_run_refuses_a_layout_that_the_launch_would_refuse(
         assert said in done.err
 
 
-def test_a_run_that_starts_takes_its_processes_from_the_launcher(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
-) -> None:
-    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "--processes", "4")
-    assert (done.code, done.err) == (
-        2,
-        "error: --processes 4 has no meaning for a run that starts, which has those of its launcher; leave it out\n",
-    )
-
-
 def test_a_dry_run_elsewhere_says_what_this_machine_lacks_and_is_no_error(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
