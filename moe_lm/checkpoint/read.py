@@ -114,6 +114,14 @@ def open_own_tensors(folder: Path, ranks: Ranks | None = None) -> CheckpointTens
     return CheckpointTensors(folder, MODEL)
 
 
+def stored_dtype(folder: Path, base: Path | None = None) -> torch.dtype:
+    """The number format of a checkpoint's largest tensor; of a checkpoint of adapters, that of their base."""
+    while lineage.read_adapter(folder) is not None:
+        folder, base = lineage.base_of(folder, base), None
+    own = CheckpointTensors(folder)
+    return own.dtype(max(own.names(), key=lambda name: math.prod(own.shape(name))))
+
+
 def pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
     """The rows of a tensor in order, as many at a time as may be in memory at once."""
     for start, stop in pieces_of(source.shape(name)):

@@ -135,9 +135,10 @@ class LoadConfig(Section):
     """The weights that `sample`, `chat` and `serve` use, and where they lie."""
 
     device: str = Field(default="auto", description="kind of device: auto, cuda, mps or cpu")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="number format of weights and cache; bfloat16 takes half the memory and rounds the logits",
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="number format of weights and cache; auto: as they are stored, where the device is fast at that; "
+        "bfloat16 takes half the memory of float32 and rounds the logits",
     )
     device_map: Literal["auto"] | None = Field(default=None, description="spread over devices, host memory and disk")
     max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(

@@ -20,7 +20,7 @@ from moe_lm.generate.decode import SLOTS, Decoder, Settings
 from moe_lm.generate.forward import capacity_for, room
 from moe_lm.generate.text import Delta, Row
 from moe_lm.kernels import huge_pages, kernels
-from moe_lm.kernels.device import DTYPES, pick_device
+from moe_lm.kernels.device import DTYPES, pick_device, pick_dtype
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.spread import Spread, spread_over_devices
 from moe_lm.tokenizer.tokenizer import Message, Tokenizer
@@ -56,8 +56,8 @@ class Session:
 
         `base` is where that base is when it has moved. With `spread` a model that is too large for one device lies on
         all of them, in the host's memory and on the disk; it is never held whole. `dtype` is "float32" or "bfloat16",
-        for weights and cache; weights are rounded as they are read, adapters merged before. A model that only
-        scores text needs no kernel for `decoding`.
+        for weights and cache, or "auto" for that of the stored weights if the device is fast at it; weights are rounded
+        as they are read, adapters merged before. A model that only scores text needs no kernel for `decoding`.
 
         Raises UsageError when there is no complete checkpoint, no such base or no such device, MoeLmError naming a
         file that is damaged.
@@ -68,7 +68,8 @@ class Session:
         # texts beside them and, token by token, on tokens not yet written.
         config = read.read_model_config(folder, capacity_factor=None)
         check_vocabulary(config, tokenizer.vocab_size)
-        with target if spread is None else torch.device("meta"), _default_dtype(DTYPES[dtype]), _NoInitialValues():
+        number_format = _stored_dtype(folder, base, target) if dtype == "auto" else DTYPES[dtype]
+        with target if spread is None else torch.device("meta"), _default_dtype(number_format), _NoInitialValues():
             model = LanguageModel(config).eval()
         if spread is None:
             _fill(model, folder, base)
@@ -152,6 +153,12 @@ def _deltas(decoder: Decoder, rows: Sequence[Row]) -> Iterator[Delta]:
             if delta.finish and not step.finish:  # at a stop string
                 decoder.cancel(step.request)
             yield delta
+
+
+def _stored_dtype(folder: Path, base: Path | None, device: torch.device) -> torch.dtype:
+    """bfloat16 if the weights, or those under adapters, are stored so and the device is fast at it; else float32."""
+    stored = read.stored_dtype(folder, base)
+    return stored if stored == pick_dtype("auto", device) else torch.float32
 
 
 def _fill(model: LanguageModel, folder: Path, base: Path | None) -> None:

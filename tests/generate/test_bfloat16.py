@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.config.generation import SampleConfig
+from moe_lm.config.generation import LoadConfig, SampleConfig
 from moe_lm.generate.beams import search
 from moe_lm.generate.decode import Settings, Step
 from moe_lm.generate.session import Session
@@ -18,10 +18,11 @@ from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.kernels.native import build
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.spread import Spread
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import Done
 from tests.generate.uncached import full_logits
 from tests.texts import text_of
-from tests.tiny import LATENT
+from tests.tiny import LATENT, tiny_model, write_run
 
 MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
@@ -47,6 +48,27 @@ def written(session: Session, settings: Settings) -> list[Step]:
     decoder = session.decoder(1, 64)
     decoder.add(PROMPT, settings)
     return list(decoder.run())
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_fast", "used"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_weights_keep_the_number_format_that_they_are_stored_in_where_the_device_is_fast_at_it(
+    stored: torch.dtype, is_fast: bool, used: torch.dtype, tmp_path: Path, tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = tiny_model(vocab_size=1024)
+    model.to(stored)
+    run = write_run(tmp_path / "run", model, tiny_tokenizer)
+    for feature in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, feature, lambda: is_fast)
+    loaded = Session.open(run, LoadConfig(device="cpu")).model
+    assert {parameter.dtype for parameter in loaded.parameters()} == {used}
 
 
 @pytest.mark.usefixtures("either_way")
