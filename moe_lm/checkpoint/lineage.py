@@ -18,6 +18,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.integrity import KINDS, checksum_of, kind_of
 from moe_lm.config.model import LoraConfig
+from moe_lm.config.moved import moved_along
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig
 
@@ -76,11 +77,14 @@ def describe_adapter(base: Path, settings: LoraConfig) -> str:
 def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
     """The base of a checkpoint of adapters: where it was in training, or `elsewhere` if it has moved.
 
+    One that was moved along with the run of the adapters is found.
     Raises UsageError when there is no checkpoint at that path, or one of another model.
     """
     adapter = read_adapter(folder)
     if adapter is None:
         raise UsageError(f"{folder} holds a whole model, which needs no base; leave {elsewhere} out")
+    if elsewhere is None and not adapter.base.is_dir():
+        elsewhere = _moved_base(folder, adapter)
     if elsewhere is None and not adapter.base.is_dir():
         raise UsageError(
             f"the adapters in {folder} need their base {adapter.base} (fingerprint {adapter.fingerprint}), which is "
@@ -93,6 +97,16 @@ def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
             f"{base} is another model (fingerprint {fingerprint(base)}); give the model that they were trained beside"
         )
     return base
+
+
+def _moved_base(folder: Path, adapter: Adapter) -> Path | None:
+    """The checkpoint of a base that lies where `start_from` leads from the run of the adapters now."""
+    if "config.yaml" not in checkpoint.entries(folder):
+        return None
+    values = moved_along(checkpoint.read_section(folder, "config.yaml"), folder.parent.parent)
+    start = Path(str(values.get("start_from")))
+    base = start / "checkpoints" / adapter.base.name
+    return base if base.is_dir() else start if start.name == adapter.base.name and start.is_dir() else None
 
 
 # The start of fine-tuning and of continued pretraining

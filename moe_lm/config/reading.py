@@ -20,6 +20,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import TokenizerRecipe
 from moe_lm.config.findings import explain, section_type
 from moe_lm.config.model import LoraConfig, ModelConfig
+from moe_lm.config.moved import moved_along
 from moe_lm.config.run import FinetuneConfig, ParallelConfig, PretrainConfig
 from moe_lm.config.section import Section
 from moe_lm.config.strict_yaml import MOST_CHARACTERS, parse_section, parse_yaml
@@ -74,6 +75,8 @@ def load_config(
             f"configs/pretrain/deepseekmoe-2b.yaml model={path}"
         )
     _read_sections(kind, values, path.parent)
+    if path.name == "config.yaml":
+        values = moved_along(values, path.parent)
     _forget_length(values, overrides)
     for override in overrides:
         _apply_override(values, override)

@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import SourceConfig
+from moe_lm.config.moved import moved_along
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 from moe_lm.data.batches import IGNORE, Batch
@@ -254,7 +255,7 @@ def _run_config(folder: Path) -> RunConfig | None:
     """The config of a run; None for a model that was imported or upcycled."""
     if not checkpoint.verify(folder, "config.yaml"):
         return None
-    values = checkpoint.read_section(folder, "config.yaml")
+    values = moved_along(checkpoint.read_section(folder, "config.yaml"), folder.parent.parent)
     origin = str(folder / "config.yaml")
     if "model" not in values:  # that of a fine-tuning comes with its start
         return build_config(FinetuneConfig, values, origin)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+from moe_lm.checkpoint import checkpoint
+from moe_lm.checkpoint.checkpoint import TOKENIZER
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
@@ -62,7 +65,7 @@ def describe(
     """The text of `--dry-run`; a tokenizer and shards that are there must fit the model, and the model its start."""
     config = resolved(config)
     find(config)
-    tokenizer = load_tokenizer(config) if config.data.tokenizer.is_dir() else None
+    tokenizer = load_tokenizer(config) if find_tokenizer(config).is_dir() else None
     names = [source.name for source in config.data.sources]
     if tokenizer is None or not all((config.data.shards / name / MANIFEST).is_file() for name in names):
         data = ["data            not prepared yet; moe-lm prepare makes shards with the same config"]
@@ -105,9 +108,15 @@ def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:
     """The run's tokenizer. Raises UsageError if the model has too few embeddings for it."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(find_tokenizer(config))
     check_vocabulary(config.model, tokenizer.vocab_size)
     return tokenizer
+
+
+def find_tokenizer(config: PretrainConfig) -> Path:
+    """The folder of the tokenizer; a run that goes on without it has a copy in its own checkpoint."""
+    newest = None if config.data.tokenizer.exists() else checkpoint.latest_readable(config.run_dir / "checkpoints")
+    return config.data.tokenizer if newest is None else checkpoint.verified_path(newest, TOKENIZER)
 
 
 def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, verify: bool = True) -> list[TokenShards]:

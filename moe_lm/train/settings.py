@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.lineage import Adapter, Start, is_at, read_adapter
 from moe_lm.common.errors import UsageError
+from moe_lm.config.moved import paths_in, way_from
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig, RunConfig
 from moe_lm.data.batches import MixedBatches
@@ -22,8 +24,11 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 MAY_CHANGE = (
     "log.", "checkpoint.", "parallel.", "train.eval_", "train.guards.", "train.micro_batch_size",
     "train.activation_checkpointing", "train.compile", "data.workers", "data.on_damage", "data.tokenizer",
-    "run_dir",
+    "data.shards", "run_dir",
 )  # fmt: skip
+
+
+LISTS = ("train", "validation")  # of conversations or pairs
 
 
 def changed_settings(
@@ -44,7 +49,7 @@ def changed_settings(
     reads_the_same = isinstance(config, PretrainConfig) and has_read_the_same(saved, config, checkpoint.step_of(folder))
     if reads_the_same:
         may_change += ("data.phases", "data.sources")  # a source is known by its fingerprint
-    changes = compare_config(saved, config.model_dump(mode="json"))
+    changes = compare_config(with_places_of(config, saved), config.model_dump(mode="json"))
     changes = [change for change in changes if not change.startswith(may_change)]
     if not reads_the_same and isinstance(config, PretrainConfig) and config.data.phases:
         changes.append("with these phases, the steps that are done would have read other rows")
@@ -64,6 +69,23 @@ def changed_settings(
     if late and config.train.steps < checkpoint.step_of(folder):
         raise late  # steps that are done are not undone, whatever is allowed
     return changes
+
+
+def with_places_of(config: RunConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved settings with the paths of fine-tuning data as they are now, where these are no other settings.
+
+    Rows to train on are known by their fingerprint, and held-out rows by the way from the run folder.
+    """
+    if isinstance(config, PretrainConfig) or "model" in saved:
+        return saved
+    saved, given = deepcopy(saved), config.model_dump(mode="json")
+    for name in LISTS:
+        before, now = (paths_in({"data": {name: values["data"].get(name)}}) for values in (saved, given))
+        for (old, key), (new, place) in zip(list(before), list(now), strict=False):
+            ways = way_from(saved["run_dir"], old[key]), way_from(given["run_dir"], new[place])
+            if name == "train" or ways[0] == ways[1] is not None:
+                old[key] = new[place]
+    return saved
 
 
 def _is_still(start_from: Path | None, start: Start, adapter: Adapter | None) -> bool:
