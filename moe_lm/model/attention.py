@@ -2,7 +2,8 @@
 
 Training packs documents into rows and attends within segments (`PackedAttention`); generation fills a KV cache from
 packed prompts (`PrefillAttention`) and then reads it, one token a row (`CachedAttention`). The layer is the same in
-all three. Latent attention (latent_attention.py) is given the same three.
+all three, and where ranks share rows (parallel/sequence_parallel.py). Latent attention (latent_attention.py) is given
+the same ones.
 
 Shapes: B rows, S positions, T = B*S flattened tokens, D hidden_size, H query heads, K key-value heads, N head size,
 M head size of the values, which is N but in latent attention.

@@ -179,6 +179,7 @@ def test_what_was_skipped_is_said(config_file: Path, tmp_path: Path, moe_lm: Moe
         ("data.separate_documents=false", "data.separate_documents=false does not go with preference"),
         ("data.truncate=left", "data.truncate=left does not go with preference"),
         ("train.scheduled_sampling.share=0.5", "train.scheduled_sampling does not go with preference"),
+        ("parallel.sequence_parallel_size=2", "parallel.sequence_parallel_size does not go with preference"),
         ("preference.beta=0", "preference.beta=0"),
         ("preference.label_smoothing=0.5", "preference.label_smoothing=0.5"),
         ("preference.bata=0.1", "did you mean preference.beta?"),

@@ -7,6 +7,8 @@ from tests.mutations.frame import Mutation
 SIGNALS = "common/test_signals.py"
 WATCH = "parallel/test_watch.py"
 RANKS = "distributed/test_ranks.py"
+SHARED = "parallel/test_sequence_parallel.py"
+SHARED_ATTENTION = f"{SHARED}::test_attention_of_ranks_that_share_rows_is_that_of_one"
 
 MUTATIONS = (
     Mutation(
@@ -45,5 +47,34 @@ MUTATIONS = (
         'PATIENT = ("starting", "loading")',
         f"{RANKS}::test_a_save_may_take_longer_than_ranks_wait_for_each_other",
         slow=True,
+    ),
+    # Who shares rows
+    Mutation(
+        "key heads go to ranks that have other query heads",
+        "parallel/sequence_parallel.py",
+        "            k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))\n",
+        "            k, v = (x.repeat(1, 1, heads // x.shape[2], 1) for x in (k, v))\n",
+        SHARED_ATTENTION,
+    ),
+    Mutation(
+        "gradients of heads stay where they are",
+        "parallel/sequence_parallel.py",
+        "        return _exchanged(gradient_PBSW, ctx.group), None\n",
+        "        return gradient_PBSW, None\n",
+        SHARED_ATTENTION,
+    ),
+    Mutation(
+        "a rank balances its own part of a row",
+        "objective/balance.py",
+        "    counts_BE = over_row(\n",
+        "    counts_BE = whole(\n",
+        f"{SHARED}::test_a_sequences_balance_loss_is_the_sum_of_its_parts",
+    ),
+    Mutation(
+        "rows that ranks share are counted for each of them",
+        "engine/engine.py",
+        '            rows=int(totals["rows"]) // self.topology.sequence_parallel_size,\n',
+        '            rows=int(totals["rows"]),\n',
+        "tools/verify/test_verify.py::test_every_layout_equals_one_process",
     ),
 )
