@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_lm.cli.arguments import ConfigPath, Overrides, refuse
+from moe_lm.cli.arguments import ConfigPath, Overrides, copying, refuse
 from moe_lm.common.errors import UsageError
 from moe_lm.common.exits import STOPPED
 from moe_lm.common.process import this_command
@@ -73,7 +73,8 @@ def pretrain(
     if dry_run:
         print(pretrain.describe(settings, started_as(processes), fit_on(gpu), settings_too))
     else:
-        end_with(pretrain.run(settings, ctx.obj, fit_here))
+        check_export(settings)
+        end_with(pretrain.run(settings, ctx.obj, fit_here), settings)
 
 
 def number_of_processes(gpus: str | None, processes: int | None) -> int | None:
@@ -139,10 +140,40 @@ def fit_here(config: RunConfig, model: ModelConfig, topology: Topology) -> Verdi
     return fit(config, model, topology, searches=False)
 
 
-def end_with(result: TrainingResult) -> None:
-    """Exit with the code for schedulers: a run that a signal stopped has not finished."""
+def check_export(config: RunConfig) -> None:
+    """Raise UsageError for a model that no family can hold, if it is to be exported at the end."""
+    if config.checkpoint.export is not None:
+        from moe_lm.tools.interop.fitting import nearest_family
+        from moe_lm.train.finetune import trained_model
+
+        nearest_family(trained_model(config))
+
+
+def end_with(result: TrainingResult, config: RunConfig) -> None:
+    """Export what is finished, and exit with the code for schedulers: a run that a signal stopped has not finished."""
     if result.stopped:
         raise typer.Exit(STOPPED)
+    from moe_lm.parallel.topology import current_topology
+
+    if config.checkpoint.export is not None and current_topology().is_main:
+        export_at_end(config.run_dir, result.step)
+
+
+def export_at_end(run_dir: Path, step: int) -> None:
+    """Write the newest checkpoint as a Hugging Face folder; if that fails, the run is saved all the same."""
+    from moe_lm.tools.interop.exporting import export_run
+
+    out = run_dir / "export" / f"step-{step:08d}"
+    if out.exists():  # a run that was finished before
+        return
+    try:
+        with copying("exporting") as tell:
+            export_run(run_dir, out, tell=tell)
+    except Exception as error:
+        again = f"moe-lm export {run_dir} {out}"
+        print(f"the run is saved, but not exported: {error}; to try again: {again}", file=sys.stderr)
+    else:
+        print(f"exported to {out}, for transformers and vLLM", file=sys.stderr)
 
 
 def finetune(
@@ -180,7 +211,8 @@ def finetune(
         weighs = fit_on(gpu) if is_planned else None
         print(finetune.describe(settings, started_as(processes), weighs, settings_too))
     else:
-        end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None))
+        check_export(settings)
+        end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None), settings)
 
 
 def read_run(config: Path, overrides: list[str]) -> RunConfig:

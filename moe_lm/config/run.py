@@ -79,6 +79,10 @@ class CheckpointConfig(Section):
         description="also save at an evaluation whose held-out loss is the lowest so far, and keep that checkpoint",
     )
     archive_every: int = Field(default=0, ge=0, description="steps between checkpoints that are kept for good; 0: none")
+    export: Literal["hf"] | None = Field(
+        default=None,
+        description="hf: write the model at the end of the run as a Hugging Face folder too, RUN/export/step-N",
+    )
     background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
     on_damage: OnDamage = Field(
         default="previous",

@@ -1,7 +1,8 @@
-"""How many processes a run has: those that are asked for, on the devices that are here."""
+"""How many processes a run has, and what it leaves behind when it has ended."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from moe_lm.cli.train import export_at_end, start_processes
+from moe_lm.common.errors import UsageError
+from moe_lm.config.run import PretrainConfig
 from moe_lm.train import pretrain
 from moe_lm.train.loop import TrainingResult
 from tests.config.test_run import FINETUNE, PRETRAIN, write
@@ -89,10 +93,6 @@ def test_a_rank_of_a_launcher_starts_nothing(
     config: Path, started: Started, here: Any, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here(2)
-    from moe_lm.cli.train import start_processes
-    from moe_lm.common.errors import UsageError
-    from moe_lm.config.run import PretrainConfig
-
     for name, value in rank_environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     settings = PretrainConfig.model_validate(PRETRAIN)
@@ -122,3 +122,30 @@ def test_idle_gpus_are_told_of(
     assert done.code == 0, done.err
     wanted = f"this run has 1 of the 8 GPUs that are here; for all of them: moe-lm pretrain {config} --gpus all\n"
     assert done.err == (wanted if is_said else "")
+
+
+def test_a_finished_run_is_exported_and_a_failure_of_that_is_not_one_of_the_run(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "export").touch()  # in the way
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={run}", "train.steps=1", "checkpoint.export=hf")
+    assert done.code == 0
+    assert "the run is saved, but not exported: " in done.err
+    assert f"to try again: moe-lm export {run} {run}/export/step-00000001" in done.err
+    (run / "export").unlink()
+    export_at_end(run, 1)
+    assert f"exported to {run}/export/step-00000001, for transformers and vLLM" in capsys.readouterr().err
+    assert json.loads((run / "export" / "step-00000001" / "config.json").read_text())["hidden_size"] > 0
+    export_at_end(run, 1)  # once is enough
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", "checkpoint.export=hf",
+                  "model.position_embedding=learned")  # fmt: skip
+    assert (done.code, (tmp_path / "run").exists()) == (2, False)
+    assert "no family of Hugging Face holds this model" in done.err
