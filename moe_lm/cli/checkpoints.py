@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_lm.cli.arguments import RunPath
+from moe_lm.common.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -35,11 +36,19 @@ def merge(
         str,
         typer.Option(help="Weights, oldest first: equal, linear, exponential (each twice the last), or numbers."),
     ] = "equal",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the moving average of one run, kept by train.optimizer.ema_decay.")
+    ] = False,
 ) -> None:
     """Average checkpoints of one model into a new run, which evaluates, exports and can be trained on."""
     from moe_lm.tools import merge
 
-    print(merge.merge(runs, run_dir, last, weights))
+    if ema:
+        if len(runs) > 1 or last is not None or weights != "equal":
+            raise UsageError("--ema takes the average that one run kept; give one run, without --last and --weights")
+        print(merge.take_moving_average(runs[0], run_dir))
+    else:
+        print(merge.merge(runs, run_dir, last, weights))
     print(f"wrote {run_dir}")
 
 

@@ -61,6 +61,13 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, on matrices only")
     muon_lr: float = Field(default=0.02, gt=0, description="peak learning rate of Muon, per unit of RMS update")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="also keep an exponential moving average of the weights with this decay, like 0.999, which "
+        "`moe-lm merge RUN --ema` makes a run of; null: none",
+    )
 
 
 class ScheduleConfig(Section):

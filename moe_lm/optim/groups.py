@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_lm.config.training import OptimizerConfig, ScheduleConfig
 from moe_lm.model.moe import logical_names
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.optim.average import keep_average
 from moe_lm.optim.lamb import Lamb
 from moe_lm.optim.matrices import ShareOf, whole
 from moe_lm.optim.muon import Muon
@@ -87,6 +88,8 @@ def build_optimizer(
                 }
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
+    if config.ema_decay is not None:
+        keep_average(optimizer, config.ema_decay)
     return optimizer
 
 
@@ -106,9 +109,10 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return ".layers." in name and parameter.ndim >= 2 and not name.endswith("gate.weight")
 
 
-def moments(name: str, parameter: Tensor, optimizer: Rule) -> int:
-    """Numbers that an optimizer keeps of a parameter between steps: Muon one moment, AdamW and LAMB two."""
-    return parameter.numel() * (1 if optimizer == "muon" and is_hidden_matrix(name, parameter) else 2)
+def moments(name: str, parameter: Tensor, config: OptimizerConfig) -> int:
+    """Numbers that an optimizer keeps of a parameter between steps: Muon one moment, AdamW and LAMB two; an average."""
+    kept = 1 if config.name == "muon" and is_hidden_matrix(name, parameter) else 2
+    return parameter.numel() * (kept + (config.ema_decay is not None))
 
 
 def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -8,7 +8,7 @@ arXiv 2306.03241; WSM, arXiv 2507.17634). Averaging runs that were fine-tuned fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,20 @@ import yaml
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage, write
-from moe_lm.checkpoint.checkpoint import GENERATION, MODEL, TOKENIZER
-from moe_lm.checkpoint.read import TensorSource, open_tensors, read_model_config
+from moe_lm.checkpoint.checkpoint import GENERATION, MODEL, MODEL_PREFIX, OPTIMIZER, TOKENIZER
+from moe_lm.checkpoint.read import (
+    CheckpointTensors,
+    TensorSource,
+    open_own_tensors,
+    open_tensors,
+    read_model_config,
+)
 from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
+from moe_lm.optim.average import EMA
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.hf_tensors import EMBEDDING, HEAD
 from moe_lm.tools.interop.transfer import FILE_BYTES
 from moe_lm.train.settings import compare_config
 
@@ -45,21 +53,55 @@ def merge(paths: Sequence[Path], run_dir: Path, last: int | None = None, weights
     for folder in folders[1:]:
         check_alike(folders[0], folder)
     with whole_folder(run_dir) as unfinished:
-        sources = [open_tensors(folder) for folder in folders]
-        newest = write.save(
-            unfinished / "checkpoints",
-            checkpoint.step_of(folders[-1]),
-            {},
-            {
-                MODEL: partial(_write_average, sources, shares),
-                MERGED: _description(folders, shares),
-                TOKENIZER: Tokenizer.load(checkpoint.verified_path(folders[-1], TOKENIZER)).save,
-                **_texts_of(folders[-1]),
-            },
-        )
-        checkpoint.verify(newest)
+        _write(unfinished, folders[-1], [open_tensors(folder) for folder in folders], shares, folders)
     lines = (f"  {share:.4f}  {folder}" for folder, share in zip(folders, shares, strict=True))
     return "\n".join([f"averaged {len(folders)} checkpoints, with weights", *lines])
+
+
+def take_moving_average(path: Path, run_dir: Path) -> str:
+    """Write `run_dir` with the moving average that training kept in a checkpoint, and return whose it is.
+
+    What was not trained, and router biases, are as in the checkpoint. Raises UsageError when it has no average.
+    """
+    folder = checkpoint.resolve(path)
+    if lineage.ADAPTER in checkpoint.entries(folder):
+        raise UsageError(f"{folder} holds adapters, whose averages are not those of a model; give a run of a whole one")
+    checkpoint.verify(folder, OPTIMIZER)
+    average = MovingAverage(folder)
+    if not average.averaged:
+        raise UsageError(f"{folder} has no moving average; train with train.optimizer.ema_decay, like 0.999")
+    with whole_folder(run_dir) as unfinished:
+        _write(unfinished, folder, [average], [1.0], [folder])
+    return f"took the moving average of {len(average.averaged)} tensors from {folder}"
+
+
+class MovingAverage:
+    """The tensors of a checkpoint's model, with the moving average in place of each one that has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model, self._optimizer = open_own_tensors(folder), CheckpointTensors(folder, OPTIMIZER)
+        prefix = f"{EMA}."
+        kept = [name for name in self._optimizer.names() if name.startswith(prefix)]
+        self.averaged = {f"{MODEL_PREFIX}{name.removeprefix(prefix)}": name for name in kept}
+        if kept and read_model_config(folder).tie_word_embeddings:
+            self.averaged[f"{MODEL_PREFIX}{HEAD}"] = self.averaged[f"{MODEL_PREFIX}{EMBEDDING}"]
+
+    def names(self) -> Iterable[str]:
+        return self._model.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._model.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._model.dtype(name)
+
+    def where(self, name: str) -> str:
+        return self._model.where(name)
+
+    def rows(self, name: str, start: int, stop: int, *across: slice) -> Tensor:
+        if name in self.averaged:
+            return self._optimizer.rows(self.averaged[name], start, stop, *across)
+        return self._model.rows(name, start, stop, *across)
 
 
 def last_of(paths: Sequence[Path], count: int) -> list[Path]:
@@ -110,6 +152,23 @@ def check_alike(one: Path, other: Path) -> None:
         raise UsageError(f"{one} and {other} have different tokenizers; merge checkpoints of one model")
 
 
+def _write(
+    run_dir: Path, newest: Path, sources: Sequence[TensorSource], shares: Sequence[float], folders: Sequence[Path]
+) -> None:
+    """Write the checkpoint of the average of `sources`; all else is as in the checkpoint `newest`."""
+    entries = [
+        {"checkpoint": str(folder), "fingerprint": lineage.fingerprint(folder), "weight": share}
+        for folder, share in zip(folders, shares, strict=True)
+    ]
+    files: dict[str, write.Content] = {
+        MODEL: partial(_write_average, sources, shares),
+        MERGED: yaml.safe_dump(entries, sort_keys=False, allow_unicode=True),
+        TOKENIZER: Tokenizer.load(checkpoint.verified_path(newest, TOKENIZER)).save,
+        **_texts_of(newest),
+    }
+    checkpoint.verify(write.save(run_dir / "checkpoints", checkpoint.step_of(newest), {}, files))
+
+
 def _write_average(sources: Sequence[TensorSource], shares: Sequence[float], path: Path) -> None:
     path.mkdir()
     first = sources[0]
@@ -138,14 +197,6 @@ def _dtype(sources: Sequence[TensorSource], name: str) -> torch.dtype:
     for source in sources[1:]:
         dtype = torch.promote_types(dtype, source.dtype(name))
     return dtype
-
-
-def _description(folders: Sequence[Path], shares: Sequence[float]) -> str:
-    entries = [
-        {"checkpoint": str(folder), "fingerprint": lineage.fingerprint(folder), "weight": share}
-        for folder, share in zip(folders, shares, strict=True)
-    ]
-    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
 
 def _texts_of(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import nn
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig, RunConfig
+from moe_lm.config.training import OptimizerConfig
 from moe_lm.engine.deepspeed_config import deepspeed_json
 from moe_lm.engine.frozen import narrow_frozen
 from moe_lm.kernels.device import pick_device, pick_dtype
@@ -19,7 +20,7 @@ from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.lora import freeze
 from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.model.transformer import LanguageModel, is_expert
-from moe_lm.optim.groups import Rule, moments
+from moe_lm.optim.groups import moments
 from moe_lm.parallel.topology import Topology
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
@@ -133,13 +134,13 @@ def cost(
     parameters = dict(built.named_parameters())
     if parallel.engine == "deepspeed":
         narrow_trained(built, dtype)
-        memory = divided_memory(parameters, parallel, processes(config, topology), train.optimizer.name)
+        memory = divided_memory(parameters, parallel, processes(config, topology), train.optimizer)
     else:
-        memory = whole_memory(built, train.optimizer.name, dtype)
+        memory = whole_memory(built, train.optimizer, dtype)
     return Cost(sum(p.numel() for p in parameters.values()), _trained(parameters), memory)
 
 
-def whole_memory(model: LanguageModel, optimizer: Rule, dtype: torch.dtype = torch.float32) -> Memory:
+def whole_memory(model: LanguageModel, optimizer: OptimizerConfig, dtype: torch.dtype = torch.float32) -> Memory:
     """Memory of a device that keeps the whole model, with gradients and moments of what is trained.
 
     Products in another data type than float32 are those of copies.
@@ -154,7 +155,7 @@ def whole_memory(model: LanguageModel, optimizer: Rule, dtype: torch.dtype = tor
 
 
 def divided_memory(
-    parameters: Mapping[str, nn.Parameter], parallel: ParallelConfig, world_size: int, optimizer: Rule = "adamw"
+    parameters: Mapping[str, nn.Parameter], parallel: ParallelConfig, world_size: int, optimizer: OptimizerConfig
 ) -> Memory:
     """Memory of each rank under DeepSpeed.
 

@@ -20,6 +20,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
 from moe_lm.config.run import PretrainConfig
 from moe_lm.engine.engine import LOAD, Engine
+from moe_lm.optim.average import EMA, STEPS
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 ROTARY = ("rope_theta", "rope_scaling")
@@ -125,7 +126,8 @@ def notes_on_biases(rate: float, model: ModelConfig) -> list[str]:
 def load_moments(engine: Engine, start: Start) -> None:
     """Give the optimizer the moments and step counts of the start. Every rank calls this."""
     state = engine.state()
-    moments = {name: t for name, t in state.items() if not name.startswith(("model.", "random.")) and name != LOAD}
+    own = ("model.", "random.", f"{EMA}.", f"{STEPS}.", LOAD)  # an average is of this run's weights
+    moments = {name: t for name, t in state.items() if not name.startswith(own)}
     read.load(start.folder, moments)
     engine.load_state(state)
 

@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_lm.checkpoint.read import CheckpointTensors
 from tests.processes import layout, metrics
-from tests.runs import copy_as_of
+from tests.runs import copy_as_of, last_checkpoint
 
 RunRanks = Callable[..., list[Any]]
 
 SETTINGS = (
     "train.optimizer.name=adamw", "train.optimizer.lr=0.003", "train.steps=14", "train.schedule.warmup_steps=3",
-    "train.clip_norm=0.5", "checkpoint.every=4", "checkpoint.keep=9",
+    "train.clip_norm=0.5", "train.optimizer.ema_decay=0.9", "checkpoint.every=4", "checkpoint.keep=9",
 )  # fmt: skip
 
 
@@ -48,6 +49,21 @@ def test_the_same_layout_goes_on_to_the_bit(
     expected, found = weights(whole), weights(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_the_moving_average_over_ranks_is_that_of_one_process(
+    tiny_pretrain: Path, tmp_path: Path, run_ranks: RunRanks, moe_lm: Callable[..., Any]
+) -> None:
+    arguments = ("pretrain", tiny_pretrain, *SETTINGS)
+    assert moe_lm(*arguments, f"run_dir={tmp_path / 'one'}").code == 0
+    assert succeeded(run_ranks(2, *arguments, *layout(2, 2), f"run_dir={tmp_path / 'two'}"))
+    for run in ("one", "two"):
+        assert moe_lm("merge", tmp_path / run, "--ema", "--run-dir", tmp_path / f"{run}-ema").code == 0
+    one, two = (CheckpointTensors(last_checkpoint(tmp_path / f"{run}-ema")) for run in ("one", "two"))
+    for name in one.names():
+        rows = one.shape(name)[0]
+        torch.testing.assert_close(two.rows(name, 0, rows), one.rows(name, 0, rows), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

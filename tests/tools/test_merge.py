@@ -108,3 +108,28 @@ def test_what_cannot_be_merged(run: Path, tmp_path: Path, moe_lm: MoeLm, argumen
 
 def test_exponential_weights_double() -> None:
     assert weights_of("exponential", 2) == [1 / 3, 2 / 3]
+
+
+def test_the_moving_average_becomes_a_run(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    """Of the weights after 3 steps, with shares 1, 2 and 4 of 7; tied weights and router biases are there too."""
+    settings = ("train.steps=3", "train.optimizer.ema_decay=0.5", "model.tie_word_embeddings=true")
+    saving = ("checkpoint.every=1", "checkpoint.keep=3", f"run_dir={tmp_path / 'run'}")
+    assert moe_lm("pretrain", tiny_pretrain, *settings, *saving, "train.eval_batches=1").code == 0
+    done = moe_lm("merge", tmp_path / "run", "--ema", "--run-dir", tmp_path / "average")
+    assert done.code == 0, done.err
+    found = tensors(last_checkpoint(tmp_path / "average"), "model")
+    of_steps = [weights(tmp_path / "run", step) for step in (1, 2, 3)]
+    assert found.keys() == of_steps[-1].keys()
+    for name, tensor in found.items():
+        parts = of_steps[-1:] if "bias" in name else of_steps
+        shares = torch.tensor([1, 2, 4][-len(parts) :], dtype=torch.float64)
+        expected = torch.tensordot(shares / shares.sum(), torch.stack([part[name].double() for part in parts]), dims=1)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_run_without_a_moving_average(run: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("merge", run, "--ema", "--run-dir", tmp_path / "average")
+    assert done.code == 2
+    assert "has no moving average; train with train.optimizer.ema_decay, like 0.999" in done.err
+    done = moe_lm("merge", run, "--ema", "--last", "2", "--run-dir", tmp_path / "average")
+    assert "--ema takes the average that one run kept" in done.err

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig
-from moe_lm.config.training import TrainConfig
+from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_loss, build_model, check_batch_size
 from moe_lm.kernels import grouped_mm, kernels
@@ -153,7 +153,7 @@ def _record(
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(), train, pad_id=-1, dtype=dtype, compiler=mark)
             copies = _rounded(built.model, parallel, dtype)
-            groups = _groups(built, layers, parallel, train.optimizer.name)
+            groups = _groups(built, layers, parallel, train.optimizer)
             batch = _batch(rows, row_length).part(0, topology.sequence_parallel_size)
             counts = Counts(tokens, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
@@ -188,9 +188,7 @@ def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype)
     return [(name, copy) for name, module in named for copy in module.__dict__.get("rounded", {}).values()]
 
 
-def _groups(
-    built: RankModel, layers: Layers, parallel: ParallelConfig, optimizer: Literal["adamw", "muon", "lamb"]
-) -> list[zero.Group]:
+def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig, optimizer: OptimizerConfig) -> list[zero.Group]:
     """The trained parameters, by the ranks that hold the same ones."""
     world = range(built.topology.world_size)
     same = (

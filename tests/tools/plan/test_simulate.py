@@ -85,9 +85,9 @@ def test_the_attention_kernel_is_the_one_of_the_config() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_state_of_an_optimizer_is_what_a_dry_run_counts(optimizer: Literal["adamw", "muon"]) -> None:
-    model = tiny(num_hidden_layers=5)
-    memory = simulate(model, training(optimizer=OptimizerConfig(name=optimizer)), ALONE, LENGTH).memory
-    assert memory.optimizer == whole_memory(on_meta(model), optimizer).optimizer
+    model, settings = tiny(num_hidden_layers=5), OptimizerConfig(name=optimizer, ema_decay=0.9)
+    memory = simulate(model, training(optimizer=settings), ALONE, LENGTH).memory
+    assert memory.optimizer == whole_memory(on_meta(model), settings).optimizer
 
 
 def test_a_gpu_in_float32_is_still_a_gpu() -> None:
