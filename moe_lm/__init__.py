@@ -14,9 +14,9 @@ The walk, in reading order. A file imports only from rooms above its own in this
     parallel/    ranks and meshes, and expert parallelism, put in its place from outside
     engine/      micro-batches become a step: one interface, two engines
     checkpoint/  the checkpoint folder: written, verified, read by rows
-    train/       the loop, and the recipes that pretraining and fine-tuning bring to it
     generate/    cached decoding, sampling, beams, chat
-    evaluate/    perplexity and bits per byte
+    evaluate/    perplexity, bits per byte and tasks
+    train/       the loop, and the recipes that pretraining and fine-tuning bring to it
     tools/       beside the walk, which imports none of them: verify, interop, serve, explain, quickstart, doctor
     cli/         the verbs; `__main__` starts them
 

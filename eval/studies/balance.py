@@ -63,9 +63,9 @@ def train(config: PretrainConfig, run_dir: Path, steps: int, balance: BalanceCon
     records = [line for line in lines if "event" not in line]
     tokenizer = Tokenizer.load(config.data.tokenizer)
     whole = config.model_copy(update={"train": settings.model_copy(update={"eval_batches": None})})
-    validation = pretrain.validation_batches(
-        whole, pretrain.open_shards(whole, "validation", tokenizer), current_topology()
-    )
+    shards = pretrain.open_shards(whole, "validation", tokenizer)
+    by_source = pretrain.validation_batches(whole, shards, current_topology())
+    validation = [batch for batches in by_source.values() for batch in batches]
     return {
         "loss": records[-1]["loss"],
         "held_out": held_out_load(run_dir, validation, balance),

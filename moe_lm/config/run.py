@@ -108,6 +108,19 @@ class LogConfig(Section):
     )
     trackers: tuple[TrackerName, ...] = Field(default=(), description="programs that figures are also sent to")
     project: str = Field(default="moe-lm", description="project's name in the trackers")
+    sample_prompts: tuple[str, ...] = Field(
+        default=(),
+        description="texts that the model goes on with at each evaluation (`train.eval_every`); in fine-tuning they "
+        "are a user's messages",
+    )
+    sample_tokens: int = Field(default=64, gt=0, description="tokens of each sample; one costs a forward pass")
+    eval_tasks: tuple[str, ...] = Field(
+        default=(), description="tasks, as of `moe-lm eval --tasks`, that are run at each evaluation"
+    )
+    eval_tasks_limit: int | None = Field(
+        default=200, gt=0, description="examples of each of `eval_tasks`, its first ones; null: all"
+    )
+    task_data: Path | None = Field(default=None, description="folder with the files of the tasks in eval/tasks")
 
 
 class PretrainConfig(Section):

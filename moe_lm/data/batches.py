@@ -57,7 +57,7 @@ class Batch:
 
     def part(self, number: int, parts: int) -> Batch:
         """The positions of this number when the rows are divided into as many consecutive `parts`."""
-        names = ("input_ids", "targets", "position_ids")
+        names = ("input_ids", "targets", "position_ids", *(("answers",) if self.answers is not None else ()))
         return replace(self, **{name: getattr(self, name).chunk(parts, dim=1)[number] for name in names})
 
     def to(self, device: torch.device | str) -> Batch:

@@ -6,7 +6,9 @@ has the same numbers here as its export has there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import tokenizers
@@ -16,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.generation import SamplingConfig
-from moe_lm.evaluate.scoring import Request, Scorer
+from moe_lm.evaluate.scoring import Request, Score, Scorer
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.strategies import GREEDY, Sampling
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -41,11 +43,13 @@ class HubTokenizer:
 
 
 class HarnessModel(TemplateLM):
-    """A model that lm-eval can ask."""
+    """A model that lm-eval can ask; it is asked within `aloud()`, where the terminal is there again."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(
+        self, scorer: Scorer, aloud: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
         super().__init__()
-        self._scorer, self._words = scorer, scorer.tokenizer
+        self._scorer, self._words, self._aloud = scorer, scorer.tokenizer, aloud
         self._hub = HubTokenizer(scorer.tokenizer)
 
     @property
@@ -67,7 +71,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._scorer.score([Request(context, continuation) for _, context, continuation in requests])
+        scores = self._score([Request(context, continuation) for _, context, continuation in requests])
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
@@ -79,7 +83,7 @@ class HarnessModel(TemplateLM):
             windows += [Request(*make_disjoint_window(window)) for window in rolling]
             owners += [owner] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)
-        for owner, score in zip(owners, self._scorer.score(windows), strict=True):
+        for owner, score in zip(owners, self._score(windows), strict=True):
             sums[owner] += score.log_likelihood
         return sums
 
@@ -96,9 +100,15 @@ class HarnessModel(TemplateLM):
                     f"{self._scorer.max_length} positions; choose tasks that write less"
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            for number, text in zip(numbers, self._scorer.write(prompts, settings, stop), strict=True):
+            with self._aloud():
+                written = self._scorer.write(prompts, settings, stop)
+            for number, text in zip(numbers, written, strict=True):
                 texts[number] = text
         return texts
+
+    def _score(self, requests: Sequence[Request]) -> list[Score]:
+        with self._aloud():
+            return self._scorer.score(requests)
 
     @property
     def tokenizer_name(self) -> str:

@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,14 @@ class TaskResult:
     metrics: Mapping[str, tuple[float, float | None]]
     examples: int
     shots: int | None = None
+
+    def __str__(self) -> str:
+        """`acc 0.7012 ± 0.0101`, every metric so."""
+        shown = [
+            f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            for name, (value, error) in self.metrics.items()
+        ]
+        return " ".join(shown)
 
     def figures(self) -> dict[str, Any]:
         """The metrics by name; `stderr` is of the first one."""
@@ -86,10 +95,10 @@ class Tasks:
 
         from moe_lm.evaluate.harness import HarnessModel
 
-        with _quiet():
+        with _quiet() as aloud:
             found = evaluate(
-                HarnessModel(scorer), self._loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat,
-                bootstrap_iters=BOOTSTRAPS, log_samples=samples is not None,
+                HarnessModel(scorer, aloud), self._loaded, limit=limit, apply_chat_template=chat,
+                fewshot_as_multiturn=chat, bootstrap_iters=BOOTSTRAPS, log_samples=samples is not None,
             )  # fmt: skip
         if samples is not None:
             samples += [{"task": name, **line} for name, lines in found["samples"].items() for line in lines]
@@ -188,14 +197,24 @@ def _members(group: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's bars and remarks off the terminal, and its bootstraps in this process."""
+def _quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Keep lm-eval's bars and remarks off the terminal, and its bootstraps in this process.
+
+    Yields a context in which the terminal is there.
+    """
+    out, err = sys.stdout, sys.stderr
+
+    @contextlib.contextmanager
+    def aloud() -> Iterator[None]:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
+            yield aloud
     finally:
         logger.setLevel(level)

@@ -65,6 +65,12 @@ class Predictions:
         return nll
 
     @torch.no_grad()
+    def logits(self, chosen_BS: Tensor) -> Tensor:
+        """The logits after the few tokens that are chosen, `[chosen, V]` float32."""
+        logits_CV: Tensor = self._head(self._hidden_BSD[chosen_BS])
+        return logits_CV.float()
+
+    @torch.no_grad()
     def likeliest(self) -> Tensor:
         """The likeliest token after every one, `[B, S]`."""
         tokens_BS: Tensor = self._head(self._hidden_BSD, likeliest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -23,6 +23,7 @@ from moe_lm.train.checkpoints import MEASURED_LATER, Checkpoints
 from moe_lm.train.figures import step_record
 from moe_lm.train.guards import Guard
 from moe_lm.train.log import RunLog, json_text
+from moe_lm.train.probes import Probes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Training:
     flops_per_token: Callable[[int], float]  # forward and backward, in a step counted from 0
     before_step: Callable[[int], None] = lambda step: None  # called with each step, counted from 0
     evaluate_first: bool = False  # evaluate before the first step too
+    validation_sources: Sequence[tuple[str, int]] = ()  # of `validation`, in order, and how many batches are of each
+    probes: Probes | None = None
     watchdog: Watchdog = NO_WATCHDOG
 
 
@@ -146,7 +149,7 @@ class Loop:
         if self.guard.must_go_back:
             return Next.ROLLBACK
         if run.evaluate_first and run.validation and result.step == 0:
-            held_out = evaluate(run, self.signals)
+            held_out = self._evaluate()
             if held_out is None:
                 return Next.STOP
             run.log.step({"step": 0, **held_out, **self._now()})
@@ -162,7 +165,7 @@ class Loop:
         is_last = follows is Next.END
         is_best = False
         if follows is Next.STEP and run.validation and is_due(result.step, run.config.eval_every):
-            held_out = evaluate(run, self.signals)
+            held_out = self._evaluate()
             if held_out is None:
                 follows = Next.STOP
             else:
@@ -281,12 +284,31 @@ class Loop:
         counters = {**self.result.counters(), "guard": self.guard.memory.model_dump()}
         return {**files, "trainer.json": json_text(counters)}
 
+    def _evaluate(self) -> dict[str, Any] | None:
+        """The held-out figures of this step; what the probes find goes to the log.
+
+        None if a signal came before the end.
+        """
+        run, step = self.run, self.result.step
+        held_out = evaluate(run, self.signals)
+        if held_out is None or run.probes is None:
+            return held_out
+
+        def heed() -> bool:
+            run.watchdog.at("evaluating")
+            return run.engine.any_rank(bool(self.signals))
+
+        events = run.probes.ask(run.engine, step, heed)
+        for kind, text, fields in events or ():
+            run.log.event(kind, step, text, **fields)
+        return None if events is None else held_out
+
     def _evaluate_saved(self) -> bool:
         """Evaluate the step of the newest checkpoint, and keep the loss beside it and in the log.
 
         False if a signal came before the end.
         """
-        held_out = evaluate(self.run, self.signals)
+        held_out = self._evaluate()
         with self.run.watchdog.patiently("saving"):  # metrics.jsonl may be long
             if held_out is not None:
                 self.result.note_evaluation(held_out["val_loss"])
@@ -308,22 +330,36 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     ]
 
 
-def evaluate(run: Training, signals: Sequence[int]) -> dict[str, float] | None:
+def evaluate(run: Training, signals: Sequence[int]) -> dict[str, Any] | None:
     """The held-out `val_loss` and other figures of metrics.jsonl: means over target tokens (in nats) or pairs.
 
-    None if a signal came before the end.
+    The loss is given by source too if there are several. None if a signal came before the end.
     """
-    engine, at_once = run.engine, run.engine.topology.row_groups
     sums: dict[str, float] = {}
     units = 0
-    for start in range(0, len(run.validation), at_once):
-        if engine.any_rank(bool(signals)):
+    by_source: dict[str, list[float]] = {}  # the sum of losses, and the units
+    for source, start, stop in pieces(run):
+        if run.engine.any_rank(bool(signals)):
             return None
         run.watchdog.at("evaluating")
-        found = engine.evaluate(run.validation[start : start + at_once])
+        found = run.engine.evaluate(run.validation[start:stop])
         sums = {name: sums.get(name, 0.0) + more for name, more in found.sums.items()}
         units += found.units
-    return {f"val_{name}": total / max(1, units) for name, total in sums.items()}
+        loss, count = by_source.get(source, (0.0, 0))
+        by_source[source] = [loss + found.sums["loss"], count + found.units]
+    figures: dict[str, Any] = {f"val_{name}": total / max(1, units) for name, total in sums.items()}
+    if len(by_source) > 1:
+        figures["val_loss_by_source"] = {source: loss / max(1, count) for source, (loss, count) in by_source.items()}
+    return figures
+
+
+def pieces(run: Training) -> Iterator[tuple[str, int, int]]:
+    """The held-out batches that the ranks evaluate at once, all of one source: its name, the first, and their end."""
+    at_once, begin = run.engine.topology.row_groups, 0
+    for source, count in run.validation_sources or [("", len(run.validation))]:
+        for start in range(begin, begin + count, at_once):
+            yield source, start, min(start + at_once, begin + count)
+        begin += count
 
 
 def is_finished(config: TrainConfig, result: TrainingResult) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint
@@ -43,6 +44,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
     batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
     epochs = batches.epochs(config.train.steps)
+    validation = validation_batches(config, held_out, meeting.topology)
     recipe = Recipe(
         title="pretrain",
         config=config,
@@ -50,7 +52,8 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
         tokenizer=tokenizer,
         objective=NextToken(),
         batches=batches,
-        validation=validation_batches(config, held_out, meeting.topology),
+        validation=list(chain.from_iterable(validation.values())),
+        validation_sources=[(source, len(some)) for source, some in validation.items()],
         start=start,
         epochs=dict(zip(names, epochs, strict=True)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
@@ -133,16 +136,18 @@ def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> P
     )
 
 
-def validation_batches(config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology) -> list[Batch]:
-    """The held-out split of every source, in order; at most `train.eval_batches` global batches of each."""
+def validation_batches(
+    config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology
+) -> dict[str, list[Batch]]:
+    """The held-out batches of every source that has some, at most `train.eval_batches` global ones of each."""
     data, train = config.data, config.train
     size = train.rows_at_once(config.parallel.row_groups(topology.world_size))
-    batches: list[Batch] = []
-    for source in shards:
+    batches: dict[str, list[Batch]] = {}
+    for name, source in zip((source.name for source in data.sources), shards, strict=True):
         if source.num_tokens > 1:
             held_out = EvaluationBatches(source, data.sequence_length, size, data.separate_documents)
             steps = range(held_out.steps_per_epoch)
             if train.eval_batches is not None:
                 steps = steps[: train.eval_batches * train.global_batch_size // size]
-            batches += [held_out.batch(step, range(size)) for step in steps]
+            batches[name] = [held_out.batch(step, range(size)) for step in steps]
     return batches

@@ -13,7 +13,7 @@ from moe_lm.checkpoint import checkpoint, lineage, read, retain
 from moe_lm.checkpoint.checkpoint import GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
-from moe_lm.common.errors import MoeLmError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
@@ -39,6 +39,7 @@ from moe_lm.train.log import RunLog, rank_log, rank_log_path
 from moe_lm.train.loop import Training, TrainingResult, train
 from moe_lm.train.past import Plan
 from moe_lm.train.phases import flops_of_step, tell_of_phase
+from moe_lm.train.probes import Probes
 from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
@@ -56,6 +57,7 @@ class Recipe:
     objective: Objective
     batches: MixedBatches
     validation: Iterable[Batch]  # read once, after the reference has been added to `pairs`
+    validation_sources: Sequence[tuple[str, int]] = ()  # of `validation`, in order, and how many batches are of each
     start: Start | None = None  # the model to begin with; None: fresh weights
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
     epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source
@@ -67,8 +69,9 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     """Train to the last step, from the newest checkpoint of the run folder if there is one.
 
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
-    trains in it.
+    trains in it, or `log.eval_tasks` cannot be had.
     """
+    probes = Probes.of(recipe.config, recipe.tokenizer)
     with meeting.lost_ranks_named():
         topology = join_ranks(recipe, meeting)
         watchdog = Watchdog(
@@ -79,7 +82,7 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
             with build_and_fill(recipe, topology) as engine:
                 watchdog.follow(engine.exchange)
                 counters = resume(recipe, engine, watchdog, claim.found.folder)
-                return train_and_log(recipe, engine, watchdog, counters, claim)
+                return train_and_log(recipe, engine, watchdog, counters, claim, probes)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -173,10 +176,22 @@ def resume(recipe: Recipe, engine: Engine, watchdog: Watchdog, newest: Path | No
 
 
 def train_and_log(
-    recipe: Recipe, engine: Engine, watchdog: Watchdog, counters: dict[str, Any], claim: Claim
+    recipe: Recipe,
+    engine: Engine,
+    watchdog: Watchdog,
+    counters: dict[str, Any],
+    claim: Claim,
+    probes: Probes | None = None,
 ) -> TrainingResult:
     """Open the log and call the loop."""
     config, is_main = recipe.config, engine.topology.is_main
+    validation = list(recipe.validation)
+    if probes is not None and not validation:
+        raise UsageError(
+            "log.sample_prompts and log.eval_tasks belong to evaluations, and there is no held-out data to evaluate; "
+            "set data.validation_fraction, or take them out",
+            common=True,
+        )
     folder, found, changes = claim
     start_step = counters.get("step", 0)
     if changes:
@@ -207,7 +222,9 @@ def train_and_log(
         training = Training(
             engine=engine,
             batches=recipe.batches,
-            validation=list(recipe.validation),
+            validation=validation,
+            validation_sources=recipe.validation_sources,
+            probes=probes,
             config=config.train,
             checkpoints=Checkpoints(
                 folder.checkpoints,

@@ -42,7 +42,8 @@ SHORT = ("train.steps=12", "checkpoint.keep=9", "train.eval_batches=1")
 
 def held_out_batches(config: PretrainConfig) -> list[Batch]:
     shards = pretrain.open_shards(config, "validation", pretrain.load_tokenizer(config))
-    return pretrain.validation_batches(config, shards, Topology())
+    by_source = pretrain.validation_batches(config, shards, Topology())
+    return [batch for batches in by_source.values() for batch in batches]
 
 
 # Resume
@@ -379,4 +380,10 @@ def test_every_source_is_mixed_and_evaluated(tiny_pretrain: Path, tmp_path: Path
     assert moe_lm("pretrain", *command).code == 0
     config = load_config(PretrainConfig, tiny_pretrain, [str(item) for item in command[1:]])
     assert len(held_out_batches(config)) == 2 * 2
-    assert len(metrics(tmp_path / "run")) == 12
+    records = metrics(tmp_path / "run")
+    assert len(records) == 12
+    last = records[-1]
+    assert list(last["val_loss_by_source"]) == ["one", "two"]
+    # Both have the same text, of which the same batches are evaluated.
+    assert last["val_loss_by_source"]["one"] == last["val_loss_by_source"]["two"]
+    assert last["val_loss"] == pytest.approx(last["val_loss_by_source"]["one"], rel=1e-12)
