@@ -11,8 +11,7 @@ heads, N head size, M head size of the values, W numbers of a position that one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,14 +77,9 @@ class SequenceGroup:
         arrived_BSPW = _AllToAll.apply(sent_PBSW, self).movedim(0, 2)
         return arrived_BSPW.unflatten(-1, out.shape[2:]).flatten(2, 3)
 
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
-        with self.exchange.waiting():
-            yield
-
-    def waiting(self) -> Any:
+    def waiting(self) -> AbstractContextManager[None]:
         """Around an exchange. A compiled graph cannot tell when it waits."""
-        return nullcontext() if torch.compiler.is_compiling() else self._noted()
+        return nullcontext() if torch.compiler.is_compiling() else self.exchange.waiting()
 
 
 @dataclass(frozen=True)
