@@ -271,7 +271,9 @@ def with_rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
     meant: dict[str, Any] = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     kind = rope.pop("rope_type", "default")
     if kind == "default" and rope:
-        raise ValueError(f"rope_parameters has {', '.join(rope)} and no rope_type; set it, like rope_type: yarn")
+        raise ValueError(
+            f"rope_parameters has {', '.join(map(str, rope))} and no rope_type; set it, like rope_type: yarn"
+        )
     meant["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
     for name, value in meant.items():
         if name in others and others[name] != value:

@@ -207,6 +207,7 @@ def train_and_log(
         log.event(
             "start", start_step, f"begins after step {start_step} of {config.train.steps}", show=False,
             processes=engine.topology.world_size, fresh=recipe.start is None, epochs=recipe.epochs,
+            start_from=None if recipe.start is None else str(recipe.start.origin),
             model=recipe.model.model_dump(mode="json"),
         )  # fmt: skip
         for line in opening_lines(recipe.title, config, recipe.model, engine, recipe.notes, start_step):

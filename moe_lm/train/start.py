@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_lm.checkpoint import checkpoint, read
 from moe_lm.checkpoint.checkpoint import OPTIMIZER, TOKENIZER
-from moe_lm.checkpoint.lineage import Start, find_first_start
+from moe_lm.checkpoint.lineage import Start, find_first_start, is_at
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
@@ -49,8 +49,8 @@ def completed(values: Values) -> Values:
     check_shape(given, shape, start_from)
     values = {**values, "model": shape.model_dump(mode="json") | _with_trained_length(given, shape)}
     if isinstance(data := values.get("data"), dict) and _is_left_out(data.get("tokenizer")):
-        tokenizer = checkpoint.verified_path(start.folder, TOKENIZER)
-        values["data"] = {**data, "tokenizer": str(tokenizer)}
+        home = start.origin if is_at(start.origin, start.fingerprint) else start.folder  # which does not stay as long
+        values["data"] = {**data, "tokenizer": str(checkpoint.verified_path(home, TOKENIZER))}
     train = values.get("train")
     balance = train.get("balance", {}) if isinstance(train, dict) else None
     if isinstance(train, dict) and isinstance(balance, dict) and _has_no_biases(start, shape):
@@ -109,7 +109,7 @@ def notes_on(start: Start, config: PretrainConfig) -> list[str]:
     moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
     return [
         *notes_on_biases(config.train.balance.bias_update_rate, config.model),
-        f"trains on {start.origin} (fingerprint {start.fingerprint}){moments}",
+        f"starts from {start.origin} (fingerprint {start.fingerprint}){moments}",
     ]
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
-from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import PretrainConfig
+from moe_lm.cli.build import read_run
+from moe_lm.cli.train import read_pretraining
+from moe_lm.config.model import ModelConfig, RopeScaling
 from moe_lm.data.shards import read_manifest
+from moe_lm.train.finetune import trained_model
 from tests.processes import metrics
 from tests.runs import last_checkpoint, tensors
 from tests.tiny import SHAPE
@@ -59,6 +61,7 @@ def test_the_moments_of_the_start_are_taken_along_when_asked(
     torch.testing.assert_close(gradient, fresh, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_and_have_no_moments_to_give(
     config: Path, finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
@@ -75,37 +78,36 @@ def test_adapters_are_merged_and_have_no_moments_to_give(
     assert names == tensors(last_checkpoint(tmp_path / "plain"), "model").keys()  # no factor among them
 
 
-def test_every_verb_takes_a_config_without_a_model(
-    config: Path, pretrained: Path, tiny_pretrain: Path, finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
+def test_prepare_and_every_reader_take_a_config_without_a_model(
+    config: Path, tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
     prepared = moe_lm("prepare", config, f"data.shards={tmp_path / 'shards'}")
     assert prepared.code == 0, prepared.err
-    of_text = yaml.safe_load(tiny_pretrain.read_text())["data"]["shards"]
-    assert read_manifest(tmp_path / "shards" / "text") == read_manifest(Path(of_text) / "text")
-    dry = moe_lm("pretrain", config, "--dry-run")
-    assert (dry.code, dry.err) == (0, "")
-    shown = PretrainConfig.model_validate(yaml.safe_load(dry.out.partition("\n\n")[0]))
-    assert shown.model == ModelConfig(**yaml.safe_load(tiny_pretrain.read_text())["model"])
-    planned = moe_lm("plan", config, "--gpus", "1", "--gpu", "h100", "--json", "-")
-    assert planned.code == 0, planned.err
-    assert moe_lm("pretrain", config).code == 0
-    run = tmp_path / "run"
-    evaluated = moe_lm("eval", run)
-    assert (evaluated.code, evaluated.err) == (0, "")
-    assert f"held-out text of {run}" in evaluated.out
-    adapted = moe_lm("finetune", finetune_config, f"start_from={run}", f"run_dir={tmp_path / 'ft'}", "lora={rank: 2}",
-                     "train.steps=1")  # fmt: skip
-    assert (adapted.code, adapted.err) == (0, "")
+    given = yaml.safe_load(tiny_pretrain.read_text())
+    assert read_manifest(tmp_path / "shards" / "text") == read_manifest(Path(given["data"]["shards"]) / "text")
+    assert trained_model(read_run(config, [])) == ModelConfig(**given["model"])
 
 
-def test_the_recipe_is_whole(config: Path, pretrained: Path, moe_lm: MoeLm) -> None:
+@pytest.mark.slow
+def test_what_goes_on_is_planned_verified_and_adapted(
+    config: Path, finetune_config: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    for done in (
+        moe_lm("plan", config, "--gpus", "1", "--gpu", "h100"),
+        moe_lm("verify", config, "--quick", "--world-sizes", "1", "--only", "accumulation"),
+        moe_lm("pretrain", config),
+        moe_lm("finetune", finetune_config, f"start_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'ft'}", "lora={}"),
+    ):
+        assert done.code == 0, done.err
+
+
+def test_the_recipe_is_whole(pretrained: Path) -> None:
     recipe = Path(__file__).parents[2] / "configs" / "pretrain" / "continue.yaml"
-    longer = ("data.sequence_length=16384", "model.max_position_embeddings=16384")
+    longer = ["data.sequence_length=16384", "model.max_position_embeddings=16384"]
     yarn = "model.rope_parameters={rope_type: yarn, factor: 4.0}"
-    done = moe_lm("pretrain", recipe, f"start_from={pretrained}", "--dry-run", *longer, yarn)
-    assert (done.code, done.err) == (0, "")
-    assert "original_max_position_embeddings: 4096" in done.out
-    assert "200 steps, 838,860,800 tokens" in done.out
+    model = read_pretraining(recipe, [f"start_from={pretrained}", *longer, yarn]).model
+    assert (model.hidden_size, model.max_position_embeddings) == (32, 16384)
+    assert model.rope_scaling == RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096)
 
 
 def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
@@ -116,13 +118,16 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
     start.rename(moved)
     done = moe_lm("pretrain", config, f"start_from={moved}", "train.steps=2", "checkpoint.keep=1")
     assert (done.code, done.err) == (0, "")
-    shutil.rmtree(moved)
-    done = moe_lm("pretrain", run / "config.yaml", "train.steps=3", "checkpoint.keep=1")
-    assert (done.code, done.err) == (0, "")
-    assert "going on after step 2 of 3" in done.out
+    evaluated = moe_lm("eval", run)
+    assert (evaluated.code, evaluated.err) == (0, "")
+    assert f"held-out text of {run}" in evaluated.out
     kept = yaml.safe_load((last_checkpoint(run) / "start.yaml").read_text())
     assert kept["origin"] == str(start / "checkpoints" / "step-00000030")
     assert kept["positions"] == {"max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0}
+    shutil.rmtree(moved)
+    again = read_pretraining(run / "config.yaml", [])
+    assert again.data.tokenizer == last_checkpoint(run) / "tokenizer"
+    assert again.model == read_pretraining(config, []).model
 
 
 # What does not fit

@@ -24,7 +24,7 @@ from tests.tiny import logits_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
-SLOW = ("deepseek_v3", "qwen3_moe", "upcycled sigmoid")
+SLOW = ("finished run", "deepseek_v3", "qwen3_moe", "upcycled sigmoid")
 YARN = {"rope_type": "yarn", "factor": 4.0}  # the trained length is the start's
 
 
@@ -61,7 +61,7 @@ def start_from(request: pytest.FixtureRequest, imported_run: Folder, pretrained:
     return imported_run(kind)
 
 
-STARTS = ["upcycled", "finished run", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
+STARTS = ["upcycled", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
 
 
 @pytest.mark.parametrize("start_from", STARTS, indirect=True)
@@ -72,7 +72,7 @@ def test_a_start_goes_on_resumes_to_the_bit_and_exports(
     done = moe_lm("pretrain", config)
     assert (done.code, done.err) == (0, "")
     start = last_checkpoint(start_from)
-    assert f"trains on {start.absolute()} (fingerprint " in done.out
+    assert f"starts from {start.absolute()} (fingerprint " in done.out
     figures = metrics(run)
     assert figures[0]["step"] == 0  # the start itself, evaluated
     assert figures[-1]["val_loss"] < figures[0]["val_loss"] - 0.3
@@ -106,8 +106,6 @@ def test_longer_positions_of_a_start_are_those_of_transformers(
     assert {name: value for name, value in kept["rope_scaling"].items() if value} == {
         **YARN, "original_max_position_embeddings": 160, "truncate": True,
     }  # fmt: skip
-    again = moe_lm("pretrain", config, "train.steps=4")  # its own checkpoint has the longer positions by now
-    assert "going on after step 3 of 4" in again.out, again.err
     undone = moe_lm("pretrain", config, "train.steps=5", "model={max_position_embeddings: 640}")
     assert undone.code == 2
     assert "model.rope_scaling.rope_type: yarn -> (absent)" in undone.err
