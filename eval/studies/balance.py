@@ -1,9 +1,9 @@
-"""Does the bias keep the experts' load even? The quickstart's pretraining, with the bias balance and without any.
+"""What keeps the experts' load even? The quickstart's pretraining with the bias balance, without any, by quantiles.
 
     moe-lm quickstart
     python eval/studies/balance.py runs/quickstart --steps 300 --out eval/results/balance
 
-Reads the tokenizer and shards of a quickstart, trains both models for the same steps in a folder of its own, and
+Reads the tokenizer and shards of a quickstart, trains the models for the same steps in a folder of its own, and
 writes OUT.json and OUT.png. MaxVio is the largest load of a layer's experts over their mean, minus one
 (arXiv 2408.15664); a batch's is noisier than that of the whole held-out text, so both are given.
 """
@@ -32,23 +32,31 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import pretrain
 from moe_lm.train.figures import load_statistics
 
-NO_BALANCE = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "batch_loss": 0.0, "z_loss": 0.0}
+NO_BALANCE = BalanceConfig(bias_update_rate=0.0, sequence_loss=0.0, batch_loss=0.0, z_loss=0.0)
+WAYS = {  # None: the config's own
+    "with bias": None,
+    "without": NO_BALANCE,
+    "quantile": NO_BALANCE.model_copy(update={"bias_update": "quantile"}),
+    "quantile, memory 0.8": NO_BALANCE.model_copy(update={"bias_update": "quantile", "quantile_memory": 0.8}),
+}
 SMOOTH = 10  # steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings that replace the quickstart's")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without a suffix")
     arguments = parser.parse_args()
-    config = load_config(PretrainConfig, arguments.quickstart / "pretrain/config.yaml")
+    config = load_config(PretrainConfig, arguments.quickstart / "pretrain/config.yaml", arguments.settings)
     with TemporaryDirectory() as scratch:
         runs = {
-            name: train(config, Path(scratch) / name, arguments.steps, balance)
-            for name, balance in (("with bias", config.train.balance), ("without", BalanceConfig(**NO_BALANCE)))
+            name: train(config, Path(scratch) / name, arguments.steps, WAYS[name] or config.train.balance)
+            for name in arguments.way or WAYS
         }
-    result = {"date": date.today().isoformat(), "steps": arguments.steps, **runs}
+    result = {"date": date.today().isoformat(), "steps": arguments.steps, "settings": arguments.settings, **runs}
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(runs, arguments.out.with_suffix(".png"))
     print(json.dumps({name: {key: run[key] for key in ("held_out", "loss")} for name, run in runs.items()}, indent=2))
@@ -84,7 +92,9 @@ def held_out_load(run_dir: Path, validation: Sequence[Batch], balance: BalanceCo
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for colour, (name, run) in zip(("tab:blue", "tab:red"), runs.items(), strict=True):
+    colours = dict(zip(WAYS, ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
+    for name, run in runs.items():
+        colour = colours[name]
         layers = torch.tensor(run["max_violation_by_step"]).T
         for layer in layers:
             axes.plot(smooth(layer), color=colour, alpha=0.3, linewidth=0.8)

@@ -355,6 +355,11 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
 
 
 def check_router(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise UsageError when a router is to be frozen that the model does not have."""
+    """Raise UsageError when a router is to be frozen, or balanced, that is not there or has no choice."""
+    if train.balance.bias_update == "quantile" and model.num_experts_per_tok >= model.n_routed_experts:
+        raise UsageError(
+            f"train.balance.bias_update=quantile, but model.num_experts_per_tok={model.num_experts_per_tok} leaves "
+            f"model.n_routed_experts={model.n_routed_experts} without a choice; take bias_update away"
+        )
     if train.freeze_router and not model.moe_layers:
         raise UsageError("train.freeze_router=true, but the model has no routed experts; take it away")

@@ -36,19 +36,37 @@ Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(
 
 
 class BalanceConfig(Section):
-    """How the load of experts is kept even: a router bias that moves at a fixed rate, and losses that are added."""
+    """How the load of experts is kept even: router biases that a step moves, and losses that are added."""
 
+    bias_update: Literal["sign", "quantile"] = Field(
+        default="sign",
+        description="sign: a step moves each bias at a fixed rate towards an even load; quantile: it sets each to what "
+        "would have given the expert its share of the step's tokens (Kimi K3), best with many tokens an expert",
+    )
+    quantile_memory: Share = Field(
+        default=0.0, description="quantile: share of the old bias that a step keeps; larger for small batches"
+    )
     bias_update_rate: float = Field(
         default=1e-3,
         ge=0,
-        description="change of a router bias in a step (DeepSeek-V3's gamma); 0 leaves biases as they are, which is "
-        "the default of fine-tuning",
+        description="sign: change of a router bias in a step (DeepSeek-V3's gamma); 0 leaves biases as they are, which "
+        "is the default of fine-tuning",
     )
     sequence_loss: float = Field(default=1e-4, ge=0, description="weight of each sequence's balance loss (DeepSeek-V3)")
     batch_loss: float = Field(
         default=0.0, ge=0, description="weight of the balance loss of the global batch (Switch, GShard)"
     )
     z_loss: float = Field(default=0.0, ge=0, description="weight of the router z-loss (ST-MoE)")
+
+    @property
+    def moves_biases(self) -> bool:
+        return self.bias_update == "quantile" or self.bias_update_rate > 0
+
+    @model_validator(mode="after")
+    def _memory_is_read(self) -> Self:
+        if self.bias_update != "quantile":
+            self.refuse_any(["quantile_memory"], "needs bias_update=quantile; set it, or take quantile_memory away")
+        return self
 
 
 class OptimizerConfig(Section):

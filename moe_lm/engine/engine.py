@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.model.transformer import LanguageModel
+from moe_lm.objective.quantile_balance import set_biases
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import bias_ranges, schedule_factor, update_router_biases
 from moe_lm.parallel.exchange import Exchange
@@ -100,6 +101,7 @@ class Engine(ABC):
         self.exchange = exchange  # None in a single process
         self._before_step = before_step
         self._load: Tensor | None = None  # [layers, E] int64, of the step before
+        self._needed: Tensor | None = None  # [layers, E, bins] int32, of this step and rank, for quantile balancing
         if train.balance.batch_loss and self.model.moe_layers:
             experts = self.model.config.n_routed_experts
             self._load = torch.zeros(len(self.model.moe_layers), experts, dtype=torch.int64, device=device)
@@ -161,10 +163,13 @@ class Engine(ABC):
 
     def _accumulate(self, micro_batches: Sequence[Batch], counts: StepCounts) -> list[LossParts]:
         """Run forward and backward on every micro-batch; their gradients add up, at the end over the ranks too."""
-        parts = []
+        parts: list[LossParts] = []
+        self._needed = None
         for number, batch in enumerate(micro_batches, 1):
             part = self._forward_backward(batch, counts, last=number == len(micro_batches))
-            parts.append(part._replace(loss=part.loss.detach()))
+            # Counts in so many bins are too large to keep those of every micro-batch.
+            self._needed = part.needed if self._needed is None else self._needed.add_(part.needed)
+            parts.append(part._replace(loss=part.loss.detach(), needed=self._needed))
         return parts
 
     def _add_up(self, parts: Sequence[LossParts]) -> Totals:
@@ -186,7 +191,10 @@ class Engine(ABC):
         """Let the next step know the load of this one."""
         if self._load is not None:
             self._load.copy_(load)
-        if self.config.balance.bias_update_rate:
+        if self.config.balance.bias_update == "quantile" and self._needed is not None:
+            needed = self._needed if self.exchange is None else self.exchange.sum(self._needed)
+            set_biases(self.model, needed, self.config.balance.quantile_memory)
+        elif self.config.balance.bias_update_rate:
             update_router_biases(self.model, load, self.config.balance.bias_update_rate)
 
     def _result(

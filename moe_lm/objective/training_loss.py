@@ -20,6 +20,7 @@ from moe_lm.model.layers import ChunkLoss, Head, chunk_loss, likeliest, summed_n
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.balance import OverRow, balance_loss, of_all_layers, routing_figures, whole
+from moe_lm.objective.quantile_balance import needed_biases
 from moe_lm.objective.scheduled_sampling import mixed
 
 
@@ -112,6 +113,7 @@ class LossParts(NamedTuple):
     values: dict[str, Tensor]  # values of single units
     load: Tensor  # [layers, E] int64, padding left out
     entropy: Tensor  # [layers], the router's, in nats, mean over the tokens
+    needed: Tensor  # [layers, E, bins] int32, of quantile balancing; without it empty
 
 
 class TrainingLoss(nn.Module):
@@ -149,11 +151,13 @@ class TrainingLoss(nn.Module):
         loss, balance = score.loss, torch.zeros_like(score.loss)
         if counts is not None:
             loss = score.loss / counts.units
+        needed = load.new_zeros(0, 0, 0, dtype=torch.int32)
         if routings:
-            before = None if counts is None else counts.load
-            load, entropy, terms = self.routing_figures(
-                of_all_layers(routings), counted_BS, self.balance, before, self.over_row
-            )
+            before, routing = None if counts is None else counts.load, of_all_layers(routings)
+            load, entropy, terms = self.routing_figures(routing, counted_BS, self.balance, before, self.over_row)
+            if counts is not None and self.balance.bias_update == "quantile":
+                biases = torch.stack([layer.gate.e_score_correction_bias for layer in self.model.moe_layers])
+                needed = needed_biases(routing, biases, counted_BS.flatten())
             if counts is not None:
                 balance = balance + balance_loss(terms, self.balance, counts.tokens, counts.rows)
                 loss = loss + balance
@@ -164,6 +168,7 @@ class TrainingLoss(nn.Module):
             values=score.values,
             load=load,
             entropy=entropy,
+            needed=needed,
         )
 
     def predict(self, batch: Batch) -> tuple[Predictions, list[Routing]]:

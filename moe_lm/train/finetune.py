@@ -126,7 +126,7 @@ def epochs_by_source(config: FinetuneConfig, batches: RowBatches) -> dict[str, f
 
 def _notes(config: FinetuneConfig, model: ModelConfig, topology: Topology) -> list[str]:
     """The cost, after a warning if `moe-lm export` would refuse the trained model."""
-    biases = notes_on_biases(config.train.balance.bias_update_rate, model)
+    biases = notes_on_biases(config.train.balance, model)
     return [*biases, *cost_lines(config, model, topology)]
 
 

@@ -19,6 +19,7 @@ from moe_lm.checkpoint.read import read_model_config
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
 from moe_lm.config.run import PretrainConfig
+from moe_lm.config.training import BalanceConfig
 from moe_lm.engine.engine import LOAD, Engine
 from moe_lm.optim.average import EMA, STEPS
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -108,18 +109,20 @@ def notes_on(start: Start, config: PretrainConfig) -> list[str]:
     """What the log says of a start, after a warning if `moe-lm export` would refuse the trained model."""
     moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
     return [
-        *notes_on_biases(config.train.balance.bias_update_rate, config.model),
+        *notes_on_biases(config.train.balance, config.model),
         f"starts from {start.origin} (fingerprint {start.fingerprint}){moments}",
     ]
 
 
-def notes_on_biases(rate: float, model: ModelConfig) -> list[str]:
+def notes_on_biases(balance: BalanceConfig, model: ModelConfig) -> list[str]:
     """A warning of router biases that no family of Hugging Face has a place for."""
-    if not rate or not model.moe_layers or model.scoring_func != "softmax":
+    if not balance.moves_biases or not model.moe_layers or model.scoring_func != "softmax":
         return []
+    quantile = balance.bias_update == "quantile"
+    setting = f"train.balance.bias_update{'=quantile' if quantile else f'_rate={balance.bias_update_rate}'}"
     return [
-        f"train.balance.bias_update_rate={rate} moves router biases, which no Hugging Face family with a softmax "
-        "router has; set it to 0 if the model is to be exported"
+        f"{setting} moves router biases, which no Hugging Face family with a softmax router has; set "
+        "train.balance.bias_update_rate to 0 if the model is to be exported"
     ]
 
 
@@ -156,7 +159,7 @@ def _has_no_biases(start: Start, shape: ModelConfig) -> bool:
     if shape.scoring_func != "softmax" or not shape.moe_layers:
         return False
     balance = _settings(start).get("train", {}).get("balance", {})
-    return not balance.get("bias_update_rate", 0)
+    return not balance.get("bias_update_rate", 0) and balance.get("bias_update") != "quantile"
 
 
 def _check_tokenizer(config: PretrainConfig, start: Start) -> None:

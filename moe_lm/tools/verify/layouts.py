@@ -19,6 +19,7 @@ REFERENCE = "one process"
 # The sequence-wise balance loss is a mean over rows, so packing changes its value.
 WITHOUT_SEQUENCE_LOSS = "one process, no sequence loss"
 OTHER_OPTIMIZERS: dict[Literal["muon", "lamb"], str] = {"muon": "Muon", "lamb": "LAMB"}
+QUANTILE = "quantile balancing"
 LOSS_CHUNK = 20  # does not divide the positions of a micro-batch
 CHANGE = 2  # steps before a run goes on in another layout
 PLAN = "plan.json"
@@ -38,6 +39,7 @@ class Layout(Section):
     packed: bool = True
     sequence_loss: bool = True
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
+    bias_update: Literal["sign", "quantile"] = "sign"
     save_as: str | None = None
     load_from: str | None = None
     like: str | None = REFERENCE  # the layout that it must equal; None: it is a reference itself
@@ -69,6 +71,7 @@ def all_layouts(model: ModelConfig, train: TrainConfig, world_sizes: list[int], 
             layouts += _many(world_size, model, quick)
         if not (quick and world_size > 2):
             layouts += _other_optimizers(world_size, model, train.precision, quick)
+            layouts += _quantile_balancing(world_size, model, quick)
     # An expert's capacity is counted per row, and the model's own tokens are drawn by row and position: packing changes
     # both, and ranks that share rows know neither.
     if model.capacity_factor is not None or train.scheduled_sampling is not None:
@@ -249,6 +252,24 @@ def _other_optimizers(world_size: int, model: ModelConfig, precision: str, quick
                 layout("2 x torch after DeepSpeed", load_from=saved),
             ]
     return layouts
+
+
+def _quantile_balancing(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
+    """The biases are set from counts of all tokens; an expert whose scores are all chosen has none to set."""
+    if model.num_experts_per_tok >= model.n_routed_experts:
+        return []
+    reference = f"{REFERENCE}, {QUANTILE}"
+
+    def layout(name: str, like: str | None = reference, **settings: Any) -> Layout:
+        name = f"{name}, {QUANTILE}"
+        return Layout(name=name, world_size=world_size, bias_update="quantile", like=like, **settings)
+
+    if world_size == 1:
+        accumulation = [] if quick else [layout("accumulation", micro_batch_size=2)]
+        return [layout(REFERENCE, like=None), *accumulation]
+    widest = max(_expert_parallel_sizes(world_size, model))
+    divided = layout(_title(world_size, widest, 2), parallel=deepspeed(widest, 2))
+    return [divided] if quick else [layout(f"{world_size} x torch"), divided]
 
 
 def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:

@@ -132,6 +132,8 @@ def verify(
         deviations: list[tuple[Layout, Deviation]] = []
         for layout in plan.layouts:
             if layout.like is None:
+                if layout.bias_update == "quantile":
+                    continue  # from the second step on no load is uneven, which is what it is for
                 notes += islice(easy_steps(read_steps(results[layout.name]), plan), 1)
             else:
                 found, reference = results[layout.name], results[layout.like]

@@ -146,8 +146,10 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
     }
     if not layout.packed:
         changes["global_batch_size"] = train.global_batch_size * DOCUMENTS
+    balance: dict[str, object] = {"bias_update": layout.bias_update}
     if not layout.sequence_loss:
-        changes["balance"] = train.balance.model_copy(update={"sequence_loss": 0.0})
+        balance["sequence_loss"] = 0.0
+    changes["balance"] = train.balance.model_copy(update=balance)
     return train.model_copy(update=changes)
 
 
