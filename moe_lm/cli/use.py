@@ -176,7 +176,7 @@ def evaluate(
         refuse(given | {"--by-position": by_position or None}, "--tasks")
         from moe_lm.evaluate.tasks import evaluate_tasks, table
 
-        with counting("evaluating") as tell:
+        with counting("answering") as tell:
             results = evaluate_tasks(run, tasks, base, tell)
         print(table(results))
         if tasks.output is not None:
@@ -186,7 +186,9 @@ def evaluate(
         refuse({"--stride": stride}, "--by-position, whose windows do not overlap")
     from moe_lm.evaluate import perplexity
 
-    print(perplexity.evaluate(run, files or (), stride, base, window, by_position))
+    with counting("scoring tokens") as tell:
+        score = perplexity.evaluate(run, files or (), stride, base, window, by_position, tell)
+    print(score)
 
 
 def export(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import lzma
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,21 +22,17 @@ from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.config.data import SourceConfig
 from moe_lm.config.moved import moved_along
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 from moe_lm.data.batches import IGNORE, Batch
 from moe_lm.data.packing import Example, pack_examples
-from moe_lm.data.shards import TokenShards
+from moe_lm.evaluate.texts import file_texts, held_out_texts
 from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
 from moe_lm.model.attention import PackedAttention
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import Predictions
-from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
-from moe_lm.text.sources import ROW_SUFFIXES, read_documents
-from moe_lm.tokenizer.tokenizer import Tokenizer
 
 BATCH_ROWS = 8  # windows at once
 WINDOW = 2048  # tokens, for a model that was not trained here
@@ -66,6 +62,7 @@ class TextScore:
     tokens: int  # predicted, including the end of each document
     nll: float  # nats per token
     by_context: Sequence[ContextScore] = ()
+    parts: Sequence[TextScore] = ()  # its sources or files, if there are several
 
     @property
     def perplexity(self) -> float:
@@ -75,25 +72,21 @@ class TextScore:
     def bits_per_byte(self) -> float:
         return self.nll * self.tokens / math.log(2) / self.text_bytes
 
-    def __str__(self) -> str:
-        said = (
-            f"{self.text}: {self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens\n"
+    @property
+    def figures(self) -> str:
+        return (
             f"loss {self.nll:.4f} nats per token, perplexity {self.perplexity:.3f}, "
             f"{self.bits_per_byte:.4f} bits per byte"
         )
-        if not self.by_context:
-            return said
-        head = f"\n{'tokens of context':>18}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}"
-        return "\n".join([said, head, *map(str, self.by_context)])
 
-
-@dataclass(frozen=True)
-class Scorable:
-    """Documents as token ids from bos to eos, their number, and the bytes of their texts."""
-
-    documents: Iterable[ArrayLike]
-    count: int
-    text_bytes: int
+    def __str__(self) -> str:
+        """A line for each part, the whole, and a line for each length of context."""
+        lines = [f"{part.text}: {part.figures} ({part.text_bytes:,} bytes)" for part in self.parts]
+        lines.append(f"{self.text}: {self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens")
+        lines.append(self.figures)
+        if self.by_context:
+            lines.append(f"\n{'tokens of context':>18}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}")
+        return "\n".join([*lines, *map(str, self.by_context)])
 
 
 def evaluate(
@@ -103,18 +96,20 @@ def evaluate(
     base: Path | None = None,
     window: int | None = None,
     by_position: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextScore:
     """Score files (text, JSON rows or Parquet, compressed or not) or, without any, the run's held-out text.
 
     A text file is one document. Windows are by default as long as the training's sequences (WINDOW for a model that was
     not trained here), and the precision is that of training. A smaller `stride` gives every token more context and
     takes longer. `base` is the folder of the adapters' base, if it has moved. With `by_position` windows do not
-    overlap, but for a document's last one, and the score also has its parts by the length of the context.
+    overlap, but for a document's last one, and the score also has its parts by the length of the context. Several files
+    or sources are parts of the score. `tell` hears how many tokens are scored, and of how many.
     Raises UsageError for a run, file, window or stride that cannot be used.
     """
     session = Session.load(run, base=base, decoding=False)
     config = _run_config(session.checkpoint)
-    text = _file_documents(files, session.tokenizer) if files else _held_out_documents(run, config, session.tokenizer)
+    texts = file_texts(files, session.tokenizer) if files else held_out_texts(run, config, session.tokenizer)
     positions = session.model.config.max_position_embeddings
     window = window or min(config.data.sequence_length if config else WINDOW, positions)
     if window > positions and session.model.config.position_embedding == "learned":
@@ -122,18 +117,41 @@ def evaluate(
             f"--window {window} is longer than the {positions} positions that {run} has learned; shorten it"
         )
     rows = max(1, min(BATCH_ROWS, BATCH_ROWS * WINDOW // window))
-    nll, counts = score_by_context(
-        session.model, text.documents, window, window if by_position else stride, rows, precision_of(session)
-    )
-    nll_sum, tokens = float(nll.sum()), int(counts.sum())
-    if not math.isfinite(nll_sum):
-        raise MoeLmError(
-            f"the loss of {session.checkpoint} is {nll_sum}; its weights are damaged or its training diverged, "
-            "evaluate an earlier checkpoint"
+    stride, total = window if by_position else stride, sum(text.tokens for text in texts)
+    scores: list[TextScore] = []
+    sums = torch.zeros(window + 1, dtype=torch.float64), torch.zeros(window + 1, dtype=torch.int64)
+    for text in texts:
+
+        def tell_more(tokens: int) -> None:
+            tell(sum(score.tokens for score in scores) + tokens, total)
+
+        nll, counts = score_by_context(
+            session.model, text.documents, window, stride, rows, precision_of(session), tell_more
         )
+        nll_sum, tokens = float(nll.sum()), int(counts.sum())
+        if not math.isfinite(nll_sum):
+            raise MoeLmError(
+                f"the loss of {session.checkpoint} is {nll_sum}; its weights are damaged or its training diverged, "
+                "evaluate an earlier checkpoint"
+            )
+        scores.append(TextScore(text.name, text.count, text.text_bytes, tokens, nll_sum / tokens))
+        sums = sums[0] + nll, sums[1] + counts
     name = ", ".join(map(str, files)) if files else f"held-out text of {run}"
-    parts = context_scores(nll, counts) if by_position else ()
-    return TextScore(name, text.count, text.text_bytes, tokens, nll_sum / tokens, parts)
+    return together(name, scores, context_scores(*sums) if by_position else ())
+
+
+def together(name: str, parts: Sequence[TextScore], by_context: Sequence[ContextScore] = ()) -> TextScore:
+    """The score of several texts as one."""
+    tokens = sum(part.tokens for part in parts)
+    return TextScore(
+        text=name,
+        documents=sum(part.documents for part in parts),
+        text_bytes=sum(part.text_bytes for part in parts),
+        tokens=tokens,
+        nll=sum(part.nll * part.tokens for part in parts) / tokens,
+        by_context=by_context,
+        parts=parts if len(parts) > 1 else (),
+    )
 
 
 def score_documents(
@@ -161,10 +179,12 @@ def score_by_context(
     stride: int | None = None,
     batch_rows: int = BATCH_ROWS,
     dtype: torch.dtype = torch.float32,
+    tell: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Tensor, Tensor]:
     """What `score_documents` adds up, by the number of tokens before a token in its window: `[window + 1]` each.
 
-    With `stride=window` each token of a document is in one window, but for those that fill its last one.
+    With `stride=window` each token of a document is in one window, but for those that fill its last one. `tell` hears
+    how many tokens are scored.
     """
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
@@ -177,6 +197,7 @@ def score_by_context(
             context = batch.position_ids[batch.targets != IGNORE] + 1
             nll += torch.bincount(context, _nll(model, batch.to(device)), minlength=window + 1)
             tokens += torch.bincount(context, minlength=window + 1)
+            tell(int(tokens.sum()))
     return nll, tokens
 
 
@@ -260,55 +281,3 @@ def _run_config(folder: Path) -> RunConfig | None:
     if "model" not in values:  # that of a fine-tuning comes with its start
         return build_config(FinetuneConfig, values, origin)
     return build_config(PretrainConfig, values, origin)
-
-
-def _held_out_documents(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> Scorable:
-    if config is None:
-        raise UsageError(f"{run} was not trained here and has no held-out text of its own; give text files to score")
-    if isinstance(config, FinetuneConfig):
-        raise UsageError(
-            f"{run} was fine-tuned on conversations and has no held-out text of its own; give text files to score, "
-            f"or the run it started from, {config.start_from}"
-        )
-    folders = [config.data.shards / source.name for source in config.data.sources]
-    shards = [TokenShards.open(folder, "validation", tokenizer=tokenizer) for folder in folders]
-    count = sum(item.num_documents for item in shards)
-    if not count:
-        raise UsageError(
-            f"the shards in {config.data.shards} have no held-out text (validation_fraction="
-            f"{config.data.validation_fraction}); give text files to score"
-        )
-    documents = (
-        item.tokens(start, stop)
-        for item in shards
-        for start, stop in zip(item.document_starts, [*item.document_starts[1:], item.num_tokens], strict=True)
-    )
-    return Scorable(documents, count, sum(item.text_bytes for item in shards))
-
-
-def _file_documents(files: Sequence[Path], tokenizer: Tokenizer) -> Scorable:
-    texts = [text for file in files for text in _file_texts(file)]
-    documents = ([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts)
-    return Scorable(documents, len(texts), sum(len(text.encode()) for text in texts))
-
-
-def _file_texts(file: Path) -> list[str]:
-    """The texts of a file. Raises UsageError for anything that cannot be read, with its place."""
-    if not file.is_file():
-        raise UsageError(f"there is no file {file}; give text files to score")
-    if kind_of(file) in ROW_SUFFIXES:
-        report = Report()
-        texts = [document.text for document in read_documents(SourceConfig(name="file", path=str(file)), report)]
-        if report.skipped:
-            raise UsageError(f"{file} has rows that cannot be scored: {'; '.join(report.skipped_lines())}")
-        return texts
-    try:
-        with open_decompressed(file) as opened:
-            text = opened.read().decode("utf-8")
-    except UNREADABLE as error:
-        raise UsageError(f"cannot read {file}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}; convert it first") from error
-    if not text:
-        raise UsageError(f"{file} is empty; there is nothing to score")
-    return [text]

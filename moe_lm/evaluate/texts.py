@@ -1,0 +1,92 @@
+"""The texts that a model is scored on: those that its run held out, source by source, or files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_lm.common.errors import UsageError
+from moe_lm.config.data import SourceConfig
+from moe_lm.config.run import FinetuneConfig, RunConfig
+from moe_lm.data.shards import TokenShards
+from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
+from moe_lm.text.sources import ROW_SUFFIXES, read_documents
+from moe_lm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Scorable:
+    """A text: its documents as token ids from bos to eos, how many they are, its tokens but for bos, and its bytes."""
+
+    name: str
+    documents: Iterable[ArrayLike]
+    count: int
+    tokens: int
+    text_bytes: int
+
+
+def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> list[Scorable]:
+    """The held-out text of every source that has some. Raises UsageError if there is none."""
+    if config is None:
+        raise UsageError(f"{run} was not trained here and has no held-out text of its own; give text files to score")
+    if isinstance(config, FinetuneConfig):
+        raise UsageError(
+            f"{run} was fine-tuned on conversations and has no held-out text of its own; give text files to score, "
+            f"or the run it started from, {config.start_from}"
+        )
+    texts = []
+    for source in config.data.sources:
+        shards = TokenShards.open(config.data.shards / source.name, "validation", tokenizer=tokenizer)
+        if shards.num_documents:
+            texts.append(_source_text(source.name, shards))
+    if not texts:
+        raise UsageError(
+            f"the shards in {config.data.shards} have no held-out text (validation_fraction="
+            f"{config.data.validation_fraction}); give text files to score"
+        )
+    return texts
+
+
+def _source_text(name: str, shards: TokenShards) -> Scorable:
+    bounds = zip(shards.document_starts, [*shards.document_starts[1:], shards.num_tokens], strict=True)
+    count = shards.num_documents
+    documents = (shards.tokens(start, stop) for start, stop in bounds)
+    return Scorable(name, documents, count, shards.num_tokens - count, shards.text_bytes)
+
+
+def file_texts(files: Sequence[Path], tokenizer: Tokenizer) -> list[Scorable]:
+    """The text of every file. Raises UsageError for one that cannot be read, with its place."""
+    return [_file_text(file, tokenizer) for file in files]
+
+
+def _file_text(file: Path, tokenizer: Tokenizer) -> Scorable:
+    texts = _read(file)
+    documents = [np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32) for text in texts]
+    tokens = sum(len(ids) - 1 for ids in documents)
+    return Scorable(str(file), documents, len(texts), tokens, sum(len(text.encode()) for text in texts))
+
+
+def _read(file: Path) -> list[str]:
+    """The documents of a file."""
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}; give text files to score")
+    if kind_of(file) in ROW_SUFFIXES:
+        report = Report()
+        texts = [document.text for document in read_documents(SourceConfig(name="file", path=str(file)), report)]
+        if report.skipped:
+            raise UsageError(f"{file} has rows that cannot be scored: {'; '.join(report.skipped_lines())}")
+        return texts
+    try:
+        with open_decompressed(file) as opened:
+            text = opened.read().decode("utf-8")
+    except UNREADABLE as error:
+        raise UsageError(f"cannot read {file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}; convert it first") from error
+    if not text:
+        raise UsageError(f"{file} is empty; there is nothing to score")
+    return [text]
