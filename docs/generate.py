@@ -32,8 +32,10 @@ This page is generated from the code by `python docs/generate.py`.
 A run is one YAML file, and every setting in it has a place in one of the sections below. Unknown keys are errors, and
 so is a key that stands twice. A section may be the path of a file that holds it (`model: ../model/deepseekmoe.yaml`,
 relative to the config). On the command line `train.steps=100` or `--train.steps 100` replaces a setting, with the
-value read as YAML, and `model=configs/model/switch.yaml` takes another file. The flags of `sample`, `chat` and
-`serve` are in [cli.md](cli.md).
+value read as YAML, and `model=configs/model/switch.yaml` takes another file; `data.sources.0.weight=2` is the first
+entry of a list. `moe-lm config schema > pretrain.schema.json` is this page for editors: a config that begins with `#
+yaml-language-server: $schema=pretrain.schema.json` is completed and checked as it is typed. The flags of `sample`,
+`chat` and `serve` are in [cli.md](cli.md).
 """
 CLI = """\
 # Command line

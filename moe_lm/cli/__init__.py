@@ -1,4 +1,4 @@
 """The verbs of the command line; each imports its stage when it runs.
 
-Reading order: main, build, train, use, checkpoints, options, arguments.
+Reading order: main, build, train, use, checkpoints, settings, options, arguments.
 """

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_lm.cli.settings import complete_setting
 from moe_lm.common.errors import UsageError
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -18,6 +19,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[KEY=VALUE]...",
         help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
+        autocompletion=complete_setting,
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a checkpoint in one.")]

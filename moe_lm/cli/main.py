@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_lm import __version__
-from moe_lm.cli import build, checkpoints, use
+from moe_lm.cli import build, checkpoints, settings, use
 from moe_lm.cli.options import Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import Interrupted
@@ -31,7 +31,6 @@ app = typer.Typer(
     cls=Walk,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal with everything saved, or with "
     "nothing to save yet.",
@@ -130,6 +129,7 @@ def doctor() -> None:
     raise typer.Exit(doctor.run())
 
 
+settings.add_to(app)
 build.add_to(app)
 use.add_to(app)
 checkpoints.add_to(app)

@@ -37,6 +37,24 @@ def test_short_help_works_at_every_level(verb: list[str], moe_lm: MoeLm) -> None
     assert " ".join(["moe-lm", *verb]) in done.out
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("moe-lm pre", ["prepare", "pretrain"]),
+        ("moe-lm pretrain x.yaml train.ste", ["train.steps="]),
+        ("moe-lm sample runs/x --top", ["--top-k", "--top-p"]),
+    ],
+)
+def test_the_shell_completes_verbs_settings_and_options(
+    typed: str, offered: list[str], moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "_MOE_LM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert moe_lm().out.split() == offered
+
+
 def test_version(moe_lm: MoeLm) -> None:
     assert moe_lm("--version") == (0, f"moe-lm {__version__}\n", "")
 

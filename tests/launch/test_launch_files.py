@@ -84,6 +84,30 @@ def run_config(command: str) -> Path:
     return ROOT / config
 
 
+def test_the_image_is_installed_by_the_setup_script_where_kubernetes_looks_for_it() -> None:
+    """Read, not built: what needs a GPU comes with torch's wheels and the machine's driver."""
+    text = (LAUNCH / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    steps = [tuple(line.split(" ", 1)) for line in lines if line]
+    assert [name for name, _ in steps] == ["FROM", "RUN", "WORKDIR", "COPY", "RUN", "ENV", "CMD"]
+    (base, packages, folder, copied, installed, path, _) = [value for _, value in steps]
+    version = re.fullmatch(r"python:3\.(\d+)-slim-bookworm", base)
+    assert version is not None
+    assert f"python3.{version[1]}" in (LAUNCH / "setup.sh").read_text(encoding="utf-8")  # one that setup.sh takes
+    assert re.fullmatch(r"apt-get update && apt-get install --yes --no-install-recommends g\+\+ && rm -rf .*", packages)
+    assert (copied, installed) == (". .", "bash launch/setup.sh")
+    assert path == f"PATH={folder}/.venv/bin:$PATH"
+    _, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["workingDir"] == folder
+    assert f"docker build -f launch/Dockerfile -t {container['image']} ." in text
+    ignored = (LAUNCH / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
+    assert {".venv", ".git", "runs"} <= set(ignored)
+    assert not [
+        name for name in ("launch", "moe_lm", "pyproject.toml", "constraints.txt", "configs") if name in ignored
+    ]
+
+
 def test_kubernetes_file_agrees_with_itself() -> None:
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
     assert (service["kind"], service["apiVersion"]) == ("Service", "v1")
