@@ -43,8 +43,8 @@ CLI = """\
 This page is generated from the code by `python docs/generate.py`.
 
 `moe-lm VERB --help` shows the same for one verb. `--debug`, before or after the verb, adds the traceback to an error.
-Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal with everything saved, or with nothing to save yet,
-128+n ended by signal n; see [Stopping and going on](parallelism.md#stopping-and-going-on).
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal or by `train.hours` with everything saved, or with
+nothing to save yet, 128+n ended by signal n; see [Stopping and going on](parallelism.md#stopping-and-going-on).
 """
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", bool: "true or false", dict: "mapping", Any: "any"}
 TABLE, END = "<!-- from the table in the code, by python docs/generate.py -->\n", "<!-- end -->\n"

@@ -108,14 +108,14 @@ class LoopRun:
         start, is_main = counters.get("step", 0), self.engine.topology.is_main
         log_config, steps = LogConfig(every=3), self.config.steps
         with RunLog(self.folder, log_config, steps, "test", start, is_main, Alarms(self.plan)) as log:
-            training = Training(
+            self.training = Training(
                 engine=self.engine, batches=source, validation=self.validation, config=self.config,
                 checkpoints=Checkpoints(
                     self.folder / "checkpoints", self.checkpoint, self.engine, log, {"config.yaml": "a: 1\n"}
                 ),
                 log=log, flops_per_token=lambda step: 1e6, evaluate_first=self.evaluate_first,
             )  # fmt: skip
-            return train(training, counters)
+            return train(self.training, counters)
 
     def build(self) -> Engine:
         return engine_of(self.make_model(), self.config)

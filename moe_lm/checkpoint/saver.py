@@ -47,6 +47,7 @@ class Saver:
         self._outcomes: list[Saved] = []
         self._disk_was_full = False
         self._given_up: list[str] = []
+        self.longest_save: float | None = None  # seconds, on this rank
 
     def save(
         self,
@@ -119,6 +120,7 @@ class Saver:
         self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path], make_room: bool = False
     ) -> Path:
         """Save and drop the oldest. Older ones give way on a full disk at the second time, or at the first if asked."""
+        started = time.monotonic()
         while True:
             try:
                 folder = write.save(self.checkpoints, step, state, files, self.ranks)
@@ -131,6 +133,7 @@ class Saver:
         self._disk_was_full = False
         if self.ranks.rank == 0:
             retain.clean(self.checkpoints, self.config)
+        self.longest_save = max(self.longest_save or 0.0, time.monotonic() - started)
         return folder
 
     def _wait_for_room(self, is_over: Callable[[], bool]) -> None:

@@ -32,8 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal with everything saved, or with "
-    "nothing to save yet.",
+    epilog="Exit codes: 0 finished, 1 error, 2 wrong use, 75 stopped by a signal or train.hours with everything saved, "
+    "or with nothing to save yet.",
 )
 
 

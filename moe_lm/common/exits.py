@@ -5,7 +5,7 @@
 | 0 | finished | nothing |
 | 1 | an error of the run | start it again, a bounded number of times: it goes on from the last checkpoint |
 | 2 | a usage error: wrong command, config or data | nothing: it would fail again |
-| 75 | stopped by a signal with everything saved, or with nothing to save yet | start it again: it goes on |
+| 75 | stopped by a signal or train.hours, with everything saved or nothing to save yet | start it again: it goes on |
 | 128+n | ended by signal n: a second one while training, or any in a verb that cannot go on | nothing |
 """
 

@@ -9,12 +9,15 @@ import shlex
 import shutil
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from moe_lm.common.exits import exit_code
 
 COMMAND = "MOE_LM_COMMAND"  # the line that a person typed to start a launcher
+IMPORTED = time.monotonic()
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -29,6 +32,14 @@ def this_program() -> list[str]:
     if program.name == "__main__.py":
         return [sys.executable, "-m", "moe_lm"]
     return [program.name if shutil.which(program.name) else str(program)]
+
+
+def seconds_since_start() -> float:
+    """Wall-clock seconds since this process began; where the system does not tell, since this module was imported."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):  # not Linux
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - IMPORTED
 
 
 def end(code: int) -> NoReturn:

@@ -160,6 +160,12 @@ class TrainConfig(Section):
         description="how often the run reads its training data, all sources together, in place of steps; rounded up to "
         "whole steps",
     )
+    hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="wall-clock time in which the process saves and ends, exit code 75 if steps are left; the same "
+        "command goes on for as long again; null: no limit",
+    )
     global_batch_size: int = Field(gt=0, description="sequences of a step, over all devices")
     micro_batch_size: int | None = Field(
         default=None, gt=0, description="sequences of a forward pass on one device; null: all of its share at once"

@@ -65,6 +65,11 @@ class Checkpoints:
         self._note_save(step)
         return folder
 
+    @property
+    def longest_save(self) -> float | None:
+        """Seconds that the longest save of this process has taken; None before the first."""
+        return self._saver.longest_save
+
     def wait(self, step: int) -> None:
         """Wait until no save is under way, and note its outcome."""
         self._saver.wait()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.checkpoints import MEASURED_LATER, Checkpoints
+from moe_lm.train.deadline import Deadline
 from moe_lm.train.figures import step_record
 from moe_lm.train.guards import Guard
 from moe_lm.train.log import RunLog, json_text
@@ -53,7 +55,7 @@ class Best(NamedTuple):
 
 @dataclass
 class TrainingResult:
-    """Where a run stands; `stopped` if a signal left something to do: steps, or the last evaluation."""
+    """Where a run stands; `stopped` if a signal or the time left something to do: steps, or the last evaluation."""
 
     step: int = 0
     tokens: int = 0  # that went through the model in the steps so far
@@ -106,7 +108,7 @@ class Next(Enum):
 
     STEP = auto()
     ROLLBACK = auto()  # to a good checkpoint, then a step
-    STOP = auto()  # a signal came
+    STOP = auto()  # a signal came, or the time is over
     END = auto()  # all steps are done, or the held-out loss has stopped falling
 
 
@@ -116,7 +118,8 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
     `counters` is the trainer.json of the checkpoint that the engine has loaded, or empty. A run whose numbers go wrong
     goes back to a checkpoint, and ends with MoeLmError when that has not helped (guards.py).
     The last step is saved before the last evaluation. A stop signal ends it with a checkpoint after the current step or
-    evaluation batch. Before the first step is done, and as a second one, it ends the process at once.
+    evaluation batch, and so does the end of `train.hours`. Before the first step is done, and as a second one, a signal
+    ends the process at once.
     """
     with stop_signals() as signals, run.checkpoints:
         loop = Loop(run, counters, signals)
@@ -136,6 +139,7 @@ class Loop:
 
     def __init__(self, run: Training, counters: Mapping[str, Any], signals: StopSignals) -> None:
         self.run, self.signals = run, signals
+        self.deadline = Deadline(run.config.hours)
         self.result = TrainingResult()
         self._restore(counters)
         self.guard = Guard(run.config.guards, run.log, counters)
@@ -160,6 +164,7 @@ class Loop:
     def step(self) -> Next:
         """Train one step; then evaluate, log and save what is due."""
         run, result, checkpoints = self.run, self.result, self.run.checkpoints
+        self.deadline.begin_step()
         record = self._train_step()
         follows = self._judge(self._is_told_to_stop())
         is_last = follows is Next.END
@@ -176,10 +181,13 @@ class Loop:
         if slow := self.pace.step(record["seconds"]):
             figures = {name: value for name, value in slow._asdict().items() if name != "name"}
             run.log.event("slow_rank", result.step, slow.text, **figures)
+        self.deadline.end_step()
         result.owes_archive |= is_due(result.step, checkpoints.config.archive_every)
         due = is_due(result.step, checkpoints.config.every) or result.owes_archive
         if self.guard.may_save(due or (is_best and checkpoints.config.best)) and follows is Next.STEP:
             follows = self._start_save()
+            if run.config.hours is not None and follows is Next.STEP and self._is_told_to_stop():
+                follows = Next.STOP  # the save took the time that was left for a step
         checkpoints.note_saves(result.step)
         return follows
 
@@ -206,7 +214,8 @@ class Loop:
         run, result, checkpoints = self.run, self.result, self.run.checkpoints
         result.stopped = follows is Next.STOP
         if result.stopped:
-            run.log.event("stop", result.step, f"stopping after step {result.step}: {self.signals.cause}")
+            cause = self.deadline.cause if self._is_time_over() and not self.signals else self.signals.cause
+            run.log.event("stop", result.step, f"stopping after step {result.step}: {cause}")
         if self.unsaved:
             checkpoints.wait(result.step)
             state = run.engine.state()
@@ -255,12 +264,19 @@ class Loop:
             return Next.STOP
         return Next.ROLLBACK if self.guard.must_go_back else Next.STEP
 
+    def _wants_to_stop(self, is_saved: bool = False) -> bool:
+        """Whether this rank has received a signal, or knows that the time is over."""
+        return bool(self.signals) or self._is_time_over(is_saved)
+
+    def _is_time_over(self, is_saved: bool = False) -> bool:
+        return self.run.engine.topology.is_main and self.deadline.is_near(self.run.checkpoints.longest_save, is_saved)
+
     def _is_told_to_stop(self) -> bool:
         """Whether some rank has received a signal. After the first call, a signal no longer ends its process at once.
 
         On no rank before all ranks have come here: one that still ended at once would be lost to those that do not.
         """
-        stop = self.run.engine.any_rank(bool(self.signals))
+        stop = self.run.engine.any_rank(self._wants_to_stop())
         self.signals.defer()
         return stop
 
@@ -284,19 +300,20 @@ class Loop:
         counters = {**self.result.counters(), "guard": self.guard.memory.model_dump()}
         return {**files, "trainer.json": json_text(counters)}
 
-    def _evaluate(self) -> dict[str, Any] | None:
+    def _evaluate(self, is_saved: bool = False) -> dict[str, Any] | None:
         """The held-out figures of this step; what the probes find goes to the log.
 
-        None if a signal came before the end.
+        None if a signal came before the end, or the time was over.
         """
         run, step = self.run, self.result.step
-        held_out = evaluate(run, self.signals)
+        wants_to_stop = partial(self._wants_to_stop, is_saved)
+        held_out = evaluate(run, wants_to_stop)
         if held_out is None or run.probes is None:
             return held_out
 
         def heed() -> bool:
             run.watchdog.at("evaluating")
-            return run.engine.any_rank(bool(self.signals))
+            return run.engine.any_rank(wants_to_stop())
 
         events = run.probes.ask(run.engine, step, heed)
         for kind, text, fields in events or ():
@@ -308,7 +325,7 @@ class Loop:
 
         False if a signal came before the end.
         """
-        held_out = self._evaluate()
+        held_out = self._evaluate(is_saved=True)
         with self.run.watchdog.patiently("saving"):  # metrics.jsonl may be long
             if held_out is not None:
                 self.result.note_evaluation(held_out["val_loss"])
@@ -330,16 +347,17 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
     ]
 
 
-def evaluate(run: Training, signals: Sequence[int]) -> dict[str, Any] | None:
+def evaluate(run: Training, wants_to_stop: Callable[[], bool]) -> dict[str, Any] | None:
     """The held-out `val_loss` and other figures of metrics.jsonl: means over target tokens (in nats) or pairs.
 
-    The loss is given by source too if there are several. None if a signal came before the end.
+    The loss is given by source too if there are several. None if some rank
+    `wants_to_stop` before the end.
     """
     sums: dict[str, float] = {}
     units = 0
     by_source: dict[str, list[float]] = {}  # the sum of losses, and the units
     for source, start, stop in pieces(run):
-        if run.engine.any_rank(bool(signals)):
+        if run.engine.any_rank(wants_to_stop()):
             return None
         run.watchdog.at("evaluating")
         found = run.engine.evaluate(run.validation[start:stop])

@@ -22,7 +22,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 # Settings of how a run is watched, kept and fitted to its machine, not of what it computes.
 MAY_CHANGE = (
-    "log.", "checkpoint.", "parallel.", "train.eval_", "train.guards.", "train.micro_batch_size",
+    "log.", "checkpoint.", "parallel.", "train.hours", "train.eval_", "train.guards.", "train.micro_batch_size",
     "train.activation_checkpointing", "train.compile", "data.workers", "data.on_damage", "data.tokenizer",
     "data.shards", "run_dir",
 )  # fmt: skip
