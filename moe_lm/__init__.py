@@ -17,7 +17,7 @@ The walk, in reading order. A file imports only from rooms above its own in this
     generate/    cached decoding, sampling, beams, chat
     evaluate/    perplexity, bits per byte and tasks
     train/       the loop, and the recipes that pretraining and fine-tuning bring to it
-    tools/       beside the walk, which imports none of them: verify, interop, serve, explain, quickstart, doctor
+    tools/       beside the walk, which imports none of them: verify, interop, serve, report, quickstart, doctor
     cli/         the verbs; `__main__` starts them
 
 docs/tour.md follows one token and one optimizer step through these rooms.

@@ -31,10 +31,7 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The figures of every step that do not depend on the machine."""
-    lines = [{name: value for name, value in line.items() if name not in CLOCK} for line in metrics(run_dir)]
-    for layer in (layer for line in lines for layer in line.get("experts", ())):
-        layer.pop("load", None)  # which the first step of every process has
-    return lines
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in metrics(run_dir)]
 
 
 def copy_as_of(step: int, source: Path, target: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The verbs that use a model: sample, chat, explain, serve, eval, export."""
+"""The verbs that use a model: sample, chat, explain, serve, eval, report, export."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
     app.command("eval", rich_help_panel=use)(takes(tasks="TasksConfig")(evaluate))
+    app.command(rich_help_panel=use)(report)
     app.command(rich_help_panel=use)(export)
 
 
@@ -189,6 +190,18 @@ def evaluate(
     with counting("scoring tokens") as tell:
         score = perplexity.evaluate(run, files or (), stride, base, window, by_position, tell)
     print(score)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]...", help="Folders of runs that have begun.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write; default: report.html in the run folder, of several runs here.")
+    ] = None,
+) -> None:
+    """Make one HTML page of a run, or of several laid over each other: what happened, and what looks wrong."""
+    from moe_lm.tools.report.report import report
+
+    print(f"wrote {report(runs, out)}")
 
 
 def export(

@@ -1,4 +1,5 @@
 """Beside the walk, which imports none of them.
 
-Reading order: quickstart (with docstrings), doctor, ranks, verify, plan, interop, serve, explain, checkpoints, merge.
+Reading order: quickstart (with docstrings), doctor, ranks, verify, plan, interop, serve, explain, report, checkpoints,
+merge.
 """

@@ -22,10 +22,15 @@ class Alarm:
     found: Sequence[Figures]
 
     @property
-    def text(self) -> str:
+    def said(self) -> str:
+        """What was found, without the name of the symptom and its cure."""
         said = [self.symptom.says.format(**figures) for figures in self.found[:SHOWN]]
         more = len(self.found) - SHOWN
-        return f"{self.symptom.name}: {'; '.join(said)}{f'; and {more} more' if more > 0 else ''}. {self.symptom.cure}"
+        return f"{'; '.join(said)}{f'; and {more} more' if more > 0 else ''}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.symptom.name}: {self.said}. {self.symptom.cure}"
 
 
 class Alarms:

@@ -84,9 +84,9 @@ class RunLog:
         self._metrics.close()
         self._log.close()
 
-    def is_due(self, step: int) -> bool:
-        """Whether the step is one of those of which more is kept: every `config.every`th, the first and the last."""
-        return step in (self._start_step + 1, self._status.total_steps) or step % self._config.every == 0
+    def has_load(self, step: int) -> bool:
+        """Whether the record of a step has the load of each expert, wherever a process began."""
+        return step == 1 or step % self._config.every == 0
 
     def step(self, record: Mapping[str, Any], follows: bool = False) -> None:
         """Write and show the figures of one step, `record["step"]` counted from 1; its line later if more `follows`."""
@@ -95,7 +95,7 @@ class RunLog:
         self._status.update(record, time.monotonic())
         self._write(self._metrics, json_text(record))
         self._trackers.log(record["step"], record)
-        self._show((self.is_due(record["step"]) or "val_loss" in record) and not follows)
+        self._show(self._is_due(record) and not follows)
         if self._alarms:
             self.emit(self._alarms.after(record))
 
@@ -156,6 +156,11 @@ class RunLog:
         if self._is_main:
             self._write_log(text)
             self._display.message(text)
+
+    def _is_due(self, record: Mapping[str, Any]) -> bool:
+        step = record["step"]
+        edge = step in (self._start_step + 1, self._status.total_steps)
+        return edge or step % self._config.every == 0 or "val_loss" in record
 
     def _write_log(self, text: str) -> None:
         stamp = datetime.now().isoformat(sep=" ", timespec="seconds")

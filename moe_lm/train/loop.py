@@ -246,7 +246,7 @@ class Loop:
         seconds = time.perf_counter() - started
         result.note_step(found.loss, found.tokens)
         self.unsaved = True
-        with_load = run.log.is_due(result.step)
+        with_load = run.log.has_load(result.step)
         record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token(step), with_load)
         record |= self._now()
         self.guard.judge(result.step, found)

@@ -4,133 +4,27 @@ from __future__ import annotations
 
 import math
 import pickle
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.training import TrainConfig
-from moe_lm.data.batches import Batch, BatchSource
-from moe_lm.model.transformer import LanguageModel
-from moe_lm.tools.verify.documents import Documents
+from moe_lm.tools.report.reading import read_run
+from moe_lm.tools.report.words import points, verdict
 from moe_lm.train.alarms import REMIND, Alarms
 from moe_lm.train.past import Plan
-from tests.loops import LoopRun, Watched
+from moe_lm.train.symptoms import SYMPTOMS
 from tests.processes import events, metrics
-from tests.tiny import tiny, tiny_model
+from tests.sick import HEALTHY, SICK, run_of
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Record = dict[str, Any]
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
-DOCUMENTS = Documents(seed=1)
-
-# Runs that are sick on purpose
-
-
-@dataclass(frozen=True)
-class SickRun:
-    """A run of the trainer with one fault, and the alarm that has to come: after how many steps, with which cure."""
-
-    symptom: str
-    within: int
-    cure: str
-    settings: dict[str, Any]
-    source: BatchSource = DOCUMENTS
-    model: Callable[[], LanguageModel] = lambda: tiny_model(seed=3, num_hidden_layers=2)
-    fresh: bool = True
-    stops: bool = False  # the guards end it
-
-
-@dataclass
-class SlowDisk:
-    """Reads as long as the step before took altogether."""
-
-    before: float = math.inf
-
-    def __call__(self, step: int) -> None:
-        time.sleep(max(0.01, time.perf_counter() - self.before))
-        self.before = time.perf_counter()
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """The same four rows in every step."""
-
-    fingerprint: str = "repeated"
-
-    def batch(self, step: int, rows: range) -> Batch:
-        return DOCUMENTS.batch(step if step >= 100 else 0, rows)  # from 100 on: held out
-
-
-@dataclass(frozen=True)
-class Strange:
-    """The same four rows in every step but one."""
-
-    fingerprint: str = "strange"
-
-    def batch(self, step: int, rows: range) -> Batch:
-        return DOCUMENTS.batch(step if step == 24 else 0, rows)
-
-
-def with_router_bias(experts: list[int], bias: float, **shape: Any) -> LanguageModel:
-    """A model whose second MoE layer prefers or avoids these experts, whatever the token."""
-    model = tiny_model(seed=3, num_hidden_layers=3, **shape)
-    model.moe_layers[1].gate.e_score_correction_bias[experts] = bias
-    return model
-
-
-def leaking_model() -> LanguageModel:
-    """A model of which every forward pass leaves two megabytes behind."""
-    model, kept = tiny_model(num_hidden_layers=1, n_routed_experts=0), list[Any]()
-    model.model.register_forward_hook(lambda *_: kept.append(np.ones(2**18)))
-    return model
-
-
-STILL = {"bias_update_rate": 0.0, "sequence_loss": 0.0}
-SICK = {
-    "rate too high": SickRun(
-        "learning rate too high", 20, "train.optimizer.lr at a third", {"optimizer": {"lr": 3.0}},
-    ),
-    "rate far too high": SickRun(
-        "learning rate too high", 20, "train.optimizer.lr at a third", {"optimizer": {"lr": 1000.0}}, stops=True,
-    ),
-    "rate too low": SickRun(
-        "learning rate too low", 210, "Raise train.optimizer.lr",
-        {"optimizer": {"lr": 1e-7}, "steps": 210, "global_batch_size": 2},
-        model=lambda: tiny_model(num_hidden_layers=1, n_routed_experts=0),
-    ),
-    "NaN in the data": SickRun(
-        "not finite", 20, "the rows of these steps", {"poison": lambda step: math.nan if step in (13, 16) else 1.0},
-    ),
-    "collapsed router": SickRun(
-        "collapsed router", 20, "Raise train.balance.bias_update_rate", {"balance": STILL},
-        model=lambda: with_router_bias([1, 4, 6], 10.0),
-    ),
-    "dead experts": SickRun(
-        "dead experts", 20, "Raise train.balance.bias_update_rate", {"balance": STILL},
-        model=lambda: with_router_bias([1, 4, 5, 7], -10.0, num_experts_per_tok=2), fresh=False,
-    ),
-    "loss spike": SickRun(
-        "loss spike", 30, "Look at the data of that step", {"optimizer": {"lr": 0.01}, "steps": 30}, Strange(),
-    ),
-    "memorising": SickRun(
-        "memorising", 20, "Take the checkpoint of the best step",
-        {"optimizer": {"lr": 0.01}, "eval_every": 5}, Repeated(),
-    ),
-    "starved by data": SickRun(
-        "waiting for data", 20, "Copy data.shards to a local disk", {},
-        Watched(DOCUMENTS, SlowDisk()),
-    ),
-    "creeping memory": SickRun(
-        "creeping memory", 200, "Something keeps", {"steps": 200, "global_batch_size": 1}, model=leaking_model,
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -138,8 +32,7 @@ SICK = {
 )
 def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     sick = SICK[name]
-    settings = {"steps": 20, "schedule": {"warmup_steps": 3}} | sick.settings
-    run = LoopRun(tmp_path, sick.source, make_model=sick.model, fresh=sick.fresh, **settings)
+    run = run_of(sick, tmp_path)
     with pytest.raises(MoeLmError, match="stopped at step") if sick.stops else nullcontext():
         run()
     (alarm,) = events(tmp_path, "alarm")
@@ -152,11 +45,16 @@ def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: py
     assert [(found.step, found.text) for line in metrics(tmp_path) for found in again.after(line)] == [
         (alarm["step"], alarm["message"])
     ]
+    point, *others = points(read_run(tmp_path))  # the report of the run says the same
+    assert f"{point.title}: {point.said} {point.cure}".lower() == alarm["message"].lower()
+    assert [other.title for other in others] == (["Gave up"] if sick.stops else [])
 
 
 def test_a_healthy_run_has_no_alarm(tmp_path: Path) -> None:
-    LoopRun(tmp_path, DOCUMENTS, steps=40, eval_every=10, schedule={"warmup_steps": 5})()
+    run_of(HEALTHY, tmp_path, steps=40, schedule={"warmup_steps": 5})()
     assert events(tmp_path, "alarm") == []
+    run = read_run(tmp_path)
+    assert verdict(run, points(run)) == f"Nothing looks wrong: none of the {len(SYMPTOMS)} symptoms showed in 40 steps."
 
 
 def test_settings_are_judged_before_the_first_step(tmp_path: Path, tiny_pretrain: Path, moe_lm: MoeLm) -> None:

@@ -43,7 +43,7 @@ def test_tokens_are_counted_on_after_a_checkpoint_that_has_not_counted_them(
     assert run.records[-1]["tokens_so_far"] == sum(record["tokens"] for record in run.records)
 
 
-def test_the_load_of_every_expert_is_in_the_records_of_which_a_line_is_shown(
+def test_the_load_of_every_expert_is_in_the_first_record_and_at_the_log_interval(
     tmp_path: Path, ragged: BatchSource
 ) -> None:
     run = LoopRun(tmp_path, ragged)
