@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import yaml
 from moe_lm.config.generation import TasksConfig
 from moe_lm.evaluate.tasks import TASK_DATA, TaskResult, table
 from moe_lm.generate.session import Session
-from tests.conftest import MoeLm
+from tests.conftest import MoeLm, SaveRun
 from tests.processes import ROOT
-from tests.tiny import logits_of
+from tests.tiny import logits_of, tiny_model
 
 HELLASWAG = {
     "activity_label": "Tidying", "ctx_a": "A woman sorts [step] paper.", "ctx_b": "she", "label": 2,
@@ -144,6 +145,34 @@ def test_every_answer_is_that_of_lm_eval_for_the_export(
         assert result.examples == theirs["n-samples"][result.name]["effective"]
 
 
+@pytest.mark.slow
+def test_the_prompts_are_those_of_lm_evals_own_tasks(task_data: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'moe-lm[eval]'")
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    own = TaskManager(include_path=str(ROOT / "eval/tasks"), include_defaults=False)
+    tasks = own.load([f"{name}_offline" for name in OFFLINE])["tasks"]
+    theirs = {"blimp": "blimp/_template_yaml", "piqa": "piqa/piqa.yaml", "arc_easy": "arc/arc_easy.yaml"}
+    for name, file in theirs.items():
+        text = (Path(lm_eval.__file__).parent / "tasks" / file).read_text()
+        expected = yaml.safe_load(text)
+        task = tasks[f"{name}_offline"].config
+        assert (task.doc_to_text, task.output_type) == (expected["doc_to_text"], expected["output_type"])
+        assert [metric["metric"] for metric in task.metric_list] == [item["metric"] for item in expected["metric_list"]]
+    docs = list(tasks["hellaswag_offline"].validation_docs())
+    rows = [HELLASWAG | {"ctx_b": f"{name} goes on and"} for name in ("she", "ann", "bea")]
+    for doc, expected in zip(docs, process_docs(Dataset.from_list(rows)), strict=True):
+        assert (doc["query"], doc["choices"]) == (expected["query"], expected["choices"])
+    arc = tasks["arc_challenge_offline"]
+    assert [arc.doc_to_target(doc) for doc in arc.validation_docs()] == [2, 0]
+    passage = next(iter(tasks["lambada_offline"].validation_docs()))
+    words = passage["text"].split(" ")
+    task = tasks["lambada_offline"]
+    assert (task.doc_to_text(passage), task.doc_to_target(passage)) == (" ".join(words[:-1]), f" {words[-1]}")
+
+
 def log_likelihood(session: Session, text: str) -> float:
     """Log-likelihood of a text after `<|bos|>`, in nats."""
     ids = [session.tokenizer.bos_id, *session.tokenizer.encode(text)]
@@ -212,6 +241,16 @@ def test_options_that_do_not_go_together_are_refused(moe_lm: MoeLm, options: lis
     done = moe_lm("eval", "nowhere", *options)
     assert done.code == 2
     assert message in done.err
+
+
+def test_without_lm_eval_one_is_told_how_to_get_it(
+    moe_lm: MoeLm, save_run: SaveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = moe_lm("eval", save_run(tiny_model(vocab_size=1024)), "--tasks", "piqa_offline")
+    assert (done.code, done.err) == (
+        1, "error: tasks need lm-eval, which is not installed; pip install 'moe-lm[eval]'\n",
+    )  # fmt: skip
 
 
 def test_the_table_has_a_line_for_each_metric() -> None:
