@@ -16,6 +16,7 @@ from moe_lm.checkpoint import checkpoint, read
 from moe_lm.checkpoint.checkpoint import OPTIMIZER, TOKENIZER
 from moe_lm.checkpoint.lineage import Start, find_first_start, is_at
 from moe_lm.checkpoint.read import read_model_config
+from moe_lm.common import hub
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
 from moe_lm.config.run import PretrainConfig
@@ -163,13 +164,14 @@ def _has_no_biases(start: Start, shape: ModelConfig) -> bool:
 
 
 def _check_tokenizer(config: PretrainConfig, start: Start) -> None:
-    if not config.data.tokenizer.is_dir():
-        return  # a dry run needs none, and a run says so when it reads it
-    given = Tokenizer.load(config.data.tokenizer)
+    path = config.data.tokenizer
+    if path.parent in (start.folder, start.origin) or not (path.is_dir() or hub.is_name(path)):
+        return  # it is the start's; or not there, which a dry run may do with and a run says
+    given = Tokenizer.load(path)
     own = Tokenizer.load(checkpoint.verified_path(start.folder, TOKENIZER))
     if given.fingerprint != own.fingerprint:
         raise UsageError(
-            f"data.tokenizer={config.data.tokenizer} (fingerprint {given.fingerprint[:12]}, {given.vocab_size} ids) is "
+            f"data.tokenizer={path} (fingerprint {given.fingerprint[:12]}, {given.vocab_size} ids) is "
             f"another tokenizer than that of start_from={config.start_from} ({own.fingerprint[:12]}, {own.vocab_size} "
             "ids), whose model knows no other; leave data.tokenizer out"
         )

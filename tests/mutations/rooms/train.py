@@ -9,6 +9,10 @@ BACK = "train/test_rollbacks.py"
 ALARMS = "train/test_alarms.py"
 CASES = f"{ALARMS}::test_what_is_said_of_records"
 PREFLIGHT = "train/test_preflight.py"
+START = "train/test_start.py"
+REFUSED_START = f"{START}::test_what_does_not_fit_a_start_is_refused_before_anything_is_built"
+CONTINUED = "tools/interop/test_continued.py"
+SETTINGS = "train/test_settings.py"
 LIMIT = f"{GUARDS}::test_the_limit_is_far_above_the_recent_losses"
 INTERRUPTED = f"{BACK}::test_an_interrupted_run_goes_back_as_the_uninterrupted_one"
 SO_OFTEN = f"{BACK}::test_a_run_goes_back_only_so_often_and_then_stops_with_its_good_checkpoints"
@@ -131,5 +135,55 @@ MUTATIONS = (
         "world_size=processes(config, topology))\n    check_layout(config, topology)\n",
         "world_size=processes(config, topology))\n",
         f"{PREFLIGHT}::test_a_dry_run_refuses_a_layout_that_the_launch_would_refuse",
+    ),
+    # What a run starts from, and goes on with
+    Mutation(
+        "a start may have another tokenizer",
+        "train/start.py",
+        "    if given.fingerprint != own.fingerprint:\n",
+        "    if False:\n",
+        REFUSED_START,
+    ),
+    Mutation(
+        "a setting of a shape that is not the start's is passed over",
+        "train/start.py",
+        "        if value != getattr(shape, name):\n",
+        "        if False:\n",
+        REFUSED_START,
+    ),
+    Mutation(
+        "the moments of the start are forgotten",
+        "train/run.py",
+        "        load_moments(engine, recipe.start)\n",
+        "        pass\n",
+        f"{START}::test_the_moments_of_the_start_are_taken_along_when_asked",
+    ),
+    Mutation(
+        "biases move in a family that has no place for them",
+        "train/start.py",
+        '"balance": {"bias_update_rate": 0.0, **balance}',
+        '"balance": balance',
+        f"{CONTINUED}::test_a_start_goes_on_resumes_to_the_bit_and_exports",
+    ),
+    Mutation(
+        "a run that goes on forgets the positions of its start",
+        "checkpoint/lineage.py",
+        'kept["fingerprint"], kept.get("positions"))',
+        'kept["fingerprint"])',
+        f"{CONTINUED}::test_longer_positions_of_a_start_are_those_of_transformers",
+    ),
+    Mutation(
+        "steps are raised after the decay began",
+        "train/settings.py",
+        "    if changed is None:\n        return None\n",
+        "    return None\n",
+        f"{SETTINGS}::test_steps_that_come_too_late_are_refused_with_the_reason",
+    ),
+    Mutation(
+        "changes are allowed for good",
+        "train/run.py",
+        'update={"allow_changes": False}',
+        "update={}",
+        f"{SETTINGS}::test_changes_are_allowed_for_one_start_only",
     ),
 )
