@@ -31,7 +31,7 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.evaluate.perplexity import evaluate
 from moe_lm.model.size import count_parameters
-from moe_lm.tools.quickstart import metrics, with_steps
+from moe_lm.tools.quickstart.results import metrics
 from moe_lm.train import pretrain
 
 # Changes of the quickstart's model. The dense layer is as wide as the experts that a token passes through.
@@ -133,7 +133,10 @@ def work(
     if not steps:
         print(json.dumps({"seconds_per_step": pretrain.seconds_per_step(config, steps=40)}))
         return
-    config = with_steps(config, steps)
+    schedule = config.train.schedule
+    schedule = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 4)})
+    train = config.train.model_copy(update={"steps": steps, "schedule": schedule})
+    config = config.model_copy(update={"train": train})
     started = time.monotonic()
     pretrain.run(config)
     records = [line for line in metrics(config.run_dir) if "seconds" in line]

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -112,13 +112,47 @@ def moe_lm(
 @app.command(rich_help_panel="Start here")
 def quickstart(
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Minutes that the whole walk may take.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text to train on; default: Python's standard library.")] = None,
-    run_dir: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("runs/quickstart"),
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT", help="File, folder or glob of text to train on; default: Python's standard library."
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for everything that is written; default: runs/quickstart, or runs/my for my.txt."),
+    ] = None,
 ) -> None:
-    """Take the whole walk in minutes: tokenizer, shards, pretraining, fine-tuning, samples, evaluation."""
-    from moe_lm.tools import quickstart
+    """Take the whole walk in minutes, from text to samples; with more minutes, the same command trains on."""
+    from moe_lm.tools.quickstart import quickstart
 
     quickstart.run(minutes=minutes, corpus=corpus, run_dir=run_dir)
+
+
+@app.command(rich_help_panel="Start here")
+def init(
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="File, folder or glob to train on; to fine-tune, rows of conversations."),
+    ] = None,
+    kind: Annotated[
+        Literal["pretrain", "continue", "finetune", "lora", "dpo", "tokenizer"],
+        typer.Option("--for", help="What the config is for."),
+    ] = "pretrain",
+    start: Annotated[
+        Path | None, typer.Option("--start-from", metavar="RUN", help="Run or checkpoint to begin with.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: the text's name, in this folder.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Minutes that pretraining may take on this machine; default: 20.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a commented config: for a text, sized to it and to this machine, or for what you want to do."""
+    from moe_lm.tools.init import init
+
+    for line in init.init(text, kind, start, out, minutes, force):
+        print(line)
 
 
 @app.command(rich_help_panel="Start here")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moe_lm.config.section import Section
 
-FIRST = ("quickstart", "doctor", "config", "tokenizer")
+FIRST = ("quickstart", "init", "doctor", "config", "tokenizer")
 # Options whose number may be left out, and what it is then.
 ALONE = {"--preview": "3", "--logprobs": "0", "--show-routing": "-1"}
 # What other programs call a verb.

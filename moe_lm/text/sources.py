@@ -33,6 +33,15 @@ TEXT_SUFFIXES = frozenset(
     | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".js", ".ts", ".rs"}
 )
 ROW_SUFFIXES = frozenset({".jsonl", ".json", ".parquet"})
+# What is no plain text, though its bytes may look like it: what makes text of it.
+NOT_TEXT = (
+    dict.fromkeys((".pdf", ".djvu", ".ps"), "convert it first, for instance with pdftotext")
+    | dict.fromkeys(
+        (".docx", ".doc", ".odt", ".rtf", ".epub", ".mobi"), "convert it first, for instance with pandoc -t plain"
+    )
+    | dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), 'write its text column as .jsonl, a line {"text": ...} a row')
+    | dict.fromkeys((".zip", ".tar", ".7z", ".rar"), "unpack it and give the folder")
+)
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 TOPICS = "pydoc_data/topics.py"  # Python's language documentation: one large dictionary of texts
@@ -74,8 +83,11 @@ def source_files(source: SourceConfig, report: Report | None = None) -> list[tup
         files = _folder_files(path, report or Report())
     elif path.is_file():
         files = [(path.name, path)]
+        check_kind(source.name, path)
     elif glob.has_magic(str(path)):
         files = _glob_files(str(path))
+        for _, found in files:
+            check_kind(source.name, found)
     else:
         raise UsageError(f"source {source.name!r}: path {source.path} does not exist; correct the path")
     if not files:
@@ -84,6 +96,12 @@ def source_files(source: SourceConfig, report: Report | None = None) -> list[tup
             f"expected text, .jsonl, .json or .parquet, each also .gz, .xz or .zst"
         )
     return files
+
+
+def check_kind(name: str, path: Path) -> None:
+    """Raise UsageError for a file whose name says that it is no text."""
+    if (advice := NOT_TEXT.get(kind_of(path))) is not None:
+        raise UsageError(f"source {name!r}: {path} is not plain text; {advice}")
 
 
 def origin(source: SourceConfig) -> str:

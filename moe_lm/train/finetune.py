@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,15 @@ from moe_lm.train.loop import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import notes_on_biases
 from moe_lm.train.summary import read_times
+from moe_lm.train.timetable import Timetable
 
 
-def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
+def run(
+    config: FinetuneConfig,
+    meeting: Meeting | None = None,
+    fit: preflight.Fit | None = None,
+    timetable: Timetable | None = None,
+) -> TrainingResult:
     """Fine-tune the model of `config.start_from`, or go on from the newest checkpoint in `config.run_dir`.
 
     The held-out loss is measured before the first step too. Raises UsageError if the data or the start cannot be used.
@@ -47,7 +54,7 @@ def run(config: FinetuneConfig, meeting: Meeting | None = None, fit: preflight.F
     recipe = make(config, start, tokenizer, model, meeting.topology)
     if recipe.config.train != config.train:  # the data says how many steps, and they how many checkpoints
         preflight.check(recipe.config, model, meeting.topology)
-    return run_recipe(recipe, meeting)
+    return run_recipe(replace(recipe, timetable=timetable), meeting)
 
 
 def supervised(

@@ -151,6 +151,10 @@ class RunLog:
             self._status.rewind(step)
             self._rewrite(lambda path: drop_later_steps(path, step), f"steps after {step} are in it twice")
 
+    def move_last_step(self, step: int) -> None:
+        """The run ends after another step than was thought."""
+        self._status.total_steps = step
+
     def message(self, text: str) -> None:
         """Write a line to the terminal and to `train.log`."""
         if self._is_main:

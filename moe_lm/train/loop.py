@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from moe_lm.train.figures import step_record
 from moe_lm.train.guards import Guard
 from moe_lm.train.log import RunLog, json_text
 from moe_lm.train.probes import Probes
+from moe_lm.train.timetable import Timetable
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Training:
     validation_sources: Sequence[tuple[str, int]] = ()  # of `validation`, in order, and how many batches are of each
     probes: Probes | None = None
     watchdog: Watchdog = NO_WATCHDOG
+    timetable: Timetable | None = None  # moves the last step, in a single process
+    kept_config: Callable[[TrainConfig], str] | None = None  # the run's config for a checkpoint, when steps moved
 
 
 class Best(NamedTuple):
@@ -166,6 +169,8 @@ class Loop:
         run, result, checkpoints = self.run, self.result, self.run.checkpoints
         self.deadline.begin_step()
         record = self._train_step()
+        if run.timetable is not None:
+            run = self._keep_time(run.timetable)
         follows = self._judge(self._is_told_to_stop())
         is_last = follows is Next.END
         is_best = False
@@ -256,6 +261,15 @@ class Loop:
         """When a record is written, and after how many tokens."""
         return {"time": time.time(), "tokens_so_far": self.result.tokens}
 
+    def _keep_time(self, timetable: Timetable) -> Training:
+        """Move the last step to where the time that is left ends; returns the run with it."""
+        train = timetable.fit(self.result.step)
+        if train is not self.run.config:
+            self.run = replace(self.run, config=train)
+            self.run.engine.config = train
+            self.run.log.move_last_step(train.steps)
+        return self.run
+
     def _judge(self, stop: bool = False) -> Next:
         """What follows the step that was taken, if some rank is told to stop or not."""
         if is_finished(self.run.config, self.result) and not self.guard.must_go_back:
@@ -297,6 +311,8 @@ class Loop:
         elif self.result.owes_archive:
             files[PINNED] = f"archived, as checkpoint.archive_every={self.run.checkpoints.config.archive_every}\n"
             self.result.owes_archive = False
+        if self.run.kept_config is not None:
+            files["config.yaml"] = self.run.kept_config(self.run.config)
         counters = {**self.result.counters(), "guard": self.guard.memory.model_dump()}
         return {**files, "trainer.json": json_text(counters)}
 

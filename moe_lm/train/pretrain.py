@@ -12,7 +12,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import TOKENIZER
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
-from moe_lm.data.batches import Batch, EvaluationBatches, PackedBatches
+from moe_lm.data.batches import Batch, BatchSource, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import MANIFEST, Split, TokenShards, read_manifest
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
@@ -25,12 +25,18 @@ from moe_lm.train.phases import phase_lines
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import find, notes_on
 from moe_lm.train.summary import data_lines
+from moe_lm.train.timetable import Timetable
 
 WARM_UP_STEPS = 3  # they compile
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.Fit | None = None) -> TrainingResult:
+def run(
+    config: PretrainConfig,
+    meeting: Meeting | None = None,
+    fit: preflight.Fit | None = None,
+    timetable: Timetable | None = None,
+) -> TrainingResult:
     """Train, or go on from the newest checkpoint in `config.run_dir`.
 
     Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
@@ -43,7 +49,7 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
     shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
     batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
-    epochs = batches.epochs(config.train.steps)
+    epochs = batches.epochs(config.train.steps) if timetable is None else None  # else time decides
     validation = validation_batches(config, held_out, meeting.topology)
     recipe = Recipe(
         title="pretrain",
@@ -55,9 +61,10 @@ def run(config: PretrainConfig, meeting: Meeting | None = None, fit: preflight.F
         validation=list(chain.from_iterable(validation.values())),
         validation_sources=[(source, len(some)) for source, some in validation.items()],
         start=start,
-        epochs=dict(zip(names, epochs, strict=True)),
+        epochs=dict(zip(names, epochs or (), strict=False)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
         notes=[*data_lines(names, shards, held_out, epochs), *([] if start is None else notes_on(start, config))],
+        timetable=timetable,
     )
     return run_recipe(recipe, meeting)
 
@@ -92,14 +99,20 @@ def num_windows(config: PretrainConfig) -> int:
     return sum((count - 1) // config.data.sequence_length for count in tokens)
 
 
-def seconds_per_step(config: PretrainConfig, steps: int = 8) -> float:
-    """The median time of a step once everything is compiled, over a few steps that are thrown away."""
-    tokenizer = load_tokenizer(config)
+def seconds_per_step(config: PretrainConfig, steps: int = 8, batches: BatchSource | None = None) -> float:
+    """The median time of a step once everything is compiled, over a few steps that are thrown away.
+
+    They are on `batches`, or else on the shards.
+    """
+    pad_id = 0
+    if batches is None:
+        tokenizer = load_tokenizer(config)
+        pad_id = tokenizer.pad_id
+        batches = training_batches(config, open_shards(config, "train", tokenizer))
     built = build_model(config.model, config.parallel, current_topology(), precision=config.train.precision)
     built.initialise(config.train.seed)
     objective = NextToken()
-    engine = build_engine(built, objective, config.train, config.parallel, tokenizer.pad_id)
-    batches = training_batches(config, open_shards(config, "train", tokenizer))
+    engine = build_engine(built, objective, config.train, config.parallel, pad_id)
     seconds = []
     for step in range(WARM_UP_STEPS + steps):
         micro_batches = local_micro_batches(engine, batches, config.train, step)

@@ -17,6 +17,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import RunConfig
+from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, MixedBatches
 from moe_lm.data.pairs import PairRows
 from moe_lm.data.shards import LeftOut
@@ -44,6 +45,7 @@ from moe_lm.train.reference import add_reference
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
 from moe_lm.train.summary import closing_lines, opening_lines
+from moe_lm.train.timetable import Timetable
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ class Recipe:
     epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source
     left_out: Sequence[LeftOut] = ()  # of the data, because it is damaged
     notes: Sequence[str] = ()  # about data and cost, said at the start
+    timetable: Timetable | None = None  # fits the steps to a time, in a single process
+
+    def kept_config(self, train: TrainConfig | None = None) -> str:
+        """The config that a run keeps, without what was allowed for this one start; with other steps, if they moved."""
+        config = self.config
+        settings = config.checkpoint.model_copy(update={"allow_changes": False})
+        return dump_config(config.model_copy(update={"checkpoint": settings, "train": train or config.train}))
 
 
 def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
@@ -196,7 +205,7 @@ def train_and_log(
     start_step = counters.get("step", 0)
     if changes:
         counters = with_new_settings(counters)
-    is_new = is_main and folder.write_config(kept_config(config))
+    is_new = is_main and folder.write_config(recipe.kept_config())
     alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
     settings = dict(flat_settings({**config.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}))
     with RunLog(
@@ -210,7 +219,8 @@ def train_and_log(
             start_from=None if recipe.start is None else str(recipe.start.origin),
             model=recipe.model.model_dump(mode="json"),
         )  # fmt: skip
-        for line in opening_lines(recipe.title, config, recipe.model, engine, recipe.notes, start_step):
+        is_timed = recipe.timetable is not None
+        for line in opening_lines(recipe.title, config, recipe.model, engine, recipe.notes, start_step, is_timed):
             log.message(line)
         log.message(f"kernels: {kernels.of(engine.model)}")
         if config.parallel.attention_kernel == "auto":
@@ -241,9 +251,13 @@ def train_and_log(
             before_step=partial(tell_of_phase, config, log),
             evaluate_first=recipe.start is not None,
             watchdog=watchdog,
+            timetable=recipe.timetable,
+            kept_config=recipe.kept_config if is_timed else None,
         )
         result = train(training, counters)
-        if not result.stopped:
+        if recipe.timetable is not None:
+            folder.write_config(recipe.kept_config(recipe.timetable.config))
+        elif not result.stopped:
             for line in closing_lines(recipe.title, config, result):
                 log.message(line)
         return result
@@ -258,16 +272,10 @@ def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
         )  # fmt: skip
 
 
-def kept_config(config: RunConfig) -> str:
-    """The config that a run keeps: what it may change was allowed for this one start."""
-    settings = config.checkpoint.model_copy(update={"allow_changes": False})
-    return dump_config(config.model_copy(update={"checkpoint": settings}))
-
-
 def files_of_run(recipe: Recipe) -> dict[str, str]:
     """The files beside the tensors of every checkpoint of the run, by name."""
     files = {
-        "config.yaml": kept_config(recipe.config),
+        "config.yaml": recipe.kept_config(),
         "model.yaml": dump_config(recipe.model),
         "data.sha256": recipe.batches.fingerprint,
         **{f"tokenizer/{name}": text for name, text in recipe.tokenizer.files().items()},

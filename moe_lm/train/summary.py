@@ -18,9 +18,18 @@ MOST_HELD_OUT = 0.1  # of a source, without a remark
 
 
 def opening_lines(
-    title: str, config: RunConfig, model: ModelConfig, engine: Engine, notes: Iterable[str], start_step: int
+    title: str,
+    config: RunConfig,
+    model: ModelConfig,
+    engine: Engine,
+    notes: Iterable[str],
+    start_step: int,
+    is_timed: bool = False,
 ) -> Iterator[str]:
-    """What a run says before its first step: the model, the steps, the place, its notes, and where it goes on."""
+    """What a run says before its first step: the model, the steps, the place, its notes, and where it goes on.
+
+    The steps of a run that `is_timed` are as many as its time allows.
+    """
     steps = config.train.steps
     if 0 < steps <= start_step:
         more = f"begin another run with start_from={config.run_dir}"
@@ -30,10 +39,12 @@ def opening_lines(
         return
     parameters = count_parameters(model)
     yield f"{title} in {config.run_dir}: {parameters.total:,} parameters, {parameters.active:,} active a token"
-    yield f"{steps_line(config, parameters.total)}; {place(config, engine)}"
+    tokens = config.train.global_batch_size * config.row_length
+    length = f"as many steps of {tokens:,} tokens as there is time for, at most {steps:,}"
+    yield f"{length if is_timed else steps_line(config, parameters.total)}; {place(config, engine)}"
     yield from notes
     if start_step:
-        yield f"going on after step {start_step} of {steps}"
+        yield f"going on after step {start_step}" + ("" if is_timed else f" of {steps}")
 
 
 def steps_line(config: RunConfig, parameters: int) -> str:
@@ -60,12 +71,13 @@ def place(config: RunConfig, engine: Engine) -> str:
 
 
 def data_lines(
-    names: Sequence[str], train: Sequence[TokenShards], held_out: Sequence[TokenShards], epochs: Sequence[float]
+    names: Sequence[str], train: Sequence[TokenShards], held_out: Sequence[TokenShards], epochs: Sequence[float] | None
 ) -> Iterator[str]:
-    """A line for each source: its tokens, how often they are read, and how many are held out."""
-    for name, read, kept, times in zip(names, train, held_out, epochs, strict=True):
+    """A line for each source: its tokens, how often they are read (if that is known), and how many are held out."""
+    times = [f", {read_times(each)}" for each in epochs] if epochs is not None else [""] * len(names)
+    for name, read, kept, often in zip(names, train, held_out, times, strict=True):
         share = kept.num_tokens / max(1, read.num_tokens + kept.num_tokens)
-        line = f"data            {name}: {read.num_tokens:,} tokens, {read_times(times)}; "
+        line = f"data            {name}: {read.num_tokens:,} tokens{often}; "
         line += f"{kept.num_tokens:,} held out ({share:.1%})" if kept.num_tokens else "none held out"
         yield line + (", which is much" if share > MOST_HELD_OUT else "")
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -132,22 +133,28 @@ def transformers_continues(folder: Path, prompt: str) -> str:
 
 
 @pytest.mark.slow
-def test_quickstart_on_a_text_of_ones_own_and_again(tmp_path: Path, moe_lm: MoeLm) -> None:
-    """The whole walk in its shortest form. The same command again has nothing left to train."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number, file in enumerate(sorted((ROOT / "moe_lm").rglob("*.py"))):
-        (corpus / f"{number}.txt").write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    command = ("quickstart", "--minutes", 0.1, "--corpus", corpus, "--run-dir", tmp_path / "run")
-    assert moe_lm(*command).code == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+def test_quickstart_on_a_text_of_ones_own_again_and_with_more_minutes(tmp_path: Path, moe_lm: MoeLm) -> None:
+    """The same command again has nothing left to train; with more minutes it trains on, from where it was."""
+    book = tmp_path / "book.txt"
+    book.write_text("".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))))
+    run = tmp_path / "run"
+
+    def walk(minutes: float) -> dict[str, Any]:
+        done = moe_lm("quickstart", "--minutes", minutes, "--corpus", book, "--run-dir", run)
+        assert (done.code, "trains on from here" in done.out) == (0, True)
+        return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+
+    summary = walk(0.1)
     assert summary.keys() >= {
-        "seconds", "tokens_per_second", "val_bits_per_byte", "xz_bits_per_byte", "unigram_bits_per_byte",
-        "sft_val_loss_before", "sft_val_loss_after", "samples", "params_total", "params_active",
+        "seconds", "tokens_per_second", "val_bits_per_byte", "xz_bits_per_byte", "unigram_bits_per_byte", "samples",
+        "params_total", "params_active", "epochs",
     }  # fmt: skip
-    assert summary["sft_val_loss_after"] < summary["sft_val_loss_before"]
-    before = [(tmp_path / "run" / stage / "metrics.jsonl").read_bytes() for stage in ("pretrain", "finetune")]
-    assert moe_lm(*command).code == 0
-    assert [(tmp_path / "run" / stage / "metrics.jsonl").read_bytes() for stage in ("pretrain", "finetune")] == before
-    again = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert again["val_bits_per_byte"] == summary["val_bits_per_byte"]
+    assert all(sample["model"] == "pretrain" and sample["prompt"] in book.read_text() for sample in summary["samples"])
+    assert not (run / "finetune").exists()
+    before = (run / "pretrain" / "metrics.jsonl").read_bytes()
+    assert walk(0.1) == summary
+    assert (run / "pretrain" / "metrics.jsonl").read_bytes() == before
+    longer = walk(sum(summary["seconds"].values()) / 60 + 0.2)
+    assert (run / "pretrain" / "metrics.jsonl").read_bytes().startswith(before)
+    assert longer["epochs"] > summary["epochs"]
+    assert longer["val_bits_per_byte"] < summary["val_bits_per_byte"]

@@ -17,7 +17,7 @@ from common import begin
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.model.size import flops_per_token
-from moe_lm.tools.quickstart import metrics
+from moe_lm.tools.quickstart.results import metrics
 
 FLOPS = 3e17
 

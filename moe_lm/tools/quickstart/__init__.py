@@ -1,0 +1,4 @@
+"""The whole walk on one machine, in minutes.
+
+Reading order: setup, quickstart, results.
+"""
