@@ -24,8 +24,9 @@ from moe_lm.objective.training_loss import LossParts
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.checkpoints import Checkpoints, load
 from moe_lm.train.log import RunLog
-from moe_lm.train.loop import Training, TrainingResult, train
+from moe_lm.train.loop import Training, train
 from moe_lm.train.past import Plan
+from moe_lm.train.result import TrainingResult
 from tests.processes import events, metrics
 from tests.tiny import engine_of, tiny_model
 

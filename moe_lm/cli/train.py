@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from moe_lm.config.model import ModelConfig
     from moe_lm.config.run import PretrainConfig, RunConfig
     from moe_lm.parallel.topology import Topology
-    from moe_lm.train.loop import TrainingResult
     from moe_lm.train.preflight import Fit, Verdict
+    from moe_lm.train.result import TrainingResult
 
 DryRun = Annotated[
     bool,

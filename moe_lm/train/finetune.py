@@ -28,7 +28,7 @@ from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import preflight
 from moe_lm.train.cost import cost_lines
-from moe_lm.train.loop import TrainingResult
+from moe_lm.train.result import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import notes_on_biases
 from moe_lm.train.summary import read_times

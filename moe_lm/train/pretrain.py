@@ -20,8 +20,9 @@ from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import preflight
-from moe_lm.train.loop import TrainingResult, local_micro_batches
+from moe_lm.train.loop import local_micro_batches
 from moe_lm.train.phases import phase_lines
+from moe_lm.train.result import TrainingResult
 from moe_lm.train.run import Recipe, run_recipe
 from moe_lm.train.start import find, notes_on
 from moe_lm.train.summary import data_lines

@@ -37,11 +37,12 @@ from moe_lm.train.checkpoints import Checkpoints, load, report_damage
 from moe_lm.train.folder import RunFolder
 from moe_lm.train.guards import with_new_settings
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
-from moe_lm.train.loop import Training, TrainingResult, train
+from moe_lm.train.loop import Training, train
 from moe_lm.train.past import Plan
 from moe_lm.train.phases import flops_of_step, tell_of_phase
 from moe_lm.train.probes import Probes
 from moe_lm.train.reference import add_reference
+from moe_lm.train.result import TrainingResult
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
 from moe_lm.train.summary import closing_lines, opening_lines

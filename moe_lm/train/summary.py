@@ -12,7 +12,7 @@ from moe_lm.data.shards import TokenShards
 from moe_lm.engine.engine import Engine
 from moe_lm.model.size import count_parameters
 from moe_lm.optim.groups import first_other_rate
-from moe_lm.train.loop import TrainingResult
+from moe_lm.train.result import TrainingResult
 
 MOST_HELD_OUT = 0.1  # of a source, without a remark
 

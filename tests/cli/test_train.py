@@ -14,7 +14,7 @@ from moe_lm.cli.train import export_at_end, start_processes
 from moe_lm.common.errors import UsageError
 from moe_lm.config.run import PretrainConfig
 from moe_lm.train import pretrain
-from moe_lm.train.loop import TrainingResult
+from moe_lm.train.result import TrainingResult
 from tests.config.test_run import FINETUNE, PRETRAIN, write
 from tests.conftest import MoeLm
 from tests.processes import rank_environment
