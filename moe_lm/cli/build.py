@@ -38,7 +38,10 @@ def add_to(app: typer.Typer) -> None:
 @tokenizer_app.command("train", cls=ConfigCommand)
 def tokenizer_train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the recipe.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, like vocab_size=8192."),
+    ] = None,
 ) -> None:
     """Train a tokenizer and write it to the recipe's output folder."""
     from moe_lm.config.data import TokenizerRecipe
@@ -75,16 +78,19 @@ def tokenizer_train(
 
 @tokenizer_app.command("inspect")
 def tokenizer_inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the tokenizer.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the tokenizer, or a run with one.")],
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[FILES]...", help="Text files to measure it on.")
     ] = None,
 ) -> None:
     """Report vocabulary, bytes per token and round-trip exactness."""
+    from moe_lm.checkpoint import checkpoint
     from moe_lm.config.data import SourceConfig
     from moe_lm.tokenizer.tokenizer import Tokenizer
     from moe_lm.tokenizer.training import inspect
 
+    if checkpoint.is_there(path):
+        path = checkpoint.verified_path(checkpoint.resolve(path), checkpoint.TOKENIZER)
     named = {re.sub(r"[^A-Za-z0-9._-]", "-", file.name).lstrip(".-_") or "text": file for file in files or ()}
     sources = [SourceConfig(name=name, path=str(file)) for name, file in named.items()]
     print(inspect(Tokenizer.load(path), sources))

@@ -6,6 +6,7 @@ those of common/exits.py. An error is one sentence on stderr; `--debug`, before 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -39,6 +40,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the verb that `sys.argv` names and exit with its code."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a terminal that knows ASCII only shows the rest as escapes
+            output.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv  # taken out of the arguments, so that it may stand before or after the verb
     arguments = with_numbers(without_local_rank([item for item in sys.argv[1:] if item != "--debug"]))
     if arguments[:1] == ["help"]:

@@ -202,6 +202,8 @@ def finetune(
 
     from moe_lm.train import finetune
 
+    if preview is not None and dry_run:
+        raise UsageError("--preview and --dry-run both show something and stop; give one of them")
     is_planned = settings.lora is None and settings.preference is None
     if preview is not None:
         finetune.preview(settings, preview)

@@ -11,6 +11,7 @@ import typer
 from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, counting, gib, refuse
 from moe_lm.cli.options import takes
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.process import how_to_install
 from moe_lm.common.signals import ctrl_c_as_exception
 from moe_lm.common.terminal import check_typed
 from moe_lm.kernels.native import build as native
@@ -145,7 +146,7 @@ def serve(run: RunPath, server: ServeConfig, load: CompiledLoadConfig) -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MoeLmError(f"serve needs {error.name}, which is not installed; pip install 'moe-lm[serve]'") from error
+        raise MoeLmError(f"serve needs {error.name}, which is not installed; {how_to_install('serve')}") from error
 
     native.start()
     from moe_lm.tools.serve.server import serve

@@ -42,6 +42,14 @@ def seconds_since_start() -> float:
     return time.monotonic() - IMPORTED
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this project into the environment that runs it."""
+    project = Path(__file__).parents[2]
+    if (project / "pyproject.toml").is_file():
+        return shlex.join([sys.executable, "-m", "pip", "install", "-e", f"{project}[{extra}]"])
+    return shlex.join([sys.executable, "-m", "pip", "install", f"moe-lm[{extra}]"])
+
+
 def end(code: int) -> NoReturn:
     """End the process with this code, or with 1 if its last output cannot be written, without Python's own shutdown.
 

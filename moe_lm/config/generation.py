@@ -120,12 +120,20 @@ class SampleConfig(GenerationConfig):
         return name in self.model_fields_set
 
     @model_validator(mode="after")
+    def _equal_texts_are_not_asked_for(self) -> Self:
+        if self.num > 1 and self.temperature == 0 and self.beams is None:
+            raise ValueError(
+                f"num={self.num} texts would be equal, as nothing is drawn; leave one out, or give beams too"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _beams_draw_nothing(self) -> Self:
         if self.beams is None:
             self.refuse_any(["length_penalty"], "belongs to a beam search; give --beams too")
             return self
         drawing = ("top_k", "top_p", "seed", "min_p", "typical_p", "logprobs", "show_routing", "greedy", "temperature")
-        self.refuse_any(drawing, "draws nothing with --beams")
+        self.refuse_any(drawing, "has no meaning with --beams, which draws nothing; leave it out")
         if self.num > self.beams:
             raise ValueError(f"num={self.num} is more than beams={self.beams}, which find one text each; lower it")
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.process import how_to_install
 from moe_lm.evaluate.perplexity import precision_of
 from moe_lm.evaluate.scoring import Scorer, SessionScorer, Tell
 from moe_lm.generate.session import Session
@@ -64,7 +65,7 @@ class Tasks:
             try:
                 from lm_eval.tasks import TaskManager
             except ImportError as error:
-                raise MoeLmError("tasks need lm-eval, which is not installed; pip install 'moe-lm[eval]'") from error
+                raise MoeLmError(f"tasks need lm-eval, which is not installed; {how_to_install('eval')}") from error
             # lm-eval's index takes many seconds to read.
             manager = TaskManager(include_path=str(LOCAL_TASKS), include_defaults=False)
             if any(name not in manager.all_tasks for name in names):

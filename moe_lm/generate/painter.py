@@ -18,8 +18,11 @@ RESET = "\x1b[0m"
 # A terminal's 6 x 6 x 6 colours without the greys and those too dark for black letters. The stride is near the
 # golden ratio, so that neighbours differ, and coprime to their number, so that every colour is used before one repeats.
 CUBE = ((red, green, blue) for red in range(6) for green in range(6) for blue in range(6))
+# The first experts have the nearest to the colours of Okabe and Ito, which also who sees fewer colours tells apart.
+FIRST = (214, 117, 36, 227, 202, 175, 69, 250)
 LIGHT = [16 + 36 * r + 6 * g + b for r, g, b in CUBE if 3 * r + 6 * g + b >= 20 and max(r, g, b) - min(r, g, b) > 1]
 STRIDE = next(step for step in range(round(0.618 * len(LIGHT)), 0, -1) if math.gcd(step, len(LIGHT)) == 1)
+PALETTE = list(dict.fromkeys([*FIRST, *(LIGHT[number * STRIDE % len(LIGHT)] for number in range(len(LIGHT)))]))
 
 
 class Painter:
@@ -82,4 +85,4 @@ def by_layer(config: ModelConfig, steps: Sequence[Step]) -> dict[str, list[list[
 
 def colour(expert: int) -> str:
     """The terminal's sequence for black text on the expert's colour, one of its 256."""
-    return f"\x1b[30;48;5;{LIGHT[expert * STRIDE % len(LIGHT)]}m"
+    return f"\x1b[30;48;5;{PALETTE[expert % len(PALETTE)]}m"

@@ -92,6 +92,8 @@ def write_samples(
         settings = Settings.of(options)
         speed = _stream(session.write(ids, settings, options.stop), prompts[0].text, painter)
         summary = f"{speed}, seed {settings.seed}"
+        if speed.finish == "length" and speed.tokens < settings.max_new_tokens:
+            summary += f"; it ends at the model's last position, {session.model.config.max_position_embeddings}"
     else:
         with _output(out) as file:
             summary = _write_each(_samples(session, ids, options, painter), prompts, file, out)

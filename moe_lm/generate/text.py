@@ -93,9 +93,11 @@ class Speed:
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.finish: str | None = None  # why the last text ended
         self._first = self._last = 0.0
 
     def see(self, delta: Delta) -> None:
+        self.finish = delta.finish or self.finish
         if delta.step.token is None:
             return
         self._last = time.perf_counter()

@@ -44,6 +44,9 @@ INPUTS = [
     sample runs/al -p x | there is no folder runs/al; did you mean runs/all?
     sample hf -p x | it is a Hugging Face folder: moe-lm import hf
     sample Qwen/Qwen3-0.6B -p x | for a model of the Hugging Face hub: moe-lm import Qwen/Qwen3-0.6B
+    finetune ft.yaml --preview --dry-run | --preview and --dry-run both show something and stop
+    sample runs/all/pretrain -p x --num 3 --greedy | --num 3 texts would be equal, as nothing is drawn
+    sample runs/all/pretrain -p x --beams 2 --temperature 1 | --temperature 1.0 has no meaning with --beams
     import Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B is no folder here, and the hub cannot be reached
     prepare x.yaml data.tokenizer=Qwen/Qwen3-0.6B | the hub cannot be reached | hf download Qwen/Qwen3-0.6B
     export runs/all/pretrain out --push mine | --push mine is not a name of the hub; give OWNER/NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -91,6 +92,20 @@ def test_debug_shows_the_traceback_before_and_after_the_verb(
     assert done.code == 2
     assert done.err.startswith("Traceback (most recent call last):")
     assert done.err.endswith("error: bad value\n")
+
+
+def test_what_a_terminal_of_ascii_cannot_show_is_written_as_escapes(
+    moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> int:
+        print("caf\u00e9")
+        return 0
+
+    shown = io.BytesIO()
+    monkeypatch.setattr(doctor, "run", run)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert moe_lm("doctor").code == 0
+    assert shown.getvalue() == b"caf\\xe9\n"
 
 
 def test_interrupt_is_one_line(moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_a_colour_ends_before_the_line_does() -> None:
         ({"n_routed_experts": 0}, ["--show-routing"], "the model is dense"),
         ({}, ["--show-routing", 0], r"layer 0 \(counted from 0\) has no routed experts; choose one of 1"),
         ({}, ["--show-routing", 7, "--num", 2], "layer 7"),
-        ({}, ["--show-routing", "--beams", 2], "--show-routing draws nothing with --beams"),
+        ({}, ["--show-routing", "--beams", 2], "--show-routing has no meaning with --beams, which draws nothing"),
     ],
 )
 def test_routing_that_cannot_be_shown_says_why(

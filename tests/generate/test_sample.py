@@ -235,16 +235,29 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(
     assert said in done.err
 
 
+def test_a_text_that_fills_the_model_says_so(run: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("sample", run, "-p", "a", "--max-new-tokens", 1000, "--min-new-tokens", 1000)
+    last = Session.load(run).model.config.max_position_embeddings
+    assert done.err.rstrip().endswith(f"; it ends at the model's last position, {last}")
+    assert "last position" not in moe_lm("sample", run, "-p", "a", "--max-new-tokens", 3).err
+
+
+def test_the_tokenizer_of_a_run_is_inspected_in_its_checkpoint(run: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("tokenizer", "inspect", run)
+    assert (done.code, done.err) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "nothing given to continue"), (["-", "-p", "a"], "- and --prompt given"), (["b"], "b is not a source"),
         (["-p", "a", "--length-penalty", 2], "--length-penalty 2.0 belongs to a beam search"),
         (["-p", "a", "--length-penalty", 1.0], "--length-penalty 1.0 belongs to a beam search; give --beams too"),
-        (["-p", "a", "--beams", 2, "--temperature", 0.8], "--temperature 0.8 draws nothing with --beams"),
-        (["-p", "a", "--beams", 2, "--top-k", 3], "--top-k 3 draws nothing with --beams"),
-        (["-p", "a", "--beams", 2, "--greedy"], "--greedy draws nothing with --beams"),
-        (["-p", "a", "--beams", 2, "--seed", 3], "--seed 3 draws nothing"),
+        (["-p", "a", "--beams", 2, "--temperature", 0.8], "--temperature 0.8 has no meaning with --beams"),
+        (["-p", "a", "--beams", 2, "--top-k", 3], "--top-k 3 has no meaning with --beams, which draws nothing"),
+        (["-p", "a", "--num", 3, "--greedy"], "--num 3 texts would be equal, as nothing is drawn"),
+        (["-p", "a", "--beams", 2, "--greedy"], "--greedy has no meaning with --beams, which draws nothing"),
+        (["-p", "a", "--beams", 2, "--seed", 3], "--seed 3 has no meaning with --beams"),
         (["-p", "a", "--beams", 2, "--num", 3], "--num 3 is more than --beams 2"),
         (["-p", "a", "--logit-bias", "x=1"], "--logit-bias x=1: expected ID=BIAS"),
         (["-p", "a", "--min-new-tokens", 300], "--min-new-tokens 300 is more than --max-new-tokens 200"),

@@ -67,6 +67,14 @@ def test_what_is_missing_is_said_in_a_sentence(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
 
+def test_the_script_for_slurm_says_so_outside_of_it() -> None:
+    done = subprocess.run(
+        ["/usr/bin/bash", str(LAUNCH / "slurm.sbatch"), "c.yaml"], capture_output=True, text=True, env={}
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: this is a script for Slurm; run: sbatch --nodes=2")
+
+
 def test_both_scripts_run_their_verb_with_what_they_were_given(project: Path, tmp_path: Path) -> None:
     path = programs(tmp_path / "bin")
     (project / "launch" / "hostfile").write_bytes((LAUNCH / "hostfile.example").read_bytes())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.process import how_to_install
 from moe_lm.tools.explain.recording import Recording, shares
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def need_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise MoeLmError("pictures are drawn by matplotlib, which is not installed; pip install 'moe-lm[plot]'")
+        raise MoeLmError(f"pictures are drawn by matplotlib, which is not installed; {how_to_install('plot')}")
 
 
 def _has_glyphs(text: str, fonts: Sequence[str]) -> bool:

@@ -69,6 +69,7 @@ def describe(session: Session, scheduler: Scheduler, model: str) -> dict[str, An
     """The model as /v1/models lists it: OpenAI's fields, and those that the page needs."""
     config = session.model.config
     layers = len(session.model.moe_layers)
+    parameters = sum(parameter.numel() for parameter in session.model.parameters())
     return {
         "id": model,
         "object": "model",
@@ -77,6 +78,8 @@ def describe(session: Session, scheduler: Scheduler, model: str) -> dict[str, An
         "max_model_len": scheduler.capacity,
         "chat": chats(session),
         "moe_layers": layers,
+        "layers": config.moe_layers,  # their numbers, counted from 0 as elsewhere
+        "shown": f"{model} · {parameters / 1e6:,.1f}M · {session.checkpoint.name}",
         "experts": config.n_routed_experts if layers else 0,
         "experts_per_token": config.num_experts_per_tok if layers else 0,
     }

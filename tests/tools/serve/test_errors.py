@@ -171,6 +171,8 @@ def test_models_health_and_headers(served: Served) -> None:
     assert served.openai.models.retrieve(MODEL) == model
     described = model.model_dump()
     assert (described["moe_layers"], described["experts"], described["experts_per_token"]) == (2, 4, 2)
+    assert described["layers"] == [1, 2]  # counted from 0
+    assert described["shown"].startswith(f"{described['id']} · 0.")
     assert described["max_model_len"] == CONTEXT
     answer = served.http.get("/health")
     assert answer.json() == {"status": "ok"}

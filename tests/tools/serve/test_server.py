@@ -169,7 +169,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     done = moe_lm("serve", served_run)
     assert done.code == 1
     assert f"serve needs {package}" in done.err
-    assert "pip install 'moe-lm[serve]'" in done.err
+    assert "[serve]" in done.err
 
 
 def test_help_imports_neither_torch_nor_the_extra() -> None:
