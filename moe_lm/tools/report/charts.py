@@ -1,7 +1,7 @@
 """Line charts as inline SVG: a few kilobytes each, in the colours of the page, with a sentence for screen readers.
 
-Our own, since matplotlib (an extra) writes text as outlines in fixed colours, five times as large, and libraries that
-draw in the browser need a script and, to be read by ear, the same sentences again.
+Our own, since matplotlib (an extra) writes three to four times as much for the same picture, in fixed colours, and what
+draws in the browser needs a script of its own in every page (eval/LOG.md).
 """
 
 from __future__ import annotations

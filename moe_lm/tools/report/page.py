@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,6 @@ def timeline(run: Run) -> str:
     """The events over the run: a row for each kind, a mark for each event that is kept."""
     rows = {name: run.events[kind].items for kind, name in ROWS.items() if kind in run.events}
     numbers = {name: run.events[kind].number for kind, name in ROWS.items() if kind in run.events}
-    if phases := phase_starts(run):
-        rows["phases"], numbers["phases"] = phases, len(phases)
     if not rows:
         return ""
     height = ROW * len(rows) + 34
@@ -162,16 +159,6 @@ def timeline(run: Run) -> str:
 
 
 BAD = ("skipped steps", "loss spikes", "rollbacks", "alarms", "slow rank")
-
-
-def phase_starts(run: Run) -> list[tuple[int, str]]:
-    """The first step of each phase of the data, by the config."""
-    phases = run.settings.get("data.phases") or ()
-    if run.total_steps is None or len(phases) < 2:
-        return []
-    shares = [phase.get("share", 0) for phase in phases if isinstance(phase, dict)]
-    ends = [round(run.total_steps * share) for share in accumulate(shares)]
-    return [(start, f"phase {number}") for number, start in enumerate([0, *ends[:-1]], 1) if start <= run.step]
 
 
 def tasks(run: Run) -> dict[str, Any]:
