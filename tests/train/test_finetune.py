@@ -61,7 +61,7 @@ def test_the_held_out_loss_is_measured_before_and_falls(finetune_config: Path, t
     assert moe_lm("finetune", finetune_config, "train.steps=40").code == 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(41))
-    assert lines[0].keys() == {"step", "val_loss"}
+    assert lines[0].keys() == {"step", "val_loss", "time", "tokens_so_far"}
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] / 2
 
 
@@ -91,7 +91,7 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
     for name, start in (("run", pretrained), ("checkpoint", checkpoint)):
         settings = (f"run_dir={tmp_path / name}", f"start_from={start}", "train.steps=1", "train.optimizer.lr=1e-30")
         assert moe_lm("finetune", finetune_config, *settings, "train.balance.bias_update_rate=0").code == 0
-        first.append(metrics(tmp_path / name)[0])
+        first.append(metrics(tmp_path / name)[0]["val_loss"])
         (saved,) = (tmp_path / name / "checkpoints").iterdir()
         weights, start_weights = tensors(saved, "model"), tensors(checkpoint, "model")
         assert weights.keys() == start_weights.keys()

@@ -62,7 +62,7 @@ def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], re
 def test_margin_and_accuracy_rise_on_held_out_pairs(config_file: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
     assert moe_lm("finetune", config_file, "train.steps=20").code == 0
     lines = metrics(tmp_path / "run")
-    assert lines[0].keys() == {"step", "val_loss", *(f"val_{name}" for name in FIGURES)}
+    assert lines[0].keys() == {"step", "val_loss", "time", "tokens_so_far", *(f"val_{name}" for name in FIGURES)}
     assert lines[0]["val_loss"] == pytest.approx(0.693147, abs=1e-5)  # the policy is its reference
     assert lines[0]["val_margin"] == pytest.approx(0, abs=1e-4)
     assert lines[1]["loss"] == pytest.approx(0.693147, abs=1e-4)
