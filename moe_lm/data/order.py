@@ -21,7 +21,7 @@ _ROUNDS = 8  # four make a random permutation in theory (Luby and Rackoff); a sm
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-LONG_ITEMS = 1024  # at most, of whose parts a shuffle is made
+LONG_ITEMS = 1024  # at most, whose parts are shuffled together
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Items:
     """The items of a source in one phase of a run, and where in them the phase begins.
 
     size: items, of which each comes once an epoch. A source that is read in windows of several lengths has items of the
-    longest, and in a phase of shorter ones `parts` of each. begun: items or parts that were passed before. several: of
-    lengths.
+    longest, and in a phase of shorter ones `parts` of each. begun: items, or parts, that were passed before the phase.
+    several: whether phases read the source in windows of several lengths.
     """
 
     size: int

@@ -44,6 +44,21 @@ MUTATIONS = (
         "        share = global_batch_size // self.row_groups + (self.rank > 0)\n",
         "train/test_loop.py::test_micro_batches_of_all_ranks_are_the_global_batch",
     ),
+    # Phases
+    Mutation(
+        "a source begins anew in every phase",
+        "data/order.py",
+        "        begun = self.begun + visits\n",
+        "        begun = 0\n",
+        "data/test_phases.py::test_a_source_that_goes_on_in_one_length_is_read_as_without_phases",
+    ),
+    Mutation(
+        "the parts of a long window that was begun are read again in long windows",
+        "data/order.py",
+        "            place = min(-(-place // chunk) * self.chunk, self.size)\n",
+        "            place = place // self.parts\n",
+        "data/test_phases.py::test_no_token_comes_twice_in_an_epoch_and_few_are_left_out",
+    ),
     # Shards
     Mutation(
         "a damaged shard is left out unasked",
