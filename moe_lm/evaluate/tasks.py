@@ -72,7 +72,6 @@ class Tasks:
                 manager = TaskManager(include_path=str(LOCAL_TASKS))
             _check_names(names, manager.all_tasks)
             self._loaded = _load(manager, list(names))
-        self.names = tuple(names)
         for task in self._loaded["tasks"].values():
             default = task.get_config("num_fewshot")
             if default is None or (num_fewshot is not None and default != 0):
