@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BATCH_BYTES = 128 * 2**20  # of the float32 matrices that a rank works on at once, but for a larger single one
+# Of the float32 matrices that a rank holds at once, its own or, where all ranks have all, those of all; but for one
+# matrix a rank, which may be larger.
+BATCH_BYTES = 128 * 2**20
 
 
 class Part(NamedTuple):
@@ -187,15 +189,15 @@ class _Block(NamedTuple):
 
 def _batches(parts: Sequence[Sequence[Part]], ranks: int) -> Iterator[Batch]:
     """Blocks of one shape with one another, so many at once as BATCH_BYTES has room for."""
-    blocks = _blocks(parts)
+    blocks, divided = _blocks(parts), len(parts) > 1
     queues: dict[tuple[int, int, bool], list[list[_Block]]] = defaultdict(lambda: [[] for _ in range(ranks)])
     for block, worker in zip(blocks, _workers(blocks, ranks), strict=True):
         queues[block.rows, block.columns, block.stacked][worker].append(block)
     for (rows, columns, stacked), by_worker in queues.items():
-        at_once = max(1, BATCH_BYTES // (4 * rows * columns))
+        at_once = max(1, BATCH_BYTES // (4 * rows * columns * (1 if divided else ranks)))
         for first in range(0, max(map(len, by_worker)), at_once):
             now = [queue[first : first + at_once] for queue in by_worker]
-            runs = _joined_runs(_runs(now, rows * columns, divided=len(parts) > 1))
+            runs = _joined_runs(_runs(now, rows * columns, divided))
             yield Batch(rows, columns, stacked, list(map(len, now)), list(runs))
 
 

@@ -202,6 +202,8 @@ def test_a_batch_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(matrices, "BATCH_BYTES", 4 * 2 * 96)
     travel = Travel(whole([torch.empty(shape) for shape in [(5, 8, 12), (40, 40)]]), torch.float32, torch.device("cpu"))
     assert [batch.counts for batch in travel.batches] == [[2], [2], [1], [1]]
+    shared = whole([torch.empty(6, 8, 12)], Threads(Meeting(2), 0))
+    assert [batch.counts for batch in Travel(shared, torch.float32, torch.device("cpu")).batches] == [[1, 1]] * 3
 
 
 def test_what_lies_together_travels_together() -> None:

@@ -32,7 +32,7 @@ from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
-from moe_lm.optim.groups import moments
+from moe_lm.optim.groups import is_hidden_matrix, moments
 from moe_lm.parallel.expert_parallel import AllToAllDispatcher
 from moe_lm.parallel.simulated import simulated_ranks
 from moe_lm.parallel.topology import Topology
@@ -204,7 +204,11 @@ def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig, optimize
         count = sum(p.numel() * layers.of(_layer(name)) for name, p in trained.items())
         weights = sum(p.nbytes * layers.of(_layer(name)) for name, p in trained.items())
         state = sum(moments(name, p, optimizer) * layers.of(_layer(name)) for name, p in trained.items())
-        found.append(zero.Group(count, weights, tuple(ranks), state))
+        hidden = {
+            name: p.numel() for name, p in trained.items() if optimizer.name == "muon" and is_hidden_matrix(name, p)
+        }
+        orthogonal = sum(numel * layers.of(_layer(name)) for name, numel in hidden.items())
+        found.append(zero.Group(count, weights, tuple(ranks), state, orthogonal))
     return [group for group in found if group.parameters]
 
 
@@ -289,7 +293,7 @@ def _memory(
     peak, where = max(
         (resident + made.forward[0], made.forward[1]),
         (resident + state.buffers + made.backward[0], made.backward[1]),
-        (resident - state.gradients + state.update, "update"),
+        (resident - state.gradients + state.update + zero.orthogonalising(groups), "update"),
     )
     return Memory(
         weights=weights,

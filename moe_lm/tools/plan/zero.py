@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_lm.optim.matrices import BATCH_BYTES
 from moe_lm.tools.plan.trace import Collective, CollectiveKind, Pass, Work
 
 FLOAT32 = 4  # bytes
 BUCKET = 50_000_000  # elements: reduce_bucket_size, stage3_prefetch_bucket_size
 LIVE = 1_000_000_000  # elements that stage 3 keeps whole from forward to backward: stage3_max_reuse_distance
+MUON_COPIES = 5  # of a batch: itself, its normed copy, a product, and the squares of square matrices
 ADAMW_BYTES = 28  # of a parameter's update: weight, both moments read and written, gradient read
 
 
@@ -23,6 +25,7 @@ class Group:
     weights: int  # bytes, in the data types that are multiplied: what the ranks send each other after the update
     ranks: tuple[int, ...]
     moments: int  # numbers in an optimizer's state, of all ranks
+    hidden: int = 0  # numbers in the matrices that Muon orthogonalises
 
     @property
     def part(self) -> int:
@@ -47,7 +50,7 @@ def whole(groups: list[Group], micro_batches: int, world_size: int) -> State:
     parameters = sum(group.parameters for group in groups)
     grow = micro_batches == 1 and world_size == 1
     optimizer = FLOAT32 * sum(group.moments for group in groups)
-    return State(0 if grow else FLOAT32 * parameters, optimizer, 0, 0, grow)
+    return State(0 if grow else FLOAT32 * parameters, optimizer, 0, FLOAT32 * parameters, grow)
 
 
 def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool, offload: bool) -> State:
@@ -81,6 +84,12 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
     live = weights * min(parameters, LIVE) // max(1, parameters)
     held = sum(-(-group.weights // len(group.ranks)) for group in groups)
     return State(FLOAT32 * part, optimizer, buckets + live, FLOAT32 * largest, False, weights=held)
+
+
+def orthogonalising(groups: list[Group]) -> int:
+    """Bytes in which Muon works: a batch of matrices, what it was put together from, and products of Newton-Schulz."""
+    largest = max((FLOAT32 * group.hidden // len(group.ranks) for group in groups), default=0)
+    return MUON_COPIES * min(BATCH_BYTES, largest)
 
 
 def exchanges(stage: int, groups: list[Group], micro_batches: int, backward: Work, overlaps: bool) -> list[Collective]:
