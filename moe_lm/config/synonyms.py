@@ -132,8 +132,8 @@ NAMES: dict[str, str] = {
     "log.trackers=[wandb]": "wandb use_wandb wandb_log enable_wandb",
     "log.trackers=[tensorboard]": "tensorboard use_tensorboard enable_tensorboard",
     "log.project": "wandb_project project_name wandb.project",
-    "log.eval_tasks": "tasks eval_tasks",
-    "log.sample_prompts": "sample_prompts eval_prompts",
+    "log.eval_tasks": "tasks",
+    "log.sample_prompts": "eval_prompts",
     "lora": "peft peft_config lora_config adapter",
     "lora.rank": "r lora_r lora_rank lora_dim adapter_rank",
     "lora.alpha": "lora_alpha",
@@ -149,8 +149,6 @@ NAMES: dict[str, str] = {
 ADVICE: dict[str, str] = {
     "gradient_accumulation_steps grad_accum gradient_accumulation grad_acc_steps": "it follows from others: "
     "train.global_batch_size over train.micro_batch_size times the processes",
-    "max_time max_hours time_limit exit_duration_in_mins hours": "there is no limit of time; SIGTERM saves and ends a "
-    "run, as `timeout 1h moe-lm ...` sends it",
     "warmup_ratio warmup_fraction lr_warmup_fraction": "there is no share for the warm-up; "
     "train.schedule.warmup_steps counts steps",
     "min_lr final_lr end_lr lr_min": "the last rate is a share of the first: set train.schedule.min_ratio",

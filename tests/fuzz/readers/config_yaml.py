@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from moe_lm.config.reading import load_config
-from moe_lm.config.run import FinetuneConfig, PretrainConfig
+from moe_lm.config.reading import kind_of, load_config
+from moe_lm.config.run import PretrainConfig
 from tests.fuzz.frame import Read, Reader
 from tests.fuzz.mutations import mutate_bytes, mutate_values
 
 ROOT = Path(__file__).parents[3]
 FILES = ("configs/pretrain/quickstart.yaml", "configs/finetune/quickstart.yaml")
+MODEL = yaml.safe_load((ROOT / "configs/model/quickstart.yaml").read_text(encoding="utf-8"))
 ALIASES = b"""a: &a [x, x, x, x, x, x, x, x, x]
 b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]
 c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]
@@ -27,10 +28,16 @@ def prepare(folder: Path) -> Read:
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        kind = FinetuneConfig if b"start_from" in data else PretrainConfig
-        load_config(kind, file)
+        kind = kind_of(file)
+        load_config(kind, file, (), with_model if kind is PretrainConfig else None)
 
     return read
+
+
+def with_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what would come from the model that they start from."""
+    data = values.get("data")
+    return {"model": MODEL} | values | {"data": {"tokenizer": "tokenizer/x"} | data if isinstance(data, dict) else data}
 
 
 def seeds() -> list[bytes]:
