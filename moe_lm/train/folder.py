@@ -91,6 +91,11 @@ class RunFolder:
         return "another process"
 
 
+def name_of(run_dir: Path) -> str:
+    """The end of a run folder's path: `mine`, or `deepseek/lora`, since the last part alone often says little."""
+    return "/".join(run_dir.absolute().parts[-2:]).removeprefix("runs/")
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     """What tells a file from another one of the same name; None without a file."""
     with suppress(OSError):

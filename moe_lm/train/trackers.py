@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.run import LogConfig
+from moe_lm.train.folder import name_of
 
 GROUPS = {
     "optim": ("lr", "grad_norm"),
@@ -40,7 +41,7 @@ class Trackers:
         settings: Mapping[str, Any],
         tell: Callable[[str], object],
     ) -> None:
-        self._tell = tell
+        self._tell: Callable[[str], object] = lambda text: None  # the error says enough until the run begins
         self._open: dict[str, Any] = {}
         self._owns_state = bool(config.trackers) and join_accelerate()
         for name in config.trackers:
@@ -54,6 +55,7 @@ class Trackers:
             except Exception as error:  # no account, no network, a full disk: each tracker has its own errors
                 self.close()
                 raise UsageError(f"log.trackers: {name} did not start: {error}; fix that, or leave it out") from error
+        self._tell = tell
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         """Send the figures of a record of `metrics.jsonl`, under the names that `grouped` gives them."""
@@ -92,8 +94,7 @@ class Opening(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The end of the run folder's path: `mine`, or `deepseek/lora`, since the last part alone often says little."""
-        return "/".join(self.run_dir.absolute().parts[-2:]).removeprefix("runs/")
+        return name_of(self.run_dir)
 
     @property
     def folder(self) -> Path:

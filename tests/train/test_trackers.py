@@ -182,9 +182,14 @@ def test_a_tracker_that_goes_away_is_said_once_and_left_alone(tmp_path: Path, fa
 def test_a_tracker_that_does_not_start_is_an_error_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeTracker
 ) -> None:
+    """Whatever becomes of those that have started."""
+    started = FakeTracker("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", started)
+    monkeypatch.setattr(started, "finish", None)
+
     def refuse(**_: Any) -> None:
         raise RuntimeError("no account")
 
     monkeypatch.setattr(fake, "init", refuse)
     with pytest.raises(UsageError, match="wandb did not start: no account"):
-        tracked(tmp_path, "wandb").__enter__()
+        RunLog(tmp_path, LogConfig(trackers=("trackio", "wandb")), 10, "pretrain", 0).__enter__()

@@ -19,6 +19,7 @@ from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 from moe_lm.tools.report.thinning import Row, Spans, Spread
 from moe_lm.train.alarms import Alarms
+from moe_lm.train.folder import name_of
 from moe_lm.train.past import Plan
 from moe_lm.train.settings import flat_settings
 
@@ -86,8 +87,7 @@ def read_run(folder: Path) -> Run:
     if not metrics.is_file():
         raise UsageError(f"{given} holds no metrics.jsonl; expected the folder of a run that has begun, like runs/mine")
     config, values = read_config(folder)
-    name = "/".join(folder.absolute().parts[-2:]).removeprefix("runs/")
-    run = Run(folder, name, dict(flat_settings(values)), config)
+    run = Run(folder, name_of(folder), dict(flat_settings(values)), config)
     try:
         with metrics.open("rb") as file:
             Reader(run).read(lines(file))

@@ -186,4 +186,26 @@ MUTATIONS = (
         "update={}",
         f"{SETTINGS}::test_changes_are_allowed_for_one_start_only",
     ),
+    # Records, trackers and the report
+    Mutation(
+        "tokens are counted anew when a run goes on",
+        "train/result.py",
+        'int(counters.get("tokens", 0))',
+        "0",
+        "train/test_records.py::test_a_record_says_when_and_after_how_many_tokens_also_after_a_resume",
+    ),
+    Mutation(
+        "a resumed run is another run of its tracker",
+        "train/trackers.py",
+        "if self.start_step and self.note.is_file() else None",
+        "if self.start_step < 0 else None",
+        "train/test_trackers.py::test_wandb_stays_one_run_over_resumes",
+    ),
+    Mutation(
+        "a pause counts as training",
+        "tools/report/reading.py",
+        "            self._time = None\n",
+        "",
+        "tools/report/test_report.py::test_pauses_are_no_training_and_tokens_go_on",
+    ),
 )
