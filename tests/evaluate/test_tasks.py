@@ -248,9 +248,9 @@ def test_without_lm_eval_one_is_told_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = moe_lm("eval", save_run(tiny_model(vocab_size=1024)), "--tasks", "piqa_offline")
-    assert (done.code, done.err) == (
-        1, "error: tasks need lm-eval, which is not installed; pip install 'moe-lm[eval]'\n",
-    )  # fmt: skip
+    assert done.code == 1
+    assert done.err.startswith("error: tasks need lm-eval, which is not installed; ")
+    assert "[eval]'" in done.err
 
 
 def test_the_table_has_a_line_for_each_metric() -> None:
