@@ -52,11 +52,11 @@ class Symptom:
 
 
 def short_of_the_peak(past: Past) -> Iterator[Figures]:
-    """The warm-up does not end before the run, or ends where the rate has fallen to 90% of its peak already."""
+    """The warm-up takes more than half of the run, or ends where the rate has fallen to 90% of its peak already."""
     train, schedule = past.plan.train, past.plan.train.schedule
     if warmup := schedule.warmup_steps:
         reached = schedule_factor(min(warmup, train.steps - 1), train.steps, schedule)
-        if warmup >= train.steps or reached < 0.9:
+        if warmup > train.steps / 2 or reached < 0.9:
             yield {"warmup": warmup, "steps": train.steps, "reached": reached}
 
 
@@ -241,7 +241,7 @@ SYMPTOMS = (
         name="warm-up too long",
         look="start",
         test=short_of_the_peak,
-        when="the warm-up does not end before the run, or ends when the rate is due to be below 90% of its peak again",
+        when="the warm-up takes more than half of the run, or ends when the rate has to be below 90% of its peak again",
         says="the warm-up takes {warmup} of {steps} steps, after which the rate is at {reached:.0%} of its peak",
         cure="Make train.schedule.warmup_steps a few percent of train.steps, and let the decay begin after it.",
     ),

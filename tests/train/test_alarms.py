@@ -187,6 +187,8 @@ def test_what_is_said_of_records(name: str) -> None:
         ({}, []),
         ({"schedule": {"warmup_steps": 100}, "steps": 60}, ["warm-up too long"]),
         ({"schedule": {"warmup_steps": 100, "name": "constant"}, "steps": 100}, ["warm-up too long"]),
+        ({"schedule": {"warmup_steps": 51, "name": "constant"}, "steps": 100}, ["warm-up too long"]),
+        ({"schedule": {"warmup_steps": 50, "name": "constant"}, "steps": 100}, []),
         ({"schedule": {"warmup_steps": 100, "name": "wsd", "decay_fraction": 0.9}, "steps": 200}, ["warm-up too long"]),
         ({"schedule": {"warmup_steps": 5, "name": "wsd", "decay_fraction": 1.0}, "steps": 200}, []),
         ({"schedule": {"warmup_steps": 170, "name": "multistep"}, "steps": 200}, ["warm-up too long"]),
