@@ -22,9 +22,9 @@ def held_out(monkeypatch: pytest.MonkeyPatch) -> Losses:
     """Let the evaluations of a run find these losses at its steps from 1 on."""
 
     def give(run: LoopRun, losses: list[float]) -> None:
-        def evaluate(_: Any, signalled: list[int]) -> dict[str, float] | None:
+        def evaluate(_: Any, wants_to_stop: Callable[[], bool]) -> dict[str, float] | None:
             step = next(int(tensor) for name, tensor in run.engine.state().items() if name.startswith("step."))
-            return None if signalled else {"val_loss": losses[step - 1]}
+            return None if wants_to_stop() else {"val_loss": losses[step - 1]}
 
         monkeypatch.setattr(loop, "evaluate", evaluate)
 
@@ -100,7 +100,7 @@ def test_a_run_that_ends_early_after_a_rollback_saves_its_end(
 ) -> None:
     """Also at the step, or before, from which it went on when it was started."""
     losses = iter([5, 4, 3, 2, 1, 9, 9, 9, 9, 9])
-    monkeypatch.setattr(loop, "evaluate", lambda _, signals: None if signals else {"val_loss": next(losses)})
+    monkeypatch.setattr(loop, "evaluate", lambda _, stop: None if stop() else {"val_loss": next(losses)})
     run = poisoned(tmp_path, ragged, 5, 6, 7, eval_every=1, early_stopping=3)
     run.source = Watched(ragged, lambda step: sigterm() if step == 6 else None)
     assert (run().step, run.checkpoints) == (7, names(4, 7))
