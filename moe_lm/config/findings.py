@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from moe_lm.config.synonyms import ADVICE, NAMES
 
-SIBLING, ELSEWHERE = 0.8, 0.85  # how like a known key an unknown one must be: a wrong hint is worse than none
+SIBLING, ELSEWHERE = 0.75, 0.85  # how like a known key an unknown one must be: a wrong hint is worse than none
 MOST_MEANT = 3  # keys that are named in a hint
 Removed = Mapping[tuple[type[BaseModel], str], tuple[Any, str]]
 # What pydantic calls the wrong value, and what we do. `{like}` is how the value would be written.

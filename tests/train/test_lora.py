@@ -284,7 +284,7 @@ def test_a_base_that_was_changed_in_place_is_refused(
     ("settings", "message"),
     [
         (["lora.rank=0"], "lora.rank=0: input should be greater than 0"),
-        (["lora.targets=[]"], "lora.targets=[]"),
+        (["lora.targets=[]"], "lora.targets is an empty list"),
         (["lora.targets=[embedding]"], "lora.targets.0='embedding': input should be 'attention', 'feed_forward' or"),
         (["lora.rnk=2"], "unknown key lora.rnk; did you mean lora.rank?"),
         (["train.optimizer.name=muon"], "train.optimizer.name=muon is made for whole matrices"),
