@@ -62,7 +62,7 @@ def init(
     for file, content in files.items():
         write(file, content)
         yield f"wrote {file}"
-    yield from remarks.values()
+    yield from (f"{key}: {remark}" for key, remark in remarks.items())
     yield "next:"
     yield from (f"  moe-lm {command}" for command in next_commands(kind, list(files)))
 
@@ -92,7 +92,7 @@ def size_pretraining(values: Values, sizes: Sizes) -> dict[str, str]:
     total = count_parameters(model).total
     return {
         "model.vocab_size": f"for {sizes.text_bytes / 1e6:,.1f} MB of text, {total / 1e6:.1f} million parameters",
-        "data.validation_fraction": f"in pieces of {sizes.piece_bytes:,} bytes, so that about {HELD_OUT:.0%} are",
+        "data.validation_fraction": f"pieces of {sizes.piece_bytes:,} bytes let about {HELD_OUT:.0%} be held out",
     }
 
 
