@@ -89,6 +89,10 @@ def source_files(source: SourceConfig, report: Report | None = None) -> list[tup
         for _, found in files:
             check_kind(source.name, found)
     else:
+        if "://" in str(source.path):
+            raise UsageError(
+                f"source {source.name!r}: only paths are read, not {source.path}; copy it here, or mount it"
+            )
         raise UsageError(f"source {source.name!r}: path {source.path} does not exist; correct the path")
     if not files:
         raise UsageError(
