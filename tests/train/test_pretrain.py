@@ -195,7 +195,7 @@ def test_an_epoch_reads_every_row_once(tiny_pretrain: Path, tmp_path: Path, moe_
     assert len(metrics(tmp_path)) == steps
     train = load_config(PretrainConfig, tmp_path / "config.yaml").train
     assert (train.steps, train.epochs) == (steps, None)
-    assert f"going on after step {steps} of {steps}" in moe_lm("pretrain", tiny_pretrain, *settings).out
+    assert f"this run is finished: all {steps} steps are done" in moe_lm("pretrain", tiny_pretrain, *settings).out
 
 
 def test_an_unfinished_newest_checkpoint_is_passed_over(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
