@@ -30,7 +30,7 @@ def _number_of_tokens(value: Any) -> Any:
 
 
 UNITS = {"k": 3, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}  # powers of ten
-NumberOfTokens = Annotated[float, BeforeValidator(_number_of_tokens)]
+NumberOfTokens = Annotated[float, BeforeValidator(_number_of_tokens, json_schema_input_type=float | str)]
 LENGTHS = ("steps", "tokens", "epochs")  # of which a config gives one
 Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]
 
