@@ -59,7 +59,8 @@ def test_layout_of_the_table(row: list[str]) -> None:
         "1e+02", "100"
     )
     assert gib == f"{found.memory.total / 2**30:.1f}"
-    assert f"{found.trained:,} of {found.parameters:,} parameters" in cost.describe(config, model, topology)
+    (line,) = (line for line in cost.describe(config, model, topology) if line.startswith("trained "))
+    assert f" {found.trained:,} of {found.parameters:,} parameters" in line
 
 
 @pytest.mark.parametrize("line", LINES)
