@@ -144,6 +144,40 @@ FAMILIES: dict[str, Family] = {
         },
         ours={"use_qk_norm": False, "attention_out_bias": True},
     ),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLite",
+        {**EXPERTS, **LATENT, **GROUPS, "q_lora_rank": 24, "n_shared_experts": 1, "rope_interleave": True},
+        {"mlp_layer_types": ["sparse", "dense", "sparse"]}, {"use_qk_norm": False, "mlp_only_layers": [1]},
+    ),
+    "solar_open": Family(
+        "SolarOpen", {**EXPERTS, **GROUPS, "n_shared_experts": 2, "head_dim": 16, "attention_bias": True},
+        ours={"use_qk_norm": False},
+    ),
+    "minimax_m2": Family(
+        "MiniMaxM2", {"num_experts_per_tok": 3, "head_dim": 16}, {"num_local_experts": 8, "rotary_dim": 8},
+        {
+            "n_routed_experts": 8, "n_shared_experts": 0, "qk_norm_over": "projection", "partial_rotary_factor": 0.5,
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_Moe", {"moe_intermediate_size": 16, "tie_word_embeddings": True},
+        {
+            "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+            "moe_layer_interval": 2, "use_bias": True, "pad_token_id": None,
+        },
+        {
+            **SOFTMAX, "num_experts_per_tok": 3, "n_shared_experts": 2, "mlp_only_layers": [0, 2],
+            "use_qk_norm": False, "rope_interleave": True, "attention_bias": True, "attention_out_bias": True,
+            "mlp_bias": True, "lm_head_bias": True,
+        },
+    ),
+    "mistral": Family("Mistral", {"head_dim": 16}, {"sliding_window": None}, PLAIN),
+    "seed_oss": Family(
+        "SeedOss", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}, {"pad_token_id": None}, PLAIN,
+    ),
+    "youtu": Family(
+        "Youtu", {**LATENT, "q_lora_rank": 24, "tie_word_embeddings": False, "rope_interleave": True}, ours=PLAIN,
+    ),
 }  # fmt: skip
 
 

@@ -47,14 +47,15 @@ def in_our_layout(tensors: Tensors) -> Tensors:
     """Names are nearly the same; stacked experts are `[E, in, out]` here and `[E, out, in]`, gate over up, there."""
     ours: Tensors = {}
     for name, tensor in tensors.items():
-        name = name.replace(".mlp.shared_expert.", ".mlp.shared_experts.")
+        name = name.replace(".mlp.shared_expert.", ".mlp.shared_experts.").replace(".moe_statics.", ".")
+        name = name.replace(".mlp.e_score", ".mlp.gate.e_score")
         if name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
                 ours[name.replace("gate_up_proj", part)] = half.mT
         elif name.endswith("experts.down_proj"):
             ours[name] = tensor.mT
         else:
-            ours[name] = tensor
+            ours[name] = tensor.flatten() if name.endswith("e_score_correction_bias") else tensor
     return ours
 
 

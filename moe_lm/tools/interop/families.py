@@ -38,17 +38,22 @@ class Family:
 
     model_type: str
     architecture: str
-    keys: tuple[Key, ...]
+    keys: tuple[Key, ...]  # of two with one name the later counts
     always: Mapping[str, Any]
     constants: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)  # a part of our names -> a part of theirs
     expert_tensors: Mapping[str, str] = field(default_factory=lambda: EACH_EXPERT)
     router_bias: bool = False  # whether it has a tensor for the bias that balances the load
-    dense_layers: Literal["first", "listed", "none"] = "first"  # how it says which layers have no experts
+    router_bias_shape: Literal["E", "1 E"] = "E"
+    # How it says which layers have no experts; OF_DENSE_LAYERS in hf_config.py has the keys.
+    dense_layers: Literal["first", "listed", "types", "interval", "none"] = "first"
+    may_lack_shared_experts: bool = False
+    sliding_window: int | None = None  # where the file leaves it out
     rope_theta: float = 10_000.0
     # The share of a head that is rotated, where the file leaves it out. None: all of it, whatever a file says, because
     # the class in `transformers` does not read the key.
     partial_rotary_factor: float | None = None
+    rotary_dim: bool = False  # whether the file may give the number of rotated entries instead of their share
 
     @property
     def is_latent(self) -> bool:
@@ -61,7 +66,7 @@ class Family:
     @property
     def has_shared_experts(self) -> bool:
         """Whether every layer with experts has shared ones too, as many as the file says."""
-        return self._has_key("n_shared_experts")
+        return self._has_key("n_shared_experts") and not self.may_lack_shared_experts
 
     @property
     def rotary_settings(self) -> tuple[str, ...]:
@@ -84,6 +89,7 @@ SHAPE = same(
 )  # fmt: skip
 FEED_FORWARD = same("intermediate_size")
 HEADS = same(num_key_value_heads=None, head_dim=None)
+ALL_HEADS = same("num_key_value_heads", "head_dim")  # whose classes have other values where the file leaves them out
 BIAS_ON_ALL = (Key("attention_bias", ("attention_bias", "attention_out_bias"), False),)
 LATENT = (*same(q_lora_rank=None), *same("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
 DEEPSEEK_EXPERTS = same(
@@ -91,8 +97,10 @@ DEEPSEEK_EXPERTS = same(
     routed_scaling_factor=1.0, n_group=1, topk_group=1,
 )  # fmt: skip
 NUM_EXPERTS = Key("num_experts", ("n_routed_experts",), other_names=("num_local_experts",))
+NUM_LOCAL_EXPERTS = Key("num_local_experts", ("n_routed_experts",), other_names=("num_experts",))
 QWEN_EXPERTS = (*same("moe_intermediate_size"), NUM_EXPERTS, *same("num_experts_per_tok", norm_topk_prob=False))
 WIDTH = Key("intermediate_size", ("intermediate_size", "moe_intermediate_size"))  # of experts as of a dense layer
+WIDTH_OF_EXPERTS = Key("moe_intermediate_size", ("intermediate_size", "moe_intermediate_size"))  # all layers have them
 WIDE_EXPERTS = (WIDTH, *same("num_experts_per_tok"))
 
 PLAIN = {  # what every family here is
@@ -150,6 +158,70 @@ FAMILIES = (
         },
     ),
     Family(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        (
+            *SHAPE, *same(rms_norm_eps=1e-5), *FEED_FORWARD, *LATENT, *BIAS_ON_ALL, *DEEPSEEK_EXPERTS,
+            *same(routed_scaling_factor=1.8, norm_topk_prob=True, rope_interleave=True),
+        ),
+        PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": False},
+        constants=DEEPSEEK_V3_ROUTER,
+        router_bias=True,
+        dense_layers="types",
+    ),
+    Family(
+        "solar_open",
+        "SolarOpenForCausalLM",
+        (
+            *SHAPE, *same(rms_norm_eps=1e-5), *ALL_HEADS, *same(attention_bias=False), *DEEPSEEK_EXPERTS,
+            WIDTH_OF_EXPERTS, *same(norm_topk_prob=True),
+        ),
+        PLAIN | {"scoring_func": "sigmoid", "use_qk_norm": False, "attention_out_bias": False},
+        constants={"use_qk_norm": False},
+        router_bias=True,
+        dense_layers="none",
+        rope_theta=1e6,
+    ),
+    Family(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        (*SHAPE, *same(rms_norm_eps=1e-6), *ALL_HEADS, *WIDE_EXPERTS, NUM_LOCAL_EXPERTS),
+        PLAIN | NOT_SHARED | {
+            "scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_over": "projection", "norm_topk_prob": True,
+            "attention_bias": False, "attention_out_bias": False,
+        },
+        constants={"scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_type": "per_layer"},
+        tensors={"mlp.gate.e_score": "block_sparse_moe.e_score", "mlp.gate.": "block_sparse_moe.gate."},
+        expert_tensors=MIXTRAL_EXPERTS,
+        router_bias=True,
+        dense_layers="none",
+        rope_theta=5e6,
+        partial_rotary_factor=1.0,
+        rotary_dim=True,
+    ),
+    Family(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        (
+            *SHAPE, *same(tie_word_embeddings=True, rms_norm_eps=1e-5), *FEED_FORWARD,
+            *same("num_key_value_heads", head_dim=None), *same("moe_intermediate_size"),
+            Key("use_bias", ("attention_bias", "attention_out_bias", "mlp_bias", "lm_head_bias"), False),
+            Key("moe_num_experts", ("n_routed_experts",)), Key("moe_k", ("num_experts_per_tok",)),
+            Key("moe_num_shared_experts", ("n_shared_experts",), 2),
+        ),
+        PLAIN | {
+            "scoring_func": "softmax", "use_qk_norm": False, "norm_topk_prob": True, "rope_interleave": True,
+            "routed_scaling_factor": 1.0, "n_group": 1,
+        },
+        constants={"moe_norm_min": 1e-12},
+        tensors={"mlp.gate.e_score": "mlp.moe_statics.e_score"},
+        router_bias=True,
+        router_bias_shape="1 E",
+        dense_layers="interval",
+        may_lack_shared_experts=True,
+        rope_theta=5e5,
+    ),
+    Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         (*SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *HEADS, *BIAS_ON_ALL, *QWEN_EXPERTS),
@@ -174,10 +246,7 @@ FAMILIES = (
     Family(
         "mixtral",
         "MixtralForCausalLM",
-        (
-            *SHAPE, *same(rms_norm_eps=1e-5), *HEADS, *WIDE_EXPERTS,
-            Key("num_local_experts", ("n_routed_experts",), other_names=("num_experts",)),
-        ),
+        (*SHAPE, *same(rms_norm_eps=1e-5), *HEADS, *WIDE_EXPERTS, NUM_LOCAL_EXPERTS),
         PLAIN | NOT_SHARED | {
             "use_qk_norm": False, "norm_topk_prob": True, "attention_bias": False, "attention_out_bias": False,
         },
@@ -221,14 +290,45 @@ FAMILIES = (
         PLAIN | NO_EXPERTS | {"use_qk_norm": False},
         dense_layers="none",
     ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        (*SHAPE, *same("num_key_value_heads", rms_norm_eps=1e-6, head_dim=None), *FEED_FORWARD),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": False, "attention_bias": False, "attention_out_bias": False},
+        dense_layers="none",
+        sliding_window=4096,
+    ),
+    Family(
+        "seed_oss",
+        "SeedOssForCausalLM",
+        (
+            *SHAPE, *same(rms_norm_eps=1e-6), *FEED_FORWARD, *ALL_HEADS,
+            *same(attention_bias=True, attention_out_bias=False, mlp_bias=False),
+        ),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": False},
+        dense_layers="none",
+    ),
+    Family(
+        "youtu",
+        "YoutuForCausalLM",
+        (
+            *SHAPE, *same(tie_word_embeddings=True, rms_norm_eps=1e-6), *FEED_FORWARD, *LATENT,
+            *BIAS_ON_ALL, *same(rope_interleave=True),
+        ),
+        PLAIN | NO_EXPERTS | {"use_qk_norm": False},
+        constants={"mlp_bias": False},
+        dense_layers="none",
+    ),
 )  # fmt: skip
 
 # Keys of config.json that say how a model was trained, made or served, nothing about its numbers.
 WITHOUT_MEANING = {
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype",
-    "eos_token_id", "ep_size", "max_window_layers", "model_type", "num_mtp_layers", "num_nextn_predict_layers",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "router_aux_loss_coef",
-    "router_jitter_noise", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "attn_type_list", "auto_map", "aux_loss_alpha",
+    "bos_token_id", "dtype", "embedding_initializer_range", "eos_token_id", "ep_size", "max_window_layers",
+    "model_type", "mtp_transformer_layers", "num_mtp_layers", "num_mtp_modules", "num_nextn_predict_layers",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "residual_dropout",
+    "router_aux_loss_coef", "router_jitter_noise", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+    "use_mtp",
 }  # fmt: skip
 
 

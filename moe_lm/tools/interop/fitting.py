@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_lm.common.errors import UsageError
@@ -116,6 +116,21 @@ def _forced(config: ModelConfig, family: Family) -> ModelConfig:
     dense = [layer for layer in range(config.num_hidden_layers) if not config.is_moe_layer(layer)]
     if family.dense_layers == "first":
         values["first_k_dense_replace"] = len(dense)
-    if family.dense_layers == "listed":
+    if family.dense_layers in ("listed", "types"):
         values["mlp_only_layers"] = tuple(dense)
+    if family.dense_layers == "interval":
+        sparse = at_intervals(*interval_of(config.moe_layers))
+        values["mlp_only_layers"] = tuple(layer for layer in range(config.num_hidden_layers) if layer not in sparse)
     return config.model_copy(update=values)
+
+
+def at_intervals(start: int, end: int, every: int) -> set[int]:
+    """The layers from `start` to `end`, both included, whose number counted from 1 is a multiple of `every`."""
+    return {layer for layer in range(start, end + 1) if (layer + 1) % every == 0}
+
+
+def interval_of(layers: Sequence[int]) -> tuple[int, int, int]:
+    """Start, end and interval that give these layers, if any do."""
+    if not layers:
+        return 0, -1, 1
+    return layers[0], layers[-1], layers[1] - layers[0] if len(layers) > 1 else 1

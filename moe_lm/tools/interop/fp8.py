@@ -43,7 +43,7 @@ def block_of(config: Mapping[str, Any], origin: str) -> tuple[int, int] | None:
         given = {name: given.get(name) for name in ("quant_method", "fmt", "weight_block_size")}
         method, form, block = given.values()
         sizes = block if isinstance(block, list) and all(type(size) is int and size > 0 for size in block) else []
-        if method == "fp8" and form in (None, "e4m3") and len(sizes) == 2:
+        if method == "fp8" and form in (None, "e4m3", "float8_e4m3fn") and len(sizes) == 2:
             return sizes[0], sizes[1]
     raise UsageError(
         f"{origin}: quantization_config={given!r:.160} is not for import, expected quant_method='fp8', fmt='e4m3' and "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import MOST_LAYERS, ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.tools.interop.families import REQUIRED, WITHOUT_MEANING, Family, Key, family_of, known_families
-from moe_lm.tools.interop.fitting import obstacles, with_sizes
+from moe_lm.tools.interop.fitting import at_intervals, interval_of, obstacles, with_sizes
 from moe_lm.tools.interop.fp8 import block_of
 
 Values = dict[str, Any]
@@ -19,6 +20,8 @@ OF_WINDOWS = ("sliding_window", "layer_types", "max_window_layers", "use_sliding
 OF_DENSE_LAYERS = {
     "first": ("first_k_dense_replace",),
     "listed": ("mlp_only_layers", "decoder_sparse_step"),
+    "types": ("mlp_layer_types", "first_k_dense_replace"),
+    "interval": ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
     "none": (),
 }
 
@@ -114,6 +117,8 @@ def write_config(config: ModelConfig, family: Family) -> Values:
         hf["topk_method"] = "greedy"
     if config.kv_lora_rank is not None:
         hf["num_key_value_heads"] = config.num_attention_heads
+    if family.sliding_window is not None:
+        hf["sliding_window"] = None
     hf |= _write_rope(config, family) | _write_dense_layers(config, family)
     return hf
 
@@ -129,6 +134,8 @@ def _read_rope(hf: Mapping[str, Any], family: Family, origin: str) -> Values:
         if not isinstance(part, Mapping):
             raise UsageError(f"{origin}: {name}={part!r} is not a table")
         rope |= {key: value for key, value in part.items() if value is not None}
+    if family.rotary_dim and hf.get("rotary_dim") is not None:
+        rope["partial_rotary_factor"] = _whole(hf, "rotary_dim", 0, origin) / (hf.get("head_dim") or math.inf)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     values = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
@@ -164,26 +171,52 @@ def _check_full_attention(hf: Mapping[str, Any], layers: int, positions: int, fa
         if set(kinds) - {"full_attention"}:
             raise _refused(origin, family, "layer_types", sorted(set(kinds)), "full_attention in every layer")
     elif hf.get("use_sliding_window", True):
-        window, first = (_whole(hf, name, 0, origin) for name in ("sliding_window", "max_window_layers"))
+        window = _whole(hf, "sliding_window", 0, origin) if "sliding_window" in hf else family.sliding_window
+        first = _whole(hf, "max_window_layers", 0, origin)
         if window and window < positions and first < layers and "use_sliding_window" not in family.constants:
             raise _refused(origin, family, "sliding_window", window, "null: every layer sees all positions")
 
 
 def _read_dense_layers(hf: Mapping[str, Any], family: Family, layers: int, origin: str) -> Values:
-    if family.dense_layers == "first":
-        return {"first_k_dense_replace": _whole(hf, "first_k_dense_replace", 0, origin)}
-    if family.dense_layers == "none":
-        return {}
-    every = _whole(hf, "decoder_sparse_step", 1, origin) or 1
-    listed = set(_items(hf, "mlp_only_layers", int, origin))
-    return {"mlp_only_layers": [layer for layer in range(layers) if layer in listed or (layer + 1) % every]}
+    def listed(is_dense: Callable[[int], object]) -> Values:
+        return {"mlp_only_layers": [layer for layer in range(layers) if is_dense(layer)]}
+
+    match family.dense_layers:
+        case "first":
+            return {"first_k_dense_replace": _whole(hf, "first_k_dense_replace", 0, origin)}
+        case "listed":
+            every = _whole(hf, "decoder_sparse_step", 1, origin) or 1
+            named = set(_items(hf, "mlp_only_layers", int, origin))
+            return listed(lambda layer: layer in named or (layer + 1) % every)
+        case "types":
+            kinds = _items(hf, "mlp_layer_types", str, origin)
+            if not kinds:
+                return {"first_k_dense_replace": _whole(hf, "first_k_dense_replace", 1, origin)}
+            if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
+                raise _refused(origin, family, "mlp_layer_types", kinds, f"dense or sparse for {layers} layers")
+            return listed(lambda layer: kinds[layer] == "dense")
+        case "interval":
+            start, every = (_whole(hf, name, 1, origin) for name in ("moe_layer_start_index", "moe_layer_interval"))
+            to_the_last = hf.get("moe_layer_end_index") == -1
+            end = layers - 1 if to_the_last else _whole(hf, "moe_layer_end_index", layers - 1, origin)
+            sparse = at_intervals(start, end, every or 1)
+            return listed(lambda layer: layer not in sparse)
+    return {}
 
 
 def _write_dense_layers(config: ModelConfig, family: Family) -> Values:
     dense = [layer for layer in range(config.num_hidden_layers) if not config.is_moe_layer(layer)]
-    if family.dense_layers == "first":
-        return {"first_k_dense_replace": len(dense)}
-    return {"mlp_only_layers": dense, "decoder_sparse_step": 1} if family.dense_layers == "listed" else {}
+    match family.dense_layers:
+        case "first":
+            return {"first_k_dense_replace": len(dense)}
+        case "listed":
+            return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+        case "types":
+            kinds = ("dense" if layer in dense else "sparse" for layer in range(config.num_hidden_layers))
+            return {"mlp_layer_types": list(kinds)}
+        case "interval":
+            return dict(zip(OF_DENSE_LAYERS["interval"], interval_of(config.moe_layers), strict=True))
+    return {}
 
 
 def _refused(origin: str, family: Family, name: str, value: object, expected: str) -> UsageError:

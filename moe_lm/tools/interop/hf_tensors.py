@@ -68,7 +68,8 @@ def tensor_pairs(config: ModelConfig, family: Family) -> list[TensorPair]:
             theirs = EMBEDDING if name == HEAD and config.tie_word_embeddings else name
             for ours, other in family.tensors.items():
                 theirs = theirs.replace(ours, other)
-            parts = (Part(theirs, shape, None),)
+            in_a_row = name.endswith(ROUTER_BIAS) and family.router_bias_shape == "1 E"
+            parts = (Part(theirs, (1, *shape) if in_a_row else shape, None),)
         copied = name == HEAD and config.tie_word_embeddings
         pairs.append(TensorPair(MODEL_PREFIX + name, shape, parts, copied))
     return pairs

@@ -17,10 +17,11 @@ SHAPE = {
     "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 160,
 }  # fmt: skip
-DEEPSEEK = {
+ALL_SPARSE = {
     "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
-    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "n_group": 2, "topk_group": 1,
+    "routed_scaling_factor": 1.7, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
+DEEPSEEK = ALL_SPARSE | {"first_k_dense_replace": 1}
 LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12,
 }  # fmt: skip
@@ -61,6 +62,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", SHAPE | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", SHAPE | {"head_dim": 8}),
     "qwen3 tied": ("qwen3", SHAPE | {"head_dim": 8, "tie_word_embeddings": True}),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        SHAPE | ALL_SPARSE | LATENT | {"q_lora_rank": 24, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "solar_open": ("solar_open", SHAPE | ALL_SPARSE | {"head_dim": 16, "attention_bias": True, "n_shared_experts": 1}),
+    "minimax_m2": (
+        "minimax_m2", SHAPE | {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16, "rotary_dim": 8},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        SHAPE | {
+            "moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "use_bias": True, "num_hidden_layers": 3,
+            "moe_layer_start_index": 1, "moe_layer_interval": 2, "pad_token_id": None,
+        },
+    ),
+    "mistral": ("mistral", SHAPE | {"head_dim": 16, "sliding_window": None}),
+    "seed_oss": ("seed_oss", SHAPE | {"head_dim": 16, "mlp_bias": True}),
+    "youtu": (
+        "youtu", SHAPE | LATENT | {"q_lora_rank": 24, "rope_parameters": YARN, "tie_word_embeddings": False},
+    ),
 }  # fmt: skip
 
 

@@ -24,7 +24,15 @@ HELD: dict[str, dict[str, Any]] = {
     "qwen2_moe": SOFTMAX | {"use_qk_norm": False, "n_shared_experts": 1, "shared_expert_gate": True},
     "mixtral": SOFTMAX | {"use_qk_norm": False},
     "olmoe": SOFTMAX | {"qk_norm_over": "projection"},
+    "glm4_moe_lite": MOE | LATENT | {"mlp_only_layers": (1,)},
+    "solar_open": MOE | {"use_qk_norm": False},
+    "minimax_m2": MOE | {"n_shared_experts": 0, "qk_norm_over": "projection"},
+    "ernie4_5_moe": MOE | {"scoring_func": "softmax", "use_qk_norm": False, "rope_interleave": True},
     "qwen3": {},
     "qwen2": {"use_qk_norm": False, "attention_bias": True},
     "llama": {"use_qk_norm": False},
+    "mistral": {"use_qk_norm": False},
+    "seed_oss": {"use_qk_norm": False, "attention_bias": True, "mlp_bias": True},
+    "youtu": LATENT,
 }
+NEVER_NEAREST = ("solar_open", "mistral")  # all that they hold an earlier family holds too

@@ -22,6 +22,10 @@ from tests.tools.interop.folders import FAMILIES, tensors_of, write_folder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# Families that were added once others could hold every kind of model: most of theirs an earlier family holds too.
+NEWER = ("glm4_moe_lite", "solar_open", "minimax_m2", "ernie4_5_moe", "mistral", "seed_oss", "youtu")
+
+
 def assert_same_tensors(found: Path, wanted: Path) -> None:
     ours, theirs = tensors_of(found), tensors_of(wanted)
     assert ours.keys() == theirs.keys()
@@ -46,26 +50,27 @@ def assert_proven(proof: Proof, layers: int = 3) -> None:
 def test_imported_model_equals_theirs_and_exports_to_the_same_bytes(
     variant: str, tmp_path: Path, hf_folder: Any, tiny_tokenizer: Tokenizer
 ) -> None:
-    family, values = FAMILIES[variant]
-    folder = hf_folder(variant)
+    family, folder = FAMILIES[variant][0], hf_folder(variant)
     proof = import_folder(folder, tmp_path / "run")
     assert_proven(proof)
     assert proof.family == family
     experts = [comparison.expert_choices for comparison in proof.logits]
-    sparse = 0 if "num_experts_per_tok" not in values else 3 - values.get("first_k_dense_replace", 0)
-    sparse -= len(values.get("mlp_only_layers", []))
-    assert experts == [512 * sparse] * 2
+    sparse = {name.split(".")[2] for name in tensors_of(folder) if ".experts." in name}
+    assert experts == [512 * len(sparse)] * 2
 
     exported = export_run(tmp_path / "run", tmp_path / "out", family)
     assert_proven(exported)
     assert_same_tensors(tmp_path / "out", folder)
     assert json.loads((tmp_path / "out" / "proof.json").read_text())["family"] == family
     config, original = (AutoConfig.from_pretrained(path).to_dict() for path in (tmp_path / "out", folder))
-    for name in ("rope_parameters", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob"):
+    for name in (
+        "rope_parameters", "first_k_dense_replace", "mlp_only_layers", "mlp_layer_types", "sliding_window",
+        "norm_topk_prob",
+    ):  # fmt: skip
         assert config.get(name) == original.get(name)
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", [name for name in FAMILIES if name not in NEWER])
 def test_nearest_family_of_a_model_holds_it(variant: str, tmp_path: Path, imported_run: Any) -> None:
     proof = export_run(imported_run(variant), tmp_path / "out")
     assert_proven(proof)

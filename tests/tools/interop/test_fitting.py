@@ -18,7 +18,7 @@ from moe_lm.tools.interop.fitting import effective, known_limit, nearest_family,
 from moe_lm.tools.interop.hf_config import read_config, write_config
 from tests.conftest import MoeLm
 from tests.tools.interop.conftest import Save
-from tests.tools.interop.shapes import HELD, LATENT, MOE, SHAPE, SOFTMAX
+from tests.tools.interop.shapes import HELD, LATENT, MOE, NEVER_NEAREST, SHAPE, SOFTMAX
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -66,7 +66,8 @@ def changed(family: str) -> list[ModelConfig]:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *HELD.items(), ("dots1", MOE | {"first_k_dense_replace": 1, "n_shared_experts": 3}),
+        *((name, held) for name, held in HELD.items() if name not in NEVER_NEAREST),
+        ("dots1", MOE | {"first_k_dense_replace": 1, "n_shared_experts": 3}),
         ("glm4_moe", MOE | {"attention_bias": True}), ("glm4_moe", MOE | {"partial_rotary_factor": 0.5}),
         ("glm4_moe", MOE | {"use_qk_norm": False, "partial_rotary_factor": 0.5}),
         ("qwen3_moe", SOFTMAX | {"mlp_only_layers": (1,)}), ("llama", {"use_qk_norm": False, "mlp_bias": True}),
@@ -94,7 +95,7 @@ def test_nearest_family(family: str, settings: dict[str, Any]) -> None:
         ("deepseek_v3", MOE | LATENT | {"n_shared_experts": 0}, "n_shared_experts=0"),
         ("deepseek_v2", MOE | LATENT, "scoring_func='sigmoid', norm_topk_prob=True, rope_interleave=False"),
         *((name, held | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5")
-          for name, held in HELD.items() if not name.startswith(("glm4_moe", "deepseek"))),
+          for name, held in HELD.items() if not name.startswith(("glm4_moe", "deepseek", "minimax", "youtu"))),
     ],
 )  # fmt: skip
 def test_what_a_family_cannot_hold_is_named(family: str, settings: dict[str, Any], said: str | None) -> None:
@@ -111,13 +112,17 @@ def test_what_a_family_cannot_hold_is_named(family: str, settings: dict[str, Any
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (MOE | {"n_shared_experts": 0}, "n_shared_experts=0 (dots1, glm4_moe); scoring_func='sigmoid' (qwen3_moe)"),
+        (
+            MOE | {"n_shared_experts": 0},
+            "n_shared_experts=0 (dots1, glm4_moe); qk_norm_over='head' (minimax_m2); "
+            "scoring_func='sigmoid' (qwen3_moe)",
+        ),
         (MOE | {"scoring_func": "softmax"}, "scoring_func='softmax' (dots1, glm4_moe); n_shared_experts=1 (qwen3_moe)"),
         (MOE | {"rope_interleave": True}, "rope_interleave=True (dots1, glm4_moe)"),
         (MOE | {"mlp_only_layers": (1,)}, "experts in layers [0] (dots1, glm4_moe)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 (qwen3)"),
-        (MOE | LATENT | {"scoring_func": "softmax"}, "scoring_func='softmax' (deepseek_v3)"),
-        (LATENT, "n_routed_experts=0 (deepseek_v3, deepseek_v2)"),
+        (MOE | LATENT | {"scoring_func": "softmax"}, "scoring_func='softmax' (deepseek_v3, glm4_moe_lite)"),
+        (LATENT | {"mlp_bias": True}, "mlp_bias=True (youtu)"),
         ({"mlp_gated": False, "norm_type": "layernorm"}, "norm_type='layernorm', mlp_gated=False (qwen3)"),
     ],
 )
@@ -209,3 +214,55 @@ def test_share_of_a_head_that_transformers_would_ignore_is_refused_on_import() -
             read_config(hf, "config.json")
         del where["partial_rotary_factor"]
     assert read_config(hf, "config.json").config.partial_rotary_factor == 1.0
+
+
+def hf_of(model_type: str) -> dict[str, Any]:
+    """The config.json of the model in shapes.py that the family holds."""
+    family = families.family_of(model_type)
+    assert family is not None
+    return write_config(ModelConfig(**SHAPE | HELD[model_type]), family)
+
+
+def test_window_that_mistral_has_where_its_file_is_silent_is_refused() -> None:
+    hf = hf_of("mistral")
+    assert hf["sliding_window"] is None
+    hf["max_position_embeddings"] = 8192
+    assert read_config(hf, "").config.max_position_embeddings == 8192
+    for window in ({"sliding_window": 4096}, {}):
+        silent = {name: value for name, value in hf.items() if name != "sliding_window"} | window
+        with pytest.raises(UsageError, match="sliding_window=4096 cannot be expressed here, expected null"):
+            read_config(silent, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "said"),
+    [
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types=['sparse'] cannot be expressed"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "linear"]}, "expected dense or sparse for 2 layers"),
+        ("minimax_m2", {"head_dim": None}, "has no head_dim, which a model of type minimax_m2 needs"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "expected 'per_layer' of a minimax_m2"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1 cannot be expressed here"),
+    ],
+)
+def test_what_a_newer_family_says_that_is_not_computed_is_refused(
+    model_type: str, keys: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        read_config(hf_of(model_type) | keys, "config.json")
+    assert said in str(refusal.value)
+
+
+def test_layers_with_experts_at_intervals_and_rotated_entries_by_number_are_read() -> None:
+    ernie = hf_of("ernie4_5_moe") | {"num_hidden_layers": 8}
+    ernie |= {"moe_layer_start_index": 2, "moe_layer_end_index": -1, "moe_layer_interval": 3}
+    config = read_config(ernie, "").config
+    assert config.moe_layers == [2, 5]
+    family = families.family_of("ernie4_5_moe")
+    assert family is not None
+    assert not obstacles(config, family)
+    uneven = config.model_copy(update={"mlp_only_layers": (0, 3, 4, 6, 7)})
+    assert obstacles(uneven, family) == {"mlp_only_layers": "experts in layers [1, 2, 5]"}
+    minimax = hf_of("minimax_m2")
+    for where in (minimax, minimax["rope_parameters"]):
+        del where["partial_rotary_factor"]
+    assert read_config(minimax | {"rotary_dim": 4}, "").config.partial_rotary_factor == 0.5
