@@ -18,17 +18,19 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Settings that replace the file's, like train.steps=100; --train.steps 100 is the same.",
+        help="Values that override the file's, like train.steps=100 or --train.steps 100.",
         autocompletion=complete_setting,
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a checkpoint in one.")]
 DType = Annotated[
     Literal["float32", "bfloat16"] | None,
-    typer.Option(help="Number format of the weights; default: as they are. Router biases stay float32."),
+    typer.Option(help="Dtype of the written weights; default: as stored. Router biases stay float32."),
 ]
-BasePath = Annotated[Path | None, typer.Option("--base", help="Where the adapters' base is now, if it has moved.")]
-ProofMemory = Annotated[float | None, typer.Option(min=0, help="GiB to compare logits; default: half of free memory.")]
+BasePath = Annotated[Path | None, typer.Option("--base", help="Path of the adapters' base run, if it has moved.")]
+ProofMemory = Annotated[
+    float | None, typer.Option(min=0, help="GiB that the check of logits may use; default: half of free memory.")
+]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_lm.cli.arguments import BasePath, ConfigPath, DType, Overrides, ProofMemory, RunPath, copying, gib, refuse
-from moe_lm.cli.options import ConfigCommand, takes
+from moe_lm.cli.options import ConfigCommand, Verb, takes
 from moe_lm.cli.train import finetune, pretrain, read_pretraining, read_run
 from moe_lm.common.errors import UsageError
 
@@ -31,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
     )
     for verb in (prepare, plan, pretrain, finetune, verify):
         app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
-    app.command("import", rich_help_panel="Build")(import_)
+    app.command("import", cls=Verb, rich_help_panel="Build")(import_)
     app.command(rich_help_panel="Build")(takes(how="UpcycleConfig")(upcycle))
 
 
@@ -40,7 +40,7 @@ def tokenizer_train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, like vocab_size=8192."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the file's, like vocab_size=8192."),
     ] = None,
 ) -> None:
     """Train a tokenizer and write it to the recipe's output folder."""
@@ -76,7 +76,7 @@ def tokenizer_train(
     print(f"wrote {settings.output}")
 
 
-@tokenizer_app.command("inspect")
+@tokenizer_app.command("inspect", cls=Verb)
 def tokenizer_inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the tokenizer, or a run with one.")],
     files: Annotated[
@@ -97,7 +97,7 @@ def tokenizer_inspect(
 
 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Turn documents into token shards, in parallel; continues where it was stopped."""
+    """Turn documents into token shards, in parallel; resumes where it stopped."""
     settings = read_pretraining(config, overrides or [])
 
     from moe_lm.data.prepare import prepare
@@ -111,7 +111,10 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Devices of the run; default: as few as its experts are divided over.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of devices; default: the smallest that the config's expert parallelism allows."
+        ),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -124,12 +127,11 @@ def plan(
     ] = None,
     rate: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="A rate of the device given by hand, like dense=600e12; may be repeated."
-        ),
+        typer.Option(metavar="KEY=VALUE", help="Override a rate of the device, like dense=600e12; may be repeated."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Plan for this machine's device, with the rates that it reaches now.")
+        bool,
+        typer.Option("--measure", help="Plan for this machine's device, at the speed that it is measured to have."),
     ] = False,
     tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; default: the config's.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, in any currency.")] = None,
@@ -139,7 +141,7 @@ def plan(
 ) -> None:
     """Predict memory, time and cost of a run on any number of GPUs, and its best layout, without one.
 
-    CONFIG describes a pretraining, or a fine-tuning of all weights.
+    CONFIG is a pretraining config, or one that fine-tunes all weights.
     """
     settings = read_run(config, overrides or [])
 
@@ -164,19 +166,20 @@ def verify(
     ] = None,
     world_sizes: Annotated[
         str | None,
-        typer.Option(metavar="N,N", help="Numbers of processes; default: 1, 2 and 4, as far as devices suffice."),
+        typer.Option(metavar="N,N", help="World sizes to test; default: those of 1, 2 and 4 that fit."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts, one of each kind.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run one layout of each kind.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="LAYOUT", help="Only this line of the table; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="LAYOUT", help="Run only this layout, a name from the table; may be repeated."),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the processes of one world size may take.")] = 600,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit of each world size, in seconds.")] = 600,
     # For tests: a Python file that every process runs first, with which they plant errors.
     sabotage: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
 ) -> None:
-    """Train a small copy of the model in every layout of parallelism and compare it with one process.
+    """Check every parallel layout of a config, on a small copy of its model, against a single process.
 
-    CONFIG describes a pretraining, or a fine-tuning with its adapters or preferences.
+    CONFIG is a pretraining or fine-tuning config, LoRA and DPO included.
     """
     settings = read_run(config, overrides or [])
 
@@ -190,7 +193,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="HF_DIR",
-            help="Folder with config.json, safetensors and a tokenizer; or a name of the hub, like Qwen/Qwen3-0.6B.",
+            help="Folder with config.json, safetensors and a tokenizer; or a name on the hub, like Qwen/Qwen3-0.6B.",
         ),
     ],
     run_dir: Annotated[
@@ -198,14 +201,12 @@ def import_(
     ] = None,
     dtype: DType = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer, or a name of the hub; default: the same folder.")
+        Path | None, typer.Option(help="Tokenizer folder or name on the hub, if it is not in HF_DIR.")
     ] = None,
     proof_memory: ProofMemory = None,
-    base: Annotated[
-        Path | None, typer.Option(help="For an adapter of peft's: the run with the weights that it was trained on.")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="For a PEFT adapter: the run that it was trained on.")] = None,
 ) -> None:
-    """Make a run from a Hugging Face folder, proven equal, or from an adapter of peft's."""
+    """Convert a Hugging Face checkpoint or a PEFT adapter into a run; checks that the logits match."""
     from moe_lm.common import hub
 
     target = run_dir or Path("runs") / hf_dir.resolve().name.partition("@")[0]
@@ -233,7 +234,7 @@ def upcycle(
     base: BasePath = None,
     proof_memory: ProofMemory = None,
 ) -> None:
-    """Make a Mixture of Experts of a dense run, proven to compute the same before any step."""
+    """Turn a dense run into a Mixture of Experts; checks that the outputs are the same."""
     from moe_lm.tools.interop import upcycle
 
     print(upcycle.upcycle(run, run_dir, how, base, gib(proof_memory)))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_lm.cli.arguments import RunPath
+from moe_lm.cli.options import Verb
 from moe_lm.common.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
@@ -17,7 +18,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 def add_to(parent: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    parent.command(rich_help_panel="Build")(merge)
+    parent.command(cls=Verb, rich_help_panel="Build")(merge)
     parent.add_typer(
         app,
         name="checkpoint",
@@ -37,7 +38,7 @@ def merge(
         typer.Option(help="Weights, oldest first: equal, linear, exponential (each twice the last), or numbers."),
     ] = "equal",
     ema: Annotated[
-        bool, typer.Option("--ema", help="Take the moving average of one run, kept by train.optimizer.ema_decay.")
+        bool, typer.Option("--ema", help="Take the moving average that one run kept (train.optimizer.ema_decay).")
     ] = False,
 ) -> None:
     """Average checkpoints of one model into a new run, which evaluates, exports and can be trained on."""
@@ -52,7 +53,7 @@ def merge(
     print(f"wrote {run_dir}")
 
 
-@app.command("list")
+@app.command("list", cls=Verb)
 def list_(run: Run, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show step, date, size and losses of each checkpoint, and which is the best, pinned or damaged."""
     from json import dumps
@@ -63,7 +64,7 @@ def list_(run: Run, json: Annotated[bool, typer.Option("--json", help="Print JSO
     print(dumps(checkpoints.as_json(rows), indent=2) if json else checkpoints.table(rows))
 
 
-@app.command()
+@app.command(cls=Verb)
 def verify(run: RunPath) -> None:
     """Check every file of a checkpoint, or of all of a run's, against its checksum; exit code 1 if one is damaged."""
     from moe_lm.tools import checkpoints
@@ -76,7 +77,7 @@ def verify(run: RunPath) -> None:
     raise typer.Exit(int(damaged))
 
 
-@app.command()
+@app.command(cls=Verb)
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="Run folder, or a checkpoint in one.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
@@ -92,7 +93,7 @@ def diff(
     raise typer.Exit(int(differ))
 
 
-@app.command()
+@app.command(cls=Verb)
 def prune(
     run: Run,
     keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],

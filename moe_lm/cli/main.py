@@ -17,7 +17,7 @@ import typer
 
 from moe_lm import __version__
 from moe_lm.cli import build, checkpoints, settings, use
-from moe_lm.cli.options import Walk, with_numbers
+from moe_lm.cli.options import Verb, Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import Interrupted
 from moe_lm.common.verbs import OF_MANY_RANKS, verb_of
@@ -105,17 +105,17 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def moe_lm(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; also after the verb.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show full tracebacks (before or after the verb).")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version)] = False,
 ) -> None:
     """Mixture-of-Experts language models: from a tokenizer to samples, from a laptop to a cluster."""
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(cls=Verb, rich_help_panel="Start here")
 def quickstart(
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Minutes that the whole walk may take.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Time limit in minutes, for all stages together.")
+    ] = None,
     corpus: Annotated[
         Path | None,
         typer.Option(
@@ -127,13 +127,13 @@ def quickstart(
         typer.Option(help="Folder for everything that is written; default: runs/quickstart, or runs/my for my.txt."),
     ] = None,
 ) -> None:
-    """Take the whole walk in minutes, from text to samples; with more minutes, the same command trains on."""
+    """Run every stage end to end in minutes, from text to samples; again with more minutes, it trains on."""
     from moe_lm.tools.quickstart import quickstart
 
     quickstart.run(minutes=minutes, corpus=corpus, run_dir=run_dir)
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(cls=Verb, rich_help_panel="Start here")
 def init(
     text: Annotated[
         str | None,
@@ -148,7 +148,7 @@ def init(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default: the text's name, in this folder.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="Minutes that pretraining may take on this machine; default: 20.")
+        float | None, typer.Option(min=0.1, help="Time limit of pretraining on this machine, in minutes; default: 20.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
@@ -159,7 +159,7 @@ def init(
         print(line)
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(cls=Verb, rich_help_panel="Start here")
 def doctor() -> None:
     """Report what this machine has, what is missing and how to install it."""
     from moe_lm.tools import doctor

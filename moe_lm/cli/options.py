@@ -10,7 +10,9 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, get_origin
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -31,11 +33,16 @@ ELSEWHERE = {
     "tokenize": "prepare", "preprocess": "prepare", "generate": "sample", "inference": "sample", "evaluate": "eval",
     "convert": "import or export",
 }  # fmt: skip
+# What the help calls a value.
+CALLED = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", bool: ""}
 DOTTED = re.compile(r"--(\w+(?:\.\w+)+)(=.*)?", re.DOTALL)
 
 
 class Walk(TyperGroup):
     """Lists the verbs in the order of the walk, and completes the one that is called with its sections' options."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(self.callback, super().get_params(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=lambda verb: verb not in FIRST)
@@ -48,7 +55,36 @@ class Walk(TyperGroup):
         return name, complete(name) if complete else command, rest
 
 
-class ConfigCommand(TyperCommand):
+class Verb(TyperCommand):
+    """A verb whose help calls its values N, TEXT and PATH, where Typer would show the types of Python."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(self.callback, super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = (item for item in self.get_params(ctx) if item.param_type_name == "argument")
+        return [self.options_metavar or "", *(item.metavar for item in arguments)]
+
+
+def _plain(callback: Callable[..., Any] | None, parameters: list[Any]) -> list[Any]:
+    kinds = inspect.signature(callback, eval_str=True).parameters if callback else {}
+    for item in parameters:
+        if item.param_type_name == "argument":  # its name says what it is
+            item.display_type_rich = lambda ctx: ""
+        elif item.metavar is None:
+            item.metavar = _called(kinds[item.name].annotation) if item.name in kinds else ""
+    return parameters
+
+
+def _called(annotation: Any) -> str | None:
+    """What the help calls a value of this type: `N` for `int | None`, `auto|cpu` for a choice."""
+    origin, inner = get_origin(annotation), [item for item in get_args(annotation) if item is not NoneType]
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    return _called(inner[0]) if inner else CALLED.get(annotation)
+
+
+class ConfigCommand(Verb):
     """A verb with a config: takes `--train.steps 100` and `--train.steps=100` like `train.steps=100`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -107,7 +143,7 @@ def takes(**sections: str) -> Callable[[Callable[..., None]], Callable[..., None
 
             kinds = {parameter: getattr(generation, kind) for parameter, kind in sections.items()}
             app = typer.Typer(add_completion=False)
-            app.command(name)(_completed(verb, own, kinds))
+            app.command(name, cls=Verb)(_completed(verb, own, kinds))
             return typer.main.get_command(app)
 
         functools.update_wrapper(bare, verb)

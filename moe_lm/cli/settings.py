@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_lm.cli.options import Verb
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -15,10 +17,11 @@ def add_to(parent: typer.Typer) -> None:
     parent.add_typer(app, name="config", help="Tell editors about the settings.", rich_help_panel="Start here")
 
 
-@app.command()
+@app.command(cls=Verb)
 def schema(
     kind: Annotated[
-        Literal["pretrain", "finetune", "tokenizer"], typer.Argument(metavar="KIND", help="Verb that reads the config.")
+        Literal["pretrain", "finetune", "tokenizer"],
+        typer.Argument(metavar="[KIND]", help="Verb that reads the config."),
     ] = "pretrain",
 ) -> None:
     """Print the JSON schema of a config, with which editors complete and check it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moe_lm.cli.arguments import BasePath, DType, ProofMemory, RunPath, copying, counting, gib, refuse
-from moe_lm.cli.options import takes
+from moe_lm.cli.options import Verb, takes
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.process import how_to_install
 from moe_lm.common.signals import ctrl_c_as_exception
@@ -33,11 +33,11 @@ def add_to(app: typer.Typer) -> None:
     use = "Use"
     app.command(rich_help_panel=use)(takes(options="SampleConfig", load="CompiledLoadConfig")(sample))
     app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ctrl_c_as_exception()(chat)))
-    app.command(rich_help_panel=use)(explain)
+    app.command(cls=Verb, rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
     app.command("eval", rich_help_panel=use)(takes(tasks="TasksConfig")(evaluate))
-    app.command(rich_help_panel=use)(report)
-    app.command(rich_help_panel=use)(export)
+    app.command(cls=Verb, rich_help_panel=use)(report)
+    app.command(cls=Verb, rich_help_panel=use)(export)
 
 
 def _typed(prompt: str | None) -> str | None:
@@ -46,14 +46,14 @@ def _typed(prompt: str | None) -> str | None:
     return prompt
 
 
-Truncate = Annotated[Literal["left"] | None, typer.Option(help="Drop the beginning of a prompt that is too long.")]
+Truncate = Annotated[Literal["left"] | None, typer.Option(help="Cut a prompt that is too long at its beginning.")]
 
 
 def sample(
     run: RunPath,
     options: SampleConfig,
     load: CompiledLoadConfig,
-    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.")] = None,
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="-: read the prompt from stdin.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=_typed, help="Text to continue.")] = None,
     file: Annotated[
         Path | None, typer.Option(help='File of prompts, one JSON line each: "text" or {"prompt": "text"}; -: stdin.')
@@ -116,10 +116,12 @@ def explain(
     prompt: Annotated[str, typer.Option("--prompt", "-p", callback=_typed, help="Text to look at.")],
     out: Annotated[Path, typer.Option(help="File of the picture: .png, .svg or .pdf.")] = Path("explain.png"),
     layers: Annotated[
-        str | None, typer.Option(metavar="0,3", help="Layers to draw; default: at most 6, evenly spread.")
+        str | None,
+        typer.Option(metavar="0,3", help="Draw only these layers, counted from 0; default: up to 6, evenly spread."),
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(metavar="0,3", help="Heads to draw; default: at most 8, evenly spread.")
+        str | None,
+        typer.Option(metavar="0,3", help="Draw only these heads, counted from 0; default: up to 8, evenly spread."),
     ] = None,
     truncate: Truncate = None,
     base: BasePath = None,
@@ -162,17 +164,17 @@ def evaluate(
         typer.Argument(metavar="[FILES]...", help="Text files to score; default: the run's held-out text."),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that each window scores anew; default: half a window.")
+        int | None, typer.Option(min=1, help="Tokens scored per window; default: half of a window.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window; default: those of a row of its training.")
+        int | None, typer.Option(min=2, help="Tokens per window; default: the sequence length of the training.")
     ] = None,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="Also say how the loss falls with the length of the context.")
+        bool, typer.Option("--by-position", help="Also show the loss by position: what a longer context is worth.")
     ] = False,
     base: BasePath = None,
 ) -> None:
-    """Measure perplexity and bits per byte, or answers to tasks."""
+    """Measure perplexity and bits per byte on text, or accuracy on tasks (--tasks)."""
     if tasks.tasks:
         given = {"FILES": " ".join(map(str, files)) if files else None, "--stride": stride, "--window": window}
         refuse(given | {"--by-position": by_position or None}, "--tasks")
@@ -199,7 +201,7 @@ def report(
         Path | None, typer.Option(help="Page to write; default: report.html in the run folder, of several runs here.")
     ] = None,
 ) -> None:
-    """Make one HTML page of a run, or of several laid over each other: what happened, and what looks wrong."""
+    """Make an HTML page of a run, or of several in the same charts: what happened, and what looks wrong."""
     from moe_lm.tools.report.report import report
 
     print(f"wrote {report(runs, out)}")
@@ -213,18 +215,24 @@ def export(
         typer.Option(
             "--format",
             metavar="FAMILY",
-            help="Family of models, like dots1, or peft for adapters; default: the first that fits.",
+            help="Target family, like dots1, or peft for adapters; default: the closest match.",
         ),
     ] = None,
     dtype: DType = None,
     base: BasePath = None,
     proof_memory: ProofMemory = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --format peft: folder or hub name of the exported base, for peft to find."
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Also upload it to this repository of the Hugging Face hub."),
     ] = None,
 ) -> None:
-    """Write a run as a Hugging Face folder, proven equal, for transformers, vLLM, llama.cpp or peft."""
+    """Write a run as a Hugging Face folder for transformers, vLLM, llama.cpp or peft; checks that the logits match."""
     from moe_lm.common import hub
 
     if push is not None:
@@ -233,10 +241,11 @@ def export(
         from moe_lm.tools.interop.peft_adapter import export_adapter
 
         refuse({"--dtype": dtype, "--proof-memory": proof_memory}, "--format peft")
-        print(export_adapter(run, out, base))
+        print(export_adapter(run, out, base, base_name))
     else:
         from moe_lm.tools.interop.exporting import export_run
 
+        refuse({"--base-name": base_name}, "a whole model; it is for --format peft")
         with copying("exporting") as tell:
             print(export_run(run, out, family, dtype, base, gib(proof_memory), tell=tell))
     print(f"wrote {out}")

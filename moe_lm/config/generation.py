@@ -16,7 +16,7 @@ from moe_lm.config.section import Flag, Section
 
 Temperature = Annotated[
     float,
-    Field(ge=0, description="below 1 likelier tokens, above 1 more varied ones; 0 is greedy"),
+    Field(ge=0, description="sampling temperature; 0: greedy"),
 ]
 Penalty = float
 SEEDS = 1 << 32
@@ -49,30 +49,37 @@ class SamplingConfig(Section):
     """
 
     temperature: Temperature = 1.0
-    top_k: int | None = Field(default=None, ge=1, description="choose among this many likeliest tokens")
+    top_k: int | None = Field(default=None, ge=1, description="keep only the K most likely tokens")
     top_p: float | None = Field(
-        default=None, ge=0, le=1, description="choose among the likeliest tokens that together have this probability"
+        default=None,
+        ge=0,
+        le=1,
+        description="nucleus sampling: keep the most likely tokens that hold this probability mass",
     )
     min_p: float | None = Field(
-        default=None, ge=0, le=1, description="choose among tokens this share as likely as the likeliest, or more"
+        default=None, ge=0, le=1, description="keep tokens with at least this fraction of the top token's probability"
     )
     typical_p: float | None = Field(
-        default=None, ge=0, le=1, description="choose among the most typical tokens that together have this probability"
+        default=None, ge=0, le=1, description="locally typical sampling: keep this probability mass"
     )
     repetition_penalty: Penalty = Field(
-        default=1.0, gt=0, description="above 1: tokens of prompt and text become less likely"
+        default=1.0, gt=0, description="above 1 penalises tokens already in the prompt or output"
     )
-    presence_penalty: Penalty = Field(default=0.0, description="subtracted from the logits of tokens in the text")
-    frequency_penalty: Penalty = Field(default=0.0, description="subtracted for each time that a token is in the text")
+    presence_penalty: Penalty = Field(
+        default=0.0, description="subtract this once from the logit of a token already generated"
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0, description="subtract this for each time that a token was generated"
+    )
     no_repeat_ngram: int | None = Field(
-        default=None, ge=1, description="never repeat a sequence of this many tokens of the prompt or the text"
+        default=None, ge=1, description="never repeat an n-gram of this length, of prompt or output"
     )
     logit_bias: Annotated[
         tuple[tuple[int, Annotated[float, Field(allow_inf_nan=True)]], ...],
         BeforeValidator(read_bias_texts),
         AfterValidator(check_bias),
         Flag(metavar="ID=BIAS"),
-    ] = Field(default=(), description="added to a token's logit; -inf forbids it; may be repeated")
+    ] = Field(default=(), description="add BIAS to the logit of token ID; -inf bans it; may be repeated")
 
 
 class GenerationConfig(SamplingConfig):
@@ -92,18 +99,20 @@ class GenerationConfig(SamplingConfig):
 class SampleConfig(GenerationConfig):
     """The texts that `sample` writes."""
 
-    num: int = Field(default=1, ge=1, description="texts for each prompt; with --beams the best ones")
-    greedy: bool = Field(default=False, description="always choose the likeliest token, as --temperature 0 does")
-    beams: int | None = Field(default=None, ge=1, description="search with this many beams instead of drawing")
+    num: int = Field(default=1, ge=1, description="samples per prompt; with --beams, the best ones")
+    greedy: bool = Field(default=False, description="always take the most likely token, as with --temperature 0")
+    beams: int | None = Field(default=None, ge=1, description="beam search with this many beams, instead of sampling")
     length_penalty: float = Field(
         default=1.0, description="with --beams: above 0 favours longer texts, below 0 shorter ones"
     )
-    stop: tuple[str, ...] = Field(default=(), description="end before this text; may be repeated")
+    stop: tuple[str, ...] = Field(default=(), description="stop before this text; may be repeated")
     logprobs: Annotated[int | None, Flag(metavar="[N]")] = Field(
-        default=None, ge=0, description="log-probability of each token, and of the N likeliest tokens beside it"
+        default=None, ge=0, description="add the log-probability of each token, and of the N most likely ones"
     )
     show_routing: Annotated[int | None, Flag(metavar="[LAYER]")] = Field(
-        default=None, ge=-1, description="colour each token by its strongest expert in this layer; default: the last"
+        default=None,
+        ge=-1,
+        description="colour tokens by their strongest expert in LAYER, counted from 0; default: the last",
     )
 
     @model_validator(mode="before")
@@ -142,18 +151,22 @@ class SampleConfig(GenerationConfig):
 class LoadConfig(Section):
     """The weights that `sample`, `chat` and `serve` use, and where they lie."""
 
-    device: str = Field(default="auto", description="kind of device: auto, cuda, mps or cpu")
+    device: str = Field(default="auto", description="device: auto, cuda, mps or cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="number format of weights and cache; auto: as they are stored, where the device is fast at that; "
-        "bfloat16 takes half the memory of float32 and rounds the logits",
+        description="dtype of weights and cache; auto: as stored, if the device is fast in it; bfloat16 takes half the "
+        "memory of float32, with slightly different outputs",
     )
-    device_map: Literal["auto"] | None = Field(default=None, description="spread over devices, host memory and disk")
+    device_map: Literal["auto"] | None = Field(
+        default=None, description="spread the weights over devices, host memory and disk"
+    )
     max_memory: Annotated[tuple[str, ...], Flag(metavar="DEVICE=SIZE")] = Field(
-        default=(), description="with --device-map: memory to use, like cpu=4GiB or 0=20GiB; may be repeated"
+        default=(), description="with --device-map: memory limit, like cpu=4GiB or 0=20GiB; may be repeated"
     )
-    offload_folder: Path | None = Field(default=None, description="with --device-map: folder for what does not fit")
-    base: Path | None = Field(default=None, description="where the adapters' base is now, if it has moved")
+    offload_folder: Path | None = Field(
+        default=None, description="with --device-map: folder for weights offloaded to disk"
+    )
+    base: Path | None = Field(default=None, description="path of the adapters' base run, if it has moved")
 
     @model_validator(mode="after")
     def _places_fit(self) -> Self:
@@ -172,7 +185,7 @@ class CompiledLoadConfig(LoadConfig):
 
     compile: bool = Field(
         default=False,
-        description="for GPUs: compile a decoding step into one program, which takes tens of seconds at the start",
+        description="compile decoding (for GPUs; takes tens of seconds at the start)",
     )
 
     @model_validator(mode="after")
@@ -190,13 +203,13 @@ class ServeConfig(Section):
     api_key: Annotated[str | None, Flag(envvar="MOE_LM_API_KEY")] = Field(
         default=None, description="key that clients must send as a Bearer token"
     )
-    max_concurrent: int = Field(default=32, ge=1, description="texts written at the same time")
-    max_queue: int = Field(default=256, ge=0, description="texts that may wait; more are refused with status 429")
+    max_concurrent: int = Field(default=32, ge=1, description="maximum batch: texts generated at the same time")
+    max_queue: int = Field(default=256, ge=0, description="maximum queue length; more are refused with status 429")
     max_context: int | None = Field(
-        default=None, ge=2, description="longest prompt with its answer, in tokens; default: what the model can take"
+        default=None, ge=2, description="context length, prompt and answer in tokens; default: the model's"
     )
-    max_tokens: int | None = Field(default=None, ge=1, description="most tokens that a request may ask for")
-    timeout: float = Field(default=600.0, ge=0.001, description="seconds that a request may take")
+    max_tokens: int | None = Field(default=None, ge=1, description="limit of new tokens per request")
+    timeout: float = Field(default=600.0, ge=0.001, description="time limit of a request, in seconds")
     model_name: str | None = Field(default=None, description="model's name for clients; default: the run folder's name")
 
     @model_validator(mode="after")
@@ -214,16 +227,16 @@ class TasksConfig(Section):
         default=(), description="evaluate on these tasks of lm-eval or of eval/tasks, in place of text; may be repeated"
     )
     limit: float | None = Field(
-        default=None, gt=0, description="with --tasks: only the first examples of each; below 1 a share of them"
+        default=None, gt=0, description="with --tasks: examples per task; below 1, a fraction of them"
     )
     num_fewshot: int | None = Field(
-        default=None, ge=0, description="with --tasks: solved examples before each; default: as the task says"
+        default=None, ge=0, description="with --tasks: few-shot examples; default: the task's"
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="with --tasks: examples at once; default: as many as have 16,384 tokens"
+        default=None, ge=1, description="with --tasks: batch size; default: what holds 16,384 tokens"
     )
     apply_chat_template: bool = Field(
-        default=False, description="with --tasks: ask as a user asks, in the tokenizer's chat template"
+        default=False, description="with --tasks: put each question into the chat template"
     )
     task_data: Path | None = Field(
         default=None, description="with --tasks: folder with the files of the tasks in eval/tasks; default: data/tasks"
@@ -250,13 +263,11 @@ class TasksConfig(Section):
 class UpcycleConfig(Section):
     """How `upcycle` cuts and copies the feed-forward layers of a dense model."""
 
-    experts: int = Field(default=8, ge=1, description="routed experts of a layer")
-    per_token: int = Field(default=2, ge=1, description="experts that a token is sent to")
-    split: int = Field(
-        default=1, ge=1, description="pieces that a feed-forward layer is cut into; 1: every expert is a copy"
-    )
-    shared: int = Field(default=0, ge=0, description="pieces that become shared experts")
-    first_dense: int = Field(default=0, ge=0, description="number of first layers that stay dense")
+    experts: int = Field(default=8, ge=1, description="routed experts per layer")
+    per_token: int = Field(default=2, ge=1, description="experts per token")
+    split: int = Field(default=1, ge=1, description="split each feed-forward layer into N smaller experts; 1: copies")
+    shared: int = Field(default=0, ge=0, description="how many of the N of --split become shared experts")
+    first_dense: int = Field(default=0, ge=0, description="first layers that stay dense")
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of the new router")
 
     @property

@@ -109,7 +109,7 @@ class TokenizerMeasure:
             sample = f"in a sample of {source.measured_bytes:,}: " if is_sample else ""
             lines += [
                 f"{source.name}: {source.read.documents:,} documents, {source.read.text_bytes:,} bytes, {sample}"
-                f"{source.bytes_per_token:.3f} bytes per token, {source.round_trip_failures} that do not round-trip",
+                f"{source.bytes_per_token:.3f} bytes per token, {source.round_trip_failures} inexact round trips",
                 *(f"  {line}" for line in source.read.skipped_lines()),
             ]
         if self.sources:

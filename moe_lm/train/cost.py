@@ -67,7 +67,7 @@ def describe(
     return [
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
         *cost_lines(config, model, topology, memory, dtype),
-        f"FLOPs a token   {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
+        f"FLOPs per token {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {tokens:,} tokens ({tokens / parameters.total:.2g} a parameter), "
         f"{tokens_per_step * flops_a_token(config, model):.3g} FLOPs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,18 @@ def test_short_help_works_at_every_level(verb: list[str], moe_lm: MoeLm) -> None
     done = moe_lm(*verb, "-h")
     assert done.code == 0
     assert " ".join(["moe-lm", *verb]) in done.out
+
+
+@pytest.mark.parametrize("verb", [["sample"], ["tokenizer", "train"], ["checkpoint", "list"], ["config", "schema"], []])
+def test_help_calls_values_plainly(verb: list[str], moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    done = moe_lm(*verb, "--help")
+    assert done.code == 0
+    assert not re.search(r"<\w+|[{}]\s|\[\[", done.out)
+    if verb == ["sample"]:
+        assert re.search(
+            r"--top-k +N .*--stop +TEXT.*--dtype +auto\|float32\|bfloat16.*--base +PATH", done.out, re.DOTALL
+        )
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of the tensor there
 
 
-def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
+def export_adapter(run: Path, out: Path, base: Path | None = None, base_name: str | None = None) -> str:
     """Write `out` with the adapters of a run, and return a description of them.
 
-    Their base is at `base` if it has moved. Raises UsageError when the run has no adapters, or has changed weights that
-    the format does not hold.
+    Their base is at `base` if it has moved; peft finds its export under `base_name`, a folder or a name on the hub.
+    Raises UsageError when the run has no adapters, or has changed weights that the format does not hold.
     """
     folder = checkpoint.resolve(run)
     adapter = lineage.read_adapter(folder)
@@ -80,17 +80,18 @@ def export_adapter(run: Path, out: Path, base: Path | None = None) -> str:
         "lora_alpha": lora.scale(adapter.lora) * adapter.lora.rank, "use_rslora": False,
         "lora_dropout": 0.0,  # theirs leaves out other inputs for every token, and cannot for experts
         "target_modules": layers, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-        "inference_mode": True, "base_model_name_or_path": None,
+        "inference_mode": True, "base_model_name_or_path": base_name,
     }  # fmt: skip
     with whole_folder(out) as unfinished:
         save_file(tensors, unfinished / TENSORS, {"format": "pt"})
         (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (unfinished / BASE).write_text(adapter.fingerprint + "\n", encoding="utf-8")
         _check_written(unfinished / TENSORS, tensors)
+    where = "which --base-name would name" if base_name is None else f"to {base_name}"
     return (
-        f"adapters of rank {adapter.lora.rank} in the names of {family.model_type}, {len(tensors)} tensors beside "
+        f"adapters of rank {adapter.lora.rank} in the names of {family.model_type}: {len(tensors)} tensors, for "
         f"{', '.join(layers)}\n"
-        f"their base is {beside} (fingerprint {adapter.fingerprint}); export that too, and give it to peft"
+        f"their base is {beside} (fingerprint {adapter.fingerprint}); peft needs its export, {where}"
     )
 
 

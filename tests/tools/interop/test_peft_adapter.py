@@ -31,6 +31,9 @@ from tests.tiny import logits_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
 AdapterRun = Callable[..., Path]
+THEIRS: dict[str, Any] = {
+    "dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"
+}  # fmt: skip
 IDS = torch.randint(1024, (1, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -70,9 +73,7 @@ def our_logits(run: Path) -> Tensor:
 
 
 def their_model(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **THEIRS)
 
 
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
@@ -96,14 +97,14 @@ def test_peft_computes_what_we_do_and_it_comes_back(
     variant: str,
     targets: tuple[str, ...] | None,
 ) -> None:
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM
 
     settings = LoraConfig.model_validate({"rank": 4, "alpha": 12.0, "targets": targets})
     run, out, back = adapter_run(variant, settings), tmp_path / "out", tmp_path / "back"
-    done = moe_lm("export", run, out, "--format", "peft")
+    done = moe_lm("export", run, out, "--format", "peft", "--base-name", hf_folder(variant))
     assert done.code == 0
     assert "adapters of rank 4 in the names of" in done.out
-    theirs = PeftModel.from_pretrained(their_model(hf_folder(variant)), str(out)).eval()
+    theirs = AutoPeftModelForCausalLM.from_pretrained(str(out), **THEIRS).eval()  # finds the base by its name
     with torch.no_grad():
         found = theirs(input_ids=IDS).logits
     ours, plain = our_logits(run), our_logits(imported_run(variant))
