@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_lm.config.training import Recomputation
@@ -64,10 +65,33 @@ def apply(model: LanguageModel, how: Recomputation) -> None:
 def _wrap(module: nn.Module, method: str, kept: Collection[str] = ()) -> None:
     """Put a checkpoint around a method of this module, which keeps the results of the operations of these names."""
 
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kept:
+        options["context_fn"] = partial(_contexts, kept)
+    setattr(module, method, partial(checkpoint, getattr(module, method), **options))
+
+
+def _contexts(kept: Collection[str]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """What keeps the results of the operations of these names in the forward pass, and what gives them back."""
+
     def policy(_: object, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if kept:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    setattr(module, method, partial(checkpoint, getattr(module, method), **options))
+    keeping, giving_back = create_selective_checkpoint_contexts(policy)
+    return keeping, _Repeating(kept, giving_back)
+
+
+class _Repeating(TorchDispatchMode):
+    """Lets only kept operations reach torch's own mode, which refuses any that the forward pass did not run.
+
+    ZeRO 3 gathers and frees weights between the operations of a block, as the passes before this one lead it to.
+    """
+
+    def __init__(self, kept: Collection[str], giving_back: TorchDispatchMode) -> None:
+        super().__init__()
+        self._kept, self._giving_back = kept, giving_back
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in self._kept:
+            return self._giving_back.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **kwargs or {})

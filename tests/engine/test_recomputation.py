@@ -58,6 +58,22 @@ def test_steps_are_the_same_to_the_bit_with_adapters_that_drop_inputs(ragged: Ba
     assert losses[:2] == losses[2:]
 
 
+def test_what_runs_around_a_block_may_differ_when_it_is_repeated() -> None:
+    """ZeRO 3 gathers and frees weights in hooks; when evaluation came before training it frees other ones."""
+    _, expected = loss_and_gradients(recomputing("none", "moe"))
+    model, calls = recomputing("selective", "moe"), []
+
+    def free(*_: object) -> None:
+        calls.append(torch.empty(0) if calls else None)
+
+    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(free)
+    _, gradients = loss_and_gradients(model)
+    assert len(calls) == 2  # in the forward pass and in the repeated one
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert torch.equal(gradient, expected[name]), name
+
+
 def test_bytes_that_are_kept() -> None:
     """Of a layer without experts and two with them; the logits and the embedding are kept in any case."""
     kept = {}

@@ -268,8 +268,9 @@ def _quantile_balancing(world_size: int, model: ModelConfig, quick: bool) -> lis
         accumulation = [] if quick else [layout("accumulation", micro_batch_size=2)]
         return [layout(REFERENCE, like=None), *accumulation]
     widest = max(_expert_parallel_sizes(world_size, model))
-    divided = layout(_title(world_size, widest, 2), parallel=deepspeed(widest, 2))
-    return [divided] if quick else [layout(f"{world_size} x torch"), divided]
+    stages = (2,) if quick else (1, 2, 3)
+    divided = [layout(_title(world_size, widest, stage), parallel=deepspeed(widest, stage)) for stage in stages]
+    return divided if quick else [layout(f"{world_size} x torch"), *divided]
 
 
 def _grid(world_size: int, model: ModelConfig, quick: bool) -> list[Layout]:
