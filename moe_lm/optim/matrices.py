@@ -114,7 +114,7 @@ class Travel:
         self._ranks, self._divided = share.ranks, share.divided
         self._me, self._size = (0, 1) if share.ranks is None else (share.ranks.rank, share.ranks.size)
         self._dtype, self._device = dtype, device
-        self.batches = list(_batches(share.parts, self._size))
+        self.batches = list(batches(share.parts, self._size))
 
     def there(self, batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
         """The blocks that this rank works on, `[N, rows, columns]`, out of the ranks' flat tensors."""
@@ -187,7 +187,7 @@ class _Block(NamedTuple):
         return self.rows * self.columns * min(self.rows, self.columns)
 
 
-def _batches(parts: Sequence[Sequence[Part]], ranks: int) -> Iterator[Batch]:
+def batches(parts: Sequence[Sequence[Part]], ranks: int) -> Iterator[Batch]:
     """Blocks of one shape with one another, so many at once as BATCH_BYTES has room for."""
     blocks, divided = _blocks(parts), len(parts) > 1
     queues: dict[tuple[int, int, bool], list[list[_Block]]] = defaultdict(lambda: [[] for _ in range(ranks)])

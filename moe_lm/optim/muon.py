@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moe_lm.optim.matrices import Batch, ShareOf, Travel, whole
 
+STEPS = 5  # of Newton-Schulz
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by Newton-Schulz (Keller Jordan, 2024), for 2-D and stacked 3-D weights.
@@ -79,7 +81,7 @@ def _orthogonalise_blocks(blocks: Tensor, matrices: int) -> Tensor:
     return orthogonalise(apart.flatten(0, 1)).view(apart.shape).transpose(1, 2).flatten(2)
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """The nearest semi-orthogonal matrix of each in `[N, rows, columns]`, approximately, by Newton-Schulz.
 
     The quintic's coefficients are Muon's; singular values end between about 0.7 and 1.2. Small ones are multiplied by

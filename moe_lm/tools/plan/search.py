@@ -129,7 +129,11 @@ def _estimate(layout: Layout, trace: Trace, device: Device) -> Estimate:
         return Estimate(layout, trace, step_time(trace, device), device)
     state = trace.memory.optimizer
     memory = replace(trace.memory, optimizer=0, peak=trace.memory.peak - state)
-    work = {cell: found for cell, found in trace.work.items() if cell[0] != "update"}
+    # Of the update only Muon's products are left on the device.
+    work = {
+        cell: Work(found.products, launches=len(found.products)) if cell[0] == "update" else found
+        for cell, found in trace.work.items()
+    }
     moved = replace(trace, memory=memory, work=work)
     time = step_time(moved, device)
     return Estimate(layout, moved, replace(time, of={**time.of, **offload_seconds(state, device)}), device)

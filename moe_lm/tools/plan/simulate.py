@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -30,6 +30,7 @@ from moe_lm.kernels import grouped_mm, kernels
 from moe_lm.kernels.device import DTYPES
 from moe_lm.kernels.rounding import RoundedWeights, narrow_trained
 from moe_lm.model.layers import CHUNK_BYTES, CHUNK_ROWS
+from moe_lm.model.moe import logical_names
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts, TrainingLoss
 from moe_lm.optim.groups import is_hidden_matrix, moments
@@ -39,6 +40,7 @@ from moe_lm.parallel.topology import Topology
 from moe_lm.tools.plan import findings, zero
 from moe_lm.tools.plan.fusion import fuse
 from moe_lm.tools.plan.layers import Layers, reduced
+from moe_lm.tools.plan.matrices import Matrices
 from moe_lm.tools.plan.memory import activations
 from moe_lm.tools.plan.places import Place, Places
 from moe_lm.tools.plan.recording import Kernel, Recorder, Recording
@@ -153,7 +155,7 @@ def _record(
             built.model.materialise(torch.device("cpu"))
             loss = build_loss(built, objective or NextToken(), train, pad_id=-1, dtype=dtype, compiler=mark)
             copies = _rounded(built.model, parallel, dtype)
-            groups = _groups(built, layers, parallel, train.optimizer)
+            groups = _groups(built, layers, parallel, train.optimizer, dtype.itemsize)
             batch = _batch(rows, row_length).part(0, topology.sequence_parallel_size)
             counts = Counts(tokens, layers.config, parallel.expert_parallel_size, imbalance)
             recorder = Recorder(Places(loss, frozenset(compiled)), counts.received, counts)
@@ -188,7 +190,9 @@ def _rounded(model: LanguageModel, parallel: ParallelConfig, dtype: torch.dtype)
     return [(name, copy) for name, module in named for copy in module.__dict__.get("rounded", {}).values()]
 
 
-def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig, optimizer: OptimizerConfig) -> list[zero.Group]:
+def _groups(
+    built: RankModel, layers: Layers, parallel: ParallelConfig, optimizer: OptimizerConfig, element_size: int
+) -> list[zero.Group]:
     """The trained parameters, by the ranks that hold the same ones."""
     world = range(built.topology.world_size)
     same = (
@@ -204,12 +208,24 @@ def _groups(built: RankModel, layers: Layers, parallel: ParallelConfig, optimize
         count = sum(p.numel() * layers.of(_layer(name)) for name, p in trained.items())
         weights = sum(p.nbytes * layers.of(_layer(name)) for name, p in trained.items())
         state = sum(moments(name, p, optimizer) * layers.of(_layer(name)) for name, p in trained.items())
-        hidden = {
-            name: p.numel() for name, p in trained.items() if optimizer.name == "muon" and is_hidden_matrix(name, p)
-        }
-        orthogonal = sum(numel * layers.of(_layer(name)) for name, numel in hidden.items())
-        found.append(zero.Group(count, weights, tuple(ranks), state, orthogonal))
+        matrices = tuple(_matrices(trained, layers, optimizer, element_size))
+        found.append(zero.Group(count, weights, tuple(ranks), state, matrices))
     return [group for group in found if group.parameters]
+
+
+def _matrices(
+    trained: Mapping[str, Tensor], layers: Layers, optimizer: OptimizerConfig, element_size: int
+) -> Iterator[Matrices]:
+    """What the optimizer takes apart into matrices, together what is stepped together."""
+    if optimizer.name == "adamw":
+        return
+    shapes: dict[int, list[tuple[int, ...]]] = {}
+    for name, parameter in trained.items():
+        if is_hidden_matrix(name, parameter) if optimizer.name == "muon" else parameter.ndim >= 2:
+            copies = [tuple(parameter.shape)] * layers.of(_layer(name))
+            shapes.setdefault(len(logical_names(name)), []).extend(copies)
+    for side_by_side, some in shapes.items():
+        yield Matrices(optimizer.name, tuple(some), side_by_side, element_size)
 
 
 def _layer(name: str) -> int | None:

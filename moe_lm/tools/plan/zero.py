@@ -8,13 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_lm.optim.matrices import BATCH_BYTES
+from moe_lm.tools.plan import matrices
+from moe_lm.tools.plan.matrices import Matrices
 from moe_lm.tools.plan.trace import Collective, CollectiveKind, Pass, Work
 
 FLOAT32 = 4  # bytes
 BUCKET = 50_000_000  # elements: reduce_bucket_size, stage3_prefetch_bucket_size
 LIVE = 1_000_000_000  # elements that stage 3 keeps whole from forward to backward: stage3_max_reuse_distance
 MUON_COPIES = 5  # of a batch: itself, its normed copy, a product, and the squares of square matrices
-ADAMW_BYTES = 28  # of a parameter's update: weight, both moments read and written, gradient read
+# Of a parameter's update.
+ADAMW_BYTES = 28  # weight, both moments read and written, gradient read
+RULE_BYTES = {
+    "muon": 52,  # moment, direction and decay, in place; copied together; added
+    "lamb": 144,  # moments, direction and update one operation after the other, and three sums of squares
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Group:
     weights: int  # bytes, in the data types that are multiplied: what the ranks send each other after the update
     ranks: tuple[int, ...]
     moments: int  # numbers in an optimizer's state, of all ranks
-    hidden: int = 0  # numbers in the matrices that Muon orthogonalises
+    matrices: tuple[Matrices, ...] = ()  # that Muon or LAMB steps
 
     @property
     def part(self) -> int:
@@ -88,7 +95,8 @@ def divided(stage: int, groups: list[Group], micro_batches: int, overlaps: bool,
 
 def orthogonalising(groups: list[Group]) -> int:
     """Bytes in which Muon works: a batch of matrices, what it was put together from, and products of Newton-Schulz."""
-    largest = max((FLOAT32 * group.hidden // len(group.ranks) for group in groups), default=0)
+    hidden = [sum(some.numbers for some in group.matrices if some.rule == "muon") for group in groups]
+    largest = max((FLOAT32 * n // len(group.ranks) for n, group in zip(hidden, groups, strict=True)), default=0)
     return MUON_COPIES * min(BATCH_BYTES, largest)
 
 
@@ -109,13 +117,21 @@ def exchanges(stage: int, groups: list[Group], micro_batches: int, backward: Wor
             passes: tuple[Pass, ...] = ("forward", "backward")
             for during in passes:
                 found.append(Collective("all_gather", moved, group.ranks, "update", during, micro_batches, hidden))
+        for some in group.matrices:
+            found += matrices.exchanges(some, stage, group.ranks)
     return found
 
 
 def update(stage: int, groups: list[Group]) -> Work:
-    """The update: gradient norm, clipping, AdamW; under ZeRO also the copies that make gradients and weights flat."""
+    """Gradient norm, clipping, the optimizer; under ZeRO also the copies that make gradients and weights flat."""
     parameters = sum(group.part if stage else group.parameters for group in groups)
     bytes_ = ADAMW_BYTES + 3 * FLOAT32
     if stage in (1, 2):
         bytes_ += 4 * FLOAT32 + FLOAT32  # gradients copied together, then flattened; weights copied back
-    return Work(bytes=bytes_ * parameters, launches=20 * len(groups))
+    found = Work(bytes=bytes_ * parameters, launches=20 * len(groups))
+    for group in groups:
+        for some in group.matrices:
+            ranks = len(group.ranks)
+            more = (RULE_BYTES[some.rule] - ADAMW_BYTES) * -(-some.numbers // (ranks if stage else 1))
+            found += matrices.work(some, stage, ranks) + Work(bytes=more)
+    return found
