@@ -36,10 +36,10 @@ WARM_UP = 20  # steps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
-    parser.add_argument("--last", type=int, nargs="*", default=[2, 4, 8], help="checkpoints to average")
-    parser.add_argument("--weights", nargs="*", default=["equal", "linear", "exponential"])
+    parser.add_argument("--last", type=int, nargs="*", default=[3, 6], help="checkpoints to average")
+    parser.add_argument("--weights", nargs="*", default=["equal", "linear"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -89,7 +89,14 @@ def configured(arguments: argparse.Namespace, seed: int, run_dir: Path, schedule
     values = load_config(PretrainConfig, arguments.quickstart / "pretrain/config.yaml").model_dump()
     values["run_dir"] = run_dir
     values["model"] |= MODEL
-    values["train"] |= {"seed": seed, "steps": arguments.steps, "schedule": schedule, "eval_every": 0, "compile": False}
+    values["train"] |= {
+        "seed": seed,
+        "steps": arguments.steps,
+        "schedule": schedule,
+        "eval_every": 0,
+        "eval_batches": 1,
+    }
+    values["train"] |= {"compile": False}
     values["checkpoint"] |= {"every": arguments.every, "keep": max(arguments.last)}
     values["log"] |= {"every": 100}
     return PretrainConfig.model_validate(values)

@@ -5,8 +5,8 @@
 
 For every seed a small dense model trains for `--dense-steps` at a constant rate. Then three runs go on from it on the
 same text, in an order and with a schedule of their own: the upcycled model for `--more-steps`; the dense model for as
-many floating-point operations; the dense model for as much time, at the median step of either. The result is the
-quickstart's held-out text in bits per byte.
+many floating-point operations; the dense model for as much time of a core, which is its CPU time and so does not
+depend on what else the machine does. The result is the quickstart's held-out text in bits per byte.
 
 Every feed-forward layer is cut into two pieces, and the experts are eight copies of each: 16 experts, 2 a token, which
 makes the upcycled model as large in use as the dense one, but for its router.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,6 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.evaluate.perplexity import evaluate
 from moe_lm.model.size import count_parameters, flops_per_token
 from moe_lm.tools.interop.upcycle import upcycle
-from moe_lm.tools.quickstart import metrics
 from moe_lm.train import pretrain
 
 DENSE = {
@@ -48,11 +48,12 @@ NAMES = ("dense before", "upcycled", "dense, same operations", "dense, same time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
-    parser.add_argument("--dense-steps", type=int, default=200)
-    parser.add_argument("--more-steps", type=int, default=200)
+    parser.add_argument("--dense-steps", type=int, default=150)
+    parser.add_argument("--more-steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     runs = []
     for seed in range(arguments.seeds):
         with TemporaryDirectory() as scratch:
@@ -77,8 +78,9 @@ def one_seed(arguments: argparse.Namespace, seed: int, scratch: Path) -> dict[st
 
     def train(name: str, steps: int, start: Path | None = None) -> dict[str, Any]:
         config = configured(arguments.quickstart, scratch / name.replace(" ", "-"), seed, steps, start)
+        started = time.process_time()
         pretrain.run(config)
-        return figures(config.run_dir)
+        return figures(config.run_dir, (time.process_time() - started) / steps)
 
     found = {"dense before": train("dense before", arguments.dense_steps)}
     dense, sparse = scratch / "dense-before", scratch / "start-of-upcycled"
@@ -86,7 +88,7 @@ def one_seed(arguments: argparse.Namespace, seed: int, scratch: Path) -> dict[st
     found["upcycled"] = up = train("upcycled", arguments.more_steps, sparse)
     ratio = up["flops_per_token"] / found["dense before"]["flops_per_token"]
     found["dense, same operations"] = same = train(NAMES[2], round(arguments.more_steps * ratio), dense)
-    steps = round(arguments.more_steps * up["seconds_per_step"] / same["seconds_per_step"])
+    steps = round(arguments.more_steps * up["cpu_seconds_per_step"] / same["cpu_seconds_per_step"])
     found["dense, same time"] = train(NAMES[3], steps, dense)
     return found
 
@@ -100,20 +102,20 @@ def configured(quickstart: Path, run_dir: Path, seed: int, steps: int, start: Pa
     train = values["train"]
     train |= {"seed": 2 * seed + (start is not None), "steps": steps, "schedule": schedule, "compile": False}
     train["balance"] = {**train.get("balance", {}), "batch_loss": 0.01}
+    train |= {"eval_every": 0, "eval_batches": 1}  # its time is not that of training
     values["checkpoint"] = {"every": 0}
     values["log"] = {"every": 50}
     return PretrainConfig.model_validate(values)
 
 
-def figures(run_dir: Path) -> dict[str, Any]:
+def figures(run_dir: Path, seconds_per_step: float) -> dict[str, Any]:
     folder = checkpoint.resolve(run_dir)
     model = read_model_config(folder)
-    seconds = [line["seconds"] for line in metrics(run_dir) if "seconds" in line][pretrain.WARM_UP_STEPS :]
     parameters = count_parameters(model)
     return {
         "bits_per_byte": evaluate(run_dir).bits_per_byte,
         "steps": checkpoint.step_of(folder),
-        "seconds_per_step": round(statistics.median(seconds), 4),
+        "cpu_seconds_per_step": round(seconds_per_step, 4),
         "flops_per_token": flops_per_token(model, 256, causal_half=True),
         "parameters": parameters.total,
         "active": parameters.active,
