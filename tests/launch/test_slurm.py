@@ -88,8 +88,9 @@ def test_two_nodes_train_as_one_process_does(job: Job, one_process: list[float])
     assert job.finish() == "COMPLETED", job.output()
     assert losses(job.run_dir) == pytest.approx(one_process, rel=1e-6)
     lines = job.output().splitlines()
-    assert lines[0].startswith("kernels: "), job.output()
-    assert lines[1].startswith(f"pretrain 1/{STEPS}"), job.output()
+    assert lines[0].startswith(f"pretrain in {job.run_dir}: "), job.output()
+    begun = next(number for number, line in enumerate(lines) if line.startswith("kernels: "))
+    assert lines[begun + 1].startswith(f"pretrain 1/{STEPS}"), job.output()
     assert len(lines) == len(set(lines)), job.output()  # rank 0's alone
 
 
