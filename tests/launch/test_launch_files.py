@@ -97,20 +97,20 @@ def test_the_image_is_installed_by_the_setup_script_where_kubernetes_looks_for_i
     text = (LAUNCH / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
     steps = [tuple(line.split(" ", 1)) for line in lines if line]
-    assert [name for name, _ in steps] == ["FROM", "RUN", "WORKDIR", "COPY", "RUN", "ENV", "CMD"]
-    (base, packages, folder, copied, installed, path, _) = [value for _, value in steps]
+    assert [name for name, _ in steps] == ["FROM", "RUN", "WORKDIR", "COPY", "ARG", "RUN", "ENV", "CMD"]
+    (base, packages, folder, copied, extra, installed, path, _) = [value for _, value in steps]
     version = re.fullmatch(r"python:3\.(\d+)-slim-bookworm", base)
     assert version is not None
     assert f"python3.{version[1]}" in (LAUNCH / "setup.sh").read_text(encoding="utf-8")  # one that setup.sh takes
     assert re.fullmatch(r"apt-get update && apt-get install --yes --no-install-recommends g\+\+ && rm -rf .*", packages)
-    assert (copied, installed) == (". .", "bash launch/setup.sh")
+    assert (copied, extra, installed) == (". .", "EXTRA=", 'bash launch/setup.sh "$EXTRA"')
     assert path == f"PATH={folder}/.venv/bin:$PATH"
     _, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["workingDir"] == folder
     assert f"docker build -f launch/Dockerfile -t {container['image']} ." in text
     ignored = (LAUNCH / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
-    assert {".venv", ".git", "runs"} <= set(ignored)
+    assert {".venv", ".git", "runs", "hub", "data"} <= set(ignored)  # where the docs put runs, models and tasks
     assert not [
         name for name in ("launch", "moe_lm", "pyproject.toml", "constraints.txt", "configs") if name in ignored
     ]
@@ -123,6 +123,8 @@ def test_kubernetes_file_agrees_with_itself() -> None:
     pod: dict[str, Any] = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     environment = {item["name"]: item["value"] for item in container["env"]}
+    runs = next(item["mountPath"] for item in container["volumeMounts"] if item["name"] == "runs")
+    assert Path(environment["HF_HOME"]).is_relative_to(runs)
     name, subdomain = job["metadata"]["name"], pod["subdomain"]
     assert service["spec"]["selector"] == {"job-name": name}
     assert subdomain == service["metadata"]["name"]
@@ -137,6 +139,21 @@ def test_kubernetes_file_agrees_with_itself() -> None:
     codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", ())}
     assert codes == {MISUSED: "FailJob", STOPPED: "Ignore"}
     assert pod["restartPolicy"] == "Never"  # else Kubernetes refuses the policy
+
+
+def test_the_job_that_prepares_fills_the_volume_of_the_run() -> None:
+    _, run = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    prepare = yaml.safe_load((LAUNCH / "kubernetes-prepare.yaml").read_text(encoding="utf-8"))
+    pods = [job["spec"]["template"]["spec"] for job in (run, prepare)]
+    (of_run,), (own,) = (pod["containers"] for pod in pods)
+    for name in ("image", "imagePullPolicy", "workingDir", "envFrom"):
+        assert own[name] == of_run[name]
+    assert all(entry in of_run["env"] for entry in own["env"])
+    assert own["volumeMounts"] == of_run["volumeMounts"][:1]
+    assert pods[1]["volumes"] == pods[0]["volumes"][:1]
+    config = run_config(" ".join(of_run["command"]))
+    assert f"moe-lm prepare {config.relative_to(ROOT)}\n" in own["command"][-1]
+    assert re.findall(r"moe-lm tokenizer .*", own["command"][-1])[0] in config.read_text(encoding="utf-8")
 
 
 def test_skypilot_file_agrees_with_itself() -> None:
