@@ -4,6 +4,7 @@ It is whole and checksummed, or it is not there.
 
     model/          safetensors with the tensors named `model.*`: all that sampling reads
     optimizer/      safetensors with every other tensor
+    carried/        safetensors of an imported model that are none of ours, for its export
     ...             the files beside them: config, tokenizer, the trainer's counters
     manifest.json   size and checksum of every file above
     COMPLETE        the manifest's sha256, written last
@@ -43,6 +44,7 @@ MOST_MANIFEST = 64 << 20  # bytes
 DOUBTFUL = "doubtful.txt"  # says why a checkpoint is not one to go back to; it was saved so that nothing is lost
 GENERATION = "generation_config.json"  # came with an imported model, and goes with all that is trained from it
 MODEL, OPTIMIZER, TOKENIZER = "model", "optimizer", "tokenizer"
+CARRIED = "carried"  # see carried.py
 MODEL_PREFIX = "model."
 # `.tmp` is unfinished or being deleted; `.replaced` is a whole checkpoint making room for a new one of its step;
 # `.damaged` was moved aside when a run went on from an older one.
@@ -317,7 +319,8 @@ def _is_sound(folder: Path) -> bool:
 
 def _is_readable(folder: Path) -> bool:
     with suppress(OSError, ValueError, TypeError, UnreadableError):
-        names = [name for name in read_manifest(folder) if not name.startswith((f"{MODEL}/", f"{OPTIMIZER}/"))]
+        of_tensors = tuple(f"{part}/" for part in (MODEL, OPTIMIZER, CARRIED))
+        names = [name for name in read_manifest(folder) if not name.startswith(of_tensors)]
         return all(damage_of(folder, name) is None for name in names)
     return False
 

@@ -53,7 +53,7 @@ class Saver:
         self,
         step: int,
         state: Mapping[str, Tensor],
-        files: Mapping[str, str | Path],
+        files: Mapping[str, write.Content],
         is_over: Callable[[], bool] = lambda: True,
         tell: Callable[[str], object] = print,
     ) -> Path:
@@ -80,7 +80,7 @@ class Saver:
             tell(f"{failure}; trying again every {RETRY_SECONDS} s until it succeeds or a signal ends the run")
             self._wait_for_room(is_over)
 
-    def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path]) -> None:
+    def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, write.Content]) -> None:
         """Begin a save, whose outcome `outcomes` tells; in the background this returns as soon as `state` is copied."""
         self.wait()
         outcome: futures.Future[Path] = futures.Future()
@@ -117,7 +117,7 @@ class Saver:
         return outcomes
 
     def _write(
-        self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str | Path], make_room: bool = False
+        self, step: int, state: Mapping[str, Tensor], files: Mapping[str, write.Content], make_room: bool = False
     ) -> Path:
         """Save and drop the oldest. Older ones give way on a full disk at the second time, or at the first if asked."""
         started = time.monotonic()

@@ -17,7 +17,8 @@ import yaml
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage, write
-from moe_lm.checkpoint.checkpoint import GENERATION, MODEL, MODEL_PREFIX, OPTIMIZER, TOKENIZER
+from moe_lm.checkpoint.carried import is_carrying
+from moe_lm.checkpoint.checkpoint import CARRIED, GENERATION, MODEL, MODEL_PREFIX, OPTIMIZER, TOKENIZER
 from moe_lm.checkpoint.read import (
     CheckpointTensors,
     TensorSource,
@@ -166,6 +167,8 @@ def _write(
         TOKENIZER: Tokenizer.load(checkpoint.verified_path(newest, TOKENIZER)).save,
         **_texts_of(newest),
     }
+    if is_carrying(newest):
+        files[CARRIED] = newest / CARRIED
     checkpoint.verify(write.save(run_dir / "checkpoints", checkpoint.step_of(newest), {}, files))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lm.checkpoint import checkpoint, read, retain
 from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.checkpoint.saver import Saver
+from moe_lm.checkpoint.write import Content
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.engine.engine import LOAD, Engine
@@ -37,7 +38,7 @@ class Checkpoints:
         config: CheckpointConfig,
         engine: Engine,
         log: RunLog,
-        files: Mapping[str, str],
+        files: Mapping[str, Content],
         keep_lock: Callable[[], object] = lambda: None,
         watchdog: Watchdog = NO_WATCHDOG,
     ) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lm.checkpoint import checkpoint, lineage, read, retain
-from moe_lm.checkpoint.checkpoint import GENERATION
+from moe_lm.checkpoint.carried import carry_on, is_carrying
+from moe_lm.checkpoint.checkpoint import CARRIED, GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
+from moe_lm.checkpoint.write import Content
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
@@ -273,9 +275,9 @@ def report_losses(log: RunLog, left_out: Iterable[LeftOut], step: int) -> None:
         )  # fmt: skip
 
 
-def files_of_run(recipe: Recipe) -> dict[str, str]:
+def files_of_run(recipe: Recipe) -> dict[str, Content]:
     """The files beside the tensors of every checkpoint of the run, by name."""
-    files = {
+    files: dict[str, Content] = {
         "config.yaml": recipe.kept_config(),
         "model.yaml": dump_config(recipe.model),
         "data.sha256": recipe.batches.fingerprint,
@@ -285,6 +287,8 @@ def files_of_run(recipe: Recipe) -> dict[str, str]:
         folder, lora = recipe.start.folder, recipe.config.lora
         if lora is None:
             files[START] = recipe.start.describe()
+            if is_carrying(folder):
+                files[CARRIED] = carry_on(folder, Path(recipe.config.run_dir) / "checkpoints")
         else:
             files[ADAPTER] = lineage.describe_adapter(folder, lora)
         if (folder / GENERATION).is_file():

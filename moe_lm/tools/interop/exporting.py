@@ -16,8 +16,9 @@ from moe_lm.common.files import whole_folder
 from moe_lm.config.model import ModelConfig
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.carried import Carried, WithCarried, read_carried
 from moe_lm.tools.interop.families import Family, family_of, known_families
-from moe_lm.tools.interop.fitting import nearest_family
+from moe_lm.tools.interop.fitting import nearest_family, obstacles
 from moe_lm.tools.interop.hf_config import write_config
 from moe_lm.tools.interop.hf_folder import CONFIG, INDEX, HFFolder, read_json
 from moe_lm.tools.interop.hf_tensors import TensorPair, tensor_pairs
@@ -37,26 +38,33 @@ def export_run(
 ) -> Proof:
     """Write `out` with the newest checkpoint of a run, or one checkpoint, and return the proof that it is that model.
 
-    `family_name` None takes the first family that holds the model exactly; `dtype`, `proof_bytes` and `tell` are as in
-    `import_folder`. Adapters are merged into their base, which is at `base` if it has moved. Raises
-    UsageError when the family cannot hold the model, MoeLmError when the checkpoint is damaged or the proof fails;
-    nothing is left at `out` then.
+    `family_name` None takes that of tensors that the checkpoint carries, else the first family that holds the model
+    exactly; `dtype`, `proof_bytes` and `tell` are as in `import_folder`. Adapters are merged into their base, which is
+    at `base` if it has moved. Raises UsageError when the family cannot hold the model, MoeLmError when the checkpoint
+    is damaged or the proof fails; nothing is left at `out` then.
     """
     folder = checkpoint.resolve(run)
     tokenizer = Tokenizer.load(checkpoint.verified_path(folder, "tokenizer"))
     config = read_model_config(folder)
-    family = _family(family_name, config)
+    carried = read_carried(folder, base)
+    family = _family(family_name, config, carried)
     hf_config = write_config(config, family)
     ours = open_tensors(folder, base)
     pairs = tensor_pairs(config, family)
+    notes = []
+    if carried is not None and carried.family == family.model_type:
+        ours, pairs = WithCarried(ours, carried.source), [*pairs, *carried.pairs]
+        hf_config |= carried.keys
+        notes.append(f"carried along: {carried}, as they were imported; they were not trained here")
+    elif carried is not None:
+        notes.append(f"left out: {carried}, which came with a {carried.family}; --format {carried.family} writes them")
     _check_holds(ours, pairs, family)
     outputs = outputs_of_theirs(ours, pairs, DTYPES[dtype] if dtype else None)
     meter = Meter(tell, sum(output.size for output in outputs))
     weights = {str(output.dtype).removeprefix("torch.") for output in outputs if "bias" not in output.name}
     hf_config |= _ids(tokenizer) | {"dtype": max(weights), "torch_dtype": max(weights), "use_cache": True}
-    notes = []
     if config.capacity_factor is not None:
-        notes = [f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling"]
+        notes.append(f"left out: capacity_factor={config.capacity_factor}; no expert drops tokens, as when sampling")
     with whole_folder(out) as unfinished:
         _write_tensors(unfinished, meter.watch(outputs), shard_bytes)
         _write_json(unfinished / CONFIG, hf_config)
@@ -78,10 +86,10 @@ def export_run(
     return proof
 
 
-def _family(name: str | None, config: ModelConfig) -> Family:
+def _family(name: str | None, config: ModelConfig, carried: Carried | None) -> Family:
+    family = family_of(name or (carried and carried.family))
     if name is None:
-        return nearest_family(config)
-    family = family_of(name)
+        return family if family is not None and not obstacles(config, family) else nearest_family(config)
     if family is None:
         raise UsageError(f"--format {name} is unknown; choose one of {known_families()}")
     return family

@@ -321,14 +321,16 @@ FAMILIES = (
     ),
 )  # fmt: skip
 
+# Keys that announce layers for multi-token prediction.
+MTP_KEYS = (
+    "mtp_transformer_layers", "num_mtp_layers", "num_mtp_modules", "num_nextn_predict_layers", "use_mtp",
+)  # fmt: skip
 # Keys of config.json that say how a model was trained, made or served, nothing about its numbers.
 WITHOUT_MEANING = {
-    "_name_or_path", "architectures", "attention_dropout", "attn_type_list", "auto_map", "aux_loss_alpha",
+    *MTP_KEYS, "_name_or_path", "architectures", "attention_dropout", "attn_type_list", "auto_map", "aux_loss_alpha",
     "bos_token_id", "dtype", "embedding_initializer_range", "eos_token_id", "ep_size", "max_window_layers",
-    "model_type", "mtp_transformer_layers", "num_mtp_layers", "num_mtp_modules", "num_nextn_predict_layers",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "residual_dropout",
+    "model_type", "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "residual_dropout",
     "router_aux_loss_coef", "router_jitter_noise", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
-    "use_mtp",
 }  # fmt: skip
 
 

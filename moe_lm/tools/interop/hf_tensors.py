@@ -120,10 +120,8 @@ def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: Mo
     missing = sorted(needed.keys() - present)
     unexpected = [name for name in sorted(present - needed.keys()) if not _why_left_out(name, config)]
     if missing:
-        there = f"; there instead: {_some(unexpected)}" if unexpected else ""
-        raise MoeLmError(
-            f"{origin} lacks {len(missing)} tensors that its config.json promises: {_some(missing)}{there}"
-        )
+        there = f"; there instead: {some(unexpected)}" if unexpected else ""
+        raise MoeLmError(f"{origin} lacks {len(missing)} tensors that its config.json promises: {some(missing)}{there}")
     for name, part in needed.items():
         shape = source.shape(name)
         if shape != part.shape:
@@ -135,13 +133,13 @@ def check_complete(source: TensorSource, pairs: Sequence[TensorPair], config: Mo
         _check_tied(source, origin)
     if unexpected:
         raise MoeLmError(
-            f"{origin} holds {len(unexpected)} tensors that its config.json does not explain: {_some(unexpected)}; "
+            f"{origin} holds {len(unexpected)} tensors that its config.json does not explain: {some(unexpected)}; "
             "dropping them would change the model"
         )
     left_out: dict[str, list[str]] = {}
     for name in sorted(present - needed.keys()):
         left_out.setdefault(_why_left_out(name, config), []).append(name)
-    return [f"left out: {why}, {len(names)} tensors ({_some(names)})" for why, names in left_out.items()]
+    return [f"left out: {why}, {len(names)} tensors ({some(names)})" for why, names in left_out.items()]
 
 
 def _check_tied(source: TensorSource, origin: str) -> None:
@@ -156,9 +154,6 @@ def _check_tied(source: TensorSource, origin: str) -> None:
 
 
 def _why_left_out(name: str, config: ModelConfig) -> str:
-    layer = LAYER.match(name)
-    if layer and int(layer[1]) >= config.num_hidden_layers:
-        return "layers for multi-token prediction, which this program does not have"
     if INVERSE_FREQUENCIES.search(name):
         return "rotary frequencies, which config.json gives"
     if name == HEAD and config.tie_word_embeddings:
@@ -166,6 +161,7 @@ def _why_left_out(name: str, config: ModelConfig) -> str:
     return ""
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first LISTED names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more

@@ -7,10 +7,11 @@ from pathlib import Path
 from moe_lm.common.files import check_regular, whole_folder
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.carried import description, find_carried
 from moe_lm.tools.interop.fp8 import FP8Folder, open_folder
 from moe_lm.tools.interop.hf_config import read_config
 from moe_lm.tools.interop.hf_folder import CONFIG
-from moe_lm.tools.interop.hf_tensors import as_found, check_complete, check_counts, tensor_pairs
+from moe_lm.tools.interop.hf_tensors import as_found, check_complete, check_counts, some, tensor_pairs
 from moe_lm.tools.interop.proof import Case, Proof, prove, write_proof
 from moe_lm.tools.interop.transfer import Meter, Tell, outputs_of_ours, write_run
 
@@ -37,27 +38,42 @@ def import_folder(
     words = Tokenizer.load(tokenizer or source, config.vocab_size)
     check_counts(folder, config, str(source))
     pairs = as_found(tensor_pairs(config, family), folder.names())
-    notes = check_complete(folder, pairs, config, str(source))
+    carried = find_carried(folder, pairs, config)
+    notes = check_complete(folder, [*pairs, *carried], config, str(source))
     new = [pair.ours for pair in pairs if not pair.parts]
     if new:
         notes.append(
             f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so leave "
             "train.balance.bias_update_rate at 0 for what shall be exported again"
         )
+    if carried:
+        named = some([pair.parts[0].name for pair in carried])
+        notes.append(
+            f"carried along: {len(carried)} tensors for multi-token prediction ({named}); nothing here trains or uses "
+            f"them, and an export as {family.model_type} writes them again"
+        )
     if isinstance(folder, FP8Folder):
         notes.append("dequantised: matrices in 8 bits, with a scale for each block, are bfloat16 here")
     if unused:
         notes.append(f"not used: {', '.join(unused)} in {CONFIG}")
     rounded_to = DTYPES[dtype] if dtype else None
-    outputs = outputs_of_ours(folder, pairs, rounded_to)
-    meter = Meter(tell, sum(output.size for output in outputs))
+    outputs, beside = (outputs_of_ours(folder, some_pairs, rounded_to) for some_pairs in (pairs, carried))
+    meter = Meter(tell, sum(output.size for output in (*outputs, *beside)))
     with whole_folder(run_dir) as unfinished:
-        ours = write_run(unfinished, config, words, meter.watch(outputs), folder.generation_config())
+        ours = write_run(
+            unfinished,
+            config,
+            words,
+            meter.watch(outputs),
+            folder.generation_config(),
+            meter.watch(beside),
+            description(folder, family),
+        )
         case = Case(
             what=f"import {source.name}",
             config=config,
             family=family,
-            pairs=pairs,
+            pairs=[*pairs, *carried],
             ours=ours,
             theirs=folder,
             importing=True,

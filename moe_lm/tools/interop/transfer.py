@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tools.interop.carried import WithCarried, read_carried
 from moe_lm.tools.interop.hf_tensors import Part, TensorPair
 
 Tell = Callable[[int, int | None], None]  # bytes done, and in all
@@ -23,25 +24,35 @@ FILE_BYTES = 4 << 30  # tensors go into files of about this size
 
 
 def write_run(
-    run_dir: Path, config: ModelConfig, tokenizer: Tokenizer, outputs: Sequence[Output], generation: str | None
+    run_dir: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    outputs: Sequence[Output],
+    generation: str | None,
+    carried: Sequence[Output] = (),
+    about_carried: Mapping[str, str] | None = None,
 ) -> TensorSource:
     """Write a run folder with a checkpoint of step 0, a piece at a time; returns its tensors, read back and verified.
 
-    `generation` is the text of generation_config.json, if there is one.
+    `generation` is the text of generation_config.json, if there is one. `carried` are tensors beside the model's.
     """
 
-    def write_tensors(path: Path) -> None:
+    def write_tensors(outputs: Sequence[Output], about: Mapping[str, str], path: Path) -> None:
         path.mkdir()
-        write_files(path, outputs, {"format": "pt"}, FILE_BYTES)
+        write_files(path, outputs, {"format": "pt", **about}, FILE_BYTES)
 
     files: dict[str, write.Content] = {
         "model.yaml": dump_config(config),
         "tokenizer": tokenizer.save,
-        checkpoint.MODEL: write_tensors,
+        checkpoint.MODEL: partial(write_tensors, outputs, {}),
     }
+    if carried:
+        files[checkpoint.CARRIED] = partial(write_tensors, carried, about_carried or {})
     if generation is not None:
         files[checkpoint.GENERATION] = generation
-    return open_tensors(write.save(run_dir / "checkpoints", 0, {}, files))
+    folder = write.save(run_dir / "checkpoints", 0, {}, files)
+    beside = read_carried(folder)
+    return WithCarried(open_tensors(folder), beside.source) if beside else open_tensors(folder)
 
 
 class Meter:

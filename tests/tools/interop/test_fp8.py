@@ -111,6 +111,9 @@ def test_published_form_is_imported_and_proven(published: Path, tmp_path: Path) 
     assert any(
         "multi-token prediction" in note and "(model.layers.3.mlp.gate_proj.weight)" in note for note in proof.notes
     )
+    (carried,) = tensors_of(tmp_path / "run" / "checkpoints" / "step-00000000" / "carried").values()
+    assert carried.dtype == torch.bfloat16
+    assert torch.equal(carried, torch.ones(130, 130, dtype=torch.bfloat16))
     assert not any("quantization_config" in note for note in proof.notes)
     stored = load_file(published / "model.safetensors")
     ours = tensors_of(tmp_path / "run" / "checkpoints" / "step-00000000" / "model")
