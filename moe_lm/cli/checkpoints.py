@@ -62,6 +62,8 @@ def list_(run: Run, json: Annotated[bool, typer.Option("--json", help="Print JSO
 
     rows = checkpoints.listed(run)
     print(dumps(checkpoints.as_json(rows), indent=2) if json else checkpoints.table(rows))
+    if not json and (start := checkpoints.began_with(run)) is not None:
+        print(start)
 
 
 @app.command(cls=Verb)

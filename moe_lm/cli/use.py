@@ -117,11 +117,13 @@ def explain(
     out: Annotated[Path, typer.Option(help="File of the picture: .png, .svg or .pdf.")] = Path("explain.png"),
     layers: Annotated[
         str | None,
-        typer.Option(metavar="0,3", help="Draw only these layers, counted from 0; default: up to 6, evenly spread."),
+        typer.Option(
+            metavar="0,3", help="Draw only these layers, counted from 0; default: up to 6 that stay readable."
+        ),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(metavar="0,3", help="Draw only these heads, counted from 0; default: up to 8, evenly spread."),
+        typer.Option(metavar="0,3", help="Draw only these heads, counted from 0; default: up to 8 that stay readable."),
     ] = None,
     truncate: Truncate = None,
     base: BasePath = None,

@@ -12,6 +12,7 @@ from typing import Any
 from moe_lm.common.errors import MoeLmError, UsageError
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
+SECONDS = 5.0  # in which the hub answers
 OURS = ("runs", "configs", "tokenizer", "data", "shards", "checkpoints")  # folders of runs, and owners of nothing
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt", "encoder.json",
@@ -48,6 +49,26 @@ def local_folder(path: Path, files: Sequence[str], enough: str | None = None) ->
     elsewhere = f"fetch it where there is a network (hf download {name} --local-dir FOLDER), and give that folder"
     with _in_one_sentence(f"{path} is no folder here, and ", str(path), elsewhere):
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]))
+
+
+def shown(folder: Path) -> str:
+    """The name of a folder for people: that on the hub for one in its cache, whose own is a hash."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers within seconds, which its client would take minutes to deny."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # of the client that huggingface_hub uses: no route, no name, no answer
+        return False
+    return True
 
 
 def check_can_push(name: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        if isinstance(value, bool):
+            kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{str(value).lower()} is not a number; give one")
+        return value
 
     def is_set(self, name: str) -> bool:
         """Whether a field differs from its default."""
@@ -52,3 +63,14 @@ class Section(BaseModel):
         value, limit = getattr(self, name), getattr(self, other)
         if value > limit:
             raise ValueError(f"{name}={value} is more than {other}={limit}; choose at most {limit}")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that a union consists of, without what annotates them."""
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    if get_origin(annotation) in (tuple, list, dict):
+        return
+    if not inner:
+        yield annotation
+    for item in inner:
+        yield from _kinds(item)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lm.common import hub
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.process import how_to_install
 from moe_lm.evaluate.perplexity import precision_of
@@ -68,9 +69,12 @@ class Tasks:
                 raise MoeLmError(f"tasks need lm-eval, which is not installed; {how_to_install('eval')}") from error
             # lm-eval's index takes many seconds to read.
             manager = TaskManager(include_path=str(LOCAL_TASKS), include_defaults=False)
-            if any(name not in manager.all_tasks for name in names):
+            ours = set(manager.all_tasks)
+            if any(name not in ours for name in names):
                 manager = TaskManager(include_path=str(LOCAL_TASKS))
             _check_names(names, manager.all_tasks)
+            if any(name not in ours for name in names) and not hub.is_reachable():
+                _stay_offline()
             self._loaded = _load(manager, list(names))
         for task in self._loaded["tasks"].values():
             default = task.get_config("num_fewshot")
@@ -156,6 +160,16 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists lm-eval's"
             raise UsageError(f"there is no task {name}; {hint}")
+
+
+def _stay_offline() -> None:
+    """Have data sets come from the cache alone: their retries without a network take more than a minute."""
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_OFFLINE = True
 
 
 def _load(manager: Any, names: list[str]) -> Any:

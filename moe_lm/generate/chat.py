@@ -22,7 +22,7 @@ from moe_lm.generate.text import Delta, Speed
 
 COMMAND = re.compile(r"/([a-zA-Z]+)(?:\s+(.*))?", re.DOTALL)  # a text with a second slash is a path, not a command
 ENDS = {"interrupted": ", stopped", "length": ", cut at the limit"}
-KEYS = "Enter sends, Alt+Enter begins a new line; Ctrl-C stops an answer; /help lists the commands; Ctrl-D ends"
+KEYS = "Enter sends; Alt+Enter: new line; Ctrl-C: stop; Ctrl-D: end; /help: commands"
 
 
 def chat(run: Path, settings: Settings, load: LoadConfig | None = None, history: bool = True) -> None:
@@ -31,6 +31,9 @@ def chat(run: Path, settings: Settings, load: LoadConfig | None = None, history:
     Ctrl-C stops an answer, which stays in the conversation as far as it went. Raises UsageError for a run that has no
     chat template.
     """
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        print(f"loading {run}", file=sys.stderr, flush=True)
     session = Session.open(run, load or LoadConfig())
     if not session.tokenizer.has_chat_template:
         raise UsageError(
@@ -39,13 +42,13 @@ def chat(run: Path, settings: Settings, load: LoadConfig | None = None, history:
         )
     # The first forward pass imports parts of torch: a Ctrl-C meant for the answer would leave them half imported.
     list(session.complete("", Settings(max_new_tokens=1)))
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     talk = Chat(Conversation(session, settings), at_terminal)
     if not at_terminal:
         talk.through(piped_lines())
         return
     from moe_lm.generate.typed import typed_lines
 
+    talk.note(f"{session.checkpoint.name}, {session.model.config.max_position_embeddings:,} tokens of context")
     talk.note(KEYS)
     talk.through(typed_lines([f"/{name}" for name in talk.commands], history))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_lm.checkpoint import checkpoint, recovery, retain
+from moe_lm.checkpoint import checkpoint, lineage, recovery, retain
 from moe_lm.checkpoint.checkpoint import COMPLETE, DAMAGED, DOUBTFUL, MODEL, OPTIMIZER, PINNED, UnreadableError
 from moe_lm.checkpoint.read import CheckpointTensors
 from moe_lm.checkpoint.safetensors_file import as_bytes, pieces_of
@@ -58,6 +58,15 @@ def table(rows: list[Listed]) -> str:
         f"{line[4]:>{widths[4]}}  {line[5]}".rstrip()
         for line in lines
     )
+
+
+def began_with(run: Path) -> str | None:
+    """A line on the model that a run of another's weights began with."""
+    newest = checkpoint.latest_readable(_checkpoints_of(run))
+    if newest is None or lineage.START not in checkpoint.entries(newest):
+        return None
+    start = checkpoint.read_section(newest, lineage.START)
+    return f"trained on from {start['origin']}"
 
 
 def as_json(rows: list[Listed]) -> list[dict[str, Any]]:

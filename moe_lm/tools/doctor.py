@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,20 @@ Status = Literal["ok", "missing", "optional", "warning"]
 GIB = 1 << 30
 LOW_DISK_GIB = 5  # a small run with its shards and two checkpoints
 INSTALL = "pip install -e ."
+
+
+# The extra that brings a package, and what it is for.
+OPTIONAL = {
+    "fastapi": ("serve", "for moe-lm serve"),
+    "transformers": ("dev", "to compare imports and exports with"),
+    "peft": ("dev", "to compare exported adapters with"),
+    "matplotlib": ("plot", "for moe-lm explain"),
+    "tensorboard": ("track", "for log.trackers: [tensorboard]"),
+    "wandb": ("track", "for log.trackers: [wandb]"),
+    "trackio": ("track", "for log.trackers: [trackio]"),
+    "lm_eval": ("eval", "for moe-lm eval --tasks"),
+}
+BYTES_A_PARAMETER = 16  # weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -51,15 +66,18 @@ def examine() -> Iterator[Finding]:
     yield _bf16_on_cpu()
     for name in ("deepspeed", "accelerate", "tokenizers", "datasets", "safetensors"):
         yield _package(name, INSTALL)
-    yield _package("fastapi", 'pip install -e ".[serve]" (only `moe-lm serve` needs it)', required=False)
-    yield _package("transformers", 'pip install -e ".[dev]" (only the tests compare with it)', required=False)
+    for name, (extra, purpose) in OPTIONAL.items():
+        yield _package(name, f'pip install -e ".[{extra}]" ({purpose})', required=False)
     yield _program("C compiler", ("cc", "gcc", "clang"), "install gcc (torch.compile and DeepSpeed's ops need it)")
     yield _program("C++ compiler", ("c++", "g++", "clang++"), "install g++ (torch.compile and DeepSpeed's ops need it)")
     yield _native()
     yield from _attention_kernels()
     yield _kernels()
     yield _program("ninja", ("ninja",), "pip install ninja (DeepSpeed's ops are built with it)")
+    yield _program("pdsh", ("pdsh",), "install pdsh (only launch/deepspeed.sh over several hosts needs it)")
+    yield _program("Slurm", ("sbatch",), "ask the cluster's administrators (only launch/slurm.sbatch needs it)")
     yield Finding("processor", "ok", f"{cores()} cores, {_memory_gib():.0f} GiB memory")
+    yield _training()
     yield _disk(Path.cwd())
     yield from _build_locks(_extensions_dir())
 
@@ -140,6 +158,31 @@ def _kernels() -> Finding:
     return Finding("kernels", "ok", str(choose(pick_device("auto"), decoding=True)))
 
 
+def _training() -> Finding:
+    """What this machine can train: the models that `moe-lm init` sizes, and what its memory bounds."""
+    import torch
+
+    from moe_lm.config.model import ModelConfig
+    from moe_lm.config.reading import build_config
+    from moe_lm.model.size import count_parameters
+    from moe_lm.tools.sizes import SHAPES, Sizes
+
+    sizes = [Sizes(0, shape) for shape in (SHAPES[0], SHAPES[-1])]
+    least, most = (
+        count_parameters(build_config(ModelConfig, {"vocab_size": size.vocab_size, **size.model}, "sizes")).total / 1e6
+        for size in sizes
+    )
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    place, gib = ("a GPU", min(gpus) / GIB) if gpus else ("memory", _memory_gib())
+    bound = gib * GIB / 2 / BYTES_A_PARAMETER / 1e6  # the other half is for activations
+    return Finding(
+        "can train",
+        "ok",
+        f"{least:.1f} to {most:.0f} million parameters in minutes (moe-lm init TEXT writes the config); {place} holds "
+        f"about {float(f'{bound:.1g}'):,.0f} million",
+    )
+
+
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free / GIB
     if free < LOW_DISK_GIB:
@@ -184,8 +227,12 @@ def _show(findings: list[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         mark, style = marks[finding.status]
-        line = Text.assemble((f"{mark:7}", style), f"  {finding.name:{width}}  {finding.found}")
-        console.print(line, soft_wrap=True)
+        line = f"{mark:7}  {finding.name:{width}}  {finding.found}"
+        if console.is_terminal:  # which would break a path in mid-word
+            line = textwrap.fill(
+                line, console.width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+            )
+        console.print(Text.assemble((line[:7], style), line[7:]), soft_wrap=True)
     remedies = [finding for finding in findings if finding.remedy]
     if remedies:
         console.print("\nWhat to do:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,26 @@ def test_a_tokenizer_of_the_hub_is_fetched_once(
     for _ in range(2):
         assert Tokenizer.load(Path("owner/there")).fingerprint == tiny_tokenizer.fingerprint
     assert asked == ["owner/there"]
+
+
+def test_a_folder_of_the_cache_is_shown_by_its_name_on_the_hub() -> None:
+    assert hub.shown(Path("/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de")) == "Qwen/Qwen3-0.6B"
+    assert hub.shown(Path("/data/snapshots/mine")) == "mine"
+
+
+def test_without_a_network_the_hub_is_given_up_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:  # bound, and it does not listen
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        assert not hub.is_reachable()
+    asked: list[Any] = []
+    answers = SimpleNamespace(head=lambda address, timeout: asked.append(timeout))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: answers)
+    assert hub.is_reachable()
+    assert asked == [hub.SECONDS]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub.is_reachable()
 
 
 def client(seen: list[Any], user: Callable[[], Any]) -> type:

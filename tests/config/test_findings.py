@@ -101,6 +101,8 @@ def test_a_key_with_several_places_names_them() -> None:
         ("train=5", "train=5 is one value, and train is a section; set its keys, like train.steps"),
         ("train=", "train is empty; give it keys, like train.steps"),
         ("data.sources=books.txt", "data.sources='books.txt' is not a list; write [books.txt]"),
+        ("train.steps=true", "train.steps: true is not a number; give one"),
+        ("train.tokens=yes", "train.tokens: true is not a number; give one"),
         ("data.sources=[books.txt]", "data.sources.0='books.txt' is not a section; write its keys, like {name: ..."),
         ("data.sources=[]", "data.sources is an empty list"),
         ("data.sources=[{name: my books, path: x}]", "data.sources.0.name='my books' may only have letters, digits"),

@@ -61,6 +61,13 @@ def test_list_shows_every_checkpoint(run: Path, moe_lm: MoeLm) -> None:
     assert lines[5].endswith("unfinished")
 
 
+def test_list_names_the_start_of_a_run_that_has_one(run: Path, moe_lm: MoeLm) -> None:
+    assert "trained on from" not in moe_lm("checkpoint", "list", run).out
+    files = {"start.yaml": "origin: /models/base\nfingerprint: abc\n"}
+    write.save(run / "checkpoints", 7, {"model.a": torch.ones(1)}, files)
+    assert moe_lm("checkpoint", "list", run).out.endswith("\ntrained on from /models/base\n")
+
+
 def test_list_as_json_has_the_same(run: Path, moe_lm: MoeLm) -> None:
     rows = json.loads(moe_lm("checkpoint", "list", run, "--json").out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -58,6 +58,25 @@ def test_a_path_and_a_command_stay_in_one_line_of_a_narrow_terminal(
     assert lines == [f"-        decoding in C++  {path}", "", "What to do:", f"  decoding in C++  {command}"]
 
 
+def test_what_is_optional_is_listed_with_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    lacking("wandb", monkeypatch)
+    found = {item.name: item for item in doctor.examine()}
+    assert set(found) >= {"matplotlib", "tensorboard", "wandb", "trackio", "peft", "lm_eval", "pdsh", "Slurm"}
+    assert found["wandb"].remedy == 'pip install -e ".[track]" (for log.trackers: [wandb])'
+    assert (found["pdsh"].status, found["Slurm"].status) == ("optional", "optional")
+    assert found["can train"].found.startswith("0.9 to 10 million parameters in minutes")
+
+
+def test_a_terminal_breaks_between_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    doctor._show([doctor.Finding("Python", "ok", "3.11.2 (/a/path/of-several/words/bin/python)")])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("Python  3.11.2")
+    assert second.strip() == "(/a/path/of-several/words/bin/python)"
+
+
 def test_missing_extra_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking("fastapi", monkeypatch)
     assert finding("fastapi").status == "optional"

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_lm.common.errors import UsageError
 from moe_lm.generate.session import Session
 from moe_lm.tools.explain import picture
-from moe_lm.tools.explain.recording import record
+from moe_lm.tools.explain.recording import Recording, record
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # unless they are chosen
 MOST_PANELS = 128
@@ -26,21 +26,24 @@ def explain(
 ) -> None:
     """Draw the attention of these layers and heads over the last tokens of `prompt`.
 
-    By default at most MOST_LAYERS layers and MOST_HEADS heads, evenly spread. Raises UsageError for impossible layers,
-    heads, prompts or file names, MoeLmError when matplotlib is missing or the picture cannot be written.
+    By default at most MOST_LAYERS layers and MOST_HEADS heads, evenly spread, and fewer of a long prompt. Raises
+    UsageError for impossible layers, heads, prompts or file names, MoeLmError when matplotlib is missing or the picture
+    cannot be written.
     """
     picture.check_name(out)
     picture.need_matplotlib()
     session = Session.load(run, base=base)
     config = session.model.config
-    layers = _chosen("layer", layers, config.num_hidden_layers, MOST_LAYERS)
-    heads = _chosen("head", heads, config.num_attention_heads, MOST_HEADS)
+    ids = session.prompt_ids(prompt, 1, truncate)
+    most_layers, most_heads = picture.readable(len(ids))
+    layers = _chosen("layer", layers, config.num_hidden_layers, min(most_layers, MOST_LAYERS))
+    heads = _chosen("head", heads, config.num_attention_heads, min(most_heads, MOST_HEADS))
     if len(layers) * len(heads) > MOST_PANELS:
         raise UsageError(
             f"{len(layers)} layers by {len(heads)} heads are more than the {MOST_PANELS} panels that a "
             "picture can hold; choose fewer with --layers and --heads"
         )
-    recording = record(session.model, session.prompt_ids(prompt, 1, truncate))
+    recording = record(session.model, ids)
     if len(recording.ids) > picture.TOKENS:
         print(
             f"the prompt has {len(recording.ids)} tokens; the picture shows the last {picture.TOKENS}, and sums up the "
@@ -48,15 +51,26 @@ def explain(
             file=sys.stderr,
         )
     words = prompt if len(prompt) <= 60 else f"{prompt[:29]} … {prompt[-29:]}"
-    title = f"{_name(run, session.checkpoint)}: {words!r}\nblue: what each token (a row) attends to (columns)"
-    if recording.routings:
-        title += "; orange: its routed experts, by weight"
+    title = f"{_name(run, session.checkpoint)}: {words!r}\n" + legend(recording, config.n_shared_experts)
 
     def decode(id_: int) -> str:
         return session.tokenizer.decode([id_], skip_special=False)
 
     picture.save(picture.draw(recording, decode, layers, heads, config.n_routed_experts, title), out)
     print(f"{out}: layers {', '.join(map(str, layers))}, heads {', '.join(map(str, heads))}", file=sys.stderr)
+
+
+def legend(recording: Recording, shared: int) -> str:
+    """What the colours mean."""
+    first = "the first token" if len(recording.ids) <= picture.TOKENS else "earlier tokens"
+    lines = [f"blue: what each token (a row) attends to (columns); grey: {first}, where attention rests"]
+    if recording.routings:
+        lines.append("orange: its routed experts, by weight")
+        if shared:
+            lines[-1] += (
+                f"; {'the shared expert takes' if shared == 1 else f'{shared} shared experts take'} every token"
+            )
+    return "\n".join(lines)
 
 
 def _name(run: Path, checkpoint: Path) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKENS = 32  # whose labels stay readable
 INCHES = 0.13  # per token
+WIDTH, HEIGHT = 10.0, 20.0  # inches of panels in which labels stay readable on a page
 SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "←"})
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC",
          "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
@@ -42,7 +43,8 @@ def draw(
     `decode` gives the text of one id.
     """
     import matplotlib
-    from matplotlib.colors import PowerNorm
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
 
     fonts = installed_fonts()
@@ -53,9 +55,9 @@ def draw(
     if recording.routings:
         widths.append(min(max(experts, 8), 2 * TOKENS) * INCHES)
     height = max(len(names) * INCHES, 1.0) + 0.45
-    size = max(sum(widths) + 0.25 * len(widths) + 1.5, 7.0), height * len(layers) + 1.3
-    norm = PowerNorm(0.5, 0, 1)
-    with matplotlib.rc_context({"font.family": fonts, "font.size": 7, "svg.fonttype": "path"}):
+    size = max(sum(widths) + 0.25 * len(widths) + 2.5, 7.0), height * len(layers) + 1.3
+    scale = PowerNorm(0.5, 0, 1)  # small weights, of which most rows consist, stay visible
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 8, "svg.fonttype": "path"}):
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         figure.suptitle(spelled(title, fonts), parse_math=False, x=0.01, ha="left", fontsize=9)
         panels = figure.subplots(len(layers), len(widths), squeeze=False, width_ratios=widths)
@@ -63,21 +65,35 @@ def draw(
             for axes, head in zip(row, heads, strict=False):
                 weights = fold(recording.attention[layer][head], before)
                 axes.set_facecolor(MASKED)
-                axes.imshow(weights, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
+                for part, colours in zip(apart(weights), ("Greys", "Blues"), strict=True):
+                    axes.imshow(part, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
                 axes.set_title(f"layer {layer}, head {head}" if axes is row[0] else f"head {head}", loc="left", pad=3)
                 _name(axes, names if axes is row[0] else None, seen if layer == layers[-1] else None)
             if recording.routings:
-                _draw_experts(row[-1], recording, layer, before, experts, norm)
-        share = matplotlib.cm.ScalarMappable(norm, "Greys")
-        figure.colorbar(share, ax=panels[-1, -1], label="share", anchor=(0, 0), shrink=0.5, aspect=8)
+                _draw_experts(row[-1], recording, layer, before, experts)
+        bars = [("attention (square-root scale)", ScalarMappable(scale, "Blues"))]
+        if recording.routings:
+            bars.append(("share of the routed output", ScalarMappable(Normalize(0, 1), "Oranges")))
+        for name, bar in bars:
+            shrink = min(1.0, 2.0 / size[1])
+            drawn = figure.colorbar(bar, ax=panels, label=name, anchor=(0, 1), shrink=shrink, aspect=14, pad=0.01)
+            drawn.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1] if bar.norm is scale else [0, 0.25, 0.5, 0.75, 1])
+            drawn.ax.minorticks_off()
+            drawn.ax.yaxis.set_major_formatter("{x:g}")
         figure.canvas.draw()  # fonts are looked up now, which needs the context
     return figure
+
+
+def readable(tokens: int) -> tuple[int, int]:
+    """The layers and heads of which a picture of so many tokens stays readable."""
+    side = max(min(tokens, TOKENS), 8) * INCHES
+    return int(HEIGHT // (side + 0.45)), int(WIDTH // (side + 0.25))
 
 
 def save(figure: Figure, out: Path) -> None:
     """Write the figure. Raises MoeLmError when that fails."""
     try:
-        figure.savefig(out)
+        figure.savefig(out, bbox_inches="tight", pad_inches=0.1)
     except OSError as error:
         raise MoeLmError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
 
@@ -102,6 +118,16 @@ def fold(weights_SS: Tensor, before: int) -> Any:
         shown = torch.cat((rows[:, :before].sum(-1, keepdim=True), shown), dim=1)
         later = torch.cat((torch.zeros_like(later[:, :1]), later), dim=1)
     return np.ma.masked_array(shown.numpy(), later.numpy())
+
+
+def apart(weights: Any) -> tuple[Any, Any]:
+    """The first column of masked weights, where attention rests that looks for nothing, and the other columns."""
+    import numpy as np
+
+    first, others = weights.copy(), weights.copy()
+    first[:, 1:] = np.ma.masked
+    others[:, :1] = np.ma.masked
+    return first, others
 
 
 def label(id_: int, text: str, fonts: Sequence[str]) -> str:
@@ -142,13 +168,13 @@ def _has_glyphs(text: str, fonts: Sequence[str]) -> bool:
     return all(any(face.get_char_index(ord(sign)) for face in faces) for sign in text)
 
 
-def _draw_experts(axes: Axes, recording: Recording, layer: int, before: int, experts: int, norm: Any) -> None:
+def _draw_experts(axes: Axes, recording: Recording, layer: int, before: int, experts: int) -> None:
     if layer not in recording.routings:
         axes.axis("off")
         axes.text(0.5, 0.5, "a dense layer", ha="center", va="center", color="grey", transform=axes.transAxes)
         return
     share_SE = shares(recording.routings[layer], experts)[before:]
-    axes.imshow(share_SE.numpy(), cmap="Oranges", norm=norm, aspect="auto", interpolation="nearest")
+    axes.imshow(share_SE.numpy(), cmap="Oranges", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_title("experts", loc="left", pad=3)
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if experts / step <= 16 or step == 128)
     axes.set_xticks(range(0, experts, step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_lm.common import hub
 from moe_lm.common.files import check_regular, whole_folder
 from moe_lm.kernels.device import DTYPES
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def import_folder(
             description(folder, family),
         )
         case = Case(
-            what=f"import {source.name}",
+            what=f"import {hub.shown(source)}",
             config=config,
             family=family,
             pairs=[*pairs, *carried],

@@ -15,7 +15,7 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.tools.explain import explain as verb
 from moe_lm.tools.explain import picture
-from moe_lm.tools.explain.picture import draw, fold, label
+from moe_lm.tools.explain.picture import apart, draw, fold, label
 from moe_lm.tools.explain.recording import Recording, record, shares
 from tests.conftest import MoeLm
 from tests.tiny import LATENT, packed, tiny
@@ -58,6 +58,33 @@ def test_tokens_that_are_not_drawn_are_added_up() -> None:
     assert folded.sum(-1).tolist() == pytest.approx([1.0] * 4)
     assert folded[3, 0] == pytest.approx(float(weights[5, :2].sum()))
     assert folded.mask.sum() == 6  # what comes later
+
+
+def test_attention_to_the_first_token_has_colours_of_its_own() -> None:
+    first, others = apart(fold(torch.rand(5, 5).tril(), 0))
+    assert first.mask.tolist() == [[False, *[True] * 4]] * 5
+    assert [row.count() for row in others] == [0, 1, 2, 3, 4]
+
+
+def test_each_map_has_a_bar_of_its_colours() -> None:
+    for config, bars in ((GROUPED, ["Blues", "Oranges"]), (DENSE, ["Blues"])):
+        figure = draw(record(built(config), [1, 2, 3]), str, [0], [0], config.n_routed_experts, "")
+        drawn = figure.axes[-len(bars) :]
+        assert [axes.get_ylabel().split(" ")[0] for axes in drawn] == ["attention", "share"][: len(bars)]
+        assert [axes.collections[-1].cmap.name for axes in drawn] == bars
+
+
+def test_a_picture_of_many_tokens_has_fewer_panels() -> None:
+    assert picture.readable(4) == (13, 7)
+    assert picture.readable(31) == (4, 2)
+    assert picture.readable(500) == picture.readable(32)
+
+
+def test_the_legend_names_shared_experts() -> None:
+    recording = record(built(GROUPED), [1, 2])
+    assert verb.legend(recording, 1).endswith("by weight; the shared expert takes every token")
+    assert verb.legend(recording, 2).endswith("2 shared experts take every token")
+    assert "orange" not in verb.legend(record(built(DENSE), [1, 2]), 1)
 
 
 @pytest.mark.parametrize(

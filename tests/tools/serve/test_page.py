@@ -131,6 +131,35 @@ def test_a_message_gets_an_answer_with_its_speed_and_its_experts(
     assert here.said("user") == here.said("assistant") == []
 
 
+def test_an_answer_is_copied_and_written_again_and_outlives_a_reload(
+    served: Served, session: Session, page: Open
+) -> None:
+    here = page(served)
+    here.set("temperature", 0)
+    here.set("max-tokens", 5)
+    here.set("system", "Be brief.")
+    scale = here.find("most").text
+    here.send("why?")
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+    expected = text_of(session.chat(talk, Settings(5, GREEDY)))
+    assert here.said("assistant") == [expected]
+
+    here.browser.find_element(By.CSS_SELECTOR, ".again").click()
+    here.ended()
+    assert (here.said("user"), here.said("assistant")) == (["why?"], [expected])
+    here.browser.find_element(By.CSS_SELECTOR, ".copy").click()
+    here.wait(lambda: here.find("status").get_property("textContent") == "Copied")
+    assert here.find("most").text == scale == "100%"  # the same for every answer
+
+    here.browser.refresh()
+    here.wait(lambda: here.said("assistant") == [expected])
+    assert here.said("user") == ["why?"]
+    here.find("fresh").click()
+    here.browser.refresh()
+    here.wait(lambda: here.find("model").text != "")
+    assert here.said("user") == []
+
+
 def test_stop_ends_the_answer_and_frees_its_row(serve: Serve, session: Session, page: Open) -> None:
     """The model holds still after 20 steps, so that the answer is surely still being written."""
     served = serve(slots=1)
