@@ -60,12 +60,12 @@ def shown(folder: Path) -> str:
 
 def is_reachable() -> bool:
     """Whether the hub answers within seconds, which its client would take minutes to deny."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_session
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
     except Exception:  # of the client that huggingface_hub uses: no route, no name, no answer
         return False
     return True

@@ -165,9 +165,9 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def _stay_offline() -> None:
     """Have data sets come from the cache alone: their retries without a network take more than a minute."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_OFFLINE = True
 

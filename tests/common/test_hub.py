@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from moe_lm.common import hub
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -105,15 +105,15 @@ def test_a_folder_of_the_cache_is_shown_by_its_name_on_the_hub() -> None:
 def test_without_a_network_the_hub_is_given_up_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as nobody:  # bound, and it does not listen
         nobody.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         assert not hub.is_reachable()
     asked: list[Any] = []
     answers = SimpleNamespace(head=lambda address, timeout: asked.append(timeout))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: answers)
     assert hub.is_reachable()
     assert asked == [hub.SECONDS]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not hub.is_reachable()
 
 

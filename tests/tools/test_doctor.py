@@ -65,7 +65,7 @@ def test_what_is_optional_is_listed_with_its_use(monkeypatch: pytest.MonkeyPatch
     assert set(found) >= {"matplotlib", "tensorboard", "wandb", "trackio", "peft", "lm_eval", "pdsh", "Slurm"}
     assert found["wandb"].remedy == 'pip install -e ".[track]" (for log.trackers: [wandb])'
     assert (found["pdsh"].status, found["Slurm"].status) == ("optional", "optional")
-    assert found["can train"].found.startswith("0.9 to 10 million parameters in minutes")
+    assert found["can train"].found.startswith("1.1 to 10 million parameters in minutes")
 
 
 def test_a_terminal_breaks_between_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
