@@ -28,6 +28,7 @@ class Plan:
     model: ModelConfig
     fresh: bool = True  # from fresh weights, not from those of another run
     epochs: Mapping[str, float] = field(default_factory=dict)  # over the whole run, by source; empty: unknown
+    finetuning: bool = False
 
 
 class Window(NamedTuple):

@@ -80,7 +80,15 @@ class Probes:
     def _tasks(self, model: Asked, step: int) -> Iterator[Event]:
         if self.tasks is None:
             return
-        results = self.tasks.run(model, self.config.log.eval_tasks_limit)
+        try:
+            results = self.tasks.run(model, self.config.log.eval_tasks_limit)
+        except Exception as error:  # lm-eval's tasks have errors of their own; the ranks ask alike, and so all go on
+            if error is model.error:
+                raise
+            reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+            text = f"warning: the tasks could not be answered after step {step}: {reason}; training goes on"
+            yield Event("failed_tasks", text, {"reason": reason})
+            return
         said = ", ".join(f"{result.name} {result}" for result in results)
         figures = {result.name: result.figures() for result in results}
         yield Event("tasks", f"tasks after step {step}: {said}", {"tasks": figures})
@@ -107,6 +115,7 @@ class Asked:
         self.tokenizer, self.max_length = tokenizer, config.row_length
         self._engine, self._heed, self._compiled = engine, heed, config.train.compile
         self._rows = config.train.rows_at_once(engine.topology.row_groups)
+        self.error: Exception | None = None  # the engine's own, or that a signal came
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         examples = [example(request, self.max_length) for request in requests]
@@ -144,6 +153,13 @@ class Asked:
 
     def _sum(self, batches: Sequence[Batch], objective: _Probe) -> Tensor:
         """The values of an objective over all batches, which the ranks share, on every rank."""
+        try:
+            return self._sum_of_ranks(batches, objective)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _sum_of_ranks(self, batches: Sequence[Batch], objective: _Probe) -> Tensor:
         at_once = self._engine.topology.row_groups
         total = torch.zeros(objective.shape, device=self._engine.device)
         with _instead(self._engine, objective):

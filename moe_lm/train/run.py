@@ -18,7 +18,7 @@ from moe_lm.checkpoint.write import Content
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
-from moe_lm.config.run import RunConfig
+from moe_lm.config.run import FinetuneConfig, RunConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, MixedBatches
 from moe_lm.data.pairs import PairRows
@@ -209,7 +209,8 @@ def train_and_log(
     if changes:
         counters = with_new_settings(counters)
     is_new = is_main and folder.write_config(recipe.kept_config())
-    alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs))
+    finetuning = isinstance(config, FinetuneConfig)
+    alarms = Alarms(Plan(config.train, recipe.model, recipe.start is None, recipe.epochs, finetuning))
     settings = dict(flat_settings({**config.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}))
     with RunLog(
         config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms, settings

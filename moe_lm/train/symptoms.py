@@ -62,7 +62,7 @@ def short_of_the_peak(past: Past) -> Iterator[Figures]:
 
 def repeated_data(past: Past) -> Iterator[Figures]:
     """The run reads a source more than EPOCHS times, fine-tuning more than EPOCHS_IN_FINETUNING times."""
-    most = EPOCHS if past.plan.fresh else EPOCHS_IN_FINETUNING
+    most = EPOCHS_IN_FINETUNING if past.plan.finetuning else EPOCHS
     for source, epochs in past.plan.epochs.items():
         if epochs > most:
             yield {"source": source, "epochs": epochs, "most": most}

@@ -71,10 +71,10 @@ def test_settings_are_judged_before_the_first_step(tmp_path: Path, tiny_pretrain
 # The table, on records
 
 
-def plan(fresh: bool = True, epochs: dict[str, float] | None = None, **train: Any) -> Plan:
+def plan(fresh: bool = True, epochs: dict[str, float] | None = None, finetuning: bool = False, **train: Any) -> Plan:
     """A run of 2000 steps; layer 0 is dense, layers 1 and 2 have 8 experts, of which a token uses 3."""
     settings: dict[str, Any] = {"steps": 2000, "global_batch_size": 4, "schedule": {"warmup_steps": 10}} | train
-    return Plan(TrainConfig(**settings), tiny(), fresh, epochs or {})
+    return Plan(TrainConfig(**settings), tiny(), fresh, epochs or {}, finetuning)
 
 
 def healthy(step: int) -> Record:
@@ -194,7 +194,8 @@ def test_what_is_said_of_records(name: str) -> None:
         ({"schedule": {"warmup_steps": 170, "name": "multistep"}, "steps": 200}, ["warm-up too long"]),
         ({"schedule": {"warmup_steps": 0}, "steps": 1}, []),
         ({"epochs": {"books": 3.9, "code": 12.5}}, ["repeated data"]),
-        ({"epochs": {"chats": 4.5}, "fresh": False}, []),
+        ({"epochs": {"chats": 4.5}, "fresh": False, "finetuning": True}, []),
+        ({"epochs": {"books": 4.5}, "fresh": False}, ["repeated data"]),
     ],
 )
 def test_what_is_said_of_settings(run: dict[str, Any], expected: list[str]) -> None:

@@ -145,6 +145,37 @@ def test_a_signal_between_samples_ends_the_run_which_makes_them_when_it_goes_on(
     assert [line["step"] for line in metrics(config.run_dir) if "val_loss" in line] == [2, 4]
 
 
+class FailingTasks:
+    """Tasks that have an error of their own, or let one of the model pass."""
+
+    def __init__(self, asks: bool) -> None:
+        self.asks = asks
+
+    def run(self, model: Asked, limit: float | None) -> list[Any]:
+        if self.asks:
+            model.score([Request([5, 6], [7])])
+        raise KeyError("label")
+
+
+def test_an_error_of_the_tasks_is_an_event_and_training_goes_on(
+    engine: Engine, tiny_pretrain: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny_pretrain, Path("nowhere"), "log.sample_prompts=[a]", "log.sample_tokens=1")
+    found = Probes(config, tiny_tokenizer, FailingTasks(asks=False)).ask(engine, 7, lambda: False)  # type: ignore[arg-type]
+    assert found is not None
+    assert [event.kind for event in found] == ["failed_tasks", "sample"]
+    assert found[0].text == "warning: the tasks could not be answered after step 7: 'label'; training goes on"
+    asking = Probes(config, tiny_tokenizer, FailingTasks(asks=True))  # type: ignore[arg-type]
+    assert asking.ask(engine, 7, lambda: True) is None, "a signal is no error of the tasks"
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine, "forward_shares", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        asking.ask(engine, 7, lambda: False)
+
+
 def test_without_held_out_text_there_is_no_evaluation_to_sample_at(
     tmp_path: Path, tiny_pretrain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

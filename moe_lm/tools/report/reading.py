@@ -213,7 +213,9 @@ class Reader:
             run.unjudged = "the config or the shape of the model is not in the run folder, or of another version"
             return
         fresh = start.get("fresh", not run.settings.get("start_from"))
-        self._alarms = Alarms(Plan(run.config.train, run.model, bool(fresh), start.get("epochs") or {}))
+        finetuning = isinstance(run.config, FinetuneConfig)
+        plan = Plan(run.config.train, run.model, bool(fresh), start.get("epochs") or {}, finetuning)
+        self._alarms = Alarms(plan)
         for alarm in self._alarms.at_start():
             self._found(alarm.symptom.name, alarm.symptom.cure, alarm.step, alarm.said)
 
