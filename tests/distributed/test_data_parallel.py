@@ -42,7 +42,8 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
         for name in ("tokens", "targets", "lr", "skipped"):
             assert line.get(name) == other.get(name)
         for layer, other_layer in zip(line.get("experts", ()), other.get("experts", ()), strict=True):
-            assert layer.pop("dead_experts", None) == other_layer.pop("dead_experts", None)
+            for name in ("dead_experts", "load"):
+                assert layer.pop(name, None) == other_layer.pop(name, None)
             assert layer == pytest.approx(other_layer, rel=1e-6)
 
 
