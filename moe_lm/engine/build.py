@@ -26,7 +26,7 @@ from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import Objective, TrainingLoss
-from moe_lm.parallel import expert_parallel, sequence_parallel
+from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divided_experts
 from moe_lm.parallel.meeting import Meeting
@@ -100,7 +100,7 @@ def build_model(
         chosen = named._replace(attention=STAND_INS.get(named.attention, named.attention))
     exchange = Exchange(device) if topology.world_size > 1 else None
     check_heads(config, parallel)
-    sequence_parallel.check_groups(parallel.sequence_parallel_size, topology)
+    topology.check_groups("parallel.sequence_parallel_size", parallel.sequence_parallel_size)
     topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     if parallel.engine == "torch":
         with nullcontext() if simulated is None else torch.device("meta"):
@@ -109,7 +109,7 @@ def build_model(
         kernels.apply(model, chosen)
         return RankModel(model, topology, device, exchange, adapters, sequence=_sequence_group(topology, exchange))
     check_experts(config, parallel)
-    expert_parallel.check_groups(parallel.expert_parallel_size, topology)
+    topology.check_groups("parallel.expert_parallel_size", parallel.expert_parallel_size)
     join(Meeting(topology), device, parallel.timeout_seconds)
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -191,7 +191,7 @@ def check_batch_size(train: TrainConfig, topology: Topology) -> None:
         groups = "processes" if topology.sequence_parallel_size == 1 else "sequence-parallel groups"
         raise UsageError(
             f"train.global_batch_size={train.global_batch_size} is not divisible by the {topology.row_groups} {groups} "
-            "of this run; choose a multiple",
+            f"of this run; choose a multiple of {topology.row_groups}",
             common=True,
         )
 

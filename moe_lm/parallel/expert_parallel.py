@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_lm.common.errors import UsageError
 from moe_lm.model.layers import MLP, compute_dtype
 from moe_lm.model.moe import (
     NOT_CHOSEN,
@@ -29,19 +28,8 @@ from moe_lm.model.moe import (
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.journey import Journey
-from moe_lm.parallel.topology import Topology
 
 DATA, EXPERT = "data", "expert"  # the mesh's dimensions
-
-
-def check_groups(size: int, topology: Topology) -> None:
-    """Raise UsageError when the processes cannot be divided into groups of `size`."""
-    if topology.world_size % size:
-        raise UsageError(
-            f"parallel.expert_parallel_size={size} does not divide the {topology.world_size} processes of this run; "
-            "choose a divisor, or start a multiple",
-            common=True,
-        )
 
 
 def apply(model: LanguageModel, mesh: DeviceMesh, exchange: Exchange | None) -> int:

@@ -19,20 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm.common.errors import UsageError
 from moe_lm.model.attention import AttentionLayer, PackedAttention
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.topology import Topology
-
-
-def check_groups(size: int, topology: Topology) -> None:
-    """Raise UsageError when the processes cannot be divided into groups of `size`."""
-    if topology.world_size % size:
-        raise UsageError(
-            f"parallel.sequence_parallel_size={size} does not divide the {topology.world_size} processes of this run; "
-            "choose a divisor, or start a multiple",
-            common=True,
-        )
 
 
 class SequenceGroup:

@@ -38,6 +38,19 @@ class Topology:
     def row_group(self) -> int:
         return self.rank // self.sequence_parallel_size
 
+    def check_groups(self, setting: str, size: int) -> None:
+        """Raise UsageError when the ranks cannot be divided into groups of the `size` that a setting asks for."""
+        if self.world_size % size:
+            fault = (
+                f"does not divide the {self.world_size} processes of this run; choose a divisor, or start a multiple"
+            )
+            if self.world_size == 1:
+                fault = (
+                    f"needs a multiple of {size} processes, and this run has 1; start it with --gpus {size}, "
+                    f"--processes {size} on a CPU, or a launcher (docs/parallelism.md)"
+                )
+            raise UsageError(f"{setting}={size} {fault}", common=True)
+
     def rows_of(self, global_batch_size: int) -> range:
         """The rows of the global batch that this rank computes, with the others of its group."""
         share = global_batch_size // self.row_groups

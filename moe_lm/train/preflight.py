@@ -23,7 +23,6 @@ from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import RunConfig
 from moe_lm.engine.build import check_batch_size
 from moe_lm.kernels.device import pick_device
-from moe_lm.parallel import expert_parallel, sequence_parallel
 from moe_lm.parallel.topology import Topology
 from moe_lm.train.cost import FLOAT32, Cost, all_settings, cost, describe, processes
 
@@ -127,8 +126,8 @@ def check_layout(config: RunConfig, topology: Topology) -> None:
     """Raise UsageError when the processes cannot share the experts, rows, or the global batch."""
     parallel = config.parallel
     if parallel.engine == "deepspeed":
-        expert_parallel.check_groups(parallel.expert_parallel_size, topology)
-    sequence_parallel.check_groups(parallel.sequence_parallel_size, topology)
+        topology.check_groups("parallel.expert_parallel_size", parallel.expert_parallel_size)
+    topology.check_groups("parallel.sequence_parallel_size", parallel.sequence_parallel_size)
     topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     check_batch_size(config.train, topology)
     config.train.rows_at_once(topology.row_groups)

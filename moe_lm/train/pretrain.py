@@ -78,7 +78,10 @@ def describe(
     find(config)
     tokenizer = load_tokenizer(config) if find_tokenizer(config).is_dir() else None
     names = [source.name for source in config.data.sources]
-    if tokenizer is None or not all((config.data.shards / name / MANIFEST).is_file() for name in names):
+    are_prepared = all((config.data.shards / name / MANIFEST).is_file() for name in names)
+    if are_prepared and tokenizer is None:
+        data = [f"data            {config.data.shards} is there, but no tokenizer is in {config.data.tokenizer}"]
+    elif tokenizer is None or not are_prepared:
         data = ["data            not prepared yet; moe-lm prepare makes shards with the same config"]
     else:
         shards, held_out = (open_shards(config, split, tokenizer, verify=False) for split in SPLITS)

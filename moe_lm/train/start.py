@@ -49,6 +49,8 @@ def completed(values: Values) -> Values:
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
     check_shape(given, shape, start_from)
+    if "max_position_embeddings" not in given:
+        check_lengths(values.get("data"), shape)
     values = {**values, "model": shape.model_dump(mode="json") | _with_trained_length(given, shape)}
     if isinstance(data := values.get("data"), dict) and _is_left_out(data.get("tokenizer")):
         home = start.origin if is_at(start.origin, start.fingerprint) else start.folder  # which does not stay as long
@@ -106,6 +108,30 @@ def check_shape(given: Mapping[str, Any], shape: ModelConfig, start_from: object
             )
 
 
+def check_lengths(data: object, shape: ModelConfig) -> None:
+    """Raise UsageError for rows that are longer than the start's model knows, with what stretches its positions."""
+    if not isinstance(data, dict):
+        return  # the check of the config says what is wrong
+    rows = [("data.sequence_length={}", data.get("sequence_length"))]
+    phases = data.get("phases")
+    for number, phase in enumerate(phases if isinstance(phases, list | tuple) else (), 1):
+        if isinstance(phase, dict):
+            rows.append((f"sequence_length={{}} of phase {number} of data.phases", phase.get("sequence_length")))
+    most = shape.max_position_embeddings
+    known = [(said, length) for said, length in rows if isinstance(length, int)]
+    said, length = max(known, key=lambda row: row[1], default=("", 0))
+    if length <= most:
+        return
+    advice = f"choose at most {most}"
+    if shape.position_embedding == "rope":
+        factor = length / trained_length(shape)
+        advice += (
+            f', or stretch the positions: model.max_position_embeddings={length} "model.rope_parameters='
+            f'{{rope_type: yarn, factor: {factor:.4g}}}" (docs/continuing.md)'
+        )
+    raise UsageError(f"{said.format(length)} is longer than the {most} positions of the start's model; {advice}")
+
+
 def notes_on(start: Start, config: PretrainConfig) -> list[str]:
     """What the log says of a start, after a warning if `moe-lm export` would refuse the trained model."""
     moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
@@ -146,13 +172,17 @@ def _is_left_out(tokenizer: object) -> bool:
 
 def _with_trained_length(given: Values, shape: ModelConfig) -> Values:
     """With the length that the start was trained for, where `rope_scaling` leaves it out."""
-    scaling, before = given.get("rope_scaling"), shape.rope_scaling
+    scaling = given.get("rope_scaling")
     if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("yarn", "llama3"):
         return given
-    trained = shape.max_position_embeddings
-    if before is not None and before.original_max_position_embeddings is not None:
-        trained = before.original_max_position_embeddings
-    return given | {"rope_scaling": {"original_max_position_embeddings": trained, **scaling}}
+    return given | {"rope_scaling": {"original_max_position_embeddings": trained_length(shape), **scaling}}
+
+
+def trained_length(shape: ModelConfig) -> int:
+    """The positions of a model before they were stretched."""
+    scaling = shape.rope_scaling
+    stretched_from = None if scaling is None else scaling.original_max_position_embeddings
+    return stretched_from or shape.max_position_embeddings
 
 
 def _has_no_biases(start: Start, shape: ModelConfig) -> bool:
@@ -165,8 +195,15 @@ def _has_no_biases(start: Start, shape: ModelConfig) -> bool:
 
 def _check_tokenizer(config: PretrainConfig, start: Start) -> None:
     path = config.data.tokenizer
-    if path.parent in (start.folder, start.origin) or not (path.is_dir() or hub.is_name(path)):
-        return  # it is the start's; or not there, which a dry run may do with and a run says
+    if path.parent in (start.folder, start.origin):
+        return
+    if not (path.is_dir() or hub.is_name(path)):
+        if start.is_new and not path.exists():
+            raise UsageError(
+                f"data.tokenizer={path}: there is no such folder; leave it out: the tokenizer is that of "
+                f"start_from={config.start_from}"
+            )
+        return  # a run that goes on has a copy
     given = Tokenizer.load(path)
     own = Tokenizer.load(checkpoint.verified_path(start.folder, TOKENIZER))
     if given.fingerprint != own.fingerprint:

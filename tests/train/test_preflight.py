@@ -71,7 +71,11 @@ def test_a_folder_with_logs_or_an_earlier_run_is_free(tmp_path: Path, name: str)
     ("processes", "settings", "said"),
     [
         (6, SHARDED, "parallel.expert_parallel_size=4 does not divide the 6 processes of this run"),
-        (16, SHARDED, "train.global_batch_size=8 is not divisible by the 16 processes"),
+        (
+            16,
+            SHARDED,
+            "train.global_batch_size=8 is not divisible by the 16 processes of this run; choose a multiple of 16",
+        ),
         (2, ("train.micro_batch_size=8",), None),
         (4, ("train.global_batch_size=24", "train.micro_batch_size=4"), "train.micro_batch_size=4 does not divide"),
         (8, SHARDED, None),

@@ -332,6 +332,8 @@ def test_dry_run_shows_everything_and_needs_nothing(tiny_pretrain: Path, tmp_pat
     figures, _, text = done.out.partition("\n\n")
     assert moe_lm(*command).out == figures + "\n"  # without settings, what one looks for is not below 100 lines of them
     assert "not prepared yet" in figures
+    with_shards = moe_lm(*command[:-2], command[-1])
+    assert f"is there, but no tokenizer is in {tmp_path / 'no-tokenizer'}" in with_shards.out
     config = load_config(PretrainConfig, tiny_pretrain, [f"run_dir={tmp_path / 'run'}", *missing])
     assert PretrainConfig.model_validate(yaml.safe_load(text)) == config
     counted = count_parameters(config.model)

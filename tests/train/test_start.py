@@ -140,6 +140,10 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
         (["model.vocab_size=2048"], "model.vocab_size=2048 is not that of start_from={start}, 1024"),
         (["model={{n_routed_experts: 4}}"], "only rope_theta, rope_scaling, max_position_embeddings may differ"),
         (["data.tokenizer={tmp}/other"], "is another tokenizer than that of start_from={start} ("),
+        (
+            ["data.tokenizer={tmp}/none"],
+            "data.tokenizer={tmp}/none: there is no such folder; leave it out: the tokenizer is",
+        ),
         (["data.shards={tmp}/other-shards"], "was made with tokenizer "),
         (["start_from={tmp}/nothing"], "there is no folder {tmp}/nothing; give a run folder"),
         (["run_dir={start}"], "start_from={start} is run_dir itself, where a run goes on without it"),
@@ -150,6 +154,16 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
         (
             ["model.max_position_embeddings=32"],
             "data.sequence_length=64 is longer than model.max_position_embeddings=32",
+        ),
+        (
+            ["data.sequence_length=8192"],
+            "data.sequence_length=8192 is longer than the 4096 positions of the start's model; choose at most 4096, or "
+            'stretch the positions: model.max_position_embeddings=8192 "model.rope_parameters={{rope_type: yarn, '
+            'factor: 2}}" (docs/continuing.md)',
+        ),
+        (
+            ["data.phases=[{{share: 0.5}},{{share: 0.5,sequence_length: 16384}}]"],
+            "sequence_length=16384 of phase 2 of data.phases is longer than the 4096 positions of the start's model",
         ),
         (["model.rope_parameters={{factor: 2}}"], "rope_parameters has factor and no rope_type; set it"),
         (["model.rope_scaling={{rope_type: yarn}}"], "model.rope_scaling.factor is missing; set it"),

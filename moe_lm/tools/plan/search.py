@@ -234,7 +234,7 @@ def check_batch(config: RunConfig, devices: int) -> None:
         named = "devices" if groups == devices else "groups of devices that share rows"
         raise UsageError(
             f"train.global_batch_size={config.train.global_batch_size} is not divisible by the {groups} {named}; "
-            "choose a multiple, or another --gpus"
+            f"choose a multiple of {groups}, or another --gpus"
         )
 
 

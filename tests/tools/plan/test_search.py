@@ -172,5 +172,7 @@ def test_what_does_not_divide_is_left_out_or_refused(config: PretrainConfig, tra
     assert expert_parallel_sizes(tiny(n_routed_experts=63, num_experts_per_tok=7), 8, 8) == [1]
     assert expert_parallel_sizes(tiny(n_routed_experts=64), 512, 8) == [1, 8, 16, 64]
     assert expert_parallel_sizes(tiny(n_routed_experts=0), 8, 8) == [1]
-    with pytest.raises(UsageError, match="is not divisible by the 5 devices; choose a multiple, or another --gpus"):
+    with pytest.raises(
+        UsageError, match="is not divisible by the 5 devices; choose a multiple of 5, or another --gpus"
+    ):
         search(config, config.model, 5, find_device("h100"), trace)
