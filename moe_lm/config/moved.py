@@ -21,7 +21,7 @@ def moved_along(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     exists, for all else only if the path leads nowhere. Whoever reads it still checks that the content is the same.
     """
     run_dir = values.get("run_dir")
-    if not isinstance(run_dir, str) or not (folder / "checkpoints").is_dir() or is_same(Path(run_dir), folder):
+    if not isinstance(run_dir, str) or not is_run(folder) or is_same(Path(run_dir), folder):
         return values
     values["run_dir"] = str(folder)
     for holder, key in paths_in(values):
@@ -33,6 +33,11 @@ def moved_along(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if os.path.exists(there) and (is_near or not os.path.exists(holder[key])):
             holder[key] = there
     return values
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has a checkpoint of a run; `config.yaml` and `checkpoints` are names in many a project."""
+    return any(folder.glob("checkpoints/step-*/config.yaml"))
 
 
 def way_from(run_dir: str, path: str) -> str | None:

@@ -93,7 +93,7 @@ class RunFolder:
 
 def name_of(run_dir: Path) -> str:
     """The end of a run folder's path: `mine`, or `deepseek/lora`, since the last part alone often says little."""
-    return "/".join(run_dir.absolute().parts[-2:]).removeprefix("runs/")
+    return "/".join(Path(os.path.abspath(run_dir)).parts[-2:]).removeprefix("runs/")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

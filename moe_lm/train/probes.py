@@ -91,6 +91,8 @@ class Probes:
             return
         said = ", ".join(f"{result.name} {result}" for result in results)
         figures = {result.name: result.figures() for result in results}
+        if model.shortened:
+            said += f" (of {model.shortened} answers longer than a row, its last {model.max_length} tokens)"
         yield Event("tasks", f"tasks after step {step}: {said}", {"tasks": figures})
 
     def _samples(self, model: Asked, step: int) -> Iterator[Event]:
@@ -116,9 +118,12 @@ class Asked:
         self._engine, self._heed, self._compiled = engine, heed, config.train.compile
         self._rows = config.train.rows_at_once(engine.topology.row_groups)
         self.error: Exception | None = None  # the engine's own, or that a signal came
+        self.shortened = 0  # continuations that are longer than a row
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
-        examples = [example(request, self.max_length) for request in requests]
+        """Of a continuation that is longer than a row, only its end is scored."""
+        self.shortened += sum(len(request.continuation) > self.max_length for request in requests)
+        examples = [example(_end(request, self.max_length), self.max_length) for request in requests]
         objective = _ScoreExamples(len(examples))
         batches = _packed(examples, self._rows, self.max_length, self.tokenizer.pad_id)
         misses, nll = self._sum(batches, objective).tolist()
@@ -234,6 +239,13 @@ def _packed(examples: Sequence[Example], rows: int, length: int, pad_id: int) ->
         numbers = np.array([*(item for row in some for item in row), len(examples)])
         batches.append(replace(batch, answers=torch.from_numpy(numbers[places])))
     return batches
+
+
+def _end(request: Request, length: int) -> Request:
+    """The request for the last `length` tokens of its continuation."""
+    whole = [*request.context, *request.continuation]
+    size = min(length, len(request.continuation))
+    return Request(whole[: len(whole) - size], whole[len(whole) - size :])
 
 
 def _to_last(ids: Sequence[int], number: int, length: int) -> Example:

@@ -83,6 +83,9 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
     Raises UsageError if the run folder was made with another config, tokenizer or data, MoeLmError if another process
     trains in it, or `log.eval_tasks` cannot be had.
     """
+    if recipe.timetable is not None:
+        train = recipe.config.train.model_copy(update={"schedule": recipe.timetable.config.schedule})
+        recipe = replace(recipe, config=recipe.config.model_copy(update={"train": train}))
     probes = Probes.of(recipe.config, recipe.tokenizer)
     with meeting.lost_ranks_named():
         topology = join_ranks(recipe, meeting)

@@ -29,9 +29,10 @@ class Timetable:
         after: Callable[[float], float] = lambda seconds_per_step: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config  # with the steps that fit, as far as is known
         self._ends, self._after, self._clock = ends, after, clock
         self._most, self._schedule = most_steps or config.steps, config.schedule
+        schedule = config.schedule.model_copy(update={"warmup_steps": self._warmup(config.steps)})
+        self.config = config.model_copy(update={"schedule": schedule})  # with the steps that fit, as far as is known
         self._arrivals: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # step and moment
 
     def fit(self, done: int) -> TrainConfig:
@@ -49,10 +50,13 @@ class Timetable:
         before, schedule = self.config, self._schedule
         if steps == before.steps:
             return before
-        changes: dict[str, float] = {"warmup_steps": min(schedule.warmup_steps, steps // 4)}
+        changes: dict[str, float] = {"warmup_steps": self._warmup(steps)}
         if schedule.name == "wsd" and steps > done:
             left = (before.steps - done) / (before.schedule.decay_fraction * before.steps)  # of the decay
             decay = min(schedule.decay_fraction * steps, steps - done) if left >= 1 else (steps - done) / left
             changes |= {"decay_fraction": min(1.0, decay / steps)}
         schedule = before.schedule.model_copy(update=changes)
         return before.model_copy(update={"steps": steps, "schedule": schedule})
+
+    def _warmup(self, steps: int) -> int:
+        return min(self._schedule.warmup_steps, steps // 4)

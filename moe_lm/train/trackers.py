@@ -136,7 +136,9 @@ KINDS = {
         lambda run: run.id,
         lambda run, at: run.define_metric("*", step_metric="step"),
     ),
-    "trackio": Kind(lambda at: {"name": at.known or at.name, "resume": "allow" if at.start_step else "never"}),
+    "trackio": Kind(  # gives a run another name if that is taken
+        lambda at: {"name": at.known or at.name, "resume": "allow" if at.start_step else "never"}, lambda run: run.name
+    ),
     "comet_ml": Kind(
         lambda at: {"experiment_key": at.own_id(32), "mode": "get_or_create"},
         lambda run: run.get_key(),

@@ -79,6 +79,14 @@ def test_a_copy_goes_on_by_itself_and_an_unmoved_run_from_any_folder(
     assert metrics(Path("here/runs/it/pretrain"))[-1]["step"] == 4
 
 
+def test_the_folder_of_a_project_is_no_run(tiny_pretrain: Path, tmp_path: Path) -> None:
+    """Where someone keeps a `config.yaml` beside a folder `checkpoints` of something else."""
+    values = yaml.safe_load(tiny_pretrain.read_text()) | {"run_dir": "runs/pp"}
+    (tmp_path / "checkpoints" / "step-100").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(PretrainConfig, tmp_path / "config.yaml").run_dir == Path("runs/pp")
+
+
 def test_other_data_at_the_new_place_is_refused(here: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path may change, and the content may not."""
     there = moved(here, monkeypatch)

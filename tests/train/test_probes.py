@@ -74,6 +74,15 @@ def test_scores_in_training_are_those_of_a_loaded_run(
     assert isinstance(engine.loss.objective, NextToken)
 
 
+def test_of_an_answer_that_is_longer_than_a_row_the_end_is_scored(asked: Asked) -> None:
+    """An evaluation during training ends no run."""
+    ids = torch.randint(3, 1024, (asked.max_length + 8,), generator=torch.Generator().manual_seed(1)).tolist()
+    end = len(ids) - asked.max_length
+    [long, same] = asked.score([Request(ids[:3], ids[3:]), Request(ids[:end], ids[end:])])
+    assert long == same
+    assert asked.shortened == 1
+
+
 @pytest.mark.parametrize("sampling", [SAMPLING, SAMPLING.model_copy(update={"temperature": 0.0})])
 def test_texts_in_training_are_those_of_cached_decoding(
     asked: Asked, model: LanguageModel, tiny_tokenizer: Tokenizer, sampling: Any

@@ -29,7 +29,7 @@ class Run:
 
     def within(self, ends: float, after: float = 0.0) -> Run:
         timetable = Timetable(ends, self.config, after=lambda seconds: after * seconds, clock=lambda: self.now)
-        step = 0
+        step, self.config = 0, timetable.config
         while step < self.config.steps:
             self.rates.append(schedule_factor(step, self.config.steps, self.config.schedule))
             self.now += next(self._seconds)
@@ -65,8 +65,25 @@ def test_short_of_time_a_run_takes_its_fewest_steps_with_a_warm_up_that_fits() -
 
 
 def test_a_run_takes_at_most_the_steps_of_its_config() -> None:
-    run = Run(itertools.repeat(0.1), most_steps=50).within(1000)
-    assert (len(run.rates), run.config.schedule) == (50, WSD)
+    run = Run(itertools.repeat(0.1), most_steps=100).within(1000)
+    assert (len(run.rates), run.config.schedule) == (100, WSD)
+
+
+def test_a_run_of_few_steps_warms_up_in_a_quarter_of_them_though_there_is_time_for_all() -> None:
+    run = Run(itertools.repeat(0.1), most_steps=LEAST_STEPS).within(1000)
+    assert (len(run.rates), run.config.schedule.warmup_steps) == (LEAST_STEPS, LEAST_STEPS // 4)
+    assert max(run.rates) == 1
+    assert run.rates[-1] < 0.3
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_warm_up_is_cut_from_the_first_step(tiny_pretrain: Path, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path}", "train.steps=8", "train.eval_batches=1", "train.schedule.warmup_steps=20"]
+    config = load_config(PretrainConfig, tiny_pretrain, settings)
+    pretrain.run(config, timetable=Timetable(1e9, config.train))
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert max(rates) == pytest.approx(config.train.optimizer.lr) == rates[2]
+    assert "warm-up" not in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -100,7 +100,9 @@ class FakeTracker(ModuleType):
         self.config = self
 
     def init(self, **arguments: Any) -> FakeTracker:
-        self.id = arguments.get("id")
+        self.id, name = arguments.get("id"), arguments["name"]
+        is_taken = arguments["resume"] == "never" and name in [before["name"] for before in self.of("init")]
+        self.name = f"{name} 2" if is_taken else name  # as trackio does it
         self.calls.append(("init", arguments))
         return self
 
@@ -165,6 +167,16 @@ def test_trackio_goes_on_in_the_run_of_its_name_when_the_folder_has_moved(tmp_pa
         {"project": "house", "name": name, "resume": "never"}, {"project": "house", "name": name, "resume": "allow"},
     ]  # fmt: skip
     assert fake.of("log") == [{"at": 5, "train/loss": record(5)["loss"]}]
+
+
+@pytest.mark.parametrize("fake", ["trackio"], indirect=True)
+def test_trackio_goes_on_in_the_run_that_it_named_otherwise(tmp_path: Path, fake: FakeTracker) -> None:
+    """Since the name was taken: by a run that was killed before its first checkpoint, for instance."""
+    for start_step in (0, 0, 4):
+        with tracked(tmp_path / "one", "trackio", start_step):
+            pass
+    name = f"{tmp_path.name}/one"
+    assert [init["name"] for init in fake.of("init")] == [name, name, f"{name} 2"]
 
 
 @pytest.mark.parametrize("fake", ["trackio"], indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +83,13 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder, or that of a checkpoint. Raises UsageError without a `metrics.jsonl`."""
-    given, folder = folder, folder.parents[1] if folder.name.startswith("step-") else folder
     metrics = folder / "metrics.jsonl"
+    if not metrics.is_file() and checkpoint.STEP_NAME.fullmatch(folder.absolute().name):
+        return read_run(Path(os.path.normpath(folder / ".." / "..")))
     if not metrics.is_file():
-        raise UsageError(f"{given} holds no metrics.jsonl; expected the folder of a run that has begun, like runs/mine")
+        raise UsageError(
+            f"{folder} holds no metrics.jsonl; expected the folder of a run that has begun, like runs/mine"
+        )
     config, values = read_config(folder)
     run = Run(folder, name_of(folder), dict(flat_settings(values)), config)
     try:

@@ -77,6 +77,20 @@ def test_the_page_of_a_run_needs_no_network_and_no_script(pretrained: Path, tmp_
 # What it reads
 
 
+def test_a_checkpoint_means_its_run_and_a_run_may_be_called_like_one(
+    tmp_path: Path, run_with: ReadRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_with(step(1), name="step-study").step == 1
+    folder = tmp_path / "mine" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    run_with(step(1))
+    monkeypatch.chdir(folder)
+    for path in (folder, Path(), Path("../step-00000001")):
+        assert read_run(path).name == f"{tmp_path.name}/mine"
+    monkeypatch.chdir(folder.parent)
+    assert read_run(Path(folder.name)).folder == Path("..")
+
+
 def test_pauses_are_no_training_and_tokens_go_on(run_with: ReadRun) -> None:
     later = {"time": 2e9, "seconds": 9.0}
     run = run_with(step(1), step(2), event("stop", 2), event("start", 2), step(3, **later), step(4, time=2e9 + 12))
