@@ -237,6 +237,9 @@ def _their_model(folder: HFFolder, layers: int) -> Any:
     safely = {"trust_remote_code": False, "local_files_only": True}
     config = transformers.AutoConfig.from_pretrained(folder.path, **safely)
     config.num_hidden_layers = layers
+    # Youtu's class zeroes the padding token's embedding once it has loaded it (transformers 5.23), and with it, where
+    # the output layer is tied, that token's logit.
+    config.pad_token_id = None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     options = safely | {
