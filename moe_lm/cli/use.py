@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CompiledLoadConfig,
         GenerationConfig,
         LoadConfig,
+        NeedleConfig,
         SampleConfig,
         ServeConfig,
         TasksConfig,
@@ -35,7 +36,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=use)(takes(options="GenerationConfig", load="LoadConfig")(ctrl_c_as_exception()(chat)))
     app.command(cls=Verb, rich_help_panel=use)(explain)
     app.command(rich_help_panel=use)(takes(server="ServeConfig", load="CompiledLoadConfig")(serve))
-    app.command("eval", rich_help_panel=use)(takes(tasks="TasksConfig")(evaluate))
+    app.command("eval", rich_help_panel=use)(takes(tasks="TasksConfig", needle="NeedleConfig")(evaluate))
     app.command(cls=Verb, rich_help_panel=use)(report)
     app.command(cls=Verb, rich_help_panel=use)(export)
 
@@ -161,6 +162,7 @@ def serve(run: RunPath, server: ServeConfig, load: CompiledLoadConfig) -> None:
 def evaluate(
     run: RunPath,
     tasks: TasksConfig,
+    needle: NeedleConfig,
     files: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[FILES]...", help="Text files to score; default: the run's held-out text."),
@@ -176,10 +178,11 @@ def evaluate(
     ] = False,
     base: BasePath = None,
 ) -> None:
-    """Measure perplexity and bits per byte on text, or accuracy on tasks (--tasks)."""
+    """Measure perplexity and bits per byte on text, retrieval of a fact (--needle), or accuracy on tasks (--tasks)."""
+    of_text = {"--stride": stride, "--window": window, "--by-position": by_position or None}
     if tasks.tasks:
-        given = {"FILES": " ".join(map(str, files)) if files else None, "--stride": stride, "--window": window}
-        refuse(given | {"--by-position": by_position or None}, "--tasks")
+        given = {"FILES": " ".join(map(str, files)) if files else None, "--needle": needle.needle or None}
+        refuse(given | of_text, "--tasks")
         from moe_lm.evaluate.tasks import evaluate_tasks, table
 
         with counting("answering") as tell:
@@ -187,6 +190,14 @@ def evaluate(
         print(table(results))
         if tasks.output is not None:
             print(f"wrote {tasks.output}")
+        return
+    if needle.needle:
+        refuse(of_text, "--needle")
+        from moe_lm.evaluate.needle import evaluate_needle
+
+        with counting("reading texts") as tell:
+            found = evaluate_needle(run, needle, files or (), base, tell)
+        print(found)
         return
     if by_position:
         refuse({"--stride": stride}, "--by-position, whose windows do not overlap")

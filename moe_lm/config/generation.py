@@ -42,6 +42,12 @@ def check_bias(pairs: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float],
     return pairs
 
 
+def split(value: Any) -> tuple[str, ...]:
+    """The items of an option that may be repeated, each with commas between several."""
+    texts = [value] if isinstance(value, str) else value
+    return tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip())
+
+
 class SamplingConfig(Section):
     """How the next token is chosen: penalties, temperature and filters, in this order, then a draw.
 
@@ -248,8 +254,7 @@ class TasksConfig(Section):
     @field_validator("tasks", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        texts = [value] if isinstance(value, str) else value
-        return tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip())
+        return split(value)
 
     @model_validator(mode="after")
     def _belong_to_tasks(self) -> Self:
@@ -257,6 +262,34 @@ class TasksConfig(Section):
             self.refuse_any([name for name in type(self).model_fields if name != "tasks"], "belongs to --tasks")
         if self.limit is not None and self.limit >= 1 and self.limit % 1:
             raise ValueError(f"limit={self.limit} is no number of examples; give a whole number, or a share below 1")
+        return self
+
+
+class NeedleConfig(Section):
+    """The grid of lengths and depths at which `eval` looks for a fact."""
+
+    needle: bool = Field(
+        default=False, description="measure how often the model finds a fact far back in its context, in place of text"
+    )
+    lengths: Annotated[tuple[int, ...], Flag(metavar="TOKENS,TOKENS")] = Field(
+        default=(),
+        description="with --needle: tokens of the texts; default: a row of its training, or the model's positions, and "
+        "halves of it down to an eighth; may be repeated",
+    )
+    depths: int = Field(default=5, ge=1, description="with --needle: places of the fact, from beginning to end")
+    trials: int = Field(default=16, ge=1, description="with --needle: texts for each length and depth")
+
+    @field_validator("lengths", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return split(value)
+
+    @model_validator(mode="after")
+    def _belong_to_the_needle(self) -> Self:
+        if not self.needle:
+            self.refuse_any(("lengths", "depths", "trials"), "belongs to --needle")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths={','.join(map(str, self.lengths))} has one twice; give each once")
         return self
 
 

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity and bits per byte of text, and answers to tasks.
+"""How good a model is: perplexity and bits per byte of text, facts found far back, and answers to tasks.
 
-Reading order: perplexity, texts, scoring, harness, tasks.
+Reading order: perplexity, texts, needle, scoring, harness, tasks.
 """

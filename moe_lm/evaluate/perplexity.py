@@ -108,14 +108,11 @@ def evaluate(
     Raises UsageError for a run, file, window or stride that cannot be used.
     """
     session = Session.load(run, base=base, decoding=False)
-    config = _run_config(session.checkpoint)
+    config = run_config(session.checkpoint)
     texts = file_texts(files, session.tokenizer) if files else held_out_texts(run, config, session.tokenizer)
     positions = session.model.config.max_position_embeddings
     window = window or min(config.data.sequence_length if config else WINDOW, positions)
-    if window > positions and session.model.config.position_embedding == "learned":
-        raise UsageError(
-            f"--window {window} is longer than the {positions} positions that {run} has learned; shorten it"
-        )
+    check_window(session.model, "--window", window)
     rows = max(1, min(BATCH_ROWS, BATCH_ROWS * WINDOW // window))
     stride, total = window if by_position else stride, sum(text.tokens for text in texts)
     scores: list[TextScore] = []
@@ -266,13 +263,22 @@ def _nll(model: LanguageModel, batch: Batch) -> Tensor:
     return nll.cpu().double()
 
 
+def check_window(model: LanguageModel, option: str, window: int) -> None:
+    """Raise UsageError for more tokens than the positions that a model has learned one by one."""
+    positions = model.config.max_position_embeddings
+    if window > positions and model.config.position_embedding == "learned":
+        raise UsageError(
+            f"{option} {window} is longer than the {positions} positions that the model has learned; shorten it"
+        )
+
+
 def precision_of(session: Session) -> torch.dtype:
     """The data type of matrix products: that of training; of a model from elsewhere, what the device is fast at."""
-    config = _run_config(session.checkpoint)
+    config = run_config(session.checkpoint)
     return pick_dtype(config.train.precision if config else "auto", session.model.device)
 
 
-def _run_config(folder: Path) -> RunConfig | None:
+def run_config(folder: Path) -> RunConfig | None:
     """The config of a run; None for a model that was imported or upcycled."""
     if not checkpoint.verify(folder, "config.yaml"):
         return None
