@@ -15,6 +15,7 @@ import yaml
 from moe_lm.cli.build import read_run
 from moe_lm.cli.train import read_pretraining
 from moe_lm.config.model import ModelConfig, RopeScaling
+from moe_lm.config.run import PretrainConfig
 from moe_lm.data.shards import read_manifest
 from moe_lm.train.finetune import trained_model
 from tests.processes import metrics
@@ -23,6 +24,7 @@ from tests.tiny import SHAPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -102,12 +104,31 @@ def test_what_goes_on_is_planned_verified_and_adapted(
 
 
 def test_the_recipe_is_whole(pretrained: Path) -> None:
-    recipe = Path(__file__).parents[2] / "configs" / "pretrain" / "continue.yaml"
+    recipe = CONFIGS / "pretrain" / "continue.yaml"
     longer = ["data.sequence_length=16384", "model.max_position_embeddings=16384"]
     yarn = "model.rope_parameters={rope_type: yarn, factor: 4.0}"
     model = read_pretraining(recipe, [f"start_from={pretrained}", *longer, yarn]).model
     assert (model.hidden_size, model.max_position_embeddings) == (32, 16384)
     assert model.rope_scaling == RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096)
+
+
+def test_the_recipe_of_longer_contexts_is_whole(pretrained: Path, moe_lm: MoeLm) -> None:
+    """For the 16B model it is written for, whose weights are not here, and from a small start on a dry run."""
+    recipe = CONFIGS / "pretrain" / "long-context.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    shape = yaml.safe_load((CONFIGS / "model" / "deepseekmoe-16b.yaml").read_text())
+    rope = {**values["model"].pop("rope_parameters"), "original_max_position_embeddings": 4096}
+    del values["start_from"]
+    values["data"]["tokenizer"] = "runs/tokenizer"
+    large = PretrainConfig.model_validate(values | {"model": {**shape, **values["model"], "rope_scaling": rope}})
+    assert large.model.num_attention_heads % large.parallel.sequence_parallel_size == 0
+    assert large.model.max_position_embeddings == large.data.sequence_length == 16 * 4096
+
+    sizes = ["parallel.expert_parallel_size=2", "parallel.sequence_parallel_size=2"]
+    small = [*sizes, "data.sequence_length=128", "model.max_position_embeddings=128"]
+    yarn = "model.rope_parameters={rope_type: yarn, factor: 2, original_max_position_embeddings: 64}"
+    done = moe_lm("pretrain", recipe, f"start_from={pretrained}", *small, yarn, "--dry-run")
+    assert (done.code, done.err) == (0, "")
 
 
 def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
