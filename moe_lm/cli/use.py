@@ -179,9 +179,9 @@ def evaluate(
     base: BasePath = None,
 ) -> None:
     """Measure perplexity and bits per byte on text, retrieval of a fact (--needle), or accuracy on tasks (--tasks)."""
-    of_text = {"--stride": stride, "--window": window, "--by-position": by_position or None}
+    of_text: dict[str, object] = {"--stride": stride, "--window": window, "--by-position": by_position or None}
     if tasks.tasks:
-        given = {"FILES": " ".join(map(str, files)) if files else None, "--needle": needle.needle or None}
+        given: dict[str, object] = {"FILES": " ".join(map(str, files or ())) or None, "--needle": needle.needle or None}
         refuse(given | of_text, "--tasks")
         from moe_lm.evaluate.tasks import evaluate_tasks, table
 
