@@ -20,7 +20,7 @@ BRACKETS = re.compile(r"\[.*?\]")  # of WikiHow, in HellaSwag
 
 
 def blimp(**_: Any) -> datasets.DatasetDict:
-    files = _find("blimp*.jsonl", "BLiMP's data/*.jsonl (github.com/alexwarstadt/blimp), joined into blimp.jsonl")
+    files = _find("blimp*.jsonl", "BLiMP's data/*.jsonl (github.com/alexwarstadt/blimp), joined into blimp.jsonl,")
     return _examples([{name: row[name] for name in ("sentence_good", "sentence_bad", "UID")} for row in _rows(files)])
 
 

@@ -158,7 +158,9 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists lm-eval's"
+            offline = ", ".join(sorted(task for task in known if task.endswith("_offline")))
+            hint = f"{offline} read files of --task-data, and `lm-eval ls tasks` lists lm-eval's"
+            hint = f"did you mean {' or '.join(near)}?" if near else hint
             raise UsageError(f"there is no task {name}; {hint}")
 
 

@@ -22,6 +22,7 @@ from moe_lm.model.size import count_parameters, flops_per_token, on_meta
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.optim.groups import moments
 from moe_lm.parallel.topology import Topology
+from moe_lm.train.summary import layout_parts, rates_line
 
 FLOAT32 = 4  # bytes; master weights, gradients and moments are float32
 
@@ -68,6 +69,8 @@ def describe(
         f"parameters      {parameters.total:,} in all, {parameters.active:,} active a token",
         *cost_lines(config, model, topology, memory, dtype),
         f"FLOPs per token {flops[0]:,} (causal attention halved), {flops[1]:,} (not halved)",
+        f"optimizer       {rates_line(train.optimizer)}",
+        f"layout          {', '.join(layout_parts(config.parallel, processes(config, topology)))}",
         f"a step          {train.global_batch_size:,} sequences, {tokens_per_step:,} tokens",
         f"the run         {train.steps:,} steps, {tokens:,} tokens ({tokens / parameters.total:.2g} a parameter), "
         f"{tokens_per_step * flops_a_token(config, model):.3g} FLOPs",

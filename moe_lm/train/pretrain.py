@@ -75,7 +75,7 @@ def describe(
 ) -> str:
     """The text of `--dry-run`; a tokenizer and shards that are there must fit the model, and the model its start."""
     config = resolved(config)
-    find(config)
+    start = find(config)
     tokenizer = load_tokenizer(config) if find_tokenizer(config).is_dir() else None
     names = [source.name for source in config.data.sources]
     are_prepared = all((config.data.shards / name / MANIFEST).is_file() for name in names)
@@ -88,6 +88,10 @@ def describe(
         epochs = training_batches(config, shards).epochs(config.train.steps)
         data = list(data_lines(names, shards, held_out, epochs))
     data += phase_lines(config)
+    data += [
+        f"start           {note.removeprefix('starts from ')}"
+        for note in ([] if start is None else notes_on(start, config))
+    ]
     return preflight.dry_run(config, config.model, topology, fit, data, settings)
 
 

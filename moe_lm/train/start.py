@@ -20,7 +20,7 @@ from moe_lm.common import hub
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
 from moe_lm.config.run import PretrainConfig
-from moe_lm.config.training import BalanceConfig
+from moe_lm.config.training import BalanceConfig, OptimizerConfig
 from moe_lm.engine.engine import LOAD, Engine
 from moe_lm.optim.average import EMA, STEPS
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -137,7 +137,18 @@ def notes_on(start: Start, config: PretrainConfig) -> list[str]:
     moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
     return [
         *notes_on_biases(config.train.balance, config.model),
+        *notes_on_rates(config.train.optimizer),
         f"starts from {start.origin} (fingerprint {start.fingerprint}){moments}",
+    ]
+
+
+def notes_on_rates(optimizer: OptimizerConfig) -> list[str]:
+    """A remark on Muon's default rate, which is one for fresh weights."""
+    if optimizer.name != "muon" or optimizer.is_set("muon_lr"):
+        return []
+    return [
+        f"train.optimizer.muon_lr={optimizer.muon_lr:g} is a rate for fresh weights, and the one of hidden matrices, "
+        f"not lr={optimizer.lr:g}; a tenth to a third of what the start was trained at is usual"
     ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from moe_lm.common.process import this_command
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import RunConfig
+from moe_lm.config.run import ParallelConfig, RunConfig
+from moe_lm.config.training import OptimizerConfig
 from moe_lm.data.shards import TokenShards
 from moe_lm.engine.engine import Engine
 from moe_lm.model.size import count_parameters
@@ -43,6 +43,8 @@ def opening_lines(
     length = f"as many steps of {tokens:,} tokens as there is time for, at most {steps:,}"
     yield f"{length if is_timed else steps_line(config, parameters.total)}; {place(config, engine)}"
     yield from notes
+    if config.train.optimizer.name == "muon":  # whose rate no step reports
+        yield f"optimizer       {rates_line(config.train.optimizer)}"
     if start_step:
         yield f"going on after step {start_step}" + ("" if is_timed else f" of {steps}")
 
@@ -59,15 +61,28 @@ def steps_line(config: RunConfig, parameters: int) -> str:
 
 def place(config: RunConfig, engine: Engine) -> str:
     """Where a run computes: device, number format, processes, and how these divide the work."""
-    size, parallel = engine.topology.world_size, config.parallel
-    parts = [f"on {engine.device.type} in {str(engine.dtype).removeprefix('torch.')}"]
-    if size > 1:
-        parts.append(f"{size} processes")
+    here = f"on {engine.device.type} in {str(engine.dtype).removeprefix('torch.')}"
+    parts = layout_parts(config.parallel, engine.topology.world_size)
+    return ", ".join([here, *parts[engine.topology.world_size == 1 :]])
+
+
+def layout_parts(parallel: ParallelConfig, size: int) -> list[str]:
+    """So many processes, and what divides the work over them."""
+    parts = ["1 process" if size == 1 else f"{size} processes"]
     if parallel.engine == "deepspeed":
         parts.append(f"DeepSpeed with ZeRO {parallel.zero_stage or 1}")
     if parallel.expert_parallel_size > 1:
         parts.append(f"experts over {parallel.expert_parallel_size} processes")
-    return ", ".join(parts)
+    if parallel.sequence_parallel_size > 1:
+        parts.append(f"rows over {parallel.sequence_parallel_size} processes")
+    return parts
+
+
+def rates_line(optimizer: OptimizerConfig) -> str:
+    """The optimizer with its peak learning rates."""
+    if optimizer.name == "muon":
+        return f"muon: muon_lr={optimizer.muon_lr:g} for hidden matrices; adamw: lr={optimizer.lr:g} for all else"
+    return f"{optimizer.name}: lr={optimizer.lr:g}"
 
 
 def data_lines(
@@ -101,10 +116,13 @@ def closing_lines(title: str, config: RunConfig, result: TrainingResult) -> Iter
                 f"the last step is not the best: its held-out loss is {result.validation_loss:.4f}, and {run_dir} "
                 "means its last checkpoint" + (f"; name {folder} to use the best" if folder.is_dir() else "")
             )
-    yield f"next: {', '.join(f'moe-lm {command}' for command in next_commands(title, run_dir))}"
+    yield f"next: {', '.join(f'moe-lm {command}' for command in next_commands(title, config))}"
 
 
-def next_commands(title: str, run_dir: Path) -> tuple[str, ...]:
+def next_commands(title: str, config: RunConfig) -> tuple[str, ...]:
+    run_dir = config.run_dir
     if title == "finetune":
         return f"chat {run_dir}", f"export {run_dir} OUT", f"eval {run_dir}"
+    if config.start_from is not None:
+        return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"export {run_dir} OUT"
     return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"finetune CONFIG start_from={run_dir}"

@@ -142,6 +142,7 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
     evaluated = moe_lm("eval", run)
     assert (evaluated.code, evaluated.err) == (0, "")
     assert f"held-out text of {run}" in evaluated.out
+    assert f"next: moe-lm sample {run} --prompt TEXT, moe-lm eval {run}, moe-lm export {run} OUT" in done.out
     kept = yaml.safe_load((last_checkpoint(run) / "start.yaml").read_text())
     assert kept["origin"] == str(start / "checkpoints" / "step-00000030")
     assert kept["positions"] == {"max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0}
@@ -149,6 +150,19 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
     again = read_pretraining(run / "config.yaml", [])
     assert again.data.tokenizer == last_checkpoint(run) / "tokenizer"
     assert again.model == read_pretraining(config, []).model
+
+
+def test_a_dry_run_names_the_start_the_layout_and_the_rates(config: Path, pretrained: Path, moe_lm: MoeLm) -> None:
+    layout = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", "--processes", "2")
+    done = moe_lm("pretrain", config, "--dry-run", *layout, "train.optimizer={name: muon, lr: 1e-3}")
+    assert done.code == 0, done.err
+    for line in (
+        f"start           {last_checkpoint(pretrained)} (fingerprint ",
+        "start           train.optimizer.muon_lr=0.02 is a rate for fresh weights",
+        "layout          2 processes, DeepSpeed with ZeRO 1, experts over 2 processes\n",
+        "optimizer       muon: muon_lr=0.02 for hidden matrices; adamw: lr=0.001 for all else\n",
+    ):
+        assert f"\n{line}" in done.out
 
 
 # What does not fit

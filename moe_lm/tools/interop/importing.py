@@ -44,8 +44,8 @@ def import_folder(
     new = [pair.ours for pair in pairs if not pair.parts]
     if new:
         notes.append(
-            f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so leave "
-            "train.balance.bias_update_rate at 0 for what shall be exported again"
+            f"added: a router bias of zeros in {len(new)} layers; {family.model_type} has none, so "
+            "train.balance.bias_update_rate stays 0, as it is unless set, for what shall be exported again"
         )
     if carried:
         named = some([pair.parts[0].name for pair in carried])

@@ -162,6 +162,11 @@ def _lines(plan: Plan, item: Estimate) -> list[tuple[str, str]]:
     half, full = (plan.mfu(item, causal) for causal in (True, False))
     return [
         ("this config", str(item.layout)),
+        *(
+            [("", f"train.micro_batch_size={asked}, and a rank has {item.layout.rows} of the rows of a step")]
+            if (asked := plan.config.train.micro_batch_size) not in (None, item.layout.rows)
+            else []
+        ),
         (
             "memory",
             f"{verdict}: {size(item.peak)} of {size(item.device.usable)} at the peak ({memory.peak_during})",
@@ -180,13 +185,15 @@ def _lines(plan: Plan, item: Estimate) -> list[tuple[str, str]]:
 
 
 def _table(plan: Plan) -> Table:
+    fitting = [item for item in plan.layouts if item.fits][:SHOWN]
+    others = [item for item in plan.layouts if not item.fits][:NEAR]
+    more = len(plan.layouts) - len(fitting) - len(others)
     title = "\nLayouts, the fastest first, then the nearest that do not fit"
+    title += f" ({more} more are in --json FILE)" if more else ""
     view = Table(title=title, title_justify="left", title_style="", show_edge=False, box=None, padding=(0, 1, 0, 0))
     for column in ("", "EP", "ZeRO", "rows", "recomputed", "GiB", "step", "MFU", "run", "bound by"):
         is_text = column in ("", "recomputed", "bound by")
         view.add_column(column, justify="left" if is_text else "right", no_wrap=True)
-    fitting = [item for item in plan.layouts if item.fits][:SHOWN]
-    others = [item for item in plan.layouts if not item.fits][:NEAR]
     own = [plan.own] if plan.own.layout not in {item.layout for item in (*fitting, *others)} else []
     for item in (*fitting, *others, *own):
         layout = item.layout

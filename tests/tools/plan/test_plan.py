@@ -29,7 +29,8 @@ SHARDED = (BFLOAT16, "parallel.engine=deepspeed", "parallel.expert_parallel_size
 def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:
-    command = ("plan", tiny_pretrain, *SHARDED, *FEW, "--gpus", 2, "--gpu", "h200", "--tokens", "1e9", "--price", "2.5")
+    given = (*SHARDED, *FEW, "train.micro_batch_size=2")
+    command = ("plan", tiny_pretrain, *given, "--gpus", 2, "--gpu", "h200", "--tokens", "1e9", "--price", "2.5")
     done = moe_lm(*command, "--json", tmp_path / "plan.json")
     assert done.code == 0, done.err
     for said in (
@@ -41,6 +42,8 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
         "1B tokens in",
         "at 2.5 an hour",
         "a checkpoint",
+        "train.micro_batch_size=2, and a rank has 1 of the rows of a step",
+        " more are in --json FILE)",
     ):
         assert said in done.out
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
