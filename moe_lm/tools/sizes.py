@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
-from moe_lm.text.files import COMPRESSED_SUFFIXES
-from moe_lm.text.sources import source_files
+from moe_lm.text.files import COMPRESSED_SUFFIXES, Report
+from moe_lm.text.sources import read_documents, source_files
+from moe_lm.text.split import document_hash, held_out_of
 
 HELD_OUT = 0.05  # of the text
 PIECES = 64  # that a text is cut into at least, so that a twentieth of it can be held out
 SMALLEST_PIECE, LARGEST_PIECE = 2 << 10, 64 << 10  # bytes
+TINIEST_PIECE = 256  # bytes, where larger ones are too few
+COUNTED = 16e6  # bytes of a text whose pieces are counted
 EPOCHS = 16  # after which a text teaches next to nothing more (arXiv 2305.16264)
 COMPRESSED = 3  # bytes of text in a byte of a compressed file, about
 
@@ -66,6 +72,37 @@ class Sizes:
     def piece_bytes(self) -> int:
         """Bytes of a piece: small enough that HELD_OUT of the text can be held out, large enough to be read as text."""
         return max(SMALLEST_PIECE, min(LARGEST_PIECE, self.text_bytes // PIECES))
+
+
+def piece_bytes(source: SourceConfig) -> int:
+    """Bytes of a piece with which at most twice HELD_OUT of a text is held out, or as little as can be.
+
+    A text without blank lines has fewer pieces than its size says, so those of a small text are counted. Raises
+    UsageError for a text of which nothing can be held out.
+    """
+    sizes = Sizes.of(source)
+    if sizes.text_bytes > COUNTED:
+        return sizes.piece_bytes
+    shares: dict[int, float] = {}
+    size = sizes.piece_bytes
+    while size >= TINIEST_PIECE:
+        shares[size] = held_out_share(source.model_copy(update={"piece_bytes": size}))
+        if 0 < shares[size] <= 2 * HELD_OUT:
+            return size
+        size //= 2
+    if not any(shares.values()):
+        raise UsageError(
+            f"{source.path} is too short to be trained on: its {sizes.text_bytes:,} bytes are one piece, and at least "
+            "one of two is held out, to measure what the model learns; give a longer text, or one of more lines"
+        )
+    return min((size for size in shares if shares[size]), key=shares.__getitem__)
+
+
+def held_out_share(source: SourceConfig) -> float:
+    """The share of a text that is held out, given the bytes of its pieces."""
+    documents = [(document_hash(each.id), len(each.text)) for each in read_documents(source, Report())]
+    hashes, lengths = (np.array(values, dtype=np.uint64) for values in zip(*documents, strict=True))
+    return float(lengths[held_out_of(hashes, HELD_OUT)].sum() / lengths.sum())
 
 
 def text_bytes(source: SourceConfig) -> int:

@@ -28,6 +28,7 @@ from moe_lm.train.display import Display, Status
 from moe_lm.train.trackers import Trackers
 
 ROLLBACK = "rollback"  # the event of a return to an earlier checkpoint
+PROBES = ("sample", "tasks")  # events that say what the model was, and explain nothing
 
 
 class RunLog:
@@ -265,8 +266,8 @@ class LineFile:
 def drop_later_steps(path: Path, last_step: int) -> None:
     """Rewrite a `metrics.jsonl` without the lines of steps after `last_step`, and without torn lines.
 
-    Events later than `last_step` stay if they led to a rollback, which the run that goes on does not repeat. A run
-    without a step (`last_step` below 0) keeps nothing.
+    Events later than `last_step`, but for PROBES, stay if they led to a rollback, which the run that goes on does not
+    repeat. A run without a step (`last_step` below 0) keeps nothing.
     """
     if not path.exists():
         return
@@ -275,7 +276,7 @@ def drop_later_steps(path: Path, last_step: int) -> None:
         old.seek(0)
         for number, line in enumerate(old):
             found = _read(line)
-            explains = number <= rollback and "event" in found and last_step >= 0
+            explains = number <= rollback and found.get("event", "sample") not in PROBES and last_step >= 0
             if explains or found.get("step", math.inf) <= last_step:
                 new.write(line)
 

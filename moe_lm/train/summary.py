@@ -122,7 +122,7 @@ def closing_lines(title: str, config: RunConfig, result: TrainingResult) -> Iter
 def next_commands(title: str, config: RunConfig) -> tuple[str, ...]:
     run_dir = config.run_dir
     if title == "finetune":
-        return f"chat {run_dir}", f"export {run_dir} OUT", f"eval {run_dir}"
+        return f"chat {run_dir}", f"export {run_dir} OUT"  # it has no held-out text for `eval`
     if config.start_from is not None:
         return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"export {run_dir} OUT"
     return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"finetune CONFIG start_from={run_dir}"

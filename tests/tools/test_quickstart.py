@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.size import count_parameters
 from moe_lm.tools.quickstart.results import PROMPT_CHARACTERS, beginning
-from moe_lm.tools.quickstart.setup import default_folder
-from moe_lm.tools.sizes import SHAPES, Sizes
+from moe_lm.tools.quickstart.setup import Setup, claim, default_folder
+from moe_lm.tools.sizes import HELD_OUT, SHAPES, Sizes, held_out_share, piece_bytes
 from tests.conftest import MoeLm
 
 
@@ -40,7 +42,7 @@ def test_what_is_no_text_is_one_sentence(
 def test_a_folder_that_is_not_for_this_text_is_refused(tmp_path: Path, moe_lm: MoeLm) -> None:
     text, other = tmp_path / "my.txt", tmp_path / "other.txt"
     for file in (text, other):
-        file.write_text("Some text.\n")
+        file.write_text("Some text.\n" * 300)
     for name in ("of other", "strange"):
         (tmp_path / name).mkdir()
     (tmp_path / "of other" / "corpus.txt").write_text(str(other))
@@ -83,6 +85,41 @@ def test_a_small_text_gets_a_small_model_and_pieces_of_which_few_are_held_out(tm
     assert totals[1][1] < 1.2e6
     assert totals[-1] == (4096, 10_234_624)  # the quickstart's own
     assert [shape.text_bytes for shape in SHAPES] == sorted(shape.text_bytes for shape in SHAPES)
+
+
+def setup_of(text: Path, minutes: float) -> Setup:
+    return Setup(text.with_name("run"), text, minutes, Console(), started=0.0)
+
+
+def test_a_changed_text_is_named_and_other_minutes_read_the_same_text(tmp_path: Path) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("A line of some words.\n" * 50_000)
+    claim(setup_of(text, 0.1))
+    source = setup_of(text, 0.1).source
+    assert source["max_bytes"] == 500_000
+    claim(setup_of(text, 1))
+    assert setup_of(text, 1).source == source
+    with text.open("a") as file:
+        file.write("One more.\n")
+    with pytest.raises(UsageError, match=r"my.txt has changed since .*run was made of it; give another --run-dir"):
+        claim(setup_of(text, 1))
+
+
+@pytest.mark.parametrize("size", [3_000, 60_000])
+def test_of_a_small_text_without_blank_lines_some_is_held_out_and_not_much(tmp_path: Path, size: int) -> None:
+    text = tmp_path / "tiny.txt"
+    text.write_text("A line of some words.\n" * (size // 22))
+    source = SourceConfig(name="corpus", path=str(text))
+    share = held_out_share(source.model_copy(update={"piece_bytes": piece_bytes(source)}))
+    assert 0 < share <= (0.35 if size < 60_000 else 2 * HELD_OUT)
+
+
+def test_a_text_of_one_piece_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("A single line of some words, " * 300)
+    with pytest.raises(UsageError, match=r"one.txt is too short to be trained on: its 8,700 bytes are one piece"):
+        claim(setup_of(text, 1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_prompt_is_the_beginning_of_a_line_that_says_something() -> None:

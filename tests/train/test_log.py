@@ -20,7 +20,7 @@ import pytest
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.run import LogConfig
 from moe_lm.train.display import Status, format_seconds
-from moe_lm.train.log import LineFile, RunLog
+from moe_lm.train.log import LineFile, RunLog, drop_later_steps
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -336,3 +336,14 @@ def test_a_full_disk_at_the_start_is_no_wrong_use(tmp_path: Path, monkeypatch: p
     with pytest.raises(MoeLmError, match=r"cannot write to the logs .*; make room") as raised:
         log(tmp_path).__enter__()
     assert raised.value.exit_code == 1
+
+
+def test_what_a_model_said_that_was_given_up_does_not_stay(tmp_path: Path) -> None:
+    lines = [{"step": step} for step in (1, 2, 3)]
+    kinds = ["sample", "tasks", "skip", "rollback"]
+    lines += [{"event": kind, "step": 3} for kind in kinds]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    drop_later_steps(path, 2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("event") for line in kept] == [None, None, "skip", "rollback"]

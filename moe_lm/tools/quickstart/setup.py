@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import re
 import time
@@ -17,18 +18,19 @@ from rich.console import Console
 
 from moe_lm.checkpoint.checkpoint import complete_checkpoints
 from moe_lm.common.errors import UsageError
-from moe_lm.common.files import not_writable
+from moe_lm.common.files import not_writable, whole_file
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
 from moe_lm.kernels.device import compiling_needs, pick_device
-from moe_lm.text.sources import Report, read_documents
+from moe_lm.text.sources import Report, read_documents, source_files
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.tools.sizes import Sizes, text_bytes
+from moe_lm.tools.sizes import Sizes, piece_bytes, text_bytes
 
 PROJECT = Path(__file__).parents[3]
 CORPUS = "corpus"  # the name of the source, and so of its shards
 ORIGIN = "corpus.txt"  # the file that says which text a folder is made of
+SOURCE = "source.json"  # the text as it is read in all walks in the folder, and as it was when they began
 STDLIB = "Python's standard library"
 SUMMARY = "summary.txt"  # what a finished walk says
 BYTES_A_MINUTE, LEAST_BYTES = 3e6, 5e5  # of text to read: more than two cores can train on in a minute
@@ -49,7 +51,12 @@ class Setup:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The source in configs: at most as much text as can be trained on in time, in pieces that can be held out."""
+        """The source in configs, as the folder keeps it."""
+        kept: dict[str, Any] = json.loads((self.run_dir / SOURCE).read_text(encoding="utf-8"))["source"]
+        return kept
+
+    def new_source(self) -> dict[str, Any]:
+        """At most as much text as can be trained on in time, in pieces of which some can be held out."""
         most = max(LEAST_BYTES, BYTES_A_MINUTE * self.minutes)
         if self.corpus is None:
             whole = SourceConfig(name=CORPUS, stdlib=True)
@@ -59,7 +66,7 @@ class Setup:
         if text_bytes(whole) > most and not torch.cuda.is_available():
             source["max_bytes"] = int(most)
         if self.corpus is not None:
-            source["piece_bytes"] = Sizes.of(SourceConfig(**source)).piece_bytes
+            source["piece_bytes"] = piece_bytes(SourceConfig(**source))
         return source
 
     @property
@@ -103,19 +110,45 @@ def claim(setup: Setup) -> None:
     """
     if setup.corpus is not None:
         next(read_documents(SourceConfig(name=CORPUS, path=str(setup.corpus)), Report()))
+    is_known = (setup.run_dir / SOURCE).exists() or (setup.pretrain_dir / "config.yaml").exists()
+    source = {} if is_known else setup.new_source()
     path, text = setup.run_dir / ORIGIN, STDLIB if setup.corpus is None else str(setup.corpus.absolute())
     try:
         setup.run_dir.mkdir(parents=True, exist_ok=True)
         before = path.read_text(encoding="utf-8") if path.exists() else None
         if before is None and not any(setup.run_dir.iterdir()):
-            path.write_text(text, encoding="utf-8")
-            return
+            write_whole(path, text)
+            before = text
     except OSError as error:
         raise not_writable(f"the run folder {setup.run_dir}", error) from error
     if before not in (None, text):
         raise UsageError(f"{setup.run_dir} is of {before}; give another --run-dir for {text}")
     if before is None and not (setup.run_dir / "seconds.json").exists():
         raise UsageError(f"{setup.run_dir} holds something else; give another --run-dir")
+    keep_source(setup, source)
+
+
+def keep_source(setup: Setup, source: dict[str, Any]) -> None:
+    """Keep what is read, whatever the minutes of later calls. Raises UsageError if the text is not what it was."""
+    path, listing = setup.run_dir / SOURCE, ""
+    if setup.corpus is not None:
+        files = source_files(SourceConfig(name=CORPUS, path=str(setup.corpus)))
+        names = "\n".join(f"{name} {file.stat().st_size}" for name, file in files)
+        listing = hashlib.sha256(names.encode()).hexdigest()
+    if not path.exists():
+        if not source:  # a folder of an older version
+            source = saved_config(setup).data.sources[0].model_dump(mode="json", exclude_defaults=True)
+        write_whole(path, json.dumps({"source": source, "files": listing}))
+    elif json.loads(path.read_text(encoding="utf-8"))["files"] != listing:
+        raise UsageError(
+            f"{setup.corpus} has changed since {setup.run_dir} was made of it; give another --run-dir, or delete "
+            f"{setup.run_dir} to begin anew"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def is_finished(setup: Setup) -> bool:
@@ -193,7 +226,7 @@ def stage(setup: Setup, name: str) -> Iterator[None]:
     finally:
         seconds = read_seconds(setup.run_dir)
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
-        (setup.run_dir / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        write_whole(setup.run_dir / "seconds.json", json.dumps(seconds))
 
 
 def read_seconds(run_dir: Path) -> dict[str, float]:
