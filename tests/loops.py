@@ -115,6 +115,7 @@ class LoopRun:
                     self.folder / "checkpoints", self.checkpoint, self.engine, log, {"config.yaml": "a: 1\n"}
                 ),
                 log=log, flops_per_token=lambda step: 1e6, evaluate_first=self.evaluate_first,
+                leave_out=getattr(self.source, "leave_out", lambda windows: None),
             )  # fmt: skip
             return train(self.training, counters)
 

@@ -122,7 +122,7 @@ class Start(NamedTuple):
 
     @property
     def is_new(self) -> bool:
-        """Whether the run has not begun: it goes on from no checkpoint of its own."""
+        """Whether the run has no checkpoint of its own yet."""
         return self.folder.absolute() == self.origin
 
     @property
@@ -161,7 +161,7 @@ def find_first_start(run_dir: Path, start_from: Path) -> Start:
     """The start of a run that trains all weights: the one that it began with, else `start_from`."""
     newest = checkpoint.latest_readable(Path(run_dir) / "checkpoints")
     if newest is None or START not in checkpoint.entries(newest):
-        return _start_at(checkpoint.resolve(start_from))  # `changed_settings` reports a run that began otherwise
+        return _start_at(checkpoint.resolve(start_from))  # a run that began without is refused (train/settings.py)
     kept = checkpoint.read_section(newest, START)
     return Start(newest, Path(kept["origin"]), kept["fingerprint"], kept.get("positions"))
 

@@ -47,7 +47,8 @@ class Saver:
         self._outcomes: list[Saved] = []
         self._disk_was_full = False
         self._given_up: list[str] = []
-        self.longest_save: float | None = None  # seconds, on this rank
+        self._longest_save: float | None = None  # seconds, on this rank
+        self._started = 0.0  # the save that is under way
 
     def save(
         self,
@@ -84,6 +85,7 @@ class Saver:
         """Begin a save, whose outcome `outcomes` tells; in the background this returns as soon as `state` is copied."""
         self.wait()
         outcome: futures.Future[Path] = futures.Future()
+        self._started = time.monotonic()
         self._under_way = step, outcome
         if self.background:
             copy = write.snapshot(state)
@@ -99,6 +101,18 @@ class Saver:
         """Wait until no save is under way. Raises its error, except a MoeLmError, which `outcomes` tells."""
         with self.watchdog.patiently("saving"):  # also when there is nothing to wait for: other ranks may have to
             self._end()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._under_way is not None and not self._under_way[1].done()
+
+    @property
+    def longest_save(self) -> float | None:
+        """Seconds that the longest save on this rank has taken, or is taking; None before the first."""
+        if not self.is_saving:
+            return self._longest_save
+        return max(self._longest_save or 0.0, time.monotonic() - self._started)
 
     def _end(self) -> None:
         if self._under_way is not None:
@@ -120,7 +134,7 @@ class Saver:
         self, step: int, state: Mapping[str, Tensor], files: Mapping[str, write.Content], make_room: bool = False
     ) -> Path:
         """Save and drop the oldest. Older ones give way on a full disk at the second time, or at the first if asked."""
-        started = time.monotonic()
+        self._started = time.monotonic()
         while True:
             try:
                 folder = write.save(self.checkpoints, step, state, files, self.ranks)
@@ -133,7 +147,7 @@ class Saver:
         self._disk_was_full = False
         if self.ranks.rank == 0:
             retain.clean(self.checkpoints, self.config)
-        self.longest_save = max(self.longest_save or 0.0, time.monotonic() - started)
+        self._longest_save = max(self._longest_save or 0.0, time.monotonic() - self._started)
         return folder
 
     def _wait_for_room(self, is_over: Callable[[], bool]) -> None:

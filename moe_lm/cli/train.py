@@ -241,5 +241,5 @@ def read_pretraining(config: Path, overrides: list[str]) -> PretrainConfig:
     if settings.start_from is not None:
         from moe_lm.train import start
 
-        start.find(settings)
+        start.find(settings)  # for verbs that only read the config; training looks again, and keeps what it finds
     return settings

@@ -72,7 +72,7 @@ class PhaseConfig(Section):
         "empty: those of the sources",
     )
     sequence_length: int | None = Field(
-        default=None, gt=1, description="tokens of a row; null: data.sequence_length, as in every evaluation"
+        default=None, gt=1, description="tokens of a row; null: data.sequence_length, which evaluations always use"
     )
 
 
@@ -137,7 +137,7 @@ class DataConfig(Section):
 
     @property
     def longest(self) -> int:
-        """Tokens of a row in the phase with the longest rows."""
+        """Tokens of a row to train on in the phase with the longest rows."""
         return max(map(self._length_in, self.phases), default=self.sequence_length)
 
     @property

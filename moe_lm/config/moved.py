@@ -18,7 +18,7 @@ def moved_along(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The settings in the config of the run in `folder`, in place, with paths to where things are now.
 
     A path is replaced by what is there the same way from the run folder: for what lies in it or beside it if that
-    exists, for all else only if the path leads nowhere. Whoever reads it still checks that the content is the same.
+    exists, for all else only if the path leads nowhere. Whoever reads them checks that the content is the same.
     """
     run_dir = values.get("run_dir")
     if not isinstance(run_dir, str) or not is_run(folder) or is_same(Path(run_dir), folder):
@@ -38,6 +38,15 @@ def moved_along(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 def is_run(folder: Path) -> bool:
     """Whether a folder has a checkpoint of a run; `config.yaml` and `checkpoints` are names in many a project."""
     return any(folder.glob("checkpoints/step-*/config.yaml"))
+
+
+def as_of(values: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The settings of a run, in place, as those of a new one in `run_dir` that reads the same files."""
+    values["run_dir"] = str(run_dir)
+    for holder, key in paths_in(values):
+        if run_dir.is_absolute() and os.path.exists(holder[key]):  # from any working folder
+            holder[key] = os.path.abspath(holder[key])
+    return values
 
 
 def way_from(run_dir: str, path: str) -> str | None:

@@ -16,7 +16,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, DataConfig, Phase
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
-from moe_lm.config.training import PreferenceConfig, TrainConfig
+from moe_lm.config.training import PreferenceConfig, TrainConfig, with_still_biases
 
 AttentionKernel = Literal[
     "auto", "plain", "segments", "cpp", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"
@@ -164,14 +164,15 @@ class PretrainConfig(Section):
 
     @property
     def in_longest_phase(self) -> PretrainConfig:
-        """The config as if all of the run had the longest rows, for which its memory must suffice."""
+        """The config as if all of the run had its longest rows, evaluated ones too, for which memory must do."""
         data, train = self.data, self.train
+        most = max(data.lengths)
         fewer = {
-            name: rows * data.sequence_length // data.longest
+            name: rows * data.sequence_length // most
             for name in ("global_batch_size", "micro_batch_size")
             if (rows := getattr(train, name)) is not None
         }
-        longest = data.model_copy(update={"sequence_length": data.longest, "phases": ()})
+        longest = data.model_copy(update={"sequence_length": most, "phases": ()})
         return self.model_copy(update={"data": longest, "train": train.model_copy(update=fewer)})
 
     @model_validator(mode="after")
@@ -233,7 +234,7 @@ class FinetuneConfig(Section):
         train = values.get("train") if isinstance(values, dict) else None
         if not isinstance(train, dict) or not isinstance(balance := train.get("balance", {}), dict):
             return values
-        return {**values, "train": {**train, "balance": {"bias_update_rate": 0.0, **balance}}}
+        return {**values, "train": {**train, "balance": with_still_biases(balance)}}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -63,10 +63,18 @@ class BalanceConfig(Section):
         return self.bias_update == "quantile" or self.bias_update_rate > 0
 
     @model_validator(mode="after")
-    def _memory_is_read(self) -> Self:
+    def _of_one_kind(self) -> Self:
         if self.bias_update != "quantile":
             self.refuse_any(["quantile_memory"], "needs bias_update=quantile; set it, or take quantile_memory away")
+        else:
+            why = "is of bias_update=sign alone, as quantile has no rate; take bias_update_rate away, or bias_update"
+            self.refuse_any(["bias_update_rate"], why)
         return self
+
+
+def with_still_biases(balance: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a balance in which router biases stay as they are, unless it says otherwise."""
+    return balance if balance.get("bias_update") == "quantile" else {"bias_update_rate": 0.0, **balance}
 
 
 class OptimizerConfig(Section):

@@ -6,12 +6,14 @@ The token stream of a source is divided into consecutive windows of `sequence_le
 from __future__ import annotations
 
 import hashlib
+import itertools
+import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +22,13 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import Phase
-from moe_lm.data.order import Items, Mixture
+from moe_lm.data.order import Items, Mixture, in_exact_epochs
 from moe_lm.data.shards import TokenShards
 from moe_lm.data.stream import TokenStream
 
 IGNORE = -100  # the target of a position that is not trained
 PLAN_SEQUENCES = 8192  # planned at once, which makes finding windows cheap per step
+LONG_WINDOWS = 1024  # of a chunk, at most, where phases read a source in windows of several lengths
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,10 @@ class MixedBatches(ABC):
         if fingerprint == begun.fingerprint(self._data):
             self._mixture = begun
 
+    def leave_out(self, windows: Sequence[tuple[int, int]]) -> None:
+        """From now on `batch` is asked for `data_step(step, windows)`, as rollbacks have left out this data."""
+        del windows  # nothing else depends on them without phases
+
 
 class PackedBatches(MixedBatches):
     """Training batches from the shards of one or several sources, in the phases of a run.
@@ -133,17 +140,21 @@ class PackedBatches(MixedBatches):
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
         starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
         self._document_starts = np.concatenate(starts) if separate_documents else None
-        data = hashlib.sha256("".join(item.fingerprint for item in shards).encode()).hexdigest()
-        self._mixtures = _mixtures(shards, phases, seed)
-        super().__init__(self._mixtures[0], data, global_batch_size)
+        data = fingerprint_of_all(item.fingerprint for item in shards)
+        self._stretches = stretches_of(phases)
+        mixture = _first_mixture(shards, phases, seed)
+        self._parts = _parts(phases)
+        super().__init__(mixture, data, global_batch_size)
+        self._mixtures = self._in_stretches()
         self.steps_per_epoch = -(-self._mixture.num_items // phases[0].rows)
         self._plan: tuple[tuple[int, int], _Windows] | None = None
 
     def batch(self, step: int, rows: range) -> Batch:
-        number = bisect_right(self._phases, step, key=lambda phase: phase.first_step) - 1
-        phase = self._phases[number]
+        number = bisect_right(self._stretches, step, key=lambda stretch: stretch.step) - 1
+        stretch = self._stretches[number]
+        phase = self._phases[stretch.phase]
         steps = max(1, PLAN_SEQUENCES // phase.rows)
-        key, offset = divmod(step - phase.first_step, steps)
+        key, offset = divmod(step - stretch.step, steps)
         if self._plan is None or self._plan[0] != (number, key):
             self._plan = (number, key), self._plan_windows(number, key * steps * phase.rows, steps * phase.rows)
         first = offset * phase.rows
@@ -163,28 +174,82 @@ class PackedBatches(MixedBatches):
             super().keep_order_of(fingerprint)
             self._mixtures = [self._mixture]
 
+    def leave_out(self, windows: Sequence[tuple[int, int]]) -> None:
+        if (stretches := stretches_of(self._phases, windows)) != self._stretches:
+            self._stretches, self._plan = stretches, None
+            self._mixtures = self._in_stretches()
+
+    def _in_stretches(self) -> list[Mixture]:
+        """The mixture of each stretch."""
+        mixtures = [self._mixture]
+        for before, after in itertools.pairwise(self._stretches):
+            visits = (after.step - before.step) * self._phases[before.phase].rows
+            mixtures.append(mixtures[-1].then(visits, self._parts[after.phase], self._phases[after.phase].weights))
+        return mixtures
+
     def _plan_windows(self, number: int, first: int, count: int) -> _Windows:
-        length = self._phases[number].sequence_length
+        length = self._phases[self._stretches[number].phase].sequence_length
         sources, windows = self._mixtures[number].items(np.arange(first, first + count))
         starts = self._first_token[sources] + windows * length
         return _Windows(self._stream, starts, length, self._document_starts)
 
 
-def _mixtures(shards: Sequence[TokenShards], phases: Sequence[Phase], seed: int) -> list[Mixture]:
-    """The mixture of each phase."""
-    lengths = [{phase.sequence_length for phase in phases if phase.weights[place]} for place in range(len(shards))]
-    longest = [max(read) for read in lengths]
-    sizes = [_num_windows(item, length) for item, length in zip(shards, longest, strict=True)]
-    parts = [[max(1, length // phase.sequence_length) for length in longest] for phase in phases]
-    items = [
-        Items(size, parts=count if phases[0].weights[place] else 1, several=len(lengths[place]) > 1)
-        for place, (size, count) in enumerate(zip(sizes, parts[0], strict=True))
-    ]
-    mixtures = [Mixture(items, phases[0].weights, seed)]
-    for before, phase, counts in zip(phases, phases[1:], parts[1:], strict=False):
-        visits = (phase.first_step - before.first_step) * before.rows
-        mixtures.append(mixtures[-1].then(visits, counts, phase.weights))
-    return mixtures
+def fingerprint_of_all(sources: Iterable[str]) -> str:
+    """The fingerprint of several sources, in their order, from that of each."""
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
+
+
+def are_data_of(known: str, sources: Iterable[str]) -> bool:
+    """Whether sources with these fingerprints are the data of a run whose batches have the fingerprint `known`."""
+    data = fingerprint_of_all(sources)
+    return known in (data, in_exact_epochs(data))
+
+
+class Stretch(NamedTuple):
+    """Data steps, read one after another in one phase: the first of them, and the number of the phase."""
+
+    step: int
+    phase: int
+
+
+def stretches_of(phases: Sequence[Phase], windows: Sequence[tuple[int, int]] = ()) -> list[Stretch]:
+    """What a run reads, with the windows of data that it went back over and has left out since.
+
+    A phase begins with the same training step whatever was left out. Without rollbacks a stretch is a phase; after one
+    to before the begin of a phase, the phase before it goes on behind what this one has read.
+    """
+    found: list[Stretch] = []
+    ends = [*(phase.first_step for phase in phases[1:]), sys.maxsize]
+    begin, left_out = 0, 0  # of the data steps up to the end of a window, and how many are no training steps
+    for start, stop in [*windows, (0, sys.maxsize)]:
+        for number, (phase, end) in enumerate(zip(phases, ends, strict=True)):
+            first = max(begin, phase.first_step + left_out)
+            if first < min(stop, end + left_out) and (not found or found[-1].phase != number):
+                found.append(Stretch(first, number))
+        begin, left_out = stop, left_out + stop - start
+    return found
+
+
+def _first_mixture(shards: Sequence[TokenShards], phases: Sequence[Phase], seed: int) -> Mixture:
+    longest = _longest(phases)
+    parts = _parts(phases)[0]
+    items = []
+    for place, (item, length) in enumerate(zip(shards, longest, strict=True)):
+        size, read = _num_windows(item, length), {phase.sequence_length for phase in phases if phase.weights[place]}
+        chunk = max(1, min(LONG_WINDOWS, size // 16)) if len(read) > 1 else 1
+        items.append(Items(size, parts=parts[place] if phases[0].weights[place] else 1, chunk=chunk))
+    return Mixture(items, phases[0].weights, seed)
+
+
+def _longest(phases: Sequence[Phase]) -> list[int]:
+    """The longest windows of each source."""
+    sources = range(len(phases[0].weights))
+    return [max(phase.sequence_length for phase in phases if phase.weights[place]) for place in sources]
+
+
+def _parts(phases: Sequence[Phase]) -> list[list[int]]:
+    """For each phase, the windows of its length in a source's longest one, by source."""
+    return [[max(1, length // phase.sequence_length) for length in _longest(phases)] for phase in phases]
 
 
 class EvaluationBatches:

@@ -21,22 +21,19 @@ _ROUNDS = 8  # four make a random permutation in theory (Luby and Rackoff); a sm
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-LONG_ITEMS = 1024  # at most, whose parts are shuffled together
-
-
 @dataclass(frozen=True)
 class Items:
     """The items of a source in one phase of a run, and where in them the phase begins.
 
     size: items, of which each comes once an epoch. A source that is read in windows of several lengths has items of the
-    longest, and in a phase of shorter ones `parts` of each. begun: items, or parts, that were passed before the phase.
-    several: whether phases read the source in windows of several lengths.
+    longest, and in a phase of shorter ones `parts` of each. begun: parts that were passed before the phase.
+    chunk: items whose parts are shuffled together: few, so that the next phase finds most others untouched.
     """
 
     size: int
     begun: int = 0
     parts: int = 1
-    several: bool = False
+    chunk: int = 1
 
     def after(self, visits: int, parts: int) -> Items:
         """The items of the next phase that reads this source, in so many `parts`.
@@ -50,11 +47,6 @@ class Items:
             place = min(-(-place // chunk) * self.chunk, self.size)
             begun = (epoch * self.size + place) * parts
         return replace(self, begun=begun, parts=parts)
-
-    @property
-    def chunk(self) -> int:
-        """Items whose parts are shuffled together: few, so that the next phase finds most others untouched."""
-        return max(1, min(LONG_ITEMS, self.size // 16)) if self.several else 1
 
     def at(self, visits: NDArray[np.int64], key: Callable[..., NDArray[np.uint64]]) -> NDArray[np.int64]:
         """The item, or part, of the source's own visits [n] in this phase; `key` makes a key from numbers."""
@@ -115,7 +107,7 @@ class Mixture:
         """Equal only for equal `data` (a hash of what the sources hold) in equal order. One source has one order."""
         if len(self._sources) == 1 or not self._exact_epochs:
             return data
-        return hashlib.sha256(f"{data}, epochs are exact".encode()).hexdigest()
+        return in_exact_epochs(data)
 
     def items(self, visits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source of each visit, numbered over the phase, and the item in that source. [n] -> [n], [n]"""
@@ -169,6 +161,19 @@ class Mixture:
     def _item(self, source: int, visits: NDArray[np.int64]) -> NDArray[np.int64]:
         """The item of a source's own visits [n]: every item once an epoch."""
         return self._sources[source].at(visits, partial(shuffle_key, self._seed, 1 + source))
+
+
+def in_exact_epochs(data: str) -> str:
+    """The fingerprint of several sources that hold `data` and whose epochs do not overlap."""
+    return hashlib.sha256(f"{data}, epochs are exact".encode()).hexdigest()
+
+
+def data_step(step: int, windows: Sequence[tuple[int, int]]) -> int:
+    """The step, in an undisturbed run, of the data that this one reads when the windows, in order, are left out."""
+    for start, stop in windows:
+        if step >= start:
+            step += stop - start
+    return step
 
 
 def block_shares(weights: Sequence[float]) -> list[int]:

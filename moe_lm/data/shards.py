@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,10 @@ class Manifest(Section):
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return self.train if split == "train" else self.validation
 
+    def fingerprint(self, split: Split) -> str:
+        """That of the split's `TokenShards`, if no shard of it is left out."""
+        return fingerprint_of(self.shards(split))
+
     @property
     def documents(self) -> int:
         return sum(shard.documents for shard in self.train + self.validation)
@@ -79,6 +83,11 @@ class Manifest(Section):
 def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
     """The smaller of two types that holds every id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def fingerprint_of(shards: Iterable[Shard]) -> str:
+    """Equal only for equal tokens in the same shards."""
+    return hashlib.sha256("".join(shard.sha256 + shard.index_sha256 for shard in shards).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -168,7 +177,6 @@ class TokenShards:
             first = next(iter(damage.values()))
             raise UsageError(f"{first}; {AGAIN}, or set data.on_damage=leave_out") from first
         sound = [(shard, *found) for shard, found in outcomes if not isinstance(found, MoeLmError)]
-        sums = "".join(shard.sha256 + shard.index_sha256 for shard, _, _ in sound)
         index = np.concatenate([np.empty((0, 2), np.int64), *(index for _, _, index in sound)])
         return cls(
             folder=folder,
@@ -176,7 +184,7 @@ class TokenShards:
             files=tuple(file for _, file, _ in sound),
             document_starts=np.cumsum(index[:, 0]) - index[:, 0],
             document_bytes=index[:, 1].copy(),
-            fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
+            fingerprint=fingerprint_of(shard for shard, _, _ in sound),
             left_out=_left_out(folder, split, shards, damage) if damage else None,
         )
 

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -306,7 +305,6 @@ def _import_deepspeed(topology: Topology) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # for DeepSpeed's authors
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # DeepSpeed needs one; a single process has none
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

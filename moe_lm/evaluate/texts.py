@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
-from moe_lm.config.run import FinetuneConfig, RunConfig
-from moe_lm.data.shards import TokenShards
+from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
+from moe_lm.data.batches import are_data_of
+from moe_lm.data.shards import MANIFEST, TokenShards, read_manifest
 from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -30,7 +32,10 @@ class Scorable:
 
 
 def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> list[Scorable]:
-    """The held-out text of every source that has some. Raises UsageError if there is none."""
+    """The held-out text of every source that has some, where `config` leads from where the run is now.
+
+    Raises UsageError if there is none, or it is not that of the run.
+    """
     if config is None:
         raise UsageError(f"{run} was not trained here and has no held-out text of its own; give text files to score")
     if isinstance(config, FinetuneConfig):
@@ -39,16 +44,43 @@ def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) ->
             f"or the run it started from, {config.start_from}"
         )
     texts = []
+    folder = shards_of(checkpoint.resolve(run), config)
     for source in config.data.sources:
-        shards = TokenShards.open(config.data.shards / source.name, "validation", tokenizer=tokenizer)
+        shards = TokenShards.open(folder / source.name, "validation", tokenizer=tokenizer)
         if shards.num_documents:
             texts.append(_source_text(source.name, shards))
     if not texts:
         raise UsageError(
-            f"the shards in {config.data.shards} have no held-out text (validation_fraction="
+            f"the shards in {folder} have no held-out text (validation_fraction="
             f"{config.data.validation_fraction}); give text files to score"
         )
     return texts
+
+
+def shards_of(folder: Path, config: PretrainConfig) -> Path:
+    """Where the shards are that a checkpoint was trained on: where its paths lead from its place now, or as written.
+
+    Raises UsageError if other data is there.
+    """
+    if "data.sha256" not in checkpoint.entries(folder):
+        return config.data.shards
+    known = checkpoint.read_text(folder, "data.sha256")
+    written = Path(checkpoint.read_section(folder, "config.yaml")["data"]["shards"])
+    names = [source.name for source in config.data.sources]
+    places = [
+        place
+        for place in dict.fromkeys([config.data.shards, written])
+        if all((place / name / MANIFEST).is_file() for name in names)
+    ]
+    for place in places:
+        if are_data_of(known, (read_manifest(place / name).fingerprint("train") for name in names)):
+            return place
+    if not places or config.data.on_damage == "leave_out":  # then it is not known which shards were left out
+        return config.data.shards
+    raise UsageError(
+        f"the shards in {' and '.join(map(str, places))} are other data than {folder} was trained on; bring its own "
+        "back, or give text files to score"
+    )
 
 
 def _source_text(name: str, shards: TokenShards) -> Scorable:

@@ -53,9 +53,10 @@ def set_biases(model: LanguageModel, counts: Tensor, memory: float = 0.0) -> Non
     tokens_L11 = below_LEN[:, :1, -1:]
     missing = below_LEN * counts.shape[1] < tokens_L11 * model.config.num_experts_per_tok
     quantile_LE = _upper_edges(counts.device)[missing.sum(-1).clamp(max=BINS - 1)]
-    for layer, quantile_E in zip(model.moe_layers, quantile_LE, strict=True):
+    kept_L = torch.where(tokens_L11.flatten() == 0, 1.0, memory)  # padding alone says nothing of the balance
+    for layer, quantile_E, kept in zip(model.moe_layers, quantile_LE, kept_L, strict=True):
         bias_E = layer.gate.e_score_correction_bias
-        bias_E.copy_(torch.lerp(quantile_E - quantile_E.mean(), bias_E, memory))
+        bias_E.copy_(torch.lerp(quantile_E - quantile_E.mean(), bias_E, kept))
 
 
 def _bins(needed: Tensor) -> Tensor:

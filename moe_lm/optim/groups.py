@@ -133,7 +133,7 @@ def schedule_factor(step: int, total_steps: int, config: ScheduleConfig) -> floa
 
 
 def first_other_rate(done: int, total_steps: int, other_total: int, config: ScheduleConfig) -> int | None:
-    """The first of `done` steps (counted from 0) whose rate is another one in a run of `other_total` steps."""
+    """The first of `done` steps (counted from 0) whose rate differs in a run of `other_total` steps."""
     return next(
         (
             step

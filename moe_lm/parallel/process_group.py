@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ def join(meeting: Meeting, device: torch.device, timeout_seconds: float) -> None
 
     Raises MoeLmError if a rank does not come in time.
     """
+    # Of names that torch 2.13 gives collectives, which older versions, and DeepSpeed, do not know.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -29,6 +29,7 @@ from moe_lm.checkpoint.read import (
 from moe_lm.checkpoint.safetensors_file import Output, pieces_of, write_files
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_folder
+from moe_lm.config.moved import as_of, moved_along
 from moe_lm.optim.average import EMA
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tools.interop.hf_tensors import EMBEDDING, HEAD
@@ -54,7 +55,7 @@ def merge(paths: Sequence[Path], run_dir: Path, last: int | None = None, weights
     for folder in folders[1:]:
         check_alike(folders[0], folder)
     with whole_folder(run_dir) as unfinished:
-        _write(unfinished, folders[-1], [open_tensors(folder) for folder in folders], shares, folders)
+        _write(unfinished, run_dir, folders[-1], [open_tensors(folder) for folder in folders], shares, folders)
     lines = (f"  {share:.4f}  {folder}" for folder, share in zip(folders, shares, strict=True))
     return "\n".join([f"averaged {len(folders)} checkpoints, with weights", *lines])
 
@@ -72,7 +73,7 @@ def take_moving_average(path: Path, run_dir: Path) -> str:
     if not average.averaged:
         raise UsageError(f"{folder} has no moving average; train with train.optimizer.ema_decay, like 0.999")
     with whole_folder(run_dir) as unfinished:
-        _write(unfinished, folder, [average], [1.0], [folder])
+        _write(unfinished, run_dir, folder, [average], [1.0], [folder])
     return f"took the moving average of {len(average.averaged)} tensors from {folder}"
 
 
@@ -154,9 +155,17 @@ def check_alike(one: Path, other: Path) -> None:
 
 
 def _write(
-    run_dir: Path, newest: Path, sources: Sequence[TensorSource], shares: Sequence[float], folders: Sequence[Path]
+    unfinished: Path,
+    run_dir: Path,
+    newest: Path,
+    sources: Sequence[TensorSource],
+    shares: Sequence[float],
+    folders: Sequence[Path],
 ) -> None:
-    """Write the checkpoint of the average of `sources`; all else is as in the checkpoint `newest`."""
+    """Write the checkpoint of the average of `sources` into the run folder that will be `run_dir`.
+
+    All but its weights is as in the checkpoint `newest`.
+    """
     entries = [
         {"checkpoint": str(folder), "fingerprint": lineage.fingerprint(folder), "weight": share}
         for folder, share in zip(folders, shares, strict=True)
@@ -165,11 +174,11 @@ def _write(
         MODEL: partial(_write_average, sources, shares),
         MERGED: yaml.safe_dump(entries, sort_keys=False, allow_unicode=True),
         TOKENIZER: Tokenizer.load(checkpoint.verified_path(newest, TOKENIZER)).save,
-        **_texts_of(newest),
+        **_texts_of(newest, run_dir),
     }
     if is_carrying(newest):
         files[CARRIED] = newest / CARRIED
-    checkpoint.verify(write.save(run_dir / "checkpoints", checkpoint.step_of(newest), {}, files))
+    checkpoint.verify(write.save(unfinished / "checkpoints", checkpoint.step_of(newest), {}, files))
 
 
 def _write_average(sources: Sequence[TensorSource], shares: Sequence[float], path: Path) -> None:
@@ -202,10 +211,13 @@ def _dtype(sources: Sequence[TensorSource], name: str) -> torch.dtype:
     return dtype
 
 
-def _texts_of(folder: Path) -> dict[str, str]:
-    """The files beside the tensors of a checkpoint that go on being true of the average."""
+def _texts_of(folder: Path, run_dir: Path) -> dict[str, str]:
+    """The files beside the tensors of a checkpoint that are true of the average of the run `run_dir` too."""
     known = checkpoint.entries(folder)
-    names = ["model.yaml", GENERATION]
-    if lineage.ADAPTER not in known:  # a config with lora would promise adapters
-        names += ["config.yaml", "data.sha256"]
-    return {name: checkpoint.read_text(folder, name) for name in names if name in known}
+    texts = {name: checkpoint.read_text(folder, name) for name in ("model.yaml", GENERATION) if name in known}
+    if lineage.ADAPTER not in known and "config.yaml" in known:  # a config with lora would promise adapters
+        values = moved_along(checkpoint.read_section(folder, "config.yaml"), folder.parent.parent)
+        texts["config.yaml"] = yaml.safe_dump(as_of(values, run_dir), sort_keys=False, allow_unicode=True)
+        if "data.sha256" in known:
+            texts["data.sha256"] = checkpoint.read_text(folder, "data.sha256")
+    return texts

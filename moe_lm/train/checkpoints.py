@@ -67,8 +67,13 @@ class Checkpoints:
         return folder
 
     @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._saver.is_saving
+
+    @property
     def longest_save(self) -> float | None:
-        """Seconds that the longest save of this process has taken; None before the first."""
+        """Seconds that the longest save of this process has taken so far; None before the first."""
         return self._saver.longest_save
 
     def wait(self, step: int) -> None:

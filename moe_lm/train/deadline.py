@@ -35,8 +35,8 @@ class Deadline:
         """Measure a step with its evaluation, before it is saved."""
         self._steps.append(seconds_since_start() - self._begun)
 
-    def is_near(self, longest_save: float | None, is_saved: bool = False) -> bool:
-        """Whether there is no time for another step and a save, which took so many seconds at most if it is known.
+    def is_near(self, longest_save: float | None, is_saved: bool = False, saves: int = 1) -> bool:
+        """Whether there is no time for another step and `saves`, each of at most so many seconds if it is known.
 
         With `is_saved` only an evaluation is left to do, a batch of which needs no more than a step.
         """
@@ -45,5 +45,5 @@ class Deadline:
         seconds = 3600 * self._hours
         save = min(UNKNOWN_SAVE[0] * seconds, UNKNOWN_SAVE[1]) if longest_save is None else SPARE * longest_save
         step = max(self._steps, default=0.0)
-        needed = step if is_saved else SPARE * step + save
+        needed = step if is_saved else SPARE * step + saves * save
         return seconds_since_start() + needed + LEAVING_SECONDS >= seconds

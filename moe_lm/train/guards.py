@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import whole_file
 from moe_lm.config.training import GuardConfig
 from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.order import data_step
 from moe_lm.engine.engine import StepResult
 from moe_lm.parallel.logical import box_of
 from moe_lm.parallel.process_group import Ranks
@@ -233,15 +234,7 @@ class _LeftOut:
         return self._source.fingerprint
 
     def batch(self, step: int, rows: range) -> Batch:
-        return self._source.batch(data_step(step, self._guard.memory.windows), rows)
-
-
-def data_step(step: int, windows: Sequence[Window]) -> int:
-    """The step, in an undisturbed run, of the data that this one reads when the windows, in order, are left out."""
-    for start, stop in windows:
-        if step >= start:
-            step += stop - start
-    return step
+        return self._source.batch(self._guard._data_step(step), rows)
 
 
 def first_not_finite(state: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.checkpoints import Checkpoints
 from moe_lm.train.deadline import Deadline
 from moe_lm.train.figures import step_record
-from moe_lm.train.guards import Guard
+from moe_lm.train.guards import Guard, Window
 from moe_lm.train.log import RunLog, json_text
 from moe_lm.train.probes import Probes
 from moe_lm.train.result import TrainingResult
@@ -41,6 +41,7 @@ class Training:
     log: RunLog
     flops_per_token: Callable[[int], float]  # forward and backward, in a step counted from 0
     before_step: Callable[[int], None] = lambda step: None  # called with each step, counted from 0
+    leave_out: Callable[[Sequence[Window]], None] = lambda windows: None  # tells `batches` what rollbacks left out
     evaluate_first: bool = False  # evaluate before the first step too
     validation_sources: Sequence[tuple[str, int]] = ()  # of `validation`, in order, and how many batches are of each
     probes: Probes | None = None
@@ -90,6 +91,7 @@ class Loop:
         self._restore(counters)
         self.guard = Guard(run.config.guards, run.log, counters)
         self.batches = self.guard.batches(run.batches)
+        run.leave_out(self.guard.memory.windows)
         self.pace = Pace(run.engine)
         self.unsaved = False  # whether a step was taken since the newest checkpoint was loaded or begun
 
@@ -152,6 +154,7 @@ class Loop:
             why = f"{self.guard.trouble}, and there is no good checkpoint to go back to"
             raise self.guard.give_up_error(step, why)
         self.guard.go_back(step, counters, run.checkpoints.newest)
+        run.leave_out(self.guard.memory.windows)
         self._restore(counters)
         self.unsaved = False
         with run.watchdog.patiently("loading"):  # metrics.jsonl may be long
@@ -226,7 +229,9 @@ class Loop:
         return bool(self.signals) or self._is_time_over(is_saved)
 
     def _is_time_over(self, is_saved: bool = False) -> bool:
-        return self.run.engine.topology.is_main and self.deadline.is_near(self.run.checkpoints.longest_save, is_saved)
+        checkpoints = self.run.checkpoints
+        saves = 1 + checkpoints.is_saving  # the last save waits for the one under way
+        return self.run.engine.topology.is_main and self.deadline.is_near(checkpoints.longest_save, is_saved, saves)
 
     def _is_told_to_stop(self) -> bool:
         """Whether some rank has received a signal. After the first call, a signal no longer ends its process at once.
@@ -309,8 +314,7 @@ def local_micro_batches(engine: Engine, batches: BatchSource, config: TrainConfi
 def evaluate(run: Training, wants_to_stop: Callable[[], bool]) -> dict[str, Any] | None:
     """The held-out `val_loss` and other figures of metrics.jsonl: means over target tokens (in nats) or pairs.
 
-    The loss is given by source too if there are several. None if some rank
-    `wants_to_stop` before the end.
+    The loss is given by source too if there are several. None if some rank `wants_to_stop` before the end.
     """
     sums: dict[str, float] = {}
     units = 0

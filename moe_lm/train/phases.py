@@ -46,16 +46,22 @@ def flops_of_step(config: RunConfig, model: ModelConfig) -> Callable[[int], floa
     return lambda step: flops[bisect_right(starts, step) - 1]
 
 
-def tell_of_phase(config: RunConfig, log: RunLog, step: int) -> None:
-    """An event if a phase begins with this step, counted from 0, unless the run has only one."""
+def tell_of_phases(config: RunConfig, log: RunLog) -> Callable[[int], None]:
+    """Makes an event if a phase begins with a step, counted from 0, unless the run has only one."""
     phases = config.phases
-    for number, phase in enumerate(phases, 1) if len(phases) > 1 else ():
-        if phase.first_step == step and isinstance(config, PretrainConfig):
+    begins = {phase.first_step: number for number, phase in enumerate(phases, 1)} if len(phases) > 1 else {}
+
+    def tell(step: int) -> None:
+        if step in begins and isinstance(config, PretrainConfig):
+            number = begins[step]
+            phase = phases[number - 1]
             mix = config.mix(phase)
             log.event(
                 "phase", step + 1, f"phase {number} of {len(phases)} begins: {in_words(phase, mix)}",
                 phase=number, rows=phase.rows, sequence_length=phase.sequence_length, weights=mix,
             )  # fmt: skip
+
+    return tell
 
 
 def in_words(phase: Phase, mix: Mapping[str, float]) -> str:

@@ -64,7 +64,7 @@ def run(
         start=start,
         epochs=dict(zip(names, epochs or (), strict=False)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
-        notes=[*data_lines(names, shards, held_out, epochs), *([] if start is None else notes_on(start, config))],
+        notes=[*data_lines(names, shards, held_out, epochs), *notes_on(start, config)],
         timetable=timetable,
     )
     return run_recipe(recipe, meeting)

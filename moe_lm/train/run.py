@@ -41,7 +41,7 @@ from moe_lm.train.guards import with_new_settings
 from moe_lm.train.log import RunLog, rank_log, rank_log_path
 from moe_lm.train.loop import Training, train
 from moe_lm.train.past import Plan
-from moe_lm.train.phases import flops_of_step, tell_of_phase
+from moe_lm.train.phases import flops_of_step, tell_of_phases
 from moe_lm.train.probes import Probes
 from moe_lm.train.reference import add_reference
 from moe_lm.train.result import TrainingResult
@@ -255,7 +255,8 @@ def train_and_log(
             ),
             log=log,
             flops_per_token=flops_of_step(config, recipe.model),
-            before_step=partial(tell_of_phase, config, log),
+            before_step=tell_of_phases(config, log),
+            leave_out=recipe.batches.leave_out,
             evaluate_first=recipe.start is not None,
             watchdog=watchdog,
             timetable=recipe.timetable,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.lineage import Adapter, Start, is_at, read_adapter
+from moe_lm.checkpoint.checkpoint import OPTIMIZER
+from moe_lm.checkpoint.lineage import START, Adapter, Start, is_at, read_adapter
 from moe_lm.common.errors import UsageError
 from moe_lm.config.moved import paths_in, way_from
 from moe_lm.config.reading import build_config
@@ -36,14 +37,16 @@ def changed_settings(
 ) -> list[str]:
     """The differences from the settings, tokenizer and data of the checkpoint to go on from; `batches` take its order.
 
-    Raises UsageError with them unless `checkpoint.allow_changes` is set.
+    Raises UsageError with them unless `checkpoint.allow_changes` is set, and for what that cannot help.
     """
     if folder is None:
         return []
+    check_can_go_on(folder, config)
     may_change: tuple[str, ...] = MAY_CHANGE
     if start is not None and _is_still(config.start_from, start, read_adapter(folder)):
         may_change += ("start_from",)  # the same model, wherever it is now
     saved = _saved_config(folder, config)
+    check_states(saved, config)
     if (late := late_change_of_steps(saved, config, folder)) is None:
         may_change += ("train.steps",)
     reads_the_same = isinstance(config, PretrainConfig) and has_read_the_same(saved, config, checkpoint.step_of(folder))
@@ -69,6 +72,40 @@ def changed_settings(
     if late and config.train.steps < checkpoint.step_of(folder):
         raise late  # steps that are done are not undone, whatever is allowed
     return changes
+
+
+def check_can_go_on(folder: Path, config: RunConfig) -> None:
+    """Raise UsageError for a checkpoint that no training has left, and for a start that comes after the beginning."""
+    entries = checkpoint.entries(folder)
+    if not any(entry.startswith(f"{OPTIMIZER}/") for entry in entries):
+        raise UsageError(
+            f"{config.run_dir} holds a model without the state of an optimizer, as merge, import and upcycle make it; "
+            f"begin another run with start_from={config.run_dir}"
+        )
+    if isinstance(config, PretrainConfig) and config.start_from is not None and START not in entries:
+        raise UsageError(
+            f"start_from={config.start_from}: {config.run_dir} has begun with fresh weights, and goes on from its own "
+            "checkpoint; take start_from away, or set run_dir to a new folder"
+        )
+
+
+def check_states(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise UsageError for a setting whose states of the optimizer the steps that are done have not kept."""
+    train, now = saved.get("train", {}), config.train
+    before = train.get("optimizer", {})
+    had, name = before.get("name", now.optimizer.name), now.optimizer.name
+    change = None
+    if had != name and "muon" in (had, name):  # the moments of the others have the same names
+        change = f"optimizer.name: {had} -> {name}"
+    elif before.get("ema_decay") is None and now.optimizer.ema_decay is not None:
+        change = f"optimizer.ema_decay: null -> {now.optimizer.ema_decay}"
+    elif train.get("freeze_router") and not now.freeze_router and config.lora is None:
+        change = f"freeze_router: true -> {str(now.freeze_router).lower()}"
+    if change is not None and "optimizer" in train:
+        raise UsageError(
+            f"train.{change} needs states of the optimizer that the checkpoints in {config.run_dir} do not have; undo "
+            f"the change, or begin another run with start_from={config.run_dir}"
+        )
 
 
 def with_places_of(config: RunConfig, saved: dict[str, Any]) -> dict[str, Any]:
@@ -126,16 +163,21 @@ def has_read_the_same(saved: Mapping[str, Any], config: PretrainConfig, done: in
     return past_of(before, done) == past_of(config, done)
 
 
-def past_of(config: PretrainConfig, done: int) -> list[tuple[Any, ...]]:
-    """All that gives the steps that are done their rows, but for the content of the sources and the seed."""
+class Past(NamedTuple):
+    """What decides which rows the finished steps have read, apart from the sources' content and the seed."""
+
+    longest: list[int]  # windows of each source that was read
+    phases: list[tuple[int, int, tuple[int, ...]]]  # that have begun: first step, length of rows, shares of the sources
+
+
+def past_of(config: PretrainConfig, done: int) -> Past:
     phases = config.phases
     begun = [phase for phase in phases if phase.first_step < done]
     read = [place for place in range(len(config.data.sources)) if any(phase.weights[place] for phase in begun)]
     longest = [max(phase.sequence_length for phase in phases if phase.weights[place]) for place in read]
-    return [
-        tuple(longest),
-        *((phase.first_step, phase.sequence_length, tuple(block_shares(phase.weights))) for phase in begun),
-    ]
+    return Past(
+        longest, [(phase.first_step, phase.sequence_length, tuple(block_shares(phase.weights))) for phase in begun]
+    )
 
 
 def compare_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from moe_lm.common import hub
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig, with_rope_parameters
 from moe_lm.config.run import PretrainConfig
-from moe_lm.config.training import BalanceConfig, OptimizerConfig
+from moe_lm.config.training import BalanceConfig, OptimizerConfig, with_still_biases
 from moe_lm.engine.engine import LOAD, Engine
 from moe_lm.optim.average import EMA, STEPS
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def completed(values: Values) -> Values:
     train = values.get("train")
     balance = train.get("balance", {}) if isinstance(train, dict) else None
     if isinstance(train, dict) and isinstance(balance, dict) and _has_no_biases(start, shape):
-        values["train"] = {**train, "balance": {"bias_update_rate": 0.0, **balance}}
+        values["train"] = {**train, "balance": with_still_biases(balance)}
     return values
 
 
@@ -132,14 +132,14 @@ def check_lengths(data: object, shape: ModelConfig) -> None:
     raise UsageError(f"{said.format(length)} is longer than the {most} positions of the start's model; {advice}")
 
 
-def notes_on(start: Start, config: PretrainConfig) -> list[str]:
+def notes_on(start: Start | None, config: PretrainConfig) -> list[str]:
     """What the log says of a start, after a warning if `moe-lm export` would refuse the trained model."""
-    moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
-    return [
-        *notes_on_biases(config.train.balance, config.model),
-        *notes_on_rates(config.train.optimizer),
-        f"starts from {start.origin} (fingerprint {start.fingerprint}){moments}",
-    ]
+    notes = notes_on_biases(config.train.balance, config.model)
+    if start is not None:
+        moments = ", with the moments of its optimizer" if config.start_with_optimizer else ""
+        notes += notes_on_rates(config.train.optimizer)
+        notes.append(f"starts from {start.origin} (fingerprint {start.fingerprint}){moments}")
+    return notes
 
 
 def notes_on_rates(optimizer: OptimizerConfig) -> list[str]:
@@ -156,11 +156,13 @@ def notes_on_biases(balance: BalanceConfig, model: ModelConfig) -> list[str]:
     """A warning of router biases that no family of Hugging Face has a place for."""
     if not balance.moves_biases or not model.moe_layers or model.scoring_func != "softmax":
         return []
-    quantile = balance.bias_update == "quantile"
-    setting = f"train.balance.bias_update{'=quantile' if quantile else f'_rate={balance.bias_update_rate}'}"
+    if balance.bias_update == "quantile":
+        setting, instead = "bias_update=quantile", "take it away and set train.balance.bias_update_rate to 0"
+    else:
+        setting, instead = f"bias_update_rate={balance.bias_update_rate}", "set it to 0"
     return [
-        f"{setting} moves router biases, which no Hugging Face family with a softmax router has; set "
-        "train.balance.bias_update_rate to 0 if the model is to be exported"
+        f"train.balance.{setting} moves router biases, which no Hugging Face family with a softmax router has; "
+        f"{instead} if the model is to be exported"
     ]
 
 

@@ -15,6 +15,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.model import LoraConfig, ModelConfig, check_vocabulary
 from moe_lm.config.reading import build_config, dump_config, load_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig
+from moe_lm.config.training import BalanceConfig
 from tests.conftest import MoeLm
 
 MODEL = yaml.safe_load("""
@@ -302,6 +303,11 @@ def test_fine_tuning_leaves_router_biases_as_they_are_unless_told() -> None:
     other = FINETUNE | {"train": FINETUNE["train"] | {"balance": {"z_loss": 0.1}}}
     balance = FinetuneConfig.model_validate(other).train.balance
     assert (balance.bias_update_rate, balance.z_loss) == (0, 0.1)
+    moved = FINETUNE | {"train": FINETUNE["train"] | {"balance": {"bias_update": "quantile"}}}
+    assert FinetuneConfig.model_validate(moved).train.balance.moves_biases
+    for rate in (0.0, 0.5):
+        with pytest.raises(ValueError, match=rf"bias_update_rate={rate} is of bias_update=sign alone"):
+            BalanceConfig(bias_update="quantile", bias_update_rate=rate)
     assert PretrainConfig.model_validate(PRETRAIN).train.balance.bias_update_rate == 1e-3
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_lm.config.data import Phase
 from moe_lm.data.batches import PackedBatches
+from moe_lm.data.order import data_step
 from tests.data.test_batches import assert_same, make_shards, numbered
 
 APART = 20_000  # tokens of one source are numbered from a multiple of it
@@ -117,3 +118,34 @@ def test_a_source_too_short_for_a_phase_that_does_not_read_it_is_no_error() -> N
     shards = [numbered(100), make_shards([range(9)])]
     phases = [phase(0, 8, 1, 1), phase(1, 16, 1, 0)]
     assert PackedBatches(shards, phases, ROWS, 1, True).batch(1, range(ROWS)).input_ids.shape == (32, 16)
+
+
+# Rollbacks
+
+
+def after(
+    windows: list[tuple[int, int]], phases: Sequence[Phase], steps: range, sizes: Sequence[int] = SIZES
+) -> list[torch.Tensor]:
+    """The rows of training steps when rollbacks have left these windows out."""
+    batches = batches_in(phases, sizes)
+    batches.leave_out(windows)
+    return [batches.batch(data_step(step, windows), range(ROWS)).input_ids for step in steps]
+
+
+def test_after_a_rollback_every_training_step_has_the_rows_of_its_phase() -> None:
+    shapes = [tuple(rows.shape) for rows in after([(10, 20), (150, 163)], MIXED, range(256))]
+    assert shapes == [(begun.rows, begun.sequence_length) for begun in MIXED for _ in range(64)]
+
+
+@pytest.mark.parametrize("windows", [[(3, 5)], [(3, 9)], [(3, 9), (9, 14)], [(6, 9)]])
+def test_data_that_is_left_out_is_read_in_no_later_phase_either(windows: list[tuple[int, int]]) -> None:
+    """A phase begins with step 6, and the last source is read in it alone."""
+    phases, sizes = [phase(0, 8, 3, 1, 0), phase(6, 8, 3, 1, 1)], [19_000] * 3  # less than an epoch
+    to = windows[0][0]
+    read = after([], phases, range(windows[0][1]), sizes)
+    for start, stop in windows[1:]:
+        read += after(windows[:1], phases, range(to, to + stop - start), sizes)
+    left_out = set(torch.cat(read[to:])[:, 0].tolist())
+    found = torch.cat([*read[:to], *after(windows, phases, range(to, 12), sizes)])[:, 0].tolist()
+    assert left_out.isdisjoint(found)
+    assert len(found) == len(set(found)) == 12 * ROWS

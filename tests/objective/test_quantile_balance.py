@@ -99,3 +99,13 @@ def test_memory_keeps_a_share_of_the_old_bias() -> None:
     set_biases(model, counts, memory=0.75)
     new = without.moe_layers[0].gate.e_score_correction_bias
     torch.testing.assert_close(model.moe_layers[0].gate.e_score_correction_bias, 0.75 + 0.25 * new)
+
+
+def test_a_step_of_padding_alone_leaves_the_biases_as_they_are() -> None:
+    model = tiny_model(**MODEL)
+    bias = model.moe_layers[0].gate.e_score_correction_bias
+    bias.copy_(torch.linspace(-0.3, 0.3, len(bias)))
+    before = bias.clone()
+    routing, biases = routings(model)
+    set_biases(model, needed_biases(routing, biases, torch.zeros(TOKENS, dtype=torch.bool)))
+    assert torch.equal(bias, before)

@@ -75,6 +75,20 @@ def test_a_run_is_saved_before_its_hours_are_over(
     assert stop["message"] == f"stopping after step {result.step}: train.hours=1 are nearly over"
 
 
+def test_the_last_save_is_reckoned_behind_one_in_the_background(
+    tmp_path: Path, ragged: BatchSource, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "longest_save", 600.0)
+    run = timed(tmp_path, ragged, clock, 1)
+    run()
+    loop = Loop(run.training, {}, StopSignals())
+    clock.now = LIMIT - deadline.SPARE * 1000
+    with run.training.checkpoints:
+        for under_way in (False, True):
+            monkeypatch.setattr(Checkpoints, "is_saving", under_way)
+            assert loop._wants_to_stop() is under_way
+
+
 def test_the_same_command_goes_on_for_as_long_again_to_the_bit(
     tmp_path: Path, ragged: BatchSource, clock: Clock
 ) -> None:

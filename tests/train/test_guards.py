@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import BatchSource
-from moe_lm.train.guards import data_step, first_not_finite
+from moe_lm.data.order import data_step
+from moe_lm.train.guards import first_not_finite
 from moe_lm.train.spikes import loss_limit
 from tests.loops import Watched, poisoned
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_lm.config.moved import as_of
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.prepare import prepare
@@ -99,8 +100,40 @@ def test_other_data_at_the_new_place_is_refused(here: Path, moe_lm: MoeLm, monke
     done = moe_lm("pretrain", "that/pretrain/config.yaml")
     assert (done.code, "the training data is other data" in done.err) == (2, True), done
     assert "data.shards" not in done.err
+    done = moe_lm("eval", "that/pretrain")
+    assert (done.code, done.out) == (2, "")
+    assert "the shards in that/shards are other data than that/pretrain/checkpoints/step-00000002 was" in done.err
     done = moe_lm("pretrain", "that/pretrain/config.yaml", *where)
     assert (done.code, "going on after step 2 of 4" in done.out) == (0, True), done
+
+
+def test_a_copy_and_an_average_are_evaluated_on_the_text_of_the_run_beside_other_shards(
+    here: Path, moe_lm: MoeLm
+) -> None:
+    shutil.copytree("runs/it/pretrain", "other/copy")
+    assert moe_lm("merge", "runs/it/pretrain", "--last", 2, "--run-dir", "other/average").code == 0
+    kept = yaml.safe_load((last_checkpoint(Path("other/average")) / "config.yaml").read_text())
+    assert (kept["run_dir"], kept["data"]["shards"]) == ("other/average", "runs/it/shards")
+    Path("other.txt").write_text("Another text.\n\n" * 9000)
+    settings = ("data.shards=other/shards", "data.sources=[{name: text, path: other.txt}]")
+    prepare(load_config(PretrainConfig, Path("runs/it/pretrain/config.yaml"), settings).data)
+    size = moe_lm("eval", "runs/it/pretrain").out.splitlines()[0].split(": ")[1]
+    for run in ("other/copy", "other/average"):
+        done = moe_lm("eval", run)
+        assert (done.code, done.out.splitlines()[0]) == (0, f"held-out text of {run}: {size}"), done.err
+
+
+def test_the_config_of_a_new_run_elsewhere_names_the_files_from_any_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    values = {"run_dir": "runs/it", "data": {"shards": "shards", "tokenizer": "Qwen/Qwen3-0.6B"}}
+    found = as_of(values, tmp_path / "run")
+    assert found == {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"shards": str(tmp_path / "shards"), "tokenizer": "Qwen/Qwen3-0.6B"},
+    }
 
 
 def test_moved_adapters_find_their_base_and_their_conversations_beside_them(

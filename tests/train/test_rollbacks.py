@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.data import Phase
 from moe_lm.data.batches import Batch, BatchSource, PackedBatches
 from moe_lm.objective.training_loss import NextToken, Predictions, Score
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train import pretrain
 from moe_lm.train.guards import NOTE, with_new_settings
+from tests.data.test_batches import make_shards
 from tests.loops import LeftOut, LoopRun, Watched, poisoned, sigterm
 from tests.processes import events, metrics, one_thread_here
 from tests.runs import figures
@@ -115,6 +117,23 @@ def test_an_interrupted_run_goes_back_as_the_uninterrupted_one(
     assert_same(parted, whole)
     if "damaged" not in how:  # else the first rollback is done again
         assert [event for event in parted.kinds if event[0] not in ("doubtful", "stop")] == whole.kinds
+
+
+def test_a_phase_begins_with_its_step_after_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = [Phase(0, 4, 8, (1.0,)), Phase(10, 2, 16, (1.0,))]
+    source = PackedBatches([make_shards([[number % 60 for number in range(4000)]])], phases, 4, 1, False)
+    read, lengths = source.batch, list[int]()
+
+    def noted(step: int, rows: range) -> Batch:
+        batch = read(step, rows)
+        lengths.append(batch.input_ids.shape[1])
+        return batch
+
+    monkeypatch.setattr(source, "batch", noted)
+    run = poisoned(tmp_path / "run", source, 5, 6, 7, validation=[])
+    run()
+    assert [event["event"] for event in run.events].count("rollback") == 1
+    assert lengths == [8] * 8 + [8] * 6 + [16] * 2  # back from step 8 to step 4
 
 
 def test_other_settings_begin_anew_but_for_the_data_that_is_left_out() -> None:

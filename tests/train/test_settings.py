@@ -14,9 +14,11 @@ from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import ScheduleConfig
 from moe_lm.optim.groups import first_other_rate
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.summary import opening_lines
 from tests.processes import metrics
 from tests.runs import last_checkpoint, tensors
+from tests.tiny import tiny_model, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
@@ -107,3 +109,29 @@ def test_changes_are_allowed_for_one_start_only(tiny_pretrain: Path, tmp_path: P
     refused = moe_lm("pretrain", run_dir / "config.yaml", "train.optimizer.lr=0.2")
     assert refused.code == 2
     assert "train.optimizer.lr: 0.1 -> 0.2" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.name=muon", "train.optimizer.name: adamw -> muon"),
+        ("optimizer.ema_decay=0.9", "train.optimizer.ema_decay: null -> 0.9"),
+    ],
+)
+def test_states_that_the_steps_have_not_kept_cannot_be_allowed(
+    setting: str, said: str, tiny_pretrain: Path, pretrained: Path, moe_lm: MoeLm
+) -> None:
+    place = f"run_dir={pretrained}"
+    done = moe_lm("pretrain", tiny_pretrain, place, "train.steps=30", f"train.{setting}", "checkpoint.allow_changes=1")
+    assert (done.code, done.out) == (2, "")
+    assert f"{said} needs states of the optimizer that the checkpoints in {pretrained} do not have" in done.err
+    assert done.err.endswith(f"or begin another run with start_from={pretrained}\n")
+
+
+def test_a_model_that_no_training_has_left_is_a_start_alone(
+    tiny_pretrain: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    merged = write_run(tmp_path / "merged", tiny_model(vocab_size=tiny_tokenizer.vocab_size), tiny_tokenizer)
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={merged}")
+    assert (done.code, done.out) == (2, "")
+    assert f"as merge, import and upcycle make it; begin another run with start_from={merged}" in done.err

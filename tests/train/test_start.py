@@ -17,10 +17,11 @@ from moe_lm.cli.train import read_pretraining
 from moe_lm.config.model import ModelConfig, RopeScaling
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.shards import read_manifest
+from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train.finetune import trained_model
 from tests.processes import metrics
 from tests.runs import last_checkpoint, tensors
-from tests.tiny import SHAPE
+from tests.tiny import SHAPE, tiny_model, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
@@ -165,7 +166,40 @@ def test_a_dry_run_names_the_start_the_layout_and_the_rates(config: Path, pretra
         assert f"\n{line}" in done.out
 
 
+@pytest.mark.parametrize(
+    ("balance", "said"),
+    [
+        ("{bias_update: quantile}", "bias_update=quantile moves router biases, which no Hugging Face family with a "
+         "softmax router has; take it away and set train.balance.bias_update_rate to 0 if"),
+        ("{bias_update_rate: 0.01}", "bias_update_rate=0.01 moves router biases, which no Hugging Face family with a "
+         "softmax router has; set it to 0 if"),
+    ],
+)  # fmt: skip
+def test_biases_that_a_softmax_router_is_given_are_told_and_the_same_command_goes_on(
+    balance: str, said: str, config: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, scoring_func="softmax")
+    start = write_run(tmp_path / "start", model, tiny_tokenizer, config="{}\n")
+    command = ("pretrain", config, f"start_from={start}", f"train.balance={balance}")
+    done = moe_lm(*command)
+    assert (done.code, done.err) == (0, "")
+    assert f"train.balance.{said} the model is to be exported" in done.out
+    done = moe_lm(*command)
+    assert (done.code, "this run is finished" in done.out) == (0, True), done.err
+
+
 # What does not fit
+
+
+def test_a_start_that_comes_after_the_beginning_is_refused(
+    config: Path, pretrained: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    """Its weights never were in the run, which would name it as its start from then on."""
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    done = moe_lm("pretrain", config, "train.steps=31", "checkpoint.allow_changes=true")
+    assert (done.code, done.out) == (2, "")
+    assert f"start_from={pretrained}: {run} has begun with fresh weights, and goes on from its own" in done.err
+    assert not (last_checkpoint(run) / "start.yaml").exists()
 
 
 @pytest.mark.parametrize(

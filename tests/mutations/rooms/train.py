@@ -161,7 +161,7 @@ MUTATIONS = (
     Mutation(
         "biases move in a family that has no place for them",
         "train/start.py",
-        '"balance": {"bias_update_rate": 0.0, **balance}',
+        '"balance": with_still_biases(balance)',
         '"balance": balance',
         f"{CONTINUED}::test_a_start_goes_on_resumes_to_the_bit_and_exports",
     ),

@@ -120,13 +120,14 @@ def test_longer_positions_of_a_start_are_those_of_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start_from", ["finished run"], indirect=True)
+@pytest.mark.parametrize("start_from", ["finished run", "qwen3_moe", "upcycled"], indirect=True)
 def test_experts_on_two_ranks_go_on_as_in_one_process(
     start_from: Path, tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, run_ranks: Callable[..., list[Done]]
 ) -> None:
-    """With the moments of the start, and positions of its own."""
+    """With positions of its own, and the moments of a start that has them."""
     model = {"rope_scaling": YARN, "max_position_embeddings": 16384}
-    config = write_config(tmp_path, tiny_pretrain, start_from, model=model, start_with_optimizer=True)
+    moments = start_from.name not in ("qwen3_moe", "upcycled")
+    config = write_config(tmp_path, tiny_pretrain, start_from, model=model, start_with_optimizer=moments)
     assert moe_lm("pretrain", config, f"run_dir={tmp_path / 'one'}").code == 0
     for rank in run_ranks(2, "pretrain", config, f"run_dir={tmp_path / 'two'}", *layout(2, 2)):
         assert rank.code == 0, rank.err
