@@ -1,20 +1,17 @@
 """The engine on DeepSpeed: expert and data parallelism with ZeRO 1, 2 or 3.
 
 DeepSpeed recognises experts by a class and by attributes that are internal to it (`_mark_experts`), and keeps weights
-and moments in flat partitions with a layout of its own (`_Zero`). All use of its internals is in this file;
-tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed changes them.
+and moments in flat partitions with a layout of its own (deepspeed_zero.py). All use of its internals is in these two
+files; tests/engine/test_deepspeed_contract.py fails when a new DeepSpeed changes them.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
+from moe_lm.engine.deepspeed_zero import ByPartition, Zero, several_dtypes
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.kernels.rounding import narrow_trained
@@ -33,10 +31,9 @@ from moe_lm.model.moe import MoE, logical, logical_names, physical
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizer, parameter_groups, set_learning_rate, step_on_threads
-from moe_lm.optim.matrices import Part, Share, ShareOf
+from moe_lm.optim.matrices import Share
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.logical import divide, divide_experts, host_copy, undivide
-from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
@@ -70,16 +67,14 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed(topology)
         masters = narrow_trained(self.model, self.dtype)
         _mark_experts(self.model, mesh.size(1), stage)
-        optimizer = _ByPartition(_split(parameter_groups(self.trained(), train.optimizer)), {})
+        optimizer = ByPartition(_split(parameter_groups(self.trained(), train.optimizer)), {})
         if parallel.offload_optimizer:
             step_on_threads(optimizer, max(torch.get_num_threads(), cores() // topology.ranks_on_this_host))
-        with _several_dtypes():
+        with several_dtypes():
             self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
-        self.zero = _Zero(self.wrapped.optimizer, stage)
-        for flat, group, share_of in self.zero.partitions():
-            group = {**group, "params": [flat]}
-            own = build_optimizer(group["rule"], [group], train.optimizer, self.dtype, share_of, device)
-            optimizer.add(flat, own)
+        self.zero = Zero(self.wrapped.optimizer, stage)
+        for flat, group, share in self.zero.partitions():
+            optimizer.add(flat, self._build_optimizer({**group, "params": [flat]}, share))
         self.zero.link()
         self.optimizers = list(optimizer.own.values())
         for name, parameter in self.trained():
@@ -87,6 +82,9 @@ class DeepSpeedEngine(Engine):
                 deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name].to(device))
         if stage < 3:  # stage 3 would gather and divide them once more
             narrow_frozen(self.model, self.dtype)
+
+    def _build_optimizer(self, group: dict[str, Any], share: Share) -> torch.optim.Optimizer:
+        return build_optimizer(group["rule"], [group], self.config.optimizer, self.dtype, lambda _: share, self.device)
 
     def _forward_backward(self, batch: Batch, counts: StepCounts, last: bool) -> LossParts:
         self.wrapped.set_gradient_accumulation_boundary(last)
@@ -177,119 +175,6 @@ class DeepSpeedEngine(Engine):
             leave_group()
 
 
-class _ByPartition(torch.optim.Optimizer):
-    """What DeepSpeed divides and then steps group by group: each flat partition has an optimizer of its own."""
-
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-        self.own: dict[Tensor, torch.optim.Optimizer] = {}
-
-    def add(self, flat: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        self.own[flat] = optimizer
-        self.state[flat] = optimizer.state[flat]
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for flat in group["params"]:
-                self.own[flat].step()
-
-
-class _Zero:
-    """DeepSpeed's ZeRO optimizer.
-
-    With `skip` it drops the gradients instead of taking a step, as it does by itself when their norm is not finite.
-    """
-
-    def __init__(self, optimizer: Any, stage: int) -> None:
-        self.optimizer, self.stage, self.skip = optimizer, stage, False
-        # Every stage calls this between the norm and the update, and looks at `overflow` once more afterwards.
-        optimizer._update_scale = self._note_skip
-        if stage == 3:
-            self.flat = optimizer.fp32_partitioned_groups_flat
-        else:
-            self.flat = optimizer.single_partition_of_fp32_groups
-        if stage == 3:
-            self.parameters = optimizer.fp16_groups
-            self.partition_of = {p.ds_id: index for index, group in enumerate(self.parameters) for p in group}
-        else:
-            self.parameters = optimizer.bit16_groups
-            self.partition_of = {id(p): index for index, group in enumerate(self.parameters) for p in group}
-        if stage == 2 and optimizer.cpu_offload:
-            # DeepSpeed makes these when they are first needed, in the data type of the weights: it would round the sum.
-            for number in optimizer.grad_position:
-                size, pinned = optimizer.param_dict[number].numel(), optimizer.cpu_offload_pin_memory
-                optimizer.accumulated_grads_in_cpu[number] = torch.zeros(size, dtype=torch.float32, pin_memory=pinned)
-
-    def _note_skip(self, overflow: bool = False) -> None:
-        self.optimizer.overflow = overflow or self.skip
-
-    def partitions(self) -> Iterator[tuple[Tensor, dict[str, Any], ShareOf]]:
-        """The flat partitions of this rank, each with its group, and what the ranks have of the group's parameters."""
-        three = self.stage == 3
-        process_groups = self.optimizer.sub_group_process_groups if three else self.optimizer.real_dp_process_group
-        parts = self._divided_one_by_one if three else self._divided_together
-        for index, flat in enumerate(self.flat):
-            number = self.optimizer.sub_group_to_group_id[index] if three else index
-            ranks = Ranks(process_groups[index])
-            share = Share([list(parts(index, rank)) for rank in range(ranks.size)], ranks)
-            yield flat, self.optimizer.optimizer.param_groups[number], partial(_given, share)
-
-    def _divided_together(self, index: int, rank: int) -> Iterator[Part]:
-        """Stages 1 and 2 cut the parameters of a group, one after another, into equal pieces."""
-        size = int(self.optimizer.partition_size[index])
-        begin, offsets = rank * size, self.optimizer.round_robin_bit16_offsets[index]
-        for number, (parameter, offset) in enumerate(zip(self.parameters[index], offsets, strict=True)):
-            first, last = max(offset, begin), min(offset + parameter.numel(), begin + size)
-            if first < last:
-                yield Part(number, tuple(parameter.shape), first - offset, last - first, 0, first - begin)
-
-    def _divided_one_by_one(self, index: int, rank: int) -> Iterator[Part]:
-        """Stage 3 cuts every parameter into equal pieces, and a partition has one of each."""
-        offset = 0
-        for number, parameter in enumerate(self.parameters[index]):
-            size = parameter.partition_numel()
-            length = min(size, parameter.ds_numel - rank * size)
-            if length > 0:
-                yield Part(number, tuple(parameter.ds_shape), rank * size, length, 0, offset)
-            offset += size
-
-    def link(self) -> None:
-        """Let DeepSpeed find the states of the partitions' optimizers."""
-        if self.stage < 3:
-            # DeepSpeed does this after the first group's first step, and so only for that group.
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The states of the partition that holds this parameter, by name."""
-        key = parameter.ds_id if self.stage == 3 else id(parameter)  # type: ignore[attr-defined]
-        state: dict[str, Tensor] = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]
-        return state
-
-    def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
-        """Make a frozen parameter whole on every rank; with `change`, keep what rank 0 writes into it."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        context: AbstractContextManager[None] = GatheredParameters(
-            [parameter], modifier_rank=0 if change else None, enabled=self.stage == 3
-        )
-        return context
-
-    def weights_changed(self) -> None:
-        """Give the model the float32 weights that were set in the partitions."""
-        if self.stage == 3:
-            # A forward pass before this, such as that of a reference, leaves some whole weights here: the old ones.
-            self.optimizer.parameter_offload.partition_all_parameters()
-            for index in range(len(self.flat)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        else:
-            self.optimizer.update_lp_params()
-
-
-def _given(share: Share, _: object) -> Share:
-    return share
-
-
 def _import_deepspeed(topology: Topology) -> Any:
     """Import DeepSpeed without its log messages and without its shared-memory op.
 
@@ -364,31 +249,3 @@ def _split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         (group for group in split if group["params"]), key=lambda group: group["params"][0].dtype != torch.float32
     )
-
-
-class _FlatBuffers:
-    """Tensors of one data type after another, each in a flat buffer of its own, as if there were a single buffer."""
-
-    def __init__(self, flatten: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> None:
-        runs = [list(run) for _, run in itertools.groupby(tensors, lambda tensor: tensor.dtype)]
-        self.buffers = [flatten(run) for run in runs]
-
-    def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        for buffer in self.buffers:
-            if start < buffer.numel() or buffer is self.buffers[-1]:
-                return buffer.narrow(dim, start, length)
-            start -= buffer.numel()
-        raise AssertionError
-
-
-@contextmanager
-def _several_dtypes() -> Iterator[None]:
-    """While DeepSpeed is set up: let stage 3 flatten weights of several data types, which it takes for one."""
-    from deepspeed.runtime.zero import stage3
-
-    flatten = stage3.defragment
-    stage3.defragment = partial(_FlatBuffers, flatten)
-    try:
-        yield
-    finally:
-        stage3.defragment = flatten

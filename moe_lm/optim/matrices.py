@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the float32 matrices that a rank holds at once, its own or, where all ranks have all, those of all; but for one
-# matrix a rank, which may be larger.
+# Float32 bytes of the matrices in a batch: those that a rank works on at once or, where all ranks have all of them,
+# those of all ranks. A single matrix may be larger. What a rank sends to others, and what the work needs beside it, is
+# not counted.
 BATCH_BYTES = 128 * 2**20
 
 

@@ -1,4 +1,4 @@
-"""The internals of DeepSpeed that moe_lm/engine/deepspeed_engine.py uses; a DeepSpeed that moves them fails here."""
+"""DeepSpeed's internals that engine/deepspeed_engine.py and deepspeed_zero.py use; one that moves them fails here."""
 
 from __future__ import annotations
 

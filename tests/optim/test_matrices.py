@@ -204,6 +204,9 @@ def test_a_batch_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> 
     assert [batch.counts for batch in travel.batches] == [[2], [2], [1], [1]]
     shared = whole([torch.empty(6, 8, 12)], Threads(Meeting(2), 0))
     assert [batch.counts for batch in Travel(shared, torch.float32, torch.device("cpu")).batches] == [[1, 1]] * 3
+    halves = [[Part(0, (6, 8, 12), 288 * rank, 288, 0, 0)] for rank in range(2)]  # each rank works on its own
+    divided = Travel(Share(halves, Threads(Meeting(2), 0)), torch.float32, torch.device("cpu"))
+    assert [batch.counts for batch in divided.batches] == [[2, 2], [1, 1]]
 
 
 def test_what_lies_together_travels_together() -> None:

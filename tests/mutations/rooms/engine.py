@@ -119,7 +119,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ZeRO 2 with offload adds up gradients in bfloat16",
-        "engine/deepspeed_engine.py",
+        "engine/deepspeed_zero.py",
         "torch.zeros(size, dtype=torch.float32, pin_memory=pinned)\n",
         "torch.zeros(size, dtype=torch.bfloat16, pin_memory=pinned)\n",
         ROUNDED,
