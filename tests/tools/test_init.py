@@ -58,6 +58,9 @@ def test_a_text_becomes_a_model_by_the_commands_that_init_names(here: Path, moe_
     for words in [*before, [*last, "train.steps=2", "train.eval_batches=1"]]:
         assert moe_lm(*words).code == 0, words
     assert (here / "runs" / "my" / "pretrain" / "checkpoints" / "step-00000002").is_dir()
+    again = moe_lm("init", "my.txt", "--minutes", "0.1", "--force")
+    assert "run_dir: runs/my-2/pretrain, as runs/my/pretrain holds a run" in again.out
+    assert load_config(PretrainConfig, here / "my.yaml").data.tokenizer == Path("runs/my-2/tokenizer")
 
 
 def test_nothing_is_written_over_unless_one_says_so(here: Path, moe_lm: MoeLm) -> None:
@@ -75,6 +78,8 @@ def test_nothing_is_written_over_unless_one_says_so(here: Path, moe_lm: MoeLm) -
     ("arguments", "sentence"),
     [
         (("gone.txt",), "gone.txt does not exist"),
+        (("empty.txt",), "(empty.txt) has no usable document: 1 skipped: empty document"),
+        (("bytes.txt", "--for", "tokenizer"), "(bytes.txt) has no usable document: 1 skipped: invalid UTF-8"),
         (("rows.jsonl", "--for", "lora", "--start-from", "nowhere"), "nowhere"),
         (("--for", "tokenizer", "--out", "my.txt/x.yaml"), "cannot write my.txt/x.yaml"),
     ],
@@ -82,6 +87,8 @@ def test_nothing_is_written_over_unless_one_says_so(here: Path, moe_lm: MoeLm) -
 def test_what_cannot_be_written_for_is_one_sentence(
     here: Path, moe_lm: MoeLm, arguments: tuple[str, ...], sentence: str
 ) -> None:
+    (here / "empty.txt").touch()
+    (here / "bytes.txt").write_bytes(bytes(range(128, 256)))
     done = moe_lm("init", *arguments)
     assert done.code in (1, 2)
     assert sentence in done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, pack
 from moe_lm.kernels.device import pick_device
 from moe_lm.model.size import count_parameters
+from moe_lm.text.sources import Report, read_documents
 from moe_lm.tools.init.commented import commented
 from moe_lm.tools.init.kinds import KINDS, Kind, Values, Wanted
 from moe_lm.tools.sizes import EPOCHS, HELD_OUT, SHAPES, Sizes
@@ -39,7 +41,10 @@ def init(
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text or "").stem).strip("-*") or "mine"
     data = text or DATA.get(kind, "texts/*.txt")
+    if text is not None and kind in ("pretrain", "tokenizer", "continue"):
+        next(read_documents(SourceConfig(name="text", path=text), Report()))  # refuses a text that has none
     wanted = Wanted(kind, f"runs/{name}", data, str(start or "runs/NAME"), positions_of(start))
+    taken, wanted = wanted.run_dir, free(wanted)
     path = out or Path(f"{name}.yaml" if kind == "pretrain" else f"{name}-{kind}.yaml")
     values, remarks = KINDS[kind].values(wanted), dict[str, str]()
     files: dict[Path, str] = {}
@@ -63,8 +68,17 @@ def init(
         write(file, content)
         yield f"wrote {file}"
     yield from (f"{key}: {remark}" for key, remark in remarks.items())
+    if wanted.run_dir != taken:
+        yield f"run_dir: {wanted.run_dir}, as {taken} holds a run"
     yield "next:"
     yield from (f"  moe-lm {command}" for command in next_commands(kind, list(files)))
+
+
+def free(wanted: Wanted) -> Wanted:
+    """With the first folder in which there is no run yet: runs/mine, runs/mine-2, and so on."""
+    folders = (wanted.folder if number == 1 else f"{wanted.folder}-{number}" for number in count(1))
+    candidates = (wanted._replace(folder=folder) for folder in folders)
+    return next(each for each in candidates if not (Path(each.run_dir) / "config.yaml").exists())
 
 
 def next_commands(kind: str, files: list[Path]) -> Iterator[str]:

@@ -331,7 +331,7 @@ class Counts:
     """
 
     def __init__(self, tokens: int, model: ModelConfig, ranks: int, imbalance: float) -> None:
-        experts, chosen = model.n_routed_experts, model.num_experts_per_tok
+        experts, chosen = model.n_routed_experts, min(model.num_experts_per_tok, model.n_routed_experts)
         local = experts // ranks
         choices = tokens * chosen / ranks
         spared = math.prod((experts - local - i) / (experts - i) for i in range(chosen))  # no choice is on a given rank

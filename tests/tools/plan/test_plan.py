@@ -27,8 +27,9 @@ SHARDED = (BFLOAT16, "parallel.engine=deepspeed", "parallel.expert_parallel_size
 
 
 def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe_lm.tools.plan.report.SHOWN", 1)
     given = (*SHARDED, *FEW, "train.micro_batch_size=2")
     command = ("plan", tiny_pretrain, *given, "--gpus", 2, "--gpu", "h200", "--tokens", "1e9", "--price", "2.5")
     done = moe_lm(*command, "--json", tmp_path / "plan.json")
@@ -43,11 +44,11 @@ def test_a_plan_says_whether_a_run_fits_how_long_it_takes_and_what_it_costs(
         "at 2.5 an hour",
         "a checkpoint",
         "train.micro_batch_size=2, and a rank has 1 of the rows of a step",
-        " more are in --json FILE)",
     ):
         assert said in done.out
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     own, best = plan["own"], plan["layouts"][0]
+    assert f"({len(plan['layouts']) - 1} more are in --json FILE)" in " ".join(done.out.split())
     assert own["layout"]["expert_parallel"] == 2
     assert sum(own["seconds_by_cause"].values()) == pytest.approx(own["step_seconds"])
     assert sum(own["seconds_by_part"].values()) == pytest.approx(own["step_seconds"])
@@ -97,6 +98,15 @@ def test_a_dry_run_says_in_a_line_whether_the_layout_fits(tiny_pretrain: Path, t
     assert done.code == 0, done.err
     (line,) = [line for line in done.out.splitlines() if line.startswith("memory ")]
     assert line.endswith("at the peak on each device of 1, of 36.2 GiB (92% of the memory of a100-40): fits")
+
+
+def test_a_model_whose_experts_are_taken_away_is_dense_to_a_dry_run_too(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    settings = (f"run_dir={tmp_path / 'run'}", "model.n_routed_experts=0", "train.steps=1", "train.eval_batches=1")
+    for dry in (True, False):
+        done = moe_lm("pretrain", tiny_pretrain, *settings, *(["--dry-run"] if dry else []))
+        assert (done.code, done.err) == (0, "")
 
 
 def test_a_dry_run_refuses_what_does_not_fit_with_the_nearest_layout_that_does(
