@@ -174,7 +174,8 @@ def test_an_error_of_the_tasks_is_an_event_and_training_goes_on(
     assert found is not None
     assert [event.kind for event in found] == ["failed_tasks", "sample"]
     assert found[0].text == "warning: the tasks could not be answered after step 7: 'label'; training goes on"
-    asking = Probes(config, tiny_tokenizer, FailingTasks(asks=True))  # type: ignore[arg-type]
+    without_samples = config_of(tiny_pretrain, Path("nowhere"))
+    asking = Probes(without_samples, tiny_tokenizer, FailingTasks(asks=True))  # type: ignore[arg-type]
     assert asking.ask(engine, 7, lambda: True) is None, "a signal is no error of the tasks"
 
     def broken(*_: object) -> None:

@@ -288,4 +288,11 @@ MUTATIONS = (
         "        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)\n",
         "common/test_files.py",
     ),
+    Mutation(
+        "a checkpoint weighs half of the one before it",
+        "tools/merge.py",
+        "[2.0 ** (i - count)",
+        "[2.0 ** (count - i)",
+        "tools/test_merge.py::test_exponential_weights_double",
+    ),
 )

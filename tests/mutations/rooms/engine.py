@@ -131,4 +131,32 @@ MUTATIONS = (
         "    return statistics.median(seconds)\n",
         "engine/test_pace.py::test_a_rank_that_is_slow_in_every_third_step_is_named_within_20_steps",
     ),
+    Mutation(
+        "one rank works on all of Muon's matrices",
+        "optim/matrices.py",
+        "            worker = load.index(min(load))\n",
+        "            worker = 0\n",
+        "optim/test_matrices.py::test_every_matrix_has_one_worker_and_the_work_is_shared",
+    ),
+    Mutation(
+        "the biases that tokens need leave the present ones out",
+        "objective/quantile_balance.py",
+        "(scores_TE + bias_E).topk(",
+        "scores_TE.topk(",
+        "objective/test_quantile_balance.py::test_the_biases_are_the_quantiles_of_what_each_token_needs",
+    ),
+    Mutation(
+        "the moving average begins at 0",
+        "optim/average.py",
+        "                share = (1 - decay) / (1 - decay ** float(state[STEPS]))\n",
+        "                share = 1 - decay\n",
+        "optim/test_average.py::test_weights_after_a_step_weigh_less_with_age",
+    ),
+    Mutation(
+        "recomputation refuses what the forward pass did not run",
+        "engine/recomputation.py",
+        "    return keeping, _Repeating(kept, giving_back)\n",
+        "    return keeping, giving_back\n",
+        "engine/test_recomputation.py::test_what_runs_around_a_block_may_differ_when_it_is_repeated",
+    ),
 )

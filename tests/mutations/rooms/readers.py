@@ -55,4 +55,11 @@ MUTATIONS = (
         "",
         "config/test_run.py::test_impossible_settings_are_refused_by_name",
     ),
+    Mutation(
+        "others' names for a setting are not known",
+        "config/findings.py",
+        "    if told is not None:\n",
+        "    if told is None:\n",
+        "config/test_findings.py::test_foreign_name_is_answered_with_ours",
+    ),
 )

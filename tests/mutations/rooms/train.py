@@ -208,4 +208,18 @@ MUTATIONS = (
         "",
         "tools/report/test_report.py::test_pauses_are_no_training_and_tokens_go_on",
     ),
+    Mutation(
+        "a run in a time forgets what comes after its steps",
+        "train/timetable.py",
+        "(self._ends - now - self._after(seconds))",
+        "(self._ends - now)",
+        "train/test_timetable.py::test_a_run_ends_in_time_though_the_first_step_compiles",
+    ),
+    Mutation(
+        "an error of the engine is taken for one of the tasks",
+        "train/probes.py",
+        "            if error is model.error:\n                raise\n",
+        "",
+        "train/test_probes.py::test_an_error_of_the_tasks_is_an_event_and_training_goes_on",
+    ),
 )
