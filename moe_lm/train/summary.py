@@ -94,7 +94,8 @@ def data_lines(
         share = kept.num_tokens / max(1, read.num_tokens + kept.num_tokens)
         line = f"data            {name}: {read.num_tokens:,} tokens{often}; "
         line += f"{kept.num_tokens:,} held out ({share:.1%})" if kept.num_tokens else "none held out"
-        yield line + (", which is much" if share > MOST_HELD_OUT else "")
+        much = ", which is much: a lower piece_bytes or data.validation_fraction holds out less"
+        yield line + (much if share > MOST_HELD_OUT else "")
 
 
 def read_times(epochs: float) -> str:

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from moe_lm.common.errors import MoeLmError
 from moe_lm.config.generation import TasksConfig
-from moe_lm.evaluate.tasks import TASK_DATA, TaskResult, table
+from moe_lm.evaluate.tasks import TASK_DATA, TaskResult, evaluate_tasks, table
 from moe_lm.generate.session import Session
 from tests.conftest import MoeLm, SaveRun
 from tests.processes import ROOT
@@ -251,6 +252,13 @@ def test_without_lm_eval_one_is_told_how_to_get_it(
     assert done.code == 1
     assert done.err.startswith("error: tasks need lm-eval, which is not installed; ")
     assert "[eval]'" in done.err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = TasksConfig(tasks=("piqa_offline",), output=tmp_path / "file" / "found.json")
+    with pytest.raises(MoeLmError, match=r"found\.json: Not a directory; name another --output|File exists"):
+        evaluate_tasks(Path("nowhere"), config)
 
 
 def test_the_table_has_a_line_for_each_metric() -> None:
