@@ -50,7 +50,7 @@ def merge(
         print(merge.take_moving_average(runs[0], run_dir))
     else:
         print(merge.merge(runs, run_dir, last, weights))
-    print(f"wrote {run_dir}")
+    print(f"wrote {run_dir}; next: moe-lm eval {run_dir}")
 
 
 @app.command("list", cls=Verb)

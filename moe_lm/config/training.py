@@ -81,7 +81,9 @@ class OptimizerConfig(Section):
     """AdamW or LAMB for all weights, or Muon for the hidden matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon", "lamb"] = Field(default="adamw", description="optimizer")
-    lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW or LAMB")
+    lr: float = Field(
+        default=3e-4, gt=0, description="peak learning rate of AdamW or LAMB; of what Muon leaves to AdamW"
+    )
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="decay of the first and second moment")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, on matrices only")

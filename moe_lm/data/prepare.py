@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PrepareReport:
     manifests: dict[str, Manifest]
     files: dict[str, int]
     validation_fraction: float
+    up_to_date: frozenset[str] = field(default=frozenset(), compare=False)  # sources whose shards were there
 
     def __str__(self) -> str:
         return "\n".join(line for name in self.manifests for line in self._lines(name))
@@ -57,6 +58,7 @@ class PrepareReport:
         yield (
             f"{name}: {whole}{manifest.documents:,} {unit}, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
             f"({manifest.text_bytes / manifest.tokens:.2f} bytes per token)"
+            + (", up to date" if name in self.up_to_date else "")
         )
         documents, tokens = (sum(getattr(shard, of) for shard in manifest.validation) for of in ("documents", "tokens"))
         share = tokens / manifest.tokens
@@ -78,11 +80,14 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
     when the shards cannot be written.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
+    were_there = frozenset(
+        source.name for source in config.sources if (config.shards / source.name / MANIFEST).exists()
+    )
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         job = _Job(config, tokenizer, workers, progress or (lambda done, total: None))
         manifests = {source.name: _prepare_source(job, source) for source in config.sources}
     files = {source.name: _text_files(source) for source in config.sources}
-    return PrepareReport(manifests, files, config.validation_fraction)
+    return PrepareReport(manifests, files, config.validation_fraction, were_there)
 
 
 @dataclass(frozen=True)

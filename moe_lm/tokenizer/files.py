@@ -41,7 +41,8 @@ def read_backend(folder: Path, vocab_size: int | None = None) -> tokenizers.Toke
             check_ids(ids, vocab_size, folder)
             open_regular(merges, MOST_BYTES["tokenizer.json"]).close()
             return _built(vocabulary, _gpt2_backend, vocabulary, merges)
-    raise UsageError(f"{folder} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
+    cure = "" if folder.is_dir() else "; moe-lm tokenizer train RECIPE makes one (moe-lm init TEXT writes a recipe)"
+    raise UsageError(f"{folder} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt{cure}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from moe_lm.common.process import this_command
@@ -32,9 +33,9 @@ def opening_lines(
     """
     steps = config.train.steps
     if 0 < steps <= start_step:
-        more = f"begin another run with start_from={config.run_dir}"
+        more = f"moe-lm init TEXT --for continue --start-from {config.run_dir}"
         if first_other_rate(start_step, steps, 2 * steps, config.train.schedule) is None:
-            more = f"{this_command()} train.steps={2 * steps}"
+            more = re.sub(r" (--)?train\.steps=\S+", "", this_command()) + f" train.steps={2 * steps}"
         yield f"this run is finished: all {steps} steps are done; for more: {more}"
         return
     parameters = count_parameters(model)

@@ -166,6 +166,7 @@ def test_a_finished_folder_is_left_as_it_is(corpus: Path, tmp_path: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
     second = prepare(config(corpus, tmp_path / "shards"), lambda *_: pytest.fail("tokenized again"))
     assert second == first
+    assert [str(report).splitlines()[0].endswith(", up to date") for report in (first, second)] == [False, True]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards" / "corpus").iterdir()}
 
 

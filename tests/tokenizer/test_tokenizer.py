@@ -283,7 +283,7 @@ def test_the_artefact_carries_the_packaged_template(tiny_tokenizer: Tokenizer) -
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no tokenizer"),
+        ({}, r"holds no tokenizer; expected tokenizer\.json, or vocab\.json and merges\.txt$"),
         ({"tokenizer.json": "{}"}, r"tokenizer\.json is broken"),
         ({"tokenizer.json": None, "tokenizer_config.json": "["}, r"tokenizer_config\.json is broken"),
         ({"tokenizer.json": None, "tokenizer_config.json": "[1]"}, r"tokenizer_config\.json is broken"),

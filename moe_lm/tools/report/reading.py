@@ -86,6 +86,11 @@ def read_run(folder: Path) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file() and checkpoint.STEP_NAME.fullmatch(folder.absolute().name):
         return read_run(Path(os.path.normpath(folder / ".." / "..")))
+    if not metrics.is_file() and any(folder.glob("checkpoints/step-*")):
+        raise UsageError(
+            f"{folder} was imported, upcycled or merged, and no training of it is recorded; measure it with "
+            f"moe-lm eval {folder}"
+        )
     if not metrics.is_file():
         raise UsageError(
             f"{folder} holds no metrics.jsonl; expected the folder of a run that has begun, like runs/mine"

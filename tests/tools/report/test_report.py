@@ -171,6 +171,9 @@ def test_torn_and_strange_lines_are_passed_over(run_with: ReadRun) -> None:
 def test_bad_input_is_said(tmp_path: Path, run_with: ReadRun, moe_lm: MoeLm) -> None:
     done = moe_lm("report", tmp_path)
     assert (done.code, "holds no metrics.jsonl; expected the folder of a run that has begun" in done.err) == (2, True)
+    (tmp_path / "merged" / "checkpoints" / "step-00000000").mkdir(parents=True)
+    with pytest.raises(UsageError, match="merged was imported, upcycled or merged, and no training of it is recorded"):
+        read_run(tmp_path / "merged")
     with pytest.raises(UsageError, match="has no step yet"):
         run_with(event("start", 0))
     with pytest.raises(UsageError, match="9 runs are more than one page tells apart"):
