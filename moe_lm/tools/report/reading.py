@@ -62,6 +62,7 @@ class Run:
     held_out: Spans = field(default_factory=lambda: Spans(POINTS))
     by_source: dict[str, float] = field(default_factory=dict)  # the newest held-out loss
     best: tuple[int, float] | None = None  # step and held-out loss
+    held_out_loss: float = math.nan  # the newest
     load: Spans | None = None  # rows: step, then the experts of each layer
     load_shape: tuple[int, int] = (0, 0)  # MoE layers, experts
     model: ModelConfig | None = None
@@ -178,6 +179,7 @@ class Reader:
     def _evaluated(self, record: Mapping[str, Any], place: tuple[float, ...]) -> None:
         run, loss = self.run, number(record["val_loss"])
         run.held_out.add(np.array([*place, loss]))
+        run.held_out_loss = loss
         if loss < math.inf and (run.best is None or loss < run.best[1]):
             run.best = run.step, loss
         if isinstance(sources := record.get("val_loss_by_source"), dict):

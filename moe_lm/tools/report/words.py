@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_lm.tools.report.charts import short
-from moe_lm.tools.report.reading import COLUMNS, HELD_OUT, Run, column
+from moe_lm.tools.report.reading import COLUMNS, Run, column
 from moe_lm.tools.report.thinning import Row
 from moe_lm.train.display import format_seconds
 from moe_lm.train.symptoms import SYMPTOMS
@@ -54,7 +54,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     if math.isfinite(last_of(loss)):
         yield "training loss", f"{last_of(loss):.4g}"
     if run.best is not None:
-        yield "held-out loss", f"{last_of(column(run.held_out.means(), HELD_OUT, 'val_loss')):.4g}"
+        yield "held-out loss", f"{run.held_out_loss:.4g}"
         yield "lowest held-out loss", f"{run.best[1]:.4g} after step {run.best[0]:,}"
     for name, value in run.by_source.items():
         yield f"held-out loss of {name}", f"{value:.4g}"

@@ -18,10 +18,10 @@ from moe_lm.common.errors import UsageError
 from moe_lm.tools.report.charts import Axis, Line, chart, short
 from moe_lm.tools.report.heatmap import DEAD, EVEN, LAST, heat_map, levels, png
 from moe_lm.tools.report.page import differences, page_of
-from moe_lm.tools.report.reading import HELD_OUT, Run, column, read_run
+from moe_lm.tools.report.reading import HELD_OUT, POINTS, Run, column, read_run
 from moe_lm.tools.report.report import report
 from moe_lm.tools.report.thinning import Spans, Spread
-from moe_lm.tools.report.words import points, standing, verdict
+from moe_lm.tools.report.words import facts, points, standing, verdict
 from tests.sick import HEALTHY, run_of
 
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
@@ -89,6 +89,14 @@ def test_a_checkpoint_means_its_run_and_a_run_may_be_called_like_one(
         assert read_run(path).name == f"{tmp_path.name}/mine"
     monkeypatch.chdir(folder.parent)
     assert read_run(Path(folder.name)).folder == Path("..")
+
+
+def test_the_held_out_loss_is_the_last_one_and_not_that_of_a_span(run_with: ReadRun) -> None:
+    evaluations = 3 * POINTS
+    run = run_with(*(step(number, val_loss=3 - number / evaluations) for number in range(1, evaluations + 1)))
+    told = dict(facts(run))
+    assert told["held-out loss"] == "2"
+    assert told["lowest held-out loss"] == f"2 after step {evaluations}"
 
 
 def test_pauses_are_no_training_and_tokens_go_on(run_with: ReadRun) -> None:
