@@ -63,6 +63,19 @@ def test_a_text_becomes_a_model_by_the_commands_that_init_names(here: Path, moe_
     assert load_config(PretrainConfig, here / "my.yaml").data.tokenizer == Path("runs/my-2/tokenizer")
 
 
+def test_without_a_text_or_a_start_it_says_what_is_to_be_set(here: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("init", "--for", "lora", "--out", "lora.yaml")
+    assert "\nstart_from: a placeholder; first set it to a run" in done.out
+    assert (
+        moe_lm("init", "--out", "bare.yaml")
+        .out.partition("next:\n")[2]
+        .startswith("  moe-lm tokenizer train bare-tokenizer.yaml\n  moe-lm prepare bare.yaml\n")
+    )
+    recipe = load_config(TokenizerRecipe, here / "bare-tokenizer.yaml")
+    config = load_config(PretrainConfig, here / "bare.yaml")
+    assert (recipe.output, recipe.vocab_size) == (config.data.tokenizer, config.model.vocab_size)
+
+
 def test_nothing_is_written_over_unless_one_says_so(here: Path, moe_lm: MoeLm) -> None:
     for out in ("mine.yaml", "other.yaml"):
         assert moe_lm("init", "--for", "tokenizer", "--out", out).code == 0

@@ -60,6 +60,12 @@ def init(
     elif kind == "pretrain":
         values["model"] = {"vocab_size": 32768, **Sizes(0, SHAPES[-1]).model}
         values["train"]["steps"] = 1000
+        recipe = path.with_name(f"{path.stem}-tokenizer.yaml")
+        files[recipe] = text_of(KINDS["tokenizer"], KINDS["tokenizer"].values(wanted), {}, recipe)
+    if start is None and "start_from" in values:
+        remarks["start_from"] = (
+            "a placeholder; first set it to a run, such as moe-lm import makes of a downloaded model"
+        )
     files[path] = text_of(KINDS[kind], values, remarks, path)
     for file in files:
         if file.exists() and not force:
