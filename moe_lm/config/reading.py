@@ -178,6 +178,7 @@ def _entry(node: Any, path: list[str], name: str, override: str) -> Any:
         raise UsageError(f"override {override!r}: {place} is not a section")
     if not name.isdecimal() or int(name) >= len(node):
         entries = f"from 0 to {len(node) - 1}" if node else "it has none"
+        entries += f", as in {place}.0.{name}" if node and not name.isdecimal() else ""
         raise UsageError(f"override {override!r}: {place} is a list; name an entry by its number, {entries}")
     return node[int(name)]
 

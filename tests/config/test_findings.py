@@ -133,7 +133,10 @@ def test_an_entry_of_a_list_is_overridden_by_its_number(tmp_path: Path) -> None:
     assert load_config(FinetuneConfig, path, ["data.train.0=b.jsonl"]).data.train[0].path == "b.jsonl"
     for override, said in (
         ("data.train.1=b.jsonl", "data.train is a list; name an entry by its number, from 0 to 0"),
-        ("data.train.path=b.jsonl", "data.train is a list; name an entry by its number, from 0 to 0"),
+        (
+            "data.train.path=b.jsonl",
+            "data.train is a list; name an entry by its number, from 0 to 0, as in data.train.0.path",
+        ),
         ("data.train.0.path=b.jsonl", "data.train.0 is not a section"),
     ):
         with pytest.raises(UsageError, match=said):
