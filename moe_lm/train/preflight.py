@@ -20,11 +20,13 @@ import torch
 from moe_lm.checkpoint.checkpoint import complete_checkpoints
 from moe_lm.common.errors import UsageError
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import RunConfig
+from moe_lm.config.run import FinetuneConfig, RunConfig
 from moe_lm.engine.build import check_batch_size
 from moe_lm.kernels.device import pick_device
 from moe_lm.parallel.topology import Topology
+from moe_lm.train.alarms import Alarms
 from moe_lm.train.cost import FLOAT32, Cost, all_settings, cost, describe, processes
+from moe_lm.train.past import Plan
 
 GIB = 1 << 30
 MADE_BY_RUNS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -92,11 +94,13 @@ def dry_run(
         refusals, warnings = [], []
     if refusals and is_machine_of(config):
         raise UsageError(refusals[0])
+    alarms = Alarms(Plan(config.train, model, config.start_from is None, finetuning=isinstance(config, FinetuneConfig)))
     lines = [
         *describe(config, model, topology, verdict and verdict.line, dtype),
         *data,
         disk_line(config, cost(config, model, config.lora, topology, dtype)),
         *(f"not here        {sentence}" for sentence in (*refusals, *warnings)),
+        *(f"alarm           {alarm.text}" for alarm in alarms.at_start() if config.log.alarms),
     ]
     return "\n".join([*lines, *(all_settings(config, topology) if settings else ())])
 

@@ -155,13 +155,15 @@ def test_a_run_goes_on_without_its_start(config: Path, pretrained: Path, tmp_pat
 
 def test_a_dry_run_names_the_start_the_layout_and_the_rates(config: Path, pretrained: Path, moe_lm: MoeLm) -> None:
     layout = ("parallel.engine=deepspeed", "parallel.expert_parallel_size=2", "--processes", "2")
-    done = moe_lm("pretrain", config, "--dry-run", *layout, "train.optimizer={name: muon, lr: 1e-3}")
+    rates = ("train.optimizer={name: muon, lr: 1e-3}", "train.steps=10", "train.schedule.warmup_steps=8")
+    done = moe_lm("pretrain", config, "--dry-run", *layout, *rates)
     assert done.code == 0, done.err
     for line in (
         f"start           {last_checkpoint(pretrained)} (fingerprint ",
         "start           train.optimizer.muon_lr=0.02 is a rate for fresh weights",
         "layout          2 processes, DeepSpeed with ZeRO 1, experts over 2 processes\n",
         "optimizer       muon: muon_lr=0.02 for hidden matrices; adamw: lr=0.001 for all else\n",
+        "alarm           warm-up too long: the warm-up takes 8 of 10 steps",
     ):
         assert f"\n{line}" in done.out
 
