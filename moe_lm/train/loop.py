@@ -167,6 +167,8 @@ class Loop:
         if result.stopped:
             cause = self.deadline.cause if self._is_time_over() and not self.signals else self.signals.cause
             run.log.event("stop", result.step, f"stopping after step {result.step}: {cause}")
+        elif result.step < run.config.steps:
+            run.log.event("early_stop", result.step, result.ended_early(), show=False)  # closing_lines show it
         if self.unsaved:
             checkpoints.wait(result.step)
             state = run.engine.state()

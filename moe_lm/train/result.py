@@ -32,6 +32,11 @@ class TrainingResult:
     owes_archive: bool = False  # a checkpoint to archive was due in trouble, so the next good one is archived
     checkpoint: Path | None = None  # of the end
 
+    def ended_early(self) -> str:
+        """When and why the run ended before its last step, in words."""
+        count = self.evaluations_since_best
+        return f"ended early after step {self.step}: {count} evaluations without a lower held-out loss"
+
     def counters(self) -> dict[str, Any]:
         """What trainer.json holds of it."""
         best = {"step": self.best.step, "loss": self.best.loss} if self.best else None

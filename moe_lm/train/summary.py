@@ -35,7 +35,7 @@ def opening_lines(
     if 0 < steps <= start_step:
         more = f"moe-lm init TEXT --for continue --start-from {config.run_dir}"
         if first_other_rate(start_step, steps, 2 * steps, config.train.schedule) is None:
-            more = re.sub(r" (--)?train\.steps=\S+", "", this_command()) + f" train.steps={2 * steps}"
+            more = longer(this_command(), steps)
         yield f"this run is finished: all {steps} steps are done; for more: {more}"
         return
     parameters = count_parameters(model)
@@ -48,6 +48,14 @@ def opening_lines(
         yield f"optimizer       {rates_line(config.train.optimizer)}"
     if start_step:
         yield f"going on after step {start_step}" + ("" if is_timed else f" of {steps}")
+
+
+def longer(command: str, steps: int) -> str:
+    """The same command for a run twice as long, in the unit in which it says the length."""
+    given = re.search(r" (?:--)?train\.(?:tokens|epochs)=([0-9.]+(?:e[0-9]+)?)(?=[kKMBGT]?(?: |$))", command)
+    if given is not None:
+        return f"{command[: given.start(1)]}{2 * float(given[1]):.12g}{command[given.end(1) :]}"
+    return re.sub(r" (--)?train\.(steps|tokens|epochs)=\S+", "", command) + f" train.steps={2 * steps}"
 
 
 def steps_line(config: RunConfig, parameters: int) -> str:
@@ -107,8 +115,7 @@ def closing_lines(title: str, config: RunConfig, result: TrainingResult) -> Iter
     """What a finished run says: whether it ended early, which checkpoint is the best, and what to type next."""
     train, run_dir = config.train, config.run_dir
     if result.step < train.steps:
-        count = result.evaluations_since_best
-        yield f"ended early after step {result.step}: {count} evaluations without a lower held-out loss"
+        yield result.ended_early()
     if result.best is not None:
         folder = run_dir / "checkpoints" / f"step-{result.best.step:08d}"
         kept = folder if folder.is_dir() else "its checkpoint was not kept; checkpoint.best=true keeps it"

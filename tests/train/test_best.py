@@ -90,6 +90,7 @@ def test_a_run_ends_early_when_the_held_out_loss_stays_higher(
         result = run()
     assert (result.step, result.stopped, result.best, result.evaluations_since_best) == (4, False, (2, 3), 2)
     assert [record["val_loss"] for record in run.records] == [5, 3, 4, 4]
+    assert [event for event in run.kinds if event[0] == "early_stop"] == [("early_stop", 4)]
     result = run()
     assert (result.step, result.stopped) == (4, False)
     assert run.steps == [1, 2, 3, 4]

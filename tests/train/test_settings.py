@@ -15,7 +15,7 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.config.training import ScheduleConfig
 from moe_lm.optim.groups import first_other_rate
 from moe_lm.tokenizer.tokenizer import Tokenizer
-from moe_lm.train.summary import opening_lines
+from moe_lm.train.summary import longer, opening_lines
 from tests.processes import metrics
 from tests.runs import last_checkpoint, tensors
 from tests.tiny import tiny_model, write_run
@@ -75,6 +75,16 @@ def test_a_finished_run_says_what_to_type_for_more(settings: tuple[str, ...], mo
     (line,) = opening_lines("pretrain", config, config.model, engine, [], 4)
     assert line.startswith("this run is finished: all 4 steps are done; for more: ")
     assert line.endswith(more)
+
+
+def test_twice_as_long_is_said_in_the_unit_that_was_given() -> None:
+    assert longer("moe-lm pretrain a.yaml", 30) == "moe-lm pretrain a.yaml train.steps=60"
+    assert longer("moe-lm pretrain a.yaml train.steps=30 seed=1", 30) == "moe-lm pretrain a.yaml seed=1 train.steps=60"
+    assert longer("moe-lm pretrain a.yaml train.epochs=0.05", 30) == "moe-lm pretrain a.yaml train.epochs=0.1"
+    assert longer("moe-lm pretrain a.yaml train.tokens=10B seed=1", 30) == (
+        "moe-lm pretrain a.yaml train.tokens=20B seed=1"
+    )
+    assert longer("moe-lm pretrain a.yaml train.tokens=12345678", 30) == "moe-lm pretrain a.yaml train.tokens=24691356"
 
 
 def test_steps_that_come_too_late_are_refused_with_the_reason(

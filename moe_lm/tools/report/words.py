@@ -37,6 +37,9 @@ def standing(run: Run) -> str:
         return f"gave up after {steps}"
     if run.step == run.total_steps:
         return f"finished, {steps}"
+    ended = run.events.get("early_stop")
+    if ended is not None and ended.newest[0] >= run.step:
+        return f"{ended.newest[1]}; {steps}"
     stopped = run.events.get("stop")
     if stopped is not None and stopped.newest[0] >= run.step:
         return f"stopped after {steps}; the same command goes on"

@@ -129,6 +129,7 @@ def test_held_out_losses_samples_and_tasks_are_kept_with_their_steps(run_with: R
     [
         ([event("gave_up", 2, "no good checkpoint")], "gave up after 2 of 40 steps"),
         ([event("stop", 2, "SIGTERM")], "stopped after 2 of 40 steps; the same command goes on"),
+        ([event("early_stop", 2, "ended early after step 2: no")], "ended early after step 2: no; 2 of 40 steps"),
         ([step(40)], "finished, 40 of 40 steps"),
         ([], "2 of 40 steps, the last at 2001-09-09"),
     ],
