@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def test_a_config_with_a_start_passes_a_dry_run(here: Path, pretrained: Path, mo
     dry = moe_lm(KINDS[kind].verb, "mine.yaml", "--dry-run")
     assert (dry.code, dry.err) == (0, "")
     assert "parameters" in dry.out
+
+
+def test_what_init_says_is_held_out_is_what_prepare_holds_out(here: Path, moe_lm: MoeLm) -> None:
+    """Also of a text without blank lines, which has fewer pieces than its size says."""
+    lines = (f"{n} times {n + 7} is {n * (n + 7)}, as everyone knows\n" for n in range(1500))
+    (here / "lines.txt").write_text("".join(lines))
+    done = moe_lm("init", "lines.txt", "--minutes", "0.1")
+    found = re.search(r"bytes, (\d+\.\d)% is held out", done.out)
+    assert found is not None, done
+    assert 0 < float(found[1]) <= 10
+    assert moe_lm("tokenizer", "train", "lines-tokenizer.yaml").code == 0
+    prepared = re.search(r"held out: .* \((\d+\.\d)%\)", moe_lm("prepare", "lines.yaml").out)
+    assert prepared is not None
+    assert float(prepared[1]) == pytest.approx(float(found[1]), abs=1)  # of tokens, and of characters
 
 
 def test_a_text_becomes_a_model_by_the_commands_that_init_names(here: Path, moe_lm: MoeLm) -> None:

@@ -23,7 +23,7 @@ from moe_lm.model.size import count_parameters
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.tools.init.commented import commented
 from moe_lm.tools.init.kinds import KINDS, Kind, Values, Wanted
-from moe_lm.tools.sizes import EPOCHS, HELD_OUT, SHAPES, Sizes
+from moe_lm.tools.sizes import COUNTED, EPOCHS, HELD_OUT, SHAPES, Sizes, held_out_share, piece_bytes
 from moe_lm.train import pretrain
 from moe_lm.train.display import format_seconds
 
@@ -48,15 +48,18 @@ def init(
     path = out or Path(f"{name}.yaml" if kind == "pretrain" else f"{name}-{kind}.yaml")
     values, remarks = KINDS[kind].values(wanted), dict[str, str]()
     files: dict[Path, str] = {}
-    if kind in ("pretrain", "tokenizer") and text is not None:
-        sizes = Sizes.of(SourceConfig(name="text", path=text))
-        sized = size_pretraining if kind == "pretrain" else size_tokenizer
-        remarks = sized(values, sizes)
+    if kind in ("pretrain", "tokenizer", "continue") and text is not None:
+        source = SourceConfig(name="text", path=text)
+        source, sizes = source.model_copy(update={"piece_bytes": piece_bytes(source)}), Sizes.of(source)
+        sized = {"pretrain": size_pretraining, "tokenizer": size_tokenizer, "continue": hold_out}[kind]
+        remarks = sized(values, sizes, source)
         if kind == "pretrain":
             remarks |= fit_steps(values, sizes, minutes or MINUTES)
             recipe = path.with_name(f"{path.stem}-tokenizer.yaml")
             of_tokenizer = KINDS["tokenizer"].values(wanted)
-            files[recipe] = text_of(KINDS["tokenizer"], of_tokenizer, size_tokenizer(of_tokenizer, sizes), recipe)
+            files[recipe] = text_of(
+                KINDS["tokenizer"], of_tokenizer, size_tokenizer(of_tokenizer, sizes, source), recipe
+            )
     elif kind == "pretrain":
         values["model"] = {"vocab_size": 32768, **Sizes(0, SHAPES[-1]).model}
         values["train"]["steps"] = 1000
@@ -103,22 +106,28 @@ def positions_of(start: Path | None) -> int:
     return 512 if start is None else read_model_config(checkpoint.resolve(start)).max_position_embeddings
 
 
-def size_pretraining(values: Values, sizes: Sizes) -> dict[str, str]:
+def size_pretraining(values: Values, sizes: Sizes, source: SourceConfig) -> dict[str, str]:
     """Set what depends on the size of the text; returns remarks."""
     values["model"] |= {"vocab_size": sizes.vocab_size, **sizes.model}
-    values["data"]["sources"][0]["piece_bytes"] = sizes.piece_bytes
     values["train"]["global_batch_size"] = sizes.shape.rows
     model = build_config(PretrainConfig, with_steps(values, 1), "init").model
     total = count_parameters(model).total
     return {
         "model.vocab_size": f"for {sizes.text_bytes / 1e6:,.1f} MB of text, {total / 1e6:.1f} million parameters",
-        "data.validation_fraction": f"pieces of {sizes.piece_bytes:,} bytes let about {HELD_OUT:.0%} be held out",
+        **hold_out(values, sizes, source),
     }
 
 
-def size_tokenizer(values: Values, sizes: Sizes) -> dict[str, str]:
+def hold_out(values: Values, sizes: Sizes, source: SourceConfig) -> dict[str, str]:
+    """Cut the text into pieces of which some are held out; returns how much that is."""
+    values["data"]["sources"][0]["piece_bytes"] = source.piece_bytes
+    share = HELD_OUT if sizes.text_bytes > COUNTED else held_out_share(source)
+    return {"data.validation_fraction": f"of pieces of about {source.piece_bytes:,} bytes, {share:.1%} is held out"}
+
+
+def size_tokenizer(values: Values, sizes: Sizes, source: SourceConfig) -> dict[str, str]:
     values["vocab_size"] = sizes.vocab_size
-    values["sources"][0]["piece_bytes"] = sizes.piece_bytes
+    values["sources"][0]["piece_bytes"] = source.piece_bytes
     return {"vocab_size": f"for {sizes.text_bytes / 1e6:,.1f} MB of text"}
 
 
