@@ -10,6 +10,7 @@ import typer
 from moe_lm.cli.arguments import RunPath
 from moe_lm.cli.options import Verb
 from moe_lm.common.errors import UsageError
+from moe_lm.common.process import to_type
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -50,7 +51,7 @@ def merge(
         print(merge.take_moving_average(runs[0], run_dir))
     else:
         print(merge.merge(runs, run_dir, last, weights))
-    print(f"wrote {run_dir}; next: moe-lm eval {run_dir}")
+    print(f"wrote {run_dir}; next: {to_type('eval', run_dir)}")
 
 
 @app.command("list", cls=Verb)

@@ -12,7 +12,7 @@ import typer
 from moe_lm.cli.arguments import ConfigPath, Overrides, copying, refuse
 from moe_lm.common.errors import UsageError
 from moe_lm.common.exits import STOPPED
-from moe_lm.common.process import this_command
+from moe_lm.common.process import this_command, to_type
 
 if TYPE_CHECKING:
     from moe_lm.config.model import ModelConfig
@@ -170,7 +170,7 @@ def export_at_end(run_dir: Path, step: int) -> None:
         with copying("exporting") as tell:
             export_run(run_dir, out, tell=tell)
     except Exception as error:
-        again = f"moe-lm export {run_dir} {out}"
+        again = to_type("export", run_dir, out)
         print(f"the run is saved, but not exported: {error}; to try again: {again}", file=sys.stderr)
     else:
         print(f"exported to {out}, for transformers and vLLM", file=sys.stderr)

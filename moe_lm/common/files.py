@@ -73,6 +73,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_writable(file: Path, option: str) -> None:
+    """Raise MoeLmError for a file that cannot be written, before the work that it is for; what is in it stays.
+
+    `option` is what names the file on the command line.
+    """
+    is_new = not file.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise MoeLmError(f"cannot write {file}: {error.strerror}; name another {option}") from error
+
+
 def not_writable(place: str, error: OSError) -> MoeLmError:
     """The error about a place in the run folder that cannot be written; a full disk is no wrong use."""
     if error.errno in FULL:

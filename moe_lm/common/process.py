@@ -34,6 +34,11 @@ def this_program() -> list[str]:
     return [program.name if shutil.which(program.name) else str(program)]
 
 
+def to_type(*words: object) -> str:
+    """A command of this program for a person to type: quoted, and as this program is started."""
+    return shlex.join([*this_program(), *map(str, words)])
+
+
 def seconds_since_start() -> float:
     """Wall-clock seconds since this process began; where the system does not tell, since this module was imported."""
     with suppress(OSError, ValueError, IndexError, AttributeError):  # not Linux

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lm.common import hub
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import check_writable
 from moe_lm.common.process import how_to_install
 from moe_lm.evaluate.perplexity import precision_of
 from moe_lm.evaluate.scoring import Scorer, SessionScorer, Tell
@@ -117,7 +118,7 @@ def evaluate_tasks(
     The precision is that of training. Raises UsageError, before the model is loaded, for tasks that cannot be had.
     """
     if config.output is not None:
-        check_writable(config.output)
+        check_writable(config.output, "--output")
     tasks = Tasks(config.tasks, config.task_data, config.num_fewshot)
     session = Session.load(run, base=base, decoding=bool(tasks.writing))
     if config.apply_chat_template and not session.tokenizer.has_chat_template:
@@ -130,18 +131,6 @@ def evaluate_tasks(
         tables = {result.name: {**result.figures(), "num_fewshot": result.shots} for result in results}
         write_json(config.output, {**about, "results": tables, "samples": samples})
     return results
-
-
-def check_writable(file: Path) -> None:
-    """Raise MoeLmError for a file that cannot be written, before hours of work; what is in it stays."""
-    is_new = not file.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("ab").close()
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise MoeLmError(f"cannot write {file}: {error.strerror}; name another --output") from error
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

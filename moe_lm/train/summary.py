@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from moe_lm.common.process import this_command
+from moe_lm.common.process import this_command, to_type
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, RunConfig
 from moe_lm.config.training import OptimizerConfig
@@ -33,7 +33,7 @@ def opening_lines(
     """
     steps = config.train.steps
     if 0 < steps <= start_step:
-        more = f"moe-lm init TEXT --for continue --start-from {config.run_dir}"
+        more = to_type("init", "TEXT", "--for", "continue", "--start-from", config.run_dir)
         if first_other_rate(start_step, steps, 2 * steps, config.train.schedule) is None:
             more = longer(this_command(), steps)
         yield f"this run is finished: all {steps} steps are done; for more: {more}"
@@ -125,13 +125,15 @@ def closing_lines(title: str, config: RunConfig, result: TrainingResult) -> Iter
                 f"the last step is not the best: its held-out loss is {result.validation_loss:.4f}, and {run_dir} "
                 "means its last checkpoint" + (f"; name {folder} to use the best" if folder.is_dir() else "")
             )
-    yield f"next: {', '.join(f'moe-lm {command}' for command in next_commands(title, config))}"
+    yield f"next: {', '.join(to_type(*words) for words in next_commands(title, config))}"
 
 
-def next_commands(title: str, config: RunConfig) -> tuple[str, ...]:
-    run_dir = config.run_dir
+def next_commands(title: str, config: RunConfig) -> tuple[tuple[str, ...], ...]:
+    """The words of each."""
+    run = str(config.run_dir)
+    sample, export = ("sample", run, "--prompt", "TEXT"), ("export", run, "OUT")
     if title == "finetune":
-        return f"chat {run_dir}", f"export {run_dir} OUT"  # it has no held-out text for `eval`
+        return ("chat", run), export  # it has no held-out text for `eval`
     if config.start_from is not None:
-        return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"export {run_dir} OUT"
-    return f"sample {run_dir} --prompt TEXT", f"eval {run_dir}", f"finetune CONFIG start_from={run_dir}"
+        return sample, ("eval", run), export
+    return sample, ("eval", run), ("finetune", "CONFIG", f"start_from={run}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.common.exits import LAUNCHER
-from moe_lm.common.process import this_command
+from moe_lm.common.process import this_command, to_type
 from moe_lm.parallel.launch import reasons
 
 
@@ -25,6 +25,7 @@ def test_this_command_is_what_a_person_would_type(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("PATH", path)
         monkeypatch.setattr(sys, "argv", [program, "pretrain", "my runs/a.yaml", "train.steps=10"])
         assert this_command() == f"{typed} pretrain 'my runs/a.yaml' train.steps=10"
+        assert to_type("eval", Path("my runs/a")) == f"{typed} eval 'my runs/a'"
 
 
 def test_a_launcher_is_told_on_a_full_disk_too(tmp_path: Path) -> None:

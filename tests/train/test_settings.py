@@ -67,7 +67,7 @@ def test_a_finished_run_at_a_constant_rate_goes_on_to_more_steps_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("settings", "more"), [(CONSTANT, " train.steps=8"), (DECAYED, "moe-lm init TEXT --for continue --start-from run")]
+    ("settings", "more"), [(CONSTANT, " train.steps=8"), (DECAYED, " init TEXT --for continue --start-from run")]
 )
 def test_a_finished_run_says_what_to_type_for_more(settings: tuple[str, ...], more: str, tiny_pretrain: Path) -> None:
     config = load_config(PretrainConfig, tiny_pretrain, ["run_dir=run", *settings, "train.steps=4"])

@@ -13,7 +13,7 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import whole_file
-from moe_lm.common.process import cores
+from moe_lm.common.process import cores, to_type
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import PretrainConfig
@@ -80,7 +80,7 @@ def init(
     if wanted.run_dir != taken:
         yield f"run_dir: {wanted.run_dir}, as {taken} holds a run"
     yield "next:"
-    yield from (f"  moe-lm {command}" for command in next_commands(kind, list(files)))
+    yield from (f"  {to_type(*words)}" for words in next_commands(kind, list(files)))
 
 
 def free(wanted: Wanted) -> Wanted:
@@ -90,15 +90,17 @@ def free(wanted: Wanted) -> Wanted:
     return next(each for each in candidates if not (Path(each.run_dir) / "config.yaml").exists())
 
 
-def next_commands(kind: str, files: list[Path]) -> Iterator[str]:
+def next_commands(kind: str, files: list[Path]) -> Iterator[tuple[object, ...]]:
+    """The words of each."""
     *recipe, path = files
     if recipe:
-        yield f"tokenizer train {recipe[0]}"
+        yield "tokenizer", "train", recipe[0]
     if kind in ("pretrain", "continue"):
-        yield f"prepare {path}"
+        yield "prepare", path
+    verb = KINDS[kind].verb.split()
     if kind != "tokenizer":
-        yield f"{KINDS[kind].verb} {path} --dry-run"
-    yield f"{KINDS[kind].verb} {path}"
+        yield *verb, path, "--dry-run"
+    yield *verb, path
 
 
 def positions_of(start: Path | None) -> int:

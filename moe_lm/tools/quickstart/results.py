@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 from collections.abc import Iterable, Iterator
 from io import StringIO
@@ -14,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_lm.common.process import this_program
+from moe_lm.common.process import to_type
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.shards import TokenShards
 from moe_lm.evaluate.perplexity import evaluate, unigram_bits_per_byte, xz_bits_per_byte
@@ -152,21 +151,21 @@ def table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def next_steps(setup: Setup, summary: dict[str, Any]) -> Iterator[str]:
     """Where everything is, and commands that are worth typing now."""
-    program, run = shlex.join(this_program()), shlex.quote(str(setup.pretrain_dir))
-    more = f"quickstart --minutes {2 * setup.minutes:g} --run-dir {shlex.quote(str(setup.run_dir))}"
+    run = setup.pretrain_dir
+    more = ["quickstart", "--minutes", f"{2 * setup.minutes:g}", "--run-dir", setup.run_dir]
     if setup.corpus is None:
         folders = "tokenizer/, shards/, pretrain/, chat/, finetune/"
         yield f"Everything is in {setup.run_dir}: summary.json, {folders}. Try next:"
-        yield f"  {program} chat {shlex.quote(str(setup.finetune_dir))}"
-        yield f"  {program} sample {run} --prompt 'import os'"
-        yield f"  {program} eval {run} {shlex.quote(str(PROJECT / 'README.md'))}"
+        yield f"  {to_type('chat', setup.finetune_dir)}"
+        yield f"  {to_type('sample', run, '--prompt', 'import os')}"
+        yield f"  {to_type('eval', run, PROJECT / 'README.md')}"
     else:
-        more += f" --corpus {shlex.quote(str(setup.corpus))}"
-        prompt = shlex.quote(next((sample["prompt"] for sample in summary["samples"]), "Once"))
+        more += ["--corpus", setup.corpus]
+        prompt = next((sample["prompt"] for sample in summary["samples"]), "Once")
         yield f"Everything is in {setup.run_dir}: summary.json, tokenizer/, shards/, pretrain/. Try next:"
-        yield f"  {program} sample {run} --prompt {prompt}"
-        yield f"  {program} explain {run} --prompt {prompt}"
-    yield f"  {program} {more}    # trains on from here"
+        yield f"  {to_type('sample', run, '--prompt', prompt)}"
+        yield f"  {to_type('explain', run, '--prompt', prompt)}"
+    yield f"  {to_type(*more)}    # trains on from here"
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

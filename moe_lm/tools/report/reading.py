@@ -15,6 +15,7 @@ import yaml
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.process import to_type
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> Run:
     if not metrics.is_file() and any(folder.glob("checkpoints/step-*")):
         raise UsageError(
             f"{folder} was imported, upcycled or merged, and no training of it is recorded; measure it with "
-            f"moe-lm eval {folder}"
+            + to_type("eval", folder)
         )
     if not metrics.is_file():
         raise UsageError(

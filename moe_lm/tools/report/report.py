@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_lm.common.errors import UsageError
-from moe_lm.common.files import not_writable, whole_file
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import check_writable, whole_file
 from moe_lm.tools.report.page import page_of
 from moe_lm.tools.report.reading import read_run
 
@@ -17,17 +17,19 @@ MOST = 8  # runs that one page tells apart
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page and return its path: by default in the run folder; of several runs in the current one.
 
-    Raises UsageError for a folder without records, and for more than MOST runs.
+    Raises UsageError for a folder without records, and for more than MOST runs; MoeLmError for a page that
+    cannot be written.
     """
     if len(folders) > MOST:
         raise UsageError(f"{len(folders)} runs are more than one page tells apart; name at most {MOST}")
+    if out is not None:
+        check_writable(out, "--out")
     runs = [read_run(folder) for folder in folders]
     target = out or (runs[0].folder / NAME if len(runs) == 1 else Path(NAME))
     text = page_of(runs)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as file:
             file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise not_writable(str(target), error) from error
+        raise MoeLmError(f"cannot write {target}: {error.strerror}; name another --out") from error
     return target

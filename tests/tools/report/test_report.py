@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lm.common.errors import UsageError
+from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.tools.report.charts import Axis, Line, chart, short
 from moe_lm.tools.report.heatmap import DEAD, EVEN, LAST, heat_map, levels, png
 from moe_lm.tools.report.page import differences, page_of
@@ -187,6 +187,18 @@ def test_bad_input_is_said(tmp_path: Path, run_with: ReadRun, moe_lm: MoeLm) -> 
         run_with(event("start", 0))
     with pytest.raises(UsageError, match="9 runs are more than one page tells apart"):
         report([tmp_path] * 9)
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_records_are_read(
+    tmp_path: Path, run_with: ReadRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoeLmError, match=r"cannot write .*file/page.html: .*; name another --out"):
+        report([tmp_path / "none"], tmp_path / "file" / "page.html")
+    monkeypatch.setattr("moe_lm.tools.report.report.NAME", "none/report.html")  # in the run folder
+    folder = run_with(step(1)).folder
+    with pytest.raises(MoeLmError, match=r"cannot write .*report.html: No such file or directory; name another --out"):
+        report([folder])
 
 
 def test_several_runs_share_their_pictures_and_a_table_of_differences(run_with: ReadRun) -> None:
