@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,24 +64,30 @@ def pretrain(
 ) -> None:
     """Train a model; resumes by itself when the run folder has a checkpoint."""
     settings = read_pretraining(config, overrides or [])
-    processes = number_of_processes(gpus, processes)
+    count = number_of_processes(gpus, processes, settings)
     if not dry_run:
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        start_processes(["pretrain", str(config), *(overrides or ())], processes, settings)
+        asked = {"--gpus": gpus, "--processes": processes}
+        start_processes(["pretrain", str(config), *(overrides or ())], count, settings, asked)
 
     from moe_lm.train import pretrain
 
     if dry_run:
-        print(pretrain.describe(settings, started_as(processes), fit_on(gpu), settings_too))
+        print(pretrain.describe(settings, started_as(count), fit_on(gpu), settings_too))
     else:
         check_export(settings)
         end_with(pretrain.run(settings, ctx.obj, fit_here), settings)
 
 
-def number_of_processes(gpus: str | None, processes: int | None) -> int | None:
+def number_of_processes(gpus: str | None, processes: int | None, config: RunConfig) -> int | None:
     """How many processes are asked for, with `--gpus` or `--processes`."""
     if gpus is None:
         return processes
+    if config.parallel.device == "cpu":
+        raise UsageError(
+            f"--gpus {gpus} and parallel.device=cpu contradict each other; leave one of them out, or start processes "
+            "on the CPU, as with --processes 2"
+        )
     if processes is not None:
         raise UsageError(f"--gpus {gpus} and --processes {processes} both say how many; give one of them")
     import torch
@@ -96,12 +103,15 @@ def number_of_processes(gpus: str | None, processes: int | None) -> int | None:
     return here if gpus == "all" else int(gpus)
 
 
-def start_processes(command: list[str], processes: int | None, config: RunConfig) -> None:
-    """Go on as a launcher of this many processes, if several are asked for; else say which GPUs have nothing to do."""
+def start_processes(command: list[str], processes: int | None, config: RunConfig, asked: Mapping[str, object]) -> None:
+    """Go on as a launcher of this many processes, if several are asked for; else say which GPUs have nothing to do.
+
+    `asked` are the options that asked for them, which a rank of a launcher refuses.
+    """
     from moe_lm.parallel.topology import current_topology
 
     if current_topology().world_size > 1:
-        refuse({"--processes": processes}, "a run that a launcher started, which has those of the launcher")
+        refuse(asked, "a run that a launcher started, which has the processes of the launcher")
     elif processes is not None and processes > 1:
         from moe_lm.parallel.torchrun import replace_this_process
 
@@ -195,10 +205,11 @@ def finetune(
     from moe_lm.config.run import FinetuneConfig
 
     settings = load_config(FinetuneConfig, config, overrides or ())
-    processes = number_of_processes(gpus, processes)
+    count = number_of_processes(gpus, processes, settings)
     if not dry_run and preview is None:
         refuse({"--gpu": gpu}, "a run that starts, which has the devices that are here")
-        start_processes(["finetune", str(config), *(overrides or ())], processes, settings)
+        asked = {"--gpus": gpus, "--processes": processes}
+        start_processes(["finetune", str(config), *(overrides or ())], count, settings, asked)
 
     from moe_lm.train import finetune
 
@@ -211,7 +222,7 @@ def finetune(
         if not is_planned:
             refuse({"--gpu": gpu}, "adapters and preferences, of which only weights, gradients and moments are known")
         weighs = fit_on(gpu) if is_planned else None
-        print(finetune.describe(settings, started_as(processes), weighs, settings_too))
+        print(finetune.describe(settings, started_as(count), weighs, settings_too))
     else:
         check_export(settings)
         end_with(finetune.run(settings, ctx.obj, fit_here if is_planned else None), settings)

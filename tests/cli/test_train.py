@@ -76,6 +76,11 @@ def test_fine_tuning_too(tmp_path: Path, started: Started, here: Any, moe_lm: Mo
         (2, ("--gpus", "8"), "--gpus 8: this machine has 2; give a number from 1 to 2, or all"),
         (2, ("--gpus", "some"), "--gpus some: this machine has 2"),
         (2, ("--gpus", "2", "--processes", "2"), "--gpus 2 and --processes 2 both say how many; give one of them"),
+        (
+            2,
+            ("--gpus", "all", "parallel.device=cpu"),
+            "--gpus all and parallel.device=cpu contradict each other; leave",
+        ),
         (2, ("--gpu", "h100"), "--gpu h100 has no meaning for a run that starts"),
         (8, ("--gpus", "all", "train.lr=1"), "unknown key train.lr"),
     ],
@@ -96,9 +101,10 @@ def test_a_rank_of_a_launcher_starts_nothing(
     for name, value in rank_environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     settings = PretrainConfig.model_validate(PRETRAIN)
-    with pytest.raises(UsageError, match="--processes 2 has no meaning for a run that a launcher started"):
-        start_processes(["pretrain", str(config)], 2, settings)
-    start_processes(["pretrain", str(config)], None, settings)
+    for option in ("--gpus", "--processes"):
+        with pytest.raises(UsageError, match=f"{option} 2 has no meaning for a run that a launcher started"):
+            start_processes(["pretrain", str(config)], 2, settings, {option: 2})
+    start_processes(["pretrain", str(config)], None, settings, {})
     assert started == []
 
 

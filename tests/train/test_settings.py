@@ -81,6 +81,7 @@ def test_twice_as_long_is_said_in_the_unit_that_was_given() -> None:
     assert longer("moe-lm pretrain a.yaml", 30) == "moe-lm pretrain a.yaml train.steps=60"
     assert longer("moe-lm pretrain a.yaml train.steps=30 seed=1", 30) == "moe-lm pretrain a.yaml seed=1 train.steps=60"
     assert longer("moe-lm pretrain a.yaml train.epochs=0.05", 30) == "moe-lm pretrain a.yaml train.epochs=0.1"
+    assert longer("moe-lm pretrain a.yaml --train.epochs 2", 30) == "moe-lm pretrain a.yaml --train.epochs 4"
     assert longer("moe-lm pretrain a.yaml train.tokens=10B seed=1", 30) == (
         "moe-lm pretrain a.yaml train.tokens=20B seed=1"
     )
