@@ -180,7 +180,7 @@ def test_a_chat_in_a_terminal(
 
     run = make_run(shout, initializer_range=0.001, max_position_embeddings=8192)
     chat = terminal("chat", run, "--max-new-tokens", 4000, "--temperature", 0, "--seed", 1)
-    chat.wait_for("Ctrl-D ends")
+    chat.wait_for("Ctrl-D: end")
     chat.answer_with("a long one" + ENTER, "!!!!!!!!")
     chat.type(CTRL_C)
     chat.wait_for(", stopped")

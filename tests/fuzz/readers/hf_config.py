@@ -19,7 +19,8 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
     "max_position_embeddings": 64, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4,
     "num_local_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4, "v_head_dim": 8, "shared_expert_intermediate_size": 16,
+    "qk_rope_head_dim": 4, "v_head_dim": 8, "shared_expert_intermediate_size": 16, "num_key_value_heads": 2,
+    "head_dim": 8, "moe_num_experts": 4, "moe_k": 2,
 }  # fmt: skip
 MORE = {
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
