@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,9 @@ import typer
 from moe_lm.cli.arguments import BasePath, ConfigPath, DType, Overrides, ProofMemory, RunPath, copying, gib, refuse
 from moe_lm.cli.options import ConfigCommand, Verb, takes
 from moe_lm.cli.train import finetune, pretrain, read_pretraining, read_run
+from moe_lm.common import hub
 from moe_lm.common.errors import UsageError
+from moe_lm.common.process import to_type
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
@@ -152,7 +153,7 @@ def plan(
     plan.check_planned(settings)
     settings = pretrain.resolved(settings) if isinstance(settings, PretrainConfig) else finetune.resolved(settings)
     verb = "pretrain" if isinstance(settings, PretrainConfig) else "finetune"
-    command = shlex.join(["moe-lm", verb, str(config), *(overrides or ())])
+    command = to_type(verb, config, *(overrides or ()))
     model = finetune.trained_model(settings)
     code = plan.run(settings, model, command, gpus, gpu, network, rate or (), measure, tokens, price, json_file)
     raise typer.Exit(code)
@@ -193,6 +194,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="HF_DIR",
+            parser=hub.typed_path,
             help="Folder with config.json, safetensors and a tokenizer; or a name on the hub, like Qwen/Qwen3-0.6B.",
         ),
     ],
@@ -207,8 +209,6 @@ def import_(
     base: Annotated[Path | None, typer.Option(help="For a PEFT adapter: the run that it was trained on.")] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint or a PEFT adapter into a run; checks that the logits match."""
-    from moe_lm.common import hub
-
     target = run_dir or Path("runs") / hf_dir.resolve().name.partition("@")[0]
     hf_dir = hub.local_folder(hf_dir, hub.MODEL_FILES)
     tokenizer = tokenizer and hub.local_folder(tokenizer, hub.TOKENIZER_FILES, enough="tokenizer.json")

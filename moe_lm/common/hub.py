@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,20 @@ def local_folder(path: Path, files: Sequence[str], enough: str | None = None) ->
     if not sys.stderr.isatty():
         disable_progress_bars()
     elsewhere = f"fetch it where there is a network (hf download {name} --local-dir FOLDER), and give that folder"
-    with _in_one_sentence(f"{path} is no folder here, and ", str(path), elsewhere):
+    with _in_one_sentence(f"{path} is no folder here{_meant(path)}, and ", str(path), elsewhere):
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]))
+
+
+def typed_path(text: str) -> Path:
+    """A path that was typed; one that begins with `./` is no name of the hub, though `Path` forgets how it began."""
+    return Path.cwd() / text if text.startswith("./") else Path(text)
+
+
+def _meant(path: Path) -> str:
+    """The folder with nearly this path, if there is one."""
+    near = get_close_matches(path.parts[0], (item.name for item in Path().iterdir() if item.is_dir()), n=1)
+    meant = Path(*near, *path.parts[1:])
+    return f" (did you mean {meant}?)" if near and meant.exists() else ""
 
 
 def shown(folder: Path) -> str:
@@ -72,13 +85,22 @@ def is_reachable() -> bool:
 
 
 def check_can_push(name: str) -> None:
-    """Raise UsageError unless this is a name, and someone is logged in to the hub: before hours of work."""
+    """Raise UsageError unless this is a name under which who is logged in to the hub may write: before hours of work.
+
+    What a fine-grained token allows only the push itself finds out.
+    """
     if NAME.fullmatch(name) is None or "@" in name:
         raise UsageError(f"--push {name} is not a name of the hub; give OWNER/NAME")
     from huggingface_hub import HfApi
 
     with _in_one_sentence("--push: ", name, "export without it, and push later with hf upload"):
-        HfApi().whoami()
+        user = HfApi().whoami()
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UsageError(f"--push {name}: this token of the hub only reads; run hf auth login with one that writes")
+    owners = [owner["name"] for owner in (user, *user.get("orgs", ()))]
+    if role != "fineGrained" and name.partition("/")[0] not in owners:
+        raise UsageError(f"--push {name} is of another owner; who is logged in may write to {', '.join(owners)}")
 
 
 def push(folder: Path, name: str) -> str:

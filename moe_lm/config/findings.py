@@ -76,8 +76,18 @@ def _wrong_value(kind: type[BaseModel], location: list[str], key: str, item: Any
     if item["type"] == "too_short":
         return f"{key} is an empty list; name one entry at least"
     if item["type"] in EXPECTED:
-        return f"{key}={value!r} {EXPECTED[item['type']]}"
+        number = _whole_number(value) if item["type"] == "int_parsing" else None
+        return f"{key}={value!r} {EXPECTED[item['type']]}" + ("" if number is None else f"; write {number}")
     return f"{key}={value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _whole_number(text: object) -> int | None:
+    """The integer that a text like 1e3 says."""
+    try:
+        number = float(str(text))
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def hint(kind: type[BaseModel], location: Sequence[str], others: Sequence[type[BaseModel]] = ()) -> str | None:

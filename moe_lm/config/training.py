@@ -24,12 +24,12 @@ def _recomputation(value: Any) -> Any:
 
 
 def _number_of_tokens(value: Any) -> Any:
-    """`10B` and `300M` are numbers too, as people write them."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMBGT])\s*", value) if isinstance(value, str) else None
+    """`10B`, `10b` and `300M` are numbers too, as people write them."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmbgt])\s*", value.lower()) if isinstance(value, str) else None
     return value if found is None else f"{found[1]}e{UNITS[found[2]]}"
 
 
-UNITS = {"k": 3, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}  # powers of ten
+UNITS = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}  # powers of ten
 NumberOfTokens = Annotated[float, BeforeValidator(_number_of_tokens, json_schema_input_type=float | str)]
 LENGTHS = ("steps", "tokens", "epochs")  # of which a config gives one
 Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]

@@ -52,7 +52,7 @@ def opening_lines(
 
 def longer(command: str, steps: int) -> str:
     """The same command for a run twice as long, in the unit in which it says the length."""
-    given = re.search(r" (?:--)?train\.(?:tokens|epochs)[= ]([0-9.]+(?:e[0-9]+)?)(?=[kKMBGT]?(?: |$))", command)
+    given = re.search(r" (?:--)?train\.(?:tokens|epochs)[= ]([0-9.]+(?:e[0-9]+)?)(?=[A-Za-z]?(?: |$))", command)
     if given is not None:
         return f"{command[: given.start(1)]}{2 * float(given[1]):.12g}{command[given.end(1) :]}"
     return re.sub(r" (--)?train\.(steps|tokens|epochs)[= ]\S+", "", command) + f" train.steps={2 * steps}"

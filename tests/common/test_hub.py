@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from moe_lm.common import hub
+from moe_lm.common.errors import UsageError
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import MoeLm
 
@@ -117,6 +118,9 @@ def test_without_a_network_the_hub_is_given_up_within_seconds(monkeypatch: pytes
     assert not hub.is_reachable()
 
 
+USER = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+
+
 def client(seen: list[Any], user: Callable[[], Any]) -> type:
     class Api:
         """What export uses of the hub's client."""
@@ -137,7 +141,7 @@ def client(seen: list[Any], user: Callable[[], Any]) -> type:
 
 def test_a_folder_is_pushed_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[Any]()
-    monkeypatch.setattr(huggingface_hub, "HfApi", client(seen, dict))
+    monkeypatch.setattr(huggingface_hub, "HfApi", client(seen, lambda: USER))
     (tmp_path / "config.json").touch()
     hub.check_can_push("me/mine")
     assert hub.push(tmp_path, "me/mine") == "https://hub.example/me/mine"
@@ -155,3 +159,36 @@ def test_nobody_who_is_not_logged_in_waits_for_an_export(
         done = moe_lm("export", tmp_path, tmp_path / "out", "--push", name)
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "said"),
+    [
+        ("you/mine", "write", "--push you/mine is of another owner; who is logged in may write to me, us"),
+        ("me/mine", "read", "this token of the hub only reads"),
+        ("us/mine", "write", None),
+        ("you/mine", "fineGrained", None),
+    ],
+)
+def test_who_may_not_write_there_does_not_wait_for_an_export_either(
+    name: str, role: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", client([], lambda: {**USER, "auth": {"accessToken": {"role": role}}}))
+    if said is None:
+        hub.check_can_push(name)
+        return
+    with pytest.raises(UsageError, match=said):
+        hub.check_can_push(name)
+
+
+def test_a_mistyped_folder_is_said_with_the_one_that_is_meant(
+    asked: list[Any], moe_lm: MoeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what begins with ./ is no name."""
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    done = moe_lm("import", "modles/qwen")
+    assert "modles/qwen is no folder here (did you mean models/qwen?), and the hub cannot be reached" in done.err
+    asked.clear()
+    done = moe_lm("import", "./modles/qwen")
+    assert (done.code, asked) == (2, []), done

@@ -109,6 +109,7 @@ def test_a_key_with_several_places_names_them() -> None:
         ("run_dir=", "run_dir is empty; give it a value"),
         ("train.steps=None", "train.steps='None' is not an integer"),
         ("train.steps=1.5", "train.steps=1.5 is not an integer"),
+        ("train.steps=1e3", "train.steps='1e3' is not an integer; write 1000"),
         ("train.optimizer.lr=fast", "train.optimizer.lr='fast' is not a number"),
         ("train.optimizer.betas=[0.9]", "train.optimizer.betas has too few values"),
         ("train.compile=maybe", "train.compile='maybe' is neither true nor false"),

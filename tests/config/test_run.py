@@ -230,7 +230,7 @@ def test_overrides_are_read_as_yaml_and_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "steps"), [("10e3", 20), ("10240", 20), ("10241", 21), ("10k", 20), ("1.5M", 2930), ("2B", 3906250)]
+    ("tokens", "steps"), [("10e3", 20), ("10240", 20), ("10241", 21), ("10k", 20), ("1.5M", 2930), ("2b", 3906250)]
 )
 def test_tokens_are_whole_steps(tokens: str, steps: int, tmp_path: Path) -> None:
     """Of 8 rows of 64 tokens. The command line replaces the file's length of the run, in whatever unit."""
