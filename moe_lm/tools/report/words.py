@@ -15,9 +15,19 @@ from moe_lm.tools.report.thinning import Row
 from moe_lm.train.display import format_seconds
 from moe_lm.train.symptoms import SYMPTOMS
 
-TROUBLE = (
-    "gave_up", "rollback", "failed_save", "full_disk", "damaged_checkpoint", "data_left_out", "slow_rank", "log",
-)  # fmt: skip
+TROUBLE = {  # events, each with its title and what to do
+    "gave_up": ("The run gave up", "Do what the message says, then start it again."),
+    "rollback": ("Rollback", "If there are several, lower the learning rate, or look at the text of these steps."),
+    "failed_save": ("Failed save", "See that the disk of the run folder takes checkpoints."),
+    "full_disk": ("Full disk", "Make room, or keep fewer checkpoints with checkpoint.keep."),
+    "damaged_checkpoint": ("Damaged checkpoint", "Check the others with moe-lm checkpoint verify, and the disk."),
+    "data_left_out": (
+        "Damaged shards left out",
+        "Prepare the text again into another data.shards, and check the disk.",
+    ),
+    "slow_rank": ("Slow rank", "Look for other programs, a hot GPU or a slow disk on its machine."),
+    "log": ("Incomplete log", "Make room on the disk of the run folder; steps are missing in these pictures."),
+}
 EVEN = 0.01  # of the loss: less is no change
 
 
@@ -81,12 +91,12 @@ def points(run: Run) -> list[Point]:
             if finding.last > finding.first:
                 when = f"said from step {finding.first:,} to step {finding.last:,}"
         shown.append(Point(sentence(finding.name), when, f"{sentence(finding.said)}.", finding.cure))
-    for kind in TROUBLE:
+    for kind, (title, cure) in TROUBLE.items():
         if kind in run.events:
             events = run.events[kind]
             times = f"{events.number:,} times, last at " if events.number > 1 else ""
             said = sentence(events.newest[1].removeprefix("warning: "))
-            shown.append(Point(sentence(kind.replace("_", " ")), f"{times}step {events.newest[0]:,}", said))
+            shown.append(Point(title, f"{times}step {events.newest[0]:,}", said, cure))
     return shown
 
 
@@ -104,9 +114,13 @@ def verdict(run: Run, found: Sequence[Point]) -> str:
 
 def loss_title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        ends = {run.name: last_of(column(run.steps.means(), COLUMNS, "loss")) for run in runs}
-        best = min(ends, key=lambda name: math.inf if math.isnan(ends[name]) else ends[name])
-        return f"Training loss ends lowest in {best}, at {ends[best]:.4g}"
+        ends = [last_of(column(run.steps.means(), COLUMNS, "loss")) for run in runs]
+        lowest = min((end for end in ends if math.isfinite(end)), default=None)
+        if lowest is None:
+            return "No step had a finite loss"
+        best = runs[ends.index(lowest)]
+        alike = sum(run.name == best.name for run in runs) > 1
+        return f"Training loss ends lowest in {best.folder if alike else best.name}, at {lowest:.4g}"
     loss = column(runs[0].steps.means(), COLUMNS, "loss")
     first, last = first_of(loss), last_of(loss)
     if math.isnan(last):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from moe_lm.tools.report.page import differences, page_of
 from moe_lm.tools.report.reading import HELD_OUT, POINTS, Run, column, read_run
 from moe_lm.tools.report.report import report
 from moe_lm.tools.report.thinning import Spans, Spread
-from moe_lm.tools.report.words import facts, points, standing, verdict
+from moe_lm.tools.report.words import facts, loss_title, points, standing, verdict
 from tests.sick import HEALTHY, run_of
 
 MoeLm = Callable[..., Any]  # the fixture `moe_lm`
@@ -168,6 +170,14 @@ def test_records_that_cannot_be_judged_are_said_and_drawn(run_with: ReadRun) -> 
     assert "could not be looked for: the record of step 1 lacks figures" in page_of([run])
     (run.folder / "config.yaml").write_text("a: [1")
     assert "could not be looked for: the config" in page_of([read_run(run.folder)])
+
+
+def test_of_runs_with_one_name_the_title_says_the_folder(run_with: ReadRun) -> None:
+    runs = [run_with(step(1, loss=loss)) for loss in (2.0, 1.0, math.nan)]
+    named = [replace(run, name="run", folder=Path(place)) for run, place in zip(runs, "abc", strict=True)]
+    assert loss_title(named) == "Training loss ends lowest in b, at 1"
+    assert loss_title(named[2:] * 2) == "No step had a finite loss"
+    assert loss_title([replace(named[0], name="first"), *named[2:]]) == "Training loss ends lowest in first, at 2"
 
 
 def test_torn_and_strange_lines_are_passed_over(run_with: ReadRun) -> None:
