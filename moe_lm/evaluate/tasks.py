@@ -61,9 +61,7 @@ class Tasks:
     """Tasks with their data. Raises UsageError for one that is unknown, or whose data cannot be had."""
 
     def __init__(self, names: Sequence[str], data: Path | None = None, num_fewshot: int | None = None) -> None:
-        if data is not None:
-            os.environ[TASK_DATA] = str(data)
-        with _quiet():
+        with _quiet(), _reading(data):
             try:
                 from lm_eval.tasks import TaskManager
             except ImportError as error:
@@ -175,6 +173,20 @@ def _stay_offline() -> None:
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_OFFLINE = True
+
+
+@contextlib.contextmanager
+def _reading(data: Path | None) -> Iterator[None]:
+    """Have the tasks that are loaded meanwhile read this folder, if it is given."""
+    before = os.environ.get(TASK_DATA)
+    if data is not None:
+        os.environ[TASK_DATA] = str(data)
+    try:
+        yield
+    finally:
+        os.environ.pop(TASK_DATA, None)
+        if before is not None:
+            os.environ[TASK_DATA] = before
 
 
 def _load(manager: Any, names: list[str]) -> Any:

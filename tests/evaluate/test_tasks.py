@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(
     done = moe_lm("eval", pretrained, "--tasks", "blimp_offline", "--task-data", task_data.parent)
     assert done.code == 2
     assert f"there is no blimp*.jsonl in {task_data.parent}; put BLiMP's data/*.jsonl" in done.err
+    assert os.environ[TASK_DATA] == str(task_data)  # as it was
     done = moe_lm("eval", pretrained, "--tasks", "blimp_ofline,piqa_offline")
     assert done.code == 2
     assert "there is no task blimp_ofline; did you mean blimp_offline" in done.err
