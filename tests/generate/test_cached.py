@@ -76,8 +76,9 @@ def test_cached_equals_uncached(kind: str, slots: int, prefill_tokens: int, deco
     assert ends == {"stop", "length"}
 
 
+@pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("kind", ["grouped-query", pytest.param("latent", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", BOTH_ATTENTIONS)
 def test_compiled_equals_uncached(kind: str) -> None:
     model = build(kind)
     if native.library() is not None:

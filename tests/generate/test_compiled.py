@@ -81,6 +81,7 @@ def test_a_chat_is_not_compiled_since_each_answer_would_be_another_program(moe_l
     assert "No such option: --compile" in done.err
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiler_that_fails_ends_in_a_sentence(start_moe_lm: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     process = start_moe_lm("sample", run, "-p", "a", "--compile", CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path)

@@ -99,7 +99,10 @@ def test_it_starts_from_the_weights_and_biases_of_a_run_or_one_of_its_checkpoint
     assert first[0] == first[1]
 
 
-@pytest.mark.parametrize("settings", [(), ("train.scheduled_sampling={share: 0.5, ramp_steps: 8}",)])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param((), marks=pytest.mark.slow), ("train.scheduled_sampling={share: 0.5, ramp_steps: 8}",)],
+)
 def test_a_killed_fine_tuning_resumes_to_the_bit(
     finetune_config: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:

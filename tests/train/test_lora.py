@@ -178,7 +178,13 @@ def test_the_recipe_is_one(tmp_path: Path, pretrained: Path, moe_lm: MoeLm) -> N
 # Going on
 
 
-@pytest.mark.parametrize("settings", [("lora.dropout=0.3",), ("train.freeze_router=false", "train.micro_batch_size=2")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(("lora.dropout=0.3",), marks=pytest.mark.slow),
+        ("train.freeze_router=false", "train.micro_batch_size=2"),
+    ],
+)
 def test_a_killed_run_resumes_to_the_bit(
     lora_config: Path, tmp_path: Path, moe_lm: MoeLm, settings: tuple[str, ...]
 ) -> None:

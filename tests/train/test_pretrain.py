@@ -52,10 +52,10 @@ def held_out_batches(config: PretrainConfig) -> list[Batch]:
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [
-        ("adamw", "float32"),
         ("adamw", "bfloat16"),
         ("muon", "float32"),
-        ("lamb", "bfloat16"),
+        pytest.param("adamw", "float32", marks=pytest.mark.slow),
+        pytest.param("lamb", "bfloat16", marks=pytest.mark.slow),
         pytest.param("muon", "bfloat16", marks=pytest.mark.slow),
         pytest.param("lamb", "float32", marks=pytest.mark.slow),
     ],

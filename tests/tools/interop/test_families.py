@@ -46,7 +46,13 @@ def assert_proven(proof: Proof, layers: int = 3) -> None:
     assert proof.not_proven == []
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("solar_open", "mistral", "seed_oss") else ())
+        for name in FAMILIES
+    ],
+)
 def test_imported_model_equals_theirs_and_exports_to_the_same_bytes(
     variant: str, tmp_path: Path, hf_folder: Any, tiny_tokenizer: Tokenizer
 ) -> None:
