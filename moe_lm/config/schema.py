@@ -29,6 +29,9 @@ def schema_of(kind: type[Section]) -> dict[str, Any]:
                 part["properties"][name] = _or_text(value, of_all=True)
             else:
                 part["properties"][name] = _or_text(value, of_all=False)
+    for part in schema.get("$defs", {}).values():
+        if "rope_scaling" in part["properties"]:  # the name of transformers 5, read in its place
+            part["properties"]["rope_parameters"] = {"type": "object"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

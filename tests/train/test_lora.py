@@ -154,6 +154,7 @@ def test_the_router_is_trained_beside_adapters_when_asked(
         assert torch.equal(loaded[name.removeprefix("model.")], kept[name])
 
 
+@pytest.mark.slow
 def test_adapters_can_begin_beside_adapters(lora_config: Path, tmp_path: Path, pretrained: Path, moe_lm: MoeLm) -> None:
     """The second ones start from the first merged; so does fine-tuning of all weights."""
     first, second = tmp_path / "run", tmp_path / "second"

@@ -145,6 +145,7 @@ def test_a_run_goes_on_with_the_reference_it_began_with_whatever_became_of_its_s
     assert f"the model that it began with, {base / 'checkpoints' / 'step-00000030'}" in done.err
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_damaged_or_of_other_pairs_is_computed_again(
     config_file: Path, tmp_path: Path, moe_lm: MoeLm
 ) -> None:

@@ -36,7 +36,10 @@ def prepare(folder: Path) -> Read:
 
 def with_model(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with what would come from the model that they start from."""
-    data = values.get("data")
+    data, given = values.get("data"), values.get("model")
+    if "start_from" in values and isinstance(given, dict):
+        named = {name: value for name, value in given.items() if name != "rope_parameters"}
+        values = values | {"model": MODEL | {"num_attention_heads": 16, "head_dim": 16} | named}
     return {"model": MODEL} | values | {"data": {"tokenizer": "tokenizer/x"} | data if isinstance(data, dict) else data}
 
 

@@ -75,6 +75,7 @@ def test_a_micro_batch_with_other_exchanges_is_traced_itself(config: PretrainCon
     assert set(asked) == {1, 2, 4, 8}
 
 
+@pytest.mark.slow
 def test_the_fastest_layout_that_fits_comes_first_and_the_nearest_to_fitting_next(tiny_pretrain: Path) -> None:
     config = load_config(PretrainConfig, tiny_pretrain, [*SETTINGS, "train.global_batch_size=4"])
     trace, device = tracer_of(config.model, "cuda"), find_device("h100")

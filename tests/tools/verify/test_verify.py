@@ -168,6 +168,7 @@ def test_what_a_failed_rank_said_last_is_shown(start_moe_lm: Start, tmp_path: Pa
     assert "RuntimeError: the cable is loose" in err
 
 
+@pytest.mark.slow
 def test_bfloat16_is_compared_with_its_own_tolerance(start_moe_lm: Start) -> None:
     layout = ("--world-sizes", "2", "--only", "2 x DeepSpeed, EP 2, ZeRO 2")
     out, _ = verify(start_moe_lm, 0, "train.precision=bfloat16", *layout, "--json", "-")
@@ -179,6 +180,7 @@ def test_bfloat16_is_compared_with_its_own_tolerance(start_moe_lm: Start) -> Non
     assert layout["like"] == "one process, experts in 2 groups"
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_when_it_is_told_to_stop(start_moe_lm: Start, tmp_path: Path) -> None:
     process = start_moe_lm("verify", CONFIG, "--world-sizes", "2", TMPDIR=tmp_path)
     workers: list[str] = []
