@@ -47,7 +47,7 @@ def test_a_sick_run_is_named_with_its_cure(tmp_path: Path, name: str, capsys: py
     ]
     point, *others = points(read_run(tmp_path))  # the report of the run says the same
     assert f"{point.title}: {point.said} {point.cure}".lower() == alarm["message"].lower()
-    assert [other.title for other in others] == (["Gave up"] if sick.stops else [])
+    assert [other.title for other in others] == (["The run gave up"] if sick.stops else [])
 
 
 def test_a_healthy_run_has_no_alarm(tmp_path: Path) -> None:
