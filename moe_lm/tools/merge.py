@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -189,7 +189,12 @@ def _write_average(sources: Sequence[TensorSource], shares: Sequence[float], pat
             name = min(set(source.names()) ^ set(first.names()))
             raise MoeLmError(f"tensor {name} is not in all of the checkpoints; merge checkpoints of one model")
     outputs = [
-        Output(name, first.shape(name), _dtype(sources, name), partial(_average, sources, shares, name))
+        Output(
+            name,
+            first.shape(name),
+            reduce(torch.promote_types, (source.dtype(name) for source in sources)),
+            partial(_average, sources, shares, name),
+        )
         for name in first.names()
     ]
     write_files(path, outputs, {"format": "pt"}, FILE_BYTES)
@@ -201,14 +206,6 @@ def _average(sources: Sequence[TensorSource], shares: Sequence[float], name: str
     for start, stop in pieces_of(shape, item_bytes=8):
         rows = [source.rows(name, start, stop).double() * share for source, share in zip(sources, shares, strict=True)]
         yield sum(rows[1:], start=rows[0])
-
-
-def _dtype(sources: Sequence[TensorSource], name: str) -> torch.dtype:
-    """The widest data type that a tensor has in the checkpoints."""
-    dtype = sources[0].dtype(name)
-    for source in sources[1:]:
-        dtype = torch.promote_types(dtype, source.dtype(name))
-    return dtype
 
 
 def _texts_of(folder: Path, run_dir: Path) -> dict[str, str]:
