@@ -105,6 +105,8 @@ class Heartbeat:
 
         It is over at once when a failure is reported or the notes are gone; ask for these first.
         """
+        if self.failure is not None:  # of 512 ranks that all listen, each would read the signs of 512
+            return []
         started = time.monotonic()
         self._listen_until = started + 4 * LISTEN_SECONDS
 
@@ -159,13 +161,13 @@ class Heartbeat:
         self.signs = signs
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float, poll_seconds: float = POLL_SECONDS) -> bool:
     """Poll the condition; whether it came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds)
     return True
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -28,6 +28,8 @@ from moe_lm.parallel.topology import Topology
 
 FAILED_SECONDS = 30.0  # for which a rank that fails before the ranks met looks for the others, to tell them
 LINGER_SECONDS = 3.0  # for which rank 0 keeps its store, so that the others can read why it ends
+MOST_SPEAKERS = 3  # ranks that print errors of their own: 512 that fail each in its own words fail for one reason
+RANKS_OF_A_POLL = 64  # that may ask rank 0 at POLL_SECONDS; with more of them each asks less often
 # How the back ends report a rank that has gone, or has not answered in time.
 LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL", "Socket Timeout")
 GO_ON = "run the same command again to go on from the last checkpoint"
@@ -50,12 +52,17 @@ class Meeting:
         self._gone: Sequence[int] = ()  # ranks that will not read why the run ends
         self._over = threading.Event()
         self._answering: threading.Thread | None = None
+        self._poll_seconds = POLL_SECONDS * max(1.0, topology.world_size / RANKS_OF_A_POLL)
 
     def assemble(self, seconds: float) -> dist.Store:
-        """Wait until every rank is here, and return the notes.
+        """Wait until every rank is here, and return the notes. Ranks that have met meet only once.
+
+        Every rank sends a bounded number of requests, and rank 0 few for each of them.
 
         Raises MoeLmError (UsageError) on every rank if one does not come in time, or has failed before.
         """
+        if self._store_and_name is not None and self.topology.hosts:
+            return self._notes_to_keep()
         notes, world_size = self._enter(seconds), self.topology.world_size
         try:
             self.heartbeat = Heartbeat(self._connect(), self.topology.rank, world_size)
@@ -73,8 +80,8 @@ class Meeting:
                         MoeLmError.exit_code,
                     )
                 elif not missing:
-                    notes.set("hosts", json.dumps([notes.get(place).decode() for place in places]))
-            met = wait_until(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
+                    notes.set("hosts", json.dumps([host.decode() for host in notes.multi_get(places)]))
+            met = self._wait(lambda: notes.check(["hosts"]) or notes.check(["failed"]), seconds + LINGER_SECONDS)
             if met and notes.check(["failed"]):
                 raise _as_error(Failure.of(notes.get("failed")))
             if met:
@@ -83,6 +90,37 @@ class Meeting:
         except dist.DistError:
             pass
         raise self.unreachable(f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
+
+    def differences(self, mine: Mapping[str, str]) -> str | None:
+        """What one rank has otherwise than rank 0, in a sentence that all ranks return; None if there is nothing.
+
+        A rank may leave out names. Only what rank 0 has travels, once to each rank, with two requests more.
+        """
+        notes, topology = self._store, self.topology
+        assert notes is not None
+        if topology.is_main:
+            notes.set("values", json.dumps(mine))
+        self._wait_for(notes, "values")
+        first = json.loads(notes.get("values"))
+        for name in mine:
+            if first.get(name) != mine[name]:
+                me, main = topology.named([topology.rank]), topology.named([0])
+                notes.compare_set("differs", "", f"{me} has {name}={mine[name]}, {main} has {first.get(name)}")
+                break
+        if notes.add("compared", 1) == topology.world_size:
+            notes.set("all compared", "")
+        self._wait_for(notes, "all compared")
+        return notes.get("differs").decode() if notes.check(["differs"]) else None
+
+    def _wait_for(self, notes: dist.Store, note: str) -> None:
+        """Wait until there is a note that comes when every rank has done its part. Raises MoeLmError if one is lost."""
+        heartbeat = self.heartbeat
+        assert heartbeat is not None
+        while not self._wait(lambda: notes.check([note]) or heartbeat.failure is not None, LISTEN_SECONDS):
+            if heartbeat.notes_are_gone or (self.topology.is_main and heartbeat.roll_call()):
+                raise self._loss()
+        if heartbeat.failure is not None:
+            raise _as_error(heartbeat.failure)
 
     @contextmanager
     def lost_ranks_named(self) -> Iterator[None]:
@@ -154,13 +192,15 @@ class Meeting:
         try:
             notes = self._store or self._enter(FAILED_SECONDS)
             if not self.topology.is_main:
-                wait_until(lambda: notes.check([key]), 1)
-            speaker = notes.compare_set(key, "", mine)
+                self._wait(lambda: notes.check([key]), 1)
+            speaks = notes.compare_set(key, "", mine) == mine.encode()
             self.report(message, exit_code)
+            if speaks and not self.topology.is_main:
+                speaks = notes.add("speakers", 1) <= MOST_SPEAKERS
         except (MoeLmError, dist.DistError):  # there is no rank 0 to agree with; it has said what all know
             known = None if self.heartbeat is None else self.heartbeat.failure
             return known is None or known.message != message
-        return speaker == mine.encode()
+        return speaks
 
     def _linger(self) -> None:
         """As rank 0, which may keep the notes, wait until the other ranks have read why the run ends."""
@@ -171,7 +211,8 @@ class Meeting:
         with suppress(dist.DistError):
             if topology.is_main:
                 others = [rank for rank in range(1, topology.world_size) if rank not in self._gone]
-                wait_until(lambda: notes.check([f"parted/{rank}" for rank in others]), seconds)
+                parted = [f"parted/{rank}" for rank in others]
+                wait_until(lambda: notes.check(parted), seconds)
             else:
                 notes.set(f"parted/{topology.rank}", "")
         # A process that ends while one of its threads speaks with the store may abort.
@@ -204,16 +245,25 @@ class Meeting:
             return self._meet(store, nonce)
         answer = f"moe-lm/answer/{topology.rank}/{nonce}"
         with suppress(dist.DistError):
-            store.set(f"moe-lm/knock/{topology.rank}", nonce)
-            if wait_until(lambda: store.check([answer]), seconds):
+            store.set(f"moe-lm/knock/{store.add('moe-lm/knocks', 1)}", f"{topology.rank}/{nonce}")
+            if self._wait(lambda: store.check([answer]), seconds):
                 return self._meet(store, store.get(answer).decode())
         raise self.unreachable(f"rank 0 at {_address()} does not answer; check that the launcher started it")
 
     def _meet(self, store: dist.Store, name: str) -> dist.Store:
         self._store_and_name = store, name
         self._store = self._connect()
-        # Not a clone: the process group gets these notes, and so keeps the server when nobody keeps this object.
+        return self._notes_to_keep()
+
+    def _notes_to_keep(self) -> dist.Store:
+        """The notes for a process group. Not a clone: it so keeps the server when nobody keeps this object."""
+        assert self._store_and_name is not None
+        store, name = self._store_and_name
         return dist.PrefixStore(f"moe-lm/{name}", store)
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Poll a condition that asks rank 0, the less often the more ranks there are."""
+        return wait_until(condition, seconds, self._poll_seconds)
 
     def _connect(self) -> dist.Store:
         """The notes of this meeting, over a connection of their own: who waits in one does not hold up the others."""
@@ -242,15 +292,20 @@ class Meeting:
 
 
 def _answer_knocks(store: dist.Store, name: str, ranks: Sequence[int], over: threading.Event) -> None:
-    """Tell ranks that knock the name of the meeting, until each of them has written a note under it."""
-    waiting = list(ranks)
+    """Tell ranks that knock the name of the meeting, until each of them has written a note under it.
+
+    Knocks are numbered: a poll costs two requests, however many ranks have yet to come.
+    """
+    here = [f"moe-lm/{name}/here/{rank}" for rank in ranks]
+    seen, waiting = 0, list[str]()
     with suppress(dist.DistError):
-        while waiting and not over.wait(POLL_SECONDS):
-            for rank in waiting:
-                if store.check([f"moe-lm/knock/{rank}"]):
-                    nonce = store.get(f"moe-lm/knock/{rank}").decode()
-                    store.set(f"moe-lm/answer/{rank}/{nonce}", name)
-            waiting = [rank for rank in waiting if not store.check([f"moe-lm/{name}/here/{rank}"])]
+        while not over.wait(POLL_SECONDS) and not store.check(here):
+            number = store.add("moe-lm/knocks", 0)
+            waiting += [f"moe-lm/knock/{knock}" for knock in range(seen + 1, number + 1)]
+            seen = number
+            for knock in [one for one in waiting if store.check([one])]:
+                store.set(f"moe-lm/answer/{store.get(knock).decode()}", name)
+                waiting.remove(knock)
 
 
 def lost_ranks(topology: Topology, silent: Sequence[int], signs: Mapping[int, Sign]) -> str:

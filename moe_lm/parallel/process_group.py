@@ -119,26 +119,20 @@ class Ranks:
 
         If it raises one of the `expected` kinds anywhere, every rank raises the error of the first such rank.
         """
-        mine: T | None = None
-        error: Exception | None = None
-        try:
-            mine = action()
-        except expected as raised:
-            error = raised
-        outcomes = [(mine, error)]
-        if dist.is_initialized():
-            outcomes = [(None, None)] * self.size
-            dist.all_gather_object(outcomes, (mine, error), group=self.group)
-        for _, error in outcomes:
-            if error is not None:
-                if isinstance(error, MoeLmError):
-                    error.common = True
-                raise error
-        return [result for result, _ in outcomes]  # type: ignore[misc]
+        outcomes = [_attempt(action, expected)]
+        if self.size > 1:
+            mine, outcomes = outcomes[0], outcomes * self.size
+            dist.all_gather_object(outcomes, mine, group=self.group)
+        return _results(outcomes)
 
     def first(self, action: Callable[[], T], expected: tuple[type[Exception], ...]) -> T:
         """Run `action` on rank 0 only; every rank waits for it, and returns its result or raises its error."""
-        return self.each(lambda: action() if self.rank == 0 else None, expected)[0]  # type: ignore[return-value]
+        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.rank == 0:
+            outcome = [_attempt(action, expected)]
+        if self.size > 1:  # not from each to each, of which only one would be read
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
+        return _results(outcome)[0]
 
     @classmethod
     def with_own_group(cls, timeout_seconds: float | None = None) -> Ranks:
@@ -155,3 +149,20 @@ class Ranks:
         """Give up the group of their own."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
+
+
+def _attempt(action: Callable[[], T], expected: tuple[type[Exception], ...]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except expected as error:
+        return None, error
+
+
+def _results(outcomes: list[tuple[T | None, Exception | None]]) -> list[T]:
+    """The results; raises the first error instead, which all ranks have in common."""
+    for _, error in outcomes:
+        if error is not None:
+            if isinstance(error, MoeLmError):
+                error.common = True
+            raise error
+    return [result for result, _ in outcomes]  # type: ignore[misc]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from moe_lm.common.errors import UsageError
 
+MOST_HOSTS = 4  # that a sentence names
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -56,13 +58,31 @@ class Topology:
         share = global_batch_size // self.row_groups
         return range(self.row_group * share, (self.row_group + 1) * share)
 
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank stands for its host, where all ranks run the same code."""
+        return not self.hosts or self.hosts.index(self.hosts[self.rank]) == self.rank
+
     def named(self, ranks: Sequence[int]) -> str:
-        """`rank 3 on host-b` or `ranks 4 and 5 on host-c`; without the host while it is unknown."""
+        """`rank 3 on host-b` or `ranks 4, 5 and 8 to 15 on host-c`; without the host while it is unknown."""
         words = "rank" if len(ranks) == 1 else "ranks"
-        *most, last = map(str, ranks)
+        *most, last = _spans(ranks)
         names = f"{words} {', '.join(most)} and {last}" if most else f"{words} {last}"
-        hosts = dict.fromkeys(self.hosts[rank] for rank in ranks if rank < len(self.hosts))
+        hosts = list(dict.fromkeys(self.hosts[rank] for rank in ranks if rank < len(self.hosts)))
+        if len(hosts) > MOST_HOSTS:
+            hosts[MOST_HOSTS - 1 :] = [f"{hosts[MOST_HOSTS - 1]} and {len(hosts) - MOST_HOSTS} more hosts"]
         return f"{names} on {', '.join(hosts)}" if hosts else names
+
+
+def _spans(ranks: Sequence[int]) -> list[str]:
+    """`["1", "4 to 9"]`: of three or more in a row, the first and the last."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    return [text for span in spans for text in ([f"{span[0]} to {span[-1]}"] if len(span) > 2 else map(str, span))]
 
 
 def current_topology() -> Topology:

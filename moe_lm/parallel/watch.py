@@ -27,31 +27,29 @@ PATIENT = ("starting", "loading", "saving")  # phases that may take PATIENCE tim
 PATIENCE = 10
 GRACE_SECONDS = 5.0  # in which the main thread ends by itself after a failure elsewhere
 LAST_RESORT_SECONDS = 60.0
+MOST_ON_SCREEN = 16  # ranks that show their stacks on stderr too; with more, the logs have them
 
 
-def agree(topology: Topology, values: Mapping[str, object]) -> None:
-    """Raise UsageError on every rank if one of the `values`, the code or torch differs on some rank."""
-    if topology.world_size == 1:
+def agree(meeting: Meeting, values: Mapping[str, object]) -> None:
+    """Raise UsageError on every rank if one of the `values`, the code or torch is another than on rank 0.
+
+    The ranks have met; they need no process group. One rank of each host hashes the source: from a shared
+    disk 512 ranks would read it 512 times.
+    """
+    if meeting.topology.world_size == 1:
         return
-    mine = {name: str(value) for name, value in values.items()}
-    mine |= {"moe_lm's code": _code(), "torch": torch.__version__}
-    everyone: list[dict[str, str]] = [{}] * topology.world_size
-    dist.all_gather_object(everyone, mine)
-    first = everyone[0]
-    for rank, theirs in enumerate(everyone):
-        for name in [*first, *theirs]:
-            if first.get(name) != theirs.get(name):
-                raise UsageError(
-                    f"{topology.named([rank])} has {name}={theirs.get(name)}, {topology.named([0])} has "
-                    f"{first.get(name)}; start every rank with the same config, code and versions",
-                    common=True,
-                )
+    mine = {name: str(value) for name, value in values.items()} | {"torch": torch.__version__}
+    if meeting.topology.is_first_of_host:
+        mine["moe_lm's code"] = _code()
+    if difference := meeting.differences(mine):
+        raise UsageError(f"{difference}; start every rank with the same config, code and versions", common=True)
 
 
 class Watchdog:
     """Ends a process whose main thread has not moved on for `seconds`, and all that wait with it.
 
-    Every rank shows the stacks of its threads, on stderr and in its `log`, and the one that hangs is named. To load a
+    Every rank shows the stacks of its threads, in its `log` and, if they are few, on stderr, and the one that hangs is
+    named. To load a
     checkpoint or to save one may take ten times as long while all ranks give signs of life. A single process waits for
     no other: without a meeting the watchdog does nothing.
     """
@@ -153,7 +151,8 @@ class Watchdog:
         title = f"{topology.named([topology.rank])} has been at the same place for {place.seconds:.0f} s ({place}):\n"
         dump_flight_recorder(topology.rank)
         with suppress(OSError), ExitStack() as files:
-            for file in [sys.stderr] if self._log is None else [sys.stderr, files.enter_context(self._log.open("a"))]:
+            shown = [sys.stderr] if self._log is None or topology.world_size <= MOST_ON_SCREEN else []
+            for file in shown if self._log is None else [*shown, files.enter_context(self._log.open("a"))]:
                 file.write(title)
                 file.flush()
                 faulthandler.dump_traceback(file)

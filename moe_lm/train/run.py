@@ -103,14 +103,16 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     """Meet the other ranks, and check that all of them are about to do the same."""
     parallel = recipe.config.parallel
-    if meeting.topology.world_size > 1:
-        device = rank_device(parallel, meeting.topology)
-        if device.type == "cuda":
-            process_group.record_flight(recipe.config.run_dir / "logs")
-        process_group.join(meeting, device, parallel.timeout_seconds)
+    if meeting.topology.world_size == 1:
+        return meeting.topology
+    device = rank_device(parallel, meeting.topology)
+    if device.type == "cuda":
+        process_group.record_flight(recipe.config.run_dir / "logs")
+    meeting.assemble(parallel.timeout_seconds)
     settings = dict(flat_settings(recipe.config.model_dump(mode="json")))
     fingerprints = {"the tokenizer": recipe.tokenizer.fingerprint, "the data": recipe.batches.fingerprint}
-    agree(meeting.topology, settings | fingerprints)
+    agree(meeting, settings | fingerprints)
+    process_group.join(meeting, device, parallel.timeout_seconds)
     return meeting.topology
 
 
