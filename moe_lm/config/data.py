@@ -30,7 +30,10 @@ class SourceConfig(Section):
     """Documents: local files (`path`), a `datasets` data set (`dataset`) or Python's standard library (`stdlib`)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in reports, and of its shards' folder")
-    path: str | None = Field(default=None, description="file, folder or glob: .txt .md .py .jsonl .json .parquet")
+    path: str | None = Field(
+        default=None,
+        description="file, folder or glob, here or in a store (s3://bucket/*.jsonl.zst): .txt .md .py .jsonl .json .parquet",
+    )
     dataset: str | None = Field(default=None, description="anything that `datasets.load_dataset` takes")
     subset: str | None = Field(default=None, description="the data set's configuration name")
     split: str = Field(default="train", description="the data set's split")
@@ -176,7 +179,9 @@ class ChatSource(Section):
     Question and answer under other names are `fields: {prompt: question, completion: answer}`.
     """
 
-    path: str | None = Field(default=None, description="file or glob: .json .jsonl .parquet, also .gz .xz .zst")
+    path: str | None = Field(
+        default=None, description="file or glob, here or in a store: .json .jsonl .parquet, also .gz .xz .zst"
+    )
     dataset: str | None = Field(default=None, description="anything that `datasets.load_dataset` takes")
     subset: str | None = Field(default=None, description="the data set's configuration name")
     split: str = Field(default="train", description="the data set's split")

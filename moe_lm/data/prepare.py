@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.config.data import DataConfig, SourceConfig
@@ -146,7 +147,8 @@ def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total
 
 def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Job) -> dict[str, Any]:
     """Everything that the shards depend on. Files count by name and size, so that a corpus that grew is noticed."""
-    listing = hashlib.sha256("\n".join(f"{name} {path.stat().st_size}" for name, path in files).encode()).hexdigest()
+    lines = (f"{name} {size}" for (name, _), size in zip(files, _sizes(files), strict=True))
+    listing = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     origin: dict[str, Any] = (
         {"dataset": source.dataset, "subset": source.subset, "split": source.split}
         if source.dataset is not None
@@ -172,8 +174,12 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 def _total_bytes(source: SourceConfig, files: Sequence[tuple[str, Path]]) -> int | None:
     if not files or any(path.suffix.lower() not in TEXT_SUFFIXES for _, path in files):
         return None
-    total = sum(path.stat().st_size for _, path in files)
+    total = sum(_sizes(files))
     return total if source.max_bytes is None else min(total, source.max_bytes)
+
+
+def _sizes(files: Sequence[tuple[str, Path]]) -> list[int]:
+    return storage.sizes([path for _, path in files])
 
 
 def _text_files(source: SourceConfig) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from moe_lm.common import storage
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import ChatDataConfig, ChatSource
 from moe_lm.data.formats import Dialogue, Message, Preference, Unusable, dialogue_of, preference_of
@@ -116,15 +117,23 @@ def _rows(source: ChatSource, report: Report) -> Rows:
     if source.dataset is not None:
         yield from read_dataset(source.dataset, source.subset, source.split, "data")
         return
-    pattern = Path(source.path or "").expanduser()
-    paths = [pattern] if pattern.is_file() else sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
-    paths = [path for path in paths if path.is_file()]
+    paths = _files_of(source.path or "")
     if not paths:
         raise UsageError(
             f"conversations {source.path} do not exist; expected a .json, .jsonl or .parquet file (.gz, .xz, .zst)"
         )
     for path in paths:
         yield from read_rows(path, path.name, report)
+
+
+def _files_of(place: str) -> list[Path]:
+    """The file of this path or URL, or those that a glob takes."""
+    if storage.is_remote(place):
+        found = storage.glob(place) if storage.has_magic(place) else storage.find(place)
+        return [Path(file.url) for file in found]
+    pattern = Path(place).expanduser()
+    paths = [pattern] if pattern.is_file() else sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+    return [path for path in paths if path.is_file()]
 
 
 def _hash(messages: Sequence[Message]) -> int:

@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from moe_lm.common import storage
 from moe_lm.common.errors import UsageError
 
 try:
@@ -78,17 +79,18 @@ def kind_of(path: Path) -> str:
 
 
 def open_decompressed(path: Path) -> BinaryIO:
-    """The content of a file, decompressed when its name ends in .gz, .xz or .zst."""
+    """The content of a file, here or in a store, decompressed when its name ends in .gz, .xz or .zst."""
     suffix = path.suffix.lower()
+    file = storage.open_binary(path) if storage.is_remote(path) else path
     if suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return cast(BinaryIO, gzip.open(file, "rb"))
     if suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
+        return cast(BinaryIO, lzma.open(file, "rb"))
     if suffix == ".zst":
         if zstd is None:
             raise UsageError(f"{path} needs the package backports.zstd to be read; run: pip install backports.zstd")
-        return cast(BinaryIO, zstd.open(path, "rb"))
-    return open(path, "rb")
+        return cast(BinaryIO, zstd.open(file, "rb"))
+    return open(file, "rb") if isinstance(file, Path) else file
 
 
 def read_rows(path: Path, name: str, report: Report, text_field: str | None = None) -> Rows:

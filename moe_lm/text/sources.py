@@ -9,11 +9,12 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import (
@@ -78,22 +79,24 @@ def source_files(source: SourceConfig, report: Report | None = None) -> list[tup
     """The files of a `path` or `stdlib` source, sorted, each with its name: its POSIX path relative to the root."""
     if source.stdlib:
         return _stdlib_files()
+    if source.path is not None and storage.is_remote(source.path):
+        return _checked(source, _remote_files(source.path, report or Report()))
     path = Path(source.path or "").expanduser()
     if path.is_dir():
         files = _folder_files(path, report or Report())
     elif path.is_file():
         files = [(path.name, path)]
-        check_kind(source.name, path)
     elif glob.has_magic(str(path)):
         files = _glob_files(str(path))
-        for _, found in files:
-            check_kind(source.name, found)
     else:
-        if "://" in str(source.path):
-            raise UsageError(
-                f"source {source.name!r}: only paths are read, not {source.path}; copy it here, or mount it"
-            )
         raise UsageError(f"source {source.name!r}: path {source.path} does not exist; correct the path")
+    return _checked(source, files)
+
+
+def _checked(source: SourceConfig, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files of a source, if there are some, and all of kinds that are read."""
+    for _, path in files:
+        check_kind(source.name, path)
     if not files:
         raise UsageError(
             f"source {source.name!r}: path {source.path} matches no file to read; "
@@ -202,13 +205,32 @@ def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Rows
 
 def _folder_files(root: Path, report: Report) -> list[tuple[str, Path]]:
     """The files of a known kind under a folder, without hidden ones."""
+    return _of_known_kind(_walk(root, left_out=frozenset()), report)
+
+
+def _of_known_kind(found: Iterable[tuple[str, Path]], report: Report) -> list[tuple[str, Path]]:
     files = []
-    for name, path in _walk(root, left_out=frozenset()):
+    for name, path in found:
         if kind_of(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
             files.append((name, path))
         else:
             report.skip("unknown kind of file", name)
     return files
+
+
+def _remote_files(url: str, report: Report) -> list[tuple[str, Path]]:
+    """The files of a folder or glob in a store, or the one file; `Path` is how the other readers know their names."""
+    is_glob = storage.has_magic(url)
+    found = storage.glob(url) if is_glob else storage.find(url)
+    files = [(file.name, Path(file.url)) for file in found]
+    if [Path(url)] == [path for _, path in files]:
+        return files
+    files = [(name, path) for name, path in files if not _is_hidden(name)]
+    return files if is_glob else _of_known_kind(files, report)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _glob_files(pattern: str) -> list[tuple[str, Path]]:

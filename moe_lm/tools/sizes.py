@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_lm.common import storage
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import COMPRESSED_SUFFIXES, Report
@@ -107,8 +108,9 @@ def held_out_share(source: SourceConfig) -> float:
 
 def text_bytes(source: SourceConfig) -> int:
     """The bytes of text in a source's files, of compressed ones about."""
+    paths = [path for _, path in source_files(source)]
     size = sum(
-        path.stat().st_size * (COMPRESSED if path.suffix.lower() in COMPRESSED_SUFFIXES else 1)
-        for _, path in source_files(source)
+        bytes_there * (COMPRESSED if path.suffix.lower() in COMPRESSED_SUFFIXES else 1)
+        for path, bytes_there in zip(paths, storage.sizes(paths), strict=True)
     )
     return size if source.max_bytes is None else min(size, source.max_bytes)

@@ -11,8 +11,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.storage import StorageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import zstd
 from moe_lm.text.sources import Document, Report, read_documents, source_files
@@ -42,6 +45,7 @@ def parquet(**columns: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize("place", ["folder", "store"])
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize(
     ("name", "content"),
@@ -53,11 +57,42 @@ def parquet(**columns: Any) -> bytes:
     ],
 )
 def test_every_format_gives_the_same_text_compressed_or_not(
-    tmp_path: Path, name: str, content: bytes, compression: str
+    tmp_path: Path, name: str, content: bytes, compression: str, place: str
 ) -> None:
-    path = tmp_path / (name + compression)
-    path.write_bytes(COMPRESS[compression](content))
+    path = (
+        str(tmp_path / (name + compression)) if place == "folder" else f"memory://{tmp_path.name}/{name}{compression}"
+    )
+    storage.write_bytes(f"file://{path}" if place == "folder" else path, COMPRESS[compression](content))
     assert texts(path) == ["两句话。\r\nsecond line\n"]
+
+
+def test_a_folder_and_a_glob_in_a_store_have_the_documents_of_the_same_folder_here(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.txt", "deep/c.txt", ".hidden/d.txt", ".e.txt", "picture.jpg"):
+        content = b'{"text": "row"}' if name.endswith("l") else f"text of {name}".encode()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        storage.write_bytes(f"memory://folder/{name}", content)
+    assert read("memory://folder") == read(tmp_path)
+    assert read("memory://folder/*.txt")[0] == read(f"{tmp_path}/*.txt")[0]
+    assert read("memory://folder/**/*.txt")[0] == read(f"{tmp_path}/**/*.txt")[0]
+    with pytest.raises(UsageError, match=r"source 's': path memory://nowhere matches no file to read"):
+        read("memory://nowhere")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.parquet"])
+def test_a_store_that_dies_while_it_is_read_ends_the_reading(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is left out in silence would make other shards."""
+    content = parquet(text=["x" * 100]) if name.endswith("parquet") else b'{"text": "x"}\n' * 100
+    storage.write_bytes(
+        f"memory://{name}", COMPRESS[Path(name).suffix if name.endswith(("gz", "zst")) else ""](content)
+    )
+
+    def die(*_: Any) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(MemoryFile, "read", die)
+    with pytest.raises(StorageError, match=rf"cannot read memory://{name}: .*reset by peer"):
+        texts(f"memory://{name}")
 
 
 def test_a_folder_is_read_in_path_order_without_hidden_files(tmp_path: Path) -> None:
