@@ -32,7 +32,7 @@ class SourceConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in reports, and of its shards' folder")
     path: str | None = Field(
         default=None,
-        description="file, folder or glob, here or in a store (s3://bucket/*.jsonl.zst): .txt .md .py .jsonl .json .parquet",
+        description="file, folder or glob, also s3://bucket/x/*.jsonl.zst: .txt .md .py .jsonl .json .parquet",
     )
     dataset: str | None = Field(default=None, description="anything that `datasets.load_dataset` takes")
     subset: str | None = Field(default=None, description="the data set's configuration name")
