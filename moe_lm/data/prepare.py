@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
+from moe_lm.common.integrity import KINDS, XXH3
 from moe_lm.config.data import DataConfig, SourceConfig
 from moe_lm.data.chunks import Workers, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
@@ -54,11 +55,12 @@ class PrepareReport:
 
     def _lines(self, name: str) -> Iterator[str]:
         manifest, files = self.manifests[name], self.files[name]
-        whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < manifest.documents else ""
+        count, text_bytes = manifest.documents or 0, manifest.text_bytes or 0
+        whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < count else ""
         unit = "pieces" if whole else "documents"
         yield (
-            f"{name}: {whole}{manifest.documents:,} {unit}, {manifest.text_bytes:,} bytes, {manifest.tokens:,} tokens "
-            f"({manifest.text_bytes / manifest.tokens:.2f} bytes per token)"
+            f"{name}: {whole}{count:,} {unit}, {text_bytes:,} bytes, {manifest.tokens:,} tokens "
+            f"({text_bytes / manifest.tokens:.2f} bytes per token)"
             + (", up to date" if name in self.up_to_date else "")
         )
         documents, tokens = (sum(getattr(shard, of) for shard in manifest.validation) for of in ("documents", "tokens"))
@@ -66,7 +68,7 @@ class PrepareReport:
         yield f"  held out: {documents:,} {unit}, {tokens:,} tokens ({share:.1%})"
         if share > MOST_HELD_OUT and share > 2 * self.validation_fraction:
             yield (
-                f"  warning: {share:.0%} of the text is held out, as it has only {manifest.documents} {unit}, of which "
+                f"  warning: {share:.0%} of the text is held out, as it has only {count} {unit}, of which "
                 f"data.validation_fraction={self.validation_fraction} holds out at least one; "
                 + ("set a lower piece_bytes of the source" if whole else "divide it into more, or hold out none")
             )
@@ -119,6 +121,8 @@ def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
                 tokenizer=job.tokenizer.fingerprint,
                 vocab_size=job.tokenizer.vocab_size,
                 dtype=token_dtype(job.tokenizer.vocab_size),
+                bos_id=job.tokenizer.bos_id,
+                eos_id=job.tokenizer.eos_id,
                 train=shards["train"],
                 validation=shards["validation"],
                 skipped=report.skipped,
@@ -269,15 +273,15 @@ class _ShardWriter:
                 tokens=len(tokens),
                 documents=len(index),
                 text_bytes=int(index[:, 1].sum()),
-                sha256=_write(self._folder / f"{name}.bin", tokens.data),
-                index_sha256=_write(self._folder / f"{name}.index", index.data),
+                xxh3_128=_write(self._folder / f"{name}.bin", tokens.data),
+                index_xxh3_128=_write(self._folder / f"{name}.index", index.data),
             )
         )
         self._tokens, self._index, self._size = [], [], 0
 
 
 def _write(path: Path, data: bytes | memoryview) -> str:
-    """Write a file that appears whole or not at all. Returns its sha256."""
+    """Write a file that appears whole or not at all. Returns its checksum."""
     with whole_file(path) as file:
         file.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    return str(KINDS[XXH3](data).hexdigest())

@@ -2,7 +2,10 @@
 
 `<shards>/<source>/` holds `manifest.json` and two kinds of files, numbered for each split. `train-00000.bin` is the
 tokens, little-endian uint16 (uint32 when the vocabulary needs it), each document from `<|bos|>` to `<|eos|>`.
-`train-00000.index` is two little-endian int64 for each document: its number of tokens and of bytes of text.
+`train-00000.index` is two little-endian int64 for each document: its number of tokens and of bytes of text. A shard may
+also be a range of a file that another program wrote, anywhere; it has no index.
+
+Manifests of format 2 are written; those of format 1, which had SHA-256 and no ids of marks, are read as well.
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import read_regular
+from moe_lm.common.integrity import KINDS, SHA256, XXH3
 from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
 from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
@@ -39,22 +43,52 @@ Split = Literal["train", "validation"]
 class Shard(Section):
     """One file of tokens and its index. The pattern of `name` keeps paths inside the folder."""
 
-    name: str = Field(pattern=r"^(train|validation)-[0-9]{5}$")
+    name: str = Field(pattern=r"^(train|validation)-[0-9]{5,8}$")
     tokens: int = Field(gt=0)
-    documents: int = Field(gt=0)
-    text_bytes: int = Field(gt=0)
-    sha256: str = Field(description="of the .bin file")
-    index_sha256: str = Field(description="of the .index file")
+    documents: int | None = Field(gt=0, description="null: unknown")
+    text_bytes: int | None = Field(gt=0, description="null: unknown")
+    file: str | None = Field(default=None, description="file of the tokens, seen from the folder; null: NAME.bin")
+    offset: int = Field(default=0, ge=0, description="bytes of the file before the first token")
+    xxh3_128: str | None = Field(default=None, description="of the tokens")
+    sha256: str | None = Field(default=None, description="of the tokens, in format 1")
+    index_xxh3_128: str | None = Field(default=None, description="of the .index file, if there is one")
+    index_sha256: str | None = Field(default=None, description="of the .index file, in format 1")
+
+    @model_validator(mode="after")
+    def _has_a_checksum(self) -> Self:
+        if (self.xxh3_128 is None) == (self.sha256 is None):
+            raise ValueError(f"expected one of {XXH3} and {SHA256}")
+        return self
+
+    @property
+    def checksum(self) -> tuple[str, str]:
+        """The kind and the value of the checksum of the tokens."""
+        return (XXH3, self.xxh3_128) if self.xxh3_128 is not None else (SHA256, self.sha256 or "")
+
+    @property
+    def index_checksum(self) -> tuple[str, str] | None:
+        """The kind and the value of the checksum of the index; None if there is no index."""
+        if self.index_xxh3_128 is not None:
+            return XXH3, self.index_xxh3_128
+        return None if self.index_sha256 is None else (SHA256, self.index_sha256)
+
+    def path(self, folder: Path) -> Path:
+        """The file of the tokens."""
+        return folder / (self.file or f"{self.name}.bin")
 
 
 class Manifest(Section):
     """The contents of a folder of shards, and what it was made from."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     made_from: dict[str, Any] = Field(description="source, tokenizer and split; other values need other shards")
     tokenizer: str = Field(description="fingerprint of the tokenizer")
     vocab_size: int = Field(gt=0)
     dtype: Literal["<u2", "<u4"]
+    bos_id: int | None = Field(default=None, ge=0, description="begins every document; null: nothing does")
+    eos_id: int | None = Field(
+        default=None, ge=0, description="ends every document; null, in format 1: the tokenizer's"
+    )
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     skipped: dict[str, int] = Field(description="documents left out, by reason")
@@ -68,12 +102,12 @@ class Manifest(Section):
         return fingerprint_of(self.shards(split))
 
     @property
-    def documents(self) -> int:
-        return sum(shard.documents for shard in self.train + self.validation)
+    def documents(self) -> int | None:
+        return _sum_of_known(shard.documents for shard in self.train + self.validation)
 
     @property
-    def text_bytes(self) -> int:
-        return sum(shard.text_bytes for shard in self.train + self.validation)
+    def text_bytes(self) -> int | None:
+        return _sum_of_known(shard.text_bytes for shard in self.train + self.validation)
 
     @property
     def tokens(self) -> int:
@@ -87,7 +121,14 @@ def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
 
 def fingerprint_of(shards: Iterable[Shard]) -> str:
     """Equal only for equal tokens in the same shards."""
-    return hashlib.sha256("".join(shard.sha256 + shard.index_sha256 for shard in shards).encode()).hexdigest()
+    sums = (sum_[1] for shard in shards for sum_ in (shard.checksum, shard.index_checksum) if sum_ is not None)
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _sum_of_known(counts: Iterable[int | None]) -> int | None:
+    """Their sum; None if one is unknown."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -217,29 +258,34 @@ def _open_shard(
     folder: Path, shard: Shard, dtype: np.dtype[Any], vocab_size: int | None
 ) -> tuple[TokenFile, NDArray[np.int64]]:
     """The tokens and the index of a shard; with a `vocab_size` the tokens are verified too."""
-    file = TokenFile(folder / f"{shard.name}.bin", dtype, shard.tokens)
+    file = TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset)
     index = _read_index(folder / f"{shard.name}.index", shard)
-    _check_size(file.path, file.size * dtype.itemsize)
+    _check_size(file.path, shard.offset + file.size * dtype.itemsize, is_ours=shard.file is None)
     if vocab_size is not None:
         _check_tokens(file, shard, vocab_size)
     return file, index
 
 
-def _check_size(path: Path, expected: int) -> None:
-    if path.is_symlink() or not path.is_file():
-        problem = "is a symbolic link" if path.is_symlink() else "is missing"
+def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
+    """Another program's file may hold more, and be a symbolic link."""
+    is_link = is_ours and path.is_symlink()
+    if is_link or not path.is_file():
+        problem = "is a symbolic link" if is_link else "is missing"
         raise UsageError(f"shard {path} {problem}, expected a file of {expected} bytes")
     size = path.stat().st_size
-    if size != expected:
+    if size < expected or (is_ours and size > expected):
         raise UsageError(f"shard {path} has {size} bytes, expected {expected}")
 
 
 def _read_index(path: Path, shard: Shard) -> NDArray[np.int64]:
-    """The verified index of a shard, [documents, 2]. It is small beside the tokens."""
+    """The verified index of a shard, [documents, 2], empty if it has none. It is small beside the tokens."""
+    if shard.index_checksum is None or shard.documents is None:
+        return np.empty((0, 2), np.int64)
     expected = 2 * INDEX_DTYPE.itemsize * shard.documents
     _check_size(path, expected)
     content = read_regular(path, expected)
-    _check_sum(path, hashlib.sha256(content).hexdigest(), shard.index_sha256)
+    kind, checksum = shard.index_checksum
+    _check_sum(path, kind, KINDS[kind](content).hexdigest(), checksum)
     index = np.frombuffer(content, INDEX_DTYPE).reshape(-1, 2)
     if index.min() < 0 or sum(index[:, 0].tolist()) != shard.tokens:
         raise UsageError(f"{path} does not add up to the {shard.tokens} tokens of its shard")
@@ -248,17 +294,18 @@ def _read_index(path: Path, shard: Shard) -> NDArray[np.int64]:
 
 def _check_tokens(file: TokenFile, shard: Shard, vocab_size: int) -> None:
     """Check sum and range in one pass."""
-    digest, outside = hashlib.sha256(), None
+    kind, checksum = shard.checksum
+    digest, outside = KINDS[kind](), None
     for number, tokens in enumerate(file.chunks()):
         digest.update(tokens.data)
         if outside is None and tokens.max() >= vocab_size:
             place = int(tokens.argmax())
             outside = f"token {tokens[place]} at offset {number * CHUNK_TOKENS + place}"
-    _check_sum(file.path, digest.hexdigest(), shard.sha256)
+    _check_sum(file.path, kind, digest.hexdigest(), checksum)
     if outside is not None:
         raise UsageError(f"{file.path}: {outside} is outside the vocabulary of {vocab_size}")
 
 
-def _check_sum(path: Path, found: str, expected: str) -> None:
+def _check_sum(path: Path, kind: str, found: str, expected: str) -> None:
     if found != expected:
-        raise UsageError(f"shard {path} is corrupt: sha256 {found[:12]}, expected {expected[:12]}")
+        raise UsageError(f"shard {path} is corrupt: {kind} {found[:12]}, expected {expected[:12]}")

@@ -18,7 +18,7 @@ CHUNK_TOKENS = 1 << 20  # read at once where all of a file is read
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of `size` tokens.
+    """`size` tokens in a file, behind `offset` bytes.
 
     It is read and not mapped: where a file is cut short, or a disk fails, reading is an error that names the file; in
     mapped memory it would be SIGBUS, which ends a process without a word.
@@ -27,6 +27,7 @@ class TokenFile:
     path: Path
     dtype: np.dtype[Any]
     size: int
+    offset: int = 0
 
     def __len__(self) -> int:
         return self.size
@@ -46,7 +47,7 @@ class TokenFile:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 for row, start in zip(rows, starts.tolist(), strict=True):
-                    self._fill(descriptor, row, start * self.dtype.itemsize)
+                    self._fill(descriptor, row, self.offset + start * self.dtype.itemsize)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -62,7 +63,7 @@ class TokenFile:
         while len(target):
             count = os.preadv(descriptor, [target.data], offset)
             if not count:
-                whole = self.size * self.dtype.itemsize
+                whole = self.offset + self.size * self.dtype.itemsize
                 raise MoeLmError(
                     f"shard {self.path} ends before byte {offset} of {whole}: it was cut short after it was opened; "
                     "bring it back, or prepare its source again"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import DataConfig, Phase
@@ -53,7 +54,7 @@ def test_the_tokenizer_must_be_the_one_that_made_the_shards(folder: Path, shared
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data.__setitem__(11, data[11] ^ 1), "is corrupt: sha256"),
+        (lambda data: data.__setitem__(11, data[11] ^ 1), "is corrupt: xxh3_128"),
         (lambda data: data.clear(), "has 0 bytes, expected"),
         (lambda data: data.pop(), "has .* bytes, expected"),
         (lambda data: data.append(0), "has .* bytes, expected"),
@@ -77,6 +78,50 @@ def test_a_missing_shard_is_refused_by_name(folder: Path, name: str, verify: boo
         TokenShards.open(folder, "train", verify=verify)
 
 
+def in_format_1(folder: Path) -> None:
+    """Give the manifest of a folder the form that it had in version 0.1.0."""
+
+    def edit(manifest: Any) -> None:
+        manifest["format"] = 1
+        del manifest["bos_id"], manifest["eos_id"]
+        for shard in (*manifest["train"], *manifest["validation"]):
+            for key in ("file", "offset", "xxh3_128", "index_xxh3_128"):
+                del shard[key]
+            for key, suffix in (("sha256", "bin"), ("index_sha256", "index")):
+                shard[key] = hashlib.sha256((folder / f"{shard['name']}.{suffix}").read_bytes()).hexdigest()
+
+    change_manifest(folder, edit)
+
+
+def test_shards_of_format_1_open_with_the_fingerprint_that_they_had(folder: Path) -> None:
+    """Runs that began on them know their data by it."""
+    new = TokenShards.open(folder, "train")
+    in_format_1(folder)
+    old = TokenShards.open(folder, "train")
+    files = (folder / "train-00000.bin", folder / "train-00000.index")
+    sums = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    assert old.fingerprint == hashlib.sha256(sums.encode()).hexdigest() != new.fingerprint
+    assert np.array_equal(old.tokens(0, old.num_tokens), new.tokens(0, new.num_tokens))
+    (folder / "train-00000.bin").write_bytes(bytes((folder / "train-00000.bin").stat().st_size))
+    with pytest.raises(UsageError, match="is corrupt: sha256"):
+        TokenShards.open(folder, "train")
+
+
+def test_a_shard_may_be_a_range_of_a_file_of_another_program(folder: Path) -> None:
+    tokens = np.fromfile(folder / "train-00000.bin", "<u2")
+    elsewhere = folder.parent / "theirs.bin"
+    elsewhere.write_bytes(b"a header" + tokens.tobytes())
+    change = {"file": "../theirs.bin", "offset": 8, "index_xxh3_128": None, "documents": None, "text_bytes": None}
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(change))
+    (folder / "train-00000.bin").unlink()
+    (folder / "train-00000.index").unlink()
+    shards = TokenShards.open(folder, "train")
+    assert np.array_equal(shards.tokens(0, shards.num_tokens), tokens)
+    os.truncate(elsewhere, 100)
+    with pytest.raises(UsageError, match=r"theirs.bin has 100 bytes, expected "):
+        TokenShards.open(folder, "train")
+
+
 def test_the_other_split_opens_all_the_same(folder: Path) -> None:
     (folder / "train-00000.bin").unlink()
     assert TokenShards.open(folder, "validation").num_documents == 1
@@ -87,8 +132,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_file_and_offset(folder: Pa
     tokens = np.fromfile(folder / "train-00000.bin", "<u2")
     tokens[17] = 5000
     tokens.tofile(folder / "train-00000.bin")
-    new_sum = hashlib.sha256(tokens.tobytes()).hexdigest()
-    change_manifest(folder, lambda manifest: manifest["train"][0].update(sha256=new_sum))
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(xxh3_128=xxh3_128_hexdigest(tokens.tobytes())))
     with pytest.raises(UsageError, match=r"train-00000.bin: token 5000 at offset 17 is outside the vocabulary of 1024"):
         TokenShards.open(folder, "train")
 
@@ -97,8 +141,7 @@ def test_the_tokenizer_bounds_the_tokens_whatever_the_manifest_says(folder: Path
     tokens = np.fromfile(folder / "train-00000.bin", "<u2")
     tokens[17] = 5000
     tokens.tofile(folder / "train-00000.bin")
-    new_sum = hashlib.sha256(tokens.tobytes()).hexdigest()
-    change_manifest(folder, lambda manifest: manifest["train"][0].update(sha256=new_sum))
+    change_manifest(folder, lambda manifest: manifest["train"][0].update(xxh3_128=xxh3_128_hexdigest(tokens.tobytes())))
     change_manifest(folder, lambda manifest: manifest.update(vocab_size=60_000))
     assert TokenShards.open(folder, "train").num_tokens == len(tokens)
     with pytest.raises(UsageError, match="token 5000 at offset 17 is outside the vocabulary of 1024"):
@@ -165,9 +208,10 @@ def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
     ("edit", "field"),
     [
         (lambda manifest: manifest.pop("train"), "train"),
-        (lambda manifest: manifest.update(format=2), "format"),
+        (lambda manifest: manifest.update(format=3), "format"),
         (lambda manifest: manifest.update(extra=1), "extra"),
         (lambda manifest: manifest["train"][0].update(tokens=-1), "train.0.tokens"),
+        (lambda manifest: manifest["train"][0].pop("xxh3_128"), "train.0: Value error, expected one of"),
         (lambda manifest: manifest.update(dtype="O"), "dtype"),
         *[
             (lambda manifest, name=name: manifest["train"][0].update(name=name), "train.0.name")
@@ -177,7 +221,7 @@ def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
 )
 def test_a_damaged_manifest_is_refused_by_name(folder: Path, edit: Callable[[Any], object], field: str) -> None:
     change_manifest(folder, edit)
-    with pytest.raises(UsageError, match=f"manifest.json is damaged: {field}: "):
+    with pytest.raises(UsageError, match=f"manifest.json is damaged: {field}"):
         TokenShards.open(folder, "train")
 
 

@@ -5,12 +5,13 @@ An input is the manifest, SEPARATOR and the index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+
+from xxhash import xxh3_128_hexdigest
 
 from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data import prepare as preparing
@@ -55,7 +56,7 @@ def signed(manifest: bytes, index: bytes) -> bytes:
     """The manifest with the index's checksum, if it is still of that form."""
     try:
         values = json.loads(manifest)
-        values["train"][0]["index_sha256"] = hashlib.sha256(index).hexdigest()
+        values["train"][0]["index_xxh3_128"] = xxh3_128_hexdigest(index)
         return json.dumps(values).encode()
     except (ValueError, TypeError, LookupError, RecursionError):
         return manifest
