@@ -14,10 +14,11 @@ from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.reading import dump_config
 from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
+from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel, build_engine
 from moe_lm.engine.engine import Engine
 from moe_lm.kernels import kernels
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import PackedAttention, segment_positions
 from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import NextToken
@@ -45,6 +46,11 @@ def tiny_model(seed: int = 1, **changes: Any) -> LanguageModel:
     model = LanguageModel(tiny(**changes))
     model.initialise(seed)
     return model
+
+
+def positions_of(batch: Batch) -> Tensor:
+    """The positions that the model is given for a batch."""
+    return segment_positions(batch.cu_seqlens, batch.input_ids.shape, batch.part_of_rows)
 
 
 def packed(lengths: Sequence[int]) -> tuple[Tensor, PackedAttention]:

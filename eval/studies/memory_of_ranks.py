@@ -135,9 +135,8 @@ def _warm_up(topology: Topology) -> None:
 
 
 def _batch(vocabulary: int, generator: torch.Generator) -> Batch:
-    ids = torch.randint(1, vocabulary, (ROWS, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).expand(ROWS, -1).contiguous()
-    return Batch(ids, ids.clone(), positions, (torch.arange(ROWS + 1) * LENGTH).int(), LENGTH)
+    ids = torch.randint(1, vocabulary, (ROWS, LENGTH), generator=generator, dtype=torch.int32)
+    return Batch(ids, ids.clone(), (torch.arange(ROWS + 1) * LENGTH).int(), LENGTH)
 
 
 def status(name: str) -> int:

@@ -10,9 +10,8 @@ import itertools
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,23 +32,25 @@ LONG_WINDOWS = 1024  # of a chunk, at most, where phases read a source in window
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed tokens, in the form that the model takes.
+    """Rows of packed tokens, in the form that travels to a device: 8 bytes a token.
 
-    input_ids, targets, position_ids: [rows, sequence] int64. A target is the next token, or IGNORE.
+    input_ids, targets: [rows, sequence] int32. A target is the next token, or IGNORE.
     cu_seqlens: [segments + 1] int32, bounds of the attention segments in the rows * sequence flattened tokens; the
-    ends of rows are always among them. max_seqlen: tokens in the longest segment. A part of a batch (`part`) has those
-    of the whole rows.
+    ends of rows are always among them. Positions follow from them (`segment_positions`). max_seqlen: tokens in the
+    longest segment.
+    part_of_rows: which of how many consecutive parts of its rows this is (`part`); bounds and max_seqlen are those of
+    the whole rows.
     own_tokens: [rows, sequence] bool, where the model reads its own prediction (objective/scheduled_sampling.py).
-    answers: [rows, sequence] int64, the answer that a token belongs to: 2p for the chosen one of the batch's pair p,
+    answers: [rows, sequence] int32, the answer that a token belongs to: 2p for the chosen one of the batch's pair p,
     2p + 1 for the rejected one, 2 * pairs for padding. reference: [pairs, 2] float32, their log-probabilities under the
     reference model.
     """
 
     input_ids: Tensor
     targets: Tensor
-    position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    part_of_rows: tuple[int, int] = (0, 1)
     own_tokens: Tensor | None = None
     answers: Tensor | None = None
     reference: Tensor | None = None
@@ -60,13 +61,21 @@ class Batch:
 
     def part(self, number: int, parts: int) -> Batch:
         """The positions of this number when the rows are divided into as many consecutive `parts`."""
-        names = ("input_ids", "targets", "position_ids", *(("answers",) if self.answers is not None else ()))
-        return replace(self, **{name: getattr(self, name).chunk(parts, dim=1)[number] for name in names})
+        names = ("input_ids", "targets", *(("answers",) if self.answers is not None else ()))
+        some: dict[str, Any] = {name: getattr(self, name).chunk(parts, dim=1)[number] for name in names}
+        return replace(self, **some, part_of_rows=(number, parts))
 
     def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, which a GPU fetches while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 class BatchSource(Protocol):
@@ -314,23 +323,14 @@ class _Windows:
         return self._document_starts[first[row] + within_row] - starts[row] + row * self._length
 
 
-def pack(input_ids: NDArray[np.int64], targets: NDArray[np.int64], bounds: NDArray[np.int64]) -> Batch:
+def pack(input_ids: NDArray[Any], targets: NDArray[Any], bounds: NDArray[Any]) -> Batch:
     """A batch of [rows, sequence] tokens with the sorted bounds of its attention segments, from 0 to the last token."""
-    lengths = np.diff(bounds)
-    position_ids = np.repeat(-bounds[:-1], lengths)
-    position_ids += _count_up(input_ids.size)
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        targets=torch.from_numpy(targets),
-        position_ids=torch.from_numpy(position_ids.reshape(input_ids.shape)),
+        input_ids=torch.from_numpy(input_ids.astype(np.int32)),
+        targets=torch.from_numpy(targets.astype(np.int32)),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=int(np.diff(bounds).max()),
     )
-
-
-@lru_cache(maxsize=8)
-def _count_up(size: int) -> NDArray[np.int64]:
-    return np.arange(size)
 
 
 def _num_windows(shards: TokenShards, sequence_length: int) -> int:

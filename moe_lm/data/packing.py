@@ -87,13 +87,13 @@ class RowBatches(MixedBatches):
 
 def pack_examples(
     rows: Sequence[Sequence[Example]], length: int, pad_id: int, separate: bool = True
-) -> tuple[Batch, NDArray[np.int64]]:
+) -> tuple[Batch, NDArray[np.int32]]:
     """A batch of rows of `length` tokens, each with its examples one after the other and then padding.
 
     With `separate` every example is an attention segment of its own. Also returns the number of each token's example,
     [rows, sequence], counted over the batch; padding has the number of all examples.
     """
-    input_ids = np.full((len(rows), length), pad_id, np.int64)
+    input_ids = np.full((len(rows), length), pad_id, np.int32)
     targets = np.full_like(input_ids, IGNORE)
     numbers = np.full_like(input_ids, sum(map(len, rows)))
     bounds, number = [0], 0

@@ -30,7 +30,7 @@ from moe_lm.evaluate.perplexity import check_window, precision_of, run_config
 from moe_lm.evaluate.scoring import TOKENS_AT_ONCE
 from moe_lm.evaluate.texts import file_texts, held_out_texts
 from moe_lm.generate.session import Session
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import PackedAttention, segment_positions
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import Predictions
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -207,6 +207,7 @@ def _log_probs(
     batch = pack_examples([examples], sum(len(text.ids) for text in texts), pad_id=0)[0].to(model.device)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-        hidden_1TD, _ = model.model(batch.input_ids, batch.position_ids, attend)
+        positions_1T = segment_positions(batch.cu_seqlens, batch.input_ids.shape)
+        hidden_1TD, _ = model.model(batch.input_ids, positions_1T, attend)
         logits_CV = Predictions(model.lm_head, hidden_1TD).logits(batch.targets != IGNORE)
     return iter(logits_CV[:, list(answers)].log_softmax(-1).cpu())

@@ -30,7 +30,7 @@ from moe_lm.data.packing import Example, pack_examples
 from moe_lm.evaluate.texts import file_texts, held_out_texts
 from moe_lm.generate.session import Session
 from moe_lm.kernels.device import pick_dtype
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import PackedAttention, segment_positions
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import Predictions
 
@@ -191,7 +191,8 @@ def score_by_context(
     nll, tokens = torch.zeros(window + 1, dtype=torch.float64), torch.zeros(window + 1, dtype=torch.int64)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in _batches(every_window, batch_rows * window):
-            context = batch.position_ids[batch.targets != IGNORE] + 1
+            positions_1T = segment_positions(batch.cu_seqlens, batch.input_ids.shape)
+            context = positions_1T[batch.targets != IGNORE] + 1
             nll += torch.bincount(context, _nll(model, batch.to(device)), minlength=window + 1)
             tokens += torch.bincount(context, minlength=window + 1)
             tell(int(tokens.sum()))
@@ -257,7 +258,8 @@ def _perplexity(nll: float) -> float:
 def _nll(model: LanguageModel, batch: Batch) -> Tensor:
     """The negative log-likelihood of every target, in nats, `[targets]` on the host."""
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    hidden_1TD, _ = model.model(batch.input_ids, batch.position_ids, attend)
+    positions_1T = segment_positions(batch.cu_seqlens, batch.input_ids.shape)
+    hidden_1TD, _ = model.model(batch.input_ids, positions_1T, attend)
     scored = batch.targets != IGNORE
     nll = Predictions(model.lm_head, hidden_1TD[scored]).nll(batch.targets[scored])
     return nll.cpu().double()

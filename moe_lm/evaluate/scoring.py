@@ -14,7 +14,7 @@ from moe_lm.data.batches import IGNORE
 from moe_lm.data.packing import Example, pack_examples
 from moe_lm.generate.decode import Settings
 from moe_lm.generate.session import Session
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import PackedAttention, segment_positions
 from moe_lm.objective.training_loss import Predictions
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
@@ -109,7 +109,8 @@ class SessionScorer:
         scored = batch.targets != IGNORE
         targets_T = batch.targets[scored]
         with torch.autocast(model.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden_1TD, _ = model.model(batch.input_ids, batch.position_ids, attend)
+            positions_1T = segment_positions(batch.cu_seqlens, batch.input_ids.shape)
+            hidden_1TD, _ = model.model(batch.input_ids, positions_1T, attend)
             predictions = Predictions(model.lm_head, hidden_1TD[scored][None])
             nll_T, hits_T = predictions.nll(targets_T[None])[0], predictions.likeliest()[0] == targets_T
         return scores_of(nll_T, hits_T, torch.from_numpy(numbers)[scored.cpu()], len(examples))

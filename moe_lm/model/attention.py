@@ -109,6 +109,19 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     return torch.cat(pieces)
 
 
+def segment_positions(cu_seqlens: Tensor, shape: torch.Size, part_of_rows: tuple[int, int] = (0, 1)) -> Tensor:
+    """The position of every token in its segment, `[B, S]` int32, where `shape` is `[B, S]`.
+
+    `part_of_rows`: which of how many consecutive parts of its rows these tokens are, where ranks share the rows.
+    """
+    (rows, positions), (number, parts) = shape, part_of_rows
+    in_row_S = torch.arange(number * positions, (number + 1) * positions, dtype=torch.int32, device=cu_seqlens.device)
+    row_B1 = torch.arange(rows, dtype=torch.int32, device=cu_seqlens.device)[:, None]
+    place_BS = row_B1 * (parts * positions) + in_row_S
+    segment_BS = torch.searchsorted(cu_seqlens, place_BS, right=True) - 1
+    return place_BS - cu_seqlens[segment_BS]
+
+
 @dataclass(frozen=True)
 class PackedAttention:
     """Causal attention within segments of the flattened tokens, for training and scoring.

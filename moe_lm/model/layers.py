@@ -267,4 +267,4 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _targets(targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """The targets with token 0 in place of those that do not count, and 1 for each that does, 0 for the others."""
-    return targets_C.clamp(min=0), (targets_C >= 0).float()
+    return targets_C.clamp(min=0).long(), (targets_C >= 0).float()

@@ -36,10 +36,10 @@ def share_of(step: int, config: ScheduledSamplingConfig) -> float:
 
 def is_target_prefix(batch: Batch) -> Tensor:
     """Whether an input token was the target of the position before it, [rows, sequence] bool."""
-    before, positions = batch.targets[:, :-1], batch.position_ids
-    follows = positions[:, 1:] == positions[:, :-1] + 1  # not the first of a document
+    before = batch.targets[:, :-1]
     found = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    found[:, 1:] = (before != IGNORE) & (before == batch.input_ids[:, 1:]) & follows
+    found[:, 1:] = (before != IGNORE) & (before == batch.input_ids[:, 1:])
+    found.view(-1)[batch.cu_seqlens[:-1]] = False  # the first of a document
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_lm.config.training import BalanceConfig
 from moe_lm.data.batches import IGNORE, Batch
-from moe_lm.model.attention import Attend, PackedAttention
+from moe_lm.model.attention import Attend, PackedAttention, segment_positions
 from moe_lm.model.layers import ChunkLoss, Head, chunk_loss, likeliest, summed_nll, token_nll
 from moe_lm.model.moe import Routing
 from moe_lm.model.transformer import LanguageModel
@@ -175,7 +175,8 @@ class TrainingLoss(nn.Module):
         """What the model predicts after every token, and what its routers decided."""
         # A row's length bounds every segment's; unlike batch.max_seqlen it is the same in every batch to compile for.
         attend = self.attention(batch.cu_seqlens, batch.input_ids.shape[1])
-        hidden_BSD, routings = self.model.model(batch.input_ids, batch.position_ids, attend)
+        positions_BS = segment_positions(batch.cu_seqlens, batch.input_ids.shape, batch.part_of_rows)
+        hidden_BSD, routings = self.model.model(batch.input_ids, positions_BS, attend)
         return Predictions(self.model.lm_head, hidden_BSD, self.chunk_loss), routings
 
     def count(self, batches: Sequence[Batch]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.shards import TokenShards
 from moe_lm.data.stream import TokenStream
 from moe_lm.objective.training_loss import num_targets
+from tests.tiny import positions_of
 
 LENGTH = 8
 
@@ -51,7 +52,7 @@ def evaluation_batches(shards: TokenShards, batch_size: int, separate: bool) -> 
 
 
 def assert_same(left: Batch, right: Batch) -> None:
-    for name in ("input_ids", "targets", "position_ids", "cu_seqlens"):
+    for name in ("input_ids", "targets", "cu_seqlens"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert left.max_seqlen == right.max_seqlen
 
@@ -72,7 +73,7 @@ def test_packing_by_hand_without_attention_across_documents() -> None:
         [24, 25, 1, IGNORE, 30, 31, 1, IGNORE],
         [40, 41, 42, 43, 44, 45, 46, 1],
     ]
-    assert batch.position_ids.tolist() == [
+    assert positions_of(batch).tolist() == [
         [0, 1, 2, 3, 0, 1, 2, 3],
         [0, 1, 2, 3, 0, 1, 2, 3],
         [0, 1, 2, 3, 4, 5, 6, 7],
@@ -85,7 +86,7 @@ def test_packing_by_hand_without_attention_across_documents() -> None:
 def test_packing_by_hand_with_attention_across_documents() -> None:
     [batch] = evaluation_batches(make_shards(DOCUMENTS), 3, separate=False)
     assert batch.targets[0].tolist() == [10, 11, 1, 0, 20, 21, 22, 23]
-    assert batch.position_ids.tolist() == [list(range(8))] * 3
+    assert positions_of(batch).tolist() == [list(range(8))] * 3
     assert batch.cu_seqlens.tolist() == [0, 8, 16, 24]
     assert num_targets(batch) == 24
 
@@ -117,14 +118,13 @@ def test_packing_is_that_of_a_token_by_token_reference(sizes: list[int], length:
         batch = batches.batch(row, range(1))
         assert batch.input_ids.tolist() == [inputs]
         assert batch.targets.tolist() == [targets]
-        assert batch.position_ids.tolist() == [positions]
+        assert positions_of(batch).tolist() == [positions]
         assert np.diff(batch.cu_seqlens).tolist() == np.unique(segments, return_counts=True)[1].tolist()
 
 
 def test_types_are_those_the_model_takes() -> None:
     batch = train([numbered(100)]).batch(0, range(4))
-    assert batch.input_ids.dtype == batch.targets.dtype == batch.position_ids.dtype == torch.int64
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.input_ids.dtype == batch.targets.dtype == batch.cu_seqlens.dtype == torch.int32
     assert batch.input_ids.is_contiguous()
     assert batch.targets.is_contiguous()
 
@@ -152,8 +152,9 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int, step: int,
     whole = batches.batch(step, range(8))
     share = 8 // ranks
     parts = [batches.batch(step, range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
-    for name in ("input_ids", "targets", "position_ids"):
+    for name in ("input_ids", "targets"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([positions_of(part) for part in parts]), positions_of(whole))
     bounds = [part.cu_seqlens[1:] + rank * share * LENGTH for rank, part in enumerate(parts)]
     assert torch.equal(torch.cat(bounds), whole.cu_seqlens[1:])
     assert max(part.max_seqlen for part in parts) == whole.max_seqlen

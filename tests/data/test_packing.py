@@ -17,6 +17,7 @@ from moe_lm.data.examples import ChatExample, ExampleRows
 from moe_lm.data.order import MIX_BLOCK
 from moe_lm.data.packing import RowBatches, pack_rows
 from moe_lm.objective.training_loss import num_targets
+from tests.tiny import positions_of
 
 PAD = 2
 
@@ -64,7 +65,7 @@ def test_packing_by_hand() -> None:
         [IGNORE, IGNORE, IGNORE, 204, 301, 302, 303, IGNORE],
         [IGNORE, 402, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE],
     ]
-    assert batch.position_ids.tolist() == [
+    assert positions_of(batch).tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7],
         [0, 1, 2, 3, 0, 1, 2, 0],
         [0, 1, 0, 1, 2, 3, 4, 5],
@@ -76,7 +77,7 @@ def test_packing_by_hand() -> None:
 def test_packing_by_hand_with_attention_across_examples() -> None:
     [batch] = evaluation(FOUR, 8, 3, separate=False)
     assert batch.cu_seqlens.tolist() == [0, 8, 15, 16, 18, 24]
-    assert batch.position_ids[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
+    assert positions_of(batch)[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
 
 
 def test_evaluation_batches_have_one_shape_and_the_last_is_filled_up() -> None:
@@ -119,8 +120,9 @@ def test_any_number_of_ranks_slices_the_same_global_batch(ranks: int) -> None:
     for step in (0, 5, 3, 1000):
         whole = batches.batch(step, range(8))
         slices = [batches.batch(step, range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
-        for name in ("input_ids", "targets", "position_ids"):
+        for name in ("input_ids", "targets"):
             assert torch.equal(torch.cat([getattr(item, name) for item in slices]), getattr(whole, name))
+        assert torch.equal(torch.cat([positions_of(item) for item in slices]), positions_of(whole))
 
 
 def from_source(source: int, count: int) -> list[ChatExample]:

@@ -17,6 +17,7 @@ from moe_lm.data.pairs import Pair, PairRows, read_pairs
 from moe_lm.data.records import Splits
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from tests.data.rows import assistant, user, write
+from tests.tiny import positions_of
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Green, as leaves are.", "rejected": "No."}
 
@@ -101,7 +102,7 @@ def test_rows_hold_whole_pairs_and_answers_attend_apart(rows: PairRows) -> None:
                 expected = rows.pairs[number].sides[side]
                 assert batch.input_ids[at].tolist() == expected.input_ids.tolist()
                 assert batch.targets[at].tolist() == expected.targets.tolist()
-                assert batch.position_ids[at].tolist() == list(range(len(expected.input_ids)))
+                assert positions_of(batch)[at].tolist() == list(range(len(expected.input_ids)))
             places = [set((batch.answers == 2 * place + side).nonzero()[:, 0].tolist()) for side in range(2)]
             assert places[0] == places[1]
             assert len(places[0]) == 1

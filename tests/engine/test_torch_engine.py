@@ -22,7 +22,7 @@ from moe_lm.model.moe import all_logical
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import StepCounts, num_targets
 from moe_lm.optim.muon import orthogonalise
-from tests.tiny import engine_of, tiny_model
+from tests.tiny import engine_of, positions_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 2
@@ -144,7 +144,7 @@ def reference_loss(model: LanguageModel, source: BatchSource, step: int) -> tupl
         attend = PackedAttention(torch.tensor([0, end - start], dtype=torch.int32), end - start)
         output = model(ids, torch.arange(end - start)[None], attend)
         logits.append(output.logits[0])
-        targets.append(batch.targets.flatten()[start:end])
+        targets.append(batch.targets.flatten()[start:end].long())
         for layer, routing in enumerate(output.routings):
             load[layer] += routing.experts[ids[0] != PAD].flatten().bincount(minlength=8)
     return F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE), load
@@ -251,7 +251,7 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
     sums, targets = engine.evaluate(batches)
     assert targets == sum(map(num_targets, batches))
     with torch.no_grad():
-        whole = [F.cross_entropy(all_logits(engine.model, batch), batch.targets.flatten(),
+        whole = [F.cross_entropy(all_logits(engine.model, batch), batch.targets.flatten().long(),
                                  ignore_index=IGNORE, reduction="sum") for batch in batches]  # fmt: skip
     assert sums == {"loss": pytest.approx(float(sum(whole)), rel=1e-6)}
     assert engine.evaluate([]) == Evaluation({}, 0)
@@ -260,7 +260,7 @@ def test_evaluation_adds_up_nll_and_targets_and_touches_nothing(ragged: BatchSou
 
 def all_logits(model: LanguageModel, batch: Batch) -> Tensor:
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    return model(batch.input_ids, batch.position_ids, attend).logits.flatten(0, 1)
+    return model(batch.input_ids, positions_of(batch), attend).logits.flatten(0, 1)
 
 
 # State

@@ -46,7 +46,7 @@ def test_a_document_that_follows_without_a_bound_is_not_the_answer_of_the_one_be
     """With separate_documents=false the end of an answer is a target, and the next token begins another document."""
     batch = ragged.batch(0, range(ROWS))
     batch.targets[0, 10], batch.input_ids[0, 11] = 1, 0
-    batch.position_ids[0] = torch.arange(batch.input_ids.shape[1])
+    batch = replace(batch, cu_seqlens=torch.arange(ROWS + 1, dtype=torch.int32) * batch.input_ids.shape[1])
     assert not is_target_prefix(batch)[0, 11]
 
 

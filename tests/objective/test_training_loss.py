@@ -51,7 +51,7 @@ def test_loss_is_the_mean_over_all_targets_of_documents_run_alone(ragged: BatchS
     logits, targets = [], []
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         logits.append(logits_of(loss.model, batch.input_ids.flatten()[start:end].tolist()))
-        targets.append(batch.targets.flatten()[start:end])
+        targets.append(batch.targets.flatten()[start:end].long())
     reference = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE)
     torch.testing.assert_close(part.loss, reference)
     torch.testing.assert_close(part.sums["loss"], reference.detach() * num_targets(batch))

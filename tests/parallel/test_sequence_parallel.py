@@ -25,7 +25,7 @@ from moe_lm.objective.balance import sequence_balance_loss
 from moe_lm.parallel.exchange import Exchange
 from moe_lm.parallel.sequence_parallel import SequenceGroup
 from moe_lm.parallel.topology import Topology
-from tests.tiny import random
+from tests.tiny import positions_of, random
 
 ROWS, POSITIONS = 2, 12
 BOUNDS = torch.tensor([0, 5, 7, 12, 21, 24], dtype=torch.int32)  # of documents, of which some lie on several ranks
@@ -169,9 +169,9 @@ def test_ranks_of_a_group_have_the_same_rows_and_each_its_positions() -> None:
     assert [topology.rows_of(6) for topology in topologies] == [range(3), range(3), range(3, 6), range(3, 6)]
     assert [Topology(rank, 2).rows_of(6) for rank in range(2)] == [range(3), range(3, 6)]
     ids = torch.arange(ROWS * POSITIONS).view(ROWS, POSITIONS)
-    batch = Batch(ids, ids + 1, ids % 5, BOUNDS, max_seqlen=9)
+    batch = Batch(ids, ids + 1, BOUNDS, max_seqlen=9)
     parts = [batch.part(number, 3) for number in range(3)]
     assert torch.equal(parts[1].input_ids, ids[:, 4:8])
     assert torch.equal(torch.cat([part.targets for part in parts], 1), batch.targets)
-    assert torch.equal(torch.cat([part.position_ids for part in parts], 1), batch.position_ids)
+    assert torch.equal(torch.cat([positions_of(part) for part in parts], 1), positions_of(batch))
     assert all(torch.equal(part.cu_seqlens, BOUNDS) and part.max_seqlen == 9 for part in parts)

@@ -369,9 +369,9 @@ def _run(loss: TrainingLoss, batch: Batch, recorder: Recorder, world_size: int, 
 
 def _batch(rows: int, length: int) -> Batch:
     """A batch whose rows are one document each."""
-    ids = torch.zeros(rows, length, dtype=torch.int64)
+    ids = torch.zeros(rows, length, dtype=torch.int32)
     bounds = torch.zeros(rows + 1, dtype=torch.int32)
-    return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), bounds, max_seqlen=length)
+    return Batch(ids, torch.zeros_like(ids), bounds, max_seqlen=length)
 
 
 @contextmanager

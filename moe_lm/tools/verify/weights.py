@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel
-from moe_lm.model.attention import PackedAttention
+from moe_lm.model.attention import PackedAttention, segment_positions
 from moe_lm.model.moe import Router
 from moe_lm.model.transformer import generator_of
 from moe_lm.tools.verify.scale import AVOIDED, FAVOURED, PAD
@@ -50,7 +50,8 @@ def favouring_biases(built: RankModel, seed: int, batch: Batch) -> list[float]:
     counted = (batch.input_ids != PAD).flatten()
     for layer in layers:
         layer.gate.register_forward_pre_hook(lambda gate, arguments: _favour(gate, arguments[0], counted))
-    built.model(batch.input_ids, batch.position_ids, PackedAttention(batch.cu_seqlens, batch.max_seqlen))
+    positions_BS = segment_positions(batch.cu_seqlens, batch.input_ids.shape)
+    built.model(batch.input_ids, positions_BS, PackedAttention(batch.cu_seqlens, batch.max_seqlen))
     return [float(layer.gate.e_score_correction_bias[FAVOURED]) for layer in layers]
 
 
