@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.config.model import LoraConfig
+from moe_lm.model.drawing import fill_uniform
 from moe_lm.model.moe import Experts, all_logical, logical_names
-from moe_lm.model.transformer import LanguageModel, generator_of
+from moe_lm.model.transformer import LanguageModel, generator_of, is_expert
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ALIGNMENT = 8  # elements; grouped products want rows of 16 bytes, in bfloat16 too
@@ -115,20 +116,24 @@ def factors_of(weight: str) -> tuple[str, str]:
     return f"{weight}_lora_A", f"{weight}_lora_B"
 
 
-@torch.no_grad()
 def initialise_adapters(model: LanguageModel, seed: int, first_expert: int = 0) -> None:
     """Fill the factors: A uniform within `1 / sqrt(D)`, as in `peft`, and B with zeros, so that nothing changes yet.
 
-    Drawn by (seed, name), for stacks by (seed, name, expert), as all weights are: the same numbers in every layout.
+    Drawn by (seed, name, index), as all weights are: the same numbers in every layout.
     """
     for name, factor in model.named_parameters():
-        if name.endswith("lora_B"):
-            factor.zero_()
-        elif name.endswith(".lora_A"):
-            _fill_uniform(factor, factor.shape[1], f"{seed}/{name}")
-        elif name.endswith("_lora_A"):
-            for index, expert in enumerate(factor):
-                _fill_uniform(expert, expert.shape[0], f"{seed}/{name}/{first_expert + index}")
+        if is_factor(name):
+            first = first_expert * factor[0].numel() if is_expert(name) else 0
+            initialise_factor(name, factor, factor.shape[1], seed, first)
+
+
+@torch.no_grad()
+def initialise_factor(name: str, factor: Tensor, inputs: int, seed: int, first: int = 0) -> None:
+    """Fill a factor, or the elements of one from its element `first` on; both kinds of A have D as second dimension."""
+    if name.endswith("lora_A"):
+        fill_uniform(factor, 1 / math.sqrt(inputs), f"{seed}/{name}", first)
+    else:
+        factor.zero_()
 
 
 @torch.no_grad()
@@ -156,11 +161,6 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
         weight.baddbmm_(lora_A, lora_B, alpha=scale)
     else:
         weight.addmm_(lora_B, lora_A, alpha=scale)
-
-
-def _fill_uniform(tensor: Tensor, inputs: int, key: str) -> None:
-    draw = torch.rand(tensor.shape, generator=generator_of(key))
-    tensor.copy_((2 * draw - 1) / math.sqrt(inputs))
 
 
 def _mask(shape: tuple[int, ...], dropout: float, key: str, device: torch.device) -> Tensor:

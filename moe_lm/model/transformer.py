@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.attention import Attend, Attention, CachedAttention
+from moe_lm.model.drawing import fill_normal
 from moe_lm.model.kv_cache import KVCache
 from moe_lm.model.latent_attention import LatentAttention
 from moe_lm.model.layers import MLP, Head, build_norm, compute_dtype, sinusoidal_positions
@@ -67,9 +68,8 @@ class LanguageModel(nn.Module):
 
     def initialise(self, seed: int, first_expert: int = 0) -> None:
         """Fill every parameter and buffer as `initialise_tensor` does."""
-        with torch.no_grad():
-            for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-                initialise_tensor(name, tensor, self.config, seed, first_expert)
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            initialise_tensor(name, tensor, self.config, seed, first_expert)
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -140,27 +140,26 @@ class Block(nn.Module):
 # The initial value of a tensor, by its logical name:
 #   *norm.weight              ones
 #   *.bias, *correction_bias  zeros
-#   everything else           normal, mean 0, standard deviation `initializer_range`, from a generator seeded by
-#                             (seed, name), and for stacked experts by (seed, name, expert): a rank that holds only a
-#                             part of the model holds the same numbers.
+#   everything else           normal, mean 0, standard deviation `initializer_range`, drawn by (seed, name, index) with
+#                             the index in the logical tensor: a rank that holds only a part of the model draws only
+#                             that, and the same numbers.
 
 
+@torch.no_grad()
 def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
     """Fill one tensor; `first_expert` is the global index of the first expert that a sliced stack holds."""
     for part, view in logical(name, tensor).items():
-        _initialise_logical(part, view, config, seed, first_expert)
+        initialise_logical(part, view, config, seed, first_expert * view[0].numel() if is_expert(name) else 0)
 
 
-def _initialise_logical(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int) -> None:
+def initialise_logical(name: str, tensor: Tensor, config: ModelConfig, seed: int, first: int = 0) -> None:
+    """Fill a logical tensor, or the elements of one from its element `first` on, in row-major order."""
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
     elif name.endswith("bias"):
         tensor.zero_()
-    elif is_expert(name):
-        for index, expert in enumerate(tensor):
-            _fill_normal(expert, config.initializer_range, f"{seed}/{name}/{first_expert + index}")
     else:
-        _fill_normal(tensor, config.initializer_range, f"{seed}/{name}")
+        fill_normal(tensor, config.initializer_range, f"{seed}/{name}", first)
 
 
 def is_expert(name: str) -> bool:
@@ -172,8 +171,3 @@ def generator_of(key: str) -> torch.Generator:
     """A generator seeded by `key`; on the CPU, so that every device starts from the same numbers."""
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
-    # Drawn in float32, so that every data type starts from the same numbers.
-    tensor.copy_(torch.randn(tensor.shape, generator=generator_of(key)) * std)
