@@ -118,10 +118,10 @@ def test_spread_over_memory_and_disk_it_writes_the_same(make_run: Callable[..., 
 
 def test_the_command_line_asks_for_it(run: Path, moe_lm: Callable[..., Done]) -> None:
     session = Session.load(run, "cpu", dtype="bfloat16")
-    wanted = text_of(session.complete("import ", Settings(12)))
-    options = ("-p", "import ", "--greedy", "--max-new-tokens", 12, "--device", "cpu", "--dtype", "bfloat16")
+    wanted = text_of(session.complete("def ", Settings(12)))
+    options = ("-p", "def ", "--greedy", "--max-new-tokens", 12, "--device", "cpu", "--dtype", "bfloat16")
     assert moe_lm("sample", run, *options).out == wanted + "\n"
-    assert wanted != text_of(Session.load(run, "cpu").complete("import ", Settings(12)))
+    assert wanted != text_of(Session.load(run, "cpu").complete("def ", Settings(12)))
     many = moe_lm("sample", run, *(option for option in options if option != "--greedy"), "--num", 2)
     assert many.code == 0, many.err
     assert moe_lm("sample", run, *options[:-1], "float8").code == 2

@@ -102,9 +102,9 @@ def test_log_probabilities_are_the_models_own(kind: str, dtype: torch.dtype, ato
     model: LanguageModel = build(kind).to(dtype)
     settings = Settings(6, Sampling(temperature=1.3, top_k=5, repetition_penalty=1.5), seed=3, logprobs=3)
     decoder = Decoder(model, 2, POSITIONS, vocab_size=90)
-    decoder.add([5, 6, 7], settings)
+    decoder.add([8, 6, 7], settings)
     decoder.add([5, 6], Settings(6))
-    ids = [5, 6, 7]
+    ids = [8, 6, 7]
     for step in decoder.run():
         if step.request == 1:
             assert step.logprob is None

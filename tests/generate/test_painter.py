@@ -64,11 +64,11 @@ def test_a_pipe_gets_the_experts_of_every_layer(make_run: MakeRun, moe_lm: Calla
 
 def test_tokens_have_the_colour_of_their_strongest_expert(make_run: MakeRun, on_a_terminal: Callable) -> None:
     run = make_run(**DEEP)
-    done = on_a_terminal("sample", run, "-p", "import", "--max-new-tokens", 30, "--greedy", "--show-routing", 1)
+    done = on_a_terminal("sample", run, "-p", "class", "--max-new-tokens", 30, "--greedy", "--show-routing", 1)
     session = Session.load(run)
-    deltas = list(session.complete("import", Settings(30, routing=True)))
-    assert re.sub(r"\x1b\[[0-9;]*m", "", done.out) == f"import{printable(text_of(deltas))}\n"
-    layer = strongest(session, "import", [delta.step.token for delta in deltas if delta.step.token is not None])[0]
+    deltas = list(session.complete("class", Settings(30, routing=True)))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", done.out) == f"class{printable(text_of(deltas))}\n"
+    layer = strongest(session, "class", [delta.step.token for delta in deltas if delta.step.token is not None])[0]
     seen = Counter(experts[0] for experts in layer)
     for expert in seen:
         assert colour(expert) in done.out
