@@ -26,8 +26,27 @@ COMMON_FIELDS = ("system", "tools")
 ASKS_IN_ONE_TEXT = ("alpaca", "prompt_completion", "preference")
 
 
+class TokenFiles(Section):
+    """Files of token ids that another program wrote; they are read where they are."""
+
+    path: str = Field(
+        description="file, folder or glob: Megatron's .bin with .idx, OLMo's .npy, nanoGPT's and llm.c's .bin, "
+        "datatrove's .ds"
+    )
+    dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="type of an id in files that do not say it; null: the smaller that holds every id"
+    )
+    validation: str | None = Field(
+        default=None,
+        description="file, folder or glob of held-out tokens; null: val.bin beside train.bin, else the last "
+        "data.validation_fraction of the tokens",
+    )
+
+
 class SourceConfig(Section):
-    """Documents: local files (`path`), a `datasets` data set (`dataset`) or Python's standard library (`stdlib`)."""
+    """Documents: local files (`path`), a `datasets` data set (`dataset`), Python's standard library (`stdlib`), or
+    files that are tokens already (`tokens`).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in reports, and of its shards' folder")
     path: str | None = Field(
@@ -39,6 +58,7 @@ class SourceConfig(Section):
     split: str = Field(default="train", description="the data set's split")
     text_field: str = Field(default="text", description="field of a row that holds the text")
     stdlib: bool = Field(default=False, description="read the source of the running Python's standard library")
+    tokens: TokenFiles | None = Field(default=None, description="token files that another program wrote")
     weight: float = Field(default=1.0, gt=0, description="share of the training sequences, relative to other sources")
     max_bytes: int | None = Field(default=None, gt=0, description="bytes of text to stop after; null: read everything")
     piece_bytes: int = Field(
@@ -49,8 +69,13 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if sum([self.path is not None, self.dataset is not None, self.stdlib]) != 1:
-            raise ValueError(f"source {self.name!r} needs exactly one of path, dataset, stdlib")
+        origins = (self.path is not None, self.dataset is not None, self.stdlib, self.tokens is not None)
+        if sum(origins) != 1:
+            raise ValueError(f"source {self.name!r} needs exactly one of path, dataset, stdlib, tokens")
+        if self.tokens is not None:
+            self.refuse_any(
+                ("text_field", "max_bytes", "piece_bytes"), f"is for text, and source {self.name!r} is token files"
+            )
         if self.dataset is None and (self.is_set("subset") or self.is_set("split")):
             raise ValueError(f"source {self.name!r}: subset and split belong to a dataset; remove them")
         return self
@@ -63,6 +88,13 @@ class TokenizerRecipe(Section):
     vocab_size: int = Field(gt=262, description="ids in all: special tokens, 256 bytes and merges")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="text to learn from")
     validation_fraction: float = Field(default=0, ge=0, lt=1, description="share of documents to leave out, by hash")
+
+    @model_validator(mode="after")
+    def _all_is_text(self) -> Self:
+        for source in self.sources:
+            if source.tokens is not None:
+                raise ValueError(f"source {source.name!r} is token files, which hold no text to learn from; remove it")
+        return self
 
 
 class PhaseConfig(Section):

@@ -70,5 +70,7 @@ def paths_in(values: dict[str, Any]) -> Iterator[Place]:
         for number, item in enumerate(items) if isinstance(items, list) else ():
             if isinstance(item, str):
                 yield items, number
-            elif isinstance(item, dict) and isinstance(item.get("path"), str):
-                yield item, "path"
+            elif isinstance(item, dict):
+                tokens = item.get("tokens")
+                for holder in (item, tokens if isinstance(tokens, dict) else {}):
+                    yield from ((holder, key) for key in ("path", "validation") if isinstance(holder.get(key), str))

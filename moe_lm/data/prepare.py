@@ -24,7 +24,8 @@ from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.common.integrity import KINDS, XXH3
-from moe_lm.config.data import DataConfig, SourceConfig
+from moe_lm.config.data import DataConfig, SourceConfig, TokenFiles
+from moe_lm.data import foreign
 from moe_lm.data.chunks import Workers, write_chunks
 from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
 from moe_lm.text.files import kind_of
@@ -55,6 +56,9 @@ class PrepareReport:
 
     def _lines(self, name: str) -> Iterator[str]:
         manifest, files = self.manifests[name], self.files[name]
+        if manifest.notes:
+            yield from _lines_in_place(name, manifest, name in self.up_to_date)
+            return
         count, text_bytes = manifest.documents or 0, manifest.text_bytes or 0
         whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < count else ""
         unit = "pieces" if whole else "documents"
@@ -74,6 +78,15 @@ class PrepareReport:
             )
         report = Report(skipped=manifest.skipped, examples=manifest.examples)
         yield from (f"  {line}" for line in report.skipped_lines())
+
+
+def _lines_in_place(name: str, manifest: Manifest, up_to_date: bool) -> Iterator[str]:
+    held_out = sum(shard.tokens for shard in manifest.validation)
+    yield (
+        f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {held_out:,} of them held out "
+        f"({held_out / manifest.tokens:.1%})" + (", up to date" if up_to_date else "")
+    )
+    yield from (f"  {note}" for note in manifest.notes)
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareReport:
@@ -103,6 +116,8 @@ class _Job:
 
 def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
     folder = job.config.shards / source.name
+    if source.tokens is not None:
+        return _index(job, source, source.tokens, folder)
     files = [] if source.dataset is not None else source_files(source)
     made_from = _made_from(source, files, job)
     if (folder / MANIFEST).exists():
@@ -134,6 +149,25 @@ def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
         raise MoeLmError(
             f"cannot write shards to {folder}: {error.strerror or error}; fix that and run prepare again, "
             f"it goes on where it stopped"
+        ) from error
+    return manifest
+
+
+def _index(job: _Job, source: SourceConfig, tokens: TokenFiles, folder: Path) -> Manifest:
+    """The manifest of token files that others wrote, which stay where they are."""
+    files = foreign.files_of(tokens)
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        fraction = job.config.validation_fraction
+        _check_same(folder, manifest.made_from, foreign.made_from(tokens, files, fraction, job.tokenizer))
+        return manifest
+    try:
+        with _only_writer(folder):
+            manifest = foreign.manifest_of(source, files, job.config, job.tokenizer, folder, job.progress)
+            _write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
+    except OSError as error:
+        raise MoeLmError(
+            f"cannot write {folder / MANIFEST}: {error.strerror or error}; fix that, or the disk"
         ) from error
     return manifest
 

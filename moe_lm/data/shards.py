@@ -93,6 +93,7 @@ class Manifest(Section):
     validation: tuple[Shard, ...]
     skipped: dict[str, int] = Field(description="documents left out, by reason")
     examples: dict[str, str] = Field(description="the first place of each reason")
+    notes: tuple[str, ...] = Field(default=(), description="what else prepare says of the source")
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return self.train if split == "train" else self.validation
@@ -171,7 +172,8 @@ class TokenShards:
 
     files: the tokens. document_starts: [documents] int64, where each document begins in their sequence.
     document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal only for equal tokens.
-    left_out: what damage has taken, if anything.
+    left_out: what damage has taken, if anything. Where another program wrote the files, documents begin behind its eos,
+    and their bytes are unknown: -1.
     """
 
     folder: Path
@@ -207,7 +209,7 @@ class TokenShards:
 
         def opened(shard: Shard) -> tuple[TokenFile, NDArray[np.int64]] | MoeLmError:
             try:
-                return _open_shard(folder, shard, dtype, vocab_size if verify else None)
+                return _open_shard(folder, shard, dtype, manifest.eos_id, vocab_size if verify else None)
             except MoeLmError as error:
                 return error
 
@@ -238,9 +240,9 @@ class TokenShards:
         return len(self.document_starts)
 
     @property
-    def text_bytes(self) -> int:
-        """The bytes of UTF-8 text that the tokens were made from."""
-        return int(self.document_bytes.sum())
+    def text_bytes(self) -> int | None:
+        """The bytes of UTF-8 text that the tokens were made from; None where another program wrote them."""
+        return None if (self.document_bytes < 0).any() else int(self.document_bytes.sum())
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start to stop, across files."""
@@ -255,15 +257,22 @@ def _left_out(folder: Path, split: Split, shards: Sequence[Shard], damage: Mappi
 
 
 def _open_shard(
-    folder: Path, shard: Shard, dtype: np.dtype[Any], vocab_size: int | None
+    folder: Path, shard: Shard, dtype: np.dtype[Any], eos_id: int | None, vocab_size: int | None
 ) -> tuple[TokenFile, NDArray[np.int64]]:
     """The tokens and the index of a shard; with a `vocab_size` the tokens are verified too."""
     file = TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset)
-    index = _read_index(folder / f"{shard.name}.index", shard)
+    index = None if shard.index_checksum is None else _read_index(folder / f"{shard.name}.index", shard)
     _check_size(file.path, shard.offset + file.size * dtype.itemsize, is_ours=shard.file is None)
     if vocab_size is not None:
         _check_tokens(file, shard, vocab_size)
-    return file, index
+    return file, _index_of(file, eos_id) if index is None else index
+
+
+def _index_of(file: TokenFile, eos_id: int | None) -> NDArray[np.int64]:
+    """The index of a file that has none: a document ends with eos, or with the file."""
+    ends = [number * CHUNK_TOKENS + 1 + np.flatnonzero(tokens == eos_id) for number, tokens in enumerate(file.chunks())]
+    bounds = np.unique(np.concatenate([[0], *ends, [file.size]]).astype(np.int64))
+    return np.stack([np.diff(bounds), np.full(len(bounds) - 1, -1, np.int64)], axis=1)
 
 
 def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
@@ -278,9 +287,9 @@ def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
 
 
 def _read_index(path: Path, shard: Shard) -> NDArray[np.int64]:
-    """The verified index of a shard, [documents, 2], empty if it has none. It is small beside the tokens."""
-    if shard.index_checksum is None or shard.documents is None:
-        return np.empty((0, 2), np.int64)
+    """The verified index of a shard, [documents, 2]. It is small beside the tokens."""
+    assert shard.index_checksum is not None
+    assert shard.documents is not None
     expected = 2 * INDEX_DTYPE.itemsize * shard.documents
     _check_size(path, expected)
     content = read_regular(path, expected)

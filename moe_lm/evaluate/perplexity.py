@@ -58,7 +58,7 @@ class TextScore:
 
     text: str  # a description of it
     documents: int
-    text_bytes: int
+    text_bytes: int | None  # None: unknown
     tokens: int  # predicted, including the end of each document
     nll: float  # nats per token
     by_context: Sequence[ContextScore] = ()
@@ -69,20 +69,23 @@ class TextScore:
         return _perplexity(self.nll)
 
     @property
-    def bits_per_byte(self) -> float:
-        return self.nll * self.tokens / math.log(2) / self.text_bytes
+    def bits_per_byte(self) -> float | None:
+        """None where the bytes of the text are unknown."""
+        return None if self.text_bytes is None else self.nll * self.tokens / math.log(2) / self.text_bytes
 
     @property
     def figures(self) -> str:
-        return (
-            f"loss {self.nll:.4f} nats per token, perplexity {self.perplexity:.3f}, "
-            f"{self.bits_per_byte:.4f} bits per byte"
-        )
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.nll:.4f} nats per token, perplexity {self.perplexity:.3f}{bits}"
+
+    @property
+    def size(self) -> str:
+        return "bytes unknown" if self.text_bytes is None else f"{self.text_bytes:,} bytes"
 
     def __str__(self) -> str:
         """A line for each part, the whole, and a line for each length of context."""
-        lines = [f"{part.text}: {part.figures} ({part.text_bytes:,} bytes)" for part in self.parts]
-        lines.append(f"{self.text}: {self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens")
+        lines = [f"{part.text}: {part.figures} ({part.size})" for part in self.parts]
+        lines.append(f"{self.text}: {self.documents:,} documents, {self.size}, {self.tokens:,} tokens")
         lines.append(self.figures)
         if self.by_context:
             lines.append(f"\n{'tokens of context':>18}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}")
@@ -140,10 +143,11 @@ def evaluate(
 def together(name: str, parts: Sequence[TextScore], by_context: Sequence[ContextScore] = ()) -> TextScore:
     """The score of several texts as one."""
     tokens = sum(part.tokens for part in parts)
+    sizes = [part.text_bytes for part in parts]
     return TextScore(
         text=name,
         documents=sum(part.documents for part in parts),
-        text_bytes=sum(part.text_bytes for part in parts),
+        text_bytes=None if None in sizes else sum(size for size in sizes if size is not None),
         tokens=tokens,
         nll=sum(part.nll * part.tokens for part in parts) / tokens,
         by_context=by_context,

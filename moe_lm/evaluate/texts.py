@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.common.errors import UsageError
@@ -22,13 +23,16 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Scorable:
-    """A text: its documents as token ids from bos to eos, how many they are, its tokens but for bos, and its bytes."""
+    """A text: its documents as token ids, how many they are, and its tokens but for each document's first.
+
+    text_bytes: of these tokens; None where they are not whole characters.
+    """
 
     name: str
     documents: Iterable[ArrayLike]
     count: int
     tokens: int
-    text_bytes: int
+    text_bytes: int | None
 
 
 def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) -> list[Scorable]:
@@ -48,7 +52,7 @@ def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) ->
     for source in config.data.sources:
         shards = TokenShards.open(folder / source.name, "validation", tokenizer=tokenizer)
         if shards.num_documents:
-            texts.append(_source_text(source.name, shards))
+            texts.append(_source_text(source.name, shards, tokenizer))
     if not texts:
         raise UsageError(
             f"the shards in {folder} have no held-out text (validation_fraction="
@@ -83,11 +87,28 @@ def shards_of(folder: Path, config: PretrainConfig) -> Path:
     )
 
 
-def _source_text(name: str, shards: TokenShards) -> Scorable:
-    bounds = zip(shards.document_starts, [*shards.document_starts[1:], shards.num_tokens], strict=True)
+def _source_text(name: str, shards: TokenShards, tokenizer: Tokenizer) -> Scorable:
     count = shards.num_documents
-    documents = (shards.tokens(start, stop) for start, stop in bounds)
-    return Scorable(name, documents, count, shards.num_tokens - count, shards.text_bytes)
+    text_bytes = shards.text_bytes
+    if text_bytes is None:  # another program's tokens, of which the first of a document is not predicted
+        text_bytes = bytes_of((ids[1:] for ids in _documents(shards)), tokenizer)
+    return Scorable(name, _documents(shards), count, shards.num_tokens - count, text_bytes)
+
+
+def _documents(shards: TokenShards) -> Iterator[NDArray[Any]]:
+    bounds = zip(shards.document_starts, [*shards.document_starts[1:], shards.num_tokens], strict=True)
+    return (shards.tokens(start, stop) for start, stop in bounds)
+
+
+def bytes_of(documents: Iterable[NDArray[Any]], tokenizer: Tokenizer) -> int | None:
+    """The bytes of UTF-8 text that tokens stand for; None where some are parts of characters that are not there."""
+    total = 0
+    for ids in documents:
+        text = tokenizer.decode(ids.tolist())
+        if "\ufffd" in text:
+            return None
+        total += len(text.encode())
+    return total or None
 
 
 def file_texts(files: Sequence[Path], tokenizer: Tokenizer) -> list[Scorable]:

@@ -48,6 +48,7 @@ def measure(setup: Setup, config: PretrainConfig) -> dict[str, Any]:
     counts[tokenizer.bos_id] = 0
     predicted = validation.tokens(0, validation.num_tokens)
     text = tokenizer.decode(predicted.tolist()).encode()
+    assert validation.text_bytes is not None
     predicted = predicted[predicted != tokenizer.bos_id]
     return {
         "val_bits_per_byte": evaluation.bits_per_byte,
