@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import DAMAGED, PINNED, REPLACED
@@ -42,30 +43,56 @@ def training_loss(folder: Path) -> float | None:
     return _loss_in(folder / TRAINER, "loss")
 
 
+class Known(NamedTuple):
+    """What decides whether a complete checkpoint stays."""
+
+    is_good: bool
+    is_pinned: bool
+    held_out_loss: float | None
+
+
 def best(checkpoints: Path) -> Path | None:
     """The complete checkpoint with the lowest held-out loss, doubtful ones left out; of equal ones the oldest."""
-    complete = checkpoint.complete_checkpoints(checkpoints)
-    losses = {step: held_out_loss(complete[step]) for step in checkpoint.good_steps(complete)}
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    return complete[min(known, key=lambda step: known[step])] if known else None
+    step = _best_step(_known(checkpoints))
+    return None if step is None else checkpoint.complete_checkpoints(checkpoints)[step]
 
 
 def kept(checkpoints: Path, keep: int, keep_best: bool = True) -> set[Path]:
-    """The complete checkpoints that stay: the newest `keep` good ones, pinned ones, the best.
+    """The complete checkpoints that stay, as of `steps_kept`."""
+    complete = checkpoint.complete_checkpoints(checkpoints)
+    return {complete[step] for step in steps_kept(_known(checkpoints), keep, keep_best)}
+
+
+def steps_kept(known: Mapping[int, Known], keep: int, keep_best: bool) -> set[int]:
+    """The steps whose checkpoints stay: the newest `keep` good ones, pinned ones, the best.
 
     Doubtful ones do not count, and stay until there is a newer one that does.
     """
-    complete = checkpoint.complete_checkpoints(checkpoints)
-    good = checkpoint.good_steps(complete)
-    stay = {complete[step] for step in good[-keep:]}
-    stay |= {folder for step, folder in complete.items() if not good or step > good[-1]}
-    stay |= {folder for folder in complete.values() if (folder / PINNED).is_file()}
-    lowest = best(checkpoints) if keep_best else None
+    good = sorted(step for step, of in known.items() if of.is_good)
+    stay = set(good[-keep:])
+    stay |= {step for step in known if not good or step > good[-1]}
+    stay |= {step for step, of in known.items() if of.is_pinned}
+    lowest = _best_step(known) if keep_best else None
     return stay if lowest is None else stay | {lowest}
 
 
-def clean(checkpoints: Path, config: CheckpointConfig) -> None:
-    """Delete leftovers of unfinished saves, and all complete checkpoints but those that are `kept`.
+def _known(checkpoints: Path) -> dict[int, Known]:
+    complete = checkpoint.complete_checkpoints(checkpoints)
+    good = checkpoint.good_steps(complete)
+    return {
+        step: Known(step in good, (folder / PINNED).is_file(), held_out_loss(folder))
+        for step, folder in complete.items()
+    }
+
+
+def _best_step(known: Mapping[int, Known]) -> int | None:
+    losses = {step: of.held_out_loss for step, of in sorted(known.items()) if of.is_good}
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(measured, key=lambda step: measured[step]) if measured else None
+
+
+def clean(checkpoints: Path, config: CheckpointConfig, uploading: Path | None = None) -> None:
+    """Delete leftovers of unfinished saves, and all complete checkpoints but those `kept` and the one `uploading`.
 
     What cannot be deleted stays for the next time. A folder under its final name without COMPLETE is not a leftover of
     a save, so it stays too; so does a damaged one that was moved aside.
@@ -73,7 +100,7 @@ def clean(checkpoints: Path, config: CheckpointConfig) -> None:
     complete = checkpoint.complete_checkpoints(checkpoints)
     stay = kept(checkpoints, config.keep, config.best)
     for folder, _, suffix in checkpoint.step_folders(checkpoints):
-        if folder not in stay and suffix != DAMAGED and (suffix or folder in complete.values()):
+        if folder not in stay and folder != uploading and suffix != DAMAGED and (suffix or folder in complete.values()):
             checkpoint.delete(folder)
 
 
@@ -112,6 +139,11 @@ def _needed_least_first(checkpoints: Path, keep_best: bool) -> Iterator[Path]:
 
 def _loss_in(path: Path, key: str = "validation_loss") -> float | None:
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        loss = json.loads(path.read_text(encoding="utf-8")).get(key)
-        return float(loss) if loss is not None and math.isfinite(loss) else None
+        return loss_of(json.loads(path.read_text(encoding="utf-8")), key)
     return None
+
+
+def loss_of(values: Mapping[str, Any], key: str = "validation_loss") -> float | None:
+    """A loss among the values of `trainer.json` or `held_out.json`; None where there is none."""
+    loss = values.get(key)
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, retain, write
+from moe_lm.checkpoint.upload import Uploader
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.parallel.process_group import Ranks
@@ -43,6 +44,7 @@ class Saver:
         self.checkpoints, self.config, self.background = checkpoints, config, config.background
         self.watchdog = watchdog
         self.ranks = Ranks.with_own_group(watchdog.patience_seconds)
+        self.uploader = None if config.upload_to is None else Uploader(checkpoints, config, self.ranks)
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
         self._disk_was_full = False
@@ -114,6 +116,11 @@ class Saver:
             return self._longest_save
         return max(self._longest_save or 0.0, time.monotonic() - self._started)
 
+    @property
+    def uploading(self) -> Path | None:
+        """The checkpoint that is on its way to a store, and therefore not to be deleted."""
+        return None if self.uploader is None else self.uploader.under_way
+
     def _end(self) -> None:
         if self._under_way is not None:
             (step, outcome), self._under_way = self._under_way, None
@@ -146,7 +153,9 @@ class Saver:
                     raise
         self._disk_was_full = False
         if self.ranks.rank == 0:
-            retain.clean(self.checkpoints, self.config)
+            retain.clean(self.checkpoints, self.config, self.uploading)
+        if self.uploader is not None:
+            self.uploader.add(folder)
         self._longest_save = max(self._longest_save or 0.0, time.monotonic() - self._started)
         return folder
 

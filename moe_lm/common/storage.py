@@ -46,6 +46,10 @@ class RefusedError(StorageError, UsageError):
     """The store does not let this user do it."""
 
 
+class DamagedError(StorageError):
+    """A file of a store is not what it was when it was written."""
+
+
 class Found(NamedTuple):
     """A file in a store."""
 
@@ -163,9 +167,13 @@ def fetch(place: Place, path: Path, entry: Entry | None = None) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, contested=True) as written:
-        _asked("fetch", place, lambda store, there: store.get_file(there, str(written)))
-        if entry is not None and (damage := damage_in(written, entry)) is not None:
-            raise StorageError(f"{text_of(place)} {damage}; it was damaged in the store or on the way, upload it again")
+        for _ in range(2):  # it may have been damaged on the way alone
+            _asked("fetch", place, lambda store, there: store.get_file(there, str(written)))
+            damage = None if entry is None else damage_in(written, entry)
+            if damage is None:
+                break
+        else:
+            raise DamagedError(f"{text_of(place)} {damage}; it was damaged in the store or on the way, upload it again")
 
 
 # Write
@@ -251,7 +259,7 @@ def _asked(verb: str, place: Place, action: Callable[[Any, str], T]) -> T:
         try:
             with _in_one_sentence(verb, url):
                 return action(*_store_of(url))
-        except (MissingError, RefusedError):
+        except (MissingError, RefusedError, DamagedError):
             raise
         except StorageError:
             if attempt == ATTEMPTS:

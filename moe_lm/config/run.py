@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moe_lm.common.errors import UsageError
+from moe_lm.common.storage import is_remote
 from moe_lm.config.data import ChatDataConfig, DataConfig, Phase
 from moe_lm.config.model import LoraConfig, ModelConfig
 from moe_lm.config.section import Section
@@ -84,6 +85,14 @@ class CheckpointConfig(Section):
         description="hf: write the model at the end of the run as a Hugging Face folder too, RUN/export/step-N",
     )
     background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
+    upload_to: str | None = Field(
+        default=None,
+        description="URL, like s3://bucket/run, to which each checkpoint is also copied, and from which a run whose "
+        "folder is lost goes on",
+    )
+    upload_timeout: float = Field(
+        default=1800, ge=0, description="seconds that the end of a run waits for its last checkpoint to be uploaded"
+    )
     on_damage: OnDamage = Field(
         default="previous",
         description="when the newest checkpoint is damaged: previous moves it aside and goes on from the newest sound "
@@ -94,6 +103,14 @@ class CheckpointConfig(Section):
         description="resume from a checkpoint that has other settings, another tokenizer or other data; for one start "
         "only, so it belongs on the command line",
     )
+
+    @model_validator(mode="after")
+    def _is_a_url(self) -> Self:
+        if self.upload_to is not None and not is_remote(self.upload_to):
+            raise ValueError(
+                f"upload_to={self.upload_to} is no URL; expected one like s3://bucket/run, or file:///mnt/run"
+            )
+        return self
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "swanlab", "dvclive"]

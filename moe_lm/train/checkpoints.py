@@ -95,6 +95,16 @@ class Checkpoints:
                 text = f"warning: no checkpoint at step {saved_step}: {error}; training goes on"
                 self._log.event("failed_save", saved_step, text)
 
+        self._note_uploads()
+
+    def _note_uploads(self) -> None:
+        for step, error in () if self._saver.uploader is None else self._saver.uploader.outcomes():
+            if error is None:
+                self._log.event("upload", step, f"uploaded step {step} to {self.config.upload_to}", show=False)
+            else:
+                text = f"warning: the checkpoint of step {step} is not in {self.config.upload_to}: {error}"
+                self._log.event("failed_upload", step, text)
+
     def _note_save(self, step: int) -> None:
         self._log.event("save", step, f"saved step {step}", show=False)
 
@@ -111,6 +121,8 @@ class Checkpoints:
             report_damage(self._log, found, step)
             if self._engine.topology.is_main:
                 retain.drop_after(self.folder, counters["step"])
+            if self._saver.uploader is not None:
+                self._saver.uploader.go_back_to(counters["step"])
             return counters
 
     @property
@@ -122,17 +134,25 @@ class Checkpoints:
         """Keep beside the newest checkpoint a loss that was measured after it was saved."""
         if (folder := self.newest) is not None:
             retain.note_held_out_loss(folder, loss)
+            if self._saver.uploader is not None:
+                self._saver.uploader.add(folder)
 
     def clean(self) -> None:
         """Delete what is not to be kept."""
         if self._engine.topology.is_main:
-            retain.clean(self.folder, self.config)
+            retain.clean(self.folder, self.config, self._saver.uploading)
 
     def __enter__(self) -> Self:
         self._saver = Saver(self.folder, self.config, self._watchdog)
+        if self._saver.uploader is not None and (newest := checkpoint.latest(self.folder)) is not None:
+            self._saver.uploader.add(newest)  # unless the store has it, as after an upload that was cut
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None and self._saver.uploader is not None:
+            self._saver.wait()
+            self._saver.uploader.finish(self._log.message, self._watchdog)
+            self._note_uploads()
         self._saver.__exit__(kind, error, at)
 
 

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_lm.checkpoint import checkpoint, lineage, read, retain
+from moe_lm.checkpoint import bucket, checkpoint, lineage, read, retain
 from moe_lm.checkpoint.carried import carry_on, is_carrying
 from moe_lm.checkpoint.checkpoint import CARRIED, GENERATION
 from moe_lm.checkpoint.lineage import ADAPTER, START, Start
 from moe_lm.checkpoint.recovery import Found, newest_sound
 from moe_lm.checkpoint.write import Content
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import dump_config
@@ -92,7 +93,7 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
         watchdog = Watchdog(
             recipe.config.parallel.timeout_seconds, meeting, rank_log_path(topology, recipe.config.run_dir)
         )
-        with watchdog, claim_folder(recipe, meeting) as claim:
+        with watchdog, claim_folder(recipe, meeting, watchdog) as claim:
             recipe = with_start_in(recipe, claim.found.folder)
             with build_and_fill(recipe, topology) as engine:
                 watchdog.follow(engine.exchange)
@@ -122,11 +123,12 @@ class Claim(NamedTuple):
     folder: RunFolder  # held by rank 0
     found: Found
     changes: list[str]
+    fetched: list[str]  # what was fetched from the store of the checkpoints, for the user
 
 
 @contextmanager
-def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
-    """Hold the run folder and keep this rank's log."""
+def claim_folder(recipe: Recipe, meeting: Meeting, watchdog: Watchdog) -> Iterator[Claim]:
+    """Hold the run folder, with the checkpoint that it lacks and a store has, and keep this rank's log."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
     folder = RunFolder(config.run_dir)
     with ExitStack() as stack:
@@ -134,13 +136,27 @@ def claim_folder(recipe: Recipe, meeting: Meeting) -> Iterator[Claim]:
             Ranks().first(partial(enter, folder, stack), (MoeLmError,))  # refused on every rank alike
         stack.enter_context(rank_log(meeting.topology, config.run_dir))
         stack.enter_context(meeting.lost_ranks_named())
+        fetched = (
+            [] if config.checkpoint.upload_to is None else fetch_newer(folder, config.checkpoint.upload_to, watchdog)
+        )
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
         changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
             retain.clean(folder.checkpoints, config.checkpoint)
             if start is not None and config.lora is not None:
                 checkpoint.pin(start.folder, f"the base of the adapters in {config.run_dir.absolute()}")
-        yield Claim(folder, found, changes)
+        yield Claim(folder, found, changes, fetched)
+
+
+def fetch_newer(folder: RunFolder, url: str, watchdog: Watchdog) -> list[str]:
+    """Bring the newest checkpoint back from a store; returns what to say of it. Raises StorageError before any work."""
+    with watchdog.patiently("loading"):
+        ranks = Ranks.with_own_group(watchdog.patience_seconds)
+        ranks.first(lambda: storage.check_writable(url, "checkpoint.upload_to"), (MoeLmError,))
+        step, damaged = bucket.bring_back(folder.checkpoints, url, ranks)
+        ranks.close()
+    said = [f"warning: a checkpoint of {url} was passed over: {damage}" for damage in damaged]
+    return said if step is None else [*said, f"fetched the checkpoint of step {step} from {url}"]
 
 
 def enter(folder: RunFolder, stack: ExitStack) -> None:
@@ -209,7 +225,7 @@ def train_and_log(
             "set data.validation_fraction, or take them out",
             common=True,
         )
-    folder, found, changes = claim
+    folder, found, changes, fetched = claim
     start_step = counters.get("step", 0)
     if changes:
         counters = with_new_settings(counters)
@@ -220,6 +236,8 @@ def train_and_log(
     with RunLog(
         config.run_dir, config.log, config.train.steps, recipe.title, start_step, is_main, alarms, settings
     ) as log:
+        for line in fetched:
+            log.message(line)
         report_damage(log, found, start_step)
         report_losses(log, recipe.left_out, start_step)
         log.event(

@@ -19,6 +19,10 @@ TROUBLE = {  # events, each with its title and what to do
     "gave_up": ("The run gave up", "Do what the message says, then start it again."),
     "rollback": ("Rollback", "If there are several, lower the learning rate, or look at the text of these steps."),
     "failed_save": ("Failed save", "See that the disk of the run folder takes checkpoints."),
+    "failed_upload": (
+        "Failed upload",
+        "See that the bucket of checkpoint.upload_to answers; the next checkpoint follows.",
+    ),
     "full_disk": ("Full disk", "Make room, or keep fewer checkpoints with checkpoint.keep."),
     "damaged_checkpoint": ("Damaged checkpoint", "Check the others with moe-lm checkpoint verify, and the disk."),
     "data_left_out": (

@@ -1,0 +1,165 @@
+"""Runs that upload their checkpoints: the machine is lost and they go on elsewhere; the store is slow or dies."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from moe_lm.checkpoint import bucket, checkpoint, upload
+from moe_lm.common import storage
+from moe_lm.common.exits import FAILED, MISUSED
+from tests.processes import events
+from tests.runs import assert_same_run
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quick")
+MoeLm = Callable[..., Any]
+URL = "memory://bucket/run"
+SHORT = (
+    "train.steps=4",
+    "checkpoint.every=2",
+    "checkpoint.keep=1",
+    "train.eval_every=0",
+    f"checkpoint.upload_to={URL}",
+)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(storage, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(upload, "POLL_SECONDS", 0.01)
+    yield
+    MemoryFileSystem.store.clear()
+
+
+def complete() -> list[int]:
+    return sorted(step for step, item in bucket.stored(URL).items() if item.is_complete)
+
+
+def assert_is_there(folder: Path) -> None:
+    """The checkpoint in the store is that in the run folder, and sound."""
+    assert checkpoint.damage_of(folder) is None
+    for path in folder.rglob("*.*"):
+        place = f"{URL}/checkpoints/{folder.name}/{path.relative_to(folder).as_posix()}"
+        assert storage.read_bytes(place) == path.read_bytes()
+
+
+@pytest.fixture
+def whole(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> Path:
+    """A run of four steps that was never stopped and knows no store."""
+    run = tmp_path / "whole"
+    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT, "checkpoint.upload_to=null").code == 0
+    return run
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_to_the_bit(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, whole: Path
+) -> None:
+    """And one of which an upload was cut goes on from the checkpoint before it."""
+    run = tmp_path / "run"
+    command = ("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT)
+    assert moe_lm(*command, "checkpoint.keep=3").code == 0
+    assert complete() == [2, 4]
+    assert [line["step"] for line in events(run, "upload")][-1] == 4
+    storage.remove([f"{URL}/checkpoints/step-00000004/{name}" for name in ("COMPLETE", "trainer.json")])
+    shutil.rmtree(run)
+    done = moe_lm(*command)
+    assert (done.code, "going on after step 2 of 4" in done.out) == (0, True)
+    assert f"fetched the checkpoint of step 2 from {URL}" in (run / "train.log").read_text()
+    assert_same_run(whole, run)
+    assert complete() == [4]
+    assert_is_there(run / "checkpoints" / "step-00000004")
+    assert not [name for name in MemoryFileSystem.store if ".write-test" in name]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_in_the_bucket_is_passed_over_with_a_warning(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm
+) -> None:
+    run = tmp_path / "run"
+    command = ("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT, "checkpoint.keep=3")
+    assert moe_lm(*command).code == 0
+    (name,) = (name for name in bucket.stored(URL)[4].files if name.startswith("model/"))
+    place = f"{URL}/checkpoints/step-00000004/{name}"
+    content = bytearray(storage.read_bytes(place))
+    content[-1] ^= 1
+    storage.write_bytes(place, bytes(content))
+    shutil.rmtree(run)
+    done = moe_lm(*command)
+    assert (done.code, "going on after step 2 of 4" in done.out) == (0, True)
+    assert f"step-00000004/{name} does not have the checksum that the manifest gives" in (run / "train.log").read_text()
+    assert complete() == [2, 4]
+    assert_is_there(run / "checkpoints" / "step-00000004")
+
+
+def test_a_store_that_dies_in_the_middle_does_not_end_training_and_gets_what_it_missed(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, run = MemoryFileSystem.put_file, tmp_path / "run"
+
+    def put_file(store: MemoryFileSystem, path: str, there: str, **how: Any) -> None:
+        if "optimizer" in there:
+            raise ConnectionResetError("reset by peer")
+        real(store, path, there, **how)
+
+    command = ("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", put_file)
+        done = moe_lm(*command)
+    assert (done.code, complete()) == (0, [])
+    assert "reset by peer" in events(run, "failed_upload")[-1]["message"]
+    assert moe_lm(*command).code == 0
+    assert complete() == [4]
+
+
+@pytest.mark.slow
+def test_training_does_not_wait_for_a_store_and_the_end_waits_as_long_as_it_may(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, run, real = threading.Event(), tmp_path / "run", MemoryFileSystem.put_file
+
+    def put_file(store: MemoryFileSystem, path: str, there: str, **how: Any) -> None:
+        assert answers.wait(60)
+        real(store, path, there, **how)
+
+    monkeypatch.setattr(upload, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    try:
+        done = moe_lm("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT, "checkpoint.upload_timeout=1.5")
+        assert (done.code, complete()) == (0, [])
+    finally:
+        answers.set()
+    assert f"the last checkpoint is on its way to {URL}; waiting" in (run / "train.log").read_text()
+    assert "it did not arrive within checkpoint.upload_timeout=1.5 s" in events(run, "failed_upload")[-1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (FileNotFoundError("The specified bucket does not exist"), MISUSED, "it is not there"),
+        (PermissionError("The AWS Access Key Id does not exist"), MISUSED, "the store refuses it"),
+        (TimeoutError("timed out"), FAILED, "the store does not answer as it should (timed out)"),
+    ],
+)
+def test_a_store_that_cannot_be_written_is_said_before_the_first_step(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch, failure: Exception, code: int,
+    said: str,
+) -> None:  # fmt: skip
+    def pipe_file(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}/run", *SHORT)
+    assert (done.code, done.err.count("\n")) == (code, 1)
+    assert done.err.startswith(f"error: checkpoint.upload_to={URL}: cannot write {URL}/.write-test: {said}")
+
+
+def test_an_address_that_is_no_url_is_refused(tiny_pretrain: Path, moe_lm: MoeLm) -> None:
+    done = moe_lm("pretrain", tiny_pretrain, "checkpoint.upload_to=bucket/run")
+    assert done.code == MISUSED
+    assert "upload_to=bucket/run is no URL; expected one like s3://bucket/run, or file:///mnt/run" in done.err
