@@ -203,10 +203,17 @@ MUTATIONS = (
         "checkpoint/test_recovery.py::test_a_run_of_which_only_damaged_ones_are_left_does_not_begin_anew",
     ),
     Mutation(
+        "an upload is whole before its files are there",
+        "checkpoint/bucket.py",
+        "if item.is_complete and step > newest)",
+        "if step > newest)",
+        "train/test_bucket_runs.py::test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_to_the_bit",
+    ),
+    Mutation(
         "cleaning deletes the newest",
         "checkpoint/retain.py",
-        "good[-keep:]}",
-        "good[:keep]}",
+        "good[-keep:])",
+        "good[:keep])",
         "checkpoint/test_checkpoint.py::test_clean_keeps_the_newest_and_removes_leftovers",
     ),
     Mutation(
@@ -219,7 +226,7 @@ MUTATIONS = (
     Mutation(
         "cleaning deletes an archived one",
         "checkpoint/retain.py",
-        "    stay |= {folder for folder in complete.values() if (folder / PINNED).is_file()}\n",
+        "    stay |= {step for step, of in known.items() if of.is_pinned}\n",
         "",
         "train/test_best.py::test_archived_checkpoints_stay_for_good",
     ),
@@ -233,8 +240,8 @@ MUTATIONS = (
     Mutation(
         "the best is the one with the highest loss",
         "checkpoint/retain.py",
-        "complete[min(known,",
-        "complete[max(known,",
+        "return min(measured,",
+        "return max(measured,",
         "checkpoint/test_retain.py",
     ),
     Mutation(
