@@ -8,8 +8,8 @@
 #   HOSTFILE       lines `host slots=processes`; default launch/hostfile (an example: launch/hostfile.example)
 #   MASTER_ADDR    address of the first host; default: the first that `hostname -I` names there
 #   MASTER_PORT    default 29500
-# ssh carries over only variables that begin with PYTHON or NCCL; others (GLOO_SOCKET_IFNAME, OMP_NUM_THREADS) are
-# lines `NAME=value` of ./.deepspeed_env or ~/.deepspeed_env.
+# ssh carries over only variables that begin with PYTHON or NCCL; others (GLOO_SOCKET_IFNAME) are lines `NAME=value` of
+# ./.deepspeed_env or ~/.deepspeed_env. What ranks set themselves: moe-lm doctor.
 # SIGTERM, Ctrl-C, SIGUSR1 and a closed terminal end the training on all hosts, with a checkpoint and exit code 75; a second
 # one gives it 30 s more. Exit codes: moe_lm/common/exits.py. It restarts nothing: after a failure run the same line again,
 # and it goes on from the last checkpoint.

@@ -20,9 +20,6 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$root/.venv/bin:$PATH"
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-# With torch's default, an agent that takes a lost one's place waits for an address that the others never send.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 stop() { echo "error: $1" >&2; exit 2; }
 [ $# -gt 0 ] || stop "no config named; run: bash launch/torchrun.sh CONFIG [key=value ...]"

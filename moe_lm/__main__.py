@@ -21,9 +21,12 @@ def run(signals: AbstractContextManager[None]) -> None:
     """Run the verb while `signals` are heard; the exception of one counts as the verb's own exit."""
     try:
         with signals:
+            from moe_lm.common.environment import prepare
             from moe_lm.parallel.launch import heed_launcher
 
             heed_launcher()
+            if verb_of(sys.argv[1:]) in OF_MANY_RANKS:
+                prepare()  # before anything imports torch
             from moe_lm.cli import main as cli  # only now: this takes long enough for a signal to come
 
             cli.main()

@@ -1,6 +1,10 @@
-"""The meeting of many ranks on one machine: how long it takes, what rank 0 keeps open, and what is said when it fails.
+r"""The meeting of many ranks on one machine: how long it takes, what rank 0 keeps open, and what is said when it fails.
 
-    python eval/bench/meeting.py --ranks 8 64 512 [--gloo] [--output eval/results/meeting.json]
+    TORCH_GLOO_LAZY_INIT=1 TORCH_CPP_LOG_LEVEL=ERROR unshare --net sh -c 'ip link set lo up; exec \
+        python eval/bench/meeting.py --ranks 8 64 512 --gloo [--output eval/results/meeting.json]'
+
+A network of its own, because torch asks for the name behind each connection: a name server that does not answer costs
+5 s each time.
 
 The ranks are light: forks of one process that has imported torch, without a model, each with 4 MB of its own. They meet
 and agree as those of a run do; with `--gloo` they also form the process group and add up a number. Then they part, one

@@ -1,4 +1,4 @@
 """Small things that every room may use.
 
-Reading order: exits, verbs, errors, files, hub, integrity, storage, process, signals, terminal.
+Reading order: exits, verbs, errors, files, hub, integrity, storage, process, environment, signals, terminal.
 """

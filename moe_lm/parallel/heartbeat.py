@@ -28,6 +28,7 @@ class Place:
         self.step: int | None = None  # counted from 1
         self.phase = "starting"
         self.moves = 0
+        self._around = self.phase
         self._since = time.monotonic()
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -35,6 +36,19 @@ class Place:
         self.phase, self.step = phase, step or self.step
         self.moves += 1
         self._since = time.monotonic()
+
+    def begin(self, phase: str) -> None:
+        """Something begins within a phase that other ranks may not need to do, and so does not count as a move."""
+        self._around, self.phase, self._since = self.phase, phase, time.monotonic()
+
+    def end(self) -> None:
+        """It has ended."""
+        self.phase, self._since = self._around, time.monotonic()
+
+    @property
+    def since(self) -> float:
+        """The time at which it came here, which tells one stay from another."""
+        return self._since
 
     @property
     def seconds(self) -> float:

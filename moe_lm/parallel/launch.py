@@ -27,7 +27,6 @@ def launched_ranks() -> Meeting | None:
 
     Raises UsageError if the launcher's environment is incomplete.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's warnings of lost connections hide our sentence
     topology = current_topology()
     if topology.world_size == 1:
         return None

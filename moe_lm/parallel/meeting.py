@@ -23,10 +23,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.process import open_files
 from moe_lm.parallel.heartbeat import LISTEN_SECONDS, POLL_SECONDS, Failure, Heartbeat, Sign, wait_until
 from moe_lm.parallel.topology import Topology
 
 FAILED_SECONDS = 30.0  # for which a rank that fails before the ranks met looks for the others, to tell them
+CONNECTIONS_OF_RANK = 4  # to rank 0: three to the notes, and one of gloo
+SPARE_FILES = 128  # of rank 0, for everything else
 LINGER_SECONDS = 3.0  # for which rank 0 keeps its store, so that the others can read why it ends
 MOST_SPEAKERS = 3  # ranks that print errors of their own: 512 that fail each in its own words fail for one reason
 RANKS_OF_A_POLL = 64  # that may ask rank 0 at POLL_SECONDS; with more of them each asks less often
@@ -227,6 +230,7 @@ class Meeting:
         topology, address, port = self.topology, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         listener = None
         if topology.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _check_files(topology.world_size)
             listener = _listen(port)
         self._reach(address, port, seconds)
         store = dist.TCPStore(
@@ -326,6 +330,16 @@ def last_places(ranks: Sequence[int], signs: Mapping[int, Sign]) -> str:
 def _as_error(failure: Failure) -> MoeLmError:
     """The failure that a rank reported, as an error of this one."""
     return (UsageError if failure.exit_code == UsageError.exit_code else MoeLmError)(failure.message)
+
+
+def _check_files(ranks: int) -> None:
+    """Raise UsageError, before anybody waits, if rank 0 cannot keep as many connections as the ranks make."""
+    needed, room = ranks * CONNECTIONS_OF_RANK + SPARE_FILES, open_files()
+    if needed > room:
+        raise UsageError(
+            f"rank 0 of {ranks:,} needs {needed:,} connections and files, and may open {room:,}; raise the hard limit "
+            "where it is started (ulimit -Hn; LimitNOFILE of systemd, --ulimit of a container)"
+        )
 
 
 def _listen(port: int) -> socket.socket:

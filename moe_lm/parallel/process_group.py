@@ -27,6 +27,12 @@ T = TypeVar("T")
 def join(meeting: Meeting, device: torch.device, timeout_seconds: float) -> None:
     """Meet the other ranks and form the process group, unless there is one; a single process, for DeepSpeed, its own.
 
+    On GPUs NCCL connects at once, bound to the device, and communicators of parts of the ranks are split from that one.
+    Beside it gloo serves tensors of the host: what ranks tell each other, and checkpoints; `with_own_group` makes one
+    more for the thread that saves. The groups of expert, sequence and data parallelism, of DeviceMesh and of DeepSpeed,
+    inherit both. A rank connects to another over gloo when it first speaks to it there (TORCH_GLOO_LAZY_INIT,
+    common/environment.py), so that groups which nobody uses cost nothing.
+
     Raises MoeLmError if a rank does not come in time.
     """
     # Of names that torch 2.13 gives collectives, which older versions, and DeepSpeed, do not know.
@@ -38,16 +44,15 @@ def join(meeting: Meeting, device: torch.device, timeout_seconds: float) -> None
     timeout = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
     rank, world_size = meeting.topology.rank, meeting.topology.world_size
     store = dist.HashStore() if world_size == 1 else dist.PrefixStore("group", meeting.assemble(timeout_seconds))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    bound = device if device.type == "cuda" and world_size > 1 else None  # alone there is nobody to connect to
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
 
 
 def record_flight(folder: Path) -> None:
-    """Have NCCL remember its last collectives, and write them into `folder` when one times out.
+    """Have NCCL write the collectives that it remembers (common/environment.py) into `folder` when one times out.
 
     Call this before the process group is made; `torchfrtrace` reads the files. What a person has set is left as it is.
     """
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     prefix = str(folder.absolute() / FLIGHT_RECORDER)
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its name since torch 2.9, and before
         os.environ.setdefault(name, prefix)

@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from moe_lm.common.environment import AGENT_VARIABLES, Machine, put
 from moe_lm.common.exits import FAILED, FINISHED, LAUNCHER, STOPPED
-from moe_lm.common.process import COMMAND, this_command
+from moe_lm.common.process import COMMAND, cores, open_files, this_command
 from moe_lm.common.signals import NOTHING_TO_SAVE, calling_on_stop
 from moe_lm.parallel.launch import STOP, begun_after, reasons
 
@@ -30,7 +31,7 @@ def replace_this_process(processes: int, command: list[str]) -> NoReturn:
     """Become torchrun with this many ranks of `moe-lm COMMAND` on this machine, as launch/torchrun.sh starts it."""
     options = ["--nproc-per-node", str(processes), "--max-restarts", "3", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", "localhost:0", "--module", "moe_lm", *command]
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120", **os.environ, COMMAND: this_command()}
+    environment = {**os.environ, COMMAND: this_command()}
     for output in (sys.stdout, sys.stderr):
         output.flush()
     os.execve(sys.executable, [sys.executable, "-m", "moe_lm.parallel.torchrun", *options], environment)
@@ -68,7 +69,7 @@ def run_agent(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher import api
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import determine_local_world_size, parse_args, run
 
     class Agent(api.LocalElasticAgent):
         """Counts the restarts since a later step was reached: a run of weeks fails more often than it may in a row."""
@@ -86,6 +87,8 @@ def run_agent(arguments: list[str]) -> int:
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     # The agent wants one signal at least: at this one, from Ctrl-\\, it ends the ranks, and itself in a traceback.
     options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])
+    put(AGENT_VARIABLES, Machine(cores(), determine_local_world_size(options.nproc_per_node)))
+    open_files()  # it keeps the store that all ranks speak to
     try:
         run(options)
     except ChildFailedError as error:  # the ranks have said why

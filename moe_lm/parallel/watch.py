@@ -18,12 +18,12 @@ import moe_lm
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.exits import exit_code
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.heartbeat import LISTEN_SECONDS, Failure, Heartbeat, Sign, wait_until
+from moe_lm.parallel.heartbeat import LISTEN_SECONDS, Failure, Heartbeat, Place, Sign, wait_until
 from moe_lm.parallel.meeting import GO_ON, Meeting, last_places
 from moe_lm.parallel.process_group import dump_flight_recorder
 from moe_lm.parallel.topology import Topology
 
-PATIENT = ("starting", "loading", "saving")  # phases that may take PATIENCE times as long
+PATIENT = ("starting", "loading", "saving", "compiling")  # phases that may take PATIENCE times as long
 PATIENCE = 10
 GRACE_SECONDS = 5.0  # in which the main thread ends by itself after a failure elsewhere
 LAST_RESORT_SECONDS = 60.0
@@ -48,16 +48,16 @@ def agree(meeting: Meeting, values: Mapping[str, object]) -> None:
 class Watchdog:
     """Ends a process whose main thread has not moved on for `seconds`, and all that wait with it.
 
-    Every rank shows the stacks of its threads, in its `log` and, if they are few, on stderr, and the one that hangs is
-    named. To load a
-    checkpoint or to save one may take ten times as long while all ranks give signs of life. A single process waits for
+    Every micro-batch is a move, and every exchange: a step may take as long as it needs. To load a checkpoint, to save
+    one or to compile may take ten times as long while all ranks give signs of life. Every rank shows the stacks of its
+    threads, in its `log` and, if they are few, on stderr, and the one that hangs is named. A single process waits for
     no other: without a meeting the watchdog does nothing.
     """
 
     def __init__(self, seconds: float = 0.0, meeting: Meeting | None = None, log: Path | None = None) -> None:
         self._seconds, self._meeting, self._log = seconds, meeting, log
         self._heartbeat = None if meeting is None else meeting.heartbeat
-        self._over = threading.Event()
+        self._over, self._at_exit = threading.Event(), ExitStack()
         self._thread: threading.Thread | None = None
 
     @property
@@ -74,6 +74,17 @@ class Watchdog:
         """Let the exchanges of a step be places too."""
         if self._heartbeat is not None and exchange is not None:
             exchange.place = self._heartbeat.place
+            if "torch._dynamo" in sys.modules:  # something is compiled; its import takes seconds
+                self._note_compiling(self._heartbeat.place)
+
+    def _note_compiling(self, place: Place) -> None:
+        """Have torch say when it begins to compile, in whichever micro-batch, and when it has."""
+        from torch._dynamo.callback import callback_handler
+
+        started = callback_handler.register_start_callback(lambda _: place.begin("compiling"))
+        ended = callback_handler.register_end_callback(lambda _: place.end())
+        self._at_exit.callback(callback_handler.remove_start_callback, started)
+        self._at_exit.callback(callback_handler.remove_end_callback, ended)
 
     @contextmanager
     def patiently(self, phase: str) -> Iterator[None]:
@@ -94,17 +105,18 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._at_exit.close()
         if self._thread is not None:
             self._thread.join(LISTEN_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self, meeting: Meeting, heartbeat: Heartbeat) -> None:
-        place, due, moves = heartbeat.place, self._seconds, 0
+        place, due, since = heartbeat.place, self._seconds, 0.0
         while not (self._over.wait(min(1.0, self._seconds / 4)) or meeting.is_ending):
             # If even this thread stands still, as when the main thread holds Python's lock.
             faulthandler.dump_traceback_later(self._seconds + LAST_RESORT_SECONDS, exit=True, file=2)
-            if place.moves != moves:
-                due, moves = self._seconds, place.moves
+            if place.since != since:
+                due, since = self._seconds, place.since
             if (failure := heartbeat.failure) is not None:
                 # The main thread says more of an error than this one, and saves what it can.
                 if failure.hung or not wait_until(lambda: self._over.is_set() or meeting.is_ending, GRACE_SECONDS):
@@ -117,19 +129,20 @@ class Watchdog:
     def _judge(self, meeting: Meeting, heartbeat: Heartbeat) -> Failure | None:
         """Who hangs, as one rank finds and tells the others; None if this rank moves on, or may take longer."""
         place, topology = heartbeat.place, meeting.topology
-        moves, seconds = place.moves, self._seconds
+        moves, since, seconds = place.moves, place.since, self._seconds
 
         def settled() -> bool:
-            return heartbeat.failure is not None or heartbeat.notes_are_lost or place.moves != moves
+            return heartbeat.failure is not None or heartbeat.notes_are_lost or place.since != since
 
         with suppress(dist.DistError):
             if not settled() and not meeting.is_first(f"hang/{moves}/{place.seconds // seconds:.0f}"):
                 wait_until(settled, LISTEN_SECONDS + 2)
             silent = [] if settled() else heartbeat.roll_call()
-            if heartbeat.failure is not None or place.moves != moves:
+            if heartbeat.failure is not None or place.since != since:
                 return heartbeat.failure
             if not heartbeat.notes_are_lost:
-                if not silent and any(sign.phase in PATIENT for sign in heartbeat.signs.values()):
+                phases = {place.phase, *(sign.phase for sign in heartbeat.signs.values())}
+                if not silent and not phases.isdisjoint(PATIENT):
                     seconds *= PATIENCE
                 if place.seconds < seconds:
                     return None

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
 import shutil
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_lm import __version__
+from moe_lm.common import environment
 from moe_lm.common.process import cores
 from moe_lm.kernels.native import build
 
@@ -77,6 +79,7 @@ def examine() -> Iterator[Finding]:
     yield _program("pdsh", ("pdsh",), "install pdsh (only launch/deepspeed.sh over several hosts needs it)")
     yield _program("Slurm", ("sbatch",), "ask the cluster's administrators (only launch/slurm.sbatch needs it)")
     yield Finding("processor", "ok", f"{cores()} cores, {_memory_gib():.0f} GiB memory")
+    yield from _environment()
     yield _training()
     yield _disk(Path.cwd())
     yield from _build_locks(_extensions_dir())
@@ -156,6 +159,18 @@ def _kernels() -> Finding:
     from moe_lm.kernels.kernels import choose
 
     return Finding("kernels", "ok", str(choose(pick_device("auto"), decoding=True)))
+
+
+def _environment() -> Iterator[Finding]:
+    """Yield the variables that a rank has when it trains on all GPUs of this machine, and who set them."""
+    import torch
+
+    machine = environment.Machine(cores(), max(1, torch.cuda.device_count()))
+    for setting in environment.settings(environment.VARIABLES, machine):
+        origin = "set in the environment" if setting.is_given else f"moe-lm's: {setting.why}"
+        yield Finding(setting.name, "ok", f"{setting.value} ({origin})")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield Finding("open files", "ok", f"{soft:,}, raised to {hard:,} when a run starts")
 
 
 def _training() -> Finding:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_lm.common.environment import AGENT_VARIABLES, Machine, settings
 from moe_lm.common.exits import MISUSED, STOPPED
 
 ROOT = Path(__file__).parents[2]
@@ -133,8 +134,8 @@ def test_kubernetes_file_agrees_with_itself() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["NPROC"])
     assert {item["name"] for item in container["volumeMounts"]} == {item["name"] for item in pod["volumes"]}
     assert run_config(" ".join(container["command"])).is_file()
-    (until_killed,) = re.findall(r"SHUTDOWN_TIMEOUT:-(\d+)", (LAUNCH / "torchrun.sh").read_text(encoding="utf-8"))
-    assert pod["terminationGracePeriodSeconds"] > int(until_killed)
+    agent = {setting.name: setting.value for setting in settings(AGENT_VARIABLES, Machine(8, 8))}
+    assert pod["terminationGracePeriodSeconds"] > int(agent["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     rules = job["spec"]["podFailurePolicy"]["rules"]
     codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", ())}
     assert codes == {MISUSED: "FailJob", STOPPED: "Ignore"}

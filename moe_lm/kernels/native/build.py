@@ -16,6 +16,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+from moe_lm.common.environment import local_cache
 from moe_lm.common.files import whole_file
 
 FOLDER = Path(__file__).parent
@@ -82,9 +83,9 @@ def build() -> Path:
 
 
 def cache_folder() -> Path:
-    """Raises UnavailableError for a user without a home folder, as containers have."""
+    """On a disk of this machine. Raises UnavailableError for a user without a home folder, as containers have."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
+        return local_cache()
     except RuntimeError as error:
         raise UnavailableError("no home folder; XDG_CACHE_HOME can name one for the cache") from error
 

@@ -7,15 +7,14 @@ for a first request that never comes, or for headers that come byte by byte; thi
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import resource
 from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from moe_lm.common.process import open_files
 
 HEAD_SECONDS = 10.0  # from a connection's first moment, or a request's first byte, until the headers are whole
 SPARE_FILES = 32  # for everything that is not a connection
@@ -27,7 +26,7 @@ def server_config(
     app: ASGIApp, texts: int, shutdown_seconds: int, head_seconds: float = HEAD_SECONDS
 ) -> uvicorn.Config:
     """uvicorn's settings for `texts` requests at a time; the files that the process may open bound the connections."""
-    room = openable() - SPARE_FILES
+    room = open_files() - SPARE_FILES
     connections = Connections(app, max(1, min(room // 2, texts + MOST_IDLE)), head_seconds)
     # asyncio accepts this many at once, and does so several times before those that are too many are closed.
     backlog = max(1, min(room // 8, BACKLOG))
@@ -36,15 +35,6 @@ def server_config(
         connections, http=http, ws="none", log_level="warning", access_log=False, server_header=False, backlog=backlog,
         timeout_graceful_shutdown=shutdown_seconds,
     )  # fmt: skip
-
-
-def openable() -> int:
-    """The number of files and sockets that this process may still open, its soft limit raised to the hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS calls its hard limit infinite and takes less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return (1 << 20 if soft == resource.RLIM_INFINITY else soft) - len(os.listdir("/dev/fd"))
 
 
 class Connections:

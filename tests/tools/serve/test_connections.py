@@ -87,7 +87,7 @@ def test_idle_connections_without_a_key_leave_room_for_others(served_run: Path) 
 
 
 def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one() -> None:
-    program = "from moe_lm.tools.serve.connections import openable; print(openable())"
+    program = "from moe_lm.common.process import open_files; print(open_files())"
     out, err = limited("ulimit -Sn 100; ulimit -Hn 300", "-c", program).communicate(timeout=60)
     assert err == ""
     assert 280 < int(out) < 300
