@@ -43,8 +43,8 @@ MUTATIONS = (
     Mutation(
         "a long save counts as standing still",
         "parallel/watch.py",
-        'PATIENT = ("starting", "loading", "saving")',
-        'PATIENT = ("starting", "loading")',
+        'PATIENT = ("starting", "loading", "saving", "compiling")',
+        'PATIENT = ("starting", "loading", "compiling")',
         f"{RANKS}::test_a_save_may_take_longer_than_ranks_wait_for_each_other",
         slow=True,
     ),
