@@ -18,11 +18,13 @@ from moe_lm.checkpoint.recovery import newest_sound
 from moe_lm.config.run import CheckpointConfig, LogConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch, BatchSource
+from moe_lm.data.order import data_step
 from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.training_loss import LossParts
 from moe_lm.train.alarms import Alarms
 from moe_lm.train.checkpoints import Checkpoints, load
+from moe_lm.train.guards import Window
 from moe_lm.train.log import RunLog
 from moe_lm.train.loop import Training, train
 from moe_lm.train.past import Plan
@@ -32,7 +34,7 @@ from tests.tiny import engine_of, tiny_model
 
 
 class Watched:
-    """The batches of another source; `at(step)` is called before the batch of a step is read."""
+    """The batches of another source; a LoopRun calls `at` when a step begins, with that of its data."""
 
     fingerprint = "watched"
 
@@ -40,8 +42,21 @@ class Watched:
         self.source, self.at = source, at
 
     def batch(self, step: int, rows: range) -> Batch:
-        self.at(step)
         return self.source.batch(step, rows)
+
+
+class Marked:
+    """The batches of another source, which know the step that they were read for."""
+
+    fingerprint = "marked"
+
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
+
+    def batch(self, step: int, rows: range) -> Batch:
+        batch = self.source.batch(step, rows)
+        batch.cu_seqlens.data_step = step  # type: ignore[attr-defined]
+        return batch
 
 
 class LeftOut:
@@ -59,15 +74,14 @@ class LeftOut:
 
 def spoil(engine: Engine, source: BatchSource, factor: Callable[[int], float]) -> BatchSource:
     """The source's batches; the loss of the data of step `step` (counted from 0) is multiplied by `factor(step)`."""
-    newest = [0]
 
-    def multiply(loss: Any, _: Any, parts: LossParts) -> LossParts | None:
-        if not loss.training or (by := factor(newest[0])) == 1:
+    def multiply(loss: Any, given: Any, parts: LossParts) -> LossParts | None:
+        if not loss.training or (by := factor(given[0].cu_seqlens.data_step)) == 1:
             return None
         return parts._replace(loss=parts.loss * by, sums={**parts.sums, "loss": parts.sums["loss"] * by})
 
     engine.loss.register_forward_hook(multiply)
-    return Watched(source, lambda step: newest.__setitem__(0, step))
+    return Marked(source)
 
 
 class LoopRun:
@@ -75,6 +89,8 @@ class LoopRun:
 
     `poison` multiplies the loss of a step's data, counted from 0.
     """
+
+    windows: Sequence[Window] = ()
 
     def __init__(
         self,
@@ -115,9 +131,16 @@ class LoopRun:
                     self.folder / "checkpoints", self.checkpoint, self.engine, log, {"config.yaml": "a: 1\n"}
                 ),
                 log=log, flops_per_token=lambda step: 1e6, evaluate_first=self.evaluate_first,
-                leave_out=getattr(self.source, "leave_out", lambda windows: None),
+                leave_out=self.leave_out, before_step=self.before_step,
             )  # fmt: skip
             return train(self.training, counters)
+
+    def leave_out(self, windows: Sequence[Window]) -> None:
+        self.windows = windows
+        getattr(self.source, "leave_out", lambda windows: None)(windows)
+
+    def before_step(self, step: int) -> None:
+        getattr(self.source, "at", lambda step: None)(data_step(step, self.windows))
 
     def build(self) -> Engine:
         return engine_of(self.make_model(), self.config)

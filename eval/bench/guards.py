@@ -79,7 +79,7 @@ def measure(folder: Path, name: str, model: Values, steps: int) -> dict[str, Any
         times = [time.process_time()]
         rows = local_micro_batches(engine, guard.batches(batches), config.train, step - 1)
         result = engine.train_step(step - 1, rows, loss_limit=guard.loss_limit)
-        record = step_record(step, result, 1.0, 0.0, engine, 1)
+        record = step_record(step, result, 1.0, 0.0, 0.0, engine, 1)
         times.append(time.process_time())
         guard.judge(step, result)
         times.append(time.process_time())

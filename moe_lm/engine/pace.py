@@ -28,14 +28,14 @@ class SlowRank(NamedTuple):
     rank: int
     seconds: float
     others_seconds: float
-    data_seconds: float = 0.0  # of `seconds`, those in which it reads its batch
+    data_seconds: float = 0.0  # of `seconds`, those in which it waits for its batch
 
     @property
     def text(self) -> str:
         return (
             f"{self.name} keeps the others waiting: a step needs {self.seconds:.3g} s of its own there, "
-            f"{self.data_seconds:.3g} s of them to read its data, and {self.others_seconds:.3g} s on the others; see "
-            "what else runs there, its clock rate and its disk"
+            f"{self.data_seconds:.3g} s of them to wait for its data, and {self.others_seconds:.3g} s on the others; "
+            "see what else runs there, its clock rate and its disk"
         )
 
 

@@ -45,11 +45,14 @@ def step_record(
     result: StepResult,
     seconds: float,
     data_seconds: float,
+    reading_seconds: float,
     engine: Engine,
     flops_per_token: float,
     with_load: bool = False,
 ) -> dict[str, object]:
-    """The figures of a step that took this many seconds, `data_seconds` of which this rank read its batch.
+    """The figures of a step that took this many seconds, `data_seconds` of which this rank waited for its batch.
+
+    `reading_seconds`: those in which the batch was read, mostly while the step before ran.
 
     `with_load` adds the load of each expert, which makes a record several times as long.
     """
@@ -65,6 +68,7 @@ def step_record(
         "tokens_per_second": tokens_per_second,
         "seconds": seconds,
         "data_seconds": data_seconds,
+        "reading_seconds": reading_seconds,
         **memory(engine.device),
         "skipped": result.skipped,
         **result.figures,

@@ -19,6 +19,7 @@ from moe_lm.engine.engine import Engine
 from moe_lm.engine.pace import Pace
 from moe_lm.objective.scheduled_sampling import with_own_tokens
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
+from moe_lm.train.ahead import Ahead
 from moe_lm.train.checkpoints import Checkpoints
 from moe_lm.train.deadline import Deadline
 from moe_lm.train.figures import step_record
@@ -70,11 +71,12 @@ def train(run: Training, counters: Mapping[str, Any]) -> TrainingResult:
     """
     with stop_signals() as signals, run.checkpoints:
         loop = Loop(run, counters, signals)
-        follows = loop.begin()
-        while follows in (Next.STEP, Next.ROLLBACK):
-            if follows is Next.ROLLBACK:
-                loop.roll_back()
-            follows = loop.step()
+        with loop.ahead:
+            follows = loop.begin()
+            while follows in (Next.STEP, Next.ROLLBACK):
+                if follows is Next.ROLLBACK:
+                    loop.roll_back()
+                follows = loop.step()
         loop.end(follows)
     if loop.result.stopped:
         run.log.message(f"stopped after step {loop.result.step}; to go on, run again: {this_command()}")
@@ -91,6 +93,7 @@ class Loop:
         self._restore(counters)
         self.guard = Guard(run.config.guards, run.log, counters)
         self.batches = self.guard.batches(run.batches)
+        self.ahead = Ahead(self._read, run.engine.device)
         run.leave_out(self.guard.memory.windows)
         self.pace = Pace(run.engine)
         self.unsaved = False  # whether a step was taken since the newest checkpoint was loaded or begun
@@ -147,6 +150,7 @@ class Loop:
         Raises MoeLmError if there is none, or the run has gone back as often as it may.
         """
         run, step = self.run, self.result.step
+        self.ahead.forget()  # other data follows
         run.checkpoints.wait(step)
         self.guard.check_rollback(step)
         counters = run.checkpoints.go_back(step)
@@ -191,19 +195,25 @@ class Loop:
         step = result.step
         run.before_step(step)
         run.watchdog.at("reading", step + 1)
+        asked = time.perf_counter()
         with self.pace.reading():
-            micro_batches = local_micro_batches(engine, self.batches, run.config, step)
-        data_seconds = time.perf_counter() - started
-        found = engine.train_step(step, micro_batches, loss_limit=self.guard.loss_limit)
+            read = self.ahead.take(step, last=run.config.steps - 1)
+        waited = time.perf_counter() - asked
+        found = engine.train_step(step, read.micro_batches, loss_limit=self.guard.loss_limit)
         run.watchdog.at("after the step")
         seconds = time.perf_counter() - started
         result.note_step(found.loss, found.tokens)
         self.unsaved = True
         with_load = run.log.has_load(result.step)
-        record = step_record(result.step, found, seconds, data_seconds, engine, run.flops_per_token(step), with_load)
+        record = step_record(
+            result.step, found, seconds, waited, read.seconds, engine, run.flops_per_token(step), with_load
+        )
         record |= self._now()
         self.guard.judge(result.step, found)
         return record
+
+    def _read(self, step: int) -> list[Batch]:
+        return local_micro_batches(self.run.engine, self.batches, self.run.config, step)
 
     def _now(self) -> dict[str, Any]:
         """When a record is written, and after how many tokens."""

@@ -330,8 +330,8 @@ SYMPTOMS = (
         name="waiting for data",
         look="window",
         test=waiting_for_data,
-        when=f"for {ROW} steps, reading the batch takes more than {WAITING:.0%} of the time",
-        says="reading takes {share:.0%} of a step ({seconds:.3g} s) over {steps} steps",
+        when=f"for {ROW} steps, waiting for the batch takes more than {WAITING:.0%} of the time",
+        says="waiting for data takes {share:.0%} of a step ({seconds:.3g} s) over {steps} steps",
         cure="Copy data.shards to a local disk, and see what else reads from it and what else runs on these cores.",
     ),
     Symptom(

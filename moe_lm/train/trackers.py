@@ -18,7 +18,16 @@ from moe_lm.train.folder import name_of
 
 GROUPS = {
     "optim": ("lr", "grad_norm"),
-    "system": ("tokens_per_second", "seconds", "data_seconds", "memory_bytes", "host_bytes", "device_bytes", "mfu"),
+    "system": (
+        "tokens_per_second",
+        "seconds",
+        "data_seconds",
+        "reading_seconds",
+        "memory_bytes",
+        "host_bytes",
+        "device_bytes",
+        "mfu",
+    ),
 }  # all other figures of a step are of `train`
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 WORST: dict[str, Callable[[Sequence[float]], float]] = {

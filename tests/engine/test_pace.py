@@ -118,4 +118,4 @@ def test_a_slow_rank_is_named_with_the_seconds_in_which_it_reads() -> None:
     """Those of that rank: it alone may have a slow disk."""
     ((_, slow),) = named([[0.02] * 24, [0.02] * 7 + [0.04] * 17])
     assert slow.data_seconds == pytest.approx(0.03)
-    assert "needs 0.04 s of its own there, 0.03 s of them to read its data, and 0.02 s on the others" in slow.text
+    assert "needs 0.04 s of its own there, 0.03 s of them to wait for its data, and 0.02 s on the others" in slow.text

@@ -111,13 +111,13 @@ def over_steps(runs: Sequence[Run], name: str, band: bool = False) -> list[Line]
 
 
 def waiting_chart(run: Run) -> str:
-    """Seconds of a step, in layers from below: reading, computing, and what lies between steps."""
+    """Seconds of a step, in layers from below: waiting for data, computing, and what lies between steps."""
     seconds, data, between = words.waits(run)
     step = column(run.steps.means(), COLUMNS, "step")
     lines = [
         Line("between steps: evaluating, saving", step, seconds + between, 2, style="area"),
         Line("computing", step, seconds, 0, style="area"),
-        Line("reading data", step, data, 1, style="area"),
+        Line("waiting for data", step, data, 1, style="area"),
     ]
     return chart(words.waiting_title(run), lines, "step", "seconds a step", from_zero=True)
 

@@ -171,13 +171,13 @@ def waiting_title(run: Run) -> str:
     seconds, data, between = waits(run)
     total = np.nansum(seconds) + np.nansum(between)
     return (
-        f"Of the time, {share(np.nansum(data), total)} went into reading, {share(np.nansum(between), total)} into "
+        f"Of the time, {share(np.nansum(data), total)} went into waiting for data, {share(np.nansum(between), total)} into "
         "evaluating, saving and all else between steps"
     )
 
 
 def waits(run: Run) -> tuple[Row, Row, Row]:
-    """Seconds of a step, of reading in it, and between it and the step before."""
+    """Seconds of a step, of waiting for data in it, and between it and the step before."""
     means = run.steps.means()
     seconds, data, between = (column(means, COLUMNS, name) for name in ("seconds", "data_seconds", "between"))
     return seconds, np.nan_to_num(data), np.nan_to_num(between)
