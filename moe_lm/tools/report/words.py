@@ -171,8 +171,8 @@ def waiting_title(run: Run) -> str:
     seconds, data, between = waits(run)
     total = np.nansum(seconds) + np.nansum(between)
     return (
-        f"Of the time, {share(np.nansum(data), total)} went into waiting for data, {share(np.nansum(between), total)} into "
-        "evaluating, saving and all else between steps"
+        f"Of the time, {share(np.nansum(data), total)} went into waiting for data, {share(np.nansum(between), total)} "
+        "into evaluating, saving and all else between steps"
     )
 
 
