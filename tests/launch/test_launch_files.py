@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import yaml
 
 from moe_lm.common.environment import AGENT_VARIABLES, Machine, settings
 from moe_lm.common.exits import MISUSED, STOPPED
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -157,13 +160,21 @@ def test_the_job_that_prepares_fills_the_volume_of_the_run() -> None:
     assert re.findall(r"moe-lm tokenizer .*", own["command"][-1])[0] in config.read_text(encoding="utf-8")
 
 
-def test_skypilot_file_agrees_with_itself() -> None:
+def test_the_skypilot_file_trains_from_a_bucket_and_into_it(project: Path, tmp_path: Path) -> None:
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
-    assert task["num_nodes"] > 1
     assert task["resources"]["use_spot"]
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == STOPPED
-    (mounted,) = task["volumes"]
-    assert f"ln -sfn {mounted} runs\n" in task["run"]
-    config = run_config(task["run"])
-    assert "run_dir: runs/" in config.read_text(encoding="utf-8")
-    assert (ROOT / task["setup"].split()[-1]).is_file()
+    assert {source.partition("/")[0] for source in task["file_mounts"].values()} == {"${BUCKET}"}
+    _, script, extra = task["setup"].split()
+    assert (ROOT / script).is_file()
+    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    environment = task["envs"] | {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "PATH": programs(tmp_path / "bin")}
+    command = ["/usr/bin/bash", "-c", task["run"]]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    options, _, arguments = done.stdout.partition(" --module moe_lm pretrain ")
+    assert "--nnodes 1 --nproc-per-node 8" in options
+    config, *overrides = arguments.split()
+    loaded = load_config(PretrainConfig, ROOT / config, overrides)
+    assert {str(loaded.data.tokenizer), str(loaded.data.shards)} == set(task["file_mounts"])
+    assert loaded.checkpoint.upload_to == f"{task['envs']['BUCKET']}/runs/{loaded.run_dir.name}"
