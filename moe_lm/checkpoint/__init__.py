@@ -1,4 +1,5 @@
 """The checkpoint folder: written whole, verified, and read by rows into any layout.
 
-Reading order: checkpoint, write, read, safetensors_file, retain, recovery, lineage, carried, bucket, upload, saver.
+Reading order: checkpoint, write, placement, read, safetensors_file, retain, recovery, lineage, carried, bucket, upload,
+saver.
 """

@@ -3,7 +3,7 @@
 It is whole and checksummed, or it is not there.
 
     model/          safetensors with the tensors named `model.*`: all that sampling reads
-    optimizer/      safetensors with every other tensor
+    optimizer/      safetensors with every other tensor; in both, pieces.json says where their elements are
     carried/        safetensors of an imported model that are none of ours, for its export
     ...             the files beside them: config, tokenizer, the trainer's counters
     manifest.json   size and checksum of every file above
@@ -27,9 +27,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from moe_lm.common import hub
 from moe_lm.common.errors import MoeLmError, UsageError
@@ -53,6 +51,8 @@ MOST_RUNS = 4  # that are named
 STEP_NAME = re.compile(r"step-(\d{8,})((?:\.replaced|\.damaged)?(?:\.tmp)?)")
 
 
+T = TypeVar("T")
+
 # What an OSError says of the checkpoint. Any other, like EIO or EACCES, is of the storage, and may be over soon.
 OF_THE_CHECKPOINT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -61,9 +61,9 @@ class UnreadableError(MoeLmError):
     """A file cannot be read, and nothing says that it is damaged."""
 
 
-def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def parts_of(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """The tensors by the subfolder that holds them."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, T]] = {}
     for name, tensor in state.items():
         parts.setdefault(MODEL if name.startswith(MODEL_PREFIX) else OPTIMIZER, {})[name] = tensor
     return parts

@@ -6,26 +6,25 @@ over ranks; spreading it over devices; exporting and proving it. So no tensor ne
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, lineage
 from moe_lm.checkpoint.checkpoint import MODEL
-from moe_lm.checkpoint.safetensors_file import OFFSETS, SHARDING, Header, Stored, pieces_of, read_header
+from moe_lm.checkpoint.placement import Placed, Placement
+from moe_lm.checkpoint.safetensors_file import DTYPES, pieces_of
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.model import lora
-from moe_lm.parallel.logical import box_of
+from moe_lm.parallel.logical import Piece, piece_of, rows_of
 from moe_lm.parallel.process_group import Ranks
 
 READERS = 4  # threads that read tensors
@@ -46,7 +45,7 @@ class TensorSource(Protocol):
 
 def load(
     folder: Path,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Piece],
     ranks: Ranks | None = None,
     verified: bool = False,
     zero_if_absent: Collection[str] = (),
@@ -55,8 +54,8 @@ def load(
 
     Those named in `zero_if_absent` become 0 if the checkpoint, which is of an older version, does not have them.
 
-    They keep their dtype and layout, and each rank reads its own part of them. Nothing is verified again that was
-    `verified` just now. Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as
+    They keep their dtype, and each rank reads its own pieces of them. Nothing is verified again that was `verified`
+    just now. Raises UsageError for a checkpoint without COMPLETE, MoeLmError naming the file that is not as
     it was written or the tensor that is missing or has another shape; no tensor has been touched then.
     """
     ranks = ranks or Ranks()
@@ -64,7 +63,7 @@ def load(
         ranks.each(lambda: checkpoint.verify(folder, share=slice(ranks.rank, None, ranks.size)), (MoeLmError,))
     parts = [(part, tensors, CheckpointTensors(folder, part)) for part, tensors in checkpoint.parts_of(state).items()]
 
-    absent: dict[str, Tensor] = {}
+    absent: dict[str, Tensor | Piece] = {}
 
     def check() -> None:
         for part, tensors, source in parts:
@@ -76,13 +75,14 @@ def load(
         for _, tensors, source in parts:
             fill(tensors, source)
         for tensor in absent.values():
-            tensor.zero_()
+            for memory in piece_of(tensor).views:
+                memory.zero_()
 
     ranks.each(check, (MoeLmError,))
     ranks.each(fill_all, (MoeLmError,))
 
 
-def load_weights(folder: Path, tensors: Mapping[str, Tensor], base: Path | None = None) -> None:
+def load_weights(folder: Path, tensors: Mapping[str, Tensor | Piece], base: Path | None = None) -> None:
     """Fill a model's tensors, named `model.*`, in place, adapters merged into their base; every rank calls this.
 
     Reads and verifies no optimizer state. Raises as `open_tensors` and `load` do.
@@ -129,23 +129,39 @@ def pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
-    """Fill tensors in place, in their dtype; of what ranks divide, a rank reads and fills its own part."""
+def fill(tensors: Mapping[str, Tensor | Piece], source: TensorSource) -> None:
+    """Fill tensors, or this rank's pieces of them, in place, in their dtype. Nothing else is read."""
 
     def fill_one(name: str) -> None:
-        local, box = box_of(tensors[name])
-        if isinstance(source, CheckpointTensors) and source.read_into(name, local.detach(), box):
-            return
-        first = box[0].start if box else 0
-        rows = local if local.ndim else local.view(1)
-        for start, stop in pieces_of(local.shape):
-            rows[start:stop] = source.rows(name, first + start, first + stop, *box[1:])
+        piece, dtype = piece_of(tensors[name]), source.dtype(name)
+        at = piece.start
+        for view in piece.views:
+            if view.is_cpu and view.is_contiguous() and view.dtype == dtype:
+                read_elements(source, name, view.view(-1), at)
+            else:
+                for rows, first in rows_of(view, at):
+                    found = torch.empty(rows.shape, dtype=dtype)
+                    read_elements(source, name, found.view(-1), first)
+                    rows.copy_(found)
+            at += view.numel()
 
     with ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool:
         list(pool.map(torch.no_grad()(fill_one), tensors))
 
 
-def check_fits(tensors: Mapping[str, Tensor], source: TensorSource, whole: bool) -> None:
+def read_elements(source: TensorSource, name: str, out: Tensor, start: int) -> None:
+    """Fill 1-d memory of the source's dtype with the elements of a tensor, flattened, from `start` on."""
+    if isinstance(source, CheckpointTensors):
+        source.read_into(name, out, start)
+        return
+    shape = source.shape(name)
+    row = math.prod(shape[1:])
+    stop = start + out.numel()
+    rows = source.rows(name, start // row, -(-stop // row))
+    out.copy_(rows.reshape(-1)[start % row :][: out.numel()])
+
+
+def check_fits(tensors: Mapping[str, Tensor | Piece], source: TensorSource, whole: bool) -> None:
     """Raise MoeLmError unless `source` has all of these tensors, in their shapes; if `whole`, no others besides."""
     names = set(source.names())
     for name, tensor in tensors.items():
@@ -174,96 +190,50 @@ def read_model_config(folder: Path, **changes: Any) -> ModelConfig:
     return build_config(ModelConfig, values | changes, origin=str(folder / "model.yaml"))
 
 
-class Piece(NamedTuple):
-    """A box of a tensor: where it begins in the whole, and where a file keeps it."""
-
-    begin: tuple[int, ...]
-    stored: Stored
-
-    def end(self, dimension: int) -> int:
-        return self.begin[dimension] + self.stored.shape[dimension]
-
-
 class CheckpointTensors:
-    """The tensors in a subfolder of a checkpoint. Ranks that divided a tensor wrote its pieces into their own files.
+    """The tensors in a subfolder of a checkpoint, whatever pieces the ranks have written.
 
     Reading raises MoeLmError for a file that is not sound, a tensor that is not there, or one of which a part is.
     """
 
     def __init__(self, folder: Path, part: str = MODEL) -> None:
-        self.folder, self._part = folder, part
+        self.folder = folder
+        self._placement = Placement(folder / part)
 
     def names(self) -> Iterable[str]:
-        return self._pieces
+        return self._placement.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        pieces = self._find(name)
-        shape = tuple(max(piece.end(place) for piece in pieces) for place in range(len(pieces[0].begin)))
-        if sum(math.prod(piece.stored.shape) for piece in pieces) != math.prod(shape):
-            raise MoeLmError(f"the checkpoint {self.folder} holds only a part of tensor {name}")
-        return shape
+        return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._find(name)[0].stored.dtype
+        dtype_name = self._find(name).dtype_name
+        if dtype_name not in DTYPES:
+            raise MoeLmError(
+                f"tensor {name} of the checkpoint {self.folder} has dtype {dtype_name}, expected one of "
+                f"{', '.join(DTYPES)}; convert it first"
+            )
+        return DTYPES[dtype_name]
 
     def where(self, name: str) -> str:
         return str(self.folder)
 
     def rows(self, name: str, start: int, stop: int, *across: slice) -> Tensor:
-        pieces, shape = self._find(name), self.shape(name)
-        if not shape:
-            return pieces[0].stored.rows(start, stop)
-        box = [slice(start, stop), *across, *(slice(0, size) for size in shape[1 + len(across) :])]
-        out = torch.empty([side.stop - side.start for side in box], dtype=pieces[0].stored.dtype)
-        filled = 0
-        for piece in pieces:
-            common = [
-                slice(max(side.start, piece.begin[place]), min(side.stop, piece.end(place)))
-                for place, side in enumerate(box)
-            ]
-            if any(side.start >= side.stop for side in common):
-                continue
-            first, *others = (_moved(side, -begin) for side, begin in zip(common, piece.begin, strict=True))
-            found = piece.stored.rows(first.start, first.stop)[(slice(None), *others)]
-            out[tuple(_moved(side, -whole.start) for side, whole in zip(common, box, strict=True))] = found
-            filled += found.numel()
-        if filled != out.numel():
-            raise MoeLmError(f"the checkpoint {self.folder} holds only a part of tensor {name}")
-        return out
+        shape = self.shape(name)
+        rows = torch.empty([stop - start, *shape[1:]], dtype=self.dtype(name))
+        self.read_into(name, rows.view(-1), start * math.prod(shape[1:]))
+        return rows[(slice(None), *across)]
 
-    def read_into(self, name: str, out: Tensor, box: Sequence[slice]) -> bool:
-        """Read a box of a tensor straight into `out`; False where files and memory do not have its rows alike."""
-        if not box or not out.is_cpu or not out.is_contiguous() or out.dtype != self.dtype(name):
-            return False
-        wanted, *across = box
-        pieces, _ = self._find(name), self.shape(name)
-        for piece in pieces:
-            sides = zip(across, piece.begin[1:], piece.stored.shape[1:], strict=True)
-            if any((side.start, side.stop) != (begin, begin + size) for side, begin, size in sides):
-                return False
-        filled = 0
-        for piece in pieces:
-            start, stop = max(wanted.start, piece.begin[0]), min(wanted.stop, piece.end(0))
-            if start < stop:
-                piece.stored.read_into(out[start - wanted.start : stop - wanted.start], start - piece.begin[0])
-                filled += stop - start
-        if filled != len(out):
-            raise MoeLmError(f"the checkpoint {self.folder} holds only a part of tensor {name}")
-        return True
+    def read_into(self, name: str, out: Tensor, start: int) -> None:
+        """Fill 1-d memory of the tensor's dtype with its elements, flattened, from `start` on."""
+        for span in self._placement.spans(name, start, start + out.numel()):
+            at = span.start - start
+            span.stored.read_into(out[at : at + span.length], span.offset)
 
-    @cached_property
-    def _pieces(self) -> dict[str, list[Piece]]:
-        found: dict[str, list[Piece]] = {}
-        for path in sorted((self.folder / self._part).glob("*.safetensors")):
-            header = read_header(path)
-            for name, begin in _places(path, header).items():
-                found.setdefault(name, []).append(Piece(begin, header.tensors[name]))
-        return found
-
-    def _find(self, name: str) -> list[Piece]:
-        if name not in self._pieces:
+    def _find(self, name: str) -> Placed:
+        if name not in self._placement.tensors:
             raise MoeLmError(f"the checkpoint {self.folder} has no tensor {name}, which its model.yaml promises")
-        return self._pieces[name]
+        return self._placement.tensors[name]
 
 
 class MergedTensors:
@@ -301,21 +271,3 @@ class MergedTensors:
 
     def _is_adapted(self, name: str) -> bool:
         return lora.factors_of(name)[0] in self._trained
-
-
-def _moved(side: slice, by: int) -> slice:
-    return slice(side.start + by, side.stop + by)
-
-
-def _places(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
-    """Where each tensor of a file begins in the whole tensor, as torch's writer puts it into the header."""
-    places = {name: (0,) * len(stored.shape) for name, stored in header.tensors.items()}
-    try:
-        entries = json.loads(header.metadata.get(SHARDING, "{}"))
-        places |= {name: tuple(map(int, entry[OFFSETS])) for name, entry in entries.items()}
-        sound = all(len(places[name]) == len(stored.shape) for name, stored in header.tensors.items())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        sound = False
-    if not sound or min((min(place, default=0) for place in places.values()), default=0) < 0:
-        raise MoeLmError(f"{path} does not say soundly where its pieces of tensors belong; copy the checkpoint again")
-    return {name: places[name] for name in header.tensors}

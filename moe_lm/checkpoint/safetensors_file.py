@@ -24,7 +24,6 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import open_regular
 from moe_lm.common.integrity import Entry, Hashed
 
-SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # where torch's writer says what place a piece has
 ALIGNMENT = 4096  # of the tensors in a file: the kernel copies aligned bytes several times as fast
 PIECE_BYTES = 1 << 24  # of a tensor, in memory at once
 MOST_HEADER = 100_000_000  # bytes, as in the library
@@ -59,14 +58,14 @@ class Stored:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start..stop` of the first dimension, in memory of their own. A scalar is one row."""
         rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        self.read_into(rows, start)
+        self.read_into(rows, start * math.prod(self.shape[1:]))
         return rows
 
-    def read_into(self, rows: Tensor, start: int) -> None:
-        """Fill contiguous rows of this dtype with those from `start` on."""
-        buffer, filled = as_bytes(rows), 0
+    def read_into(self, elements: Tensor, start: int) -> None:
+        """Fill contiguous memory of this dtype with the elements from `start` on."""
+        buffer, filled = as_bytes(elements), 0
         with _open(self.file) as file:
-            file.seek(self.start + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            file.seek(self.start + start * self.dtype.itemsize)
             while filled < len(buffer):
                 count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
                 if not count:

@@ -16,6 +16,7 @@ from moe_lm.checkpoint import checkpoint, retain, write
 from moe_lm.checkpoint.upload import Uploader
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
+from moe_lm.parallel.logical import Piece
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
@@ -45,6 +46,7 @@ class Saver:
         self.watchdog = watchdog
         self.ranks = Ranks.with_own_group(watchdog.patience_seconds)
         self.uploader = None if config.upload_to is None else Uploader(checkpoints, config, self.ranks)
+        self._plans = write.Plans()
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
         self._disk_was_full = False
@@ -55,7 +57,7 @@ class Saver:
     def save(
         self,
         step: int,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Tensor | Piece],
         files: Mapping[str, write.Content],
         is_over: Callable[[], bool] = lambda: True,
         tell: Callable[[str], object] = print,
@@ -83,14 +85,14 @@ class Saver:
             tell(f"{failure}; trying again every {RETRY_SECONDS} s until it succeeds or a signal ends the run")
             self._wait_for_room(is_over)
 
-    def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, write.Content]) -> None:
+    def start(self, step: int, state: Mapping[str, Tensor | Piece], files: Mapping[str, write.Content]) -> None:
         """Begin a save, whose outcome `outcomes` tells; in the background this returns as soon as `state` is copied."""
         self.wait()
         outcome: futures.Future[Path] = futures.Future()
         self._started = time.monotonic()
         self._under_way = step, outcome
         if self.background:
-            copy = write.snapshot(state)
+            copy = write.snapshot(state, self.ranks)
             # A daemon: if a save never ends, the process still does.
             threading.Thread(
                 target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True
@@ -138,13 +140,17 @@ class Saver:
         return outcomes
 
     def _write(
-        self, step: int, state: Mapping[str, Tensor], files: Mapping[str, write.Content], make_room: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Tensor | Piece],
+        files: Mapping[str, write.Content],
+        make_room: bool = False,
     ) -> Path:
         """Save and drop the oldest. Older ones give way on a full disk at the second time, or at the first if asked."""
         self._started = time.monotonic()
         while True:
             try:
-                folder = write.save(self.checkpoints, step, state, files, self.ranks)
+                folder = write.save(self.checkpoints, step, state, files, self.ranks, self._plans)
                 break
             except write.WriteError as error:
                 may_give_way = error.disk_is_full and (make_room or self._disk_was_full)

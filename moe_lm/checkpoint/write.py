@@ -1,7 +1,7 @@
-"""Writes a checkpoint: a share of the tensors on every rank, then the manifest, COMPLETE, and the folder's final name.
+"""Writes a checkpoint: the pieces of every rank, then the manifest, COMPLETE, and the folder's final name.
 
-`torch.distributed.checkpoint` plans who writes what: plain tensors in one process, DTensors and plain ones over any
-number of ranks. Of a tensor that several ranks hold alike, the rank with the least to write writes it.
+A rank writes what it keeps, into files of its own. What all ranks keep alike is divided among them by a rule that each
+applies for itself. So nothing travels but the names of files, their checksums, and once in a run where everything is.
 """
 
 from __future__ import annotations
@@ -9,39 +9,30 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, Metadata, SavePlan, SavePlanner, StorageWriter
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Shard
-from torch.futures import Future
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import COMPLETE, MANIFEST
-from moe_lm.checkpoint.safetensors_file import OFFSETS, SHARDING, Output, write_file
+from moe_lm.checkpoint.placement import INDEX, Plan, index_of
+from moe_lm.checkpoint.safetensors_file import PIECE_BYTES, Output, write_file
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import sync, unfinished_path
 from moe_lm.common.integrity import Entry, entry_of, entry_of_bytes
-from moe_lm.parallel.logical import host_copy, with_local
+from moe_lm.parallel.logical import Piece, piece_of, rows_of, share_of
 from moe_lm.parallel.process_group import Ranks
 
-MAX_FILE_BYTES = 1 << 28  # files are written, verified and read side by side
+MAX_FILE_BYTES = 1 << 30  # files are written, verified and read side by side
+WRITERS = 4  # threads
 Content = str | Path | Callable[[Path], None]
-
-# One process needs no process group. Once and for all: what `warnings.catch_warnings` does is not for threads.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+Shards = dict[str, dict[str, dict[str, Piece]]]  # by part and file, pieces by name
 
 
 class WriteError(MoeLmError):
@@ -50,118 +41,144 @@ class WriteError(MoeLmError):
     disk_is_full = False
 
 
+class Plans:
+    """Where everything is, as the ranks have said at the last save: they say it again only when it has changed."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, Plan] | None = None  # by part
+        self._all: list[dict[str, Plan]] = []  # of all ranks, on rank 0
+        self._indices: dict[str, str] = {}
+
+    def indices(self, own: dict[str, Plan], ranks: Ranks) -> dict[str, str]:
+        """The text of each part's index, on rank 0; every rank calls this."""
+        is_known = self._own is not None and self._own.keys() == own.keys()
+        if not is_known or not all(plan.equals(self._own[part]) for part, plan in own.items()):  # type: ignore[index]
+            self._own, said = own, own
+        else:
+            said = None
+        found = ranks.to_first(said)
+        if found is not None and any(plans is not None for plans in found):
+            known = self._all or [{} for _ in found]
+            self._all = [before if plans is None else plans for before, plans in zip(known, found, strict=True)]
+            parts = sorted({part for plans in self._all for part in plans})
+            self._indices = {part: index_of([plans[part] for plans in self._all if part in plans]) for part in parts}
+        return self._indices
+
+
 def save(
     checkpoints: Path,
     step: int,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Piece],
     files: Mapping[str, Content],
     ranks: Ranks | None = None,
+    plans: Plans | None = None,
 ) -> Path:
     """Write `checkpoints/step-<step>` with the tensors of `state` and return it; every rank calls this.
 
-    `files` are kept beside the tensors under their names: a string is text, a path is a file or folder to copy, and a
-    function writes to the path that it is given, such as tensors too large to be in memory together. A checkpoint of
-    the same step is replaced. Raises WriteError with the path and the reason when writing fails; the older checkpoints
-    are untouched then.
+    A `Piece` is kept by the ranks that it names, an ordinary tensor by all. `files` are kept beside the tensors under
+    their names: a string is text, a path is a file or folder to copy, and a function writes to the path that it is
+    given, such as tensors too large to be in memory together. `plans` goes from save to save. A checkpoint of the same
+    step is replaced. Raises WriteError with the path and the reason when writing fails; the older checkpoints are
+    untouched then.
     """
-    ranks = ranks or Ranks()
+    ranks, plans = ranks or Ranks(), plans or Plans()
     folder = checkpoints / f"step-{step:08d}"
     unfinished = unfinished_path(folder)
+    shards = _shards(own_pieces(state, ranks), ranks.rank)
     try:
         ranks.first(lambda: _make_empty(unfinished), (OSError,))
-        written = _write_tensors(unfinished, state, ranks)
-        manifests = ranks.each(lambda: written | _settle(unfinished, files, ranks.rank), (OSError,))
-        entries = {name: entry for manifest in manifests for name, entry in manifest.items()}
-        ranks.first(lambda: _finish(unfinished, folder, entries), (OSError, MoeLmError))
-    except (OSError, CheckpointException) as error:
+        found = ranks.each(
+            lambda: _write_shards(unfinished, shards) | _settle(unfinished, files, ranks.rank), (OSError, MoeLmError)
+        )
+        entries = {name: entry for lines in found for name, entry in lines.items()}
+        indices = plans.indices({part: Plan.of(shards_of_part) for part, shards_of_part in shards.items()}, ranks)
+        ranks.first(lambda: _finish(unfinished, folder, entries, indices), (OSError, MoeLmError))
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        cause = _cause(error)
         failed = WriteError(
-            f"cannot write the checkpoint {folder}: {checkpoint.reason(cause)}; make room or mend the folder, the "
+            f"cannot write the checkpoint {folder}: {checkpoint.reason(error)}; make room or mend the folder, the "
             "older checkpoints are as they were"
         )
-        failed.disk_is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        failed.disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise failed from error
-    except MoeLmError:  # from a function among `files`, or ranks that do not share the folder
+    except BaseException:  # from a function among `files`, of ranks that do not share the folder, or an interrupt
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return folder
 
 
-@torch.no_grad()
-def snapshot(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy in the host's memory of this rank's part of every tensor, which training does not change."""
-    return {name: with_local(tensor, host_copy) for name, tensor in state.items()}
+def own_pieces(state: Mapping[str, Tensor | Piece], ranks: Ranks) -> dict[str, Piece]:
+    """What this rank writes: its own pieces, and its share of the tensors that all ranks have."""
+    return {
+        name: share_of(name, tensor, tensor.copy, tensor.copies)
+        if isinstance(tensor, Piece)
+        else share_of(name, piece_of(tensor), ranks.rank, ranks.size)
+        for name, tensor in state.items()
+    }
 
 
 @torch.no_grad()
-def _write_tensors(folder: Path, state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Entry]:
-    """Write safetensors into `folder`, each rank its share; returns the lines of the files that this rank wrote.
-
-    Raises CheckpointException on every rank alike.
-    """
-    writer = _Writer(folder, ranks.rank, _places(state))
-    dcp.save(dict(state), storage_writer=writer, process_group=ranks.group)
-    return writer.entries
+def snapshot(state: Mapping[str, Tensor | Piece], ranks: Ranks) -> dict[str, Piece]:
+    """A copy, in the host's memory, of what this rank writes: training does not change it."""
+    return {name: _copied(piece) for name, piece in own_pieces(state, ranks).items()}
 
 
-class _Writer(StorageWriter):
-    """Writes this rank's tensors and pieces of tensors, each file in a thread, hashed from memory and synced.
-
-    The format is that of `HuggingFaceStorageWriter`, which serialises a whole file in memory first.
-    """
-
-    def __init__(self, folder: Path, rank: int, places: Mapping[str, tuple[str, int, int]]) -> None:
-        self._folder, self._rank, self._places = folder, rank, places
-        self.entries: dict[str, Entry] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        files: dict[str, list[WriteItem]] = {}
-        for item in plan.items:
-            part, number, total = self._places[item.index.fqn]
-            name = f"{part}/shard-{self._rank + 1:05d}-model-{number:05d}-of-{total:05d}.safetensors"
-            files.setdefault(name, []).append(item)
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda name: _write_shard(self._folder / name, files[name], planner), files)
-            self.entries = dict(zip(files, found, strict=True))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None: ...
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+def _copied(piece: Piece) -> Piece:
+    """A piece in contiguous memory of the host."""
+    if not piece.size:
+        return piece
+    host = torch.empty(piece.size, dtype=piece.dtype, pin_memory=piece.views[0].is_cuda)
+    at = 0
+    for view in piece.views:
+        host[at : at + view.numel()].view(view.shape).copy_(view)
+        at += view.numel()
+    return Piece((host,), piece.start, piece.shape)
 
 
-def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> Entry:
+def _shards(own: Mapping[str, Piece], rank: int) -> Shards:
+    """The files of this rank, by part, and what it writes into each; a piece is not divided."""
+    shards: Shards = {}
+    for part, pieces in checkpoint.parts_of(own).items():
+        groups: list[dict[str, Piece]] = []
+        filled = 0
+        for name, piece in pieces.items():
+            if not piece.size and not (piece.is_whole and rank == 0):
+                continue
+            size = piece.size * piece.dtype.itemsize
+            if not groups or filled + size > MAX_FILE_BYTES:
+                groups.append({})
+                filled = 0
+            groups[-1][name] = piece
+            filled += size
+        names = (f"shard-{rank + 1:05d}-model-{n:05d}-of-{len(groups):05d}.safetensors" for n in count(1))
+        shards[part] = dict(zip(names, groups, strict=False))
+    return shards
+
+
+@torch.no_grad()
+def _write_shards(folder: Path, shards: Shards) -> dict[str, Entry]:
+    """Write this rank's files into `folder`, each in a thread, hashed from memory and synced; returns their lines."""
+    files = {f"{part}/{name}": pieces for part, named in shards.items() for name, pieces in named.items()}
+    with ThreadPoolExecutor(max_workers=min(WRITERS, os.cpu_count() or 1)) as pool:
+        return dict(zip(files, pool.map(lambda name: _write_shard(folder / name, files[name]), files), strict=True))
+
+
+def _write_shard(path: Path, pieces: Mapping[str, Piece]) -> Entry:
     path.parent.mkdir(parents=True, exist_ok=True)
-    outputs, begins = [], {}
-    for item in items:
-        assert item.tensor_data is not None
-        name, chunk, dtype = item.index.fqn, item.tensor_data.chunk, item.tensor_data.properties.dtype
-        outputs.append(Output(name, tuple(chunk.sizes), dtype, partial(_on_host, planner, item)))
-        begins[name] = {OFFSETS: list(chunk.offsets)}
-    entry = write_file(path, outputs, {SHARDING: json.dumps(begins), "format": "pt"})
+    entry = write_file(path, [_output(name, piece) for name, piece in pieces.items()], {"format": "pt"})
     sync(path)
     return entry
 
 
-def _on_host(planner: SavePlanner, item: WriteItem) -> Iterator[Tensor]:
-    tensor = planner.resolve_data(item)
-    assert isinstance(tensor, Tensor)
-    yield tensor.detach().cpu()
+def _output(name: str, piece: Piece) -> Output:
+    """A piece as it stands in a file: a whole tensor in its shape, another flattened."""
+
+    def rows() -> Iterator[Tensor]:
+        for view in piece.views:
+            for some, _ in rows_of(view, 0, PIECE_BYTES // piece.dtype.itemsize):
+                yield some.detach().cpu()
+
+    return Output(name, piece.shape if piece.is_whole else (piece.size,), piece.dtype, rows)
 
 
 def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[str, Entry]:
@@ -177,14 +194,18 @@ def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[s
     return found
 
 
-def _finish(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
-    """Put the manifest beside the files, everything onto the disk, and the folder under its name."""
+def _finish(unfinished: Path, folder: Path, entries: dict[str, Entry], indices: Mapping[str, str]) -> None:
+    """Put indices and manifest beside the files, everything onto the disk, and the folder under its name."""
     for name in entries:
         if not (unfinished / name).is_file():
             raise MoeLmError(
                 f"cannot write the checkpoint {folder}: {name} is only on the host that wrote it; set run_dir to a "
                 "folder that all hosts share"
             )
+    for part, text in indices.items():
+        _put(unfinished / part / INDEX, text)
+        sync(unfinished / part / INDEX)
+        entries[f"{part}/{INDEX}"] = entry_of_bytes(text.encode())
     manifest = json.dumps(dict(sorted(entries.items())), indent=1)
     _put(unfinished / MANIFEST, manifest)
     sync(unfinished / MANIFEST)
@@ -224,36 +245,3 @@ def _put(path: Path, content: Content) -> None:
 
 def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
-
-
-def _places(state: Mapping[str, Tensor]) -> dict[str, tuple[str, int, int]]:
-    """The file of each tensor: subfolder, number from 1, and how many; a rank's share of a file is below the limit."""
-    places: dict[str, tuple[str, int, int]] = {}
-    for part, tensors in checkpoint.parts_of(state).items():
-        numbers, number, filled = {}, 1, 0
-        for name, tensor in tensors.items():
-            size = math.ceil(tensor.numel() / _num_pieces(tensor)) * tensor.element_size()
-            if filled and filled + size > MAX_FILE_BYTES:
-                number, filled = number + 1, 0
-            filled += size
-            numbers[name] = number
-        places |= {name: (part, its, number) for name, its in numbers.items()}
-    return places
-
-
-def _num_pieces(tensor: Tensor) -> int:
-    """How many pieces the ranks have divided a tensor into."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    mesh = tensor.device_mesh
-    return math.prod(mesh.size(place) for place, kind in enumerate(tensor.placements) if isinstance(kind, Shard))
-
-
-def _cause(error: OSError | CheckpointException) -> Exception:
-    """What went wrong. An interrupt, which DCP wraps like a failure, goes on as an interrupt."""
-    cause: BaseException = error
-    if isinstance(error, CheckpointException):
-        cause = next(iter(error.failures.values()))[0]
-    if not isinstance(cause, Exception):
-        raise cause
-    return cause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import Objective, TrainingLoss
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.logical import divided_experts
+from moe_lm.parallel.logical import Piece, piece_of
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import join
 from moe_lm.parallel.sequence_parallel import SequenceGroup
@@ -64,13 +65,17 @@ class RankModel:
         """The adapters of step 0, the same in every layout."""
         lora.initialise_adapters(self.model, seed, self.first_expert)
 
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor | Piece]:
         """Parameters and buffers under their names in a checkpoint, without adapters, to be filled in place."""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if not is_factor(name)}
         if self.mesh is None:
             return named
-        mesh = self.mesh
-        return {name: divided_experts(tensor, mesh) if is_expert(name) else tensor for name, tensor in named.items()}
+        return {name: self._experts(tensor) if is_expert(name) else tensor for name, tensor in named.items()}
+
+    def _experts(self, stack: Tensor) -> Piece:
+        """This rank's experts as a piece of the whole stack."""
+        whole = (self.model.config.n_routed_experts, *stack.shape[1:])
+        return piece_of(stack)._replace(start=self.first_expert * math.prod(whole[1:]), shape=whole)
 
 
 def build_model(

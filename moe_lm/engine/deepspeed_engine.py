@@ -27,13 +27,13 @@ from moe_lm.engine.deepspeed_zero import ByPartition, Zero, several_dtypes
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.kernels.rounding import narrow_trained
-from moe_lm.model.moe import MoE, logical, logical_names, physical
+from moe_lm.model.moe import MoE, logical, logical_names
 from moe_lm.model.transformer import LanguageModel, is_expert
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizer, parameter_groups, set_learning_rate, step_on_threads
 from moe_lm.optim.matrices import Share
 from moe_lm.parallel.exchange import Exchange
-from moe_lm.parallel.logical import divide, divide_experts, host_copy, undivide
+from moe_lm.parallel.logical import Piece, assign, pieces_of_run
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
 
@@ -61,8 +61,8 @@ class DeepSpeedEngine(Engine):
         super().__init__(loss, train, topology, device, exchange, before_step)
         stage = parallel.zero_stage or 1
         self.mesh = mesh
-        self.ranks = DeviceMesh("cpu", mesh.mesh.flatten())
-        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.first_expert = self.model.moe_layers[0].experts.indices.start if self.model.moe_layers else 0
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         settings = deepspeed_json(train, parallel, topology.world_size, cuda=device.type == "cuda")
         deepspeed = _import_deepspeed(topology)
         masters = narrow_trained(self.model, self.dtype)
@@ -102,54 +102,38 @@ class DeepSpeedEngine(Engine):
         grad_norm = float(self.wrapped.get_global_grad_norm())
         return Update(grad_norm, skipped=not self.wrapped.was_step_applied() or not math.isfinite(grad_norm))
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor | Piece]:
         from deepspeed.utils import safe_get_full_grad
 
-        gradients: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor | Piece] = {}
         for name, parameter in self.trained():
-            gradients |= self._divide(name, safe_get_full_grad(parameter))
+            gradients |= self._kept_alike(name, safe_get_full_grad(parameter))
         return gradients
 
-    def state(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state: dict[str, Tensor] = {}
-
-        def add(kind: str, tensors: Mapping[str, Tensor]) -> None:
-            state.update({f"{kind}.{name}": tensor for name, tensor in tensors.items()})
-
+    def state(self) -> dict[str, Tensor | Piece]:
+        state: dict[str, Tensor | Piece] = {}
         for name, parameter in self._kept_frozen():
-            with self.zero.gathered(parameter):
-                add("model", self._divide(name, parameter.detach()))
-        for name, parameter in self.trained():
-            add("model", self._divide(name, safe_get_full_fp32_param(parameter)))
-            for key, tensor in self.zero.state_of(parameter).items():
+            run = self.zero.run_of_frozen(parameter)
+            found = self._kept_alike(name, parameter.detach()) if run is None else self._pieces(name, *run)
+            state |= {f"model.{part}": tensor for part, tensor in found.items()}
+        names = {parameter: name for name, parameter in self.trained()}
+        for parameter, flat, part in self.zero.runs():
+            name = names[parameter]
+            start, offset, length = (0, 0, 0) if part is None else (part.start, part.offset, part.length)
+            for key, tensor in {"model": flat, **self.zero.optimizer.optimizer.state[flat]}.items():
                 if tensor.ndim == 0:  # a count of steps, the same for all of a partition
-                    add(key, logical(name, host_copy(tensor)))
+                    found = dict.fromkeys(logical_names(name), tensor)
                 else:
-                    add(key, self._divide(name, safe_get_full_optimizer_state(parameter, key)))
+                    found = self._pieces(name, tensor.detach().narrow(0, offset, length), start)
+                state |= {f"{key}.{part}": tensor for part, tensor in found.items()}
         if self.model.config.tie_word_embeddings and "model.model.embed_tokens.weight" in state:
             state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"]
-        state |= {f"model.{name}": host_copy(buffer) for name, buffer in self.model.named_buffers()}
+        state |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         return state | self._common_state()
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        for name, parameter in self._kept_frozen():
-            with torch.no_grad(), self.zero.gathered(parameter, change=True):
-                parameter.copy_(self._undivide("model", name, state))
-        for name, parameter in self.trained():
-            safe_set_full_fp32_param(parameter, self._undivide("model", name, state))
-            for key, tensor in self.zero.state_of(parameter).items():
-                if tensor.ndim == 0:
-                    tensor.copy_(state[f"{key}.{logical_names(name)[0]}"])
-                else:
-                    safe_set_full_optimizer_state(parameter, self._undivide(key, name, state), key)
+    def load_state(self, state: Mapping[str, Tensor | Piece]) -> None:
+        assign({name: tensor for name, tensor in self.state().items() if name not in self._common_state()}, state)
         self.zero.weights_changed()
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(state[f"model.{name}"])
         self._load_common_state(state)
 
     def _kept_frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,16 +142,20 @@ class DeepSpeedEngine(Engine):
         named = self.model.named_parameters()
         return ((name, p) for name, p in named if not p.requires_grad and elsewhere.isdisjoint(logical_names(name)))
 
-    def _divide(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """This rank's part of a parameter, or of a tensor like it, under its logical names."""
-        views = logical(name, tensor.view(self.shapes[name])).items()
-        if is_expert(name):
-            return {part: divide_experts(view, self.mesh) for part, view in views}
-        return {part: divide(view, self.ranks) for part, view in views}
+    def _pieces(self, name: str, run: Tensor, start: int) -> dict[str, Tensor | Piece]:
+        """A run of a parameter's elements, from `start` on, as pieces of its logical tensors."""
+        experts = self.model.config.n_routed_experts
+        return dict(pieces_of_run(name, run, start, self.shapes[name], self.first_expert, experts))
 
-    def _undivide(self, kind: str, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        parts = {part: undivide(state[f"{kind}.{part}"], is_expert(name)) for part in logical_names(name)}
-        return physical(name, parts).to(self.device)
+    def _kept_alike(self, name: str, tensor: Tensor) -> dict[str, Tensor | Piece]:
+        """A parameter, or a tensor like it, under its logical names. Other ranks keep the same: of experts, some."""
+        if not is_expert(name):
+            return dict(logical(name, tensor.view(self.shapes[name])))
+        copy, copies = self.mesh.get_local_rank(0), self.mesh.size(0)
+        pieces = pieces_of_run(
+            name, tensor.reshape(-1), 0, self.shapes[name], self.first_expert, self.model.config.n_routed_experts
+        )
+        return {part: piece._replace(copy=copy, copies=copies) for part, piece in pieces.items()}
 
     def close(self, leave: bool = True) -> None:
         self.wrapped.destroy()

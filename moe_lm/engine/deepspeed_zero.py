@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,10 @@ class Zero:
         optimizer._update_scale = self._note_skip
         if stage == 3:
             self.flat = optimizer.fp32_partitioned_groups_flat
+            self._process_groups, self._parts = optimizer.sub_group_process_groups, self._divided_one_by_one
         else:
             self.flat = optimizer.single_partition_of_fp32_groups
+            self._process_groups, self._parts = optimizer.real_dp_process_group, self._divided_together
         if stage == 3:
             self.parameters = optimizer.fp16_groups
             self.partition_of = {p.ds_id: index for index, group in enumerate(self.parameters) for p in group}
@@ -63,14 +65,19 @@ class Zero:
 
     def partitions(self) -> Iterator[tuple[Tensor, dict[str, Any], Share]]:
         """The flat partitions of this rank, each with its group, and what the ranks have of the group's parameters."""
-        three = self.stage == 3
-        process_groups = self.optimizer.sub_group_process_groups if three else self.optimizer.real_dp_process_group
-        parts = self._divided_one_by_one if three else self._divided_together
         for index, flat in enumerate(self.flat):
-            number = self.optimizer.sub_group_to_group_id[index] if three else index
-            ranks = Ranks(process_groups[index])
-            share = Share([list(parts(index, rank)) for rank in range(ranks.size)], ranks)
+            number = self.optimizer.sub_group_to_group_id[index] if self.stage == 3 else index
+            ranks = Ranks(self._process_groups[index])
+            share = Share([list(self._parts(index, rank)) for rank in range(ranks.size)], ranks)
             yield flat, self.optimizer.optimizer.param_groups[number], share
+
+    def runs(self) -> Iterator[tuple[nn.Parameter, Tensor, Part | None]]:
+        """The parameters, each with the flat partition of its group, and this rank's run of its elements there."""
+        for index, flat in enumerate(self.flat):
+            rank = Ranks(self._process_groups[index]).rank
+            parts = {part.parameter: part for part in self._parts(index, rank)}
+            for number, parameter in enumerate(self.parameters[index]):
+                yield parameter, flat, parts.get(number)
 
     def _divided_together(self, index: int, rank: int) -> Iterator[Part]:
         """Stages 1 and 2 cut the parameters of a group, one after another, into equal pieces."""
@@ -98,20 +105,14 @@ class Zero:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The states of the partition that holds this parameter, by name."""
-        key = parameter.ds_id if self.stage == 3 else id(parameter)  # type: ignore[attr-defined]
-        state: dict[str, Tensor] = self.optimizer.optimizer.state[self.flat[self.partition_of[key]]]
-        return state
-
-    def gathered(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[None]:
-        """Make a frozen parameter whole on every rank; with `change`, keep what rank 0 writes into it."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        context: AbstractContextManager[None] = GatheredParameters(
-            [parameter], modifier_rank=0 if change else None, enabled=self.stage == 3
-        )
-        return context
+    def run_of_frozen(self, parameter: nn.Parameter) -> tuple[Tensor, int] | None:
+        """This rank's run of a frozen parameter's elements, and its start, where it is divided: in stage 3."""
+        if self.stage < 3:
+            return None
+        kept: Any = parameter
+        size = kept.ds_tensor.ds_numel
+        start = min(kept.ds_zero_partition_rank * size, kept.ds_numel)
+        return kept.ds_tensor.detach().narrow(0, 0, min(size, kept.ds_numel - start)), start
 
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""

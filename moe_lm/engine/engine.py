@@ -18,6 +18,7 @@ from moe_lm.objective.quantile_balance import set_biases
 from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import bias_ranges, schedule_factor, update_router_biases
 from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.logical import Piece, assign, flat, piece_of
 from moe_lm.parallel.topology import Topology
 
 # The load of the step before, which the batch loss uses, in a checkpoint. Those of older versions have none: 0, as at
@@ -280,32 +281,35 @@ class Engine(ABC):
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     @abstractmethod
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor | Piece]:
         """The gradient of every trained parameter, named and divided as in `state()`, while `on_gradients` runs."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Piece]:
         """The logical tensors of a checkpoint: `model.*`, optimizer states by parameter name, random states.
 
-        They have the same names and (global) shapes in every layout; those that the ranks divide are DTensors. Frozen
-        weights are left out if there are adapters.
+        They have the same names and whole shapes in every layout. Of those that the ranks divide, this rank has pieces.
+        All are in the memory that trains: nothing is copied, and nothing travels. Frozen weights are left out if there
+        are adapters.
         """
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from the tensors of `state()` after a checkpoint has filled them."""
+    def load_state(self, state: Mapping[str, Tensor | Piece]) -> None:
+        """Continue from the tensors of `state()`, on any rank its own, after a checkpoint has filled them."""
 
-    def _common_state(self) -> dict[str, Tensor]:
+    def _common_state(self) -> dict[str, Tensor | Piece]:
         """The tensors of `state()` that do not depend on the engine."""
-        state = {"random.cpu": torch.get_rng_state()}
+        state: dict[str, Tensor | Piece] = {"random.cpu": torch.get_rng_state()}
         if self._load is not None:
             state[LOAD] = self._load.cpu()
         return state
 
-    def _load_common_state(self, state: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(state["random.cpu"])
+    def _load_common_state(self, state: Mapping[str, Tensor | Piece]) -> None:
+        common = self._common_state()
+        assign(common, state)
+        torch.set_rng_state(flat(piece_of(common["random.cpu"])))
         if self._load is not None:
-            self._load.copy_(state[LOAD])
+            assign({LOAD: self._load}, common)
 
     @abstractmethod
     def close(self, leave: bool = True) -> None:

@@ -25,6 +25,7 @@ from moe_lm.objective.training_loss import LossParts, StepCounts, TrainingLoss
 from moe_lm.optim.groups import build_optimizers, set_learning_rate
 from moe_lm.optim.matrices import whole
 from moe_lm.parallel.exchange import Exchange
+from moe_lm.parallel.logical import Piece, assign
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.process_group import leave as leave_group
 from moe_lm.parallel.topology import Topology
@@ -78,13 +79,15 @@ class TorchEngine(Engine):
             optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, skipped)
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor | Piece]:
         named = ((name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in self.trained())
         return {name: gradient.clone() for name, gradient in all_logical(named).items()}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Piece]:
         elsewhere = left_to_base(self.model)
-        state = {f"model.{name}": t for name, t in self.model.state_dict().items() if name not in elsewhere}
+        state: dict[str, Tensor | Piece] = {
+            f"model.{name}": t for name, t in self.model.state_dict().items() if name not in elsewhere
+        }
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, tensors in optimizer.state.items():
@@ -92,9 +95,8 @@ class TorchEngine(Engine):
                     state |= {f"{key}.{name}": view for name, view in logical(names[parameter], tensor).items()}
         return state | self._common_state()
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+    def load_state(self, state: Mapping[str, Tensor | Piece]) -> None:
+        assign(self.state(), state)
         self._weights_changed()
         self._load_common_state(state)
 

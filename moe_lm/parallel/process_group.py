@@ -139,6 +139,14 @@ class Ranks:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         return _results(outcome)[0]
 
+    def to_first(self, value: T) -> list[T] | None:
+        """The values of all ranks, on rank 0; None on the others."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[T] | None = [value] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self.group, group_dst=0)
+        return values
+
     @classmethod
     def with_own_group(cls, timeout_seconds: float | None = None) -> Ranks:
         """All ranks, with a group whose ranks wait this long for each other; every rank calls this at the same point.

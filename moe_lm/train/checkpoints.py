@@ -17,6 +17,7 @@ from moe_lm.checkpoint.write import Content
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.engine.engine import LOAD, Engine
+from moe_lm.parallel.logical import Piece
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 from moe_lm.train.guards import with_note
@@ -46,13 +47,13 @@ class Checkpoints:
         self._engine, self._log, self._files = engine, log, files
         self._keep_lock, self._watchdog = keep_lock, watchdog
 
-    def start(self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str]) -> None:
+    def start(self, step: int, state: Mapping[str, Tensor | Piece], files: Mapping[str, str]) -> None:
         """Begin to write the state after a step; `note_saves` says how it went."""
         self._keep_lock()
         self._saver.start(step, state, {**self._files, **files})
 
     def save(
-        self, step: int, state: Mapping[str, Tensor], files: Mapping[str, str], is_over: Callable[[], bool]
+        self, step: int, state: Mapping[str, Tensor | Piece], files: Mapping[str, str], is_over: Callable[[], bool]
     ) -> Path:
         """Write the last checkpoint; on a full disk, try again until `is_over`, and then raise MoeLmError."""
         self._keep_lock()

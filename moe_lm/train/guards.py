@@ -23,7 +23,7 @@ from moe_lm.config.training import GuardConfig
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.data.order import data_step
 from moe_lm.engine.engine import StepResult
-from moe_lm.parallel.logical import box_of
+from moe_lm.parallel.logical import Piece, piece_of
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.train.log import ROLLBACK, RunLog
 from moe_lm.train.spikes import RECENT, loss_limit
@@ -111,7 +111,7 @@ class Guard:
             or memory.outside_in_row >= config.max_spike_steps
         )
 
-    def is_sound(self, step: int, state: Mapping[str, Tensor]) -> bool:
+    def is_sound(self, step: int, state: Mapping[str, Tensor | Piece]) -> bool:
         """Whether every value of the state after a step is finite on all ranks; all call this. If not, go back."""
         self._not_finite = first_not_finite(state)
         self._sound_step = self._sound_step if self._not_finite else step
@@ -164,7 +164,7 @@ class Guard:
 
     # The end
 
-    def check_end(self, step: int, state: Mapping[str, Tensor], finished: bool) -> None:
+    def check_end(self, step: int, state: Mapping[str, Tensor | Piece], finished: bool) -> None:
         """Raise MoeLmError if the state must not be saved: it is not finite, or hardly a step led to it."""
         if not self.is_sound(step, state):
             raise self.give_up_error(step, f"{self.trouble}, so nothing was saved")
@@ -237,9 +237,10 @@ class _LeftOut:
         return self._source.batch(self._guard._data_step(step), rows)
 
 
-def first_not_finite(state: Mapping[str, Tensor]) -> str:
+def first_not_finite(state: Mapping[str, Tensor | Piece]) -> str:
     """The name of a tensor that has a value which is not finite on some rank, or nothing; every rank calls this."""
-    mine = next((name for name, tensor in state.items() if not _is_finite(box_of(tensor)[0])), "")
+    named = ((name, view) for name, tensor in state.items() for view in piece_of(tensor).views)
+    mine = next((name for name, view in named if not _is_finite(view)), "")
     return next(filter(None, Ranks().each(lambda: mine, ())), "")
 
 

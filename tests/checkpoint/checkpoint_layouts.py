@@ -12,16 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import safetensors.torch  # noqa: F401 - with the next, imported late by DTensors: here once for all ranks
 import torch
-import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_lm.checkpoint import read, write
-from moe_lm.parallel.logical import divide, divide_experts, undivide
+from moe_lm.parallel import logical
+from moe_lm.parallel.logical import Piece, piece_of
 
 EXPERTS = "layers.0.mlp.experts.down"
 SHAPES = {
@@ -34,7 +31,7 @@ SHAPES = {
     "one": (1,),
     "scalar": (),
 }
-# Processes, expert-parallel size, and whether even what does not divide evenly is divided.
+# Processes, expert-parallel size, and whether the ranks' runs are of unequal length.
 LAYOUTS = {
     "one process": (1, 1, False),
     "2 ranks, EP 2": (2, 2, False),
@@ -46,6 +43,7 @@ LAYOUTS = {
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
+    logical.SMALL = 1 << 10  # bytes
     for action in (save, load):
         for world_size in (4, 2, 1):
             fork(world_size, root / f"{action.__name__}-{world_size}", lambda: action(root))  # noqa: B023 - at once
@@ -59,14 +57,14 @@ def save(root: Path) -> None:
 def load(root: Path) -> None:
     for name, expected in states():
         for saved in LAYOUTS:
-            loaded = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
+            loaded = {key: emptied(tensor) for key, tensor in expected.items()}
             read.load(root / saved / "step-00000001", loaded)
-            differ = [key for key in expected if not torch.equal(local(loaded[key]), local(expected[key]))]
+            differ = [key for key in expected if not equal(loaded[key], expected[key])]
             result = json.dumps({"saved": saved, "loaded": name, "differ": differ})
             os.write(1, f"{result}\n".encode())  # one write, whatever the other ranks print
 
 
-def states() -> Iterator[tuple[str, dict[str, Tensor]]]:
+def states() -> Iterator[tuple[str, dict[str, Tensor | Piece]]]:
     """The state of every layout of this many ranks."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for name, (world_size, expert_parallel_size, uneven) in LAYOUTS.items():
@@ -74,37 +72,45 @@ def states() -> Iterator[tuple[str, dict[str, Tensor]]]:
             yield name, state_of(expert_parallel_size, uneven)
 
 
-def state_of(expert_parallel_size: int, uneven: bool) -> dict[str, Tensor]:
+def state_of(expert_parallel_size: int, uneven: bool) -> dict[str, Tensor | Piece]:
     whole = {
         f"{kind}.{name}": torch.arange(math.prod(shape), dtype=torch.float32).view(shape) + offset
         for offset, kind in enumerate(("model", "exp_avg"), 1)
         for name, shape in SHAPES.items()
     }
     if not dist.is_initialized():
-        return whole
-    ranks = torch.arange(dist.get_world_size()).view(-1, expert_parallel_size)
-    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("data", "expert"))
-    if uneven:
-        # Experts over `expert` first: the dimensions of a mesh divide from left to right.
-        turned = DeviceMesh("cpu", ranks.T, mesh_dim_names=("expert", "data"))
-        return {name: distribute(tensor, turned if "experts" in name else mesh) for name, tensor in whole.items()}
-    flat, state = DeviceMesh("cpu", ranks.flatten()), {}
+        return dict(whole)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    state: dict[str, Tensor | Piece] = {}
     for name, tensor in whole.items():
-        expert = "experts" in name
-        kept = tensor.chunk(expert_parallel_size)[mesh.get_local_rank("expert")] if expert else tensor
-        state[name] = divide_experts(kept, mesh) if expert else divide(kept, flat)
-        assert torch.equal(undivide(state[name], expert), kept)
-    assert isinstance(state[f"model.{EXPERTS}"], DTensor)
-    assert isinstance(state["model.embed"], DTensor)
+        if "experts" in name:  # a share of the experts, and of these a run
+            experts = len(tensor) // expert_parallel_size
+            number, copy = rank % expert_parallel_size, rank // expert_parallel_size
+            stack = tensor[number * experts : (number + 1) * experts].clone()
+            piece = piece_of(stack)._replace(start=number * stack.numel(), shape=tuple(tensor.shape))
+            state[name] = run_of(piece, copy, size // expert_parallel_size, uneven)
+        elif uneven or name.endswith("embed"):
+            state[name] = run_of(piece_of(tensor), rank, size, uneven)
+        else:
+            state[name] = tensor
     return state
 
 
-def distribute(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    return distribute_tensor(tensor, mesh, [Shard(0) if tensor.ndim else Replicate()] * mesh.ndim)
+def run_of(piece: Piece, rank: int, size: int, uneven: bool) -> Piece:
+    bounds = [
+        piece.size * number**2 // size**2 if uneven else piece.size * number // size for number in range(size + 1)
+    ]
+    return piece.cut(bounds[rank], bounds[rank + 1])
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def emptied(tensor: Tensor | Piece) -> Tensor | Piece:
+    if isinstance(tensor, Piece):
+        return tensor._replace(views=tuple(torch.zeros_like(view) for view in tensor.views))
+    return torch.zeros_like(tensor)
+
+
+def equal(one: Tensor | Piece, other: Tensor | Piece) -> bool:
+    return all(torch.equal(*views) for views in zip(piece_of(one).views, piece_of(other).views, strict=True))
 
 
 def fork(world_size: int, rendezvous: Path, action: Callable[[], None]) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.checkpoint.recovery import newest_sound
@@ -20,6 +19,7 @@ from moe_lm.checkpoint.saver import Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.process import end
 from moe_lm.config.run import CheckpointConfig
+from moe_lm.parallel.logical import Piece, piece_of
 from moe_lm.parallel.process_group import Ranks
 
 CONFIG = {"config.yaml": "a: 1\n"}
@@ -52,18 +52,17 @@ def act_together(rank: int) -> None:
 
 def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
     hashed = []
-    folder = write.save(checkpoints, 10, sharded(1, Shard(0)), CONFIG)
+    folder = write.save(checkpoints, 10, divided(1, 12), CONFIG)
     damage_in = checkpoint.damage_in
     checkpoint.damage_in = lambda path, line: hashed.append(path.name) or damage_in(path, line)  # type: ignore
-    for placement in (Shard(0), Shard(1), Replicate()):
-        loaded = sharded(0, placement)
+    for cut in (12, 7, None):
+        loaded = divided(0, cut)
         hashed.clear()
         read.load(folder, loaded)
-        assert len(hashed) == 3 - rank  # of five files, each is verified by one rank
-        for name, tensor in sharded(1, placement).items():
-            assert torch.equal(local(loaded[name]), local(tensor)), (name, placement)
+        assert len(hashed) == 4 - rank  # of seven files, each is verified by one rank
+        assert_equal(loaded, divided(1, cut))
     checkpoint.damage_in = damage_in
-    expect_error(lambda: write.save(checkpoints, 20, sharded(1, Shard(0)), {"a": root / "absent"}), "absent")
+    expect_error(lambda: write.save(checkpoints, 20, divided(1, 12), {"a": root / "absent"}), "absent")
     return folder
 
 
@@ -75,9 +74,9 @@ def refuse_damage(folder: Path, rank: int) -> None:
         if rank == 0:
             (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         dist.barrier()
-        loaded = sharded(0, Shard(0))
+        loaded = divided(0, 12)
         expect_error(lambda: read.load(folder, loaded), f"{name} does not have the checksum")  # noqa: B023
-        assert not any(local(tensor).any() for tensor in loaded.values())
+        assert not any(view.any() for tensor in loaded.values() for view in piece_of(tensor).views)
         dist.barrier()
         if rank == 0:
             (folder / name).write_bytes(content)
@@ -91,16 +90,14 @@ def see_the_same(root: Path, rank: int) -> None:
     elsewhere = root / "another host" / "checkpoints"
     mine = checkpoints if rank == 0 else elsewhere
     expect_error(lambda: newest_sound(mine), "rank 1 does not see .*step-00000010 that rank 0 goes on from")
-    expect_error(
-        lambda: write.save(mine, 30, sharded(1, Shard(0)), CONFIG), "shard-00002.* is only on the host that wrote"
-    )
+    expect_error(lambda: write.save(mine, 30, divided(1, 12), CONFIG), "shard-00002.* is only on the host that wrote")
     assert not (mine / "step-00000030.tmp").exists()
 
 
 def go_on_past_damage(checkpoints: Path, rank: int) -> None:
     """Whichever rank finds it, both take the one before, and one of them moves the damaged one aside."""
     for step in (1, 2, 3):
-        folder = write.save(checkpoints, step, sharded(step, Shard(0)), CONFIG)
+        folder = write.save(checkpoints, step, divided(step, 12), CONFIG)
         if rank == 0 and step > 1:  # the first file is verified by rank 0, the last by rank 1
             path = sorted(folder.glob("*/*"))[0 if step == 2 else -1]
             path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -116,18 +113,18 @@ def save_in_the_background(checkpoints: Path, rank: int) -> None:
     """Two saves, while the training's own process group is in use; the second fails on one rank alone."""
     config = CheckpointConfig(background=True, keep=1)
     with Saver(checkpoints, config) as saver:
-        state = sharded(1, Shard(0))
+        state = divided(1, 12)
         saver.start(1, state, CONFIG)
         for tensor in state.values():
-            local(tensor).zero_()
+            for view in piece_of(tensor).views:
+                view.zero_()
         for _ in range(100):
             dist.all_reduce(torch.ones(1000))
         saver.wait()
         assert [saved.step for saved in saver.outcomes()] == [1]
-        loaded = sharded(0, Shard(0))
+        loaded = divided(0, 12)
         read.load(checkpoints / "step-00000001", loaded)
-        for name, tensor in sharded(1, Shard(0)).items():
-            assert torch.equal(local(loaded[name]), local(tensor)), name
+        assert_equal(loaded, divided(1, 12))
 
         sync = os.fsync
         os.fsync = full if rank == 1 else sync
@@ -149,19 +146,22 @@ def full(_: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def sharded(factor: int, placement: Placement) -> dict[str, torch.Tensor]:
-    """Experts spread over the two ranks, and a norm that both hold."""
-    mesh = init_device_mesh("cpu", (2,))
-    experts = factor * torch.arange(24.0).view(4, 3, 2)
-    state = {}
+def divided(factor: int, cut: int | None) -> dict[str, Tensor | Piece]:
+    """Experts of which rank 0 has the elements before `cut`, unless both have them all, and a norm that both have."""
+    state: dict[str, Tensor | Piece] = {}
     for name, sign in (("model", 1), ("exp_avg", -1)):
-        state[f"{name}.experts"] = distribute_tensor(sign * experts, mesh, [placement])
+        experts = sign * factor * torch.arange(24.0).view(4, 3, 2)
+        bounds = (0, cut, 24)
+        rank = dist.get_rank()
+        state[f"{name}.experts"] = experts if cut is None else piece_of(experts).cut(bounds[rank], bounds[rank + 1])
         state[f"{name}.norm"] = torch.full((5,), float(sign * factor))
     return state
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def assert_equal(found: dict[str, Tensor | Piece], expected: dict[str, Tensor | Piece]) -> None:
+    for name, tensor in expected.items():
+        views = zip(piece_of(found[name]).views, piece_of(tensor).views, strict=True)
+        assert all(torch.equal(*pair) for pair in views), name
 
 
 def expect_error(action: Callable[[], object], word: str) -> None:

@@ -148,7 +148,7 @@ def test_no_pickle_is_read_or_written(tmp_path: Path, monkeypatch: pytest.Monkey
     read.load(folder, blank(make_state(1)))
     monkeypatch.undo()
     names = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(names) == 5
+    assert len(names) == 7
     for path in names:
         assert not is_pickle(path.read_bytes()), path
 

@@ -16,6 +16,7 @@ import torch
 
 from moe_lm.checkpoint import checkpoint, read, write
 from moe_lm.checkpoint.lineage import fingerprint, is_model
+from moe_lm.checkpoint.placement import INDEX
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import sync
 from tests.checkpoint.conftest import state_of
@@ -158,9 +159,10 @@ def test_symbolic_links_are_refused(newest: Path) -> None:
     elsewhere = newest.parent.parent / "elsewhere"
     model.rename(elsewhere)
     model.symlink_to(elsewhere)
-    assert_refused(newest, MODEL_FILE, "symbolic link")
+    assert_refused(newest, f"model/{INDEX}", "symbolic link")
     model.unlink()
     model.mkdir()
+    (elsewhere / INDEX).rename(model / INDEX)
     (newest / MODEL_FILE).symlink_to(elsewhere / Path(MODEL_FILE).name)
     assert_refused(newest, MODEL_FILE, "symbolic link")
 

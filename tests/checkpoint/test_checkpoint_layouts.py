@@ -46,10 +46,10 @@ def test_every_element_is_written_once_and_by_all_ranks(folder: Path, saved: str
     elements = 6 * 4 * 3 + 6 * 3 * 5 + 1024 * 8 + 15 + 3 + 10 + 1 + 1
     ranks = 1 if saved == "one process" else int(saved[0])
     for part in ("model", "optimizer"):
-        written = [count(path) for path in (folder / saved / "step-00000001" / part).iterdir()]
+        written = [count(path) for path in (folder / saved / "step-00000001" / part).glob("*.safetensors")]
         assert sum(written) == elements
         assert len(written) == ranks
-        assert max(written) < 1.1 * elements / ranks
+        assert "uneven" in saved or max(written) < 1.1 * elements / ranks
 
 
 def count(path: Path) -> int:

@@ -20,7 +20,7 @@ from moe_lm.engine.engine import Engine
 from moe_lm.model.transformer import is_expert
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.expert_parallel import EXPERT
-from moe_lm.parallel.logical import host_copy, whole
+from moe_lm.parallel.logical import gathered
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
@@ -90,8 +90,7 @@ def starved(engine_name: str) -> None:
     gradients: dict[str, list[float]] = {}
 
     def keep() -> None:
-        for name, gradient in engine.gradients().items():
-            gradient = whole(gradient)  # of every parameter: all ranks take part
+        for name, gradient in gathered(engine.gradients()).items():
             if is_expert(name):
                 gradients[name] = gradient.flatten(1).norm(dim=1).tolist()
 
@@ -111,7 +110,7 @@ def build(parallel: ParallelConfig, **changes: int) -> RankModel:
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
-    return {name: host_copy(whole(tensor)) for name, tensor in engine.state().items() if name != "random.cpu"}
+    return {name: tensor for name, tensor in gathered(engine.state()).items() if name != "random.cpu"}
 
 
 def report(engine: Engine, found: object) -> None:

@@ -18,7 +18,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.engine.engine import Engine
 from moe_lm.objective.training_loss import NextToken
-from moe_lm.parallel.logical import whole
+from moe_lm.parallel.logical import gathered
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
@@ -50,9 +50,8 @@ def run(folder: Path, stage: int) -> tuple[dict[str, object], list[Engine]]:
     gone_back()
     Ranks().first(lambda: copy_checkpoint(gone_back.folder, fresh.folder, 3), ())
     fresh()
-    found, expected = gone_back.engine.state(), fresh.engine.state()
-    pairs = ((name, whole(found[name]), whole(tensor)) for name, tensor in expected.items())
-    differ = [name for name, one, other in pairs if not torch.equal(one, other)]
+    found, expected = gathered(gone_back.engine.state()), gathered(fresh.engine.state())
+    differ = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
     losses = [[line["loss"] for line in each.records if line["step"] > 3] for each in (gone_back, fresh)]
     engines = [gone_back.engine, fresh.engine]
     return {"events": gone_back.kinds, "differ": differ, "tensors": len(expected), "losses": losses}, engines

@@ -22,7 +22,7 @@ from moe_lm.config.training import TrainConfig
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.engine.engine import Engine
 from moe_lm.objective.training_loss import NextToken
-from moe_lm.parallel.logical import host_copy, whole
+from moe_lm.parallel.logical import gathered
 from moe_lm.parallel.topology import current_topology
 from moe_lm.tools.verify.documents import Documents
 from moe_lm.train.loop import local_micro_batches
@@ -77,7 +77,7 @@ def step(engine: Engine, number: int, repeat: int | None = None, loss_limit: flo
     gradients: dict[str, Tensor] = {}
 
     def keep() -> None:
-        gradients.update({name: host_copy(whole(gradient)) for name, gradient in engine.gradients().items()})
+        gradients.update(gathered(engine.gradients()))
 
     micro_batches = local_micro_batches(engine, BATCHES, TRAIN, number)
     if repeat is not None:
@@ -96,7 +96,7 @@ def threads_of_step(engine: Engine) -> set[int]:
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
-    return {name: host_copy(whole(tensor)) for name, tensor in engine.state().items() if name != "random.cpu"}
+    return {name: tensor for name, tensor in gathered(engine.state()).items() if name != "random.cpu"}
 
 
 def load(engine: Engine, folder: Path) -> None:

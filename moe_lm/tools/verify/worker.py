@@ -82,7 +82,7 @@ def run(layout: Layout, plan: Plan, topology: Topology, folder: Path, results: P
     gradients: dict[str, Tensor] = {}
 
     def observe() -> None:
-        gradients.update(whole(engine.gradients()))
+        gradients.update(logical.gathered(engine.gradients()))
 
     steps = []
     for step in layout.steps:
@@ -161,12 +161,7 @@ def buffers(engine: Engine) -> dict[str, Tensor]:
 def weights(engine: Engine) -> dict[str, Tensor]:
     """Parameters and router biases, as a checkpoint has them."""
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
-    return {f"weight/{name.removeprefix('model.')}": tensor for name, tensor in whole(state).items()}
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that are divided over the ranks, gathered on the host."""
-    return {name: logical.host_copy(logical.whole(tensor)) for name, tensor in tensors.items()}
+    return {f"weight/{name.removeprefix('model.')}": tensor for name, tensor in logical.gathered(state).items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from moe_lm.engine.deepspeed_engine import DeepSpeedEngine
 from moe_lm.model.transformer import is_expert
-from moe_lm.parallel.logical import undivide
 
 right = DeepSpeedEngine.load_state
 
@@ -11,8 +10,13 @@ def wrong(self, state):
     def is_wrong(name):
         return name.startswith(("exp_avg.", "exp_avg_sq.")) and is_expert(name)
 
-    # Of a rank's own experts, so that nothing but the order is wrong.
-    right(self, {name: undivide(t, True).roll(1, 0) if is_wrong(name) else t for name, t in state.items()})
+    # Those of a rank's own piece, so that nothing but the order is wrong.
+    for name, piece in state.items():
+        if is_wrong(name):
+            expert = piece.shape[1] * piece.shape[2]
+            for view in piece.views:
+                view.copy_(view.flatten().roll(expert).view(view.shape))
+    right(self, state)
 
 
 DeepSpeedEngine.load_state = wrong
