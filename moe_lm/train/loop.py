@@ -273,7 +273,11 @@ class Loop:
             self.result.owes_archive = False
         if self.run.kept_config is not None:
             files["config.yaml"] = self.run.kept_config(self.run.config)
-        counters = {**self.result.counters(), "guard": self.guard.memory.model_dump()}
+        counters = {
+            **self.result.counters(),
+            "guard": self.guard.memory.model_dump(),
+            "processes": self.run.engine.topology.world_size,
+        }
         return {**files, "trainer.json": json_text(counters)}
 
     def _evaluate(self, is_saved: bool = False) -> dict[str, Any] | None:

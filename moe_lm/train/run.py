@@ -48,7 +48,7 @@ from moe_lm.train.reference import add_reference
 from moe_lm.train.result import TrainingResult
 from moe_lm.train.settings import changed_settings, flat_settings
 from moe_lm.train.start import load_moments
-from moe_lm.train.summary import closing_lines, opening_lines
+from moe_lm.train.summary import change_of_ranks, closing_lines, opening_lines
 from moe_lm.train.timetable import Timetable
 
 
@@ -249,6 +249,8 @@ def train_and_log(
         is_timed = recipe.timetable is not None
         for line in opening_lines(recipe.title, config, recipe.model, engine, recipe.notes, start_step, is_timed):
             log.message(line)
+        if changed := change_of_ranks(counters.get("processes"), config.train, engine.topology):
+            log.message(changed)
         log.message(f"kernels: {kernels.of(engine.model)}")
         if config.parallel.attention_kernel == "auto":
             for note in kernels.passed_over(engine.model):

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from moe_lm.common.process import this_command, to_type
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, RunConfig
-from moe_lm.config.training import OptimizerConfig
+from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.shards import TokenShards
 from moe_lm.engine.engine import Engine
 from moe_lm.model.size import count_parameters
 from moe_lm.optim.groups import first_other_rate
+from moe_lm.parallel.topology import Topology
 from moe_lm.train.result import TrainingResult
 
 MOST_HELD_OUT = 0.1  # of a source, without a remark
@@ -48,6 +49,15 @@ def opening_lines(
         yield f"optimizer       {rates_line(config.train.optimizer)}"
     if start_step:
         yield f"going on after step {start_step}" + ("" if is_timed else f" of {steps}")
+
+
+def change_of_ranks(before: int | None, train: TrainConfig, topology: Topology) -> str | None:
+    """What another number of processes than `before` changes; checkpoints of older versions do not know theirs."""
+    if before in (None, topology.world_size):
+        return None
+    rows = len(topology.rows_of(train.global_batch_size))
+    here = "1 process" if topology.world_size == 1 else f"{topology.world_size} processes"
+    return f"{here} instead of {before}: the same {train.global_batch_size} rows a step, {rows} of them on each"
 
 
 def longer(command: str, steps: int) -> str:

@@ -197,19 +197,29 @@ def test_restarts_are_counted_from_the_last_one_that_saved_a_later_step(launch: 
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_fewer_machines(launch: Launch, tmp_path: Path, one_process: Path) -> None:
-    """Two agents stand for two machines. The second is killed with its rank, and does not come back."""
+@pytest.mark.parametrize("rows", [12, 9])
+def test_training_goes_on_with_two_machines_of_three(
+    launch: Launch, tmp_path: Path, tiny_pretrain: Path, rows: int
+) -> None:
+    """Three agents stand for three machines. The last is killed with its rank, and does not come back."""
     port = free_port()
-    machines = {"NNODES": "1:2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run_dir, settings = tmp_path / "run", ("checkpoint.every=5", "train.micro_batch_size=2")
-    first = launch(*settings, **machines)
-    wait_until(lambda: listens(port), "the first machine, where both meet")
-    second = launch(*settings, **machines)
-    train_to(first, run_dir, 12)
-    second.kill()
-    code, lines = finish(first)
-    assert code == 0, lines
-    (lost,) = [line for line in lines if "lost rank 1 on " in line]
-    assert "which has ended or does not answer" in lost
+    machines = {"NNODES": "2:3", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_dir = tmp_path / "run"
+    settings = ("checkpoint.every=5", f"train.global_batch_size={rows}", "train.micro_batch_size=1")
+    agents = [launch(*settings, **machines)]
+    wait_until(lambda: listens(port), "the first machine, where all meet")
+    agents += [launch(*settings, **machines) for _ in range(2)]
+    train_to(agents[0], run_dir, 12)
+    agents[2].kill()
+    outputs = [finish(agent) for agent in agents[:2]]
+    lines = [line for _, output in outputs for line in output]
+    assert len([line for line in lines if "lost rank " in line]) == 1, lines
+    if rows == 9:
+        assert {code for code, _ in outputs} == {2}
+        assert sum("train.global_batch_size=9 is not divisible by the 2 processes" in line for line in lines) == 1
+        return
+    assert {code for code, _ in outputs} == {0}, lines
     assert any(line.startswith("going on after step ") for line in lines)
-    assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-6)
+    assert "2 processes instead of 3: the same 12 rows a step, 6 of them on each" in lines
+    alone = train_alone(tiny_pretrain, tmp_path / "alone", *SETTINGS, *settings)
+    assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-6)
