@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "what rollbacks left out is read again when the run goes on",
         "train/loop.py",
-        '"guard": self.guard.memory.model_dump()}',
-        '"guard": self.guard.memory.model_dump(exclude={"windows"})}',
+        '"guard": self.guard.memory.model_dump(),',
+        '"guard": self.guard.memory.model_dump(exclude={"windows"}),',
         INTERRUPTED,
     ),
     Mutation(
