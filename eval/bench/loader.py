@@ -24,7 +24,9 @@ import torch
 
 from moe_lm.config.data import Phase
 from moe_lm.data.batches import PackedBatches
+from moe_lm.data.marks import Marks
 from moe_lm.data.shards import TokenShards
+from moe_lm.data.stream import TokenFile
 
 TOKENS = 50_000_000
 SEQUENCE_LENGTH, ROWS = 512, 64
@@ -55,12 +57,14 @@ def main() -> None:
 def make_shards(folder: Path) -> TokenShards:
     rng = np.random.default_rng(0)
     path = folder / "train-00000.bin"
-    rng.integers(0, 32_000, TOKENS, dtype=np.uint16).tofile(path)
+    tokens = rng.integers(2, 32_000, TOKENS, dtype=np.uint16)
     lengths = 2 + rng.exponential(DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     starts = starts[starts < TOKENS]
+    tokens[starts], tokens[starts[1:] - 1] = 0, 1
+    tokens.tofile(path)
     return TokenShards(
-        folder, "train", (np.asarray(np.memmap(path, np.uint16, "r")),), starts, np.zeros_like(starts), "random"
+        folder, "train", (TokenFile(path, tokens.dtype, TOKENS, vocab_size=32_000),), Marks(0, 1), "random"
     )
 
 

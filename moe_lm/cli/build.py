@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_lm.text.files import Report
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
+data_app = typer.Typer(no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
         help="Train a byte-level BPE tokenizer, or measure one.",
         rich_help_panel="Build",
     )
+    app.add_typer(data_app, name="data", help="Verify the token shards of a config.", rich_help_panel="Build")
     for verb in (prepare, plan, pretrain, finetune, verify):
         app.command(cls=ConfigCommand, rich_help_panel="Build")(verb)
     app.command("import", cls=Verb, rich_help_panel="Build")(import_)
@@ -106,6 +108,28 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     with copying("tokenizing", always=True) as tell:
         report = prepare(settings.data, tell)
     print(report)
+
+
+@data_app.command("verify", cls=ConfigCommand)
+def data_verify(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check every shard's contents against its checksums and the vocabulary; exit code 1 if one is damaged.
+
+    A launcher may start it on many ranks, as it starts training: each reads its share.
+    """
+    settings = read_pretraining(config, overrides or [])
+
+    from moe_lm.parallel.topology import current_topology
+    from moe_lm.tools import data_verify
+
+    damaged, is_main = False, current_topology().is_main
+    with copying("verifying", always=is_main) as tell:
+        found = list(data_verify.run(settings, ctx.obj, tell))
+    for what, damages in found:
+        damaged |= bool(damages)
+        for line in [f"{what}: {'damaged: ' + str(len(damages)) if damages else 'sound'}", *damages.values()]:
+            if is_main:
+                print(line)
+    raise typer.Exit(int(damaged))
 
 
 def plan(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-OF_MANY_RANKS = ("pretrain", "finetune")  # a launcher starts them, and signals end them at once until a step is done
+# A launcher starts them, and signals end them at once until a step is done.
+OF_MANY_RANKS = ("pretrain", "finetune", "data")
 GO_ON = ("prepare", "quickstart")  # of the other verbs, those that continue where they were stopped
 LOCAL_RANK = ("--local_rank", "--local-rank")  # what DeepSpeed's launcher adds
 

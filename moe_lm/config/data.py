@@ -139,6 +139,10 @@ class DataConfig(Section):
         default="stop",
         description="what becomes of a damaged shard: the run stops and names it, or goes on without its tokens",
     )
+    verify: bool = Field(
+        default=False,
+        description="check every shard's contents at the start of training, each rank its share; else only sizes",
+    )
     workers: int | None = Field(default=None, gt=0, description="processes of `prepare`; null: one a core")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import Phase
+from moe_lm.data.marks import Marks
 from moe_lm.data.order import Items, Mixture, in_exact_epochs
 from moe_lm.data.shards import TokenShards
 from moe_lm.data.stream import TokenStream
@@ -147,8 +148,7 @@ class PackedBatches(MixedBatches):
         self._phases = phases
         self._stream = TokenStream([tokens for item in shards for tokens in item.files])
         self._first_token = np.cumsum([0, *(item.num_tokens for item in shards)])
-        starts = [item.document_starts + first for item, first in zip(shards, self._first_token, strict=False)]
-        self._document_starts = np.concatenate(starts) if separate_documents else None
+        self._marks = [item.marks for item in shards] if separate_documents else None
         data = fingerprint_of_all(item.fingerprint for item in shards)
         self._stretches = stretches_of(phases)
         mixture = _first_mixture(shards, phases, seed)
@@ -200,7 +200,7 @@ class PackedBatches(MixedBatches):
         length = self._phases[self._stretches[number].phase].sequence_length
         sources, windows = self._mixtures[number].items(np.arange(first, first + count))
         starts = self._first_token[sources] + windows * length
-        return _Windows(self._stream, starts, length, self._document_starts)
+        return _Windows(self._stream, starts, length, sources, self._marks)
 
 
 def fingerprint_of_all(sources: Iterable[str]) -> str:
@@ -271,56 +271,70 @@ class EvaluationBatches:
         self.steps_per_epoch = -(-max(0, shards.num_tokens - 1) // (sequence_length * batch_size))
         padding = np.zeros(sequence_length * batch_size + 1, np.uint16)
         self._stream = TokenStream([*shards.files, padding])
-        documents = shards.document_starts if separate_documents else shards.document_starts[:0]
-        self._starts = np.append(documents, shards.num_tokens)
+        self._marks = [shards.marks] if separate_documents else None
 
     def batch(self, step: int, rows: range) -> Batch:
         sequences = step * self._batch_size + np.arange(rows.start, rows.stop, rows.step)
         starts = sequences * self._length
-        batch = _Windows(self._stream, starts, self._length, self._starts).batch(slice(None))
+        sources = np.zeros_like(starts)
+        windows = _Windows(self._stream, starts, self._length, sources, self._marks, end=self._num_tokens)
+        batch = windows.batch(slice(None))
         last = torch.from_numpy(self._num_tokens - 1 - starts)
         batch.targets[torch.arange(self._length) >= last[:, None]] = IGNORE
         return batch
 
 
 class _Windows:
-    """Windows of one length in a token stream, divided at the starts of documents when those are given."""
+    """Windows of one length in a token stream, of these `sources`, divided where documents begin by the source's marks.
+
+    Without `marks` they are not divided. What is behind the `end` of the tokens is padding, and a segment of its own.
+    """
 
     def __init__(
-        self, stream: TokenStream, starts: NDArray[np.int64], length: int, document_starts: NDArray[np.int64] | None
+        self,
+        stream: TokenStream,
+        starts: NDArray[np.int64],
+        length: int,
+        sources: NDArray[np.int64],
+        marks: Sequence[Marks] | None,
+        end: int | None = None,
     ) -> None:
         self._stream = stream
         self._starts = starts
         self._length = length
-        self._document_starts = document_starts
-        if document_starts is not None:
-            # Documents that begin after the window's first token, up to the token that is only a target.
-            # Looked up in sorted order, which is several times faster: neighbours share the cached part of the list.
-            order = np.argsort(starts)
-            self._first, self._last = np.empty_like(starts), np.empty_like(starts)
-            self._first[order] = np.searchsorted(document_starts, starts[order], side="right")
-            self._last[order] = np.searchsorted(document_starts, starts[order] + length, side="right")
+        self._sources = sources
+        self._marks = marks
+        self._end = end
 
     def batch(self, selection: slice) -> Batch:
         """The selected windows as the rows of a batch."""
         starts = self._starts[selection]
         tokens = self._stream.windows(starts, self._length + 1)
-        targets = tokens[:, 1:].astype(np.int64)
+        targets = tokens[:, 1:].astype(np.int32)
         bounds = np.arange(0, targets.size + 1, self._length)
-        if self._document_starts is not None:
-            begins = self._document_begins(selection, starts)
-            targets.reshape(-1)[begins - 1] = IGNORE
+        if self._marks is not None or self._end is not None:
+            is_begin = self._document_begins(tokens, starts, self._sources[selection])
+            targets[is_begin] = IGNORE
+            begins = np.flatnonzero(is_begin) + 1
             bounds = np.sort(np.concatenate([bounds, begins[begins % self._length != 0]]))
-        return pack(tokens[:, :-1].astype(np.int64), targets, bounds)
+        return pack(tokens[:, :-1], targets, bounds)
 
-    def _document_begins(self, selection: slice, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places in the flattened batch where documents begin, including the place just after a row."""
-        assert self._document_starts is not None
-        first = self._first[selection]
-        counts = self._last[selection] - first
-        row = np.repeat(np.arange(len(starts)), counts)
-        within_row = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-        return self._document_starts[first[row] + within_row] - starts[row] + row * self._length
+    def _document_begins(
+        self, tokens: NDArray[Any], starts: NDArray[np.int64], sources: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """At i of each row, whether token i + 1 begins a document, up to the one that is only a target."""
+        kinds = list(dict.fromkeys(self._marks or ()))
+        if len(kinds) == 1:
+            found = kinds[0].begins(tokens)
+        else:
+            found = np.zeros((len(tokens), self._length), bool)
+            for source, marks in enumerate(self._marks or ()):
+                rows = sources == source
+                found[rows] = marks.begins(tokens[rows])
+        if self._end is not None:
+            place = starts[:, None] + np.arange(1, self._length + 1)
+            found = (found & (place < self._end)) | (place == self._end)
+        return found
 
 
 def pack(input_ids: NDArray[Any], targets: NDArray[Any], bounds: NDArray[Any]) -> Batch:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -27,6 +29,7 @@ from moe_lm.common.files import read_regular
 from moe_lm.common.integrity import KINDS, SHA256, XXH3
 from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
+from moe_lm.data.marks import Marks
 from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
 
 if TYPE_CHECKING:
@@ -94,6 +97,17 @@ class Manifest(Section):
     skipped: dict[str, int] = Field(description="documents left out, by reason")
     examples: dict[str, str] = Field(description="the first place of each reason")
     notes: tuple[str, ...] = Field(default=(), description="what else prepare says of the source")
+
+    @model_validator(mode="after")
+    def _shards_differ(self) -> Self:
+        size, shards = np.dtype(self.dtype).itemsize, self.train + self.validation
+        if double := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+            raise ValueError(f"shard {double[0]} is there twice")
+        ranges = sorted((shard.file, shard.offset, shard.name, shard.tokens) for shard in shards if shard.file)
+        for (file, offset, name, tokens), (other, begin, next_name, _) in pairwise(ranges):
+            if file == other and begin < offset + tokens * size:
+                raise ValueError(f"shards {name} and {next_name} overlap in {file} at byte {begin}")
+        return self
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return self.train if split == "train" else self.validation
@@ -168,20 +182,18 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class TokenShards:
-    """One split of one source.
+    """One split of one source: its tokens are read when they are asked for.
 
-    files: the tokens. document_starts: [documents] int64, where each document begins in their sequence.
-    document_bytes: [documents] int64, its bytes of UTF-8 text. fingerprint: equal only for equal tokens.
-    left_out: what damage has taken, if anything. Where another program wrote the files, documents begin behind its eos,
-    and their bytes are unknown: -1.
+    files: the tokens. marks: the ids between documents. fingerprint: equal only for equal tokens. shards: what the
+    manifest says of each file. left_out: what damage has taken, if anything.
     """
 
     folder: Path
     split: Split
     files: tuple[TokenFile | NDArray[Any], ...]
-    document_starts: NDArray[np.int64]
-    document_bytes: NDArray[np.int64]
+    marks: Marks
     fingerprint: str
+    shards: tuple[Shard, ...] = ()
     left_out: LeftOut | None = None
 
     @classmethod
@@ -189,14 +201,17 @@ class TokenShards:
         cls,
         folder: Path,
         split: Split,
-        verify: bool = True,
+        verify: bool = False,
         tokenizer: Tokenizer | None = None,
         on_damage: OnDamage = "stop",
+        sizes: bool = True,
+        damage: Mapping[str, str] | None = None,
     ) -> TokenShards:
-        """Open the shards of a split. `verify` checks every byte against the checksums, and the range of every token.
+        """Open the shards of a split: read the manifest, and with `sizes` look for each file and its size.
 
-        Raises UsageError that names the file when one is missing, cut short or altered, and it is not to be left out,
-        and when `tokenizer` is not the tokenizer that made the shards.
+        `verify` checks every byte against the checksums, and the range of every token. `damage` has what `damages` has
+        found elsewhere. Raises UsageError that names the file when one is missing, cut short or altered, and it is not
+        to be left out, and when `tokenizer` is not the tokenizer that made the shards.
         """
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
@@ -204,30 +219,22 @@ class TokenShards:
                 f"{folder} was made with tokenizer {manifest.tokenizer[:12]}, this one is "
                 f"{tokenizer.fingerprint[:12]}; use that tokenizer, or prepare these sources into another data.shards"
             )
-        vocab_size = manifest.vocab_size if tokenizer is None else min(manifest.vocab_size, tokenizer.vocab_size)
-        dtype, shards = np.dtype(manifest.dtype), manifest.shards(split)
-
-        def opened(shard: Shard) -> tuple[TokenFile, NDArray[np.int64]] | MoeLmError:
-            try:
-                return _open_shard(folder, shard, dtype, manifest.eos_id, vocab_size if verify else None)
-            except MoeLmError as error:
-                return error
-
-        with ThreadPoolExecutor(VERIFIERS) as pool:
-            outcomes = list(zip(shards, pool.map(opened, shards), strict=True))
-        damage = {shard.name: found for shard, found in outcomes if isinstance(found, MoeLmError)}
+        vocab_size, shards = _vocab_size(manifest, tokenizer), manifest.shards(split)
+        if damage is None:
+            damage = damages(folder, split, tokenizer, verify) if sizes or verify else {}
         if damage and on_damage == "stop":
-            first = next(iter(damage.values()))
-            raise UsageError(f"{first}; {AGAIN}, or set data.on_damage=leave_out") from first
-        sound = [(shard, *found) for shard, found in outcomes if not isinstance(found, MoeLmError)]
-        index = np.concatenate([np.empty((0, 2), np.int64), *(index for _, _, index in sound)])
+            raise UsageError(f"{next(iter(damage.values()))}; {AGAIN}, or set data.on_damage=leave_out")
+        sound = tuple(shard for shard in shards if shard.name not in damage)
+        dtype = np.dtype(manifest.dtype)
         return cls(
             folder=folder,
             split=split,
-            files=tuple(file for _, file, _ in sound),
-            document_starts=np.cumsum(index[:, 0]) - index[:, 0],
-            document_bytes=index[:, 1].copy(),
-            fingerprint=fingerprint_of(shard for shard, _, _ in sound),
+            files=tuple(
+                TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset, vocab_size) for shard in sound
+            ),
+            marks=_marks(folder, manifest, tokenizer),
+            fingerprint=fingerprint_of(sound),
+            shards=sound,
             left_out=_left_out(folder, split, shards, damage) if damage else None,
         )
 
@@ -236,43 +243,90 @@ class TokenShards:
         return sum(len(file) for file in self.files)
 
     @property
-    def num_documents(self) -> int:
-        return len(self.document_starts)
+    def num_documents(self) -> int | None:
+        return _sum_of_known(shard.documents for shard in self.shards)
 
     @property
     def text_bytes(self) -> int | None:
-        """The bytes of UTF-8 text that the tokens were made from; None where another program wrote them."""
-        return None if (self.document_bytes < 0).any() else int(self.document_bytes.sum())
+        """The bytes of UTF-8 text that the tokens were made from; None if they are unknown."""
+        return _sum_of_known(shard.text_bytes for shard in self.shards)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start to stop, across files."""
         return TokenStream(self.files).tokens(start, stop)
 
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """The documents one after the other, of which only one, and what is read at once, is in memory."""
+        last: NDArray[Any] | None = None  # what has been read of a document, up to the end of a chunk
+        for file in self.files:
+            for start in range(0, len(file), CHUNK_TOKENS):
+                tokens = file[start : start + CHUNK_TOKENS]
+                tokens = tokens if last is None else np.concatenate([last, tokens])
+                *whole, last = np.split(tokens, np.flatnonzero(self.marks.begins(tokens[None])[0]) + 1)
+                yield from whole
+            if last is not None:  # a file of another program may end without a mark
+                yield last
+            last = None
 
-def _left_out(folder: Path, split: Split, shards: Sequence[Shard], damage: Mapping[str, MoeLmError]) -> LeftOut:
+
+def _vocab_size(manifest: Manifest, tokenizer: Tokenizer | None) -> int:
+    return manifest.vocab_size if tokenizer is None else min(manifest.vocab_size, tokenizer.vocab_size)
+
+
+def _marks(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Marks:
+    """Those of the manifest; of format 1, the tokenizer's, or else the first and the last token."""
+    if manifest.eos_id is not None:
+        return Marks(manifest.bos_id, manifest.eos_id)
+    if tokenizer is not None:
+        return Marks(tokenizer.bos_id, tokenizer.eos_id)
+    shard = next(iter(manifest.train + manifest.validation), None)
+    if shard is None:
+        return Marks(None, 0)
+    file = TokenFile(shard.path(folder), np.dtype(manifest.dtype), shard.tokens, shard.offset)
+    return Marks(int(file[0:1][0]), int(file[shard.tokens - 1 : shard.tokens][0]))
+
+
+def read_index(folder: Path, shards: Iterable[Shard]) -> NDArray[np.int64]:
+    """Tokens and bytes of text of every document of these shards, verified. [documents, 2]"""
+    return np.concatenate([np.empty((0, 2), np.int64), *(_read_index(folder, shard) for shard in shards)])
+
+
+def damages(
+    folder: Path,
+    split: Split,
+    tokenizer: Tokenizer | None = None,
+    verify: bool = False,
+    share: slice = slice(None),
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, str]:
+    """What is wrong with shards of a split, by name: with their size, and with `verify`, with their contents.
+
+    `share` selects the shards to look at; other ranks look at the rest. `progress` is told of tokens that are done.
+    """
+    manifest = read_manifest(folder)
+    dtype, vocab_size = np.dtype(manifest.dtype), _vocab_size(manifest, tokenizer)
+
+    def damage_in(shard: Shard) -> str | None:
+        try:
+            _check_size(shard.path(folder), shard.offset + shard.tokens * dtype.itemsize, shard.file is None)
+            if verify:
+                _read_index(folder, shard)
+                _check_tokens(TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset), shard, vocab_size)
+        except MoeLmError as error:
+            return str(error)
+        progress(shard.tokens)
+        return None
+
+    shards = manifest.shards(split)[share]
+    with ThreadPoolExecutor(VERIFIERS) as pool:
+        found = list(zip(shards, pool.map(damage_in, shards), strict=True))
+    return {shard.name: damage for shard, damage in found if damage is not None}
+
+
+def _left_out(folder: Path, split: Split, shards: Sequence[Shard], damage: Mapping[str, str]) -> LeftOut:
     tokens = {shard.name: shard.tokens for shard in shards}
     lost = sum(tokens[name] for name in damage)
-    reasons = {name: str(error) for name, error in damage.items()}
-    return LeftOut(folder, split, reasons, lost, len(tokens), sum(tokens.values()))
-
-
-def _open_shard(
-    folder: Path, shard: Shard, dtype: np.dtype[Any], eos_id: int | None, vocab_size: int | None
-) -> tuple[TokenFile, NDArray[np.int64]]:
-    """The tokens and the index of a shard; with a `vocab_size` the tokens are verified too."""
-    file = TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset)
-    index = None if shard.index_checksum is None else _read_index(folder / f"{shard.name}.index", shard)
-    _check_size(file.path, shard.offset + file.size * dtype.itemsize, is_ours=shard.file is None)
-    if vocab_size is not None:
-        _check_tokens(file, shard, vocab_size)
-    return file, _index_of(file, eos_id) if index is None else index
-
-
-def _index_of(file: TokenFile, eos_id: int | None) -> NDArray[np.int64]:
-    """The index of a file that has none: a document ends with eos, or with the file."""
-    ends = [number * CHUNK_TOKENS + 1 + np.flatnonzero(tokens == eos_id) for number, tokens in enumerate(file.chunks())]
-    bounds = np.unique(np.concatenate([[0], *ends, [file.size]]).astype(np.int64))
-    return np.stack([np.diff(bounds), np.full(len(bounds) - 1, -1, np.int64)], axis=1)
+    return LeftOut(folder, split, dict(damage), lost, len(tokens), sum(tokens.values()))
 
 
 def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
@@ -286,11 +340,11 @@ def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
         raise UsageError(f"shard {path} has {size} bytes, expected {expected}")
 
 
-def _read_index(path: Path, shard: Shard) -> NDArray[np.int64]:
-    """The verified index of a shard, [documents, 2]. It is small beside the tokens."""
-    assert shard.index_checksum is not None
-    assert shard.documents is not None
-    expected = 2 * INDEX_DTYPE.itemsize * shard.documents
+def _read_index(folder: Path, shard: Shard) -> NDArray[np.int64]:
+    """The verified index of a shard, [documents, 2], empty if it has none. It is small beside the tokens."""
+    if shard.index_checksum is None or shard.documents is None:
+        return np.empty((0, 2), np.int64)
+    path, expected = folder / f"{shard.name}.index", 2 * INDEX_DTYPE.itemsize * shard.documents
     _check_size(path, expected)
     content = read_regular(path, expected)
     kind, checksum = shard.index_checksum

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +17,23 @@ from numpy.typing import NDArray
 from moe_lm.common.errors import MoeLmError
 
 CHUNK_TOKENS = 1 << 20  # read at once where all of a file is read
+MOST_OPEN = 64  # files at a time, in a process: a run may have thousands
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenFile:
-    """`size` tokens in a file, behind `offset` bytes.
+    """`size` tokens in a file, behind `offset` bytes; `vocab_size`, if given, bounds them.
 
-    It is read and not mapped: where a file is cut short, or a disk fails, reading is an error that names the file; in
-    mapped memory it would be SIGBUS, which ends a process without a word.
+    It is opened when it is first read, and closed when others have been read since. It is read and not mapped: where a
+    file is cut short, or a disk fails, reading is an error that names the file; in mapped memory it would be SIGBUS,
+    which ends a process without a word.
     """
 
     path: Path
     dtype: np.dtype[Any]
     size: int
     offset: int = 0
+    vocab_size: int | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -39,19 +45,22 @@ class TokenFile:
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """The windows of `length` tokens that begin at `starts` [n]. Returns [n, length].
 
-        Raises MoeLmError when the file cannot be read or ends too early.
+        Raises MoeLmError when the file cannot be read or ends too early, and for a token outside the vocabulary.
         """
         result = np.empty((len(starts), length), self.dtype)
         rows = result.view(np.uint8)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
+            with _descriptors.of(self) as descriptor:
                 for row, start in zip(rows, starts.tolist(), strict=True):
                     self._fill(descriptor, row, self.offset + start * self.dtype.itemsize)
-            finally:
-                os.close(descriptor)
         except OSError as error:
             raise MoeLmError(f"cannot read shard {self.path}: {error.strerror}; bring the file back") from error
+        if self.vocab_size is not None and result.size and result.max() >= self.vocab_size:
+            row, column = np.unravel_index(int(result.argmax()), result.shape)
+            raise MoeLmError(
+                f"shard {self.path}: token {result[row, column]} at offset {starts[row] + column} is outside the "
+                f"vocabulary of {self.vocab_size}; moe-lm data verify looks for more, and moe-lm prepare makes it anew"
+            )
         return result
 
     def chunks(self) -> Iterator[NDArray[Any]]:
@@ -71,28 +80,62 @@ class TokenFile:
             target, offset = target[count:], offset + count
 
 
+class _Descriptors:
+    """The files that are open now, at most MOST_OPEN of them and those that threads are reading."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[TokenFile, int] = OrderedDict()  # the one that was read last stands last
+        self._readers: dict[TokenFile, int] = {}
+
+    @contextmanager
+    def of(self, file: TokenFile) -> Iterator[int]:
+        """The descriptor of a file, which stays open meanwhile. Raises OSError."""
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open.move_to_end(file)
+            self._readers[file] = self._readers.get(file, 0) + 1
+            for other in list(self._open)[: max(0, len(self._open) - MOST_OPEN)]:
+                if other not in self._readers:
+                    os.close(self._open.pop(other))
+            descriptor = self._open[file]
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._readers[file] -= 1
+                if not self._readers[file]:
+                    del self._readers[file]
+
+
+_descriptors = _Descriptors()
+
+
 class TokenStream:
     """Files of tokens, one after the other, as one sequence."""
 
     def __init__(self, files: Sequence[TokenFile | NDArray[Any]]) -> None:
         self._files = list(files)
         self._bounds = np.cumsum([0, *(len(file) for file in files)])
+        self._dtype = np.result_type(*{file.dtype for file in files}) if files else np.dtype(np.uint16)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start to stop of the whole sequence."""
         first = int(np.searchsorted(self._bounds, start, side="right")) - 1
         pieces = []
-        for file, begin in zip(self._files[first:], self._bounds[first:].tolist(), strict=False):
+        for number in range(first, len(self._files)):
+            begin = int(self._bounds[number])
             if begin >= stop:
                 break
-            pieces.append(file[max(0, start - begin) : stop - begin])
+            pieces.append(self._files[number][max(0, start - begin) : stop - begin])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """The windows of `length` tokens that begin at `starts` [n]. Returns [n, length], a copy."""
         if len(self._files) == 1:
             return _windows(self._files[0], starts, length)
-        result = np.empty((len(starts), length), self._files[0].dtype)
+        result = np.empty((len(starts), length), self._dtype)
         file_of = np.searchsorted(self._bounds, starts, side="right") - 1
         whole = starts + length <= self._bounds[file_of + 1]
         for number in set(file_of[whole].tolist()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def held_out_texts(run: Path, config: RunConfig | None, tokenizer: Tokenizer) ->
     folder = shards_of(checkpoint.resolve(run), config)
     for source in config.data.sources:
         shards = TokenShards.open(folder / source.name, "validation", tokenizer=tokenizer)
-        if shards.num_documents:
+        if shards.num_tokens:
             texts.append(_source_text(source.name, shards, tokenizer))
     if not texts:
         raise UsageError(
@@ -89,15 +89,12 @@ def shards_of(folder: Path, config: PretrainConfig) -> Path:
 
 def _source_text(name: str, shards: TokenShards, tokenizer: Tokenizer) -> Scorable:
     count = shards.num_documents
+    if count is None:
+        count = sum(1 for _ in shards.documents())
     text_bytes = shards.text_bytes
     if text_bytes is None:  # another program's tokens, of which the first of a document is not predicted
-        text_bytes = bytes_of((ids[1:] for ids in _documents(shards)), tokenizer)
-    return Scorable(name, _documents(shards), count, shards.num_tokens - count, text_bytes)
-
-
-def _documents(shards: TokenShards) -> Iterator[NDArray[Any]]:
-    bounds = zip(shards.document_starts, [*shards.document_starts[1:], shards.num_tokens], strict=True)
-    return (shards.tokens(start, stop) for start, stop in bounds)
+        text_bytes = bytes_of((ids[1:] for ids in shards.documents()), tokenizer)
+    return Scorable(name, shards.documents(), count, shards.num_tokens - count, text_bytes)
 
 
 def bytes_of(documents: Iterable[NDArray[Any]], tokenizer: Tokenizer) -> int | None:

@@ -1,5 +1,5 @@
 """Beside the walk, which imports none of them.
 
-Reading order: quickstart (with docstrings and sizes), init, doctor, ranks, verify, plan, interop, serve, explain,
-report, checkpoints, merge.
+Reading order: quickstart (with docstrings and sizes), init, doctor, ranks, data_verify, verify, plan, interop, serve,
+explain, report, checkpoints, merge.
 """

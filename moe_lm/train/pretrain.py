@@ -10,13 +10,16 @@ from pathlib import Path
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import TOKENIZER
+from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, BatchSource, EvaluationBatches, PackedBatches
-from moe_lm.data.shards import MANIFEST, Split, TokenShards, read_manifest
-from moe_lm.engine.build import build_engine, build_model
+from moe_lm.data.shards import MANIFEST, Split, TokenShards, damages, read_manifest
+from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.objective.training_loss import NextToken
+from moe_lm.parallel import process_group
 from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import Topology, current_topology
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.train import preflight
@@ -47,7 +50,7 @@ def run(
     start = find(config)
     preflight.check(config, config.model, meeting.topology, fit)
     tokenizer = load_tokenizer(config)
-    shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
+    shards, held_out = open_for_training(config, tokenizer, meeting)
     batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
     epochs = batches.epochs(config.train.steps) if timetable is None else None  # else time decides
@@ -84,7 +87,7 @@ def describe(
     elif tokenizer is None or not are_prepared:
         data = ["data            not prepared yet; moe-lm prepare makes shards with the same config"]
     else:
-        shards, held_out = (open_shards(config, split, tokenizer, verify=False) for split in SPLITS)
+        shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
         epochs = training_batches(config, shards).epochs(config.train.steps)
         data = list(data_lines(names, shards, held_out, epochs))
     data += phase_lines(config)
@@ -143,11 +146,40 @@ def find_tokenizer(config: PretrainConfig) -> Path:
     return config.data.tokenizer if newest is None else checkpoint.verified_path(newest, TOKENIZER)
 
 
-def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, verify: bool = True) -> list[TokenShards]:
+def open_for_training(
+    config: PretrainConfig, tokenizer: Tokenizer, meeting: Meeting
+) -> tuple[list[TokenShards], list[TokenShards]]:
+    """Both splits of every source. Raises UsageError as `TokenShards.open`.
+
+    Every rank reads the manifests. One rank of each host looks at the sizes of the files; all do where damage is left
+    out, which changes the order. With `data.verify` the ranks meet first, and then read an equal share each.
+    """
+    data, topology = config.data, meeting.topology
+    if not data.verify or topology.world_size == 1:
+        sizes = topology.local_rank == 0 or data.on_damage == "leave_out"
+        train, held_out = (open_shards(config, split, tokenizer, data.verify, sizes) for split in SPLITS)
+        return train, held_out
+    process_group.join(meeting, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
+    ranks = Ranks()
+    share = slice(ranks.rank, None, ranks.size)
+
+    def opened(folder: Path, split: Split) -> TokenShards:
+        found = ranks.each(lambda: damages(folder, split, tokenizer, verify=True, share=share), (MoeLmError,))
+        damage = {name: why for part in found for name, why in part.items()}
+        return TokenShards.open(folder, split, False, tokenizer, data.on_damage, damage=dict(sorted(damage.items())))
+
+    with meeting.lost_ranks_named():
+        train, held_out = ([opened(data.shards / source.name, split) for source in data.sources] for split in SPLITS)
+    return train, held_out
+
+
+def open_shards(
+    config: PretrainConfig, split: Split, tokenizer: Tokenizer, verify: bool = False, sizes: bool = True
+) -> list[TokenShards]:
     """A split of every source. Raises UsageError as `TokenShards.open`."""
     data = config.data
     folders = [data.shards / source.name for source in data.sources]
-    return [TokenShards.open(folder, split, verify, tokenizer, data.on_damage) for folder in folders]
+    return [TokenShards.open(folder, split, verify, tokenizer, data.on_damage, sizes) for folder in folders]
 
 
 def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:

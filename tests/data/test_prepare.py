@@ -17,7 +17,7 @@ from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.chunks import Workers
 from moe_lm.data.prepare import prepare
-from moe_lm.data.shards import TokenShards, read_manifest, token_dtype
+from moe_lm.data.shards import TokenShards, read_index, read_manifest, token_dtype
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.text.split import held_out
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -54,10 +54,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def documents_of(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
-    ends = [*shards.document_starts[1:].tolist(), shards.num_tokens]
     texts = []
-    for start, end in zip(shards.document_starts.tolist(), ends, strict=True):
-        bos, *ids, eos = shards.tokens(start, end).tolist()
+    for document in shards.documents():
+        bos, *ids, eos = document.tolist()
         assert (bos, eos) == (tokenizer.bos_id, tokenizer.eos_id)
         texts.append(tokenizer.decode(ids, skip_special=False))
     return texts
@@ -76,7 +75,7 @@ def test_what_is_kept_round_trips_and_what_is_not_is_reported(
     assert documents_of(validation, tiny_tokenizer) == [item.text for item in originals if held_out(item.id, 0.1)]
     assert train.num_documents + validation.num_documents == read.documents == 202
     assert train.text_bytes + validation.text_bytes == read.text_bytes
-    assert train.document_bytes.tolist() == [len(text.encode()) for text in kept]
+    assert read_index(train.folder, train.shards)[:, 1].tolist() == [len(text.encode()) for text in kept]
     manifest = report.manifests["corpus"]
     assert (manifest.documents, manifest.text_bytes) == (read.documents, read.text_bytes)
     assert manifest.tokens == train.num_tokens + validation.num_tokens
@@ -106,7 +105,7 @@ def test_shards_of_another_size_hold_the_same_stream(
     one, many = (TokenShards.open(tmp_path / name / "corpus", "train") for name in ("one", "many"))
     assert len(many.files) >= 5
     assert np.array_equal(one.tokens(0, one.num_tokens), many.tokens(0, many.num_tokens))
-    assert np.array_equal(one.document_starts, many.document_starts)
+    assert np.array_equal(*(read_index(shards.folder, shards.shards) for shards in (one, many)))
 
 
 PREPARE_AND_DIE = textwrap.dedent("""

@@ -1,7 +1,10 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data.batches import PackedBatches
 from moe_lm.data.prepare import prepare
-from moe_lm.data.shards import TokenShards
+from moe_lm.data.shards import Manifest, Shard, TokenShards, read_index
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
@@ -39,10 +42,11 @@ def change_manifest(folder: Path, edit: Callable[[Any], object]) -> None:
 
 def test_a_split_opens_with_its_counts(folder: Path, tiny_tokenizer: Tokenizer) -> None:
     shards = TokenShards.open(folder, "train", tokenizer=tiny_tokenizer)
-    assert shards.num_documents == len(shards.document_starts) == len(shards.document_bytes) == 9
-    starts = shards.document_starts.tolist()
-    assert (shards.tokens(0, shards.num_tokens)[starts] == tiny_tokenizer.bos_id).all()
-    assert shards.text_bytes == shards.document_bytes.sum()
+    index = read_index(folder, shards.shards)
+    assert shards.num_documents == len(index) == 9
+    assert [len(document) for document in shards.documents()] == index[:, 0].tolist()
+    assert all(document[0] == tiny_tokenizer.bos_id for document in shards.documents())
+    assert shards.text_bytes == index[:, 1].sum()
 
 
 def test_the_tokenizer_must_be_the_one_that_made_the_shards(folder: Path, shared_data: Path) -> None:
@@ -67,11 +71,12 @@ def test_a_shard_that_was_altered_is_refused_by_name(
     edit(data)
     (folder / name).write_bytes(data)
     with pytest.raises(UsageError, match=f"shard .*{name} {message}.*delete its folder and run moe-lm prepare"):
-        TokenShards.open(folder, "train")
+        TokenShards.open(folder, "train", verify=True)
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.index"])
+@pytest.mark.parametrize(
+    ("name", "verify"), [("train-00000.bin", False), ("train-00000.bin", True), ("train-00000.index", True)]
+)
 def test_a_missing_shard_is_refused_by_name(folder: Path, name: str, verify: bool) -> None:
     (folder / name).unlink()
     with pytest.raises(UsageError, match=f"shard .*{name} is missing"):
@@ -104,7 +109,7 @@ def test_shards_of_format_1_open_with_the_fingerprint_that_they_had(folder: Path
     assert np.array_equal(old.tokens(0, old.num_tokens), new.tokens(0, new.num_tokens))
     (folder / "train-00000.bin").write_bytes(bytes((folder / "train-00000.bin").stat().st_size))
     with pytest.raises(UsageError, match="is corrupt: sha256"):
-        TokenShards.open(folder, "train")
+        TokenShards.open(folder, "train", verify=True)
 
 
 def test_a_shard_may_be_a_range_of_a_file_of_another_program(folder: Path) -> None:
@@ -134,7 +139,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_file_and_offset(folder: Pa
     tokens.tofile(folder / "train-00000.bin")
     change_manifest(folder, lambda manifest: manifest["train"][0].update(xxh3_128=xxh3_128_hexdigest(tokens.tobytes())))
     with pytest.raises(UsageError, match=r"train-00000.bin: token 5000 at offset 17 is outside the vocabulary of 1024"):
-        TokenShards.open(folder, "train")
+        TokenShards.open(folder, "train", verify=True)
 
 
 def test_the_tokenizer_bounds_the_tokens_whatever_the_manifest_says(folder: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -143,9 +148,9 @@ def test_the_tokenizer_bounds_the_tokens_whatever_the_manifest_says(folder: Path
     tokens.tofile(folder / "train-00000.bin")
     change_manifest(folder, lambda manifest: manifest["train"][0].update(xxh3_128=xxh3_128_hexdigest(tokens.tobytes())))
     change_manifest(folder, lambda manifest: manifest.update(vocab_size=60_000))
-    assert TokenShards.open(folder, "train").num_tokens == len(tokens)
+    assert TokenShards.open(folder, "train", verify=True).num_tokens == len(tokens)
     with pytest.raises(UsageError, match="token 5000 at offset 17 is outside the vocabulary of 1024"):
-        TokenShards.open(folder, "train", tokenizer=tiny_tokenizer)
+        TokenShards.open(folder, "train", verify=True, tokenizer=tiny_tokenizer)
 
 
 @pytest.fixture
@@ -164,18 +169,17 @@ def in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_damaged_shard_is_left_out_where_that_is_chosen(
     in_pieces: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
-    whole = TokenShards.open(in_pieces, "train")
+    whole = TokenShards.open(in_pieces, "train", verify=True)
     sizes = [len(file) for file in whole.files]
     assert len(sizes) > 2
     damage(in_pieces / name)
     with pytest.raises(UsageError, match=f"{name} is .*or set data.on_damage=leave_out"):
-        TokenShards.open(in_pieces, "train")
-    rest = TokenShards.open(in_pieces, "train", on_damage="leave_out")
+        TokenShards.open(in_pieces, "train", verify=True)
+    rest = TokenShards.open(in_pieces, "train", verify=True, on_damage="leave_out")
     assert [len(file) for file in rest.files] == [sizes[0], *sizes[2:]]
     tokens = whole.tokens(0, sizes[0]), whole.tokens(sizes[0] + sizes[1], sum(sizes))
     assert np.array_equal(rest.tokens(0, rest.num_tokens), np.concatenate(tokens))
     assert rest.fingerprint != whole.fingerprint
-    assert rest.document_starts[-1] == whole.document_starts[-1] - sizes[1]
     assert str(rest.left_out).startswith(
         f"1 of the {len(sizes)} train shards in {in_pieces} are left out, as data.on_damage=leave_out asks, with "
         f"{sizes[1]} of {sum(sizes)} tokens ({sizes[1] / sum(sizes):.2%}): shard {in_pieces / name} is "
@@ -191,10 +195,49 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(folder: Path) -> None:
     os.truncate(folder / "train-00000.bin", 100)
     with pytest.raises(MoeLmError, match=r"train-00000.bin ends before byte .*: it was cut short after it was opened"):
         [batches.batch(step, range(4)) for step in range(batches.steps_per_epoch)]
-    (folder / "train-00000.bin").unlink()
-    with pytest.raises(MoeLmError, match=r"cannot read shard .*train-00000.bin: No such file"):
-        batches.batch(0, range(4))
     assert len(before) > 2
+
+
+def test_a_token_outside_the_vocabulary_is_named_when_a_batch_reads_it(folder: Path, tiny_tokenizer: Tokenizer) -> None:
+    tokens = np.fromfile(folder / "train-00000.bin", "<u2")
+    tokens[17] = 5000
+    tokens.tofile(folder / "train-00000.bin")
+    shards = TokenShards.open(folder, "train", tokenizer=tiny_tokenizer)
+    batches = PackedBatches([shards], [Phase(0, 4, 16, (1.0,))], 4, seed=1, separate_documents=True)
+    with pytest.raises(MoeLmError, match=r"train-00000.bin: token 5000 at offset 17 is outside the vocabulary of 1024"):
+        [batches.batch(step, range(4)) for step in range(batches.steps_per_epoch)]
+
+
+def test_few_files_are_open_however_many_there_are(in_pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what one thread reads is not closed by another."""
+    monkeypatch.setattr("moe_lm.data.stream.MOST_OPEN", 2)
+    shards = TokenShards.open(in_pieces, "train")
+    assert len(shards.files) > 3
+    expected = np.concatenate([np.fromfile(file, "<u2") for file in sorted(in_pieces.glob("train-*.bin"))])
+
+    def reads(_: int) -> bool:
+        starts = range(0, len(expected), 40)
+        return all(np.array_equal(shards.tokens(at, at + 150), expected[at : at + 150]) for at in starts)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(reads, range(8)))
+    assert reads(0)
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert 0 < sum(link.startswith(str(in_pieces)) for link in links) <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "train-00000"}, "shard train-00000 is there twice"),
+        ({"file": "train-00000.bin"}, "shards train-00000 and train-00001 overlap in train-00000.bin at byte 0"),
+    ],
+)
+def test_shards_that_are_there_twice_or_overlap_are_refused(in_pieces: Path, change: dict[str, str], said: str) -> None:
+    change_manifest(in_pieces, lambda manifest: manifest["train"][0].update(file="train-00000.bin"))
+    change_manifest(in_pieces, lambda manifest: manifest["train"][1].update(change))
+    with pytest.raises(UsageError, match=said):
+        TokenShards.open(in_pieces, "train")
 
 
 def test_a_shard_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
@@ -235,3 +278,33 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, content: byt
 def test_a_folder_without_shards_asks_for_prepare(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run moe-lm prepare"):
         TokenShards.open(tmp_path / "nowhere", "train")
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from moe_lm.config.data import Phase
+from moe_lm.data.batches import PackedBatches
+from moe_lm.data.shards import TokenShards
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+batches = PackedBatches([TokenShards.open(Path(sys.argv[1]), "train")], [Phase(0, 256, 16, (1.0,))], 256, 1, True)
+print(sum(int(batches.batch(step, range(256)).input_ids.sum()) for step in range(batches.steps_per_epoch)))
+"""
+
+
+def test_three_thousand_shards_are_read_with_256_open_files(tmp_path: Path) -> None:
+    """They were mapped or kept open once, one descriptor each."""
+    tokens, shards = np.arange(3000 * 16 + 1, dtype="<u2") % 1000 + 2, []
+    for number, part in enumerate(np.split(tokens, range(16, 3000 * 16, 16))):
+        part.tofile(tmp_path / f"train-{number:05d}.bin")
+        shards.append(
+            Shard(name=f"train-{number:05d}", tokens=len(part), documents=None, text_bytes=None, xxh3_128="0")
+        )
+    manifest = Manifest(
+        made_from={}, tokenizer="", vocab_size=1024, dtype="<u2", bos_id=0, eos_id=1,
+        train=tuple(shards), validation=(), skipped={}, examples={},
+    )  # fmt: skip
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= tokens[:-1].sum(dtype=int)  # an epoch, and the beginning of the next in its last batch

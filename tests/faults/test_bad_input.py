@@ -120,7 +120,7 @@ def test_a_damaged_shard_is_named(
     folder, setting = shards
     file = train_shard(folder)
     damage(file)  # type: ignore[operator]
-    process = program("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, setting)
+    process = program("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, setting, "data.verify=true")
     assert process.wait() in (1, 2)
     assert file.name in process.err
     assert "internal error" not in process.err
@@ -133,6 +133,7 @@ def test_a_damaged_shard_is_left_out_by_choice(tiny_pretrain: Path, tmp_path: Pa
     damaged = min((tmp_path / "shards").rglob("train-*.bin"))
     flip_a_bit(damaged)
     command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, "train.steps=5", setting)
+    command += ("data.verify=true",)
     refused = program(*command)
     assert refused.wait() in (1, 2)
     assert "data.on_damage=leave_out" in refused.err

@@ -72,7 +72,13 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, 
     config = load_config(PretrainConfig, tiny_pretrain)
     shutil.copytree(config.data.shards, tmp_path / "shards")
     flip_a_byte(tmp_path / "shards" / "text" / "train-00000.bin")
-    done = moe_lm("pretrain", tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}")
+    done = moe_lm(
+        "pretrain",
+        tiny_pretrain,
+        f"data.shards={tmp_path / 'shards'}",
+        f"run_dir={tmp_path / 'run'}",
+        "data.verify=true",
+    )
     assert done.code != 0
     assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
     assert "Traceback" not in done.err
@@ -85,7 +91,8 @@ def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
     """The loss of tokens is said at every start; the shard that is back is other data (FAULTS row 26)."""
     monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 8192)
     monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 8192)
-    command = (tiny_pretrain, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", *SHORT)
+    places = (f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", "data.verify=true")
+    command = (tiny_pretrain, *places, *SHORT)
     assert moe_lm("prepare", *command).code == 0
     shard = tmp_path / "shards" / "text" / "train-00001.bin"
     flip_a_byte(shard)

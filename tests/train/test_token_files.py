@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moe_lm.config.reading import load_config
@@ -23,8 +22,7 @@ from tests.runs import assert_same_run, copy_as_of
 def test_a_run_goes_on_to_the_bit_and_is_evaluated(name: str, tiny_pretrain: Path, tmp_path: Path) -> None:
     ours = load_config(PretrainConfig, tiny_pretrain)
     shards = TokenShards.open(ours.data.shards / "text", "train")
-    ids = shards.tokens(0, shards.num_tokens)
-    documents = [part[1:].tolist() for part in np.split(ids, shards.document_starts[1:])]  # without bos
+    documents = [ids[1:].tolist() for ids in shards.documents()]  # without bos
     write = writers.megatron if name == "web.bin" else writers.datatrove
     path = write(tmp_path / name, documents)
 

@@ -152,7 +152,7 @@ def most_steps(setup: Setup, config: PretrainConfig) -> int:
 
 def time_after(setup: Setup, config: PretrainConfig) -> Callable[[float], float]:
     """The seconds of what follows pretraining, given those of a step: evaluation, fine-tuning and samples."""
-    shards = TokenShards.open(config.data.shards / CORPUS, "validation", verify=False)
+    shards = TokenShards.open(config.data.shards / CORPUS, "validation")
     step_tokens = config.train.global_batch_size * config.row_length
     evaluated = min(shards.num_tokens, (config.train.eval_batches or 0) * step_tokens)
     passes = evaluated + shards.num_tokens * (1 if setup.is_short else 2)  # each a third of a step's work

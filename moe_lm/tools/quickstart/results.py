@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def measure(setup: Setup, config: PretrainConfig) -> dict[str, Any]:
     """
     evaluation = evaluate(setup.pretrain_dir, stride=config.row_length if setup.is_short else None)
     tokenizer = Tokenizer.load(setup.tokenizer)
-    train, validation = (
-        TokenShards.open(config.data.shards / CORPUS, split, verify=False) for split in ("train", "validation")
-    )
+    train, validation = (TokenShards.open(config.data.shards / CORPUS, split) for split in ("train", "validation"))
     counts = np.bincount(train.tokens(0, train.num_tokens), minlength=tokenizer.vocab_size)
     counts[tokenizer.bos_id] = 0
     predicted = validation.tokens(0, validation.num_tokens)
@@ -79,12 +78,11 @@ def show_samples(setup: Setup, config: PretrainConfig) -> list[dict[str, str]]:
 
 def own_prompts(setup: Setup, config: PretrainConfig) -> list[str]:
     """Beginnings of lines of the held-out text, evenly spread over it."""
-    shards = TokenShards.open(config.data.shards / CORPUS, "validation", verify=False)
+    shards = TokenShards.open(config.data.shards / CORPUS, "validation")
     tokenizer = Tokenizer.load(setup.tokenizer)
-    starts = [*shards.document_starts.tolist(), shards.num_tokens]
-    documents = [(starts[place], starts[place + 1]) for place in range(len(starts) - 1)]
-    chosen = documents[:: max(1, len(documents) // OWN_PROMPTS)][:OWN_PROMPTS]
-    texts = (tokenizer.decode(shards.tokens(start, min(stop, start + 200)).tolist()) for start, stop in chosen)
+    step = max(1, (shards.num_documents or 0) // OWN_PROMPTS)
+    chosen = islice(shards.documents(), 0, step * OWN_PROMPTS, step)
+    texts = (tokenizer.decode(document[:200].tolist()) for document in chosen)
     return [prompt for text in texts if (prompt := beginning(text))]
 
 
@@ -112,7 +110,7 @@ def show(setup: Setup, prompt: str, deltas: Iterable[Delta]) -> str:
 def summarise(setup: Setup, config: PretrainConfig, figures: dict[str, Any]) -> None:
     """Write summary.json, and print the table and the commands to try next."""
     parameters = count_parameters(config.model)
-    train = TokenShards.open(config.data.shards / CORPUS, "train", verify=False)
+    train = TokenShards.open(config.data.shards / CORPUS, "train")
     trained = sum(line["tokens"] for line in metrics(setup.pretrain_dir))
     seconds = read_seconds(setup.run_dir)
     summary = {

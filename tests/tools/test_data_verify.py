@@ -1,0 +1,53 @@
+"""`moe-lm data verify`: sound shards, a damaged one, and two ranks of which each reads its share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.test_damaged_runs import flip_a_byte
+
+MoeLm = Callable[..., Any]
+
+
+@pytest.fixture
+def shards(tiny_pretrain: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_pretrain.parent / "shards", tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_sound_shards_and_damaged_ones(tiny_pretrain: Path, shards: Path, moe_lm: MoeLm) -> None:
+    command = ("data", "verify", tiny_pretrain, f"data.shards={shards}")
+    done = moe_lm(*command)
+    assert (done.code, [line.rpartition(": ")[2] for line in done.out.splitlines()]) == (0, ["sound", "sound"])
+    flip_a_byte(shards / "text" / "train-00000.bin")
+    (shards / "text" / "validation-00000.index").unlink()
+    done = moe_lm(*command)
+    assert done.code == 1
+    assert f"shard {shards / 'text' / 'train-00000.bin'} is corrupt: xxh3_128" in done.out
+    assert f"shard {shards / 'text' / 'validation-00000.index'} is missing" in done.out
+
+
+def test_a_token_outside_the_vocabulary_is_found_too(tiny_pretrain: Path, shards: Path, moe_lm: MoeLm) -> None:
+    manifest = json.loads((shards / "text" / "manifest.json").read_text())
+    manifest["train"][0] |= {"file": "train-00000.bin", "xxh3_128": None, "sha256": "0" * 64}
+    (shards / "text" / "manifest.json").write_text(json.dumps(manifest))
+    done = moe_lm("data", "verify", tiny_pretrain, f"data.shards={shards}")
+    assert (done.code, "is corrupt: sha256" in done.out) == (1, True)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_verify_a_share_each_and_all_learn_of_the_damage(tiny_pretrain: Path, shards: Path) -> None:
+    flip_a_byte(shards / "text" / "train-00000.bin")
+    command = ["-m", "moe_lm", "data", "verify", str(tiny_pretrain), f"data.shards={shards}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done
+    assert done.stdout.count("train-00000.bin is corrupt") == 1
