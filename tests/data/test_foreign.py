@@ -11,6 +11,7 @@ import xxhash
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data.batches import EvaluationBatches, PackedBatches
+from moe_lm.data.marks import Marks
 from moe_lm.data.prepare import PrepareReport, prepare
 from moe_lm.data.shards import Manifest, TokenShards
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def test_batches_are_those_of_the_documents_themselves(name: str, separate: bool
     held_out = int(np.argmax(np.cumsum([len(ids) for ids in DOCUMENTS]) >= 0.9 * manifest.tokens)) + 1
     for split, documents in (("train", DOCUMENTS[:held_out]), ("validation", DOCUMENTS[held_out:])):
         found = TokenShards.open(tmp_path / "shards" / "web", split, tokenizer=Tokenizer.load(TOKENIZER))
-        expected = make_shards(documents)
+        expected = make_shards(documents, marks=Marks(None, EOS))
         assert found.num_tokens == expected.num_tokens
         ours, theirs = (PackedBatches([it], [Phase(0, 4, 8, (1.0,))], 4, 1, separate) for it in (expected, found))
         for step in range(2 * ours.steps_per_epoch):
