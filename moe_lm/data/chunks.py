@@ -28,6 +28,7 @@ from moe_lm.data.shards import INDEX_DTYPE, token_dtype
 from moe_lm.text.sources import Document
 from moe_lm.text.split import document_hash
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.tokenizer.words import Words
 
 CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, which keeps the number of files low
 
@@ -97,24 +98,27 @@ def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fi
         with np.load(path) as file:
             index = file["index"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing, or damaged
-        tokenizer = _tokenizer(tokenizer_path, fingerprint)
-        encoded = tokenizer.encode_batch([document.text for document in documents])
-        dtype = token_dtype(tokenizer.vocab_size)
-        framed = [np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype) for ids in encoded]
-        sizes = [(len(ids), len(item.text.encode())) for ids, item in zip(framed, documents, strict=True)]
+        tokenizer, words = _tokenizer(tokenizer_path, fingerprint)
+        dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        bos, eos = (np.array(id_, dtype).tobytes() for id_ in (tokenizer.bos_id, tokenizer.eos_id))
+        framed = [bos + ids + eos for ids in words.encode([document.text for document in documents])]
+        bytes_of_ids = dtype.itemsize
+        sizes = [
+            (len(ids) // bytes_of_ids, len(item.text.encode())) for ids, item in zip(framed, documents, strict=True)
+        ]
         index = np.array(sizes, INDEX_DTYPE)
         hashes = np.array([document_hash(document.id) for document in documents], np.uint64)
         with whole_file(path) as unfinished, unfinished.open("wb") as file:  # given a name, savez appends .npz
-            np.savez(file, tokens=np.concatenate(framed), index=index, hashes=hashes)
+            np.savez(file, tokens=np.frombuffer(b"".join(framed), dtype), index=index, hashes=hashes)
     return path, int(index[:, 1].sum())
 
 
 @cache
-def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+def _tokenizer(path: Path, fingerprint: str) -> tuple[Tokenizer, Words]:
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
         raise MoeLmError(f"tokenizer {path} was replaced while prepare was running; run prepare again")
-    return tokenizer
+    return tokenizer, Words(tokenizer, token_dtype(tokenizer.vocab_size))
 
 
 def _chunk_hash(documents: Sequence[Document]) -> str:
