@@ -29,10 +29,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_lm.common import hub
+from moe_lm.common import hub, storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, read_regular, unfinished_path
 from moe_lm.common.integrity import Entry, damage_in
+from moe_lm.common.process import to_type
 from moe_lm.config.strict_yaml import parse_section
 
 COMPLETE = "COMPLETE"
@@ -78,7 +79,7 @@ def resolve(path: Path) -> Path:
     A doubtful one is taken too, with a warning on stderr.
     """
     if not path.is_dir():
-        raise UsageError(f"there is no folder {path}; {_meant_by_name(path)}")
+        raise UsageError(f"there is no folder {storage.text_of(path)}; {_meant_by_name(path)}")
     found = path if (path / COMPLETE).is_file() else latest(path / "checkpoints")
     if found is not None:
         _warn_of_doubt(found)
@@ -90,6 +91,9 @@ def resolve(path: Path) -> Path:
 
 def _meant_by_name(path: Path) -> str:
     """What to do about a folder that is not there."""
+    if storage.is_remote(path):
+        folder = to_type("checkpoint", "fetch", storage.text_of(path), f"runs/{path.name}")
+        return f"bring it here first: {folder}"
     siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
     if near := get_close_matches(path.name, siblings, n=1):
         return f"did you mean {path.parent / near[0]}?"

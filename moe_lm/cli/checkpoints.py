@@ -1,7 +1,8 @@
-"""The verbs about checkpoints: `checkpoint`, which lists, verifies, compares and prunes, and `merge`."""
+"""The verbs about checkpoints: `checkpoint`, which lists, verifies, compares, prunes and fetches, and `merge`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def add_to(parent: typer.Typer) -> None:
     parent.add_typer(
         app,
         name="checkpoint",
-        help="List, verify and compare the checkpoints of a run, and delete old ones.",
+        help="List, verify and compare the checkpoints of a run, delete old ones, and fetch one from a bucket.",
         rich_help_panel="Use",
     )
 
@@ -107,3 +108,20 @@ def prune(
 
     for line in checkpoints.prune(run, keep, dry_run):
         print(line)
+
+
+@app.command(cls=Verb)
+def fetch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The run's checkpoint.upload_to, like s3://bucket/run.")],
+    run: Run,
+) -> None:
+    """Bring the newest complete checkpoint of a run, with its logs, from a bucket into a run folder, verified."""
+    from moe_lm.checkpoint import bucket
+    from moe_lm.parallel.process_group import Ranks
+
+    step, damaged = bucket.bring_back(run / "checkpoints", url, Ranks())
+    for damage in damaged:
+        print(f"warning: passed over: {damage}", file=sys.stderr)
+    if step is None:
+        raise UsageError(f"{url} holds no sound checkpoint that is newer than those of {run}; check the address")
+    print(f"fetched step {step}; next: {to_type('sample', run)}")

@@ -8,6 +8,7 @@ lost a slash by that.
 from __future__ import annotations
 
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,13 @@ def text_of(place: Place) -> str:
 def join(place: Place, *names: str) -> str:
     """The place of a file below a folder."""
     return "/".join([text_of(place).rstrip("/"), *names])
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what was fetched: MOE_LM_CACHE, or `moe-lm` in XDG_CACHE_HOME or `~/.cache`."""
+    if own := os.environ.get("MOE_LM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moe-lm")
 
 
 # List

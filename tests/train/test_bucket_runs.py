@@ -68,6 +68,12 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_to_the_bit(
     assert [line["step"] for line in events(run, "upload")][-1] == 4
     storage.remove([f"{URL}/checkpoints/step-00000004/{name}" for name in ("COMPLETE", "trainer.json")])
     shutil.rmtree(run)
+    said = moe_lm("export", URL, tmp_path / "hf").err
+    assert f"there is no folder {URL}; bring it here first: " in said
+    assert f"checkpoint fetch {URL} runs/run" in said
+    assert moe_lm("checkpoint", "fetch", URL, tmp_path / "copy").out.startswith("fetched step 2; next: ")
+    assert moe_lm("checkpoint", "verify", tmp_path / "copy").code == 0
+    assert "holds no sound checkpoint that is newer" in moe_lm("checkpoint", "fetch", URL, tmp_path / "copy").err
     done = moe_lm(*command)
     assert (done.code, "going on after step 2 of 4" in done.out) == (0, True)
     assert f"fetched the checkpoint of step 2 from {URL}" in (run / "train.log").read_text()
