@@ -76,23 +76,35 @@ def train_shard(folder: Path) -> Path:
 
 
 @pytest.mark.row(25)
-@pytest.mark.parametrize("claimed", [1024, 60000])
+@pytest.mark.parametrize(
+    ("claimed", "verify", "offset"),
+    [(1024, "true", "12345"), (60000, "false", "")],
+    ids=["verified", "when it is read"],
+)
 def test_a_token_outside_the_vocabulary_is_named_with_its_file_and_offset(
-    tiny_pretrain: Path, tmp_path: Path, program: Program, shards: tuple[Path, str], claimed: int
+    tiny_pretrain: Path,
+    tmp_path: Path,
+    program: Program,
+    shards: tuple[Path, str],
+    claimed: int,
+    verify: str,
+    offset: str,
 ) -> None:
     """The checksum is made to fit, as a faulty program would write it; so is the manifest's own vocabulary."""
     folder, setting = shards
     file = train_shard(folder)
     tokens = np.fromfile(file, dtype=np.uint16)
-    tokens[12345] = 5000
+    tokens[12345::64] = 5000
     tokens.tofile(file)
     manifest = next(file.parent.glob("manifest*.json"))
     sign_again(manifest, file, claimed)
-    process = program("pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, setting)
+    process = program(
+        "pretrain", tiny_pretrain, f"run_dir={tmp_path / 'run'}", *SHORT, setting, f"data.verify={verify}"
+    )
     assert process.wait() in (1, 2), process.out
     assert "internal error" not in process.err
     assert file.name in process.err
-    assert "token 5000 at offset 12345" in process.err
+    assert f"token 5000 at offset {offset}" in process.err
 
 
 def sign_again(manifest: Path, file: Path, vocab_size: int) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from tests.train.test_damaged_runs import flip_a_byte
 
@@ -36,11 +38,16 @@ def test_sound_shards_and_damaged_ones(tiny_pretrain: Path, shards: Path, moe_lm
 
 
 def test_a_token_outside_the_vocabulary_is_found_too(tiny_pretrain: Path, shards: Path, moe_lm: MoeLm) -> None:
+    """Its checksum fits: whoever wrote the shard wrote the token."""
+    file = shards / "text" / "train-00000.bin"
+    tokens = np.fromfile(file, "<u2")
+    tokens[17] = 5000
+    tokens.tofile(file)
     manifest = json.loads((shards / "text" / "manifest.json").read_text())
-    manifest["train"][0] |= {"file": "train-00000.bin", "xxh3_128": None, "sha256": "0" * 64}
+    manifest["train"][0]["xxh3_128"] = xxh3_128_hexdigest(tokens.tobytes())
     (shards / "text" / "manifest.json").write_text(json.dumps(manifest))
     done = moe_lm("data", "verify", tiny_pretrain, f"data.shards={shards}")
-    assert (done.code, "is corrupt: sha256" in done.out) == (1, True)
+    assert (done.code, f"{file}: token 5000 at offset 17 is outside the vocabulary of 1024" in done.out) == (1, True)
 
 
 @pytest.mark.slow
