@@ -6,9 +6,17 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from moe_lm.common.errors import UsageError
+from moe_lm.common.storage import text_of
 from moe_lm.config.section import Section
 
 ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference"]
@@ -128,7 +136,14 @@ class DataConfig(Section):
         description="folder of the tokenizer, or a name of the hub, like Qwen/Qwen3-0.6B; may be left out with "
         "start_from"
     )
-    shards: Path = Field(description="folder of token shards, one subfolder a source")
+    shards: Annotated[Path, PlainSerializer(text_of, when_used="json")] = Field(
+        description="folder of token shards, one subfolder a source; of training also a URL, like s3://bucket/shards"
+    )
+    cache_bytes: int = Field(
+        default=100 << 30,
+        ge=0,
+        description="bytes of local disk for the shards of a URL; those that do not fit are read by ranges",
+    )
     validation_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out, by hash")
     sequence_length: int = Field(default=512, gt=1, description="tokens of a row")
     separate_documents: bool = Field(default=True, description="no attention across documents packed into one row")

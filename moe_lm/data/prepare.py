@@ -95,6 +95,12 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
     Raises UsageError for a source that is missing or empty and for shards made from something else, MoeLmError
     when the shards cannot be written.
     """
+    if storage.is_remote(config.shards):
+        url = storage.text_of(config.shards)
+        raise UsageError(
+            f"data.shards={url} is in a store, and shards are written to a disk; prepare with data.shards=shards, then "
+            f"copy that folder there, as with: aws s3 sync shards {url}"
+        )
     tokenizer = Tokenizer.load(config.tokenizer)
     were_there = frozenset(
         source.name for source in config.sources if (config.shards / source.name / MANIFEST).exists()

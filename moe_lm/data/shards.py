@@ -24,11 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import read_regular
 from moe_lm.common.integrity import KINDS, SHA256, XXH3
 from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
+from moe_lm.data.cache import ShardCache, StoredTokenFile
 from moe_lm.data.marks import Marks
 from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
 
@@ -146,13 +148,22 @@ def _sum_of_known(counts: Iterable[int | None]) -> int | None:
     return None if None in known else sum(count for count in known if count is not None)
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder, here or in a store, has shards."""
+    return storage.exists(folder / MANIFEST) if storage.is_remote(folder) else (folder / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
-    if not path.exists():
-        raise UsageError(f"there are no shards in {folder} yet; run moe-lm prepare with the run's config first")
+    if not is_prepared(folder):
+        raise UsageError(
+            f"there are no shards in {storage.text_of(folder)} yet; run moe-lm prepare with the run's config first"
+        )
+    is_remote = storage.is_remote(folder)
     try:
-        return Manifest.model_validate_json(read_regular(path, MAX_MANIFEST_BYTES))
+        content = storage.read_bytes(path) if is_remote else read_regular(path, MAX_MANIFEST_BYTES)
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "JSON"
@@ -206,12 +217,14 @@ class TokenShards:
         on_damage: OnDamage = "stop",
         sizes: bool = True,
         damage: Mapping[str, str] | None = None,
+        cache: ShardCache | None = None,
     ) -> TokenShards:
         """Open the shards of a split: read the manifest, and with `sizes` look for each file and its size.
 
         `verify` checks every byte against the checksums, and the range of every token. `damage` has what `damages` has
         found elsewhere. Raises UsageError that names the file when one is missing, cut short or altered, and it is not
-        to be left out, and when `tokenizer` is not the tokenizer that made the shards.
+        to be left out, and when `tokenizer` is not the tokenizer that made the shards. A folder in a store is read
+        through `cache`.
         """
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
@@ -229,9 +242,7 @@ class TokenShards:
         return cls(
             folder=folder,
             split=split,
-            files=tuple(
-                TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset, vocab_size) for shard in sound
-            ),
+            files=tuple(_token_file(folder, shard, dtype, vocab_size, cache) for shard in sound),
             marks=_marks(folder, manifest, tokenizer),
             fingerprint=fingerprint_of(sound),
             shards=sound,
@@ -269,6 +280,24 @@ class TokenShards:
             last = None
 
 
+def _token_file(
+    folder: Path,
+    shard: Shard,
+    dtype: np.dtype[Any],
+    vocab_size: int | None = None,
+    cache: ShardCache | None = None,
+) -> TokenFile:
+    """The tokens of a shard; without a cache those in a store are read by ranges."""
+    path, size = shard.path(folder), shard.tokens
+    if not storage.is_remote(folder):
+        return TokenFile(path, dtype, size, shard.offset, vocab_size)
+    if cache is None or shard.file is not None:  # the checksum of a range says nothing of the whole file
+        cache = ShardCache(most_bytes=0, corpus_bytes=1)
+    kind, checksum = shard.checksum
+    entry = {"size": size * dtype.itemsize, kind: checksum}
+    return StoredTokenFile(path, dtype, size, shard.offset, vocab_size, cache=cache, entry=entry)
+
+
 def _vocab_size(manifest: Manifest, tokenizer: Tokenizer | None) -> int:
     return manifest.vocab_size if tokenizer is None else min(manifest.vocab_size, tokenizer.vocab_size)
 
@@ -282,7 +311,7 @@ def _marks(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Mar
     shard = next(iter(manifest.train + manifest.validation), None)
     if shard is None:
         return Marks(None, 0)
-    file = TokenFile(shard.path(folder), np.dtype(manifest.dtype), shard.tokens, shard.offset)
+    file = _token_file(folder, shard, np.dtype(manifest.dtype))
     return Marks(int(file[0:1][0]), int(file[shard.tokens - 1 : shard.tokens][0]))
 
 
@@ -305,13 +334,15 @@ def damages(
     """
     manifest = read_manifest(folder)
     dtype, vocab_size = np.dtype(manifest.dtype), _vocab_size(manifest, tokenizer)
+    stored = {file.name: file.size for file in storage.find(folder)} if storage.is_remote(folder) else None
 
     def damage_in(shard: Shard) -> str | None:
         try:
-            _check_size(shard.path(folder), shard.offset + shard.tokens * dtype.itemsize, shard.file is None)
+            expected = shard.offset + shard.tokens * dtype.itemsize
+            _check_size(shard.path(folder), expected, shard.file is None, stored)
             if verify:
                 _read_index(folder, shard)
-                _check_tokens(TokenFile(shard.path(folder), dtype, shard.tokens, shard.offset), shard, vocab_size)
+                _check_tokens(_token_file(folder, shard, dtype), shard, vocab_size)
         except MoeLmError as error:
             return str(error)
         progress(shard.tokens)
@@ -329,13 +360,13 @@ def _left_out(folder: Path, split: Split, shards: Sequence[Shard], damage: Mappi
     return LeftOut(folder, split, dict(damage), lost, len(tokens), sum(tokens.values()))
 
 
-def _check_size(path: Path, expected: int, is_ours: bool = True) -> None:
-    """Another program's file may hold more, and be a symbolic link."""
+def _check_size(path: Path, expected: int, is_ours: bool = True, stored: Mapping[str, int] | None = None) -> None:
+    """Another program's file may hold more, and be a symbolic link. `stored` are the sizes in a folder of a store."""
     is_link = is_ours and path.is_symlink()
-    if is_link or not path.is_file():
+    if is_link or not (path.is_file() if stored is None else path.name in stored):
         problem = "is a symbolic link" if is_link else "is missing"
         raise UsageError(f"shard {path} {problem}, expected a file of {expected} bytes")
-    size = path.stat().st_size
+    size = path.stat().st_size if stored is None else stored[path.name]
     if size < expected or (is_ours and size > expected):
         raise UsageError(f"shard {path} has {size} bytes, expected {expected}")
 
@@ -345,8 +376,11 @@ def _read_index(folder: Path, shard: Shard) -> NDArray[np.int64]:
     if shard.index_checksum is None or shard.documents is None:
         return np.empty((0, 2), np.int64)
     path, expected = folder / f"{shard.name}.index", 2 * INDEX_DTYPE.itemsize * shard.documents
-    _check_size(path, expected)
-    content = read_regular(path, expected)
+    if storage.is_remote(path):
+        content = storage.read_bytes(path)
+    else:
+        _check_size(path, expected)
+        content = read_regular(path, expected)
     kind, checksum = shard.index_checksum
     _check_sum(path, kind, KINDS[kind](content).hexdigest(), checksum)
     index = np.frombuffer(content, INDEX_DTYPE).reshape(-1, 2)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.storage import text_of
 
 CHUNK_TOKENS = 1 << 20  # read at once where all of a file is read
 MOST_OPEN = 64  # files at a time, in a process: a run may have thousands
@@ -47,6 +48,17 @@ class TokenFile:
 
         Raises MoeLmError when the file cannot be read or ends too early, and for a token outside the vocabulary.
         """
+        result = self._read(starts, length)
+        if self.vocab_size is not None and result.size and result.max() >= self.vocab_size:
+            row, column = np.unravel_index(int(result.argmax()), result.shape)
+            raise MoeLmError(
+                f"shard {text_of(self.path)}: token {result[row, column]} at offset {starts[row] + column} is outside "
+                f"the vocabulary of {self.vocab_size}; moe-lm data verify looks for more, and moe-lm prepare makes it "
+                "anew"
+            )
+        return result
+
+    def _read(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         result = np.empty((len(starts), length), self.dtype)
         rows = result.view(np.uint8)
         try:
@@ -55,12 +67,6 @@ class TokenFile:
                     self._fill(descriptor, row, self.offset + start * self.dtype.itemsize)
         except OSError as error:
             raise MoeLmError(f"cannot read shard {self.path}: {error.strerror}; bring the file back") from error
-        if self.vocab_size is not None and result.size and result.max() >= self.vocab_size:
-            row, column = np.unravel_index(int(result.argmax()), result.shape)
-            raise MoeLmError(
-                f"shard {self.path}: token {result[row, column]} at offset {starts[row] + column} is outside the "
-                f"vocabulary of {self.vocab_size}; moe-lm data verify looks for more, and moe-lm prepare makes it anew"
-            )
         return result
 
     def chunks(self) -> Iterator[NDArray[Any]]:

@@ -15,7 +15,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig
 from moe_lm.data.batches import are_data_of
-from moe_lm.data.shards import MANIFEST, TokenShards, read_manifest
+from moe_lm.data.shards import TokenShards, is_prepared, read_manifest
 from moe_lm.text.files import UNREADABLE, Report, kind_of, open_decompressed
 from moe_lm.text.sources import ROW_SUFFIXES, read_documents
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def shards_of(folder: Path, config: PretrainConfig) -> Path:
     places = [
         place
         for place in dict.fromkeys([config.data.shards, written])
-        if all((place / name / MANIFEST).is_file() for name in names)
+        if all(is_prepared(place / name) for name in names)
     ]
     for place in places:
         if are_data_of(known, (read_manifest(place / name).fingerprint("train") for name in names)):

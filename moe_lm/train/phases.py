@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from moe_lm.config.data import Phase
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import PretrainConfig, RunConfig
-from moe_lm.data.shards import MANIFEST, read_manifest
+from moe_lm.data.shards import is_prepared, read_manifest
 from moe_lm.model.size import flops_per_token
 from moe_lm.train.log import RunLog
 
@@ -33,7 +33,7 @@ def windows_in(config: PretrainConfig, phase: Phase) -> Iterator[tuple[str, floa
     """Of each prepared source that a phase reads: its name, its share, and its windows."""
     for name, share in config.mix(phase).items():
         folder = config.data.shards / name
-        if share and (folder / MANIFEST).is_file():
+        if share and is_prepared(folder):
             tokens = sum(shard.tokens for shard in read_manifest(folder).train)
             yield name, share, max(1, (tokens - 1) // phase.sequence_length)
 

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import TOKENIZER
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, BatchSource, EvaluationBatches, PackedBatches
-from moe_lm.data.shards import MANIFEST, Split, TokenShards, damages, read_manifest
+from moe_lm.data.cache import ShardCache
+from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, read_manifest
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel import process_group
@@ -81,7 +85,7 @@ def describe(
     start = find(config)
     tokenizer = load_tokenizer(config) if find_tokenizer(config).is_dir() else None
     names = [source.name for source in config.data.sources]
-    are_prepared = all((config.data.shards / name / MANIFEST).is_file() for name in names)
+    are_prepared = all(is_prepared(config.data.shards / name) for name in names)
     if are_prepared and tokenizer is None:
         data = [f"data            {config.data.shards} is there, but no tokenizer is in {config.data.tokenizer}"]
     elif tokenizer is None or not are_prepared:
@@ -160,13 +164,15 @@ def open_for_training(
         train, held_out = (open_shards(config, split, tokenizer, data.verify, sizes) for split in SPLITS)
         return train, held_out
     process_group.join(meeting, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
-    ranks = Ranks()
+    ranks, cache = Ranks(), shard_cache(config)
     share = slice(ranks.rank, None, ranks.size)
 
     def opened(folder: Path, split: Split) -> TokenShards:
         found = ranks.each(lambda: damages(folder, split, tokenizer, verify=True, share=share), (MoeLmError,))
         damage = {name: why for part in found for name, why in part.items()}
-        return TokenShards.open(folder, split, False, tokenizer, data.on_damage, damage=dict(sorted(damage.items())))
+        return TokenShards.open(
+            folder, split, False, tokenizer, data.on_damage, damage=dict(sorted(damage.items())), cache=cache
+        )
 
     with meeting.lost_ranks_named():
         train, held_out = ([opened(data.shards / source.name, split) for source in data.sources] for split in SPLITS)
@@ -179,7 +185,20 @@ def open_shards(
     """A split of every source. Raises UsageError as `TokenShards.open`."""
     data = config.data
     folders = [data.shards / source.name for source in data.sources]
-    return [TokenShards.open(folder, split, verify, tokenizer, data.on_damage, sizes) for folder in folders]
+    cache = shard_cache(config)
+    return [
+        TokenShards.open(folder, split, verify, tokenizer, data.on_damage, sizes, cache=cache) for folder in folders
+    ]
+
+
+def shard_cache(config: PretrainConfig) -> ShardCache | None:
+    """What keeps the shards of a store on the local disk; None for shards that are here."""
+    if not storage.is_remote(config.data.shards):
+        return None
+    manifests = [read_manifest(config.data.shards / source.name) for source in config.data.sources]
+    return ShardCache(
+        config.data.cache_bytes, sum(manifest.tokens * np.dtype(manifest.dtype).itemsize for manifest in manifests)
+    )
 
 
 def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:

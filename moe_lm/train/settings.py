@@ -25,7 +25,7 @@ from moe_lm.tokenizer.tokenizer import Tokenizer
 MAY_CHANGE = (
     "log.", "checkpoint.", "parallel.", "train.hours", "train.eval_", "train.guards.", "train.micro_batch_size",
     "train.activation_checkpointing", "train.compile", "data.workers", "data.on_damage", "data.tokenizer",
-    "data.shards", "run_dir",
+    "data.shards", "data.cache_bytes", "run_dir",
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from moe_lm.checkpoint import bucket, checkpoint, upload
 from moe_lm.common import storage
 from moe_lm.common.exits import FAILED, MISUSED
+from moe_lm.config.reading import load_config
+from moe_lm.config.run import PretrainConfig
 from tests.processes import events
 from tests.runs import assert_same_run
 
@@ -169,3 +171,32 @@ def test_an_address_that_is_no_url_is_refused(tiny_pretrain: Path, moe_lm: MoeLm
     done = moe_lm("pretrain", tiny_pretrain, "checkpoint.upload_to=bucket/run")
     assert done.code == MISUSED
     assert "upload_to=bucket/run is no URL; expected one like s3://bucket/run, or file:///mnt/run" in done.err
+
+
+# Shards in a store
+
+
+def test_shards_in_a_store_train_to_the_bit_as_those_on_the_disk(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched whole into the cache, or read by ranges where they do not fit."""
+    monkeypatch.setenv("MOE_LM_CACHE", str(tmp_path / "cache"))
+    shards = load_config(PretrainConfig, tiny_pretrain).data.shards
+    for path in shards.rglob("*.*"):
+        storage.upload(path, f"memory://shards/{path.relative_to(shards).as_posix()}")
+    command = ("pretrain", tiny_pretrain, *SHORT, "checkpoint.upload_to=null", "data.shards=memory://shards")
+    for run, setting in (
+        (tmp_path / "ranges", "data.cache_bytes=1"),
+        (tmp_path / "kept", "data.cache_bytes=1000000000"),
+    ):
+        assert moe_lm(*command, f"run_dir={run}", setting).code == 0
+        assert_same_run(whole, run)
+        assert (tmp_path / "cache").exists() == (run.name == "kept")
+    assert "shards: memory://shards\n" in (tmp_path / "kept" / "config.yaml").read_text()
+    (damaged,) = storage.glob("memory://shards/*/train-00000.bin")[:1]
+    storage.write_bytes(damaged.url, storage.read_bytes(damaged.url)[:-2])
+    done = moe_lm(*command, f"run_dir={tmp_path}/other")
+    assert done.code == MISUSED
+    assert f"{damaged.name.rpartition('/')[2]} has {damaged.size - 2} bytes, expected {damaged.size}" in done.err
+    done = moe_lm("prepare", tiny_pretrain, "data.shards=memory://shards")
+    assert (done.code, "aws s3 sync shards memory://shards" in done.err) == (MISUSED, True)
