@@ -147,3 +147,21 @@ class StoredTokenFile(TokenFile):
         begins = [self.offset + start * self.dtype.itemsize for start in starts.tolist()]
         self.cache.ranges(self.path, begins, length * self.dtype.itemsize, put)
         return result
+
+
+def token_file(
+    path: Path,
+    dtype: np.dtype[Any],
+    size: int,
+    offset: int,
+    vocab_size: int | None,
+    cache: ShardCache | None,
+    checksum: Entry | None,
+) -> TokenFile:
+    """A token file, here or in a store; there it is read by ranges without a cache, or a checksum of the whole file."""
+    if not storage.is_remote(path):
+        return TokenFile(path, dtype, size, offset, vocab_size)
+    if cache is None or checksum is None:
+        cache = ShardCache(most_bytes=0, corpus_bytes=1)
+    entry = {"size": size * dtype.itemsize, **(checksum or {})}
+    return StoredTokenFile(path, dtype, size, offset, vocab_size, cache=cache, entry=entry)

@@ -30,7 +30,7 @@ from moe_lm.common.files import read_regular
 from moe_lm.common.integrity import KINDS, SHA256, XXH3
 from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
-from moe_lm.data.cache import ShardCache, StoredTokenFile
+from moe_lm.data.cache import ShardCache, token_file
 from moe_lm.data.marks import Marks
 from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
 
@@ -281,21 +281,11 @@ class TokenShards:
 
 
 def _token_file(
-    folder: Path,
-    shard: Shard,
-    dtype: np.dtype[Any],
-    vocab_size: int | None = None,
-    cache: ShardCache | None = None,
+    folder: Path, shard: Shard, dtype: np.dtype[Any], vocab_size: int | None = None, cache: ShardCache | None = None
 ) -> TokenFile:
-    """The tokens of a shard; without a cache those in a store are read by ranges."""
-    path, size = shard.path(folder), shard.tokens
-    if not storage.is_remote(folder):
-        return TokenFile(path, dtype, size, shard.offset, vocab_size)
-    if cache is None or shard.file is not None:  # the checksum of a range says nothing of the whole file
-        cache = ShardCache(most_bytes=0, corpus_bytes=1)
     kind, checksum = shard.checksum
-    entry = {"size": size * dtype.itemsize, kind: checksum}
-    return StoredTokenFile(path, dtype, size, shard.offset, vocab_size, cache=cache, entry=entry)
+    known = None if shard.file is not None else {kind: checksum}  # that of a range says nothing of the whole file
+    return token_file(shard.path(folder), dtype, shard.tokens, shard.offset, vocab_size, cache, known)
 
 
 def _vocab_size(manifest: Manifest, tokenizer: Tokenizer | None) -> int:
