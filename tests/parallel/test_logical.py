@@ -58,3 +58,10 @@ def test_a_cut_of_columns_is_as_that_of_the_elements() -> None:
 def test_pieces_are_put_together() -> None:
     pieces: dict[str, torch.Tensor | Piece] = {"a": Piece((torch.arange(3.0), torch.ones(1)), 0, (2, 2))}
     assert gathered(pieces)["a"].tolist() == [[0, 1], [2, 1]]
+
+
+def test_counts_that_every_rank_reads_are_written_by_one() -> None:
+    """Else each of 512 ranks would open hundreds of files for a number each."""
+    count = piece_of(torch.tensor(3.0))
+    writers = {rank for rank in range(512) for number in range(20) if share_of(f"step.{number}", count, rank, 512).size}
+    assert len(writers) == 1
