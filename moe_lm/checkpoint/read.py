@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.model import lora
+from moe_lm.model.moe import logical
 from moe_lm.parallel.logical import Piece, piece_of, rows_of
 from moe_lm.parallel.process_group import Ranks
 
@@ -91,6 +92,28 @@ def load_weights(folder: Path, tensors: Mapping[str, Tensor | Piece], base: Path
     source = open_tensors(folder, base, ranks)
     ranks.each(lambda: check_fits(tensors, source, whole=True), (MoeLmError,))
     ranks.each(lambda: fill(tensors, source), (MoeLmError,))
+
+
+def open_weights(folder: Path, tensors: Mapping[str, Tensor | Piece]) -> Callable[[str, Tensor, int], None]:
+    """What fills rows of a model's parameter, by its name in the model, from its row of this number on.
+
+    As `load_weights`, for a model that no rank has whole; of `tensors`, named `model.*`, only the shapes are looked at.
+    Factors of adapters are left as they are.
+    """
+    ranks = Ranks()
+    source = open_tensors(folder, ranks=ranks)
+    ranks.each(lambda: check_fits(tensors, source, whole=True), (MoeLmError,))
+
+    def fill_rows(name: str, rows: Tensor, first: int) -> None:
+        if lora.is_factor(name):
+            return
+        pieces = {}
+        for part, view in logical(name, rows).items():
+            whole = source.shape(f"{MODEL}.{part}")
+            pieces[f"{MODEL}.{part}"] = piece_of(view)._replace(start=first * math.prod(whole[1:]), shape=whole)
+        fill(pieces, source)
+
+    return fill_rows
 
 
 def open_tensors(folder: Path, base: Path | None = None, ranks: Ranks | None = None) -> TensorSource:

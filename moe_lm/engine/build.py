@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from moe_lm.kernels.available import Inputs
 from moe_lm.kernels.device import compiling_needs, pick_device, pick_dtype
 from moe_lm.model import lora
 from moe_lm.model.lora import is_factor
-from moe_lm.model.transformer import LanguageModel, is_expert
+from moe_lm.model.transformer import LanguageModel, initialise_tensor, is_expert
 from moe_lm.objective.training_loss import Objective, TrainingLoss
 from moe_lm.parallel import expert_parallel
 from moe_lm.parallel.exchange import Exchange
@@ -41,6 +40,9 @@ SIMULATED_ATTENTION = ("torch_varlen", "segments")
 # Run in their place there, with the same products: one needs its package, the other reads lengths on the host.
 STAND_INS = {"flash_attn_2": "torch_varlen", "plain": "segments"}
 
+# Fills, in place, rows of the parameter or buffer of this name, from its row of this number on; a stack's are its
+# experts. Every rank may be given other rows, and no rank waits for another one.
+Fill = Callable[[str, Tensor, int], None]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -56,14 +58,43 @@ class RankModel:
     mesh: DeviceMesh | None = None  # for the DeepSpeed engine
     first_expert: int = 0
     sequence: SequenceGroup | None = None  # where ranks share rows
+    divided: bool = False  # ZeRO 3: only the engine makes the parameters, one at a time, and this rank's share of each
+    fills: list[Fill] = field(default_factory=list)  # what it then fills them with, one after the other
+
+    def fill(self, fill: Fill) -> None:
+        """Fill parameters and buffers: at once, or those that are `divided` when the engine makes them."""
+        named = [] if self.divided else list(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in [*named, *self.model.named_buffers()]:
+                fill(name, tensor, self.first_row(name))
+        self.fills.append(fill)
+
+    def fill_share(self, name: str, rows: Tensor, first: int) -> None:
+        """Fill rows of a parameter of this rank, from its row `first` on, as `fill` was told to."""
+        for fill in self.fills:
+            fill(name, rows, self.first_row(name) + first)
+
+    def first_row(self, name: str) -> int:
+        """The number, in the logical tensor, of the first row that this rank has."""
+        return self.first_expert if is_expert(name) else 0
 
     def initialise(self, seed: int) -> None:
         """The weights of step 0, the same in every layout."""
-        self.model.initialise(seed, self.first_expert)
+
+        def draw(name: str, rows: Tensor, first: int) -> None:
+            if not is_factor(name):
+                initialise_tensor(name, rows, self.model.config, seed, first)
+
+        self.fill(draw)
 
     def initialise_adapters(self, seed: int) -> None:
         """The adapters of step 0, the same in every layout."""
-        lora.initialise_adapters(self.model, seed, self.first_expert)
+
+        def draw(name: str, rows: Tensor, first: int) -> None:
+            if is_factor(name):
+                lora.initialise_factor(name, rows, seed, first)
+
+        self.fill(draw)
 
     def tensors(self) -> Mapping[str, Tensor | Piece]:
         """Parameters and buffers under their names in a checkpoint, without adapters, to be filled in place."""
@@ -108,9 +139,11 @@ def build_model(
     topology.check_groups("parallel.sequence_parallel_size", parallel.sequence_parallel_size)
     topology = replace(topology, sequence_parallel_size=parallel.sequence_parallel_size)
     if parallel.engine == "torch":
-        with nullcontext() if simulated is None else torch.device("meta"):
+        with torch.device("meta"):
             model = LanguageModel(config)
         lora.freeze(model, adapters, freeze_router)
+        if simulated is None:
+            model.materialise(device)
         kernels.apply(model, chosen)
         return RankModel(model, topology, device, exchange, adapters, sequence=_sequence_group(topology, exchange))
     check_experts(config, parallel)
@@ -123,11 +156,14 @@ def build_model(
     ranks = torch.arange(topology.world_size).view(-1, parallel.expert_parallel_size)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=(expert_parallel.DATA, expert_parallel.EXPERT))
     first = expert_parallel.apply(model, mesh, exchange)
-    if simulated is None:
-        model.materialise(torch.device("cpu"))
+    divided = parallel.zero_stage == 3
+    if simulated is None and divided:
+        model.materialise_buffers(device)
+    elif simulated is None:
+        model.materialise(device)
     kernels.apply(model, chosen)
     sequence = _sequence_group(topology, exchange)
-    return RankModel(model, topology, device, exchange, adapters, mesh, first, sequence)
+    return RankModel(model, topology, device, exchange, adapters, mesh, first, sequence, divided)
 
 
 def _sequence_group(topology: Topology, exchange: Exchange | None) -> SequenceGroup | None:
@@ -163,7 +199,7 @@ def build_engine(
         return TorchEngine(loss, train, topology, device, exchange, before_step)
     from moe_lm.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(loss, train, parallel, topology, device, built.mesh, exchange, before_step)
+    return DeepSpeedEngine(loss, train, parallel, topology, device, built.mesh, exchange, before_step, built.fill_share)
 
 
 def build_loss(

@@ -23,7 +23,7 @@ from moe_lm.config.run import ParallelConfig
 from moe_lm.config.training import TrainConfig
 from moe_lm.data.batches import Batch
 from moe_lm.engine.deepspeed_config import deepspeed_json
-from moe_lm.engine.deepspeed_zero import ByPartition, Zero, several_dtypes
+from moe_lm.engine.deepspeed_zero import ByPartition, Zero, born_divided, several_dtypes
 from moe_lm.engine.engine import Engine, Update
 from moe_lm.engine.frozen import left_to_base, narrow_frozen
 from moe_lm.kernels.rounding import narrow_trained
@@ -57,7 +57,9 @@ class DeepSpeedEngine(Engine):
         mesh: DeviceMesh,
         exchange: Exchange | None = None,
         before_step: Callable[[int], None] | None = None,
+        fill: Callable[[str, Tensor, int], None] | None = None,
     ) -> None:
+        """With ZeRO 3 the model is on the meta device; `fill` fills rows of its parameters (build.py)."""
         super().__init__(loss, train, topology, device, exchange, before_step)
         stage = parallel.zero_stage or 1
         self.mesh = mesh
@@ -70,6 +72,9 @@ class DeepSpeedEngine(Engine):
         optimizer = ByPartition(_split(parameter_groups(self.trained(), train.optimizer)), {})
         if parallel.offload_optimizer:
             step_on_threads(optimizer, max(torch.get_num_threads(), cores() // topology.ranks_on_this_host))
+        if stage == 3:
+            assert fill is not None
+            masters = born_divided(self.model, settings, fill)
         with several_dtypes():
             self.wrapped, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.zero = Zero(self.wrapped.optimizer, stage)
@@ -77,8 +82,10 @@ class DeepSpeedEngine(Engine):
             optimizer.add(flat, self._build_optimizer({**group, "params": [flat]}, share))
         self.zero.link()
         self.optimizers = list(optimizer.own.values())
+        if stage == 3:
+            self.zero.set_masters({parameter: masters[name] for name, parameter in self.trained() if name in masters})
         for name, parameter in self.trained():
-            if name in masters:
+            if name in masters and stage < 3:
                 deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name].to(device))
         if stage < 3:  # stage 3 would gather and divide them once more
             narrow_frozen(self.model, self.dtype)
@@ -185,6 +192,8 @@ def _import_deepspeed(topology: Topology) -> Any:
 
 def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -> None:
     """Set what DeepSpeed recognises experts by: the class of the layer, and the group names of its parameters."""
+    from deepspeed.utils import groups
+
     trained = any(p.requires_grad for layer in model.moe_layers for p in layer.experts.parameters())
     layer_class, group_name = _layer_class(trained or stage == 3), f"ep_size_{expert_parallel_size}"
     for layer in model.moe_layers:
@@ -198,6 +207,10 @@ def _mark_experts(model: LanguageModel, expert_parallel_size: int, stage: int) -
                 "ds_zero_partition_group_name": group_name,
             }.items():
                 setattr(parameter, attribute, value)
+            if stage == 3:  # DeepSpeed would only find the ranks that share them when it has divided all else
+                groups._create_expert_and_data_parallel(expert_parallel_size)
+                shared_by = groups._get_expert_data_parallel_group(group_name)
+                parameter.ds_zero_partition_process_group = shared_by  # type: ignore[attr-defined]
 
 
 def _layer_class(known: bool) -> type[MoE]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lm.common.errors import MoeLmError
 from moe_lm.optim.matrices import Part, Share
 from moe_lm.parallel.process_group import Ranks
 
@@ -114,6 +115,12 @@ class Zero:
         start = min(kept.ds_zero_partition_rank * size, kept.ds_numel)
         return kept.ds_tensor.detach().narrow(0, 0, min(size, kept.ds_numel - start)), start
 
+    def set_masters(self, shares: Mapping[nn.Parameter, Tensor]) -> None:
+        """Set this rank's float32 shares of these weights, which stage 3 took from rounded ones."""
+        for parameter, flat, part in self.runs():
+            if part is not None and parameter in shares:
+                flat.data[part.offset : part.offset + part.length] = shares[parameter]
+
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""
         if self.stage == 3:
@@ -123,6 +130,51 @@ class Zero:
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         else:
             self.optimizer.update_lp_params()
+
+
+@torch.no_grad()
+def born_divided(
+    model: nn.Module, settings: dict[str, Any], fill: Callable[[str, Tensor, int], None]
+) -> dict[str, Tensor]:
+    """Make the parameters of a model on the meta device, of each only this rank's share, as stage 3 keeps it.
+
+    A whole one exists for a moment, but only the rows of which this rank has a part are filled. Returns the float32
+    shares of the weights that are kept in another data type, by name.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    exact: dict[str, Tensor] = {}
+
+    class Born(Init):
+        def _convert_to_zero_parameters(self, parameters: Iterator[Any]) -> None:
+            for parameter in parameters:
+                _materialise(parameter, self.local_device)
+                self._convert_to_deepspeed_param(parameter)
+                share = -(-parameter.numel() // parameter.ds_zero_partition_world_size)
+                start = min(parameter.ds_zero_partition_rank * share, parameter.numel())
+                stop = min(start + share, parameter.numel())
+                row = parameter[0].numel()
+                first, last = start // row, -(-stop // row)
+                rows = parameter.data[first:last].float()  # itself, if it is float32
+                if start < stop:
+                    fill(names[parameter], rows, first)
+                if parameter.dtype != torch.float32:
+                    parameter.data[first:last] = rows
+                    exact[names[parameter]] = rows.view(-1)[start - first * row : stop - first * row].clone()
+                parameter.partition()
+                parameter.ds_tensor[stop - start :] = 0
+
+    Ranks().each(lambda: Born(module=model, config_dict_or_path=settings, dtype=torch.float32), (MoeLmError,))
+    return exact
+
+
+def _materialise(parameter: nn.Parameter, device: torch.device) -> None:
+    """Give a parameter of the meta device memory; it stays the same object, with all its attributes."""
+    real = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    real.grad_dtype = parameter.grad_dtype
+    torch.utils.swap_tensors(parameter, real)
 
 
 class _FlatBuffers:

@@ -123,17 +123,16 @@ def initialise_adapters(model: LanguageModel, seed: int, first_expert: int = 0) 
     """
     for name, factor in model.named_parameters():
         if is_factor(name):
-            first = first_expert * factor[0].numel() if is_expert(name) else 0
-            initialise_factor(name, factor, factor.shape[1], seed, first)
+            initialise_factor(name, factor, seed, first_expert if is_expert(name) else 0)
 
 
 @torch.no_grad()
-def initialise_factor(name: str, factor: Tensor, inputs: int, seed: int, first: int = 0) -> None:
-    """Fill a factor, or the elements of one from its element `first` on; both kinds of A have D as second dimension."""
+def initialise_factor(name: str, rows: Tensor, seed: int, first: int = 0) -> None:
+    """Fill a factor, or the rows of one from its row `first` on; both kinds of A have D as second dimension."""
     if name.endswith("lora_A"):
-        fill_uniform(factor, 1 / math.sqrt(inputs), f"{seed}/{name}", first)
+        fill_uniform(rows, 1 / math.sqrt(rows.shape[1]), f"{seed}/{name}", first * rows[0].numel())
     else:
-        factor.zero_()
+        rows.zero_()
 
 
 @torch.no_grad()

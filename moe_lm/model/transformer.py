@@ -66,10 +66,16 @@ class LanguageModel(nn.Module):
         self.to_empty(device=device)
         self._tie()
 
+    def materialise_buffers(self, device: torch.device) -> None:
+        """As `materialise`, but for the parameters, which stay on the meta device."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
+
     def initialise(self, seed: int, first_expert: int = 0) -> None:
         """Fill every parameter and buffer as `initialise_tensor` does."""
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            initialise_tensor(name, tensor, self.config, seed, first_expert)
+            initialise_tensor(name, tensor, self.config, seed, first_expert if is_expert(name) else 0)
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -146,10 +152,10 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int, first_expert: int = 0) -> None:
-    """Fill one tensor; `first_expert` is the global index of the first expert that a sliced stack holds."""
-    for part, view in logical(name, tensor).items():
-        initialise_logical(part, view, config, seed, first_expert * view[0].numel() if is_expert(name) else 0)
+def initialise_tensor(name: str, rows: Tensor, config: ModelConfig, seed: int, first: int = 0) -> None:
+    """Fill one tensor, or the rows of one from its row `first` on; those of a stack are its experts."""
+    for part, view in logical(name, rows).items():
+        initialise_logical(part, view, config, seed, first * view[0].numel())
 
 
 def initialise_logical(name: str, tensor: Tensor, config: ModelConfig, seed: int, first: int = 0) -> None:

@@ -178,6 +178,9 @@ def build_and_fill(recipe: Recipe, topology: Topology) -> Iterator[Engine]:
     built = build_model(recipe.model, parallel, topology, adapters, config.freeze_router, precision=config.precision)
     if recipe.start is None:
         built.initialise(config.seed)
+    elif built.divided:
+        built.fill(read.open_weights(recipe.start.folder, built.tensors()))
+        built.initialise_adapters(config.seed)
     else:
         read.load_weights(recipe.start.folder, built.tensors())
         built.initialise_adapters(config.seed)

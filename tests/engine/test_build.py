@@ -19,6 +19,7 @@ from moe_lm.config.training import PreferenceConfig, TrainConfig
 from moe_lm.data.batches import BatchSource
 from moe_lm.engine.build import build_loss, build_model
 from moe_lm.engine.engine import Engine, StepResult
+from moe_lm.model.transformer import LanguageModel
 from moe_lm.objective.preference import PreferenceObjective
 from moe_lm.objective.training_loss import NextToken, Objective, StepCounts
 from moe_lm.parallel.topology import Topology
@@ -110,6 +111,7 @@ def test_segments_of_cuda_memory_grow_from_its_first_use_unless_a_person_has_set
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for name in ("is_bf16_supported", "get_device_properties", "set_device"):  # each one makes CUDA read its settings
         monkeypatch.setattr(f"torch.cuda.{name}", use)
+    monkeypatch.setattr(LanguageModel, "materialise", use)
     config = load_config(
         PretrainConfig, tiny_pretrain, [f"run_dir={tmp_path}", "parallel.device=cuda", "train.precision=auto"]
     )

@@ -137,7 +137,7 @@ def test_a_slice_of_the_experts_starts_as_the_slice_of_the_whole(start: int, sto
     for name, stack in whole.named_parameters():
         if ".experts." in name:
             part = torch.empty_like(stack[start:stop])
-            initialise_tensor(name, part, whole.config, seed=7, first_expert=start)
+            initialise_tensor(name, part, whole.config, seed=7, first=start)
             assert torch.equal(part, stack[start:stop])
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from moe_lm.data.batches import Batch
 from moe_lm.engine.build import RankModel
 from moe_lm.model.attention import PackedAttention, segment_positions
+from moe_lm.model.drawing import fill_normal
 from moe_lm.model.moe import Router
-from moe_lm.model.transformer import generator_of
 from moe_lm.tools.verify.scale import AVOIDED, FAVOURED, PAD
 
 # What the favoured expert gets at first: so many times the mean of all experts, and at most this share of the tokens.
@@ -28,11 +28,12 @@ def initialise(built: RankModel, seed: int, biases: Sequence[float]) -> None:
     """
     built.initialise(seed)
     built.initialise_adapters(seed)
-    for name, factor in built.model.named_parameters():
+
+    def adapt(name: str, rows: Tensor, first: int) -> None:
         if name.endswith("lora_B"):
-            parts = enumerate(factor, built.first_expert) if ".experts." in name else [(0, factor)]
-            for expert, part in parts:
-                part.copy_(torch.randn(part.shape, generator=generator_of(f"{seed}/{name}/{expert}")) * ADAPTED)
+            fill_normal(rows, ADAPTED, f"{seed}/{name}", first * rows[0].numel())
+
+    built.fill(adapt)
     for layer, bias in zip(built.model.moe_layers, biases, strict=True):
         layer.gate.e_score_correction_bias[FAVOURED] = bias
         layer.gate.e_score_correction_bias[AVOIDED] = HATED
