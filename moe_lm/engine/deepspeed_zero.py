@@ -165,7 +165,10 @@ def born_divided(
                 parameter.partition()
                 parameter.ds_tensor[stop - start :] = 0
 
-    Ranks().each(lambda: Born(module=model, config_dict_or_path=settings, dtype=torch.float32), (MoeLmError,))
+    def convert() -> None:
+        Born(module=model, config_dict_or_path=settings, dtype=torch.float32)
+
+    Ranks().each(convert, (MoeLmError,))
     return exact
 
 
