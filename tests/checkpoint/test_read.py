@@ -16,6 +16,7 @@ from moe_lm.checkpoint.placement import INDEX, Plan, index_of
 from moe_lm.checkpoint.safetensors_file import Output, write_file
 from moe_lm.common.errors import MoeLmError
 from moe_lm.parallel.logical import Piece, piece_of
+from tests.tiny import tiny_model
 
 WHOLE = torch.arange(4.0 * 6 * 3).view(4, 6, 3)
 PIECES = {(0, 0): WHOLE[:2, :3], (0, 3): WHOLE[:2, 3:], (2, 0): WHOLE[2:, :3], (2, 3): WHOLE[2:, 3:]}
@@ -70,6 +71,22 @@ def test_tensors_are_filled_a_piece_at_a_time_and_rounded_once(tmp_path: Path, m
     read.load_weights(folder, filled)
     assert torch.equal(filled["model.a"], weight.bfloat16())
     assert float(filled["model.b"]) == 3.5
+
+
+def test_rows_of_parameters_are_filled_as_whole_models_are(tmp_path: Path) -> None:
+    """Gate and up are one parameter, and two tensors of the checkpoint; factors of adapters are not in it."""
+    whole = tiny_model(3)
+    tensors = {f"model.{name}": tensor for name, tensor in whole.state_dict().items()}
+    fill = read.open_weights(write.save(tmp_path, 1, tensors, {}), tensors)
+    for name, parameter in whole.named_parameters():
+        rows = torch.full_like(parameter, torch.nan)
+        half = len(rows) // 2
+        for first, part in ((0, rows[:half]), (half, rows[half:])):
+            fill(name, part, first)
+        assert torch.equal(rows, parameter), name
+    factor = torch.ones(2, 2)
+    fill("model.layers.0.self_attn.q_proj.lora_A", factor, 0)
+    assert bool((factor == 1).all())
 
 
 def saved_by_three(folder: Path) -> Path:

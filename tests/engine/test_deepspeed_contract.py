@@ -30,7 +30,9 @@ FUNCTIONS = (
     "deepspeed.runtime.zero.stage3:defragment",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
+    "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
     "deepspeed.utils:groups._create_expert_and_data_parallel",
+    "deepspeed.utils:groups._get_expert_data_parallel_group",
     "deepspeed.utils:safe_get_full_fp32_param",
     "deepspeed.utils:safe_get_full_grad",
     "deepspeed.utils:safe_get_full_optimizer_state",
@@ -77,6 +79,13 @@ ATTRIBUTES = (
             "stage3:DeepSpeedZeroOptimizer_Stage3._loss_scale_update_and_overflow_cleanup",
         )
     ),
+    ("deepspeed.runtime.zero.partition_parameters", r"self\._convert_to_zero_parameters\(module\.parameters"),
+    (
+        "deepspeed.runtime.zero.partition_parameters",
+        r"ds_process_group = getattr\(param, \"ds_zero_partition_process_group",
+    ),
+    ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_zero_partition_world_size = dist\.get_world_size"),
+    ("deepspeed.runtime.zero.partition_parameters", r"one_dim_param\.narrow\(0, start, partition_size\)"),
     ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_id\b"),
     ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_shape\b"),
     ("deepspeed.runtime.zero.partition_parameters", r"param\.partition_numel = partition_numel"),
