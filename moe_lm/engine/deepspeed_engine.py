@@ -82,11 +82,7 @@ class DeepSpeedEngine(Engine):
             optimizer.add(flat, self._build_optimizer({**group, "params": [flat]}, share))
         self.zero.link()
         self.optimizers = list(optimizer.own.values())
-        if stage == 3:
-            self.zero.set_masters({parameter: masters[name] for name, parameter in self.trained() if name in masters})
-        for name, parameter in self.trained():
-            if name in masters and stage < 3:
-                deepspeed.utils.safe_set_full_fp32_param(parameter, masters[name].to(device))
+        self.zero.set_masters({parameter: masters[name] for name, parameter in self.trained() if name in masters})
         if stage < 3:  # stage 3 would gather and divide them once more
             narrow_frozen(self.model, self.dtype)
 

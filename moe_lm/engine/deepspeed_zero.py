@@ -115,11 +115,13 @@ class Zero:
         start = min(kept.ds_zero_partition_rank * size, kept.ds_numel)
         return kept.ds_tensor.detach().narrow(0, 0, min(size, kept.ds_numel - start)), start
 
-    def set_masters(self, shares: Mapping[nn.Parameter, Tensor]) -> None:
-        """Set this rank's float32 shares of these weights, which stage 3 took from rounded ones."""
+    def set_masters(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        """Set float32 weights, which DeepSpeed took from rounded ones: whole, or with stage 3 this rank's shares."""
         for parameter, flat, part in self.runs():
-            if part is not None and parameter in shares:
-                flat.data[part.offset : part.offset + part.length] = shares[parameter]
+            if part is not None and parameter in exact:
+                first = 0 if self.stage == 3 else part.start
+                run = exact[parameter].view(-1)[first : first + part.length]
+                flat.data[part.offset : part.offset + part.length] = run
 
     def weights_changed(self) -> None:
         """Give the model the float32 weights that were set in the partitions."""

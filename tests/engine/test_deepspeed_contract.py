@@ -36,7 +36,6 @@ FUNCTIONS = (
     "deepspeed.utils:safe_get_full_fp32_param",
     "deepspeed.utils:safe_get_full_grad",
     "deepspeed.utils:safe_get_full_optimizer_state",
-    "deepspeed.utils:safe_set_full_fp32_param",
     "deepspeed.utils:safe_set_full_optimizer_state",
 )
 # Attributes that exist only in objects, as the source of a class or module shows.

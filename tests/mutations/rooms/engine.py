@@ -111,9 +111,9 @@ MUTATIONS = (
     ),
     Mutation(
         "ZeRO's masters begin with rounded weights",
-        "engine/deepspeed_engine.py",
-        "            if name in masters:\n",
-        "            if name in ():\n",
+        "engine/deepspeed_zero.py",
+        "            if part is not None and parameter in exact:\n",
+        "            if part is not None and parameter in ():\n",
         ROUNDED,
     ),
     Mutation(
