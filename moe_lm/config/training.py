@@ -31,6 +31,7 @@ def _number_of_tokens(value: Any) -> Any:
 
 UNITS = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}  # powers of ten
 NumberOfTokens = Annotated[float, BeforeValidator(_number_of_tokens, json_schema_input_type=float | str)]
+EVALUATED = 2**24  # tokens of a source that an evaluation reads, unless the config says more
 LENGTHS = ("steps", "tokens", "epochs")  # of which a config gives one
 Recomputation = Annotated[Literal["none", "selective", "full"], BeforeValidator(_recomputation)]
 
@@ -207,7 +208,11 @@ class TrainConfig(Section):
     guards: GuardConfig = GuardConfig()
     freeze_router: bool | None = Field(default=None, description="do not train the router; null: only with lora")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
-    eval_batches: int | None = Field(default=None, gt=0, description="global batches of an evaluation; null: all")
+    eval_batches: int | None = Field(
+        default=None,
+        gt=0,
+        description=f"global batches of each source in an evaluation; null: all, up to {EVALUATED:,} tokens",
+    )
     early_stopping: int | None = Field(
         default=None,
         gt=0,
@@ -237,6 +242,10 @@ class TrainConfig(Section):
                 "auto, or take residual_dtype away"
             )
         return self
+
+    def batches_of_evaluation(self, row_length: int) -> int:
+        """Global batches of a source that an evaluation reads at most."""
+        return self.eval_batches or max(1, EVALUATED // (self.global_batch_size * row_length))
 
     def with_tokens_as_steps(self, row_length: int) -> TrainConfig:
         """The same with `tokens`, padding counted, as steps."""

@@ -65,6 +65,7 @@ class ForwardShare(NamedTuple):
     number: int  # of the batch among all
     batch: Batch
     parts: LossParts
+    units: int  # of the objective, in this rank's positions of its own batch
     is_own: bool  # False: another rank's batch, repeated because every rank takes part in a forward pass
 
 
@@ -222,7 +223,7 @@ class Engine(ABC):
         for share in self.forward_shares(batches):
             names, row = list(share.parts.sums), torch.stack(list(share.parts.sums.values()))
             rows.append(row if share.is_own else torch.zeros_like(row))  # another rank's batch still tells the names
-            units += self.loss.objective.units(self._own(batches[share.number])) if share.is_own else 0
+            units += share.units
         if not rows:
             return Evaluation({}, 0)
         mine = {"units": torch.tensor(units), "sums": torch.stack(rows).cpu().double().sum(0)}
@@ -233,15 +234,17 @@ class Engine(ABC):
     def forward_shares(self, batches: Sequence[Batch]) -> Iterator[ForwardShare]:
         """Evaluate this rank's share of the batches.
 
-        Tokens travel between ranks, so a rank that has no batch left repeats another rank's.
+        It asks for no other batch. But tokens travel between ranks, so one that has no batch left repeats another's.
         """
         self.loss.eval()
         for start in range(0, len(batches), self.topology.row_groups):
             mine = start + self.topology.row_group
             is_own = mine < len(batches)
             number = mine if is_own else start
-            batch = self._to_device(self._own(batches[number]))
-            yield ForwardShare(number, batch, self._forward(batch, None), is_own)
+            batch = self._own(batches[number])
+            units = self.loss.objective.units(batch) if is_own else 0
+            batch = self._to_device(batch)
+            yield ForwardShare(number, batch, self._forward(batch, None), units, is_own)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from moe_lm.checkpoint.lineage import Start, find_start
 from moe_lm.checkpoint.read import read_model_config
 from moe_lm.config.model import ModelConfig, check_targets
 from moe_lm.config.run import FinetuneConfig, PretrainConfig, RunConfig, check_heads, check_positions, check_router
-from moe_lm.data.batches import Batch
 from moe_lm.data.examples import ChatExample, ExampleRows, read_chat
+from moe_lm.data.held_out import HeldOut
 from moe_lm.data.packing import PackedRows, RowBatches
 from moe_lm.data.pairs import PairRows, read_pairs
 from moe_lm.data.preview import show_conversations, show_pairs
@@ -102,7 +101,7 @@ def by_preference(
         tokenizer=tokenizer,
         objective=PreferenceObjective(preference),
         batches=batches,
-        validation=held_out_batches(config, held_out, topology),  # read when they have their reference
+        validation=held_out_batches(config, held_out, topology),  # made when they have their reference
         start=start,
         epochs=epochs_by_source(config, batches),
         pairs=(rows, held_out),
@@ -186,9 +185,10 @@ def model_of(config: FinetuneConfig, start: Path) -> ModelConfig:
     return model
 
 
-def held_out_batches(config: FinetuneConfig, rows: PackedRows, topology: Topology) -> Iterator[Batch]:
-    """The rows in order, at most `train.eval_batches` global batches."""
+def held_out_batches(config: FinetuneConfig, rows: PackedRows, topology: Topology) -> HeldOut:
+    """The rows in order, as many as an evaluation reads."""
     train = config.train
     size = train.rows_at_once(config.parallel.row_groups(topology.world_size))
-    batches = (batch for _, batch in rows.in_order(size))
-    return islice(batches, None if train.eval_batches is None else train.eval_batches * train.global_batch_size // size)
+    limit = train.batches_of_evaluation(config.row_length) * train.global_batch_size // size
+    firsts = range(0, len(rows), size)[:limit]
+    return HeldOut(lambda first: rows.batch(range(first, first + size)), firsts)

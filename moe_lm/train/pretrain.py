@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
-from moe_lm.data.batches import Batch, BatchSource, EvaluationBatches, PackedBatches
+from moe_lm.data.batches import BatchSource, EvaluationBatches, PackedBatches
 from moe_lm.data.cache import ShardCache
+from moe_lm.data.held_out import HeldOut, one_after_the_other
 from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, read_manifest
 from moe_lm.engine.build import build_engine, build_model, rank_device
 from moe_lm.objective.training_loss import NextToken
@@ -66,12 +67,12 @@ def run(
         tokenizer=tokenizer,
         objective=NextToken(),
         batches=batches,
-        validation=list(chain.from_iterable(validation.values())),
+        validation=one_after_the_other(list(validation.values())),
         validation_sources=[(source, len(some)) for source, some in validation.items()],
         start=start,
         epochs=dict(zip(names, epochs or (), strict=False)),
         left_out=[item.left_out for item in (*shards, *held_out) if item.left_out is not None],
-        notes=[*data_lines(names, shards, held_out, epochs), *notes_on(start, config)],
+        notes=[*data_lines(names, shards, held_out, epochs, config), *notes_on(start, config)],
         timetable=timetable,
     )
     return run_recipe(recipe, meeting)
@@ -93,7 +94,7 @@ def describe(
     else:
         shards, held_out = (open_shards(config, split, tokenizer) for split in SPLITS)
         epochs = training_batches(config, shards).epochs(config.train.steps)
-        data = list(data_lines(names, shards, held_out, epochs))
+        data = list(data_lines(names, shards, held_out, epochs, config))
     data += phase_lines(config)
     data += [
         f"start           {note.removeprefix('starts from ')}"
@@ -208,18 +209,15 @@ def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> P
     )
 
 
-def validation_batches(
-    config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology
-) -> dict[str, list[Batch]]:
-    """The held-out batches of every source that has some, at most `train.eval_batches` global ones of each."""
+def validation_batches(config: PretrainConfig, shards: Sequence[TokenShards], topology: Topology) -> dict[str, HeldOut]:
+    """The held-out batches of every source that has some, as many of each as an evaluation reads."""
     data, train = config.data, config.train
     size = train.rows_at_once(config.parallel.row_groups(topology.world_size))
-    batches: dict[str, list[Batch]] = {}
+    limit = train.batches_of_evaluation(data.sequence_length) * train.global_batch_size // size
+    batches: dict[str, HeldOut] = {}
     for name, source in zip((source.name for source in data.sources), shards, strict=True):
         if source.num_tokens > 1:
             held_out = EvaluationBatches(source, data.sequence_length, size, data.separate_documents)
-            steps = range(held_out.steps_per_epoch)
-            if train.eval_batches is not None:
-                steps = steps[: train.eval_batches * train.global_batch_size // size]
-            batches[name] = [held_out.batch(step, range(size)) for step in steps]
+            steps = range(held_out.steps_per_epoch)[:limit]
+            batches[name] = HeldOut(partial(held_out.batch, rows=range(size)), steps)
     return batches

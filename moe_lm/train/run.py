@@ -62,7 +62,7 @@ class Recipe:
     tokenizer: Tokenizer
     objective: Objective
     batches: MixedBatches
-    validation: Iterable[Batch]  # read once, after the reference has been added to `pairs`
+    validation: Sequence[Batch]  # made when they are evaluated, after the reference has been added to `pairs`
     validation_sources: Sequence[tuple[str, int]] = ()  # of `validation`, in order, and how many batches are of each
     start: Start | None = None  # the model to begin with; None: fresh weights
     pairs: Sequence[PairRows] = ()  # of preference tuning: they need the log-probabilities of the start
@@ -221,8 +221,7 @@ def train_and_log(
 ) -> TrainingResult:
     """Open the log and call the loop."""
     config, is_main = recipe.config, engine.topology.is_main
-    validation = list(recipe.validation)
-    if probes is not None and not validation:
+    if probes is not None and not recipe.validation:
         raise UsageError(
             "log.sample_prompts and log.eval_tasks belong to evaluations, and there is no held-out data to evaluate; "
             "set data.validation_fraction, or take them out",
@@ -265,7 +264,7 @@ def train_and_log(
         training = Training(
             engine=engine,
             batches=recipe.batches,
-            validation=validation,
+            validation=recipe.validation,
             validation_sources=recipe.validation_sources,
             probes=probes,
             config=config.train,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from moe_lm.common.process import this_command, to_type
 from moe_lm.config.model import ModelConfig
-from moe_lm.config.run import ParallelConfig, RunConfig
+from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
 from moe_lm.data.shards import TokenShards
 from moe_lm.engine.engine import Engine
@@ -105,14 +105,25 @@ def rates_line(optimizer: OptimizerConfig) -> str:
 
 
 def data_lines(
-    names: Sequence[str], train: Sequence[TokenShards], held_out: Sequence[TokenShards], epochs: Sequence[float] | None
+    names: Sequence[str],
+    train: Sequence[TokenShards],
+    held_out: Sequence[TokenShards],
+    epochs: Sequence[float] | None,
+    config: PretrainConfig,
 ) -> Iterator[str]:
-    """A line for each source: its tokens, how often they are read (if that is known), and how many are held out."""
+    """A line for each source: its tokens, how often they are read (if that is known), and how many are held out.
+
+    Where they are more than an evaluation reads by default, it says how many those are.
+    """
+    rows, length = config.train.global_batch_size, config.row_length
+    evaluated = config.train.batches_of_evaluation(length) * rows * length
     times = [f", {read_times(each)}" for each in epochs] if epochs is not None else [""] * len(names)
     for name, read, kept, often in zip(names, train, held_out, times, strict=True):
         share = kept.num_tokens / max(1, read.num_tokens + kept.num_tokens)
         line = f"data            {name}: {read.num_tokens:,} tokens{often}; "
         line += f"{kept.num_tokens:,} held out ({share:.1%})" if kept.num_tokens else "none held out"
+        if config.train.eval_batches is None and kept.num_tokens > evaluated:
+            line += f", of which an evaluation reads {evaluated:,} (train.eval_batches)"
         much = ", which is much: a lower piece_bytes or data.validation_fraction holds out less"
         yield line + (much if share > MOST_HELD_OUT else "")
 

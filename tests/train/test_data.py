@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moe_lm.config import training
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, PackedBatches
@@ -20,7 +21,7 @@ from moe_lm.data.prepare import prepare
 from tests.processes import events, metrics
 from tests.runs import assert_same_run, figures, last_checkpoint
 from tests.train.test_damaged_runs import flip_a_byte
-from tests.train.test_pretrain import SHORT
+from tests.train.test_pretrain import SHORT, held_out_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MoeLm = Callable[..., Any]
@@ -131,3 +132,15 @@ def test_a_shard_that_is_cut_during_training_is_named(
     assert done.code == 1
     assert f"shard {shard} ends before byte" in done.err
     assert len(metrics(tmp_path / "run")) == 5
+
+
+def test_an_evaluation_reads_so_many_tokens_of_a_large_split_unless_the_config_says_more(
+    tiny_pretrain: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run says how many those are."""
+    monkeypatch.setattr(training, "EVALUATED", 2 * 8 * 64 + 1)
+    config = load_config(PretrainConfig, tiny_pretrain, ["train.eval_batches=null"])
+    assert sum(len(batch.input_ids) for batch in held_out_batches(config)) == 16
+    dry = moe_lm("pretrain", tiny_pretrain, "train.eval_batches=null", "--dry-run")
+    assert "held out (" in dry.out
+    assert "of which an evaluation reads 1,024 (train.eval_batches)" in " ".join(dry.out.split())
