@@ -17,7 +17,11 @@ from moe_lm.common.process import to_type
 
 if TYPE_CHECKING:
     from moe_lm.config.generation import UpcycleConfig
+    from moe_lm.data.crew import Ranks
+    from moe_lm.parallel.meeting import Meeting
     from moe_lm.text.files import Report
+
+SECONDS_TO_MEET = 600.0  # for the ranks of `prepare`, which a launcher starts on many hosts
 
 tokenizer_app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(no_args_is_help=True)
@@ -99,15 +103,37 @@ def tokenizer_inspect(
     print(inspect(Tokenizer.load(path), sources))
 
 
-def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+def prepare(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None) -> None:
     """Turn documents into token shards, in parallel; resumes where it stopped."""
     settings = read_pretraining(config, overrides or [])
 
     from moe_lm.data.prepare import prepare
 
-    with copying("tokenizing", always=True) as tell:
-        report = prepare(settings.data, tell)
-    print(report)
+    ranks = together(ctx.obj)
+    with copying("tokenizing", always=ranks.rank == 0) as tell:
+        report = prepare(settings.data, tell, ranks)
+    if ranks.rank == 0:
+        print(report)
+
+
+def together(meeting: Meeting | None) -> Ranks:
+    """What `prepare` needs of the ranks that a launcher started."""
+    from moe_lm.data.crew import Ranks
+
+    if meeting is None:
+        return Ranks()
+    notes = meeting.assemble(SECONDS_TO_MEET)
+
+    def first(mine: str) -> str:
+        if meeting.topology.is_main:
+            notes.set("prepare", mine)
+        return str(notes.get("prepare").decode())
+
+    def check_same(mine: dict[str, str]) -> None:
+        if difference := meeting.differences(mine):
+            raise UsageError(f"{difference}; data.shards must be a folder that all hosts share", common=True)
+
+    return Ranks(meeting.topology.rank, meeting.topology.ranks_on_this_host, first, check_same)
 
 
 @data_app.command("verify", cls=ConfigCommand)

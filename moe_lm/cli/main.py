@@ -20,7 +20,7 @@ from moe_lm.cli import build, checkpoints, settings, use
 from moe_lm.cli.options import Verb, Walk, with_numbers
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.signals import Interrupted
-from moe_lm.common.verbs import OF_MANY_RANKS, verb_of
+from moe_lm.common.verbs import LAUNCHED, verb_of
 from moe_lm.parallel.launch import launched_ranks, without_local_rank
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main() -> None:
         arguments = [*arguments[1:], "--help"]
     ranks = None
     try:
-        if verb_of(arguments) in OF_MANY_RANKS:
+        if verb_of(arguments) in LAUNCHED:
             ranks = launched_ranks()
         code = typer.main.get_command(app)(arguments, prog_name="moe-lm", standalone_mode=ranks is None, obj=ranks)
         sys.exit(code if isinstance(code, int) else 0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 # A launcher starts them, and signals end them at once until a step is done.
 OF_MANY_RANKS = ("pretrain", "finetune", "data")
+LAUNCHED = (*OF_MANY_RANKS, "prepare")  # what a launcher may start on many hosts
 GO_ON = ("prepare", "quickstart")  # of the other verbs, those that continue where they were stopped
 LOCAL_RANK = ("--local_rank", "--local-rank")  # what DeepSpeed's launcher adds
 

@@ -1,116 +1,183 @@
-"""Chunks: documents tokenized by several processes into numbered files.
+"""A piece of a source: read, tokenized and written as shards, with a record of what is in them.
 
-The documents of a source are divided into chunks by size only. Each chunk's file is named after its number and a hash
-of its documents, and appears whole under that name, so that a second run finds the chunks that the first one finished.
+The shards of piece N are `train-N` and `validation-N`. Its record is written last, so that a piece with a record is
+whole. What is written depends on the source and the tokenizer alone: two processes may write the same piece.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import signal
-import threading
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import whole_file
-from moe_lm.data.shards import INDEX_DTYPE, token_dtype
-from moe_lm.text.sources import Document
+from moe_lm.common.integrity import XXH3, Hashed
+from moe_lm.config.data import SourceConfig
+from moe_lm.config.section import Section
+from moe_lm.data.shards import INDEX_DTYPE, Shard, Split, token_dtype
+from moe_lm.text.files import Piece, Report
+from moe_lm.text.sources import Document, read_documents
 from moe_lm.text.split import document_hash
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.words import Words
 
-CHUNK_BYTES = 1 << 20  # of text; later chunks of a large source are larger, which keeps the number of files low
+BATCH_CHARS = 1 << 20  # of text that are tokenized together
 
-Chunk = tuple[Path, int]  # the file of a finished chunk, and the bytes of its text
-
-
-def write_chunks(
-    documents: Iterable[Document], tokenizer_path: Path, fingerprint: str, folder: Path, workers: Workers
-) -> Iterator[Chunk]:
-    """Tokenize documents into chunk files, in order. Files that are in the folder already are not written again.
-
-    A file holds `tokens`, `index` [documents, 2] (tokens, bytes of text) and the `hashes` of the documents' ids.
-    """
-    pending: deque[Future[Chunk]] = deque()
-    for number, chunk in enumerate(_divide(documents)):
-        path = folder / f"{number:06d}-{_chunk_hash(chunk)}.npz"
-        pending.append(workers.submit(_write_chunk, path, chunk, tokenizer_path, fingerprint))
-        if len(pending) > 2 * workers.count:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+Tell = Callable[[int], None]  # bytes of text that have been tokenized since it was told last
 
 
-class Workers:
-    """The processes that tokenize, started with the first chunk. With one worker this process does all the work."""
+@dataclass(frozen=True)
+class Task:
+    """What the processes that prepare a source have to know."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        # Spawned, not forked: the tokenizers library has threads, and a lock that they hold stays locked in a fork.
-        self._pool = ProcessPoolExecutor(count, get_context("spawn"), _begin_worker) if count > 1 else None
+    source: SourceConfig
+    pieces: Sequence[Piece]
+    tokenizer: Path
+    fingerprint: str
+    folder: Path  # of the shards
+    work: Path  # of the records
+    session: Path  # of the claims
+    held_out_below: int  # the hashes of documents that are held out
 
-    def submit(self, function: Callable[..., Chunk], *arguments: Any) -> Future[Chunk]:
-        if self._pool is not None:
-            return self._pool.submit(function, *arguments)
-        future: Future[Chunk] = Future()
-        future.set_result(function(*arguments))
-        return future
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise MoeLmError(
-                "a process of prepare was killed, perhaps because memory ran out; run the same command again to go on, "
-                "with fewer data.workers if it happens again"
-            ) from error
+    def record_path(self, number: int) -> Path:
+        return self.work / f"piece-{number:05d}.json"
 
 
-def _divide(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = number = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= CHUNK_BYTES * min(16, 1 + number // 64):
-            yield chunk
-            chunk, size, number = [], 0, number + 1
-    if chunk:
-        yield chunk
+class Record(Section):
+    """What a piece holds, and for what it was written."""
+
+    held_out_below: int
+    max_bytes: int | None
+    documents: int
+    text_bytes: int
+    lowest_hash: int | None
+    rows: int
+    train: Shard | None
+    validation: Shard | None
+    skipped: dict[str, int]
+    examples: dict[str, str]
+    files: dict[str, tuple[int, int]]  # size and time of change of what was read
 
 
-def _write_chunk(path: Path, documents: list[Document], tokenizer_path: Path, fingerprint: str) -> Chunk:
+def read_record(task: Task, number: int) -> Record | None:
+    """The record of a piece; None if it is not done, or its files or its shards are others now."""
     try:
-        with np.load(path) as file:
-            index = file["index"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing, or damaged
-        tokenizer, words = _tokenizer(tokenizer_path, fingerprint)
-        dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        bos, eos = (np.array(id_, dtype).tobytes() for id_ in (tokenizer.bos_id, tokenizer.eos_id))
-        framed = [bos + ids + eos for ids in words.encode([document.text for document in documents])]
-        bytes_of_ids = dtype.itemsize
-        sizes = [
-            (len(ids) // bytes_of_ids, len(item.text.encode())) for ids, item in zip(framed, documents, strict=True)
-        ]
-        index = np.array(sizes, INDEX_DTYPE)
-        hashes = np.array([document_hash(document.id) for document in documents], np.uint64)
-        with whole_file(path) as unfinished, unfinished.open("wb") as file:  # given a name, savez appends .npz
-            np.savez(file, tokens=np.frombuffer(b"".join(framed), dtype), index=index, hashes=hashes)
-    return path, int(index[:, 1].sum())
+        record = Record.model_validate_json(task.record_path(number).read_bytes())
+        shards = [shard for shard in (record.train, record.validation) if shard is not None]
+        size = np.dtype(token_dtype(_tokenizer(task.tokenizer, task.fingerprint)[0].vocab_size)).itemsize
+        whole = all(shard.path(task.folder).stat().st_size == shard.tokens * size for shard in shards)
+    except (OSError, ValidationError):
+        return None
+    return record if whole and record.files == _stamps(task.pieces[number]) else None
+
+
+def write_piece(
+    task: Task,
+    number: int,
+    tell: Tell = lambda done: None,
+    held_out_below: int | None = None,
+    max_bytes: int | None = None,
+) -> Record:
+    """Write the shards of a piece and its record. Raises MoeLmError for a file that changed meanwhile."""
+    piece, report = task.pieces[number], Report()
+    limit = task.held_out_below if held_out_below is None else held_out_below
+    max_bytes = task.source.max_bytes if max_bytes is None else max_bytes
+    tokenizer, words = _tokenizer(task.tokenizer, task.fingerprint)
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    bos, eos = (np.array(id_, dtype).tobytes() for id_ in (tokenizer.bos_id, tokenizer.eos_id))
+    before, lowest = _stamps(piece), None
+    with ExitStack() as stack:
+        writers = {split: _Writer(task.folder, split, number, dtype, stack) for split in ("train", "validation")}
+        for batch in _batches(read_documents(task.source, report, piece, max_bytes)):
+            done = 0
+            for document, ids in zip(batch, words.encode([document.text for document in batch]), strict=True):
+                hash_ = document_hash(document.id)
+                lowest = hash_ if lowest is None else min(lowest, hash_)
+                size = len(document.text.encode())
+                writers["validation" if hash_ < limit else "train"].add(bos + ids + eos, size)
+                done += size
+            tell(done)
+        if _stamps(piece) != before:
+            raise MoeLmError(
+                f"{_names(piece)} changed while prepare was reading it; run prepare again when it is whole"
+            )
+        shards = {split: writer.close() for split, writer in writers.items()}
+    record = Record(
+        held_out_below=limit,
+        max_bytes=max_bytes,
+        documents=report.documents,
+        text_bytes=report.text_bytes,
+        lowest_hash=lowest,
+        rows=report.rows,
+        skipped=report.skipped,
+        examples=report.examples,
+        files=before,
+        train=shards["train"],
+        validation=shards["validation"],
+    )
+    with whole_file(task.record_path(number), contested=True) as file:
+        file.write_text(record.model_dump_json(), encoding="utf-8")
+    return record
+
+
+def joined(task: Task, records: Sequence[Record], report: Report) -> Report:
+    """The counts of all pieces; places in a range of a file are those in the file."""
+    before: dict[tuple[str, Path], int] = {}
+    for piece, record in zip(task.pieces, records, strict=False):
+        report.documents += record.documents
+        report.text_bytes += record.text_bytes
+        first = piece[0]
+        rows = before.get((first.name, first.path), 0) if first.stop is not None else 0
+        for reason, count in record.skipped.items():
+            report.skipped[reason] = report.skipped.get(reason, 0) + count
+            report.examples.setdefault(reason, _moved(record.examples[reason], first.name, rows))
+        before[first.name, first.path] = rows + record.rows
+    return report
+
+
+def _moved(where: str, name: str, rows: int) -> str:
+    return re.sub(rf"(?<=^{re.escape(name)}:)\d+", lambda found: str(int(found[0]) + rows), where) if rows else where
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _stamps(piece: Piece) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the files of a piece that are here. Raises MoeLmError for one that is gone."""
+    stamps = {}
+    for part in piece:
+        if part.path != Path() and not storage.is_remote(part.path):
+            try:
+                status = part.path.stat()
+            except OSError as error:
+                raise MoeLmError(
+                    f"cannot read {part.path}: {error.strerror}; it was there when prepare began"
+                ) from error
+            stamps[part.name] = status.st_size, status.st_mtime_ns
+    return stamps
+
+
+def _names(piece: Piece) -> str:
+    return str(piece[0].path) if len(piece) == 1 else f"one of {piece[0].path} to {piece[-1].path}"
 
 
 @cache
@@ -121,23 +188,37 @@ def _tokenizer(path: Path, fingerprint: str) -> tuple[Tokenizer, Words]:
     return tokenizer, Words(tokenizer, token_dtype(tokenizer.vocab_size))
 
 
-def _chunk_hash(documents: Sequence[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        for data in (document.id.encode("utf-8"), document.text.encode("utf-8")):
-            digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:16]
+class _Writer:
+    """Writes the shard of a piece and split, from its first document on."""
 
+    def __init__(self, folder: Path, split: Split, number: int, dtype: np.dtype[Any], stack: ExitStack) -> None:
+        self._path, self._name = folder / f"{split}-{number:05d}.bin", f"{split}-{number:05d}"
+        self._dtype, self._stack = dtype, stack
+        self._tokens: Hashed | None = None
+        self._index: list[tuple[int, int]] = []
 
-def _begin_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's reach every process; the parent ends this one
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    def add(self, ids: bytes, text_bytes: int) -> None:
+        if self._tokens is None:
+            # The path is open before the file, so that it is renamed after the file is closed.
+            path = self._stack.enter_context(whole_file(self._path, contested=True))
+            self._tokens = Hashed(self._stack.enter_context(path.open("wb")))
+        self._tokens.write(ids)
+        self._index.append((len(ids) // self._dtype.itemsize, text_bytes))
 
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # a parent that was killed cannot stop its workers, and they would wait for chunks forever
+    def close(self) -> Shard | None:
+        if self._tokens is None:
+            self._path.unlink(missing_ok=True)  # of what was written for another split
+            self._path.with_suffix(".index").unlink(missing_ok=True)
+            return None
+        index = np.array(self._index, INDEX_DTYPE)
+        with whole_file(self._path.with_suffix(".index"), contested=True) as path, path.open("wb") as file:
+            hashed = Hashed(file)
+            hashed.write(index.tobytes())
+        return Shard(
+            name=self._name,
+            tokens=int(index[:, 0].sum()),
+            documents=len(index),
+            text_bytes=int(index[:, 1].sum()),
+            xxh3_128=self._tokens.entry[XXH3],
+            index_xxh3_128=hashed.entry[XXH3],
+        )

@@ -1,39 +1,40 @@
 """Documents -> token shards, tokenized by several processes; a run that was killed goes on where it stopped.
 
-The documents of a source become chunks (chunks.py). Finished chunks are joined in order into shards, and the manifest,
-written last, makes the folder complete. The bytes of the shards depend neither on the number of processes nor on
-interruptions.
+A source is divided into pieces (text/pieces.py). Processes of all hosts (crew.py) turn each into shards (chunks.py),
+and the manifest, written last, makes the folder complete. The bytes of the shards depend neither on the number of
+processes nor on interruptions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
-from moe_lm.common.integrity import KINDS, XXH3
-from moe_lm.config.data import DataConfig, SourceConfig, TokenFiles
+from moe_lm.common.process import cores
+from moe_lm.config.data import DataConfig, SourceConfig
 from moe_lm.data import foreign
-from moe_lm.data.chunks import Workers, write_chunks
-from moe_lm.data.shards import MANIFEST, Manifest, Shard, Split, read_manifest, token_dtype
+from moe_lm.data.chunks import Record, Task, joined, read_record, write_piece
+from moe_lm.data.crew import Ranks, beating, claimed_to_finish, finish_claim, work_on
+from moe_lm.data.shards import MANIFEST, Manifest, read_manifest, token_dtype
 from moe_lm.text.files import kind_of
-from moe_lm.text.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Report, read_documents, source_files
-from moe_lm.text.split import held_out_of
+from moe_lm.text.pieces import divide
+from moe_lm.text.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Report, no_usable_document, source_files
+from moe_lm.text.split import hashes_below, held_out_below
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
-SHARD_TOKENS = 64 << 20
+WORK_FORMAT = 2  # of records and pieces: other work is not gone on with
+SECONDS_TO_APPEAR = 10.0  # for a folder on the network
 MOST_HELD_OUT = 0.1  # of a source, without a word
 
 Progress = Callable[[int, int | None], None]  # bytes of a source's text that are done, and all of them if known
@@ -50,9 +51,15 @@ class PrepareReport:
     files: dict[str, int]
     validation_fraction: float
     up_to_date: frozenset[str] = field(default=frozenset(), compare=False)  # sources whose shards were there
+    died: int = field(default=0, compare=False)  # processes, whose pieces others did
 
     def __str__(self) -> str:
-        return "\n".join(line for name in self.manifests for line in self._lines(name))
+        lines = [line for name in self.manifests for line in self._lines(name)]
+        if self.died:
+            lines.append(
+                f"{self.died} of the processes were killed, perhaps because memory ran out; others did their part"
+            )
+        return "\n".join(lines)
 
     def _lines(self, name: str) -> Iterator[str]:
         manifest, files = self.manifests[name], self.files[name]
@@ -89,11 +96,11 @@ def _lines_in_place(name: str, manifest: Manifest, up_to_date: bool) -> Iterator
     yield from (f"  {note}" for note in manifest.notes)
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareReport:
-    """Write the shards of every source that has none yet.
+def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> PrepareReport:
+    """Write the shards of every source that has none yet, together with the other `ranks`.
 
-    Raises UsageError for a source that is missing or empty and for shards made from something else, MoeLmError
-    when the shards cannot be written.
+    Raises UsageError for a source that is missing or empty, for shards made from something else and for a folder that
+    the ranks do not share, MoeLmError when the shards cannot be written.
     """
     if storage.is_remote(config.shards):
         url = storage.text_of(config.shards)
@@ -101,96 +108,167 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
             f"data.shards={url} is in a store, and shards are written to a disk; prepare with data.shards=shards, then "
             f"copy that folder there, as with: aws s3 sync shards {url}"
         )
+    ranks = ranks or Ranks()
     tokenizer = Tokenizer.load(config.tokenizer)
-    were_there = frozenset(
-        source.name for source in config.sources if (config.shards / source.name / MANIFEST).exists()
-    )
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        job = _Job(config, tokenizer, workers, progress or (lambda done, total: None))
-        manifests = {source.name: _prepare_source(job, source) for source in config.sources}
-    files = {source.name: _text_files(source) for source in config.sources}
-    return PrepareReport(manifests, files, config.validation_fraction, were_there)
+    sources = [_Source(config, source, tokenizer) for source in config.sources]
+    with ExitStack() as stack:
+        session = _begin(sources, stack) if ranks.rank == 0 else ""
+        session, were_there = json.loads(ranks.first(json.dumps([session, [s.name for s in sources if s.is_done]])))
+        places = [source.work / session for source in sources if source.name not in were_there]
+        ranks.check_same({str(place): "there" if _appears(place) else "not there" for place in places})
+        workers = max(1, (config.workers or cores()) // (1 if config.workers else ranks.on_this_host))
+        manifests, died = dict[str, Manifest](), 0
+        for source in sources:
+            if source.name not in were_there:
+                died += _tokenize(source, session, workers, progress or (lambda done, total: None))
+            manifests[source.name] = read_manifest(source.folder)
+    files = {source.name: _text_files(source.config) for source in sources}
+    return PrepareReport(manifests, files, config.validation_fraction, frozenset(were_there), died)
 
 
-@dataclass(frozen=True)
-class _Job:
-    config: DataConfig
-    tokenizer: Tokenizer
-    workers: Workers
-    progress: Progress
+class _Source:
+    """A source with its files, its folder of shards and the folder of its records."""
+
+    def __init__(self, data: DataConfig, config: SourceConfig, tokenizer: Tokenizer) -> None:
+        self.data, self.config, self.tokenizer, self.name = data, config, tokenizer, config.name
+        self.listed = Report()  # what lies among the files and is no text
+        self.folder = data.shards / config.name
+        self.files: list[tuple[str, Path]] = []
+        self.made_from: dict[str, Any]
+        if config.tokens is not None:
+            self.token_files = foreign.files_of(config.tokens)
+            self.made_from = foreign.made_from(config.tokens, self.token_files, data.validation_fraction, tokenizer)
+        else:
+            self.files = [] if config.dataset is not None else source_files(config, self.listed)
+            self.made_from = _made_from(self)
+        key = json.dumps([WORK_FORMAT, self.made_from], sort_keys=True)
+        self.work = self.folder / f".work-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.is_done = (self.folder / MANIFEST).exists()
+
+    def task(self, session: str) -> Task:
+        pieces = divide(self.config, self.files)
+        limit = hashes_below(self.data.validation_fraction)
+        fingerprint = self.tokenizer.fingerprint
+        return Task(
+            self.config, pieces, self.data.tokenizer, fingerprint, self.folder, self.work, self.work / session, limit
+        )
 
 
-def _prepare_source(job: _Job, source: SourceConfig) -> Manifest:
-    folder = job.config.shards / source.name
-    if source.tokens is not None:
-        return _index(job, source, source.tokens, folder)
-    files = [] if source.dataset is not None else source_files(source)
-    made_from = _made_from(source, files, job)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        _check_same(folder, manifest.made_from, made_from)
-        _remove_work(folder)
-        return manifest
-    try:
-        with _only_writer(folder):
-            work = _work_folder(folder, made_from)
-            report = Report()
-            chunks = _tokenize(job, source, work, report, _total_bytes(source, files))
-            shards = _join(chunks, folder, job.config.validation_fraction)
-            manifest = Manifest(
-                made_from=made_from,
-                tokenizer=job.tokenizer.fingerprint,
-                vocab_size=job.tokenizer.vocab_size,
-                dtype=token_dtype(job.tokenizer.vocab_size),
-                bos_id=job.tokenizer.bos_id,
-                eos_id=job.tokenizer.eos_id,
-                train=shards["train"],
-                validation=shards["validation"],
-                skipped=report.skipped,
-                examples=report.examples,
-            )
-            _write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
-            _remove_work(folder)
-    except OSError as error:
-        raise MoeLmError(
-            f"cannot write shards to {folder}: {error.strerror or error}; fix that and run prepare again, "
-            f"it goes on where it stopped"
-        ) from error
-    return manifest
+def _begin(sources: Sequence[_Source], stack: ExitStack) -> str:
+    """Hold the folders against other jobs, make room in them, and return the name of this session."""
+    session = f"session-{uuid.uuid4().hex}"
+    for source in sources:
+        if source.is_done:
+            _check_same(source.folder, read_manifest(source.folder).made_from, source.made_from)
+            _remove_work(source.folder)
+            continue
+        with _writing(source.folder):
+            stack.enter_context(_only_writer(source.folder))
+            if not source.work.exists():  # shards of something else, which nobody finished
+                _remove_shards(source.folder, keep=())
+            _remove_work(source.folder, keep=source.work)
+            for leftover in [*source.folder.glob(f"*{UNFINISHED}"), *source.work.glob("session-*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            (source.work / session).mkdir(parents=True)
+    return session
 
 
-def _index(job: _Job, source: SourceConfig, tokens: TokenFiles, folder: Path) -> Manifest:
-    """The manifest of token files that others wrote, which stay where they are."""
-    files = foreign.files_of(tokens)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        fraction = job.config.validation_fraction
-        _check_same(folder, manifest.made_from, foreign.made_from(tokens, files, fraction, job.tokenizer))
-        return manifest
-    try:
-        with _only_writer(folder):
-            manifest = foreign.manifest_of(source, files, job.config, job.tokenizer, folder, job.progress)
-            _write(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
-    except OSError as error:
-        raise MoeLmError(
-            f"cannot write {folder / MANIFEST}: {error.strerror or error}; fix that, or the disk"
-        ) from error
-    return manifest
+def _appears(place: Path) -> bool:
+    """Whether a folder that another rank made can be seen here; a network may take a while to show it."""
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    while not place.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    return place.exists()
 
 
-def _tokenize(job: _Job, source: SourceConfig, work: Path, report: Report, total_bytes: int | None) -> list[Path]:
-    """The chunk files of a source, in order."""
-    documents = read_documents(source, report)
-    paths, done = [], 0
-    for path, text_bytes in write_chunks(documents, job.config.tokenizer, job.tokenizer.fingerprint, work, job.workers):
-        paths.append(path)
+def _tokenize(source: _Source, session: str, workers: int, progress: Progress) -> int:
+    """Have the pieces of a source done and its manifest written, here or by another rank. Returns how many died."""
+    total, done, died = _total_bytes(source.config, source.files), 0, 0
+
+    def tell(text_bytes: int) -> None:
+        nonlocal done
         done += text_bytes
-        job.progress(done, total_bytes)
-    return paths
+        progress(done, total)
+
+    with _writing(source.folder):
+        task = source.task(session) if source.config.tokens is None else None
+        while not (source.folder / MANIFEST).exists():
+            try:
+                died += work_on(task, workers, tell) if task is not None else 0
+                is_mine = claimed_to_finish(source.work / session)
+            except FileNotFoundError:  # another rank has finished, and removed the folder of the claims
+                if not (source.folder / MANIFEST).exists():
+                    raise
+                break
+            if is_mine:
+                with beating(finish_claim(source.work / session)):
+                    manifest = _indexed(source, progress) if task is None else _finish(source, task)
+                    with whole_file(source.folder / MANIFEST, contested=True) as file:
+                        file.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+                _remove_work(source.folder)
+            else:
+                time.sleep(0.1)
+    return died
 
 
-def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Job) -> dict[str, Any]:
+def _indexed(source: _Source, progress: Progress) -> Manifest:
+    """The manifest of token files that others wrote, which stay where they are."""
+    return foreign.manifest_of(
+        source.config, source.token_files, source.data, source.tokenizer, source.folder, progress
+    )
+
+
+def _finish(source: _Source, task: Task) -> Manifest:
+    """The manifest of the pieces, after those are redone that only all of them together tell about."""
+    records = _cut(task)
+    report = joined(task, records, source.listed)
+    if not report.documents:
+        raise no_usable_document(source.config, report)
+    limit = held_out_below(
+        [record.lowest_hash for record in records if record.lowest_hash is not None],
+        report.documents,
+        source.data.validation_fraction,
+    )
+    for number, record in enumerate(records):
+        lowest, differs = record.lowest_hash, record.held_out_below != limit
+        if differs and lowest is not None and lowest < max(limit, record.held_out_below):
+            records[number] = write_piece(task, number, held_out_below=limit, max_bytes=record.max_bytes)
+    manifest = Manifest(
+        made_from=source.made_from,
+        tokenizer=source.tokenizer.fingerprint,
+        vocab_size=source.tokenizer.vocab_size,
+        dtype=token_dtype(source.tokenizer.vocab_size),
+        bos_id=source.tokenizer.bos_id,
+        eos_id=source.tokenizer.eos_id,
+        train=tuple(record.train for record in records if record.train is not None),
+        validation=tuple(record.validation for record in records if record.validation is not None),
+        skipped=report.skipped,
+        examples=report.examples,
+    )
+    _remove_shards(source.folder, keep={shard.name for shard in manifest.train + manifest.validation})
+    return manifest
+
+
+def _cut(task: Task) -> list[Record]:
+    """The records of the pieces up to `max_bytes` of text, of which the last is written again if it goes on beyond."""
+    most, records, text_bytes = task.source.max_bytes, list[Record](), 0
+    for number in range(len(task.pieces)):
+        if most is not None and text_bytes >= most:
+            break
+        record = read_record(task, number)
+        if record is None:
+            raise MoeLmError(f"{task.folder}: what was done of piece {number} is gone; run prepare again")
+        rest = None if most is None else most - text_bytes
+        if rest is not None and record.text_bytes >= rest and record.max_bytes != rest:
+            record = write_piece(task, number, held_out_below=record.held_out_below, max_bytes=rest)
+        records.append(record)
+        text_bytes += record.text_bytes
+    return records
+
+
+def _made_from(of: _Source) -> dict[str, Any]:
     """Everything that the shards depend on. Files count by name and size, so that a corpus that grew is noticed."""
+    source, files = of.config, of.files
     lines = (f"{name} {size}" for (name, _), size in zip(files, _sizes(files), strict=True))
     listing = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     origin: dict[str, Any] = (
@@ -203,8 +281,8 @@ def _made_from(source: SourceConfig, files: Sequence[tuple[str, Path]], job: _Jo
     return origin | {
         "text_field": source.text_field,
         "max_bytes": source.max_bytes,
-        "validation_fraction": job.config.validation_fraction,
-        "tokenizer": job.tokenizer.fingerprint,
+        "validation_fraction": of.data.validation_fraction,
+        "tokenizer": of.tokenizer.fingerprint,
     }
 
 
@@ -245,13 +323,15 @@ def _only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _work_folder(folder: Path, made_from: dict[str, Any]) -> Path:
-    """The folder of the chunks. Chunks of an earlier run that were made from something else are removed."""
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    work = folder / f".work-{key}"
-    _remove_work(folder, keep=work)
-    work.mkdir(exist_ok=True)
-    return work
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MoeLmError(
+            f"cannot write shards to {folder}: {error.strerror or error}; fix that and run prepare again, "
+            f"it goes on where it stopped"
+        ) from error
 
 
 def _remove_work(folder: Path, keep: Path | None = None) -> None:
@@ -260,68 +340,8 @@ def _remove_work(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _join(chunks: Sequence[Path], folder: Path, validation_fraction: float) -> dict[Split, tuple[Shard, ...]]:
-    for pattern in ("train-?????.*", "validation-?????.*", f"*{UNFINISHED}"):
+def _remove_shards(folder: Path, keep: Collection[str]) -> None:
+    for pattern in ("train-?????.*", "validation-?????.*"):
         for leftover in folder.glob(pattern):
-            leftover.unlink()
-    held_out = held_out_of(np.concatenate([_read(path, "hashes") for path in chunks]), validation_fraction)
-    writers: dict[Split, _ShardWriter] = {split: _ShardWriter(folder, split) for split in ("train", "validation")}
-    for path in chunks:
-        tokens, index = _read(path, "tokens"), _read(path, "index")
-        held, held_out = np.split(held_out, [len(index)])
-        token_held = np.repeat(held, index[:, 0])
-        writers["validation"].add(tokens[token_held], index[held])
-        writers["train"].add(tokens[~token_held], index[~held])
-    return {split: writer.close() for split, writer in writers.items()}
-
-
-def _read(chunk: Path, name: str) -> NDArray[Any]:
-    with np.load(chunk) as file:
-        array: NDArray[Any] = file[name]
-        return array
-
-
-class _ShardWriter:
-    """Collects documents and writes a shard whenever there are SHARD_TOKENS tokens."""
-
-    def __init__(self, folder: Path, split: Split) -> None:
-        self._folder = folder
-        self._split = split
-        self._shards: list[Shard] = []
-        self._tokens: list[NDArray[Any]] = []
-        self._index: list[NDArray[np.int64]] = []
-        self._size = 0
-
-    def add(self, tokens: NDArray[Any], index: NDArray[np.int64]) -> None:
-        self._tokens.append(tokens)
-        self._index.append(index)
-        self._size += len(tokens)
-        if self._size >= SHARD_TOKENS:
-            self._flush()
-
-    def close(self) -> tuple[Shard, ...]:
-        if self._size:
-            self._flush()
-        return tuple(self._shards)
-
-    def _flush(self) -> None:
-        name = f"{self._split}-{len(self._shards):05d}"
-        tokens, index = np.concatenate(self._tokens), np.concatenate(self._index)
-        self._shards.append(
-            Shard(
-                name=name,
-                tokens=len(tokens),
-                documents=len(index),
-                text_bytes=int(index[:, 1].sum()),
-                xxh3_128=_write(self._folder / f"{name}.bin", tokens.data),
-                index_xxh3_128=_write(self._folder / f"{name}.index", index.data),
-            )
-        )
-        self._tokens, self._index, self._size = [], [], 0
-
-
-def _write(path: Path, data: bytes | memoryview) -> str:
-    """Write a file that appears whole or not at all. Returns its checksum."""
-    with whole_file(path) as file:
-        file.write_bytes(data)
-    return str(KINDS[XXH3](data).hexdigest())
+            if leftover.name.partition(".")[0] not in keep or leftover.suffix == UNFINISHED:
+                leftover.unlink()

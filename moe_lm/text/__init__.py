@@ -1,4 +1,4 @@
 """Documents out of files and data sets, and which of them are held out.
 
-Reading order: files, sources, split.
+Reading order: files, sources, pieces, split.
 """

@@ -42,12 +42,30 @@ if zstd is not None:
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with its place, like `a.jsonl:7`
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file or a range of it, from `start` to before `stop` (None: all of it).
+
+    `documents` is how many documents of a text file come before.
+    """
+
+    name: str
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    documents: int = 0
+
+
+Piece = tuple[Part, ...]
+
+
 @dataclass
 class Report:
     """Counts of what was read, and by reason of what was left out or shortened, with the first place of each reason."""
 
     documents: int = 0
     text_bytes: int = 0
+    rows: int = 0  # lines or rows of the file that was read last
     skipped: dict[str, int] = field(default_factory=dict)
     shortened: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
@@ -93,16 +111,18 @@ def open_decompressed(path: Path) -> BinaryIO:
     return open(file, "rb") if isinstance(file, Path) else file
 
 
-def read_rows(path: Path, name: str, report: Report, text_field: str | None = None) -> Rows:
+def read_rows(path: Path, name: str, report: Report, text_field: str | None = None, part: Part | None = None) -> Rows:
     """The rows of a .jsonl, .json or .parquet file, compressed or not.
 
     With `text_field` only this column of a Parquet file is read; a file in which it is missing or not text counts once.
+    Of a `part` places count from its beginning.
     """
     if kind_of(path) == ".parquet":
-        yield from _parquet_rows(path, name, report, text_field)
+        yield from _parquet_rows(path, name, report, text_field, part)
         return
     try:
-        with open_decompressed(path) as file:
+        with open_decompressed(path) as opened:
+            file = lines_of(opened, part)
             rows = _json_values(file, name, report) if kind_of(path) == ".json" else _json_lines(file, name, report)
             for where, row in rows:
                 if isinstance(row, dict):
@@ -129,6 +149,7 @@ def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int,
     number = 0
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
+        report.rows = number
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
             report.skip(f"line over {MAX_LINE_BYTES >> 20} MiB", f"{name}:{number}")
             while line and not line.endswith(b"\n"):
@@ -137,17 +158,51 @@ def read_lines(file: BinaryIO, name: str, report: Report) -> Iterator[tuple[int,
         yield number, line
 
 
-def _parquet_rows(path: Path, name: str, report: Report, text_field: str | None) -> Rows:
+class LinesOfRange:
+    """The lines of a file that begin in a range, to be read by `readline`."""
+
+    def __init__(self, file: BinaryIO, part: Part) -> None:
+        self._file, self._stop, self._begins = file, part.stop, True
+        if part.start:
+            file.seek(part.start - 1)
+            while (line := file.readline(MAX_LINE_BYTES)) and not line.endswith(b"\n"):
+                pass
+        self._place = file.tell()
+
+    def readline(self, limit: int) -> bytes:
+        if self._begins and self._stop is not None and self._place >= self._stop:
+            return b""
+        line = self._file.readline(limit)
+        self._place += len(line)
+        self._begins = line.endswith(b"\n")
+        return line
+
+
+def lines_of(file: BinaryIO, part: Part | None) -> BinaryIO:
+    """The file, of which only a part's lines are read."""
+    return file if part is None or part.stop is None else cast(BinaryIO, LinesOfRange(file, part))
+
+
+def groups_of(table: Any, part: Part | None) -> list[int] | None:
+    """The row groups of a part of a Parquet file; None: all."""
+    return None if part is None or part.stop is None else list(range(part.start, part.stop))
+
+
+def _parquet_rows(path: Path, name: str, report: Report, text_field: str | None, part: Part | None) -> Rows:
     import pyarrow
 
     try:
         with _open_parquet(path) as table:
             if text_field is not None and (problem := _column_problem(table.schema_arrow, text_field)):
                 reason, detail = problem
-                report.skip(reason, f"{name}, {detail}")
+                if part is None or not part.start:  # once a file
+                    report.skip(reason, f"{name}, {detail}")
                 return
-            batches = table.iter_batches(batch_size=256, columns=text_field and [text_field])
+            batches = table.iter_batches(
+                batch_size=256, columns=text_field and [text_field], row_groups=groups_of(table, part)
+            )
             for number, row in enumerate(chain.from_iterable(map(_batch_rows, batches)), 1):
+                report.rows = number
                 if row is None:
                     report.skip("invalid UTF-8", f"{name}:{number}")
                 else:

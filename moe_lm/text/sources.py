@@ -10,6 +10,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +21,12 @@ from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import (
     MAX_LINE_BYTES,
     UNREADABLE,
+    Part,
+    Piece,
     Report,
     Rows,
     kind_of,
+    lines_of,
     open_decompressed,
     read_lines,
     read_rows,
@@ -56,11 +60,17 @@ class Document:
     text: str
 
 
-def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
-    """The documents of a source in order, up to `source.max_bytes` of text. Raises UsageError when there are none."""
+def read_documents(
+    source: SourceConfig, report: Report, piece: Piece | None = None, max_bytes: int | None = None
+) -> Iterator[Document]:
+    """The documents of a source in order, or those of a piece of it (pieces.py), up to `max_bytes` of text.
+
+    Without `max_bytes` they are those of the source. Raises UsageError when the whole source has no document.
+    """
     before = report.documents
-    budget = report.text_bytes + source.max_bytes if source.max_bytes is not None else None
-    for document, where in _candidates(source, report):
+    most = source.max_bytes if max_bytes is None else max_bytes
+    budget = report.text_bytes + most if most is not None else None
+    for document, where in _candidates(source, report, piece):
         problem = text_problem(document.text) if document.text.strip() else "empty document"
         if problem is not None:
             report.skip(problem, where)
@@ -70,9 +80,20 @@ def read_documents(source: SourceConfig, report: Report) -> Iterator[Document]:
         yield document
         if budget is not None and report.text_bytes >= budget:
             return
-    if report.documents == before:
-        reasons = "; ".join(report.skipped_lines()) or "it is empty"
-        raise UsageError(f"source {source.name!r} ({origin(source)}) has no usable document: {reasons}")
+    if report.documents == before and piece is None:
+        raise no_usable_document(source, report)
+
+
+def no_usable_document(source: SourceConfig, report: Report) -> UsageError:
+    """The error about a source without a document, with what was left out and why."""
+    reasons = "; ".join(report.skipped_lines()) or "it is empty"
+    return UsageError(f"source {source.name!r} ({origin(source)}) has no usable document: {reasons}")
+
+
+def text_piece_bytes(source: SourceConfig) -> int:
+    """The size at which the texts of a source are cut into documents."""
+    # A module of the standard library stays in one piece, so that all of it is held out or none.
+    return MAX_LINE_BYTES if source.stdlib else source.piece_bytes
 
 
 def source_files(source: SourceConfig, report: Report | None = None) -> list[tuple[str, Path]]:
@@ -116,28 +137,35 @@ def origin(source: SourceConfig) -> str:
     return source.path or source.dataset or "the Python standard library"
 
 
-def _candidates(source: SourceConfig, report: Report) -> Iterator[tuple[Document, str]]:
+def _candidates(source: SourceConfig, report: Report, piece: Piece | None) -> Iterator[tuple[Document, str]]:
     """Every document with its place (`file:line`), before the checks that every text must pass."""
     if source.dataset is not None:
-        for where, row in read_dataset(source.dataset, source.subset, source.split, f"source {source.name!r}"):
+        shard = None if piece is None else (piece[0].start, piece[0].stop or 1)
+        reader = f"source {source.name!r}"
+        for number, (where, row) in enumerate(
+            read_dataset(source.dataset, source.subset, source.split, reader, shard), 1
+        ):
+            report.rows = number
             yield from _row_document(row, source.text_field, where, report)
         return
-    for name, path in source_files(source, report):
+    for part in piece or [Part(name, path) for name, path in source_files(source, report)]:
+        name, path = part.name, part.path
         kind = kind_of(path)
         if source.stdlib and name == TOPICS:
             yield from _topics()
         elif kind not in ROW_SUFFIXES:
-            # A module of the standard library stays in one piece, so that all of it is held out or none.
-            yield from _text_documents(path, name, MAX_LINE_BYTES if source.stdlib else source.piece_bytes, report)
+            yield from _text_documents(part, text_piece_bytes(source), report)
         else:
-            for where, row in read_rows(path, name, report, source.text_field):
+            for where, row in read_rows(path, name, report, source.text_field, part):
                 yield from _row_document(row, source.text_field, where, report)
 
 
-def _text_documents(path: Path, name: str, piece_bytes: int, report: Report) -> Iterator[tuple[Document, str]]:
+def _text_documents(part: Part, piece_bytes: int, report: Report) -> Iterator[tuple[Document, str]]:
+    name = part.name
     try:
-        with open_decompressed(path) as file:
-            for index, (line, piece) in enumerate(_pieces(file, name, piece_bytes, report)):
+        with open_decompressed(part.path) as opened:
+            file = lines_of(opened, part)
+            for index, (line, piece) in enumerate(_pieces(file, name, piece_bytes, report), part.documents):
                 try:
                     text = piece.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -185,17 +213,35 @@ def _row_document(row: dict[str, Any], text_field: str, where: str, report: Repo
         report.skip(f"no field {text_field!r}", f"{where}, which has {', '.join(map(repr, list(row)[:8])) or 'none'}")
 
 
-def read_dataset(name: str, subset: str | None, split: str, reader: str) -> Rows:
-    """The rows of a `datasets` data set, streamed.
+def shards_of_dataset(source: SourceConfig) -> int:
+    """In how many shards a data set can be read. Raises MoeLmError as `read_dataset`."""
+    import datasets
+
+    with _dataset_errors(source.dataset, source.subset, source.split, f"source {source.name!r}"):
+        rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
+        return max(1, int(rows.num_shards))
+    raise AssertionError  # never reached: the block returns or raises
+
+
+def read_dataset(name: str, subset: str | None, split: str, reader: str, shard: tuple[int, int] | None = None) -> Rows:
+    """The rows of a `datasets` data set, streamed, or those of a shard of it: its number, and how many there are.
 
     Raises MoeLmError, which begins with `reader`, for anything that the library, the network or a file format raises.
     """
     import datasets
 
-    try:
-        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
+    with _dataset_errors(name, subset, split, reader):
+        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+        if shard is not None and shard[1] > 1:
+            rows = rows.shard(num_shards=shard[1], index=shard[0])
         for number, row in enumerate(rows, 1):
             yield f"{name}:{number}", row
+
+
+@contextmanager
+def _dataset_errors(name: str | None, subset: str | None, split: str, reader: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         message = " ".join(str(error).split())
         raise MoeLmError(

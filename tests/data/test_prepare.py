@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,11 +14,9 @@ import pytest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.config.data import DataConfig
-from moe_lm.data import chunks
-from moe_lm.data import prepare as prepare_module
-from moe_lm.data.chunks import Workers
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShards, read_index, read_manifest, token_dtype
+from moe_lm.text import pieces
 from moe_lm.text.sources import Report, read_documents
 from moe_lm.text.split import held_out
 from moe_lm.tokenizer.tokenizer import Tokenizer
@@ -84,53 +83,49 @@ def test_what_is_kept_round_trips_and_what_is_not_is_reported(
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "SMALLEST", 4000)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_pieces")
 def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
         prepare(config(corpus, tmp_path / str(workers), workers=workers))
     assert contents(tmp_path / "1" / "corpus") == contents(tmp_path / "3" / "corpus")
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_pieces")
 def test_shards_of_another_size_hold_the_same_stream(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(config(corpus, tmp_path / "one"))
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 2000)
     prepare(config(corpus, tmp_path / "many"))
+    monkeypatch.setattr(pieces, "SMALLEST", 4 << 20)
+    prepare(config(corpus, tmp_path / "one"))
     one, many = (TokenShards.open(tmp_path / name / "corpus", "train") for name in ("one", "many"))
-    assert len(many.files) >= 5
+    assert (len(one.files), len(many.files)) == (1, 13)
     assert np.array_equal(one.tokens(0, one.num_tokens), many.tokens(0, many.num_tokens))
     assert np.array_equal(*(read_index(shards.folder, shards.shards) for shards in (one, many)))
 
 
 PREPARE_AND_DIE = textwrap.dedent("""
     import os, signal, sys
-    from moe_lm.common.files import unfinished_path
     from moe_lm.config.data import DataConfig
     from moe_lm.data import chunks, prepare
+    from moe_lm.text import pieces
 
     def die(countdown=[int(sys.argv[3])]):
         countdown[0] -= 1
         if countdown[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    chunks.CHUNK_BYTES = 1000
+    pieces.SMALLEST = 4000
     config = DataConfig.model_validate_json(sys.argv[1])
-    if sys.argv[2] == "tokenizing":
-        prepare.prepare(config, lambda done, total: die())
-    if sys.argv[2] == "joining":
-        write = prepare._write
-        def write_and_die(path, data):
-            unfinished_path(path).write_bytes(bytes(data)[: len(data) // 2])
-            die()
-            return write(path, data)
-        prepare._write = write_and_die
-        prepare.prepare(config)
+    if sys.argv[2] == "writing":
+        close = chunks._Writer.close
+        chunks._Writer.close = lambda writer: (close(writer), die())[0]
+    if sys.argv[2] == "finishing":
+        prepare._remove_shards = lambda folder, keep: keep and die()
+    prepare.prepare(config, lambda done, total: sys.argv[2] == "tokenizing" and die())
 """)
 
 
@@ -141,8 +136,10 @@ def prepare_and_die(settings: DataConfig, where: str, countdown: int) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(("where", "countdown"), [("tokenizing", 1), ("tokenizing", 9), ("joining", 2), ("joining", 5)])
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("where", "countdown"), [("tokenizing", 1), ("tokenizing", 8), ("writing", 7), ("finishing", 1)]
+)
 def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
     corpus: Path, tmp_path: Path, where: str, countdown: int
 ) -> None:
@@ -152,11 +149,12 @@ def test_after_sigkill_a_second_run_ends_where_an_undisturbed_one_does(
     folder = tmp_path / "killed" / "corpus"
     with pytest.raises(UsageError, match="there are no shards in"):
         TokenShards.open(folder, "train")
-    finished = {path: path.stat().st_mtime_ns for path in folder.glob(".work-*/[0-9]*.npz")}
-    assert len(finished) >= countdown
-    joined: dict[Path, int] = {}
-    prepare(killed, lambda *_: joined.update((path, path.stat().st_mtime_ns) for path in finished))
-    assert joined == finished  # none was tokenized again
+    records = {int(path.stem[-5:]) for path in folder.glob(".work-*/piece-*.json")}
+    whole = {name: os.stat(folder / name).st_ino for name in os.listdir(folder) if name[-9:-4].isdigit()}
+    finished = {name: inode for name, inode in whole.items() if int(name[-9:-4]) in records}
+    assert len(records) >= {"tokenizing": countdown - 3, "writing": 3, "finishing": 9}[where]
+    prepare(killed)
+    assert {name: os.stat(folder / name).st_ino for name in finished} == finished  # none was written again
     assert contents(folder) == contents(tmp_path / "undisturbed" / "corpus")
 
 
@@ -277,9 +275,49 @@ def test_a_second_prepare_at_the_same_time_is_refused(corpus: Path, tmp_path: Pa
     assert read_manifest(tmp_path / "shards" / "corpus").documents == 202
 
 
-def test_a_worker_that_was_killed_ends_prepare_with_a_clear_sentence() -> None:
-    with pytest.raises(MoeLmError, match="run the same command again to go on"), Workers(2) as workers:
-        workers.submit(os._exit, 9).result()
+def test_the_pieces_of_a_worker_that_was_killed_are_done_by_others(
+    corpus: Path, tmp_path: Path, small_pieces: None
+) -> None:
+    prepare(config(corpus, tmp_path / "undisturbed"))
+    killed = []
+
+    def kill(done: int, total: int | None) -> None:
+        if not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+
+    report = prepare(config(corpus, tmp_path / "killed", workers=2), kill)
+    assert contents(tmp_path / "killed" / "corpus") == contents(tmp_path / "undisturbed" / "corpus")
+    assert ("1 of the processes were killed" in str(report)) == (report.died == 1)
+
+
+def test_where_every_worker_is_killed_one_sentence_says_so(corpus: Path, tmp_path: Path, small_pieces: None) -> None:
+    settings = config(corpus, tmp_path / "killed", workers=2)
+    with pytest.raises(MoeLmError, match="run the same command again to go on"):
+        prepare(settings, lambda *_: [child.kill() for child in multiprocessing.active_children()] and None)
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(corpus: Path, tmp_path: Path) -> None:
+    def change(done: int, total: int | None) -> None:
+        (corpus / "letters.txt").write_text("other")
+
+    with pytest.raises(MoeLmError, match=r"letters.txt to .* changed while prepare was reading it"):
+        prepare(config(corpus, tmp_path / "shards"), change)
+
+
+def test_max_bytes_ends_at_the_same_document_in_pieces(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"name": "corpus", "path": str(corpus), "max_bytes": 310_000}
+    prepare(config(corpus, tmp_path / "one", sources=[source]))
+    monkeypatch.setattr(pieces, "SMALLEST", 4000)
+    prepare(config(corpus, tmp_path / "many", sources=[source]))
+    one, many = (TokenShards.open(tmp_path / name / "corpus", "train") for name in ("one", "many"))
+    assert 1 == len(one.files) < len(many.files)
+    assert np.array_equal(one.tokens(0, one.num_tokens), many.tokens(0, many.num_tokens))
+    manifests = [read_manifest(tmp_path / name / "corpus") for name in ("one", "many")]
+    assert manifests[0].documents == manifests[1].documents
+    assert (manifests[0].skipped, manifests[0].examples) == (manifests[1].skipped, manifests[1].examples)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")

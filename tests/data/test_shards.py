@@ -156,8 +156,7 @@ def test_the_tokenizer_bounds_the_tokens_whatever_the_manifest_says(folder: Path
 @pytest.fixture
 def in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same documents in shards of 100 tokens or a little more."""
-    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 100)
-    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 100)
+    monkeypatch.setattr("moe_lm.text.pieces.SMALLEST", 100)
     source = {"name": "corpus", "path": str(folder.parents[1] / "*.txt")}
     values = {"sources": [source], "tokenizer": TOKENIZER, "shards": folder.parents[1] / "pieces", "workers": 1}
     prepare(DataConfig.model_validate(values))

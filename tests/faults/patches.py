@@ -149,9 +149,9 @@ def poisoned_weight() -> None:
 
 def small_shards() -> None:
     """Shards of 50,000 tokens, so that a small corpus has several."""
-    from moe_lm.data import chunks, prepare
+    from moe_lm.text import pieces
 
-    chunks.CHUNK_BYTES, prepare.SHARD_TOKENS = 50_000, 50_000
+    pieces.SMALLEST = 100_000
 
 
 def limited_memory() -> None:

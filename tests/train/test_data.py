@@ -90,8 +90,7 @@ def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of tokens is said at every start; the shard that is back is other data (FAULTS row 26)."""
-    monkeypatch.setattr("moe_lm.data.prepare.SHARD_TOKENS", 8192)
-    monkeypatch.setattr("moe_lm.data.chunks.CHUNK_BYTES", 8192)
+    monkeypatch.setattr("moe_lm.text.pieces.SMALLEST", 20_000)
     places = (f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}", "data.verify=true")
     command = (tiny_pretrain, *places, *SHORT)
     assert moe_lm("prepare", *command).code == 0
