@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, retain, write
+from moe_lm.checkpoint.host_memory import HostMemory
 from moe_lm.checkpoint.upload import Uploader
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
@@ -47,6 +48,7 @@ class Saver:
         self.ranks = Ranks.with_own_group(watchdog.patience_seconds)
         self.uploader = None if config.upload_to is None else Uploader(checkpoints, config, self.ranks)
         self._plans = write.Plans()
+        self._memory = HostMemory()
         self._under_way: tuple[int, futures.Future[Path]] | None = None
         self._outcomes: list[Saved] = []
         self._disk_was_full = False
@@ -92,7 +94,7 @@ class Saver:
         self._started = time.monotonic()
         self._under_way = step, outcome
         if self.background:
-            copy = write.snapshot(state, self.ranks)
+            copy = self._memory.copy(write.own_pieces(state, self.ranks))
             # A daemon: if a save never ends, the process still does.
             threading.Thread(
                 target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True

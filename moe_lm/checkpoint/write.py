@@ -117,24 +117,6 @@ def own_pieces(state: Mapping[str, Tensor | Piece], ranks: Ranks) -> dict[str, P
     }
 
 
-@torch.no_grad()
-def snapshot(state: Mapping[str, Tensor | Piece], ranks: Ranks) -> dict[str, Piece]:
-    """A copy, in the host's memory, of what this rank writes: training does not change it."""
-    return {name: _copied(piece) for name, piece in own_pieces(state, ranks).items()}
-
-
-def _copied(piece: Piece) -> Piece:
-    """A piece in contiguous memory of the host."""
-    if not piece.size:
-        return piece
-    host = torch.empty(piece.size, dtype=piece.dtype, pin_memory=piece.views[0].is_cuda)
-    at = 0
-    for view in piece.views:
-        host[at : at + view.numel()].view(view.shape).copy_(view)
-        at += view.numel()
-    return Piece((host,), piece.start, piece.shape)
-
-
 def _shards(own: Mapping[str, Piece], rank: int) -> Shards:
     """The files of this rank, by part, and what it writes into each; a piece is not divided."""
     shards: Shards = {}

@@ -84,7 +84,10 @@ class CheckpointConfig(Section):
         default=None,
         description="hf: write the model at the end of the run as a Hugging Face folder too, RUN/export/step-N",
     )
-    background: bool = Field(default=False, description="train on while saving, at the price of a copy in memory")
+    background: bool = Field(
+        default=True,
+        description="train on while saving, at the price of a copy of what a rank writes in the memory of its host",
+    )
     upload_to: str | None = Field(
         default=None,
         description="URL, like s3://bucket/run, to which each checkpoint is also copied, and from which a run whose "

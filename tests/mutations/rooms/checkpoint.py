@@ -76,9 +76,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a save in the background writes what training changes meanwhile",
-        "checkpoint/write.py",
-        "    return {name: _copied(piece) for name, piece in own_pieces(state, ranks).items()}\n",
-        "    return own_pieces(state, ranks)\n",
+        "checkpoint/saver.py",
+        "copy = self._memory.copy(write.own_pieces(state, self.ranks))",
+        "copy = write.own_pieces(state, self.ranks)",
         "checkpoint/test_saver.py::test_what_is_saved_is_the_state_at_the_start_of_the_save",
     ),
     Mutation(
