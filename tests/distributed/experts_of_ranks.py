@@ -55,10 +55,10 @@ def train_poisoned(stage: str, factor: float) -> tuple[Engine, dict[str, object]
     layout = {"engine": "deepspeed", "expert_parallel_size": 2, "zero_stage": int(stage)} if stage != "0" else {}
     parallel = ParallelConfig(device="cpu", **layout)
     built, step = build(parallel), 0
+    engine = build_engine(built, NextToken(), TRAIN, parallel, pad_id=2)  # which makes the parameters of ZeRO 3
     parameter = built.model.moe_layers[0].experts.down_proj
     if built.topology.rank == built.topology.world_size - 1:
         parameter.register_hook(lambda gradient: gradient * factor if step == POISONED else gradient)
-    engine = build_engine(built, NextToken(), TRAIN, parallel, pad_id=2)
     found, before = [], state_of(engine)
     for step in range(TRAIN.steps):
         limit = 0.1 if step == REJECTED else math.inf
