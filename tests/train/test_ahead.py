@@ -12,6 +12,7 @@ import torch
 from moe_lm.common.errors import MoeLmError
 from moe_lm.data.batches import Batch, BatchSource
 from moe_lm.train.ahead import Ahead
+from moe_lm.train.loop import local_micro_batches
 from tests.loops import LoopRun
 
 CPU = torch.device("cpu")
@@ -50,6 +51,18 @@ def test_the_next_step_is_read_by_one_thread_while_this_one_runs(ragged: BatchSo
     assert len(noting.threads) == 1
     assert threading.get_ident() not in noting.threads
     assert not any(thread.name == "reading ahead" for thread in threading.enumerate())
+
+
+def test_losses_are_to_the_bit_those_of_batches_that_each_step_reads_itself(
+    ragged: BatchSource, tmp_path: Path
+) -> None:
+    run = LoopRun(tmp_path, ragged, validation=[], micro_batch_size=2, scheduled_sampling={"share": 0.5})
+    run()
+    engine = run.build()
+    batches = (local_micro_batches(engine, ragged, run.config, step) for step in range(6))
+    assert [line["loss"] for line in run.records] == [
+        engine.train_step(step, each).loss for step, each in enumerate(batches)
+    ]
 
 
 def test_only_the_step_that_was_read_is_taken(ragged: BatchSource) -> None:
