@@ -106,17 +106,23 @@ def poisoned_data() -> None:
     import math
 
     from moe_lm.data import batches
+    from moe_lm.engine.engine import Engine
 
     first, last = int(os.environ["FROM"]), int(os.environ["UNTIL"])
     now = {"bad": False}
     source = batches.PackedBatches
-    batch = source.batch
+    batch, train_step = source.batch, Engine.train_step
 
     def reading(self: Any, step: int, *arguments: Any, **named: Any) -> Any:
-        now["bad"] = first <= step + 1 <= last
-        return batch(self, step, *arguments, **named)
+        found = batch(self, step, *arguments, **named)
+        found.cu_seqlens.data_step = step  # which is read before the step that it is for
+        return found
 
-    source.batch = reading  # type: ignore[method-assign]
+    def stepping(engine: Any, step: int, micro_batches: Any, *arguments: Any, **named: Any) -> Any:
+        now["bad"] = first <= micro_batches[0].cu_seqlens.data_step + 1 <= last
+        return train_step(engine, step, micro_batches, *arguments, **named)
+
+    source.batch, Engine.train_step = reading, stepping  # type: ignore[method-assign]
 
     def poison(_: int, parts: Any) -> Any:
         if not now["bad"]:
