@@ -45,21 +45,23 @@ class Plans:
     """Where everything is, as the ranks have said at the last save: they say it again only when it has changed."""
 
     def __init__(self) -> None:
-        self._own: dict[str, Plan] | None = None  # by part
+        self._own: dict[str, Plan] = {}  # by part
         self._all: list[dict[str, Plan]] = []  # of all ranks, on rank 0
-        self._indices: dict[str, str] = {}
+        self._indices: dict[str, str] | None = None
 
-    def indices(self, own: dict[str, Plan], ranks: Ranks) -> dict[str, str]:
-        """The text of each part's index, on rank 0; every rank calls this."""
-        is_known = self._own is not None and self._own.keys() == own.keys()
-        if not is_known or not all(plan.equals(self._own[part]) for part, plan in own.items()):  # type: ignore[index]
-            self._own, said = own, own
-        else:
-            said = None
-        found = ranks.to_first(said)
+    def gather(self, own: dict[str, Plan], ranks: Ranks) -> None:
+        """Let rank 0 know the plans of all ranks; every rank calls this."""
+        is_known = own.keys() == self._own.keys() and all(plan.equals(self._own[part]) for part, plan in own.items())
+        self._own = own
+        found = ranks.to_first(None if is_known else own)
         if found is not None and any(plans is not None for plans in found):
             known = self._all or [{} for _ in found]
             self._all = [before if plans is None else plans for before, plans in zip(known, found, strict=True)]
+            self._indices = None
+
+    def indices(self) -> dict[str, str]:
+        """The text of each part's index, on rank 0. Raises MoeLmError if the ranks have left out a part of a tensor."""
+        if self._indices is None:
             parts = sorted({part for plans in self._all for part in plans})
             self._indices = {part: index_of([plans[part] for plans in self._all if part in plans]) for part in parts}
         return self._indices
@@ -91,8 +93,8 @@ def save(
             lambda: _write_shards(unfinished, shards) | _settle(unfinished, files, ranks.rank), (OSError, MoeLmError)
         )
         entries = {name: entry for lines in found for name, entry in lines.items()}
-        indices = plans.indices({part: Plan.of(shards_of_part) for part, shards_of_part in shards.items()}, ranks)
-        ranks.first(lambda: _finish(unfinished, folder, entries, indices), (OSError, MoeLmError))
+        plans.gather({part: Plan.of(shards_of_part) for part, shards_of_part in shards.items()}, ranks)
+        ranks.first(lambda: _finish(unfinished, folder, entries, plans.indices()), (OSError, MoeLmError))
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         failed = WriteError(

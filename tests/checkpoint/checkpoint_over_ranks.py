@@ -63,6 +63,8 @@ def save_and_load(checkpoints: Path, root: Path, rank: int) -> Path:
         assert_equal(loaded, divided(1, cut))
     checkpoint.damage_in = damage_in
     expect_error(lambda: write.save(checkpoints, 20, divided(1, 12), {"a": root / "absent"}), "absent")
+    cut = 7 if rank == 0 else 12  # and nobody has the elements between
+    expect_error(lambda: write.save(checkpoints, 20, divided(1, cut), CONFIG), "have written 7 of the 24 elements")
     return folder
 
 
