@@ -96,7 +96,7 @@ class Placement:
                 upper = min(stop, begin + run.length)
                 if at < begin:
                     break
-                yield Span(at, upper - at, self._stored(name, run.file + number * run.step), run.offset + at - begin)
+                yield Span(at, upper - at, self._stored(name, run, number), run.offset + at - begin)
                 at = upper
         if at < stop:
             raise self._partial(name)
@@ -104,11 +104,18 @@ class Placement:
     def _partial(self, name: str) -> MoeLmError:
         return MoeLmError(f"the checkpoint {self._folder.parent} holds only a part of tensor {name}")
 
-    def _stored(self, name: str, file: int) -> Stored:
-        path = self._folder / self._files[file]
+    def _stored(self, name: str, run: Run, number: int) -> Stored:
+        """What the file of a run's piece has of the tensor."""
+        path = self._folder / self._files[run.file + number * run.step]
         stored = self._header(path).tensors.get(name)
         if stored is None:
             raise MoeLmError(f"{path} has no tensor {name}, where {INDEX} says it is; copy the checkpoint again")
+        expected, elements = self.tensors[name].dtype_name, math.prod(stored.shape)
+        if stored.dtype_name != expected or elements < run.offset + run.length:
+            raise MoeLmError(
+                f"{path} has {elements} elements of tensor {name} in {stored.dtype_name}, where {INDEX} says that it "
+                f"has {run.length} in {expected}; copy the checkpoint again"
+            )
         return stored
 
     def _header(self, path: Path) -> Header:
@@ -124,7 +131,7 @@ class Placement:
             placed = {name: _placed(entry, len(self._files)) for name, entry in content["tensors"].items()}
         except UsageError as error:
             raise MoeLmError(str(error)) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise MoeLmError(f"{path} is not the index of a checkpoint; copy the checkpoint again") from error
         return placed
 

@@ -108,7 +108,7 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
         place = _blob(path) or path if path.is_symlink() else path
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, OSError) and path.is_symlink():
+        if isinstance(error, OSError) and os.path.islink(path):
             raise UsageError(
                 f"{path} is a symbolic link, which is not followed; put the file itself there (`cp -L`), or download "
                 "the folder with --local-dir"
