@@ -23,7 +23,7 @@ from moe_lm.parallel.meeting import GO_ON, Meeting, last_places
 from moe_lm.parallel.process_group import dump_flight_recorder
 from moe_lm.parallel.topology import Topology
 
-PATIENT = ("starting", "loading", "saving", "compiling")  # phases that may take PATIENCE times as long
+PATIENT = ("starting", "verifying", "loading", "saving", "compiling")  # phases that may take PATIENCE times as long
 PATIENCE = 10
 GRACE_SECONDS = 5.0  # in which the main thread ends by itself after a failure elsewhere
 LAST_RESORT_SECONDS = 60.0
@@ -48,10 +48,10 @@ def agree(meeting: Meeting, values: Mapping[str, object]) -> None:
 class Watchdog:
     """Ends a process whose main thread has not moved on for `seconds`, and all that wait with it.
 
-    Every micro-batch is a move, and every exchange: a step may take as long as it needs. To load a checkpoint, to save
-    one or to compile may take ten times as long while all ranks give signs of life. Every rank shows the stacks of its
-    threads, in its `log` and, if they are few, on stderr, and the one that hangs is named. A single process waits for
-    no other: without a meeting the watchdog does nothing.
+    Every micro-batch is a move, and every exchange: a step may take as long as it needs. To verify data, to load a
+    checkpoint, to save one or to compile may take ten times as long while all ranks give signs of life. Every rank
+    shows the stacks of its threads, in its `log` and, if they are few, on stderr, and the one that hangs is named. A
+    single process waits for no other: without a meeting the watchdog does nothing.
     """
 
     def __init__(self, seconds: float = 0.0, meeting: Meeting | None = None, log: Path | None = None) -> None:
@@ -62,7 +62,7 @@ class Watchdog:
 
     @property
     def patience_seconds(self) -> float | None:
-        """The longest that a save may take; None without a meeting."""
+        """The longest that a PATIENT phase may take; None without a meeting."""
         return None if self._heartbeat is None else PATIENCE * self._seconds
 
     def at(self, phase: str, step: int | None = None) -> None:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import PretrainConfig
-from moe_lm.data.shards import damages, read_manifest
+from moe_lm.data.shards import read_manifest
 from moe_lm.parallel import process_group
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import current_topology
-from moe_lm.train.pretrain import SPLITS, load_tokenizer
+from moe_lm.parallel.watch import Watchdog
+from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train.pretrain import SPLITS, damages_by_shares, load_tokenizer
 
 
 def run(
@@ -25,13 +26,20 @@ def run(
     this rank has read, and of how many it will. Raises UsageError for a folder without a sound manifest.
     """
     meeting = meeting or Meeting(current_topology())
-    tokenizer = load_tokenizer(config)
-    if meeting.topology.world_size > 1:
-        process_group.join(meeting, torch.device("cpu"), config.parallel.timeout_seconds)
-    ranks, done = Ranks(), 0
-    share = slice(ranks.rank, None, ranks.size)
-    folders = [config.data.shards / source.name for source in config.data.sources]
+    tokenizer, timeout = load_tokenizer(config), config.parallel.timeout_seconds
+    with meeting.lost_ranks_named():
+        if meeting.topology.world_size > 1:
+            process_group.join(meeting, torch.device("cpu"), timeout)
+        with Watchdog(timeout, meeting) as watchdog, watchdog.patiently("verifying"):
+            yield from _by_split(config, tokenizer, Ranks.with_own_group(watchdog.patience_seconds), progress)
+
+
+def _by_split(
+    config: PretrainConfig, tokenizer: Tokenizer, ranks: Ranks, progress: Callable[[int, int | None], object]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    folders, done = [config.data.shards / source.name for source in config.data.sources], 0
     manifests = [read_manifest(folder) for folder in folders]
+    share = slice(ranks.rank, None, ranks.size)
     total = sum(shard.tokens for item in manifests for split in SPLITS for shard in item.shards(split)[share])
 
     def read(tokens: int) -> None:
@@ -39,16 +47,9 @@ def run(
         done += tokens
         progress(done, total)
 
-    with meeting.lost_ranks_named():
-        for folder, manifest in zip(folders, manifests, strict=True):
-            for split in SPLITS:
-                if shards := manifest.shards(split):
-                    found = ranks.each(
-                        lambda folder=folder, split=split: damages(folder, split, tokenizer, True, share, read),  # type: ignore[misc]
-                        (MoeLmError,),
-                    )
-                    tokens = sum(shard.tokens for shard in shards)
-                    yield (
-                        f"{folder}: {len(shards)} {split} shards, {tokens:,} tokens",
-                        {name: why for part in found for name, why in part.items()},
-                    )
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for split in SPLITS:
+            if shards := manifest.shards(split):
+                damage = damages_by_shares(folder, split, tokenizer, ranks, read)
+                tokens = sum(shard.tokens for shard in shards)
+                yield f"{folder}: {len(shards)} {split} shards, {tokens:,} tokens", damage

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import TOKENIZER
+from moe_lm.checkpoint.lineage import Start
 from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.model import check_vocabulary
@@ -20,9 +22,8 @@ from moe_lm.data.batches import BatchSource, EvaluationBatches, PackedBatches
 from moe_lm.data.cache import ShardCache
 from moe_lm.data.held_out import HeldOut, one_after_the_other
 from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, read_manifest
-from moe_lm.engine.build import build_engine, build_model, rank_device
+from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
-from moe_lm.parallel import process_group
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.topology import Topology, current_topology
@@ -55,12 +56,28 @@ def run(
     start = find(config)
     preflight.check(config, config.model, meeting.topology, fit)
     tokenizer = load_tokenizer(config)
-    shards, held_out = open_for_training(config, tokenizer, meeting)
+    recipe = partial(recipe_of, config, tokenizer, start, meeting.topology, timetable)
+    opened = recipe(*open_for_training(config, tokenizer, meeting.topology))
+    if config.data.verify:
+        opened = replace(opened, verified=lambda ranks: recipe(*open_verified(config, tokenizer, ranks)))
+    return run_recipe(opened, meeting)
+
+
+def recipe_of(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    start: Start | None,
+    topology: Topology,
+    timetable: Timetable | None,
+    shards: Sequence[TokenShards],
+    held_out: Sequence[TokenShards],
+) -> Recipe:
+    """The recipe of a run on these shards."""
     batches = training_batches(config, shards)
     names = [source.name for source in config.data.sources]
     epochs = batches.epochs(config.train.steps) if timetable is None else None  # else time decides
-    validation = validation_batches(config, held_out, meeting.topology)
-    recipe = Recipe(
+    validation = validation_batches(config, held_out, topology)
+    return Recipe(
         title="pretrain",
         config=config,
         model=config.model,
@@ -75,7 +92,6 @@ def run(
         notes=[*data_lines(names, shards, held_out, epochs, config), *notes_on(start, config)],
         timetable=timetable,
     )
-    return run_recipe(recipe, meeting)
 
 
 def describe(
@@ -152,44 +168,51 @@ def find_tokenizer(config: PretrainConfig) -> Path:
 
 
 def open_for_training(
-    config: PretrainConfig, tokenizer: Tokenizer, meeting: Meeting
+    config: PretrainConfig, tokenizer: Tokenizer, topology: Topology
 ) -> tuple[list[TokenShards], list[TokenShards]]:
     """Both splits of every source. Raises UsageError as `TokenShards.open`.
 
     Every rank reads the manifests. One rank of each host looks at the sizes of the files; all do where damage is left
-    out, which changes the order. With `data.verify` the ranks meet first, and then read an equal share each.
+    out, which changes the order.
     """
-    data, topology = config.data, meeting.topology
-    if not data.verify or topology.world_size == 1:
-        sizes = topology.local_rank == 0 or data.on_damage == "leave_out"
-        train, held_out = (open_shards(config, split, tokenizer, data.verify, sizes) for split in SPLITS)
-        return train, held_out
-    process_group.join(meeting, rank_device(config.parallel, topology), config.parallel.timeout_seconds)
-    ranks, cache = Ranks(), shard_cache(config)
-    share = slice(ranks.rank, None, ranks.size)
-
-    def opened(folder: Path, split: Split) -> TokenShards:
-        found = ranks.each(lambda: damages(folder, split, tokenizer, verify=True, share=share), (MoeLmError,))
-        damage = {name: why for part in found for name, why in part.items()}
-        return TokenShards.open(
-            folder, split, False, tokenizer, data.on_damage, damage=dict(sorted(damage.items())), cache=cache
-        )
-
-    with meeting.lost_ranks_named():
-        train, held_out = ([opened(data.shards / source.name, split) for source in data.sources] for split in SPLITS)
+    sizes = topology.local_rank == 0 or config.data.on_damage == "leave_out"
+    train, held_out = (open_shards(config, split, tokenizer, sizes) for split in SPLITS)
     return train, held_out
 
 
-def open_shards(
-    config: PretrainConfig, split: Split, tokenizer: Tokenizer, verify: bool = False, sizes: bool = True
-) -> list[TokenShards]:
+def open_verified(
+    config: PretrainConfig, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[list[TokenShards], list[TokenShards]]:
+    """The same after every byte has been checked, of which each rank reads its share."""
+    data, cache = config.data, shard_cache(config)
+
+    def opened(folder: Path, split: Split) -> TokenShards:
+        damage = damages_by_shares(folder, split, tokenizer, ranks)
+        return TokenShards.open(folder, split, False, tokenizer, data.on_damage, damage=damage, cache=cache)
+
+    train, held_out = ([opened(data.shards / source.name, split) for source in data.sources] for split in SPLITS)
+    return train, held_out
+
+
+def damages_by_shares(
+    folder: Path,
+    split: Split,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, str]:
+    """What is wrong with the contents of a split, by shard: every rank reads an equal share, and learns of all."""
+    share = slice(ranks.rank, None, ranks.size)
+    found = ranks.each(lambda: damages(folder, split, tokenizer, True, share, progress), (MoeLmError,))
+    return dict(sorted((name, damage) for part in found for name, damage in part.items()))
+
+
+def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, sizes: bool = True) -> list[TokenShards]:
     """A split of every source. Raises UsageError as `TokenShards.open`."""
     data = config.data
     folders = [data.shards / source.name for source in data.sources]
     cache = shard_cache(config)
-    return [
-        TokenShards.open(folder, split, verify, tokenizer, data.on_damage, sizes, cache=cache) for folder in folders
-    ]
+    return [TokenShards.open(folder, split, False, tokenizer, data.on_damage, sizes, cache=cache) for folder in folders]
 
 
 def shard_cache(config: PretrainConfig) -> ShardCache | None:

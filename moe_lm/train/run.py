@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -70,6 +70,7 @@ class Recipe:
     left_out: Sequence[LeftOut] = ()  # of the data, because it is damaged
     notes: Sequence[str] = ()  # about data and cost, said at the start
     timetable: Timetable | None = None  # fits the steps to a time, in a single process
+    verified: Callable[[Ranks], Recipe] | None = None  # the same, after the ranks have read all data
 
     def kept_config(self, train: TrainConfig | None = None) -> str:
         """The config that a run keeps, without what was allowed for this one start; with other steps, if they moved."""
@@ -93,12 +94,14 @@ def run_recipe(recipe: Recipe, meeting: Meeting) -> TrainingResult:
         watchdog = Watchdog(
             recipe.config.parallel.timeout_seconds, meeting, rank_log_path(topology, recipe.config.run_dir)
         )
-        with watchdog, claim_folder(recipe, meeting, watchdog) as claim:
-            recipe = with_start_in(recipe, claim.found.folder)
-            with build_and_fill(recipe, topology) as engine:
-                watchdog.follow(engine.exchange)
-                counters = resume(recipe, engine, watchdog, claim.found.folder)
-                return train_and_log(recipe, engine, watchdog, counters, claim, probes)
+        with watchdog:
+            recipe = verify_data(recipe, watchdog)
+            with claim_folder(recipe, meeting, watchdog) as claim:
+                recipe = with_start_in(recipe, claim.found.folder)
+                with build_and_fill(recipe, topology) as engine:
+                    watchdog.follow(engine.exchange)
+                    counters = resume(recipe, engine, watchdog, claim.found.folder)
+                    return train_and_log(recipe, engine, watchdog, counters, claim, probes)
 
 
 def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
@@ -115,6 +118,17 @@ def join_ranks(recipe: Recipe, meeting: Meeting) -> Topology:
     agree(meeting, settings | fingerprints)
     process_group.join(meeting, device, parallel.timeout_seconds)
     return meeting.topology
+
+
+def verify_data(recipe: Recipe, watchdog: Watchdog) -> Recipe:
+    """The recipe without the data that is found damaged, where its contents are to be checked at the start."""
+    if recipe.verified is None:
+        return recipe
+    with watchdog.patiently("verifying"):
+        ranks = Ranks.with_own_group(watchdog.patience_seconds)
+        recipe = recipe.verified(ranks)
+        ranks.close()
+    return recipe
 
 
 class Claim(NamedTuple):

@@ -29,7 +29,10 @@ from tests.processes import (
     wait_until,
 )
 
-SETTINGS = ("train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=2")
+SETTINGS = (
+    "train.steps=100000", "parallel.timeout_seconds=8", "checkpoint.every=5", "train.micro_batch_size=2",
+    "data.verify=true",
+)  # fmt: skip
 
 
 def start_training(

@@ -18,6 +18,8 @@ from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, PackedBatches
 from moe_lm.data.order import Mixture
 from moe_lm.data.prepare import prepare
+from moe_lm.parallel.watch import Watchdog
+from moe_lm.train import pretrain, run
 from tests.processes import events, metrics
 from tests.runs import assert_same_run, figures, last_checkpoint
 from tests.train.test_damaged_runs import flip_a_byte
@@ -69,7 +71,19 @@ def test_other_data_under_the_same_path_is_refused(tiny_pretrain: Path, tmp_path
     assert "the training data is other data" in done.err
 
 
-def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> None:
+def test_a_corrupt_shard_is_named_before_anything_is_built(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks have met, as each reads a share, and the watchdog bears with what takes long."""
+    done_so_far: list[str] = []
+    join, at, look = run.join_ranks, Watchdog.at, pretrain.damages
+
+    def noted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **named: (done_so_far.append(name), action(*args, **named))[1]
+
+    monkeypatch.setattr(run, "join_ranks", noted("met", join))
+    monkeypatch.setattr(pretrain, "damages", noted("looked", look))
+    monkeypatch.setattr(Watchdog, "at", lambda self, phase: (done_so_far.append(phase), at(self, phase)))
     config = load_config(PretrainConfig, tiny_pretrain)
     shutil.copytree(config.data.shards, tmp_path / "shards")
     flip_a_byte(tmp_path / "shards" / "text" / "train-00000.bin")
@@ -84,6 +98,7 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(tiny_pretrain: Path, 
     assert str(tmp_path / "shards" / "text" / "train-00000.bin") in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+    assert done_so_far == ["met", "verifying", "looked", ""]
 
 
 def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
