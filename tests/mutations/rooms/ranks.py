@@ -43,8 +43,8 @@ MUTATIONS = (
     Mutation(
         "a long save counts as standing still",
         "parallel/watch.py",
-        'PATIENT = ("starting", "loading", "saving", "compiling")',
-        'PATIENT = ("starting", "loading", "compiling")',
+        'PATIENT = ("starting", "verifying", "loading", "saving", "compiling")',
+        'PATIENT = ("starting", "verifying", "loading", "compiling")',
         f"{RANKS}::test_a_save_may_take_longer_than_ranks_wait_for_each_other",
         slow=True,
     ),
