@@ -123,6 +123,8 @@ def lacking(
     if topology.is_main and (disk := lacking_disk(config, needs)):  # the others share it
         goes_on = bool(complete_checkpoints(config.run_dir / "checkpoints"))
         (warnings if goes_on else refusals).append(disk)
+    if topology.is_main and (copies := lacking_copies(config, needs, topology)):
+        warnings.append(copies)
     return [sentence for sentence in refusals if sentence], warnings
 
 
@@ -182,6 +184,19 @@ def lacking_memory(config: RunConfig, needs: Cost, topology: Topology) -> str | 
         f"{shared} {_size(wanted)} for weights, gradients and optimizer, and the memory of its {device.type} "
         f"is {_size(there)}; make the model smaller, or divide it over more devices (parallel.zero_stage, "
         "parallel.expert_parallel_size)"
+    )
+
+
+def lacking_copies(config: RunConfig, needs: Cost, topology: Topology) -> str | None:
+    """The sentence for the copies of saves in the background that this host cannot hold; None if it can."""
+    ranks, there = ranks_here(topology), host_memory()
+    copies = checkpoint_bytes(config, needs) * ranks // topology.world_size
+    in_use = 0 if pick_device(config.parallel.device).type == "cuda" else ranks * needs.memory.total
+    if not config.checkpoint.background or in_use + copies <= there:
+        return None
+    return (
+        f"saves in the background copy {_size(copies)} into the memory of this host, which has {_size(there - in_use)} "
+        "for them; set checkpoint.background=false, and training waits for each save"
     )
 
 

@@ -194,3 +194,17 @@ def test_the_size_of_a_checkpoint_is_known_before(
     tensors = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*.safetensors"))
     expected = preflight.checkpoint_bytes(config, cost(config, config.model, None, Topology()))
     assert expected <= tensors < 1.2 * expected
+
+
+def test_copies_of_saves_that_the_host_cannot_hold_are_warned_of(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.5 MiB beside the 2 MiB of weights, gradients and moments."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(preflight, "host_memory", lambda: 3 << 20)
+    command = ("pretrain", tiny_pretrain, f"run_dir={tmp_path}", "parallel.device=auto", "--dry-run")
+    said = "saves in the background copy 1.5 MiB into the memory of this host"
+    assert said in moe_lm(*command).out
+    assert said not in moe_lm(*command, "checkpoint.background=false").out
+    monkeypatch.setattr(preflight, "host_memory", lambda: 4 << 20)
+    assert said not in moe_lm(*command).out
