@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from moe_lm.checkpoint.checkpoint import MODEL
 from moe_lm.checkpoint.placement import Placed, Placement
 from moe_lm.checkpoint.safetensors_file import DTYPES, pieces_of
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import OpenFiles
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.reading import build_config
 from moe_lm.model import lora
@@ -29,6 +31,7 @@ from moe_lm.parallel.logical import Piece, piece_of, rows_of
 from moe_lm.parallel.process_group import Ranks
 
 READERS = 4  # threads that read tensors
+MOST_OPEN = 64  # files of a part of a checkpoint: many tensors are in each
 
 
 class TensorSource(Protocol):
@@ -222,6 +225,8 @@ class CheckpointTensors:
     def __init__(self, folder: Path, part: str = MODEL) -> None:
         self.folder = folder
         self._placement = Placement(folder / part)
+        self._open = OpenFiles(MOST_OPEN)
+        weakref.finalize(self, self._open.close)
 
     def names(self) -> Iterable[str]:
         return self._placement.tensors
@@ -251,7 +256,7 @@ class CheckpointTensors:
         """Fill 1-d memory of the tensor's dtype with its elements, flattened, from `start` on."""
         for span in self._placement.spans(name, start, start + out.numel()):
             at = span.start - start
-            span.stored.read_into(out[at : at + span.length], span.offset)
+            span.stored.read_into(out[at : at + span.length], span.offset, self._open)
 
     def _find(self, name: str) -> Placed:
         if name not in self._placement.tensors:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_lm.common.errors import MoeLmError, UsageError
-from moe_lm.common.files import open_regular
+from moe_lm.common.files import OpenFiles, open_regular
 from moe_lm.common.integrity import Entry, Hashed
 
 ALIGNMENT = 4096  # of the tensors in a file: the kernel copies aligned bytes several times as fast
@@ -61,16 +61,15 @@ class Stored:
         self.read_into(rows, start * math.prod(self.shape[1:]))
         return rows
 
-    def read_into(self, elements: Tensor, start: int) -> None:
-        """Fill contiguous memory of this dtype with the elements from `start` on."""
-        buffer, filled = as_bytes(elements), 0
-        with _open(self.file) as file:
-            file.seek(self.start + start * self.dtype.itemsize)
-            while filled < len(buffer):
-                count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+    def read_into(self, elements: Tensor, start: int, files: OpenFiles | None = None) -> None:
+        """Fill contiguous memory of this dtype with the elements from `start` on; `files` keeps the file open."""
+        buffer, place = as_bytes(elements), self.start + start * self.dtype.itemsize
+        with _open(self.file) if files is None else files.of(self.file, lambda: _open(self.file)) as file:
+            while buffer:
+                count = os.preadv(file.fileno(), [buffer], place)
                 if not count:
                     raise MoeLmError(f"{self.file} ends within tensor {self.name}; it changed while it was read")
-                filled += count
+                buffer, place = buffer[count:], place + count
 
     def _dtype_among(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
         if self.dtype_name not in dtypes:

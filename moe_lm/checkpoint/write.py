@@ -96,7 +96,7 @@ def save(
         plans.gather({part: Plan.of(shards_of_part) for part, shards_of_part in shards.items()}, ranks)
         ranks.first(lambda: _finish(unfinished, folder, entries, plans.indices()), (OSError, MoeLmError))
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True), ())
         failed = WriteError(
             f"cannot write the checkpoint {folder}: {checkpoint.reason(error)}; make room or mend the folder, the "
             "older checkpoints are as they were"

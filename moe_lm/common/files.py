@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import stat
+import threading
 import uuid
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -134,6 +136,39 @@ def read_regular(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise UsageError(f"{path} grew beyond {most} bytes while it was read")
     return content
+
+
+class OpenFiles:
+    """Files that stay open from one read to the next: at most `most`, beside those that threads are reading."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._open: OrderedDict[Hashable, BinaryIO] = OrderedDict()  # the one that was read last stands last
+        self._readers: Counter[Hashable] = Counter()
+
+    @contextmanager
+    def of(self, key: Hashable, opened: Callable[[], BinaryIO]) -> Iterator[BinaryIO]:
+        """The file of this key, which `opened` opens if it is not open, and which stays open meanwhile."""
+        with self._lock:
+            file = self._open[key] if key in self._open else self._open.setdefault(key, opened())
+            self._open.move_to_end(key)
+            self._readers[key] += 1
+            for other in list(self._open)[: max(0, len(self._open) - self._most)]:
+                if not self._readers[other]:
+                    self._open.pop(other).close()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._readers[key] -= 1
+                if not self._readers[key]:
+                    del self._readers[key]
+
+    def close(self) -> None:
+        """Close the files that nobody is reading."""
+        with self._lock:
+            for key in [key for key in self._open if key not in self._readers]:
+                self._open.pop(key).close()
 
 
 def check_regular(folder: Path) -> None:

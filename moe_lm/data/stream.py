@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import OpenFiles
 from moe_lm.common.storage import text_of
 
 CHUNK_TOKENS = 1 << 20  # read at once where all of a file is read
-MOST_OPEN = 64  # files at a time, in a process: a run may have thousands
+_open_files = OpenFiles(64)  # of a process: a run may have thousands
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +60,9 @@ class TokenFile:
         result = np.empty((len(starts), length), self.dtype)
         rows = result.view(np.uint8)
         try:
-            with _descriptors.of(self) as descriptor:
+            with _open_files.of(self, lambda: self.path.open("rb", buffering=0)) as file:
                 for row, start in zip(rows, starts.tolist(), strict=True):
-                    self._fill(descriptor, row, self.offset + start * self.dtype.itemsize)
+                    self._fill(file.fileno(), row, self.offset + start * self.dtype.itemsize)
         except OSError as error:
             raise MoeLmError(f"cannot read shard {self.path}: {error.strerror}; bring the file back") from error
         return result
@@ -84,38 +82,6 @@ class TokenFile:
                     "bring it back, or prepare its source again"
                 )
             target, offset = target[count:], offset + count
-
-
-class _Descriptors:
-    """The files that are open now, at most MOST_OPEN of them and those that threads are reading."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[TokenFile, int] = OrderedDict()  # the one that was read last stands last
-        self._readers: dict[TokenFile, int] = {}
-
-    @contextmanager
-    def of(self, file: TokenFile) -> Iterator[int]:
-        """The descriptor of a file, which stays open meanwhile. Raises OSError."""
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-            self._open.move_to_end(file)
-            self._readers[file] = self._readers.get(file, 0) + 1
-            for other in list(self._open)[: max(0, len(self._open) - MOST_OPEN)]:
-                if other not in self._readers:
-                    os.close(self._open.pop(other))
-            descriptor = self._open[file]
-        try:
-            yield descriptor
-        finally:
-            with self._lock:
-                self._readers[file] -= 1
-                if not self._readers[file]:
-                    del self._readers[file]
-
-
-_descriptors = _Descriptors()
 
 
 class TokenStream:

@@ -144,11 +144,6 @@ def flat(piece: Piece) -> Tensor:
     return torch.cat([view.detach().reshape(-1).cpu() for view in piece.views])
 
 
-def host_copy(local: Tensor) -> Tensor:
-    """A contiguous copy on the host."""
-    return local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
 def _elements(tensor: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
     """Views of the elements `start..stop` of a tensor: whole rows in one, a begun and an ended row in their own."""
     if tensor.is_contiguous():

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint import checkpoint, read, write
+from moe_lm.checkpoint import checkpoint, read, safetensors_file, write
 from moe_lm.checkpoint.placement import INDEX, Plan, index_of
 from moe_lm.checkpoint.safetensors_file import Output, write_file
 from moe_lm.common.errors import MoeLmError
+from moe_lm.common.files import open_regular
 from moe_lm.parallel.logical import Piece, piece_of
 from tests.tiny import tiny_model
 
@@ -158,6 +159,24 @@ def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, change: Callabl
     path.write_text(json.dumps(index))
     with pytest.raises(MoeLmError, match=r"pieces\.json is not the index of a checkpoint; copy the checkpoint again"):
         read.CheckpointTensors(tmp_path).shape(NAME)
+
+
+@pytest.mark.parametrize(("dtype", "runs"), [("F32", [[0, 36, 2, 0, 1]]), ("BF16", [[0, 72, 1, 1, 0]])])
+def test_an_index_of_other_files_is_refused(tmp_path: Path, dtype: str, runs: list[list[int]]) -> None:
+    path = saved_by_three(tmp_path) / checkpoint.MODEL / INDEX
+    index = json.loads(path.read_text())
+    index["tensors"][NAME].update(dtype=dtype, runs=runs)
+    path.write_text(json.dumps(index))
+    with pytest.raises(MoeLmError, match=r"elements of tensor .* in F32, where pieces\.json says that it has"):
+        read.CheckpointTensors(tmp_path).rows(NAME, 0, 4)
+
+
+def test_a_file_is_opened_once_for_all_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"model.{number}": torch.ones(3) for number in range(50)}
+    folder, opened = write.save(tmp_path, 1, state, {}), list[Path]()
+    monkeypatch.setattr(safetensors_file, "open_regular", lambda path: opened.append(path) or open_regular(path))
+    read.fill(state, read.CheckpointTensors(folder))
+    assert len(opened) == 2  # its header, and all that is in it
 
 
 def test_what_ranks_divide_evenly_is_one_line_of_the_index() -> None:

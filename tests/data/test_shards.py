@@ -13,6 +13,7 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.files import OpenFiles
 from moe_lm.config.data import DataConfig, Phase
 from moe_lm.data.batches import PackedBatches
 from moe_lm.data.prepare import prepare
@@ -209,7 +210,7 @@ def test_a_token_outside_the_vocabulary_is_named_when_a_batch_reads_it(folder: P
 
 def test_few_files_are_open_however_many_there_are(in_pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what one thread reads is not closed by another."""
-    monkeypatch.setattr("moe_lm.data.stream.MOST_OPEN", 2)
+    monkeypatch.setattr("moe_lm.data.stream._open_files", OpenFiles(2))
     shards = TokenShards.open(in_pieces, "train")
     assert len(shards.files) > 3
     expected = np.concatenate([np.fromfile(file, "<u2") for file in sorted(in_pieces.glob("train-*.bin"))])

@@ -155,7 +155,7 @@ def training_of(layout: Layout, train: TrainConfig) -> TrainConfig:
 
 def buffers(engine: Engine) -> dict[str, Tensor]:
     """Router biases, which every rank holds."""
-    return {f"weight/{name}": logical.host_copy(tensor) for name, tensor in engine.model.named_buffers()}
+    return {f"weight/{name}": tensor.detach().cpu().clone() for name, tensor in engine.model.named_buffers()}
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
