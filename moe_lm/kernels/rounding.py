@@ -65,7 +65,7 @@ class RoundedWeights:
 
 @torch.no_grad()
 def narrow_trained(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Keep the trained weights themselves in this data type; returns their values before, by name.
+    """Keep the trained weights themselves in this data type; returns their values before, on the host, by name.
 
     Autograd casts their gradients to float32 and adds them up so. A table of embeddings that is the head too stays as
     it is, and autocast rounds it for the head.
@@ -76,7 +76,7 @@ def narrow_trained(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor
         weight = module._parameters[name]
         assert weight is not None
         if weight.requires_grad and weight.dtype != dtype and weight is not model.model.embed_tokens.weight:
-            before[names[weight]] = weight.data
+            before[names[weight]] = weight.data.cpu()  # a device has no room for both when an optimizer comes besides
             weight.data = weight.data.to(dtype)
             weight.grad_dtype = torch.float32
     return before
