@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")
 MAX_MANIFEST_BYTES = 1 << 28  # of a million shards
-VERIFIERS = min(8, os.cpu_count() or 1)  # threads that verify shards side by side
+VERIFIERS = len(os.sched_getaffinity(0))  # threads that verify shards side by side
 AGAIN = "delete its folder and run moe-lm prepare"
 Split = Literal["train", "validation"]
 
@@ -153,17 +153,19 @@ def is_prepared(folder: Path) -> bool:
     return storage.exists(folder / MANIFEST) if storage.is_remote(folder) else (folder / MANIFEST).is_file()
 
 
+def manifest_bytes(folder: Path) -> bytes:
+    """The manifest of a folder, here or in a store, as it was written."""
+    path = folder / MANIFEST
+    return storage.read_bytes(path) if storage.is_remote(folder) else read_regular(path, MAX_MANIFEST_BYTES)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
     if not is_prepared(folder):
-        raise UsageError(
-            f"there are no shards in {storage.text_of(folder)} yet; run moe-lm prepare with the run's config first"
-        )
-    is_remote = storage.is_remote(folder)
+        raise UsageError(f"there are no shards in {storage.text_of(folder)} yet; run moe-lm prepare with its config")
     try:
-        content = storage.read_bytes(path) if is_remote else read_regular(path, MAX_MANIFEST_BYTES)
-        return Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(manifest_bytes(folder))
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "JSON"
@@ -234,11 +236,10 @@ class TokenShards:
             )
         vocab_size, shards = _vocab_size(manifest, tokenizer), manifest.shards(split)
         if damage is None:
-            damage = damages(folder, split, tokenizer, verify) if sizes or verify else {}
+            damage = damages(folder, split, tokenizer, verify, manifest=manifest) if sizes or verify else {}
         if damage and on_damage == "stop":
             raise UsageError(f"{next(iter(damage.values()))}; {AGAIN}, or set data.on_damage=leave_out")
-        sound = tuple(shard for shard in shards if shard.name not in damage)
-        dtype = np.dtype(manifest.dtype)
+        sound, dtype = tuple(shard for shard in shards if shard.name not in damage), np.dtype(manifest.dtype)
         return cls(
             folder=folder,
             split=split,
@@ -317,12 +318,13 @@ def damages(
     verify: bool = False,
     share: slice = slice(None),
     progress: Callable[[int], object] = lambda tokens: None,
+    manifest: Manifest | None = None,
 ) -> dict[str, str]:
     """What is wrong with shards of a split, by name: with their size, and with `verify`, with their contents.
 
     `share` selects the shards to look at; other ranks look at the rest. `progress` is told of tokens that are done.
     """
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     dtype, vocab_size = np.dtype(manifest.dtype), _vocab_size(manifest, tokenizer)
     stored = {file.name: file.size for file in storage.find(folder)} if storage.is_remote(folder) else None
 

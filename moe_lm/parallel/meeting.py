@@ -94,13 +94,15 @@ class Meeting:
             pass
         raise self.unreachable(f"rank 0 at {_address()} ended while the ranks met; see what it said, then start again")
 
-    def differences(self, mine: Mapping[str, str]) -> str | None:
+    def differences(self, mine: Mapping[str, str], about: str = "run") -> str | None:
         """What one rank has otherwise than rank 0, in a sentence that all ranks return; None if there is nothing.
 
-        A rank may leave out names. Only what rank 0 has travels, once to each rank, with two requests more.
+        A rank may leave out names. Only what rank 0 has travels, once to each rank, with two requests more. Ranks that
+        compare again do so `about` something else.
         """
-        notes, topology = self._store, self.topology
-        assert notes is not None
+        topology = self.topology
+        assert self._store is not None
+        notes = dist.PrefixStore(about, self._store)
         if topology.is_main:
             notes.set("values", json.dumps(mine))
         self._wait_for(notes, "values")

@@ -15,13 +15,14 @@ from moe_lm.checkpoint import checkpoint
 from moe_lm.checkpoint.checkpoint import TOKENIZER
 from moe_lm.checkpoint.lineage import Start
 from moe_lm.common import storage
-from moe_lm.common.errors import MoeLmError
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.integrity import KINDS, XXH3
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import BatchSource, EvaluationBatches, PackedBatches
 from moe_lm.data.cache import ShardCache
 from moe_lm.data.held_out import HeldOut, one_after_the_other
-from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, read_manifest
+from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, manifest_bytes, read_manifest
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
@@ -52,6 +53,7 @@ def run(
     Raises UsageError, before anything is built, if config, tokenizer, shards and run folder do not fit together.
     """
     meeting = meeting or Meeting(current_topology())
+    check_shared(config, meeting)
     config = resolved(config)
     start = find(config)
     preflight.check(config, config.model, meeting.topology, fit)
@@ -61,6 +63,22 @@ def run(
     if config.data.verify:
         opened = replace(opened, verified=lambda ranks: recipe(*open_verified(config, tokenizer, ranks)))
     return run_recipe(opened, meeting)
+
+
+def check_shared(config: PretrainConfig, meeting: Meeting) -> None:
+    """Raise UsageError, on every rank and with the host, where a host does not see the shards that rank 0 sees."""
+    if meeting.topology.world_size == 1 or storage.is_remote(config.data.shards):
+        return
+    with meeting.lost_ranks_named():
+        meeting.assemble(config.parallel.timeout_seconds)
+        manifests = {}
+        for source in config.data.sources if meeting.topology.is_first_of_host else ():
+            folder = config.data.shards / source.name
+            sum_ = KINDS[XXH3](manifest_bytes(folder)).hexdigest() if is_prepared(folder) else ""
+            manifests[f"source {source.name}"] = f"manifest {sum_[:12]}" if sum_ else f"no shards in {folder}"
+        if difference := meeting.differences(manifests, "shards"):
+            cure = "data.shards must be a folder that all hosts share, or a copy on each"
+            raise UsageError(f"{difference}; {cure}", common=True)
 
 
 def recipe_of(

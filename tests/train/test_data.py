@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_lm.common.errors import UsageError
 from moe_lm.config import training
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import Batch, PackedBatches
 from moe_lm.data.order import Mixture
 from moe_lm.data.prepare import prepare
+from moe_lm.parallel.meeting import Meeting
+from moe_lm.parallel.topology import Topology
 from moe_lm.parallel.watch import Watchdog
 from moe_lm.train import pretrain, run
-from tests.processes import events, metrics
+from tests.processes import events, free_port, metrics
 from tests.runs import assert_same_run, figures, last_checkpoint
 from tests.train.test_damaged_runs import flip_a_byte
 from tests.train.test_pretrain import SHORT, held_out_batches
@@ -99,6 +104,44 @@ def test_a_corrupt_shard_is_named_before_anything_is_built(
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
     assert done_so_far == ["met", "verifying", "looked", ""]
+
+
+def test_a_host_that_does_not_see_the_shards_is_named(
+    tiny_pretrain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two hosts, which are threads, has a folder of its own under `data.shards`."""
+    monkeypatch.setattr("socket.gethostname", lambda: threading.current_thread().name)
+    there = load_config(PretrainConfig, tiny_pretrain).data.shards
+    shutil.copytree(there, tmp_path / "copied")
+    manifest = tmp_path / "copied" / "text" / "manifest.json"
+
+    def said_with(shards: Path) -> set[str]:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+
+        def be_host(rank: int) -> str:
+            threading.current_thread().name = f"host-{rank}"
+            config = load_config(PretrainConfig, tiny_pretrain, [f"data.shards={shards if rank else there}"])
+            meeting = Meeting(Topology(rank, 2))
+            try:
+                pretrain.check_shared(config, meeting)
+            except UsageError as error:
+                return str(error)
+            finally:
+                meeting._linger()
+            return "agreed"
+
+        with ThreadPoolExecutor(2) as hosts:
+            return set(hosts.map(be_host, range(2)))
+
+    assert said_with(tmp_path / "copied") == {"agreed"}
+    [said] = said_with(tmp_path / "nowhere")
+    lacks = f"source text=no shards in {tmp_path / 'nowhere' / 'text'}"
+    assert said.startswith(f"rank 1 on host-1 has {lacks}, rank 0 on host-0 has manifest ")
+    assert "data.shards must be a folder that all hosts share" in said
+    manifest.write_text(manifest.read_text() + " ")
+    [said] = said_with(tmp_path / "copied")
+    assert said.startswith("rank 1 on host-1 has source text=manifest ")
 
 
 def test_a_run_goes_on_without_a_damaged_shard_where_that_is_chosen(
