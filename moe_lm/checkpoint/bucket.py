@@ -32,7 +32,7 @@ ADDED_LATER = (PINNED, HELD_OUT)  # to a checkpoint, so that its manifest does n
 STREAMS = 4  # files on their way at once, of each rank
 
 
-class Stored(NamedTuple):
+class StoredCheckpoint(NamedTuple):
     """A checkpoint in a store, whole or not: the bytes of each of its files by name."""
 
     step: int
@@ -58,7 +58,7 @@ class Stored(NamedTuple):
         return manifest
 
 
-def stored(url: str) -> dict[int, Stored]:
+def stored(url: str) -> dict[int, StoredCheckpoint]:
     """Every checkpoint of a run in a store, by step. Raises StorageError."""
     found: dict[int, dict[str, int]] = {}
     for file in storage.find(storage.join(url, "checkpoints")):
@@ -69,12 +69,12 @@ def stored(url: str) -> dict[int, Stored]:
     return {step: stored_at(url, step)._replace(files=files) for step, files in found.items()}
 
 
-def stored_at(url: str, step: int) -> Stored:
+def stored_at(url: str, step: int) -> StoredCheckpoint:
     """The checkpoint of a step as it will lie there, without files."""
-    return Stored(step, storage.join(url, "checkpoints", f"step-{step:08d}"), {})
+    return StoredCheckpoint(step, storage.join(url, "checkpoints", f"step-{step:08d}"), {})
 
 
-def delete(doomed: Stored, but: Iterable[str] = ()) -> None:
+def delete(doomed: StoredCheckpoint, but: Iterable[str] = ()) -> None:
     """Delete a checkpoint of a store, COMPLETE first, so that what is left of it is never taken for whole."""
     if doomed.is_complete:
         storage.remove([storage.join(doomed.url, COMPLETE)])
@@ -112,50 +112,51 @@ def bring_back(checkpoints: Path, url: str, ranks: Ranks) -> tuple[int | None, l
     for item in ranks.first(lambda: _newer(checkpoints, url), (MoeLmError,)):
         try:
             _fetch(item, checkpoints, ranks)
+            ranks.first(lambda: _fetch_logs(url, checkpoints.parent), (OSError, MoeLmError))
         except DamagedError as error:
             damaged.append(str(error))
             # No longer whole; and the run, when it is there again, uploads all of it.
-            ranks.first(partial(_set_aside, item), (MoeLmError,))
+            ranks.first(partial(set_aside, item), (MoeLmError,))
             continue
         except OSError as error:
             raise MoeLmError(f"cannot write {checkpoints}: {error.strerror or error}; make room there", True) from error
-        ranks.first(lambda: _fetch_logs(url, checkpoints.parent), (MoeLmError,))
         return item.step, damaged
     return None, damaged
 
 
-def _set_aside(damaged: Stored) -> None:
-    storage.remove([storage.join(damaged.url, COMPLETE)])
-    storage.remove([storage.join(damaged.url, MANIFEST)])
+def set_aside(item: StoredCheckpoint) -> None:
+    """Take COMPLETE and the manifest from a checkpoint, at which no rank goes on to upload it."""
+    storage.remove([storage.join(item.url, COMPLETE)])
+    storage.remove([storage.join(item.url, MANIFEST)])
 
 
-def _newer(checkpoints: Path, url: str) -> list[Stored]:
+def _newer(checkpoints: Path, url: str) -> list[StoredCheckpoint]:
     """The complete checkpoints of a store that are newer than the run folder's newest, newest first."""
     newest = max(checkpoint.complete_checkpoints(checkpoints), default=-1)
     return sorted((item for step, item in stored(url).items() if item.is_complete and step > newest), reverse=True)
 
 
-def _fetch(item: Stored, checkpoints: Path, ranks: Ranks) -> None:
+def _fetch(item: StoredCheckpoint, checkpoints: Path, ranks: Ranks) -> None:
     folder = checkpoints / f"step-{item.step:08d}"
     unfinished = unfinished_path(folder)
     manifest = ranks.first(lambda: _begin(item, unfinished), (OSError, MoeLmError))
     try:
         names = list(manifest)[ranks.rank :: ranks.size]
         ranks.each(lambda: fetch_files(item, names, unfinished, manifest), (OSError, MoeLmError))
-        ranks.first(lambda: _end(item, unfinished, folder), (OSError, MoeLmError))
+        ranks.first(lambda: _end(item, unfinished, folder, manifest), (OSError, MoeLmError))
     except (OSError, MoeLmError):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _begin(item: Stored, unfinished: Path) -> dict[str, Entry]:
+def _begin(item: StoredCheckpoint, unfinished: Path) -> dict[str, Entry]:
     manifest = item.read_manifest()
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     return manifest
 
 
-def fetch_files(item: Stored, names: Iterable[str], folder: Path, manifest: Mapping[str, Entry]) -> None:
+def fetch_files(item: StoredCheckpoint, names: Iterable[str], folder: Path, manifest: Mapping[str, Entry]) -> None:
     """Fetch files of a checkpoint, as their lines in its manifest say. Raises DamagedError for another content."""
 
     def one(name: str) -> None:
@@ -166,15 +167,16 @@ def fetch_files(item: Stored, names: Iterable[str], folder: Path, manifest: Mapp
             pass
 
 
-def upload_files(item: Stored, names: Iterable[str], folder: Path) -> None:
+def upload_files(item: StoredCheckpoint, names: Iterable[str], folder: Path) -> None:
     """Upload files of a checkpoint."""
     with ThreadPoolExecutor(STREAMS) as pool:
         for _ in pool.map(lambda name: storage.upload(folder / name, storage.join(item.url, name)), names):
             pass
 
 
-def _end(item: Stored, unfinished: Path, folder: Path) -> None:
+def _end(item: StoredCheckpoint, unfinished: Path, folder: Path, manifest: Mapping[str, Entry]) -> None:
     """Put the manifest, and COMPLETE last, beside the files, and the folder under its name."""
+    checkpoint.check_shared(unfinished, folder, manifest)
     later = [name for name in ADDED_LATER if name in item.files]
     fetch_files(item, [*later, MANIFEST], unfinished, {})
     fetch_files(item, [COMPLETE], unfinished, {})
@@ -189,7 +191,7 @@ def _fetch_logs(url: str, run: Path) -> None:
             storage.fetch(storage.join(url, name), run / name)
 
 
-def _held_out_loss(item: Stored) -> float | None:
+def _held_out_loss(item: StoredCheckpoint) -> float | None:
     losses = []
     for name in (TRAINER, HELD_OUT):
         with suppress(MissingError, ValueError):

@@ -237,6 +237,17 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def check_shared(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Raise MoeLmError unless this host sees every file that the ranks have written for a checkpoint."""
+    for name, entry in entries.items():
+        path = unfinished / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise MoeLmError(
+                f"cannot write the checkpoint {folder}: {name} is only on the host that wrote it; set run_dir to a "
+                "folder that all hosts share"
+            )
+
+
 # Keep and delete
 
 

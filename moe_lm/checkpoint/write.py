@@ -180,12 +180,7 @@ def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[s
 
 def _finish(unfinished: Path, folder: Path, entries: dict[str, Entry], indices: Mapping[str, str]) -> None:
     """Put indices and manifest beside the files, everything onto the disk, and the folder under its name."""
-    for name in entries:
-        if not (unfinished / name).is_file():
-            raise MoeLmError(
-                f"cannot write the checkpoint {folder}: {name} is only on the host that wrote it; set run_dir to a "
-                "folder that all hosts share"
-            )
+    checkpoint.check_shared(unfinished, folder, entries)
     for part, text in indices.items():
         _put(unfinished / part / INDEX, text)
         sync(unfinished / part / INDEX)

@@ -29,7 +29,11 @@ class Machine(NamedTuple):
 
     @property
     def cores_of_rank(self) -> int:
-        return int(os.environ.get("SLURM_CPUS_PER_TASK") or max(1, self.cores // max(1, self.ranks)))
+        """A rank's share of this host, or of Slurm's task, which is a rank or an agent that starts several."""
+        cores, slurm = self.cores, os.environ if "SLURM_STEP_ID" in os.environ else {}
+        if own := slurm.get("SLURM_CPUS_PER_TASK"):  # `cores` may be those of this task alone
+            cores = min(cores, int(own)) * (_leading_number(slurm.get("SLURM_STEP_TASKS_PER_NODE", "")) or 1)
+        return max(1, cores // max(1, self.ranks))
 
 
 class Variable(NamedTuple):
@@ -136,9 +140,15 @@ def ranks_here() -> int:
     if not world or not world.isdecimal() or int(world) < 2:
         return 0
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-        if found := re.match(r"\d+", environment.get(name, "")):  # Slurm writes 8(x2)
-            return int(found[0])
+        if found := _leading_number(environment.get(name, "")):
+            return found
     return int(world)
+
+
+def _leading_number(text: str) -> int | None:
+    """The 8 of Slurm's `8(x2)`."""
+    found = re.match(r"\d+", text)
+    return None if found is None else int(found[0])
 
 
 def local_rank() -> int:

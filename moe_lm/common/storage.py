@@ -190,12 +190,9 @@ def fetch(place: Place, path: Path, entry: Entry | None = None) -> None:
 def upload(path: Path, place: Place) -> None:
     """Copy a file into a store. Raises StorageError, FileNotFoundError if the file here is gone."""
 
-    def put(store: Any, there: str) -> None:
-        with path.open("rb"):  # in a store, "not found" is of the bucket
-            pass
-        store.put_file(str(path), there)
-
-    _asked("write", place, put)
+    with path.open("rb"):  # in a store, "not found" is of the bucket
+        pass
+    _asked("write", place, lambda store, there: store.put_file(str(path), there))
 
 
 def write_bytes(place: Place, content: bytes) -> None:

@@ -103,7 +103,7 @@ class Checkpoints:
             if error is None:
                 self._log.event("upload", step, f"uploaded step {step} to {self.config.upload_to}", show=False)
             else:
-                text = f"warning: the checkpoint of step {step} is not in {self.config.upload_to}: {error}"
+                text = f"warning: {self.config.upload_to} does not have the run as of step {step}: {error}"
                 self._log.event("failed_upload", step, text)
 
     def _note_save(self, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -164,11 +164,9 @@ def claim_folder(recipe: Recipe, meeting: Meeting, watchdog: Watchdog) -> Iterat
 
 def fetch_newer(folder: RunFolder, url: str, watchdog: Watchdog) -> list[str]:
     """Bring the newest checkpoint back from a store; returns what to say of it. Raises StorageError before any work."""
-    with watchdog.patiently("loading"):
-        ranks = Ranks.with_own_group(watchdog.patience_seconds)
+    with watchdog.patiently("loading"), closing(Ranks.with_own_group(watchdog.patience_seconds)) as ranks:
         ranks.first(lambda: storage.check_writable(url, "checkpoint.upload_to"), (MoeLmError,))
         step, damaged = bucket.bring_back(folder.checkpoints, url, ranks)
-        ranks.close()
     said = [f"warning: a checkpoint of {url} was passed over: {damage}" for damage in damaged]
     return said if step is None else [*said, f"fetched the checkpoint of step {step} from {url}"]
 

@@ -27,9 +27,27 @@ def test_cores_are_divided_by_the_ranks_of_a_host_and_what_is_set_stays(variable
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == ("backend:native", True)
     assert "PYTORCH_ALLOC_CONF" not in found  # the same, by its other name
     assert found["TRITON_CACHE_DIR"] == ("/local/moe-lm/triton", False)
-    variables["SLURM_CPUS_PER_TASK"] = "5"
     environment.put(AGENT_VARIABLES, Machine(96, 8))
-    assert variables["OMP_NUM_THREADS"] == "5"
+    assert variables["OMP_NUM_THREADS"] == "12"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cores_of_task", "cores", "of_rank"),
+    [
+        ("8(x2)", "5", 96, 5),  # a task is a rank
+        ("8(x2)", "5", 5, 5),  # and bound to its cores
+        ("1(x2)", "64", 64, 8),  # a task is torchrun, which starts eight ranks
+        ("1(x2)", "32", 96, 4),
+        ("1", "4", 96, 1),
+    ],
+)
+def test_cores_of_a_task_of_slurm_are_divided_by_the_ranks_in_it(
+    variables: dict[str, str], tasks: str, cores_of_task: str, cores: int, of_rank: int
+) -> None:
+    variables |= SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_CPUS_PER_TASK": cores_of_task}
+    assert Machine(cores, 8).cores_of_rank == of_rank
+    variables.pop("SLURM_STEP_ID")  # of the whole job, while this process is none of its tasks
+    assert Machine(cores, 8).cores_of_rank == max(1, cores // 8)
 
 
 def test_a_process_without_a_launcher_uses_all_cores(variables: dict[str, str]) -> None:

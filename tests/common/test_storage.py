@@ -175,3 +175,8 @@ def test_an_s3_that_is_not_there_is_a_sentence_in_seconds(monkeypatch: pytest.Mo
     monkeypatch.setattr(storage, "PAUSE_SECONDS", 0)
     with pytest.raises(StorageError, match="cannot list s3://bucket/x: the store does not answer as it should"):
         storage.find("s3://bucket/x")
+
+
+def test_a_file_that_is_gone_here_is_not_missed_in_the_store(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        storage.upload(tmp_path / "gone", f"{folder}/there")

@@ -111,7 +111,7 @@ def test_a_run_is_lost_with_its_machine_and_goes_on_from_s3_to_the_bit_and_outli
     done = moe_lm(*longer)
     assert (done.code, (run / "checkpoints" / "step-00000008").is_dir()) == (0, True)
     said = [line["message"] for line in events(run, "failed_upload")]
-    assert said[0].startswith(f"warning: the checkpoint of step 6 is not in {URL}: cannot write {URL}/checkpoints/")
+    assert said[0].startswith(f"warning: {URL} does not have the run as of step 6: cannot write {URL}/checkpoints/")
     assert "the store does not answer as it should (Could not connect" in said[-1]
     done = moe_lm(*longer)
     assert (done.code, done.err.count("\n")) == (FAILED, 1)
