@@ -176,7 +176,7 @@ def upload_files(item: StoredCheckpoint, names: Iterable[str], folder: Path) -> 
 
 def _end(item: StoredCheckpoint, unfinished: Path, folder: Path, manifest: Mapping[str, Entry]) -> None:
     """Put the manifest, and COMPLETE last, beside the files, and the folder under its name."""
-    checkpoint.check_shared(unfinished, folder, manifest)
+    checkpoint.check_all_here(unfinished, folder, manifest)
     later = [name for name in ADDED_LATER if name in item.files]
     fetch_files(item, [*later, MANIFEST], unfinished, {})
     fetch_files(item, [COMPLETE], unfinished, {})

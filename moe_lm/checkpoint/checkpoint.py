@@ -237,7 +237,7 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def check_shared(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
+def check_all_here(unfinished: Path, folder: Path, entries: Mapping[str, Entry]) -> None:
     """Raise MoeLmError unless this host sees every file that the ranks have written for a checkpoint."""
     for name, entry in entries.items():
         path = unfinished / name

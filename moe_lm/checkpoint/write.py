@@ -180,7 +180,7 @@ def _settle(unfinished: Path, files: Mapping[str, Content], rank: int) -> dict[s
 
 def _finish(unfinished: Path, folder: Path, entries: dict[str, Entry], indices: Mapping[str, str]) -> None:
     """Put indices and manifest beside the files, everything onto the disk, and the folder under its name."""
-    checkpoint.check_shared(unfinished, folder, entries)
+    checkpoint.check_all_here(unfinished, folder, entries)
     for part, text in indices.items():
         _put(unfinished / part / INDEX, text)
         sync(unfinished / part / INDEX)
