@@ -12,7 +12,8 @@ class Marks(NamedTuple):
     """The ids around documents. Text never gives them (tokenizer/tokenizer.py).
 
     A document of ours begins with `bos` behind the `eos` of the one before. Where nothing begins a document (`bos` is
-    None, as in files of other programs) it begins behind an `eos`.
+    None, as in files of other programs) it begins behind an `eos`, and nowhere else: one that is open at the end of a
+    file goes on in the next, whose first token is its `eos` where programs write that before each document.
     """
 
     bos: int | None

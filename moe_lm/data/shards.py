@@ -268,7 +268,7 @@ class TokenShards:
         return TokenStream(self.files).tokens(start, stop)
 
     def documents(self) -> Iterator[NDArray[Any]]:
-        """The documents one after the other, of which only one, and what is read at once, is in memory."""
+        """The documents as training divides them; only one, and what is read at once, is in memory."""
         last: NDArray[Any] | None = None  # what has been read of a document, up to the end of a chunk
         for file in self.files:
             for start in range(0, len(file), CHUNK_TOKENS):
@@ -276,9 +276,8 @@ class TokenShards:
                 tokens = tokens if last is None else np.concatenate([last, tokens])
                 *whole, last = np.split(tokens, np.flatnonzero(self.marks.begins(tokens[None])[0]) + 1)
                 yield from whole
-            if last is not None:  # a file of another program may end without a mark
-                yield last
-            last = None
+        if last is not None:
+            yield last
 
 
 def _token_file(

@@ -1,8 +1,7 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from xxhash import xxh3_128_hexdigest
 
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import OpenFiles
 from moe_lm.config.data import DataConfig, Phase
-from moe_lm.data.batches import PackedBatches
+from moe_lm.data.batches import EvaluationBatches, PackedBatches
+from moe_lm.data.marks import Marks
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import Manifest, Shard, TokenShards, read_index
 from moe_lm.tokenizer.tokenizer import Tokenizer
+from moe_lm.train.ahead import Ahead
 
 TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
 GPT2 = Path("vectors", "gpt2")
@@ -268,6 +270,23 @@ def test_a_damaged_manifest_is_refused_by_name(folder: Path, edit: Callable[[Any
         TokenShards.open(folder, "train")
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([[5, 6, 1, 7], [8, 1, 9]], [[5, 6, 1], [7, 8, 1], [9]]),
+        ([[1, 5, 6], [1, 7, 8]], [[1], [5, 6, 1], [7, 8]]),
+    ],
+    ids=["open at the end of a file", "eos before each document, as llm.c writes"],
+)
+def test_foreign_documents_are_those_that_training_divides(files: list[list[int]], expected: list[list[int]]) -> None:
+    tokens = tuple(np.array(file, "<u2") for file in files)
+    shards = TokenShards(Path("in-memory"), "train", tokens, Marks(None, 1), "in-memory")
+    assert [document.tolist() for document in shards.documents()] == expected
+    batch = EvaluationBatches(shards, shards.num_tokens - 1, 1, separate_documents=True).batch(0, range(1))
+    ends = np.cumsum([len(document) for document in expected])[:-1].tolist()
+    assert batch.cu_seqlens.tolist()[1:-1] == [end for end in ends if end < shards.num_tokens - 1]
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[]"])
 def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
@@ -280,22 +299,11 @@ def test_a_folder_without_shards_asks_for_prepare(tmp_path: Path) -> None:
         TokenShards.open(tmp_path / "nowhere", "train")
 
 
-FEW_FILES = """
-import resource, sys
-from pathlib import Path
-from moe_lm.config.data import Phase
-from moe_lm.data.batches import PackedBatches
-from moe_lm.data.shards import TokenShards
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-batches = PackedBatches([TokenShards.open(Path(sys.argv[1]), "train")], [Phase(0, 256, 16, (1.0,))], 256, 1, True)
-print(sum(int(batches.batch(step, range(256)).input_ids.sum()) for step in range(batches.steps_per_epoch)))
-"""
-
-
-def test_three_thousand_shards_are_read_with_256_open_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_more_shards_than_files_may_be_open_are_read_ahead(count: int, tmp_path: Path) -> None:
     """They were mapped or kept open once, one descriptor each."""
-    tokens, shards = np.arange(3000 * 16 + 1, dtype="<u2") % 1000 + 2, []
-    for number, part in enumerate(np.split(tokens, range(16, 3000 * 16, 16))):
+    tokens, shards = np.arange(count * 16 + 1, dtype="<u2") % 1000 + 2, []
+    for number, part in enumerate(np.split(tokens, range(16, count * 16, 16))):
         part.tofile(tmp_path / f"train-{number:05d}.bin")
         shards.append(
             Shard(name=f"train-{number:05d}", tokens=len(part), documents=None, text_bytes=None, xxh3_128="0")
@@ -305,6 +313,14 @@ def test_three_thousand_shards_are_read_with_256_open_files(tmp_path: Path) -> N
         train=tuple(shards), validation=(), skipped={}, examples={},
     )  # fmt: skip
     (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
-    done = subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= tokens[:-1].sum(dtype=int)  # an epoch, and the beginning of the next in its last batch
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 72, hard))  # 64 for shards
+    try:
+        whole = TokenShards.open(tmp_path, "train")
+        batches = PackedBatches([whole], [Phase(0, 64, 16, (1.0,))], 64, 1, True)
+        steps = batches.steps_per_epoch
+        with Ahead(lambda step: [batches.batch(step, range(64))], torch.device("cpu")) as ahead:
+            read = sum(int(ahead.take(step, steps - 1).micro_batches[0].input_ids.sum()) for step in range(steps))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read >= tokens[:-1].sum(dtype=int)  # an epoch, and the beginning of the next in its last batch

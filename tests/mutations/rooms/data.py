@@ -74,4 +74,19 @@ MUTATIONS = (
         "    lost = 0\n",
         f"{SHARDS}::test_a_damaged_shard_is_left_out_where_that_is_chosen",
     ),
+    # Marks
+    Mutation(
+        "a document begins behind its own bos, where bos is eos",
+        "data/marks.py",
+        "        found &= tokens[:, 1:] == self.bos\n",
+        "",
+        f"{BATCHES}::test_packing_is_that_of_a_token_by_token_reference",
+    ),
+    Mutation(
+        "documents of other programs are not divided, as no bos begins them",
+        "data/marks.py",
+        "        if self.bos is None:\n            return found\n",
+        "",
+        f"{SHARDS}::test_foreign_documents_are_those_that_training_divides",
+    ),
 )
