@@ -3,7 +3,8 @@
 The regular expression of `tokenizers` takes half of its time, and a text has few different words. So the text is
 divided by the same expression in the package `regex`, which is several times as fast, and the ids of a word are looked
 up.
-The two packages may know different versions of Unicode. A text with a character that either might see otherwise, and
+The two packages read some expressions otherwise (`{1,3}+` and `^` among them), and may know different versions of
+Unicode. So the table serves the expressions named here. A text with a character that either might see otherwise, and
 every text of a tokenizer of another kind, goes through `tokenizers` itself, so that the ids are always its own.
 """
 
@@ -19,6 +20,7 @@ import regex
 import tokenizers
 
 from moe_lm.tokenizer.tokenizer import Tokenizer, split_text
+from moe_lm.tokenizer.training import PRE_TOKENS
 
 MOST_WORDS = 1 << 18  # in the table, which is emptied then
 NEW_IN = 4  # of so many words one may be new: beyond that the table costs more than it saves
@@ -30,6 +32,17 @@ SURE = (
 )
 UNSURE = re.compile(f"[^{SURE}]")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+BEFORE = r"[^\r\n\p{L}\p{N}]?"
+GPT4 = rf"{SHORT}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{REST}"  # and of Llama 3
+QWEN = GPT4.replace("{1,3}", "")
+GPT4O = (
+    rf"{BEFORE}{UPPER}*{LOWER}+{SHORT}?|{BEFORE}{UPPER}+{LOWER}*{SHORT}?|"
+    rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{REST}"
+)
+SEEN_ALIKE = frozenset({PRE_TOKENS, GPT2, GPT4, QWEN, GPT4O})  # by both packages: tests/tokenizer/test_words.py
 
 
 class Words:
@@ -109,14 +122,10 @@ def _pattern_and_model(tokenizer: Tokenizer) -> tuple[Any, tokenizers.Tokenizer]
             pass
         case _:
             return None
-    try:
-        pattern = regex.compile(expression)
-    except regex.error:
-        return None
-    if pattern.groups:
+    if expression not in SEEN_ALIKE:
         return None
     content["pre_tokenizer"] = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
     }  # fmt: skip
     content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return pattern, tokenizers.Tokenizer.from_str(json.dumps(content))
+    return regex.compile(expression), tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,16 +76,48 @@ def test_gpt2s_own_form_is_fast_unless_words_are_added(shared_data: Path, added:
     assert ids(words.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
 
 
-def test_a_pattern_that_leaves_text_out_or_sees_it_otherwise_is_not_used(tiny_tokenizer: Tokenizer) -> None:
-    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer.files()["tokenizer.json"])
-    for pattern, is_fast in (("[a-m]+|[^a]", True), (r"(\p{L})+", False), (r"\h+", False)):
-        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-        level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
-        tokenizer = Tokenizer(backend, {"eos_token": "<|eos|>", "bos_token": "<|bos|>"})
-        words = Words(tokenizer, "<u2")
-        assert words.is_fast == is_fast, pattern
-        assert ids(words.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
+def divided_by(expression: str) -> Tokenizer:
+    """A tokenizer without merges but of digits, so that another division of these has other ids."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("1", "2"), ("12", "3"), ("3", "4"), ("4", "5"), ("123", "45")]
+    vocab = {token: number for number, token in enumerate([*letters, *(a + b for a, b in pairs), "<|end|>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    return Tokenizer(backend, {"eos_token": "<|end|>"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs=st.lists(st.tuples(st.sampled_from("\t\r\n '/.sStTlLvEA1½\u00e9\u6771\u3000\u2014"), st.integers(1, 9))))
+def test_both_packages_divide_a_text_alike_by_the_expressions_of_the_table(runs: list[tuple[str, int]]) -> None:
+    text = "".join(character * count for character, count in runs)
+    for expression in module.SEEN_ALIKE:
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
+        assert regex.findall(expression, text) == [word for word, _ in split.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("expression", sorted(module.SEEN_ALIKE))
+def test_the_expressions_of_known_tokenizers_are_fast(expression: str) -> None:
+    tokenizer = divided_by(expression)
+    words = Words(tokenizer, "<u2")
+    assert words.is_fast
+    assert ids(words.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
+
+
+@pytest.mark.parametrize("expression", [
+    r"\p{N}{1,3}+|\p{L}+|[^\p{L}\p{N}]+",  # possessive in one package, repeated in the other
+    r"^\s+|\S+|\s",  # the beginning of the text, or of a line
+    "[^\n]+$|\\s+|\\S",
+    "[a-m]+|[^a]",
+    r"(\p{L})+",
+    r"\h+",
+])  # fmt: skip
+def test_any_other_expression_is_left_to_the_tokenizer(expression: str) -> None:
+    tokenizer = divided_by(expression)
+    words = Words(tokenizer, "<u2")
+    assert not words.is_fast
+    assert ids(words.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
 
 
 def test_the_characters_that_are_sure_are_many_and_leave_out_the_rare() -> None:
