@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -21,6 +24,7 @@ from moe_lm.parallel.logical import Piece
 from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import NO_WATCHDOG, Watchdog
 
+NICENESS = 10  # of the threads that write in the background
 RETRY_SECONDS = 30  # between attempts at the last checkpoint
 PATIENCE_SECONDS = 60.0  # for a save under way when training has failed: without a lost rank it may never end
 
@@ -97,7 +101,10 @@ class Saver:
             copy = self._memory.copy(write.own_pieces(state, self.ranks))
             # A daemon: if a save never ends, the process still does.
             threading.Thread(
-                target=_fulfil, args=(outcome, lambda: self._write(step, copy, files)), name="checkpoint", daemon=True
+                target=_fulfil_behind,
+                args=(outcome, lambda: self._write(step, copy, files)),
+                name="checkpoint",
+                daemon=True,
             ).start()
         else:
             with self.watchdog.patiently("saving"):
@@ -190,6 +197,14 @@ class Saver:
             if not self._under_way[1].done():
                 return
         self.ranks.close()
+
+
+def _fulfil_behind(outcome: futures.Future[Path], action: Callable[[], Path]) -> None:
+    """Let what trains go before this thread, and before those that it starts, where they share cores."""
+    if sys.platform == "linux":  # elsewhere threads have no niceness of their own
+        with suppress(OSError):  # of a process that is nicer already
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    _fulfil(outcome, action)
 
 
 def _fulfil(outcome: futures.Future[Path], action: Callable[[], Path]) -> None:

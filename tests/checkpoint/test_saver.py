@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint import checkpoint, read, write
-from moe_lm.checkpoint.saver import Saver
+from moe_lm.checkpoint.saver import NICENESS, Saver
 from moe_lm.common.errors import MoeLmError
 from moe_lm.config.run import CheckpointConfig
 from moe_lm.data.batches import BatchSource
@@ -94,6 +95,18 @@ def test_what_is_saved_is_the_state_at_the_start_of_the_save(tmp_path: Path, dis
         assert saver.outcomes() == []
     for name, tensor in loaded(tmp_path / "step-00000001").items():
         assert torch.equal(tensor, state_of(1)[name]), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_what_trains_goes_before_what_saves(tmp_path: Path, disk: Disk) -> None:
+    disk.free.set()
+    own, seen = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
+    disk.error = lambda step: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    with Saver(tmp_path, in_background()) as saver:
+        saver.start(1, state_of(1), {})
+        saver.wait()
+        saver.save(2, state_of(2), {})  # which training waits for
+    assert seen == [max(own, NICENESS), own]
 
 
 def test_a_second_save_waits_for_the_first_and_old_ones_go(tmp_path: Path, disk: Disk) -> None:
