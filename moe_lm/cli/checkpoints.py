@@ -116,12 +116,15 @@ def fetch(
     run: Run,
 ) -> None:
     """Bring the newest complete checkpoint of a run, with its logs, from a bucket into a run folder, verified."""
-    from moe_lm.checkpoint import bucket
+    from moe_lm.checkpoint import bucket, checkpoint
     from moe_lm.parallel.process_group import Ranks
 
     step, damaged = bucket.bring_back(run / "checkpoints", url, Ranks())
     for damage in damaged:
         print(f"warning: passed over: {damage}", file=sys.stderr)
     if step is None:
-        raise UsageError(f"{url} holds no sound checkpoint that is newer than those of {run}; check the address")
+        newest = max(checkpoint.complete_checkpoints(run / "checkpoints"), default=None)
+        if newest is None:
+            raise UsageError(f"there is no {'sound' if damaged else 'complete'} checkpoint in {url}; check the address")
+        raise UsageError(f"{run} has step {newest}, and {url} has no sound checkpoint that is newer")
     print(f"fetched step {step}; next: {to_type('sample', run)}")

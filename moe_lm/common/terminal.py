@@ -15,14 +15,27 @@ if TYPE_CHECKING:
 
 @contextmanager
 def byte_bar(console: Console, title: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar over bytes; yields a function that takes the bytes done and, where known, those in all."""
+    """A progress bar over bytes; yields a function that takes the bytes done and, where known, those in all.
+
+    It appears with the first byte: before an error, and where others did the work, there is nothing to show.
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, TimeRemainingColumn(), console=console)
+    task = progress.add_task(title, total=None)
+
+    def advance(done: int, total: int | None) -> None:
+        progress.update(task, completed=done, total=total)
+        if done:
+            progress.start()
+
+    try:
+        yield advance
         progress.update(task, total=progress.tasks[0].completed)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def colours(file: TextIO) -> bool:

@@ -70,13 +70,13 @@ class PrepareReport:
         whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < count else ""
         unit = "pieces" if whole else "documents"
         yield (
-            f"{name}: {whole}{count:,} {unit}, {text_bytes:,} bytes, {manifest.tokens:,} tokens "
+            f"{name}: {whole}{_counted(count, unit)}, {text_bytes:,} bytes, {manifest.tokens:,} tokens "
             f"({text_bytes / manifest.tokens:.2f} bytes per token)"
             + (", up to date" if name in self.up_to_date else "")
         )
         documents, tokens = (sum(getattr(shard, of) for shard in manifest.validation) for of in ("documents", "tokens"))
         share = tokens / manifest.tokens
-        yield f"  held out: {documents:,} {unit}, {tokens:,} tokens ({share:.1%})"
+        yield f"  held out: {_counted(documents, unit)}, {tokens:,} tokens ({share:.1%})"
         if share > MOST_HELD_OUT and share > 2 * self.validation_fraction:
             yield (
                 f"  warning: {share:.0%} of the text is held out, as it has only {count} {unit}, of which "
@@ -85,6 +85,10 @@ class PrepareReport:
             )
         report = Report(skipped=manifest.skipped, examples=manifest.examples)
         yield from (f"  {line}" for line in report.skipped_lines())
+
+
+def _counted(count: int, units: str) -> str:
+    return f"{count:,} {units if count != 1 else units.removesuffix('s')}"
 
 
 def _lines_in_place(name: str, manifest: Manifest, up_to_date: bool) -> Iterator[str]:

@@ -38,6 +38,7 @@ OPTIONAL = {
     "wandb": ("track", "for log.trackers: [wandb]"),
     "trackio": ("track", "for log.trackers: [trackio]"),
     "lm_eval": ("eval", "for moe-lm eval --tasks"),
+    "s3fs": ("s3", "for s3:// in data and checkpoint.upload_to"),
 }
 BYTES_A_PARAMETER = 16  # weight, gradient and two moments in float32
 

@@ -46,6 +46,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self._engine, self._log, self._files = engine, log, files
         self._keep_lock, self._watchdog = keep_lock, watchdog
+        self._upload_error: str | None = None  # of the last upload
 
     def start(self, step: int, state: Mapping[str, Tensor | Piece], files: Mapping[str, str]) -> None:
         """Begin to write the state after a step; `note_saves` says how it went."""
@@ -100,6 +101,7 @@ class Checkpoints:
 
     def _note_uploads(self) -> None:
         for step, error in () if self._saver.uploader is None else self._saver.uploader.outcomes():
+            self._upload_error = error
             if error is None:
                 self._log.event("upload", step, f"uploaded step {step} to {self.config.upload_to}", show=False)
             else:
@@ -154,6 +156,8 @@ class Checkpoints:
             self._saver.wait()
             self._saver.uploader.finish(self._log.message, self._watchdog)
             self._note_uploads()
+            if self._upload_error is None and (newest := self.newest) is not None:
+                self._log.message(f"the last checkpoint, {newest.name}, is in {self.config.upload_to}")
         self._saver.__exit__(kind, error, at)
 
 

@@ -144,15 +144,15 @@ class Claim(NamedTuple):
 def claim_folder(recipe: Recipe, meeting: Meeting, watchdog: Watchdog) -> Iterator[Claim]:
     """Hold the run folder, with the checkpoint that it lacks and a store has, and keep this rank's log."""
     config, start, is_main = recipe.config, recipe.start, meeting.topology.is_main
-    folder = RunFolder(config.run_dir)
+    folder, url = RunFolder(config.run_dir), config.checkpoint.upload_to
+    if url is not None:
+        check_store(url, watchdog)
     with ExitStack() as stack:
         with meeting.lost_ranks_named():
             Ranks().first(partial(enter, folder, stack), (MoeLmError,))  # refused on every rank alike
         stack.enter_context(rank_log(meeting.topology, config.run_dir))
         stack.enter_context(meeting.lost_ranks_named())
-        fetched = (
-            [] if config.checkpoint.upload_to is None else fetch_newer(folder, config.checkpoint.upload_to, watchdog)
-        )
+        fetched = [] if url is None else fetch_newer(folder, url, watchdog)
         found = newest_sound(folder.checkpoints, config.checkpoint.on_damage)
         changes = changed_settings(found.folder, config, recipe.tokenizer, recipe.batches, start)
         if is_main:
@@ -162,10 +162,15 @@ def claim_folder(recipe: Recipe, meeting: Meeting, watchdog: Watchdog) -> Iterat
         yield Claim(folder, found, changes, fetched)
 
 
-def fetch_newer(folder: RunFolder, url: str, watchdog: Watchdog) -> list[str]:
-    """Bring the newest checkpoint back from a store; returns what to say of it. Raises StorageError before any work."""
+def check_store(url: str, watchdog: Watchdog) -> None:
+    """Raise StorageError unless checkpoints can be written there; a run that this ends leaves no folder."""
     with watchdog.patiently("loading"), closing(Ranks.with_own_group(watchdog.patience_seconds)) as ranks:
         ranks.first(lambda: storage.check_writable(url, "checkpoint.upload_to"), (MoeLmError,))
+
+
+def fetch_newer(folder: RunFolder, url: str, watchdog: Watchdog) -> list[str]:
+    """Bring the newest checkpoint back from a store; returns what to say of it. Raises StorageError."""
+    with watchdog.patiently("loading"), closing(Ranks.with_own_group(watchdog.patience_seconds)) as ranks:
         step, damaged = bucket.bring_back(folder.checkpoints, url, ranks)
     said = [f"warning: a checkpoint of {url} was passed over: {damage}" for damage in damaged]
     return said if step is None else [*said, f"fetched the checkpoint of step {step} from {url}"]

@@ -47,6 +47,8 @@ def opening_lines(
     yield from notes
     if config.train.optimizer.name == "muon":  # whose rate no step reports
         yield f"optimizer       {rates_line(config.train.optimizer)}"
+    if config.checkpoint.upload_to is not None:
+        yield f"checkpoints     copied to {config.checkpoint.upload_to} as they are saved"
     if start_step:
         yield f"going on after step {start_step}" + ("" if is_timed else f" of {steps}")
 

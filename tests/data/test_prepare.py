@@ -226,13 +226,13 @@ def test_a_long_file_is_said_to_be_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(("A line of a book.\n" * 400 + "\n") * 30)
     (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n' * 3)
     for name, said, held in (
-        ("book.txt", "1 file in 3 pieces, 216,030 bytes", "pieces"),
-        ("rows.jsonl", "3 documents", "documents"),
+        ("book.txt", "1 file in 3 pieces, 216,030 bytes", "1 piece"),
+        ("rows.jsonl", "3 documents", "3 documents"),
     ):
         report = prepare(config(tmp_path / name, tmp_path / name.split(".")[0], validation_fraction=0.01))
         first, second = str(report).splitlines()[:2]
         assert first.startswith(f"corpus: {said}")
-        assert re.fullmatch(rf"  held out: \d {held}, [\d,]+ tokens \([\d.]+%\)", second)
+        assert re.fullmatch(rf"  held out: {held}, [\d,]+ tokens \([\d.]+%\)", second)
         assert "of the text is held out, as it has only 3" in str(report)
     finer = config(tmp_path / "book.txt", tmp_path / "finer", validation_fraction=0.01, piece_bytes=4096)
     report = prepare(finer)

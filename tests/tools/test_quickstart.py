@@ -11,7 +11,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.model import ModelConfig
 from moe_lm.model.size import count_parameters
-from moe_lm.tools.quickstart.results import PROMPT_CHARACTERS, beginning
+from moe_lm.tools.quickstart.results import PROMPT_CHARACTERS, beginning, next_steps
 from moe_lm.tools.quickstart.setup import Setup, claim, default_folder
 from moe_lm.tools.sizes import HELD_OUT, SHAPES, Sizes, held_out_share, piece_bytes
 from tests.conftest import MoeLm
@@ -127,3 +127,12 @@ def test_a_prompt_is_the_beginning_of_a_line_that_says_something() -> None:
     assert beginning(f"\nCHAPTER I\n\n  {line}\n") == "It was a bright cold day in April, and"
     assert beginning("short\nlines\n") == ""
     assert beginning("学" * 60) == "学" * PROMPT_CHARACTERS
+
+
+def test_a_walk_that_was_too_short_to_learn_says_so(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path / "text.txt", 0.3)
+    poor, better = ({"val_bits_per_byte": bits, "unigram_bits_per_byte": 2.7, "samples": []} for bits in (2.8, 2.6))
+    first, *others = next_steps(setup, poor)
+    assert first == "The model is still worse than token frequencies: 0.3 minutes were too few; give it more, as below."
+    assert others == list(next_steps(setup, better))
+    assert "quickstart --minutes 0.6" in others[-1]

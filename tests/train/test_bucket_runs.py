@@ -67,6 +67,9 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_to_the_bit(
     command = ("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT)
     assert moe_lm(*command, "checkpoint.keep=3").code == 0
     assert complete() == [2, 4]
+    said = (run / "train.log").read_text()
+    assert f"checkpoints     copied to {URL} as they are saved" in said
+    assert f"the last checkpoint, step-00000004, is in {URL}" in said
     assert [line["step"] for line in events(run, "upload")][-1] == 4
     storage.remove([f"{URL}/checkpoints/step-00000004/{name}" for name in ("COMPLETE", "trainer.json")])
     shutil.rmtree(run)
@@ -75,7 +78,10 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_to_the_bit(
     assert f"checkpoint fetch {URL} runs/run" in said
     assert moe_lm("checkpoint", "fetch", URL, tmp_path / "copy").out.startswith("fetched step 2; next: ")
     assert moe_lm("checkpoint", "verify", tmp_path / "copy").code == 0
-    assert "holds no sound checkpoint that is newer" in moe_lm("checkpoint", "fetch", URL, tmp_path / "copy").err
+    said = moe_lm("checkpoint", "fetch", URL, tmp_path / "copy").err
+    assert said == f"error: {tmp_path}/copy has step 2, and {URL} has no sound checkpoint that is newer\n"
+    said = moe_lm("checkpoint", "fetch", f"{URL}2", tmp_path / "none").err
+    assert said == f"error: there is no complete checkpoint in {URL}2; check the address\n"
     done = moe_lm(*command)
     assert (done.code, "going on after step 2 of 4" in done.out) == (0, True)
     assert f"fetched the checkpoint of step 2 from {URL}" in (run / "train.log").read_text()
@@ -121,6 +127,7 @@ def test_a_store_that_dies_in_the_middle_does_not_end_training_and_gets_what_it_
         done = moe_lm(*command)
     assert (done.code, complete()) == (0, [])
     assert "reset by peer" in events(run, "failed_upload")[-1]["message"]
+    assert "the last checkpoint, " not in (run / "train.log").read_text()
     assert moe_lm(*command).code == 0
     assert complete() == [4]
 
@@ -165,6 +172,7 @@ def test_a_store_that_cannot_be_written_is_said_before_the_first_step(
     done = moe_lm("pretrain", tiny_pretrain, f"run_dir={tmp_path}/run", *SHORT)
     assert (done.code, done.err.count("\n")) == (code, 1)
     assert done.err.startswith(f"error: checkpoint.upload_to={URL}: cannot write {URL}/.write-test: {said}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_address_that_is_no_url_is_refused(tiny_pretrain: Path, moe_lm: MoeLm) -> None:

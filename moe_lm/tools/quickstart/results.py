@@ -151,6 +151,9 @@ def table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def next_steps(setup: Setup, summary: dict[str, Any]) -> Iterator[str]:
     """Where everything is, and commands that are worth typing now."""
     run = setup.pretrain_dir
+    if summary["val_bits_per_byte"] > summary["unigram_bits_per_byte"]:
+        minutes = "1 minute was" if setup.minutes == 1 else f"{setup.minutes:g} minutes were"
+        yield f"The model is still worse than token frequencies: {minutes} too few; give it more, as below."
     more = ["quickstart", "--minutes", f"{2 * setup.minutes:g}", "--run-dir", setup.run_dir]
     if setup.corpus is None:
         folders = "tokenizer/, shards/, pretrain/, chat/, finetune/"
