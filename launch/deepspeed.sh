@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on every machine of a hostfile, started from one of them, over pdsh and ssh:
+# Trains, or prepares data, on every machine of a hostfile, started from one of them, over pdsh and ssh:
 #
 #   bash launch/deepspeed.sh CONFIG [key=value ...]
 #
 # Needs: ssh without a password to each host; this folder, CONFIG and run_dir under the same paths on all of them.
-#   VERB           what is run; default pretrain, else finetune
+#   VERB           what is run; default pretrain, else finetune, prepare or "data verify"
 #   HOSTFILE       lines `host slots=processes`; default launch/hostfile (an example: launch/hostfile.example)
 #   MASTER_ADDR    address of the first host; default: the first that `hostname -I` names there
 #   MASTER_PORT    default 29500
@@ -32,6 +32,7 @@ for name in VERB HOSTFILE MASTER_ADDR MASTER_PORT; do
 done
 export MOE_LM_COMMAND="${again}bash $(printf '%q ' "$0" "$@")"
 
+read -ra verb <<<"${VERB:-pretrain}"
 exec python -m moe_lm.parallel.pdsh "$hostfile" \
     --master_addr "${MASTER_ADDR:-}" --master_port "${MASTER_PORT:-29500}" \
-    --module moe_lm "${VERB:-pretrain}" "$@"
+    --module moe_lm "${verb[@]}" "$@"

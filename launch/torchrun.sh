@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on one machine, or on several when the same line is run on each of them:
+# Trains, or prepares data, on one machine, or on several when the same line is run on each of them:
 #
 #   MASTER_ADDR=node-a NNODES=2 bash launch/torchrun.sh CONFIG [key=value ...]
 #
-#   VERB           what is run; default pretrain, else finetune
+#   VERB           what is run; default pretrain, else finetune, prepare or "data verify"
 #   NNODES         machines; default 1; or MIN:MAX, to go on with fewer where some do not come back
 #   NPROC          processes on this machine; default: one a GPU, without GPUs one a core
 #   MASTER_ADDR    where several machines meet: the name or address of one of them
@@ -36,7 +36,8 @@ for name in VERB NNODES NPROC MASTER_ADDR MASTER_PORT JOB_ID MAX_RESTARTS; do
 done
 export MOE_LM_COMMAND="${again}bash $(printf '%q ' "$0" "$@")"
 
+read -ra verb <<<"${VERB:-pretrain}"
 exec python -m moe_lm.parallel.torchrun --nnodes "$nodes" --nproc-per-node "${NPROC:-auto}" \
     --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$meeting" --rdzv-id "${JOB_ID:-moe-lm}" \
-    --module moe_lm "${VERB:-pretrain}" "$@"
+    --module moe_lm "${verb[@]}" "$@"

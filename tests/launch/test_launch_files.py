@@ -86,8 +86,24 @@ def test_both_scripts_run_their_verb_with_what_they_were_given(project: Path, tm
         done = launch(project, script, "c.yaml", "train.steps=3", PATH=path)
         assert done.stderr == ""
         assert done.stdout.endswith(" --module moe_lm pretrain c.yaml train.steps=3\n")
-        done = launch(project, script, "c.yaml", PATH=path, VERB="finetune")
-        assert done.stdout.endswith(" --module moe_lm finetune c.yaml\n")
+        for verb in ("finetune", "prepare", "data verify"):
+            done = launch(project, script, "c.yaml", PATH=path, VERB=verb)
+            assert done.stdout.endswith(f" --module moe_lm {verb} c.yaml\n")
+
+
+@pytest.mark.parametrize("verb", ["finetune", "prepare", "data verify"])
+def test_under_slurm_every_verb_is_run_and_those_that_train_are_tried_before(tmp_path: Path, verb: str) -> None:
+    path = programs(tmp_path / "bin")
+    for name, script in {"moe-lm": 'echo "$@" >&2', "srun": 'echo "$@"', "squeue": ""}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ["/usr/bin/bash", str(LAUNCH / "slurm.sbatch"), "c.yaml", "data.workers=2"]
+    environment = job | {"PATH": f"{path}:/usr/bin:/bin", "VERB": verb}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    tried = f"{verb} c.yaml data.workers=2 --dry-run --processes 4\n" if verb == "finetune" else ""
+    assert (done.returncode, done.stderr) == (0, tried)
+    assert done.stdout == f"--kill-on-bad-exit=1 moe-lm {verb} c.yaml data.workers=2\n"
 
 
 def run_config(command: str) -> Path:
