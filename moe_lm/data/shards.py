@@ -220,15 +220,16 @@ class TokenShards:
         sizes: bool = True,
         damage: Mapping[str, str] | None = None,
         cache: ShardCache | None = None,
+        manifest: Manifest | None = None,
     ) -> TokenShards:
         """Open the shards of a split: read the manifest, and with `sizes` look for each file and its size.
 
         `verify` checks every byte against the checksums, and the range of every token. `damage` has what `damages` has
         found elsewhere. Raises UsageError that names the file when one is missing, cut short or altered, and it is not
         to be left out, and when `tokenizer` is not the tokenizer that made the shards. A folder in a store is read
-        through `cache`.
+        through `cache`. A `manifest` is one that has been read.
         """
-        manifest = read_manifest(folder)
+        manifest = manifest or read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
             raise UsageError(
                 f"{folder} was made with tokenizer {manifest.tokenizer[:12]}, this one is "

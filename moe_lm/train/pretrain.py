@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from moe_lm.checkpoint.lineage import Start
 from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.integrity import KINDS, XXH3
+from moe_lm.common.process import to_type
 from moe_lm.config.model import check_vocabulary
 from moe_lm.config.run import PretrainConfig
 from moe_lm.data.batches import BatchSource, EvaluationBatches, PackedBatches
 from moe_lm.data.cache import ShardCache
 from moe_lm.data.held_out import HeldOut, one_after_the_other
-from moe_lm.data.shards import Split, TokenShards, damages, is_prepared, manifest_bytes, read_manifest
+from moe_lm.data.shards import Manifest, Split, TokenShards, damages, is_prepared, manifest_bytes, read_manifest
 from moe_lm.engine.build import build_engine, build_model
 from moe_lm.objective.training_loss import NextToken
 from moe_lm.parallel.meeting import Meeting
@@ -144,8 +145,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
 
 def num_windows(config: PretrainConfig) -> int:
     """The rows of an epoch of all sources together, as the manifests of their shards say."""
-    manifests = [read_manifest(config.data.shards / source.name) for source in config.data.sources]
-    tokens = [sum(shard.tokens for shard in manifest.train) for manifest in manifests]
+    tokens = [sum(shard.tokens for shard in manifest.train) for manifest in read_manifests(config).values()]
     return sum((count - 1) // config.data.sequence_length for count in tokens)
 
 
@@ -173,8 +173,15 @@ def seconds_per_step(config: PretrainConfig, steps: int = 8, batches: BatchSourc
 
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """The run's tokenizer. Raises UsageError if the model has too few embeddings for it."""
-    tokenizer = Tokenizer.load(find_tokenizer(config))
+    """The run's tokenizer. Raises UsageError if it is not there, or the model has too few embeddings for it."""
+    folder, url = find_tokenizer(config), config.checkpoint.upload_to
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except UsageError as error:
+        if folder.exists() or url is None:
+            raise
+        fetch = to_type("checkpoint", "fetch", url, config.run_dir)
+        raise UsageError(f"{error}; if this run is in {url}, its checkpoints have the tokenizer: {fetch}") from error
     check_vocabulary(config.model, tokenizer.vocab_size)
     return tokenizer
 
@@ -190,11 +197,12 @@ def open_for_training(
 ) -> tuple[list[TokenShards], list[TokenShards]]:
     """Both splits of every source. Raises UsageError as `TokenShards.open`.
 
-    Every rank reads the manifests. One rank of each host looks at the sizes of the files; all do where damage is left
-    out, which changes the order.
+    Every rank reads the manifests, once. One rank of each host looks at the sizes of the files; all do where damage is
+    left out, which changes the order.
     """
     sizes = topology.local_rank == 0 or config.data.on_damage == "leave_out"
-    train, held_out = (open_shards(config, split, tokenizer, sizes) for split in SPLITS)
+    manifests = read_manifests(config)
+    train, held_out = (open_shards(config, split, tokenizer, sizes, manifests) for split in SPLITS)
     return train, held_out
 
 
@@ -202,13 +210,11 @@ def open_verified(
     config: PretrainConfig, tokenizer: Tokenizer, ranks: Ranks
 ) -> tuple[list[TokenShards], list[TokenShards]]:
     """The same after every byte has been checked, of which each rank reads its share."""
-    data, cache = config.data, shard_cache(config)
-
-    def opened(folder: Path, split: Split) -> TokenShards:
-        damage = damages_by_shares(folder, split, tokenizer, ranks)
-        return TokenShards.open(folder, split, False, tokenizer, data.on_damage, damage=damage, cache=cache)
-
-    train, held_out = ([opened(data.shards / source.name, split) for source in data.sources] for split in SPLITS)
+    manifests, found = read_manifests(config), []
+    for split in SPLITS:
+        damage = [damages_by_shares(folder, split, tokenizer, ranks) for folder in manifests]
+        found.append(open_shards(config, split, tokenizer, False, manifests, damage))
+    train, held_out = found
     return train, held_out
 
 
@@ -225,22 +231,39 @@ def damages_by_shares(
     return dict(sorted((name, damage) for part in found for name, damage in part.items()))
 
 
-def open_shards(config: PretrainConfig, split: Split, tokenizer: Tokenizer, sizes: bool = True) -> list[TokenShards]:
-    """A split of every source. Raises UsageError as `TokenShards.open`."""
-    data = config.data
-    folders = [data.shards / source.name for source in data.sources]
-    cache = shard_cache(config)
-    return [TokenShards.open(folder, split, False, tokenizer, data.on_damage, sizes, cache=cache) for folder in folders]
+def open_shards(
+    config: PretrainConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    sizes: bool = True,
+    manifests: Mapping[Path, Manifest] | None = None,
+    damage: Sequence[Mapping[str, str]] | None = None,
+) -> list[TokenShards]:
+    """A split of every source. Raises UsageError as `TokenShards.open`.
+
+    `manifests` have been read before, and `damage`, of each source, has been found before.
+    """
+    manifests = manifests or read_manifests(config)
+    known: Sequence[Mapping[str, str] | None] = damage or [None] * len(manifests)
+    cache, on_damage = shard_cache(config, manifests), config.data.on_damage
+    return [
+        TokenShards.open(folder, split, False, tokenizer, on_damage, sizes, found, cache, manifest)
+        for (folder, manifest), found in zip(manifests.items(), known, strict=True)
+    ]
 
 
-def shard_cache(config: PretrainConfig) -> ShardCache | None:
+def read_manifests(config: PretrainConfig) -> dict[Path, Manifest]:
+    """The manifest of every source, by its folder."""
+    folders = [config.data.shards / source.name for source in config.data.sources]
+    return {folder: read_manifest(folder) for folder in folders}
+
+
+def shard_cache(config: PretrainConfig, manifests: Mapping[Path, Manifest]) -> ShardCache | None:
     """What keeps the shards of a store on the local disk; None for shards that are here."""
     if not storage.is_remote(config.data.shards):
         return None
-    manifests = [read_manifest(config.data.shards / source.name) for source in config.data.sources]
-    return ShardCache(
-        config.data.cache_bytes, sum(manifest.tokens * np.dtype(manifest.dtype).itemsize for manifest in manifests)
-    )
+    sizes = (manifest.tokens * np.dtype(manifest.dtype).itemsize for manifest in manifests.values())
+    return ShardCache(config.data.cache_bytes, sum(sizes))
 
 
 def training_batches(config: PretrainConfig, shards: Sequence[TokenShards]) -> PackedBatches:

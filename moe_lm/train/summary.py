@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from moe_lm.common import storage
 from moe_lm.common.process import this_command, to_type
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.run import ParallelConfig, PretrainConfig, RunConfig
 from moe_lm.config.training import OptimizerConfig, TrainConfig
+from moe_lm.data.cache import StoredTokenFile
 from moe_lm.data.shards import TokenShards
 from moe_lm.engine.engine import Engine
 from moe_lm.model.size import count_parameters
@@ -128,6 +130,13 @@ def data_lines(
             line += f", of which an evaluation reads {evaluated:,} (train.eval_batches)"
         much = ", which is much: a lower piece_bytes or data.validation_fraction holds out less"
         yield line + (much if share > MOST_HELD_OUT else "")
+    files = [file for source in (*train, *held_out) for file in source.files if isinstance(file, StoredTokenFile)]
+    if any(not file.cache.keeps_files for file in files):
+        size = sum(len(file) * file.dtype.itemsize for file in files)
+        yield (
+            f"data            {storage.text_of(config.data.shards)} has {size:,} bytes, more than data.cache_bytes="
+            f"{config.data.cache_bytes:,}: windows are read there one by one, and nothing is kept here"
+        )
 
 
 def read_times(epochs: float) -> str:

@@ -82,7 +82,12 @@ def test_a_rank_asks_no_more_for_checkpoints_that_rank_0_has_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, real = list[str](), storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda place: asked.append(place) or real(place))
+
+    def read_bytes(place: str) -> bytes:
+        asked.append(place)
+        return real(place)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
     old, new = (saved(tmp_path, step) for step in (1, 2))
     put(new, MANIFEST)
     one = uploader(tmp_path, 1, 2)
@@ -134,6 +139,27 @@ def test_what_a_run_went_back_from_is_deleted_when_the_store_answers_again(
     wait_until(lambda: list(bucket.stored(URL)) == [8], "the deletion")
     wait_until(lambda: one._is_over(float("inf")), "the end")
     assert one.outcomes() == []
+
+
+def test_an_upload_that_was_cut_goes_on_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, one = MemoryFileSystem.put_file, uploader(tmp_path, 0, 1)
+
+    def put_file(store: MemoryFileSystem, path: str, there: str, **how: Any) -> None:
+        if "model" in there:
+            raise ConnectionResetError("reset by peer")
+        real(store, path, there, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", put_file)
+        one.add(saved(tmp_path, 8))
+        wait_until(lambda: "reset by peer" in str(one.outcomes()), "the failure")
+        assert not bucket.stored(URL)[8].is_complete
+    one.add(saved(tmp_path, 9))
+    wait_until(lambda: [done.step for done in one.outcomes()] == [9], "step 9")
+    wait_until(lambda: list(bucket.stored(URL)) == [9], "the end of the older one")
+    assert bucket.stored(URL)[9].is_complete
 
 
 @pytest.mark.parametrize("seen", ["gone", "another"])

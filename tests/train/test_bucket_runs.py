@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe_lm.checkpoint import bucket, checkpoint, upload
 from moe_lm.common import storage
+from moe_lm.common.errors import UsageError
 from moe_lm.common.exits import FAILED, MISUSED
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
-from tests.processes import events
+from moe_lm.parallel.topology import Topology
+from moe_lm.train import pretrain
+from moe_lm.train.summary import data_lines
+from tests.processes import events, one_thread_here
 from tests.runs import assert_same_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick")
@@ -51,11 +56,13 @@ def assert_is_there(folder: Path) -> None:
         assert storage.read_bytes(place) == path.read_bytes()
 
 
-@pytest.fixture
-def whole(tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm) -> Path:
+@pytest.fixture(scope="module")
+def whole(tiny_pretrain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps that was never stopped and knows no store."""
-    run = tmp_path / "whole"
-    assert moe_lm("pretrain", tiny_pretrain, f"run_dir={run}", *SHORT, "checkpoint.upload_to=null").code == 0
+    run = tmp_path_factory.mktemp("whole")
+    settings = (f"run_dir={run}", *SHORT, "checkpoint.upload_to=null")
+    with one_thread_here():
+        pretrain.run(load_config(PretrainConfig, tiny_pretrain, settings))
     return run
 
 
@@ -111,6 +118,7 @@ def test_a_damaged_checkpoint_in_the_bucket_is_passed_over_with_a_warning(
     assert_is_there(run / "checkpoints" / "step-00000004")
 
 
+@pytest.mark.slow
 def test_a_store_that_dies_in_the_middle_does_not_end_training_and_gets_what_it_missed(
     tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,15 +192,22 @@ def test_an_address_that_is_no_url_is_refused(tiny_pretrain: Path, moe_lm: MoeLm
 # Shards in a store
 
 
+@pytest.fixture
+def shards(tiny_pretrain: Path) -> str:
+    """The URL of the golden run's shards in a store."""
+    folder = load_config(PretrainConfig, tiny_pretrain).data.shards
+    for path in folder.rglob("*.*"):
+        storage.upload(path, f"memory://shards/{path.relative_to(folder).as_posix()}")
+    return "memory://shards"
+
+
+@pytest.mark.slow
 def test_shards_in_a_store_train_to_the_bit_as_those_on_the_disk(
-    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, whole: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fetched whole into the cache, or read by ranges where they do not fit."""
     monkeypatch.setenv("MOE_LM_CACHE", str(tmp_path / "cache"))
-    shards = load_config(PretrainConfig, tiny_pretrain).data.shards
-    for path in shards.rglob("*.*"):
-        storage.upload(path, f"memory://shards/{path.relative_to(shards).as_posix()}")
-    command = ("pretrain", tiny_pretrain, *SHORT, "checkpoint.upload_to=null", "data.shards=memory://shards")
+    command = ("pretrain", tiny_pretrain, *SHORT, "checkpoint.upload_to=null", f"data.shards={shards}")
     for run, setting in (
         (tmp_path / "ranges", "data.cache_bytes=1"),
         (tmp_path / "kept", "data.cache_bytes=1000000000"),
@@ -201,10 +216,49 @@ def test_shards_in_a_store_train_to_the_bit_as_those_on_the_disk(
         assert_same_run(whole, run)
         assert (tmp_path / "cache").exists() == (run.name == "kept")
     assert "shards: memory://shards\n" in (tmp_path / "kept" / "config.yaml").read_text()
-    (damaged,) = storage.glob("memory://shards/*/train-00000.bin")[:1]
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 10**9])
+def test_batches_of_shards_in_a_store_are_those_of_the_disk_and_each_manifest_is_read_once(
+    tiny_pretrain: Path, tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    monkeypatch.setenv("MOE_LM_CACHE", str(tmp_path / "cache"))
+    read, real = list[str](), storage.read_bytes
+
+    def read_bytes(place: storage.Place) -> bytes:
+        read.append(storage.text_of(place))
+        return real(place)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    config = load_config(PretrainConfig, tiny_pretrain, [f"data.shards={shards}", f"data.cache_bytes={cache_bytes}"])
+    here = load_config(PretrainConfig, tiny_pretrain)
+    tokenizer, names = pretrain.load_tokenizer(config), [source.name for source in config.data.sources]
+    splits, splits_here = (pretrain.open_for_training(one, tokenizer, Topology()) for one in (config, here))
+    assert sorted(read) == sorted(f"{shards}/{name}/manifest.json" for name in names)
+    batches, expected = pretrain.training_batches(config, splits[0]), pretrain.training_batches(here, splits_here[0])
+    rows = range(config.train.global_batch_size)
+    for step in range(3):
+        assert torch.equal(batches.batch(step, rows).input_ids, expected.batch(step, rows).input_ids)
+    assert (tmp_path / "cache").exists() == (cache_bytes > 1)
+    said = [line for line in data_lines(names, *splits, None, config) if "data.cache_bytes" in line]
+    size = sum(file.size for file in storage.find(shards) if file.name.endswith(".bin"))
+    told = f"{shards} has {size:,} bytes, more than data.cache_bytes=1: windows are read there one by one"
+    assert [told in line for line in said] == ([True] if cache_bytes == 1 else [])
+
+
+def test_a_shard_that_is_cut_in_its_store_and_one_to_be_written_there_are_refused(
+    tiny_pretrain: Path, tmp_path: Path, moe_lm: MoeLm, shards: str
+) -> None:
+    (damaged,) = storage.glob(f"{shards}/*/train-00000.bin")[:1]
     storage.write_bytes(damaged.url, storage.read_bytes(damaged.url)[:-2])
-    done = moe_lm(*command, f"run_dir={tmp_path}/other")
+    done = moe_lm("pretrain", tiny_pretrain, *SHORT, f"data.shards={shards}", f"run_dir={tmp_path}/other")
     assert done.code == MISUSED
     assert f"{damaged.name.rpartition('/')[2]} has {damaged.size - 2} bytes, expected {damaged.size}" in done.err
-    done = moe_lm("prepare", tiny_pretrain, "data.shards=memory://shards")
-    assert (done.code, "aws s3 sync shards memory://shards" in done.err) == (MISUSED, True)
+    done = moe_lm("prepare", tiny_pretrain, f"data.shards={shards}")
+    assert (done.code, f"aws s3 sync shards {shards}" in done.err) == (MISUSED, True)
+
+
+def test_a_tokenizer_that_is_lost_with_the_machine_is_in_the_bucket(tiny_pretrain: Path, tmp_path: Path) -> None:
+    settings = (f"data.tokenizer={tmp_path}/lost", f"run_dir={tmp_path}/run", f"checkpoint.upload_to={URL}")
+    with pytest.raises(UsageError, match=f"have the tokenizer: .* checkpoint fetch {URL} {tmp_path}/run$"):
+        pretrain.load_tokenizer(load_config(PretrainConfig, tiny_pretrain, settings))
