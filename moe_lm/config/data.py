@@ -158,7 +158,12 @@ class DataConfig(Section):
         default=False,
         description="check every shard's contents at the start of training, each rank its share; else only sizes",
     )
-    workers: int | None = Field(default=None, gt=0, description="processes of `prepare`; null: one a core")
+    drop_duplicates: bool = Field(
+        default=False,
+        description="leave out documents whose text came before, in the source or in those before it; `prepare` then "
+        "reads all text twice",
+    )
+    workers: int | None = Field(default=None, gt=0, description="processes of `prepare` a host; null: one a core")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -30,9 +30,11 @@ from moe_lm.text.split import document_hash
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.words import Words
 
-BATCH_CHARS = 1 << 20  # of text that are tokenized together
+if TYPE_CHECKING:
+    from moe_lm.data.crew import Tell
+    from moe_lm.data.duplicates import Marks
 
-Tell = Callable[[int], None]  # bytes of text that have been tokenized since it was told last
+BATCH_CHARS = 1 << 20  # of text that are tokenized together
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,25 @@ class Task:
     fingerprint: str
     folder: Path  # of the shards
     work: Path  # of the records
-    session: Path  # of the claims
+    claims: Path
     held_out_below: int  # the hashes of documents that are held out
+    marks: Marks | None = None  # the duplicates, which are left out
+
+    @property
+    def max_bytes(self) -> int | None:
+        return self.source.max_bytes
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def is_done(self, number: int) -> bool:
+        return self.record_path(number).exists()
+
+    def text_bytes(self, number: int) -> int:
+        return Record.model_validate_json(self.record_path(number).read_bytes()).text_bytes
+
+    def do(self, number: int, tell: Tell, is_mine: Callable[[], bool]) -> None:
+        write_piece(self, number, tell, is_mine=is_mine)
 
     def record_path(self, number: int) -> Path:
         return self.work / f"piece-{number:05d}.json"
@@ -58,7 +77,7 @@ class Record(Section):
     held_out_below: int
     max_bytes: int | None
     documents: int
-    text_bytes: int
+    text_bytes: int  # with those of duplicates
     lowest_hash: int | None
     rows: int
     train: Shard | None
@@ -77,7 +96,7 @@ def read_record(task: Task, number: int) -> Record | None:
         whole = all(shard.path(task.folder).stat().st_size == shard.tokens * size for shard in shards)
     except (OSError, ValidationError):
         return None
-    return record if whole and record.files == _stamps(task.pieces[number]) else None
+    return record if whole and record.files == stamps_of(task.pieces[number]) else None
 
 
 def write_piece(
@@ -86,18 +105,23 @@ def write_piece(
     tell: Tell = lambda done: None,
     held_out_below: int | None = None,
     max_bytes: int | None = None,
-) -> Record:
-    """Write the shards of a piece and its record. Raises MoeLmError for a file that changed meanwhile."""
+    is_mine: Callable[[], bool] = lambda: True,
+) -> Record | None:
+    """Write the shards of a piece and its record; None and nothing is left if it `is_mine` no more in the end.
+
+    Raises MoeLmError for a file that changed meanwhile.
+    """
     piece, report = task.pieces[number], Report()
     limit = task.held_out_below if held_out_below is None else held_out_below
     max_bytes = task.source.max_bytes if max_bytes is None else max_bytes
     tokenizer, words = _tokenizer(task.tokenizer, task.fingerprint)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
     bos, eos = (np.array(id_, dtype).tobytes() for id_ in (tokenizer.bos_id, tokenizer.eos_id))
-    before, lowest = _stamps(piece), None
-    with ExitStack() as stack:
+    before, lowest, shards = stamps_of(piece), None, dict[str, Shard | None]()
+    duplicates = task.marks.of(number) if task.marks is not None else frozenset[int]()
+    with suppress(_TakenOverError), ExitStack() as stack:
         writers = {split: _Writer(task.folder, split, number, dtype, stack) for split in ("train", "validation")}
-        for batch in _batches(read_documents(task.source, report, piece, max_bytes)):
+        for batch in _batches(read_documents(task.source, report, piece, max_bytes, duplicates)):
             done = 0
             for document, ids in zip(batch, words.encode([document.text for document in batch]), strict=True):
                 hash_ = document_hash(document.id)
@@ -106,11 +130,12 @@ def write_piece(
                 writers["validation" if hash_ < limit else "train"].add(bos + ids + eos, size)
                 done += size
             tell(done)
-        if _stamps(piece) != before:
-            raise MoeLmError(
-                f"{_names(piece)} changed while prepare was reading it; run prepare again when it is whole"
-            )
+        check_unchanged(piece, before)
+        if not is_mine():
+            raise _TakenOverError
         shards = {split: writer.close() for split, writer in writers.items()}
+    if not shards:
+        return None
     record = Record(
         held_out_below=limit,
         max_bytes=max_bytes,
@@ -161,7 +186,17 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _stamps(piece: Piece) -> dict[str, tuple[int, int]]:
+class _TakenOverError(Exception):
+    """Another process writes the piece, or has written it."""
+
+
+def check_unchanged(piece: Piece, before: dict[str, tuple[int, int]]) -> None:
+    """Raise MoeLmError for a file that is not as it was."""
+    if stamps_of(piece) != before:
+        raise MoeLmError(f"{_names(piece)} changed while prepare was reading it; run prepare again when it is whole")
+
+
+def stamps_of(piece: Piece) -> dict[str, tuple[int, int]]:
     """Size and time of change of the files of a piece that are here. Raises MoeLmError for one that is gone."""
     stamps = {}
     for part in piece:

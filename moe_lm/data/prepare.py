@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +23,24 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.common.process import cores
 from moe_lm.config.data import DataConfig, SourceConfig
-from moe_lm.data import foreign
+from moe_lm.data import duplicates, foreign
 from moe_lm.data.chunks import Record, Task, joined, read_record, write_piece
-from moe_lm.data.crew import Ranks, beating, claimed_to_finish, finish_claim, work_on
+from moe_lm.data.crew import Claims, Ranks, beating, work_on
+from moe_lm.data.duplicates import Hashing, Marks
+from moe_lm.data.report import PrepareReport
 from moe_lm.data.shards import MANIFEST, Manifest, read_manifest, token_dtype
-from moe_lm.text.files import kind_of
+from moe_lm.text import pieces
+from moe_lm.text.files import Piece, kind_of
 from moe_lm.text.pieces import divide
 from moe_lm.text.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Report, no_usable_document, source_files
 from moe_lm.text.split import hashes_below, held_out_below
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
-WORK_FORMAT = 2  # of records and pieces: other work is not gone on with
+WORK_FORMAT = 3  # of records and pieces: other work is not gone on with
 SECONDS_TO_APPEAR = 10.0  # for a folder on the network
-MOST_HELD_OUT = 0.1  # of a source, without a word
+DUPLICATES = "duplicates"  # the folder of hashes and marks in that of records
 
 Progress = Callable[[int, int | None], None]  # bytes of a source's text that are done, and all of them if known
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """The manifest of each source by name. As text: documents, bytes, tokens, and counts of what was skipped.
-
-    `files` are those of sources of text, whose documents are whole files or pieces of them.
-    """
-
-    manifests: dict[str, Manifest]
-    files: dict[str, int]
-    validation_fraction: float
-    up_to_date: frozenset[str] = field(default=frozenset(), compare=False)  # sources whose shards were there
-    died: int = field(default=0, compare=False)  # processes, whose pieces others did
-
-    def __str__(self) -> str:
-        lines = [line for name in self.manifests for line in self._lines(name)]
-        if self.died:
-            lines.append(
-                f"{self.died} of the processes were killed, perhaps because memory ran out; others did their part"
-            )
-        return "\n".join(lines)
-
-    def _lines(self, name: str) -> Iterator[str]:
-        manifest, files = self.manifests[name], self.files[name]
-        if manifest.notes:
-            yield from _lines_in_place(name, manifest, name in self.up_to_date)
-            return
-        count, text_bytes = manifest.documents or 0, manifest.text_bytes or 0
-        whole = f"{files} file{'s' * (files != 1)} in " if 0 < files < count else ""
-        unit = "pieces" if whole else "documents"
-        yield (
-            f"{name}: {whole}{_counted(count, unit)}, {text_bytes:,} bytes, {manifest.tokens:,} tokens "
-            f"({text_bytes / manifest.tokens:.2f} bytes per token)"
-            + (", up to date" if name in self.up_to_date else "")
-        )
-        documents, tokens = (sum(getattr(shard, of) for shard in manifest.validation) for of in ("documents", "tokens"))
-        share = tokens / manifest.tokens
-        yield f"  held out: {_counted(documents, unit)}, {tokens:,} tokens ({share:.1%})"
-        if share > MOST_HELD_OUT and share > 2 * self.validation_fraction:
-            yield (
-                f"  warning: {share:.0%} of the text is held out, as it has only {count} {unit}, of which "
-                f"data.validation_fraction={self.validation_fraction} holds out at least one; "
-                + ("set a lower piece_bytes of the source" if whole else "divide it into more, or hold out none")
-            )
-        report = Report(skipped=manifest.skipped, examples=manifest.examples)
-        yield from (f"  {line}" for line in report.skipped_lines())
-
-
-def _counted(count: int, units: str) -> str:
-    return f"{count:,} {units if count != 1 else units.removesuffix('s')}"
-
-
-def _lines_in_place(name: str, manifest: Manifest, up_to_date: bool) -> Iterator[str]:
-    held_out = sum(shard.tokens for shard in manifest.validation)
-    yield (
-        f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {held_out:,} of them held out "
-        f"({held_out / manifest.tokens:.1%})" + (", up to date" if up_to_date else "")
-    )
-    yield from (f"  {note}" for note in manifest.notes)
 
 
 def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> PrepareReport:
@@ -114,17 +57,21 @@ def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks |
         )
     ranks = ranks or Ranks()
     tokenizer = Tokenizer.load(config.tokenizer)
-    sources = [_Source(config, source, tokenizer) for source in config.sources]
+    sources = list[_Source]()
+    for of in config.sources:
+        sources.append(_Source(config, of, tokenizer, sources))
     with ExitStack() as stack:
         session = _begin(sources, stack) if ranks.rank == 0 else ""
         session, were_there = json.loads(ranks.first(json.dumps([session, [s.name for s in sources if s.is_done]])))
         places = [source.work / session for source in sources if source.name not in were_there]
         ranks.check_same({str(place): "there" if _appears(place) else "not there" for place in places})
-        workers = max(1, (config.workers or cores()) // (1 if config.workers else ranks.on_this_host))
+        workers = max(1, (config.workers or cores()) // ranks.on_this_host)
+        marks = _marks(sources, were_there, session, workers, ranks) if config.drop_duplicates else {}
         manifests, died = dict[str, Manifest](), 0
         for source in sources:
             if source.name not in were_there:
-                died += _tokenize(source, session, workers, progress or (lambda done, total: None))
+                tell = progress or (lambda done, total: None)
+                died += _tokenize(source, session, marks.get(source.name), workers, tell, ranks)
             manifests[source.name] = read_manifest(source.folder)
     files = {source.name: _text_files(source.config) for source in sources}
     return PrepareReport(manifests, files, config.validation_fraction, frozenset(were_there), died)
@@ -133,7 +80,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks |
 class _Source:
     """A source with its files, its folder of shards and the folder of its records."""
 
-    def __init__(self, data: DataConfig, config: SourceConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, data: DataConfig, config: SourceConfig, tokenizer: Tokenizer, before: Sequence[_Source]) -> None:
         self.data, self.config, self.tokenizer, self.name = data, config, tokenizer, config.name
         self.listed = Report()  # what lies among the files and is no text
         self.folder = data.shards / config.name
@@ -145,16 +92,33 @@ class _Source:
         else:
             self.files = [] if config.dataset is not None else source_files(config, self.listed)
             self.made_from = _made_from(self)
-        key = json.dumps([WORK_FORMAT, self.made_from], sort_keys=True)
+            if data.drop_duplicates:
+                self.made_from["drop_duplicates"] = _looked_at([of for of in before if of.is_text])
+        sizes = pieces.SMALLEST, pieces.MOST, pieces.LARGEST
+        key = json.dumps([WORK_FORMAT, sizes, self.made_from], sort_keys=True)
         self.work = self.folder / f".work-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.is_done = (self.folder / MANIFEST).exists()
 
-    def task(self, session: str) -> Task:
-        pieces = divide(self.config, self.files)
+    @property
+    def is_text(self) -> bool:
+        return self.config.tokens is None
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return divide(self.config, self.files)
+
+    def task(self, session: str, marks: Marks | None) -> Task:
         limit = hashes_below(self.data.validation_fraction)
-        fingerprint = self.tokenizer.fingerprint
         return Task(
-            self.config, pieces, self.data.tokenizer, fingerprint, self.folder, self.work, self.work / session, limit
+            source=self.config,
+            pieces=self.pieces,
+            tokenizer=self.data.tokenizer,
+            fingerprint=self.tokenizer.fingerprint,
+            folder=self.folder,
+            work=self.work,
+            claims=self.work / session,
+            held_out_below=limit,
+            marks=marks,
         )
 
 
@@ -174,6 +138,8 @@ def _begin(sources: Sequence[_Source], stack: ExitStack) -> str:
             for leftover in [*source.folder.glob(f"*{UNFINISHED}"), *source.work.glob("session-*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             (source.work / session).mkdir(parents=True)
+    with _writing(sources[0].data.shards):
+        _remove_outdated(sources, [source.name for source in sources if source.is_done], session)
     return session
 
 
@@ -185,7 +151,9 @@ def _appears(place: Path) -> bool:
     return place.exists()
 
 
-def _tokenize(source: _Source, session: str, workers: int, progress: Progress) -> int:
+def _tokenize(
+    source: _Source, session: str, marks: Marks | None, workers: int, progress: Progress, ranks: Ranks
+) -> int:
     """Have the pieces of a source done and its manifest written, here or by another rank. Returns how many died."""
     total, done, died = _total_bytes(source.config, source.files), 0, 0
 
@@ -195,22 +163,24 @@ def _tokenize(source: _Source, session: str, workers: int, progress: Progress) -
         progress(done, total)
 
     with _writing(source.folder):
-        task = source.task(session) if source.config.tokens is None else None
+        task = source.task(session, marks) if source.is_text else None
+        claims = Claims(source.work / session)
         while not (source.folder / MANIFEST).exists():
             try:
-                died += work_on(task, workers, tell) if task is not None else 0
-                is_mine = claimed_to_finish(source.work / session)
+                died += work_on(task, workers, tell, ranks.look) if task is not None else 0
+                claim = claims.take("finish")
             except FileNotFoundError:  # another rank has finished, and removed the folder of the claims
-                if not (source.folder / MANIFEST).exists():
+                if not _appears(source.folder / MANIFEST):
                     raise
                 break
-            if is_mine:
-                with beating(finish_claim(source.work / session)):
+            if claim is not None:
+                with beating(claim):
                     manifest = _indexed(source, progress) if task is None else _finish(source, task)
                     with whole_file(source.folder / MANIFEST, contested=True) as file:
                         file.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
                 _remove_work(source.folder)
             else:
+                ranks.look()
                 time.sleep(0.1)
     return died
 
@@ -236,7 +206,7 @@ def _finish(source: _Source, task: Task) -> Manifest:
     for number, record in enumerate(records):
         lowest, differs = record.lowest_hash, record.held_out_below != limit
         if differs and lowest is not None and lowest < max(limit, record.held_out_below):
-            records[number] = write_piece(task, number, held_out_below=limit, max_bytes=record.max_bytes)
+            records[number] = _again(task, number, limit, record.max_bytes)
     manifest = Manifest(
         made_from=source.made_from,
         tokenizer=source.tokenizer.fingerprint,
@@ -264,10 +234,79 @@ def _cut(task: Task) -> list[Record]:
             raise MoeLmError(f"{task.folder}: what was done of piece {number} is gone; run prepare again")
         rest = None if most is None else most - text_bytes
         if rest is not None and record.text_bytes >= rest and record.max_bytes != rest:
-            record = write_piece(task, number, held_out_below=record.held_out_below, max_bytes=rest)
+            record = _again(task, number, record.held_out_below, rest)
         records.append(record)
         text_bytes += record.text_bytes
     return records
+
+
+def _again(task: Task, number: int, held_out_below: int, max_bytes: int | None) -> Record:
+    record = write_piece(task, number, held_out_below=held_out_below, max_bytes=max_bytes)
+    assert record is not None
+    return record
+
+
+def _marks(
+    sources: Sequence[_Source], done: Collection[str], session: str, workers: int, ranks: Ranks
+) -> dict[str, Marks]:
+    """The duplicates of each source of text up to the last that is not done, whose folder holds the work."""
+    jobs, last = _hashings(sources, done, session)
+    if last is None:
+        return {}
+    with _writing(last.folder):
+        try:
+            place, claims = last.work / DUPLICATES, last.work / session / "marks"
+            marks = duplicates.mark(list(jobs.values()), place, claims, workers, lambda done: None, ranks)
+        except FileNotFoundError:  # the other ranks have finished all of it
+            if not _appears(last.folder / MANIFEST):
+                raise
+            return {}
+    return dict(zip(jobs, marks, strict=True))
+
+
+def _hashings(
+    sources: Sequence[_Source], done: Collection[str], session: str
+) -> tuple[dict[str, Hashing], _Source | None]:
+    """The jobs that hash the documents of the sources by name, and the last source that is not done."""
+    texts = [source for source in sources if source.is_text]
+    missing = [number for number, source in enumerate(texts) if source.name not in done]
+    if not missing:
+        return {}, None
+    last = texts[missing[-1]]
+    jobs = {
+        source.name: Hashing(
+            source.config,
+            source.pieces,
+            last.work / DUPLICATES / source.name,
+            last.work / session / f"hash-{source.name}",
+        )
+        for source in texts[: missing[-1] + 1]
+    }
+    return jobs, last
+
+
+def _remove_outdated(sources: Sequence[_Source], done: Collection[str], session: str) -> None:
+    """Remove what was done from files that are others now, so that nobody else has to look at them again."""
+    jobs, last = _hashings(sources, done, session) if sources[0].data.drop_duplicates else ({}, None)
+    changed = any(not job.is_still_right(number) for job in jobs.values() for number in range(len(job)))
+    if changed and last is not None:  # what is a duplicate, then, is open again for all sources
+        shutil.rmtree(last.work / DUPLICATES)
+    for source in sources:
+        if source.is_text and source.name not in done:
+            task = source.task(session, None)
+            for number in range(len(task)):
+                if task.is_done(number) and (changed or read_record(task, number) is None):
+                    task.record_path(number).unlink()
+    if last is not None:
+        (last.work / DUPLICATES).mkdir(exist_ok=True)
+
+
+def _looked_at(before: Sequence[_Source]) -> str:
+    """What a source loses duplicates of, in a sentence that changes when that does."""
+    if not before:
+        return "within it"
+    digest = hashlib.sha256(json.dumps([of.made_from for of in before], sort_keys=True).encode()).hexdigest()
+    return f"within it and of {', '.join(of.name for of in before)} ({digest[:16]})"
 
 
 def _made_from(of: _Source) -> dict[str, Any]:
@@ -345,7 +384,7 @@ def _remove_work(folder: Path, keep: Path | None = None) -> None:
 
 
 def _remove_shards(folder: Path, keep: Collection[str]) -> None:
-    for pattern in ("train-?????.*", "validation-?????.*"):
+    for pattern in ("train-*.*", "validation-*.*"):
         for leftover in folder.glob(pattern):
             if leftover.name.partition(".")[0] not in keep or leftover.suffix == UNFINISHED:
                 leftover.unlink()

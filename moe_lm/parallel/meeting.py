@@ -122,7 +122,8 @@ class Meeting:
         heartbeat = self.heartbeat
         assert heartbeat is not None
         while not self._wait(lambda: notes.check([note]) or heartbeat.failure is not None, LISTEN_SECONDS):
-            if heartbeat.notes_are_gone or (self.topology.is_main and heartbeat.roll_call()):
+            is_lost = heartbeat.notes_are_gone or bool(self.topology.is_main and heartbeat.roll_call())
+            if is_lost and (heartbeat.notes_are_gone or not notes.check([note])):  # it may have come, and all have left
                 raise self._loss()
         if heartbeat.failure is not None:
             raise _as_error(heartbeat.failure)

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +61,18 @@ class Document:
 
 
 def read_documents(
-    source: SourceConfig, report: Report, piece: Piece | None = None, max_bytes: int | None = None
+    source: SourceConfig,
+    report: Report,
+    piece: Piece | None = None,
+    max_bytes: int | None = None,
+    duplicates: Collection[int] = (),
 ) -> Iterator[Document]:
     """The documents of a source in order, or those of a piece of it (pieces.py), up to `max_bytes` of text.
 
-    Without `max_bytes` they are those of the source. Raises UsageError when the whole source has no document.
+    Without `max_bytes` they are those of the source. The documents at the places of `duplicates` are left out, but
+    their text counts. Raises UsageError when the whole source has no document.
     """
-    before = report.documents
+    before, place = report.documents, 0
     most = source.max_bytes if max_bytes is None else max_bytes
     budget = report.text_bytes + most if most is not None else None
     for document, where in _candidates(source, report, piece):
@@ -75,9 +80,13 @@ def read_documents(
         if problem is not None:
             report.skip(problem, where)
             continue
-        report.documents += 1
         report.text_bytes += len(document.text.encode("utf-8"))
-        yield document
+        if place in duplicates:
+            report.skip("duplicate", where)
+        else:
+            report.documents += 1
+            yield document
+        place += 1
         if budget is not None and report.text_bytes >= budget:
             return
     if report.documents == before and piece is None:

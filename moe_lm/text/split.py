@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def held_out(document_id: str, validation_fraction: float) -> bool:
-    """Whether a document is held out, by its id and the fraction only; `held_out_below` sees to out at least one."""
+    """Whether a document is held out, by its id and the fraction only; `held_out_below` holds out at least one."""
     return document_hash(document_id) < hashes_below(validation_fraction)
 
 
