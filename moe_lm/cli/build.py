@@ -114,6 +114,8 @@ def prepare(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None)
         report = prepare(settings.data, tell, ranks)
     if ranks.rank == 0:
         print(report)
+    if ctx.obj is not None:
+        ctx.obj.part()
 
 
 def together(meeting: Meeting | None) -> Ranks:
@@ -122,18 +124,17 @@ def together(meeting: Meeting | None) -> Ranks:
 
     if meeting is None:
         return Ranks()
-    notes = meeting.assemble(SECONDS_TO_MEET)
+    meeting.assemble(SECONDS_TO_MEET)
 
     def first(mine: str) -> str:
-        if meeting.topology.is_main:
-            notes.set("prepare", mine)
-        return str(notes.get("prepare").decode())
+        return meeting.of_first("prepare", mine)
 
     def check_same(mine: dict[str, str]) -> None:
         if difference := meeting.differences(mine):
             raise UsageError(f"{difference}; data.shards must be a folder that all hosts share", common=True)
 
-    return Ranks(meeting.topology.rank, meeting.topology.ranks_on_this_host, first, check_same)
+    topology = meeting.topology
+    return Ranks(topology.rank, topology.ranks_on_this_host, first, check_same, meeting.raise_failure)
 
 
 @data_app.command("verify", cls=ConfigCommand)

@@ -128,6 +128,24 @@ class Meeting:
         if heartbeat.failure is not None:
             raise _as_error(heartbeat.failure)
 
+    def of_first(self, name: str, mine: str) -> str:
+        """What rank 0 has, on every rank. Raises MoeLmError for what a rank has failed with, or if one is lost."""
+        assert self._store is not None
+        if self.topology.is_main:
+            self._store.set(name, mine)
+        self._wait_for(self._store, name)
+        return str(self._store.get(name).decode())
+
+    def raise_failure(self) -> None:
+        """Raise MoeLmError if a rank has failed, or rank 0 has ended."""
+        heartbeat = self.heartbeat
+        if heartbeat is not None and heartbeat.failure is not None:
+            raise _as_error(heartbeat.failure)
+
+    def part(self) -> None:
+        """End well: rank 0 keeps the notes until the others have parted too, or have gone."""
+        self._linger()
+
     @contextmanager
     def lost_ranks_named(self) -> Iterator[None]:
         """Turn the back end's error about a lost rank into one sentence (MoeLmError), the same on every rank."""
