@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,7 +111,10 @@ def prepare(ctx: typer.Context, config: ConfigPath, overrides: Overrides = None)
     from moe_lm.data.prepare import prepare
 
     ranks = together(ctx.obj)
-    with copying("tokenizing", always=ranks.rank == 0) as tell:
+    with (
+        ctx.obj.lost_ranks_named() if ctx.obj is not None else nullcontext(),
+        copying("tokenizing", always=ranks.rank == 0) as tell,
+    ):
         report = prepare(settings.data, tell, ranks)
     if ranks.rank == 0:
         print(report)

@@ -12,27 +12,25 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from moe_lm.common import storage
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import whole_file
 from moe_lm.common.integrity import XXH3, Hashed
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.section import Section
+from moe_lm.data.crew import Tell
+from moe_lm.data.duplicates import Marks
 from moe_lm.data.shards import INDEX_DTYPE, Shard, Split, token_dtype
 from moe_lm.text.files import Piece, Report
+from moe_lm.text.pieces import check_unchanged, stamps_of
 from moe_lm.text.sources import Document, read_documents
 from moe_lm.text.split import document_hash
 from moe_lm.tokenizer.tokenizer import Tokenizer
 from moe_lm.tokenizer.words import Words
-
-if TYPE_CHECKING:
-    from moe_lm.data.crew import Tell
-    from moe_lm.data.duplicates import Marks
 
 BATCH_CHARS = 1 << 20  # of text that are tokenized together
 
@@ -188,31 +186,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 class _TakenOverError(Exception):
     """Another process writes the piece, or has written it."""
-
-
-def check_unchanged(piece: Piece, before: dict[str, tuple[int, int]]) -> None:
-    """Raise MoeLmError for a file that is not as it was."""
-    if stamps_of(piece) != before:
-        raise MoeLmError(f"{_names(piece)} changed while prepare was reading it; run prepare again when it is whole")
-
-
-def stamps_of(piece: Piece) -> dict[str, tuple[int, int]]:
-    """Size and time of change of the files of a piece that are here. Raises MoeLmError for one that is gone."""
-    stamps = {}
-    for part in piece:
-        if part.path != Path() and not storage.is_remote(part.path):
-            try:
-                status = part.path.stat()
-            except OSError as error:
-                raise MoeLmError(
-                    f"cannot read {part.path}: {error.strerror}; it was there when prepare began"
-                ) from error
-            stamps[part.name] = status.st_size, status.st_mtime_ns
-    return stamps
-
-
-def _names(piece: Piece) -> str:
-    return str(piece[0].path) if len(piece) == 1 else f"one of {piece[0].path} to {piece[-1].path}"
 
 
 @cache

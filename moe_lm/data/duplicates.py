@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from moe_lm.common.files import whole_file
 from moe_lm.config.data import SourceConfig
 from moe_lm.config.section import Section
-from moe_lm.data.chunks import check_unchanged, stamps_of
 from moe_lm.data.crew import Ranks, Tell, work_on
 from moe_lm.text.files import Piece, Report
+from moe_lm.text.pieces import check_unchanged, stamps_of
 from moe_lm.text.sources import read_documents
 
 PART_DOCUMENTS = 1 << 24  # hashes that a process looks through at once, in about 1.5 GB of memory

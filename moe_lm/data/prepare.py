@@ -64,7 +64,8 @@ def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks |
         session = _begin(sources, stack) if ranks.rank == 0 else ""
         session, were_there = json.loads(ranks.first(json.dumps([session, [s.name for s in sources if s.is_done]])))
         places = [source.work / session for source in sources if source.name not in were_there]
-        ranks.check_same({str(place): "there" if _appears(place) else "not there" for place in places})
+        are_there = all(_appears(place) for place in places)
+        ranks.check_same({"the folders of rank 0 in data.shards": "there" if are_there else "not there"})
         workers = max(1, (config.workers or cores()) // ranks.on_this_host)
         marks = _marks(sources, were_there, session, workers, ranks) if config.drop_duplicates else {}
         manifests, died = dict[str, Manifest](), 0

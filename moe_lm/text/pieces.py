@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_lm.common import storage
+from moe_lm.common.errors import MoeLmError
 from moe_lm.config.data import SourceConfig
 from moe_lm.text.files import COMPRESSED_SUFFIXES, MAX_LINE_BYTES, UNREADABLE, Part, Piece, kind_of, open_decompressed
 from moe_lm.text.sources import shards_of_dataset, text_piece_bytes
@@ -117,3 +118,28 @@ def _end_of_document(file: BinaryIO, start: int, piece_bytes: int) -> int | None
             break
         line = b""
     return stop
+
+
+def check_unchanged(piece: Piece, before: dict[str, tuple[int, int]]) -> None:
+    """Raise MoeLmError for a file that is not as it was."""
+    if stamps_of(piece) != before:
+        raise MoeLmError(f"{_names(piece)} changed while prepare was reading it; run prepare again when it is whole")
+
+
+def stamps_of(piece: Piece) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the files of a piece that are here. Raises MoeLmError for one that is gone."""
+    stamps = {}
+    for part in piece:
+        if part.path != Path() and not storage.is_remote(part.path):
+            try:
+                status = part.path.stat()
+            except OSError as error:
+                raise MoeLmError(
+                    f"cannot read {part.path}: {error.strerror}; it was there when prepare began"
+                ) from error
+            stamps[part.name] = status.st_size, status.st_mtime_ns
+    return stamps
+
+
+def _names(piece: Piece) -> str:
+    return str(piece[0].path) if len(piece) == 1 else f"one of {piece[0].path} to {piece[-1].path}"
