@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_lm.common.errors import UsageError
 from moe_lm.config.data import Phase
+from moe_lm.data.advice import again
 from moe_lm.data.marks import Marks
 from moe_lm.data.order import Items, Mixture, in_exact_epochs
 from moe_lm.data.shards import TokenShards
@@ -349,6 +350,11 @@ def pack(input_ids: NDArray[Any], targets: NDArray[Any], bounds: NDArray[Any]) -
 
 def _num_windows(shards: TokenShards, sequence_length: int) -> int:
     windows = (shards.num_tokens - 1) // sequence_length
+    if windows < 1 and shards.left_out is not None:
+        raise UsageError(
+            f"{shards.folder} has {shards.num_tokens} {shards.split} tokens left, sequence_length={sequence_length} "
+            f"needs at least {sequence_length + 1}: {shards.left_out}; {again(shards.folder)}, or take the source out"
+        )
     if windows < 1:
         raise UsageError(
             f"{shards.folder} has {shards.num_tokens} {shards.split} tokens, sequence_length={sequence_length} needs "

@@ -23,7 +23,7 @@ from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.common.process import cores
 from moe_lm.config.data import DataConfig, SourceConfig
-from moe_lm.data import duplicates, foreign
+from moe_lm.data import advice, duplicates, foreign
 from moe_lm.data.chunks import Record, Task, joined, read_record, write_piece
 from moe_lm.data.crew import Claims, Ranks, beating, work_on
 from moe_lm.data.duplicates import Hashing, Marks
@@ -52,8 +52,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks |
     if storage.is_remote(config.shards):
         url = storage.text_of(config.shards)
         raise UsageError(
-            f"data.shards={url} is in a store, and shards are written to a disk; prepare with data.shards=shards, then "
-            f"copy that folder there, as with: aws s3 sync shards {url}"
+            f"data.shards={url} is in a store, and shards are written to a disk; {advice.into_store(config.shards)}"
         )
     ranks = ranks or Ranks()
     tokenizer = Tokenizer.load(config.tokenizer)

@@ -30,6 +30,7 @@ from moe_lm.common.files import read_regular
 from moe_lm.common.integrity import KINDS, SHA256, XXH3
 from moe_lm.config.data import OnDamage
 from moe_lm.config.section import Section
+from moe_lm.data.advice import again, no_shards
 from moe_lm.data.cache import ShardCache, token_file
 from moe_lm.data.marks import Marks
 from moe_lm.data.stream import CHUNK_TOKENS, TokenFile, TokenStream
@@ -41,7 +42,6 @@ MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<i8")
 MAX_MANIFEST_BYTES = 1 << 28  # of a million shards
 VERIFIERS = len(os.sched_getaffinity(0))  # threads that verify shards side by side
-AGAIN = "delete its folder and run moe-lm prepare"
 Split = Literal["train", "validation"]
 
 
@@ -163,15 +163,13 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UsageError when it is missing or damaged."""
     path = folder / MANIFEST
     if not is_prepared(folder):
-        raise UsageError(f"there are no shards in {storage.text_of(folder)} yet; run moe-lm prepare with its config")
+        raise UsageError(no_shards(folder, MANIFEST))
     try:
         return Manifest.model_validate_json(manifest_bytes(folder))
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "JSON"
-        raise UsageError(
-            f"{path} is damaged: {field}: {problem['msg']}; delete {folder} and run moe-lm prepare"
-        ) from error
+        raise UsageError(f"{storage.text_of(path)} is damaged: {field}: {problem['msg']}; {again(folder)}") from error
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ class TokenShards:
         if damage is None:
             damage = damages(folder, split, tokenizer, verify, manifest=manifest) if sizes or verify else {}
         if damage and on_damage == "stop":
-            raise UsageError(f"{next(iter(damage.values()))}; {AGAIN}, or set data.on_damage=leave_out")
+            raise UsageError(f"{next(iter(damage.values()))}; {again(folder)}, or set data.on_damage=leave_out")
         sound, dtype = tuple(shard for shard in shards if shard.name not in damage), np.dtype(manifest.dtype)
         return cls(
             folder=folder,

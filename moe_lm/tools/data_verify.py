@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
+from moe_lm.common import storage
+from moe_lm.common.errors import MoeLmError, UsageError
+from moe_lm.common.storage import StorageError
 from moe_lm.config.run import PretrainConfig
-from moe_lm.data.shards import read_manifest
+from moe_lm.data.shards import MANIFEST, Manifest, read_manifest
 from moe_lm.parallel import process_group
 from moe_lm.parallel.meeting import Meeting
 from moe_lm.parallel.process_group import Ranks
@@ -23,7 +27,7 @@ def run(
     """What was looked at, and what is wrong with its shards, by name: source by source and split by split.
 
     Each rank reads an equal share of the shards and learns what all have found. `progress` is told of the tokens that
-    this rank has read, and of how many it will. Raises UsageError for a folder without a sound manifest.
+    this rank has read, and of how many it will. A source whose manifest is missing or damaged comes first, as damaged.
     """
     meeting = meeting or Meeting(current_topology())
     tokenizer, timeout = load_tokenizer(config), config.parallel.timeout_seconds
@@ -37,19 +41,37 @@ def run(
 def _by_split(
     config: PretrainConfig, tokenizer: Tokenizer, ranks: Ranks, progress: Callable[[int, int | None], object]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    folders, done = [config.data.shards / source.name for source in config.data.sources], 0
-    manifests = [read_manifest(folder) for folder in folders]
-    share = slice(ranks.rank, None, ranks.size)
-    total = sum(shard.tokens for item in manifests for split in SPLITS for shard in item.shards(split)[share])
+    manifests: dict[Path, Manifest] = {}
+
+    def read_manifests() -> dict[Path, str]:
+        unread = {}
+        for folder in (config.data.shards / source.name for source in config.data.sources):
+            try:
+                manifests[folder] = read_manifest(folder)
+            except StorageError:
+                raise
+            except UsageError as error:
+                unread[folder] = str(error)
+        return unread
+
+    damaged: dict[Path, str] = {}
+    for found in ranks.each(read_manifests, (MoeLmError,)):
+        damaged |= found  # a source that one rank cannot read, no rank does
+    for folder, sentence in damaged.items():
+        manifests.pop(folder, None)
+        yield storage.text_of(folder), {MANIFEST: sentence}
+    share, done = slice(ranks.rank, None, ranks.size), 0
+    total = sum(shard.tokens for item in manifests.values() for split in SPLITS for shard in item.shards(split)[share])
 
     def read(tokens: int) -> None:
         nonlocal done
         done += tokens
         progress(done, total)
 
-    for folder, manifest in zip(folders, manifests, strict=True):
+    for folder, manifest in manifests.items():
         for split in SPLITS:
             if shards := manifest.shards(split):
                 damage = damages_by_shares(folder, split, tokenizer, ranks, read)
                 tokens = sum(shard.tokens for shard in shards)
-                yield f"{folder}: {len(shards)} {split} shards, {tokens:,} tokens", damage
+                number = f"{len(shards)} {split} shard{'s' * (len(shards) != 1)}"
+                yield f"{storage.text_of(folder)}: {number}, {tokens:,} tokens", damage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.config.data import Phase
 from moe_lm.data.batches import IGNORE, Batch, EvaluationBatches, PackedBatches
 from moe_lm.data.marks import Marks
-from moe_lm.data.shards import TokenShards
+from moe_lm.data.shards import LeftOut, TokenShards
 from moe_lm.data.stream import TokenStream
 from moe_lm.objective.training_loss import num_targets
 from tests.tiny import positions_of
@@ -271,3 +272,13 @@ def test_an_empty_split_has_no_evaluation_batches() -> None:
 def test_a_source_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(UsageError, match="8 train tokens, sequence_length=8 needs at least 9"):
         train([numbered(8)])
+
+
+def test_a_source_of_which_too_little_is_left_names_the_shards_that_are_lost(tmp_path: Path) -> None:
+    lost = LeftOut(tmp_path, "train", {"train-00000": "shard train-00000.bin is missing"}, 90, 2, 98)
+    with pytest.raises(UsageError) as raised:
+        train([replace(numbered(8), folder=tmp_path, left_out=lost)])
+    assert str(raised.value) == (
+        f"{tmp_path} has 8 train tokens left, sequence_length=8 needs at least 9: {lost}; delete {tmp_path} and run "
+        "moe-lm prepare, or take the source out"
+    )

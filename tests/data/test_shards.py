@@ -73,7 +73,7 @@ def test_a_shard_that_was_altered_is_refused_by_name(
     data = bytearray((folder / name).read_bytes())
     edit(data)
     (folder / name).write_bytes(data)
-    with pytest.raises(UsageError, match=f"shard .*{name} {message}.*delete its folder and run moe-lm prepare"):
+    with pytest.raises(UsageError, match=f"shard .*{name} {message}.*delete {folder} and run moe-lm prepare"):
         TokenShards.open(folder, "train", verify=True)
 
 

@@ -37,6 +37,28 @@ def test_sound_shards_and_damaged_ones(tiny_pretrain: Path, shards: Path, moe_lm
     assert f"shard {shards / 'text' / 'validation-00000.index'} is missing" in done.out
 
 
+def test_a_source_without_a_sound_manifest_is_damaged_and_the_others_are_verified(
+    tiny_pretrain: Path, shards: Path, moe_lm: MoeLm
+) -> None:
+    for name in ("cut", "lost"):
+        shutil.copytree(shards / "text", shards / name)
+    manifest = (shards / "cut" / "manifest.json").read_bytes()
+    (shards / "cut" / "manifest.json").write_bytes(manifest[: len(manifest) // 2])
+    (shards / "lost" / "manifest.json").unlink()
+    sources = ", ".join(f"{{name: {name}, path: {name}.txt}}" for name in ("cut", "text", "lost"))
+    done = moe_lm("data", "verify", tiny_pretrain, f"data.shards={shards}", f"data.sources=[{sources}]")
+    cut, cut_why, lost, lost_why, train, validation = done.out.splitlines()
+    assert done.code == 1
+    assert (cut, lost) == (f"{shards}/cut: damaged: 1", f"{shards}/lost: damaged: 1")
+    assert cut_why.startswith(f"{shards}/cut/manifest.json is damaged: JSON: ")
+    assert lost_why == (
+        f"{shards}/lost/manifest.json is missing beside the token files; bring it back, or delete {shards}/lost and "
+        "run moe-lm prepare"
+    )
+    assert train.startswith(f"{shards}/text: 1 train shard, ")
+    assert (train.endswith("sound"), validation.endswith("sound")) == (True, True)
+
+
 def test_a_token_outside_the_vocabulary_is_found_too(tiny_pretrain: Path, shards: Path, moe_lm: MoeLm) -> None:
     """Its checksum fits: whoever wrote the shard wrote the token."""
     file = shards / "text" / "train-00000.bin"

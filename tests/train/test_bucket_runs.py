@@ -18,6 +18,7 @@ from moe_lm.common.errors import UsageError
 from moe_lm.common.exits import FAILED, MISUSED
 from moe_lm.config.reading import load_config
 from moe_lm.config.run import PretrainConfig
+from moe_lm.data.advice import into_store
 from moe_lm.parallel.topology import Topology
 from moe_lm.train import pretrain
 from moe_lm.train.summary import data_lines
@@ -255,7 +256,23 @@ def test_a_shard_that_is_cut_in_its_store_and_one_to_be_written_there_are_refuse
     assert done.code == MISUSED
     assert f"{damaged.name.rpartition('/')[2]} has {damaged.size - 2} bytes, expected {damaged.size}" in done.err
     done = moe_lm("prepare", tiny_pretrain, f"data.shards={shards}")
-    assert (done.code, f"aws s3 sync shards {shards}" in done.err) == (MISUSED, True)
+    said = "give a folder as data.shards, since what is in memory:// ends with its process"
+    assert (done.code, said in done.err, done.err.count("\n")) == (MISUSED, True, 1)
+    done = moe_lm("pretrain", tiny_pretrain, *SHORT, "data.shards=memory://nothing", f"run_dir={tmp_path}/other")
+    assert (done.code, f"there are no shards in memory://nothing/text yet; {said}" in done.err) == (MISUSED, True)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://bucket/shards", ", as with: aws s3 sync shards s3://bucket/shards"),
+        ("gs://bucket/shards", ", as with: gcloud storage rsync --recursive shards gs://bucket/shards"),
+        ("file:///mnt/shards", ", as with: cp -r shards/. /mnt/shards"),
+        ("hf://datasets/me/mine", ""),
+    ],
+)
+def test_shards_are_copied_into_a_store_with_its_own_command(place: str, said: str) -> None:
+    assert into_store(Path(place)) == f"prepare with data.shards=shards, then copy that folder there{said}"
 
 
 def test_a_tokenizer_that_is_lost_with_the_machine_is_in_the_bucket(tiny_pretrain: Path, tmp_path: Path) -> None:
