@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def _numpy(path: Path) -> Located:
             version = npy.read_magic(file)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, _, dtype = read(file)
-        except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError) as error:
+        except (ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError, MemoryError) as error:
             raise UsageError(f"{path} begins as NumPy's .npy, and its header is damaged: {error}") from error
         offset = file.tell()
     if len(shape) != 1:
