@@ -20,7 +20,7 @@ from moe_lm.parallel.process_group import Ranks
 from moe_lm.parallel.watch import Watchdog
 
 POLL_SECONDS = 1.0  # between looks at what other ranks have uploaded
-MOST_POLL_SECONDS = 32.0  # when nothing has come of looks, each of which waits twice as long as the one before
+MOST_POLL_SECONDS = 8.0  # when nothing has come of looks, each of which waits twice as long as the one before
 PATIENCE_SECONDS = 600.0  # for their files, when this rank's are there
 LAST_ATTEMPTS = 3  # at the end of a run
 TELL_SECONDS = 15.0
