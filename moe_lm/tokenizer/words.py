@@ -23,6 +23,8 @@ from moe_lm.tokenizer.tokenizer import Tokenizer, split_text
 from moe_lm.tokenizer.training import PRE_TOKENS
 
 MOST_WORDS = 1 << 18  # in the table, which is emptied then
+MOST_CHARACTERS = 1 << 24  # of these words, the same
+PLAIN_BATCHES = 31  # after one that gained nothing, so that looking for words costs such text a few percent at most
 NEW_IN = 4  # of so many words one may be new: beyond that the table costs more than it saves
 # Letters, digits, punctuation and spaces that all versions of Unicode in use see alike: Latin, Cyrillic, Chinese and
 # Japanese without the long s (an s to some when case is ignored) and rare spaces.
@@ -52,6 +54,8 @@ class Words:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(dtype)
         self._known: dict[str, bytes] = {}
+        self._characters = 0  # of the words in the table
+        self._plain_batches = 0  # that are still to be encoded without it
         self._by_table = _pattern_and_model(tokenizer)
         if self._by_table is not None and not self._agrees_on_every_character():
             self._by_table = None
@@ -63,16 +67,20 @@ class Words:
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, none of them special. Raises UsageError as `Tokenizer.encode_batch`."""
-        if self._by_table is None:
+        self._plain_batches -= 1
+        if self._by_table is None or self._plain_batches >= 0:
             return self._plainly(texts)
         pattern, model = self._by_table
         words = [None if UNSURE.search(text) else _divided(pattern, text) for text in texts]
-        if len(self._known) > MOST_WORDS:
+        if len(self._known) > MOST_WORDS or self._characters > MOST_CHARACTERS:
             self._known.clear()
+            self._characters = 0
         divided = [found for found in words if found is not None]
         new = list(set[str]().union(*divided).difference(self._known))
         if NEW_IN * len(new) > sum(map(len, divided)):  # as in Chinese, whose words here are half sentences
+            self._plain_batches = PLAIN_BATCHES
             return self._plainly(texts)
+        self._characters += sum(map(len, new))
         encoded = model.encode_batch_fast(new, add_special_tokens=False)
         known = self._known
         known.update((word, self._bytes(encoding.ids)) for word, encoding in zip(new, encoded, strict=True))

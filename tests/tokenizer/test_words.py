@@ -54,6 +54,20 @@ def test_spaces_marks_and_letters_in_any_order_are_divided_as_the_tokenizer_does
     assert ids(words.encode([text])) == tiny_tokenizer.encode_batch([text])
 
 
+def test_text_that_gains_nothing_is_not_divided_for_a_while(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, divided = Words(tiny_tokenizer, "<u2"), []
+    divide = module._divided
+    monkeypatch.setattr(module, "NEW_IN", 4)
+    monkeypatch.setattr(module, "PLAIN_BATCHES", 3)
+    monkeypatch.setattr(module, "_divided", lambda pattern, text: (divided.append(text), divide(pattern, text))[1])
+    texts = ["\u6771\u4eac\u30bf\u30ef\u30fc " + chr(0x4E00 + number) for number in range(6)]
+    for text in texts:
+        assert ids(words.encode([text])) == tiny_tokenizer.encode_batch([text])
+    assert divided == [texts[0], texts[4]]
+
+
 def test_a_table_that_is_full_begins_anew(
     words: Words, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
