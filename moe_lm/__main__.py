@@ -4,7 +4,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 from moe_lm.common.signals import ended_at_once, ended_by_exception
-from moe_lm.common.verbs import GO_ON, OF_MANY_RANKS, verb_of
+from moe_lm.common.verbs import GO_ON, LAUNCHED, OF_MANY_RANKS, verb_of
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def run(signals: AbstractContextManager[None]) -> None:
             from moe_lm.parallel.launch import heed_launcher
 
             heed_launcher()
-            if verb_of(sys.argv[1:]) in OF_MANY_RANKS:
-                prepare()  # before anything imports torch
+            if (verb := verb_of(sys.argv[1:])) in LAUNCHED:
+                prepare(bound=verb in OF_MANY_RANKS)  # before anything imports torch
             from moe_lm.cli import main as cli  # only now: this takes long enough for a signal to come
 
             cli.main()

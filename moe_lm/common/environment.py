@@ -104,15 +104,15 @@ AGENT_VARIABLES = (
 )
 
 
-def prepare() -> None:
-    """Set what is not set yet, raise the limit of open files, and bind a launcher's rank to its cores.
+def prepare(bound: bool = True) -> None:
+    """Set what is not set yet, raise the limit of open files, and have a launcher's rank `bound` to its cores.
 
     Call it before torch is imported.
     """
     open_files()
     machine = Machine(cores(), ranks_here())
     put(VARIABLES, machine)
-    if machine.ranks > 1 and (own := near(local_rank(), machine.ranks)):
+    if bound and machine.ranks > 1 and (own := near(local_rank(), machine.ranks)):
         os.sched_setaffinity(0, own)
 
 

@@ -105,10 +105,11 @@ def write_piece(
     held_out_below: int | None = None,
     max_bytes: int | None = None,
     is_mine: Callable[[], bool] = lambda: True,
+    name: int | None = None,
 ) -> Record | None:
     """Write the shards of a piece and its record; None and nothing is left if it `is_mine` no more in the end.
 
-    Raises MoeLmError for a file that changed meanwhile.
+    `name` is the number in the names of the shards, if it is another. Raises MoeLmError for a file that changed.
     """
     piece, report = task.pieces[number], Report()
     limit = task.held_out_below if held_out_below is None else held_out_below
@@ -118,8 +119,9 @@ def write_piece(
     bos, eos = (np.array(id_, dtype).tobytes() for id_ in (tokenizer.bos_id, tokenizer.eos_id))
     before, lowest, shards = stamps_of(piece), None, dict[str, Shard | None]()
     duplicates = task.marks.of(number) if task.marks is not None else frozenset[int]()
+    name = number if name is None else name
     with suppress(_TakenOverError), ExitStack() as stack:
-        writers = {split: _Writer(task.folder, split, number, dtype, stack) for split in ("train", "validation")}
+        writers = {split: _Writer(task.folder, split, name, dtype, stack) for split in ("train", "validation")}
         for batch in _batches(read_documents(task.source, report, piece, max_bytes, duplicates)):
             done = 0
             for document, ids in zip(batch, words.encode([document.text for document in batch]), strict=True):

@@ -152,6 +152,10 @@ class Claims:
         """Whether nobody has taken over from the one with this claim, and the work still goes on."""
         return claim.exists() and not claim.with_suffix(f".{int(claim.suffix[1:]) + 1}").exists()
 
+    def was_taken_over(self, name: str) -> bool:
+        """Whether the first that claimed this gave no sign of life for long."""
+        return (self._folder / f"{name}.1").exists()
+
     def release(self, process: int) -> None:
         """Remove the claims of a process of this host that died."""
         for claim in self._folder.glob("*.*"):

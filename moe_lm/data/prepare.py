@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.common import storage
+from moe_lm.common.environment import Machine
 from moe_lm.common.errors import MoeLmError, UsageError
 from moe_lm.common.files import UNFINISHED, try_lock, whole_file
 from moe_lm.common.process import cores
@@ -37,6 +38,7 @@ from moe_lm.text.split import hashes_below, held_out_below
 from moe_lm.tokenizer.tokenizer import Tokenizer
 
 WORK_FORMAT = 3  # of records and pieces: other work is not gone on with
+AGAIN = 10_000_000  # added to the number of a piece for the names of its shards
 SECONDS_TO_APPEAR = 10.0  # for a folder on the network
 DUPLICATES = "duplicates"  # the folder of hashes and marks in that of records
 
@@ -65,7 +67,8 @@ def prepare(config: DataConfig, progress: Progress | None = None, ranks: Ranks |
         places = [source.work / session for source in sources if source.name not in were_there]
         are_there = all(_appears(place) for place in places)
         ranks.check_same({"the folders of rank 0 in data.shards": "there" if are_there else "not there"})
-        workers = max(1, (config.workers or cores()) // ranks.on_this_host)
+        every = Machine(cores(), ranks.on_this_host).cores_of_rank
+        workers = max(1, config.workers // ranks.on_this_host) if config.workers else every
         marks = _marks(sources, were_there, session, workers, ranks) if config.drop_duplicates else {}
         manifests, died = dict[str, Manifest](), 0
         for source in sources:
@@ -241,7 +244,9 @@ def _cut(task: Task) -> list[Record]:
 
 
 def _again(task: Task, number: int, held_out_below: int, max_bytes: int | None) -> Record:
-    record = write_piece(task, number, held_out_below=held_out_below, max_bytes=max_bytes)
+    # One that stalled until its piece was taken over may still write that as it was: then the names are others here.
+    name = number + AGAIN if Claims(task.claims).was_taken_over(f"{number:05d}") else number
+    record = write_piece(task, number, held_out_below=held_out_below, max_bytes=max_bytes, name=name)
     assert record is not None
     return record
 

@@ -179,6 +179,8 @@ class Meeting:
         heartbeat, lost = self.heartbeat, f"lost {self.topology.named([0])}, which has ended or does not answer; see "
         if heartbeat is None:
             return self.unreachable(f"{lost}what it said, then {GO_ON}")
+        if heartbeat.failure is not None:  # whoever failed has seen that this rank knows, and has ended
+            return _as_error(heartbeat.failure)
         with suppress(dist.DistError):
             if not self.is_first("loss"):
                 wait_until(lambda: heartbeat.failure is not None or heartbeat.notes_are_gone, LISTEN_SECONDS + 2)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_lm.config.data import DataConfig
+from moe_lm.data import crew
+from moe_lm.data import prepare as module
+from moe_lm.data.chunks import Task, write_piece
+from moe_lm.data.prepare import prepare
+from moe_lm.data.shards import TokenShards, read_index, read_manifest
+from moe_lm.text import pieces
+
+TOKENIZER = Path(__file__).parents[2] / "tokenizer" / "tiny"
+
+
+def test_what_is_cut_in_the_end_is_not_overwritten_by_one_that_had_stalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked at its claim before another took the piece over, and renames its files only when all is finished."""
+
+    def cut(shards: Path) -> DataConfig:
+        source = {"name": "corpus", "path": str(tmp_path / "rows.jsonl"), "max_bytes": 12_000}
+        values = {"sources": [source], "tokenizer": TOKENIZER, "shards": shards, "workers": 1}
+        return DataConfig.model_validate(values | {"validation_fraction": 0.1})
+
+    monkeypatch.setattr(pieces, "SMALLEST", 4000)
+    rows = [{"text": f"Row {number}: " + "the quick brown fox " * (number % 7)} for number in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    prepare(cut(tmp_path / "undisturbed"))
+    (last,) = {shard.name[-5:] for shard in read_manifest(tmp_path / "undisturbed" / "corpus").train[-1:]}
+    remove_shards, tasks = module._remove_shards, list[Task]()
+
+    def work_on(task: Task, *arguments: Any) -> int:
+        died = crew.work_on(task, *arguments)
+        (task.claims / f"{last}.1").touch()
+        tasks.append(task)
+        return died
+
+    def come_back(folder: Path, keep: Collection[str]) -> None:
+        remove_shards(folder, keep)
+        if tasks:
+            write_piece(tasks[0], int(last))
+
+    monkeypatch.setattr(module, "work_on", work_on)
+    monkeypatch.setattr(module, "_remove_shards", come_back)
+    prepare(cut(tmp_path / "stalled"))
+    for split in ("train", "validation"):
+        undisturbed, stalled = (
+            TokenShards.open(tmp_path / name / "corpus", split, verify=True) for name in ("undisturbed", "stalled")
+        )
+        assert np.array_equal(undisturbed.tokens(0, undisturbed.num_tokens), stalled.tokens(0, stalled.num_tokens))
+        assert np.array_equal(*(read_index(shards.folder, shards.shards) for shards in (undisturbed, stalled)))
