@@ -183,9 +183,9 @@ def damages(folder: Path, part: str = "", share: slice = slice(None)) -> list[st
     names = _names_in(manifest, part)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda name: _damage_in(folder, name, manifest[name]), names[share]))
-    for subfolder, pattern in ((MODEL, "*.safetensors"), (OPTIMIZER, "*.safetensors"), (TOKENIZER, "*")):
+    for subfolder in (MODEL, OPTIMIZER, TOKENIZER):
         if part in ("", subfolder):
-            paths = (path for path in (folder / subfolder).rglob(pattern) if path.is_symlink() or not path.is_dir())
+            paths = (path for path in (folder / subfolder).rglob("*") if path.is_symlink() or not path.is_dir())
             present = {path.relative_to(folder).as_posix() for path in paths}
             found += [f"{name} is not in the manifest" for name in sorted(present.difference(manifest))]
     return [damage for damage in found if damage is not None]

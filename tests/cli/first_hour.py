@@ -51,7 +51,7 @@ INPUTS = [
     sample runs/all/pretrain -p x --beams 2 --temperature 1 | --temperature 1.0 has no meaning with --beams
     import Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B is no folder here, and the hub cannot be reached
     prepare x.yaml data.tokenizer=Qwen/Qwen3-0.6B | the hub cannot be reached | hf download Qwen/Qwen3-0.6B
-    prepare x.yaml "data.sources=[{name: a, path: s3://b/c}]" data.tokenizer=TINY | not s3://b/c; copy it here
+    prepare x.yaml "data.sources=[{name: a, path: memory://b/c}]" data.tokenizer=TINY | memory://b/c
     export runs/all/pretrain out --push mine | --push mine is not a name of the hub; give OWNER/NAME
     pretrain x.yaml --gpus all | --gpus all: there is no GPU here | --processes 2
     pretrain x.yaml --gpus 8 --processes 8 | both say how many; give one of them
