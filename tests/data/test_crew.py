@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_lm.common.errors import MoeLmError
 from moe_lm.config.data import DataConfig
 from moe_lm.data import crew
 from moe_lm.data import prepare as module
@@ -57,3 +58,41 @@ def test_what_is_cut_in_the_end_is_not_overwritten_by_one_that_had_stalled(
         )
         assert np.array_equal(undisturbed.tokens(0, undisturbed.num_tokens), stalled.tokens(0, stalled.num_tokens))
         assert np.array_equal(*(read_index(shards.folder, shards.shards) for shards in (undisturbed, stalled)))
+
+
+class Waited:
+    """A job of one piece that another process has claimed and does not end."""
+
+    max_bytes = None
+
+    def __init__(self, claims: Path) -> None:
+        self.claims = claims
+
+    def __len__(self) -> int:
+        return 1
+
+    def is_done(self, number: int) -> bool:
+        return False
+
+    def text_bytes(self, number: int) -> int:
+        return 0
+
+    def do(self, number: int, tell: crew.Tell, is_mine: Callable[[], bool]) -> None:
+        raise AssertionError("it is another's")
+
+
+def test_a_piece_whose_work_failed_is_free_again(tmp_path: Path) -> None:
+    claim = crew.Claims(tmp_path).take("00000")
+    assert claim is not None
+    with pytest.raises(OSError, match="disk"), crew.beating(claim):
+        raise OSError("disk")
+    assert crew.Claims(tmp_path).take("00000") == claim
+
+
+def test_what_another_rank_failed_with_ends_the_waiting_for_its_piece(tmp_path: Path) -> None:
+    def look() -> None:
+        raise MoeLmError("rank 1: the disk is full")
+
+    assert crew.Claims(tmp_path).take("00000") is not None
+    with pytest.raises(MoeLmError, match="the disk is full"):
+        crew.work_on(Waited(tmp_path), 1, lambda done: None, look)
