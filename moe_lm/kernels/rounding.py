@@ -76,7 +76,8 @@ def narrow_trained(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor
         weight = module._parameters[name]
         assert weight is not None
         if weight.requires_grad and weight.dtype != dtype and weight is not model.model.embed_tokens.weight:
-            before[names[weight]] = weight.data.cpu()  # a device has no room for both when an optimizer comes besides
+            if not weight.is_meta:  # on the host: a device has no room for both when an optimizer comes besides
+                before[names[weight]] = weight.data.cpu()
             weight.data = weight.data.to(dtype)
             weight.grad_dtype = torch.float32
     return before
