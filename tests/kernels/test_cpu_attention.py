@@ -57,7 +57,8 @@ def assert_near_the_reference(lengths: list[int], heads: int, kv_heads: int, siz
     ours, theirs = (run(kernel, (q, k, v), lengths, size**-0.5, grad) for kernel in (cpp, attention.segments))
     for mine, other, wanted in zip(ours, theirs, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0.03, atol=0.03)
-        assert (mine - wanted).norm() <= 1.1 * (other - wanted).norm() + 1e-3 * wanted.norm()
+        # A document of one token has no gradient of q and k; what each kernel leaves of it is the rounding of float32.
+        assert (mine - wanted).norm() <= 1.1 * (other - wanted).norm() + 1e-3 * wanted.norm() + 1e-5
 
 
 @pytest.mark.usefixtures("served")
