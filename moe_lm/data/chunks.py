@@ -21,12 +21,11 @@ from pydantic import ValidationError
 from moe_lm.common.errors import MoeLmError
 from moe_lm.common.files import whole_file
 from moe_lm.common.integrity import XXH3, Hashed
-from moe_lm.config.data import SourceConfig
 from moe_lm.config.section import Section
-from moe_lm.data.crew import Tell
+from moe_lm.data.crew import PiecesJob, Tell
 from moe_lm.data.duplicates import Marks
 from moe_lm.data.shards import INDEX_DTYPE, Shard, Split, token_dtype
-from moe_lm.text.files import Piece, Report
+from moe_lm.text.files import Report
 from moe_lm.text.pieces import check_unchanged, stamps_of
 from moe_lm.text.sources import Document, read_documents
 from moe_lm.text.split import document_hash
@@ -37,37 +36,20 @@ BATCH_CHARS = 1 << 20  # of text that are tokenized together
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the processes that prepare a source have to know."""
+class Task(PiecesJob):
+    """The job that tokenizes a source."""
 
-    source: SourceConfig
-    pieces: Sequence[Piece]
     tokenizer: Path
     fingerprint: str
     folder: Path  # of the shards
-    work: Path  # of the records
-    claims: Path
     held_out_below: int  # the hashes of documents that are held out
     marks: Marks | None = None  # the duplicates, which are left out
-
-    @property
-    def max_bytes(self) -> int | None:
-        return self.source.max_bytes
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def is_done(self, number: int) -> bool:
-        return self.record_path(number).exists()
 
     def text_bytes(self, number: int) -> int:
         return Record.model_validate_json(self.record_path(number).read_bytes()).text_bytes
 
     def do(self, number: int, tell: Tell, is_mine: Callable[[], bool]) -> None:
         write_piece(self, number, tell, is_mine=is_mine)
-
-    def record_path(self, number: int) -> Path:
-        return self.work / f"piece-{number:05d}.json"
 
 
 class Record(Section):

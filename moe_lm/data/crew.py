@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Protocol
 
 from moe_lm.common.errors import MoeLmError
+from moe_lm.config.data import SourceConfig
+from moe_lm.text.files import Piece
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 60.0  # without a sign of life, as seen here: clocks of hosts differ, and folders of a network lag behind
@@ -47,6 +49,29 @@ class Job(Protocol):
 
     def do(self, number: int, tell: Tell, is_mine: Callable[[], bool]) -> None:
         """Do a piece. Nothing is left of it if another has taken it over when it ends."""
+
+
+@dataclass(frozen=True)
+class PiecesJob:
+    """Pieces of a source, each of which is done when its record, written last, is there."""
+
+    source: SourceConfig
+    pieces: Sequence[Piece]
+    records: Path  # their folder
+    claims: Path
+
+    @property
+    def max_bytes(self) -> int | None:
+        return self.source.max_bytes
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def is_done(self, number: int) -> bool:
+        return self.record_path(number).exists()
+
+    def record_path(self, number: int) -> Path:
+        return self.records / f"piece-{number:05d}.json"
 
 
 @dataclass(frozen=True)

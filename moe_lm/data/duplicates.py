@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from moe_lm.common.files import whole_file
-from moe_lm.config.data import SourceConfig
 from moe_lm.config.section import Section
-from moe_lm.data.crew import Ranks, Tell, work_on
-from moe_lm.text.files import Piece, Report
+from moe_lm.data.crew import PiecesJob, Ranks, Tell, work_on
+from moe_lm.text.files import Report
 from moe_lm.text.pieces import check_unchanged, stamps_of
 from moe_lm.text.sources import read_documents
 
@@ -41,23 +40,8 @@ class HashRecord(Section):
 
 
 @dataclass(frozen=True)
-class Hashing:
+class Hashing(PiecesJob):
     """The job that writes the hashes of a source's documents."""
-
-    source: SourceConfig
-    pieces: Sequence[Piece]
-    folder: Path
-    claims: Path
-
-    @property
-    def max_bytes(self) -> int | None:
-        return self.source.max_bytes
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def is_done(self, number: int) -> bool:
-        return self._record_path(number).exists()
 
     def is_still_right(self, number: int) -> bool:
         """Whether a piece is not done, or its files are as they were."""
@@ -88,12 +72,12 @@ class Hashing:
         record = HashRecord(documents=len(sizes), text_bytes=report.text_bytes, files=before)
         with whole_file(self.path(number), contested=True) as file:
             file.write_bytes(rows.tobytes())
-        with whole_file(self._record_path(number), contested=True) as file:
+        with whole_file(self.record_path(number), contested=True) as file:
             file.write_text(record.model_dump_json(), encoding="utf-8")
 
     def path(self, number: int) -> Path:
         """The file of hashes of a piece."""
-        return self.folder / f"piece-{number:05d}.hashes"
+        return self.records / f"piece-{number:05d}.hashes"
 
     def kept(self) -> list[int]:
         """For each piece that is needed how many of its documents are, once all of them are hashed."""
@@ -112,10 +96,7 @@ class Hashing:
         return kept
 
     def _record(self, number: int) -> HashRecord:
-        return HashRecord.model_validate_json(self._record_path(number).read_bytes())
-
-    def _record_path(self, number: int) -> Path:
-        return self.folder / f"piece-{number:05d}.json"
+        return HashRecord.model_validate_json(self.record_path(number).read_bytes())
 
 
 @dataclass(frozen=True)
@@ -180,7 +161,7 @@ def mark(jobs: Sequence[Hashing], folder: Path, claims: Path, workers: int, tell
     Raises FileNotFoundError when the other ranks have finished the sources meanwhile.
     """
     for job in jobs:
-        for place in (job.folder, job.claims):
+        for place in (job.records, job.claims):
             place.mkdir(exist_ok=True)
         work_on(job, workers, tell, ranks.look)
     _marked.cache_clear()

@@ -118,7 +118,7 @@ class _Source:
             tokenizer=self.data.tokenizer,
             fingerprint=self.tokenizer.fingerprint,
             folder=self.folder,
-            work=self.work,
+            records=self.work,
             claims=self.work / session,
             held_out_below=limit,
             marks=marks,
